@@ -1,0 +1,249 @@
+"""When to select, what a checkpoint must know of it, and what the reporters are told."""
+
+import logging
+import math
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast
+from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainerCallback
+from trl import GRPOTrainer
+
+from . import rollouts
+from .sampler import Layout, LearnAlignSampler
+from .selection import Selection, write_atomically
+from .selector import select_prompts
+
+
+logger = logging.getLogger(__name__)
+
+# Where the state lives in `TrainerState.stateful_callbacks`, and so in `trainer_state.json`: it is written in one piece
+# with the checkpoint's step, so no checkpoint is ever without it. The name is no callback's, or Trainer would try to
+# build one from it.
+STATE_KEY = "learnalign"
+
+
+class LearnAlignCallback(TrainerCallback):
+    r"""
+    Makes a trainer already built train on the prompts that LearnAlign selects.
+
+    ```python
+    trainer.add_callback(LearnAlignCallback(trainer, LearnAlignSampler(config)))
+    ```
+
+    A selection is due after the optimizer step that ends the warm-up, and again after every `reselect_every` passes.
+    The dataloader has then drawn some batches already, so the new prompts start with the next undrawn chunk. If the
+    trainer saves checkpoints, one is saved first: a run killed in a selection resumes into the same selection.
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`]): the trainer. Its `_get_train_sampler` is replaced.
+        sampler ([`LearnAlignSampler`]): a sampler of no other trainer.
+
+    Raises:
+        `ValueError`: the sampler has a trainer already, or see [`select_prompts`].
+    """
+
+    def __init__(self, trainer: GRPOTrainer, sampler: LearnAlignSampler):
+        if not isinstance(sampler, LearnAlignSampler):
+            raise TypeError(f"`sampler` must be a LearnAlignSampler, but is a {type(sampler).__name__}.")
+        rollouts.check_trainer(trainer, sampler.config)
+        self.config = sampler.config
+        if self.config.after_warmup == "restart" and rollouts.is_sharded(trainer):
+            raise ValueError(
+                "`after_warmup='restart'` is not supported with FSDP or DeepSpeed, which keep weights of their own. Use "
+                "`after_warmup='continue'`."
+            )
+        sampler.bind(_layout(trainer, sampler))
+        self.trainer = trainer
+        self.sampler = sampler
+        self.selections: list[Selection] = []
+        self._pending = None  # the start chunk of a selection that is due
+        trainer._get_train_sampler = self._train_sampler
+
+    def _train_sampler(self, dataset=None):
+        size = len(self.trainer.train_dataset if dataset is None else dataset)
+        if size != self.sampler.layout.pool_size:
+            raise ValueError(
+                f"The training dataset has {size} rows, but had {self.sampler.layout.pool_size} when the "
+                "LearnAlignSampler was given to the trainer. Set the dataset first."
+            )
+        return self.sampler
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._pending = None
+        if state.global_step > 0:
+            self._resume(state)
+        else:
+            self._check_warmup(state)
+            self.sampler.reset()
+            if self.config.warmup_prompts == 0:
+                self._pending = 0
+            elif self.config.after_warmup == "restart":
+                self._save_initial_weights()
+        self._record(state)
+        if self._pending is not None:
+            self._select(state)
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # Accelerate's `set_epoch` does not reach the sampler of a resumed epoch
+        self.sampler.set_epoch(state.global_step // self.sampler.layout.epoch_steps)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._pending is None and self._is_due(state):
+            self._pending = self.sampler.cursor
+            self._record(state)
+            if args.save_strategy == "no":
+                self._select(state)
+            else:
+                control.should_save = True
+
+    def on_save(self, args, state, control, **kwargs):
+        if self._pending is not None:
+            self._select(state)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self._pending is not None:  # another callback took the checkpoint back
+            self._select(state)
+
+    def _is_due(self, state):
+        layout, last = self.sampler.layout, self.sampler.log[-1]
+        if len(self.sampler.log) == 1:
+            target = layout.warmup_chunks
+        elif self.config.reselect_every is not None:
+            prompts = self.config.reselect_every * (len(last.indices) or layout.num_prompts)
+            target = last.start_chunk + max(1, math.ceil(prompts / layout.chunk_prompts))
+        else:
+            return False
+        used = self.sampler.cursor * layout.repeats < layout.batches_trained(state.max_steps)
+        return used and layout.chunks_trained(state.global_step) >= target
+
+    def _check_warmup(self, state):
+        layout = self.sampler.layout
+        if layout.warmup_prompts == 0:
+            return
+        if layout.warmup_end * layout.repeats >= layout.batches_trained(state.max_steps):
+            prompts = layout.batches_trained(state.max_steps) / layout.repeats * layout.chunk_prompts
+            raise ValueError(
+                f"The warm-up of {layout.warmup_prompts} prompts takes {layout.warmup_end * layout.chunk_prompts} with "
+                f"what the dataloader reads ahead, but the whole run of {state.max_steps} steps holds {prompts:.0f}: "
+                "nothing would be left for the selection. Lower `warmup_prompts` or raise `max_steps` (or "
+                "`num_train_epochs`)."
+            )
+
+    def _select(self, state):
+        start, self._pending = self._pending, None
+        first = len(self.sampler.log) == 1
+        selection = select_prompts(self.trainer, self.config, stage=len(self.sampler.log) - 1)
+        if first and start > 0 and self.config.after_warmup == "restart":
+            self._restart()
+        self._warn(selection)
+        self.sampler.append(start, selection.indices)
+        self.selections.append(selection)
+        self._record(state)
+        # Not `self.trainer.log`, which flushes the metrics of the training batches gathered so far. A log event takes
+        # back `should_log`, which the step that just ended may have set for its own values
+        due = self.trainer.control.should_log
+        Trainer.log(self.trainer, _log_values(selection, start * self.sampler.layout.chunk_prompts))
+        self.trainer.control.should_log = due
+
+    def _warn(self, selection):
+        if not selection.indices:
+            logger.warning(
+                "No prompt is learnable: every one was always or never solved. Training goes on with random prompts. "
+                "Check the reward function and `success_threshold`; use `learnability='variance'` for graded rewards, "
+                "more `num_rollouts`, a longer warm-up, or easier (or harder) prompts."
+            )
+        elif len(selection.indices) < self.sampler.layout.num_prompts:
+            logger.warning(
+                f"Only {len(selection.indices)} prompts are learnable, fewer than `num_prompts` "
+                f"({self.config.num_prompts}); training uses these, and the passes over them will be more."
+            )
+
+    # What a checkpoint holds ------------------------------------------------------------------------------------
+
+    def _record(self, state):
+        state.stateful_callbacks[STATE_KEY] = {"sampler": self.sampler.state_dict(), "pending": self._pending}
+
+    def _resume(self, state):
+        saved = state.stateful_callbacks.get(STATE_KEY)
+        if not isinstance(saved, dict) or "sampler" not in saved or "pending" not in saved:
+            raise ValueError(
+                f"The checkpoint of step {state.global_step} holds no LearnAlign state, so it was written by a run "
+                "without LearnAlign. Resume without the sampler, or start a new run from its weights."
+            )
+        self.sampler.load_state_dict(saved["sampler"])
+        self._pending = saved["pending"]
+        if self._pending is not None and (type(self._pending) is not int or self._pending < 0):
+            raise ValueError(f"The LearnAlign state in the checkpoint is damaged: pending is {self._pending!r}.")
+
+    # Going back to the start ------------------------------------------------------------------------------------
+
+    def _initial_file(self):
+        return Path(self.trainer.args.output_dir) / "learnalign" / "initial.safetensors"
+
+    def _trainable(self):
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def _save_initial_weights(self):
+        if self.trainer.optimizer.optimizer.state:
+            raise ValueError(
+                "`after_warmup='restart'` starts over with a fresh optimizer, but the optimizer given to the trainer "
+                "has a state already. Pass a fresh one, or use `after_warmup='continue'`."
+            )
+        if self.trainer.accelerator.is_main_process:
+            self._initial_file().parent.mkdir(parents=True, exist_ok=True)
+            tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in self._trainable().items()}
+            write_atomically(self._initial_file(), lambda temporary: save_file(tensors, temporary))
+        self.trainer.accelerator.wait_for_everyone()
+
+    def _restart(self):
+        """The weights and the (empty) optimizer state of the first step. The learning rate goes on by its schedule."""
+        saved = load_file(self._initial_file()) if self.trainer.accelerator.is_main_process else {}
+        with torch.no_grad():
+            for name, parameter in self._trainable().items():
+                if saved:
+                    parameter.copy_(saved[name])
+                broadcast(parameter.data)
+        self.trainer.optimizer.optimizer.state.clear()
+        if self.trainer.use_vllm:
+            self.trainer._last_loaded_step = -1  # vLLM still holds the warmed-up weights
+
+
+def _layout(trainer, sampler) -> Layout:
+    args = trainer.args
+    prefetched = args.dataloader_num_workers * (args.dataloader_prefetch_factor or 2)
+    pool_size = len(trainer.train_dataset)
+    return Layout(
+        pool_size=pool_size,
+        num_prompts=min(sampler.config.num_prompts, pool_size),
+        warmup_prompts=sampler.config.warmup_prompts,
+        chunk_prompts=args.generation_batch_size // trainer.num_generations,
+        repeats=args.steps_per_generation * trainer.num_iterations,
+        group_size=trainer.num_generations,
+        accumulation=args.gradient_accumulation_steps,
+        read_ahead=1 + prefetched,
+        epochs=args.num_train_epochs,
+        shuffle=trainer.shuffle_dataset,
+        seed=args.seed,
+    )
+
+
+def _log_values(selection, warmup_prompts) -> dict[str, float]:
+    provenance = selection.provenance
+    values = {
+        "learnalign/stage": provenance["stage"],
+        "learnalign/pool_prompts": selection.scores.num_rows,
+        "learnalign/unscorable_prompts": len(provenance["unscorable"]),
+        "learnalign/selected_prompts": len(selection.indices),
+        "learnalign/prompts_before": warmup_prompts,
+    }
+    if provenance["config"]["score"] != "random":
+        pool_rate, chosen_rate = selection.mean_success_rates()
+        values["learnalign/learnable_prompts"] = selection.num_learnable()
+        values["learnalign/success_rate_pool"] = pool_rate
+        values["learnalign/success_rate_selected"] = chosen_rate
+    for phase, seconds in provenance["seconds"].items():
+        values[f"learnalign/seconds_{phase}"] = seconds
+    return {name: value for name, value in values.items() if value == value}  # a mean over nothing is NaN

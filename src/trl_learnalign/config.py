@@ -1,0 +1,159 @@
+"""Every knob of a selection, validated as soon as it is set."""
+
+import math
+from dataclasses import asdict, dataclass, field
+
+
+SCORES = ("learnalign", "learnability", "alignment", "random")
+LEARNABILITIES = ("success_rate", "variance")
+GRADIENT_ROLLOUTS = ("all", "one_correct")
+AFTER_WARMUP = ("continue", "restart")
+
+
+@dataclass
+class LearnAlignConfig:
+    r"""
+    Configuration of [`LearnAlignSampler`] and [`select_prompts`].
+
+    The defaults follow the LearnAlign paper (arXiv 2506.11480) on GSM8K. No field shares a name with one of
+    `GRPOConfig`, `ModelConfig` or `ScriptArguments`, so that `TrlParser` can parse all of them together.
+
+    Parameters:
+        num_prompts (`int`, *optional*, defaults to `1000`):
+            Number of prompts to select.
+        warmup_prompts (`int`, *optional*, defaults to `300`):
+            Number of random prompts to train on before the first selection. With `0` the selection runs before the
+            first training step. Ignored by [`select_prompts`].
+        num_rollouts (`int`, *optional*):
+            Rollouts per pool prompt. Defaults to the trainer's `num_generations`.
+        score (`str`, *optional*, defaults to `"learnalign"`):
+            What prompts are ranked on: `"learnalign"` (Eq. 8), `"learnability"` (V alone, no gradients are
+            computed), `"alignment"` (Eq. 8 without V) or `"random"` (no rollouts).
+        learnability (`str`, *optional*, defaults to `"success_rate"`):
+            `"success_rate"`: V = p (1 - p). `"variance"`: V = the variance of a prompt's rewards after the rewards
+            of the pool have been scaled to [0, 1], for graded rewards; equal to the former for rewards of 0 and 1.
+        success_threshold (`float`, *optional*, defaults to `1.0`):
+            A rollout is a success if its reward is at least this value.
+        success_reward (`str`, *optional*):
+            Name of the reward function that decides success. Required with several reward functions.
+        gradient_rollouts (`str`, *optional*, defaults to `"all"`):
+            Rollouts of a group that enter its gradient: `"all"`, or `"one_correct"` (the first successful one).
+        projection_dim (`int`, *optional*, defaults to `32768`):
+            Length of a gradient feature. `None` computes the exact score, without projection.
+        candidate_prompts (`int`, *optional*):
+            Score a random part of the dataset of this size. By default all of it.
+        reselect_every (`float`, *optional*):
+            Select again after this many passes over the selection. By default a selection is made once.
+        after_warmup (`str`, *optional*, defaults to `"continue"`):
+            `"continue"` goes on from the warmed-up policy; `"restart"` goes back to the weights and the optimizer
+            state that training started with.
+        save_rollouts (`bool`, *optional*, defaults to `False`):
+            Write `rollouts.parquet` beside `scores.parquet`.
+        selection_seed (`int`, *optional*):
+            Seed of all that is random in a selection. Defaults to the trainer's `seed`.
+
+    Raises:
+        `ValueError`: a field has a value out of its range.
+    """
+
+    num_prompts: int = field(default=1000, metadata={"help": "Number of prompts to select."})
+    warmup_prompts: int = field(
+        default=300, metadata={"help": "Number of random prompts to train on before the first selection."}
+    )
+    num_rollouts: int | None = field(
+        default=None, metadata={"help": "Rollouts per pool prompt. Defaults to the trainer's `num_generations`."}
+    )
+    score: str = field(
+        default="learnalign",
+        metadata={"help": "What prompts are ranked on.", "choices": list(SCORES)},
+    )
+    learnability: str = field(
+        default="success_rate",
+        metadata={
+            "help": "`success_rate`: p(1-p). `variance`: the variance of the reward scaled to its range.",
+            "choices": list(LEARNABILITIES),
+        },
+    )
+    success_threshold: float = field(
+        default=1.0, metadata={"help": "A rollout is a success if its reward is at least this value."}
+    )
+    success_reward: str | None = field(
+        default=None,
+        metadata={"help": "Name of the reward function that decides success. Required with several."},
+    )
+    gradient_rollouts: str = field(
+        default="all",
+        metadata={
+            "help": "Rollouts of a group that enter its gradient: all, or the first successful one.",
+            "choices": list(GRADIENT_ROLLOUTS),
+        },
+    )
+    projection_dim: int | None = field(
+        default=32768, metadata={"help": "Length of a gradient feature. `None`: exact, without projection."}
+    )
+    candidate_prompts: int | None = field(
+        default=None, metadata={"help": "Score a random part of the dataset of this size."}
+    )
+    reselect_every: float | None = field(
+        default=None, metadata={"help": "Select again after this many passes over the selection."}
+    )
+    after_warmup: str = field(
+        default="continue",
+        metadata={
+            "help": "Go on from the warmed-up policy, or restart from the weights that training started with.",
+            "choices": list(AFTER_WARMUP),
+        },
+    )
+    save_rollouts: bool = field(default=False, metadata={"help": "Write rollouts.parquet beside scores.parquet."})
+    selection_seed: int | None = field(
+        default=None, metadata={"help": "Seed of all that is random in a selection. Defaults to the trainer's seed."}
+    )
+
+    def __post_init__(self):
+        _check_integer("num_prompts", self.num_prompts, 1, "Set it to the number of prompts to train on.")
+        _check_integer("warmup_prompts", self.warmup_prompts, 0, "Set it to 0 for a selection before the first step.")
+        for name, least, remedy in (
+            ("num_rollouts", 2, "A success rate that can differ from 0 and 1 takes two rollouts or more."),
+            ("projection_dim", 16, "Leave the default, or use None for exact gradients."),
+            ("candidate_prompts", 1, "Use None to score the whole dataset."),
+            ("selection_seed", 0, "Use None for the trainer's seed."),
+        ):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name), least, remedy)
+        for name, choices in (
+            ("score", SCORES),
+            ("learnability", LEARNABILITIES),
+            ("gradient_rollouts", GRADIENT_ROLLOUTS),
+            ("after_warmup", AFTER_WARMUP),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but is {getattr(self, name)!r}.")
+        _check_number("success_threshold", self.success_threshold)
+        if self.reselect_every is not None:
+            _check_number("reselect_every", self.reselect_every)
+            if self.reselect_every <= 0:
+                raise ValueError(
+                    f"`reselect_every` is {self.reselect_every}, but a number of passes over the selection must be "
+                    "positive. Use None to select once."
+                )
+        if self.candidate_prompts is not None and self.candidate_prompts < self.num_prompts:
+            raise ValueError(
+                f"`candidate_prompts` ({self.candidate_prompts}) is smaller than `num_prompts` ({self.num_prompts}), "
+                "so there would be nothing to choose from. Raise the first or lower the second."
+            )
+
+    def to_dict(self) -> dict:
+        """The fields as a dictionary of plain values."""
+        return asdict(self)
+
+
+def _check_integer(name, value, least, remedy):
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"`{name}` must be an integer, but is {value!r}. {remedy}")
+    if value < least:
+        raise ValueError(f"`{name}` is {value}, but must be at least {least}. {remedy}")
+
+
+def _check_number(name, value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"`{name}` must be a finite number, but is {value!r}.")

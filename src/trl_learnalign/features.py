@@ -1,0 +1,108 @@
+"""Gradient features of a process's learnable prompts, computed in microbatches, kept or computed again."""
+
+from collections.abc import Iterator
+
+import torch
+from accelerate.utils import gather_object
+from trl import GRPOTrainer
+
+from . import rollouts
+from .gradients import PromptGradients
+from .journal import Journal
+from .rollouts import Row
+from .scoring import unit_features
+
+
+# Exact gradients are kept in memory if those of every process fit, else computed twice
+EXACT_BYTES = 2 << 30
+
+
+class FeatureSource:
+    """
+    Iterates over `(dataset index, feature)` of this process's prompts, features of shape `(d,)` in float32.
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`]): inside [`left_as_found`].
+        dim (`int` or `None`): length of a feature; `None`: exact gradients.
+        seed (`int`): of the projection.
+        tasks (`dict[int, list[Row]]`): the rows that make each prompt's gradient.
+        journal ([`Journal`]): keeps the sketches of finished prompts.
+    """
+
+    def __init__(
+        self, trainer: GRPOTrainer, dim: int | None, seed: int, tasks: dict[int, list[Row]], journal: Journal
+    ):
+        self.trainer = trainer
+        self.tasks = tasks
+        self.journal = journal
+        self.exact = dim is None
+        self.engine = PromptGradients(rollouts.policy(trainer), dim, seed, probe=not rollouts.has_adapter(trainer))
+        most = max(gather_object([len(tasks)]))
+        self.kept = None if self.exact and most * self.engine.feature_dim * 4 > EXACT_BYTES else {}
+
+    def weighted_sum(self, weights: dict[int, float]) -> torch.Tensor:
+        """sum_j w_j phi_j / |phi_j| over the prompts of all processes, of shape `(d,)`, float64."""
+        total = torch.zeros(self.engine.feature_dim, dtype=torch.float64)
+        for index, feature in self._computed():
+            total += unit_features(feature[None], torch.tensor([weights[index]]))[0].double()
+            if self.kept is not None:
+                self.kept[index] = feature
+        accelerator = self.trainer.accelerator
+        return accelerator.reduce(total.to(accelerator.device), "sum").cpu()
+
+    def __iter__(self) -> Iterator[tuple[int, torch.Tensor]]:
+        return iter(self.kept.items()) if self.kept is not None else self._computed()
+
+    def _computed(self):
+        """
+        Every prompt once, in the order of completion.
+
+        Prompts are taken by length, and a microbatch is filled with rows up to the trainer's batch size, so a group
+        may be spread over two or more; the parts are added, which a sketch allows.
+        """
+        done = {} if self.exact else self.journal.load_features(set(self.tasks))
+        yield from done.items()
+        left = {index: rows for index, rows in self.tasks.items() if index not in done}
+        for index, rows in left.items():
+            if not rows:  # V > 0, but no token that the policy is trained on
+                yield index, torch.zeros(self.engine.feature_dim)
+        microbatches = _pack(left, self.trainer.args.per_device_train_batch_size)
+        remaining = {index: len(rows) for index, rows in left.items()}
+        partial = {}
+        with self.engine, rollouts.progress_bar(self.trainer, "gradients", len(microbatches), "batches") as bar:
+            for counts, rows in microbatches:
+                features = self._collect(list(counts.values()), rows).cpu()
+                finished = {}
+                for (index, count), feature in zip(counts.items(), features, strict=True):
+                    partial[index] = partial[index] + feature if index in partial else feature.clone()
+                    remaining[index] -= count
+                    if not remaining[index]:
+                        finished[index] = partial.pop(index)
+                if finished and not self.exact:
+                    self.journal.save_features(finished)
+                yield from finished.items()
+                bar.update()
+            if rollouts.is_sharded(self.trainer):  # a forward takes all processes, so all run equally many
+                for _ in range(max(gather_object([len(microbatches)])) - len(microbatches)):
+                    self._collect([1], [self._filler()])
+
+    def _collect(self, counts, rows):
+        return self.engine.collect(counts, lambda: rollouts.policy_objective(self.trainer, rows))
+
+    def _filler(self):
+        """A row of weight 0."""
+        token = self.trainer.processing_class.eos_token_id
+        return Row([token], [token], [1], 0.0, 0.0)
+
+
+def _pack(tasks: dict[int, list[Row]], limit: int) -> list[tuple[dict[int, int], list[Row]]]:
+    """Microbatches of at most `limit` rows, by length: how many rows each prompt has in it, and the rows."""
+    order = sorted(tasks, key=lambda index: (max(map(len, tasks[index]), default=0), index))
+    queue = [(index, row) for index in order for row in tasks[index]]
+    microbatches = []
+    for start in range(0, len(queue), limit):
+        counts: dict[int, int] = {}
+        for index, _ in queue[start : start + limit]:
+            counts[index] = counts.get(index, 0) + 1
+        microbatches.append((counts, [row for _, row in queue[start : start + limit]]))
+    return microbatches

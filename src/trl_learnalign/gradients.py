@@ -1,0 +1,247 @@
+"""
+Per-prompt gradients of LoRA weights from one backward pass.
+
+The forward of every `nn.Linear` that holds a trainable weight is replaced, for the time of a pass, by an autograd
+function whose backward computes the weight gradient of each prompt's rows, hands it to a sketch, and returns the input
+gradient. `weight.grad` is never written, so neither an optimizer nor a reduction hook notices.
+
+    microbatch   row 0  row 1  row 2 | row 3  row 4 | row 5      <- rows of a prompt are neighbours
+    prompts      ------ prompt 0 ----|-- prompt 1 --|- 2 ->      <- a prompt may go on in the next microbatch
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from .projection import Concatenation, Sketch, stable_hash
+
+
+PROBE_RANK = 16
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+
+
+class UnseenParametersError(ValueError):
+    """Trainable tensors whose gradient a pass would miss."""
+
+
+class _Tap:
+    """One linear layer under observation. With a probe, the gradient is that of a LoRA B of zeros beside the layer."""
+
+    def __init__(self, name: str, module: nn.Linear, probe: torch.Tensor | None):
+        self.name = name
+        self.module = module
+        self.probe = probe
+        self.size = module.out_features * (module.in_features if probe is None else len(probe))
+
+
+class _TappedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, anchor, tap, report):
+        # `anchor` requires a gradient, so that a wholly frozen model has a graph to walk
+        ctx.tap, ctx.report = tap, report
+        ctx.save_for_backward(x)
+        return nn.functional.linear(x, tap.module.weight, tap.module.bias)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (x,) = ctx.saved_tensors
+        ctx.report(ctx.tap, x, grad_output)
+        grad_input = None
+        if ctx.needs_input_grad[0]:
+            grad_input = (grad_output @ ctx.tap.module.weight.to(grad_output.dtype)).to(x.dtype)
+        return grad_input, None, None, None
+
+
+class PromptGradients:
+    r"""
+    Context manager that collects per-prompt gradients of a model's trainable linear weights.
+
+    Args:
+        model (`nn.Module`):
+            A PEFT model: the weights of its active LoRA adapters are observed. With `probe=True` any model: every
+            linear layer but the output head is observed through a virtual LoRA adapter of rank 16 whose A is random
+            and whose B is zero; only B has a gradient then. Nothing is added to the model.
+        dim (`int` or `None`): length of a feature; `None` for the exact gradient.
+        seed (`int`): seed of the projection and of the probe.
+        probe (`bool`): see `model`.
+
+    Raises:
+        [`UnseenParametersError`]: the model has trainable tensors that this engine cannot observe.
+    """
+
+    def __init__(self, model: nn.Module, dim: int | None, seed: int, probe: bool = False):
+        self.model = model
+        self.probe = probe
+        device = next(model.parameters()).device
+        self._taps = _probe_taps(model, seed, device) if probe else _lora_taps(model)
+        sizes = {tap.name: tap.size for tap in self._taps}
+        self._sink = Concatenation(sizes) if dim is None else Sketch(sizes, dim, seed, device)
+        self._anchor = torch.zeros((), device=device, requires_grad=True)
+        self._rows_per_prompt = None
+        self._out = None
+        self._seen = set()
+        self._checked = False
+
+    @property
+    def feature_dim(self) -> int:
+        """Length of a feature: `dim`, or the number of observed weights in exact mode."""
+        return self._sink.out_dim
+
+    def __enter__(self):
+        self._restore = []
+        for tap in self._taps:
+            tap.module.forward = self._tapped_forward(tap)
+        if self.probe:
+            self._restore = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            for parameter in self._restore:
+                parameter.requires_grad_(False)
+        self._hook = None
+        if self.probe and any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
+            # Reentrant checkpointing drops the graph of a block none of whose inputs requires a gradient
+            embeddings = self.model.get_input_embeddings()
+            self._hook = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+        return self
+
+    def __exit__(self, *exc):
+        for tap in self._taps:
+            del tap.module.forward
+        for parameter in self._restore:
+            parameter.requires_grad_(True)
+        if self._hook is not None:
+            self._hook.remove()
+
+    def collect(self, rows_per_prompt: list[int], objective: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """
+        Runs one forward and backward and returns a feature per prompt.
+
+        Args:
+            rows_per_prompt (`list[int]`): how many neighbouring rows of the microbatch belong to each of P prompts.
+            objective (`Callable`): returns the scalar whose gradient is wanted, a sum of terms of one row each.
+
+        Returns:
+            `torch.Tensor` of shape `(P, feature_dim)`, float32: the (projected) gradient of each prompt's rows.
+        """
+        self._rows_per_prompt = rows_per_prompt
+        self._out = torch.zeros(len(rows_per_prompt), self.feature_dim, device=self._anchor.device)
+        try:
+            if self._checked:
+                objective().backward()
+            else:
+                self._checked_backward(objective)
+            return self._out
+        finally:
+            self._rows_per_prompt = self._out = None
+
+    def _tapped_forward(self, tap):
+        def forward(x):
+            return _TappedLinear.apply(x, self._anchor, tap, self._report)
+
+        return forward
+
+    def _report(self, tap, x, grad_output):
+        num_rows = sum(self._rows_per_prompt)
+        x = x.to(grad_output.dtype)
+        if x.dim() == 2 and num_rows > 0 and x.shape[0] % num_rows == 0:  # (rows * tokens, features), as in MoE blocks
+            x, grad_output = x.view(num_rows, -1, x.shape[1]), grad_output.view(num_rows, -1, grad_output.shape[1])
+        if x.dim() != 3 or x.shape[0] != num_rows:
+            raise RuntimeError(
+                f"The layer `{tap.name}` got an input of shape {tuple(x.shape)} for a microbatch of {num_rows} rows, so "
+                "its tokens cannot be told apart by prompt (routed experts mix them). Leave the layer out of the "
+                "adapter's `target_modules`, or use `score='learnability'`, which takes no gradients."
+            )
+        if tap.probe is not None:
+            x = x @ tap.probe.to(x.dtype).T
+        counts = self._rows_per_prompt
+        if len(set(counts)) == 1:
+            blocks = [(slice(0, len(counts)), x.reshape(len(counts), -1, x.shape[2]), grad_output)]
+        else:
+            blocks, start = [], 0
+            for prompt, count in enumerate(counts):
+                rows = slice(start, start + count)
+                blocks.append((slice(prompt, prompt + 1), x[rows].reshape(1, -1, x.shape[2]), grad_output[rows]))
+                start += count
+        for prompts, inputs, outputs in blocks:
+            outputs = outputs.reshape(inputs.shape[0], -1, outputs.shape[2])
+            gradients = torch.bmm(outputs.transpose(1, 2), inputs)
+            self._sink.add_(self._out, tap.name, prompts, gradients.flatten(1))
+        self._seen.add(tap.name)
+
+    def _checked_backward(self, objective):
+        """The first backward: a weight used otherwise than by its layer's forward has a `.grad` afterwards."""
+        without = {name: parameter for name, parameter in self.model.named_parameters() if parameter.grad is None}
+        objective().backward()
+        missed = [name for name, parameter in without.items() if parameter.grad is not None]
+        for name in missed:
+            without[name].grad = None
+        if missed or not self._seen:
+            raise UnseenParametersError(_unseen_message(missed or [tap.name for tap in self._taps]))
+        self._checked = True
+
+
+def _clean(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def _lora_taps(model) -> list[_Tap]:
+    taps, seen = [], set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module.weight.requires_grad:
+            taps.append(_Tap(_clean(name), module, None))
+            seen.add(id(module.weight))
+    unseen = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in seen]
+    if unseen or not taps:
+        raise UnseenParametersError(_unseen_message(unseen))
+    return taps
+
+
+def _probe_taps(model, seed, device) -> list[_Tap]:
+    head = model.get_output_embeddings()
+    taps = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            name = _clean(name)
+            generator = torch.Generator().manual_seed(stable_hash("probe", seed, name))
+            bound = module.in_features**-0.5  # the range of PEFT's initial A
+            probe = torch.empty(PROBE_RANK, module.in_features).uniform_(-bound, bound, generator=generator)
+            taps.append(_Tap(name, module, probe.to(device)))
+    if not taps:
+        raise UnseenParametersError(
+            f"{type(model).__name__} has no LoRA adapter and no `nn.Linear` layer to put a probe on, so no gradients "
+            "can be taken. Pass a `peft_config` to the trainer, or use `score='learnability'`."
+        )
+    return taps
+
+
+def _unseen_message(names) -> str:
+    if not names:
+        return (
+            "The model has no trainable parameter, so no gradients can be taken. Check that the adapter is active and "
+            "not in inference mode."
+        )
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return (
+        f"Per-prompt gradients cover the weights of linear layers, such as LoRA's A and B, but these trainable tensors "
+        f"would be missed: {shown}. Train without them (no `use_dora`, `bias`, `modules_to_save`, `target_parameters` "
+        "or LoRA on embeddings), or use `score='learnability'`, which takes no gradients."
+    )
+
+
+@contextmanager
+def dropout_off(model: nn.Module) -> Iterator[None]:
+    """
+    Puts every module in eval mode but the root and those that checkpoint activations, which need train mode for it
+    (and TRL reads its own mode off the root); puts all modes back on exit.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    for module, _ in modes:
+        module.training = bool(getattr(module, "gradient_checkpointing", False))
+    model.training = True
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,108 @@
+"""Finished batches of a selection under way, so that a killed one goes on where it stopped."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from .rollouts import Group
+from .selection import write_atomically, write_json, write_parquet
+
+
+logger = logging.getLogger(__name__)
+
+_MANIFEST = "manifest.json"
+_GROUPS_SCHEMA = pa.schema(
+    [
+        ("index", pa.int64()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("completion_ids", pa.list_(pa.list_(pa.int32()))),
+        ("loss_masks", pa.list_(pa.list_(pa.int8()))),
+        ("completions", pa.list_(pa.string())),
+        ("rewards", pa.list_(pa.list_(pa.float32()))),
+    ]
+)
+
+
+class Journal:
+    """
+    A directory of finished batches of rollouts and of gradient features.
+
+    Args:
+        path (`Path`): the directory; made if it does not exist.
+        key (`str`): stands for all that the batches depend on. A journal with another key is discarded with a warning.
+        is_main (`bool`): whether this process may delete and create the directory; the others wait for it outside.
+    """
+
+    def __init__(self, path: Path, key: str, is_main: bool):
+        self.path = path
+        self.key = key
+        if is_main:
+            if path.exists() and self._saved_key() != key:
+                logger.warning(
+                    f"'{path}' was made from other weights, data, rewards or settings, so it is discarded and the "
+                    "selection starts anew."
+                )
+                shutil.rmtree(path)
+            if not path.exists():
+                path.mkdir(parents=True)
+                write_json(path / _MANIFEST, {"key": key})
+
+    def _saved_key(self):
+        try:
+            return json.loads((self.path / _MANIFEST).read_text(encoding="utf-8"))["key"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def load_groups(self, batch: int) -> list[Group] | None:
+        """The groups of a batch of rollouts, or `None` if it was not finished."""
+        try:
+            table = pq.read_table(self._groups_file(batch))
+            if not table.schema.equals(_GROUPS_SCHEMA):
+                return None
+        except (OSError, pa.ArrowException):
+            return None
+        return [
+            Group(**{**row, "completions": [json.loads(text) for text in row["completions"]]})
+            for row in table.to_pylist()
+        ]
+
+    def save_groups(self, batch: int, groups: list[Group]) -> None:
+        """Records a finished batch of rollouts."""
+        rows = [
+            {**vars(group), "completions": [json.dumps(completion) for completion in group.completions]}
+            for group in groups
+        ]
+        write_parquet(self._groups_file(batch), pa.Table.from_pylist(rows, schema=_GROUPS_SCHEMA))
+
+    def _groups_file(self, batch):
+        return self.path / f"rollouts-{batch:06d}.parquet"
+
+    def load_features(self, wanted: set[int]) -> dict[int, torch.Tensor]:
+        """Recorded features of the `wanted` dataset indices, each of shape `(d,)`."""
+        features = {}
+        for file in sorted(self.path.glob("features-*.safetensors")):
+            try:
+                tensors = load_file(file)
+            except (OSError, SafetensorError):
+                continue
+            for index, feature in zip(tensors["indices"].tolist(), tensors["features"], strict=True):
+                if index in wanted:
+                    features[index] = feature
+        return features
+
+    def save_features(self, features: dict[int, torch.Tensor]) -> None:
+        """Records finished features by dataset index."""
+        tensors = {"indices": torch.tensor(list(features)), "features": torch.stack(list(features.values()))}
+        file = self.path / f"features-{next(iter(features)):09d}.safetensors"
+        write_atomically(file, lambda temporary: save_file(tensors, temporary))
+
+    def remove(self) -> None:
+        """Deletes the journal of a selection that is finished."""
+        shutil.rmtree(self.path, ignore_errors=True)

@@ -1,0 +1,87 @@
+"""From a gradient over many tensors to one short vector whose inner products are nearly the gradient's own."""
+
+import hashlib
+
+import torch
+
+
+def stable_hash(*parts) -> int:
+    """A 63-bit integer that depends on nothing but `parts`: the same on every machine and in every process."""
+    digest = hashlib.sha256("\x1f".join(str(part) for part in parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+class Sketch:
+    r"""
+    Count sketch of the concatenation of named tensors, in float32.
+
+    Every coordinate is multiplied by a random sign and added to one of `dim` buckets, so that
+    E[<sketch(a), sketch(b)>] = <a, b>. It is computed as a permuted fold: the coordinates of a tensor are permuted,
+    cut into rows of `dim`, and the rows are added. Compared with a scatter this is deterministic on CUDA, fills the
+    buckets evenly, and its time does not depend on `dim`. The permutation is shared by all tensors of the same size;
+    the signs and the bucket offset are each tensor's own (hashes of its name), so that collisions are independent
+    between tensors.
+
+    Args:
+        sizes (`dict[str, int]`): number of elements of every tensor, by name.
+        dim (`int`): length of the sketch.
+        seed (`int`): sketches with the same seed, names and sizes are comparable.
+        device (`torch.device`): where the tensors live.
+    """
+
+    def __init__(self, sizes: dict[str, int], dim: int, seed: int, device: torch.device):
+        self.dim = dim
+        self.out_dim = dim
+        self._permutations = {}
+        for size in set(sizes.values()):
+            generator = torch.Generator().manual_seed(stable_hash("permutation", seed, size))
+            permutation = torch.randperm(size, generator=generator)
+            self._permutations[size] = permutation.to(device)
+        longest = max(sizes.values())
+        generator = torch.Generator().manual_seed(stable_hash("signs", seed))
+        signs = torch.randint(0, 2, (2 * longest,), generator=generator, dtype=torch.int8) * 2 - 1
+        self._signs = signs.to(device)
+        self._sign_offset = {name: stable_hash("sign", seed, name) % longest for name in sizes}
+        self._bucket_offset = {name: stable_hash("bucket", seed, name) % dim for name in sizes}
+
+    def add_(self, out: torch.Tensor, name: str, rows: slice, gradients: torch.Tensor) -> None:
+        """
+        Adds the sketch of one tensor's gradients.
+
+        Args:
+            out (`torch.Tensor` of shape `(n, dim)`): sketches under way.
+            name (`str`): which tensor.
+            rows (`slice`): the rows of `out` that the gradients belong to.
+            gradients (`torch.Tensor` of shape `(rows, size)`): a row per prompt.
+        """
+        size = gradients.shape[1]
+        start = self._sign_offset[name]
+        signed = gradients.float() * self._signs[start : start + size]
+        permuted = signed[:, self._permutations[size]]
+        whole = size // self.dim * self.dim
+        shift = self._bucket_offset[name]
+        if whole:
+            folded = permuted[:, :whole].view(len(gradients), -1, self.dim).sum(1)
+            out[rows] += folded.roll(shift, dims=1)
+        rest = size - whole
+        if rest:
+            first = min(rest, self.dim - shift)
+            out[rows, shift : shift + first] += permuted[:, whole : whole + first]
+            out[rows, : rest - first] += permuted[:, whole + first :]
+
+
+class Concatenation:
+    """The identity in place of a [`Sketch`]: the gradients of all tensors one after another, `out_dim` in all."""
+
+    def __init__(self, sizes: dict[str, int]):
+        self._start = {}
+        position = 0
+        for name, size in sizes.items():
+            self._start[name] = position
+            position += size
+        self.out_dim = position
+
+    def add_(self, out: torch.Tensor, name: str, rows: slice, gradients: torch.Tensor) -> None:
+        """See [`Sketch.add_`]."""
+        start = self._start[name]
+        out[rows, start : start + gradients.shape[1]] += gradients.float()

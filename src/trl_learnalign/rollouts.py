@@ -1,0 +1,298 @@
+"""Rollouts and token log-probabilities from a GRPOTrainer, which is left as it was found."""
+
+import copy
+import inspect
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers import set_seed
+from trl import GRPOTrainer
+from trl.trainer.utils import use_adapter
+
+from .config import LearnAlignConfig
+from .gradients import dropout_off
+
+
+@dataclass
+class Group:
+    """
+    The rollouts of one prompt.
+
+    Attributes:
+        index (`int`): row of the training dataset.
+        prompt_ids (`list[int]`): tokens of the prompt.
+        completion_ids (`list[list[int]]`): tokens of each of G completions.
+        loss_masks (`list[list[int]]`): 1 for a completion token that the policy is trained on, else 0 (tool results,
+            truncated completions under `mask_truncated_completions`).
+        completions (`list`): G completions as the reward functions got them, text or messages.
+        rewards (`list[list[float]]`): G rows of one reward per reward function, NaN where it gave none.
+    """
+
+    index: int
+    prompt_ids: list[int]
+    completion_ids: list[list[int]]
+    loss_masks: list[list[int]]
+    completions: list
+    rewards: list[list[float]]
+
+
+def check_trainer(trainer: GRPOTrainer, config: LearnAlignConfig) -> None:
+    """
+    Raises an error for everything about a trainer that would make a selection fail or mean something else.
+
+    Raises:
+        `TypeError`: not a GRPOTrainer.
+        `ValueError`: a streaming dataset, an environment that owns the data, an unknown or missing reward name, or a
+            multimodal dataset where gradients are wanted.
+    """
+    if not isinstance(trainer, GRPOTrainer):
+        raise TypeError(f"LearnAlign works on a trl.GRPOTrainer, but got a {type(trainer).__name__}.")
+    dataset = trainer.train_dataset
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"The training dataset is a {type(dataset).__name__}, which can be read only once and in order, but a "
+            "selection picks rows. Load it without streaming, or select from `Dataset.from_list(list(stream.take(n)))`."
+        )
+    if getattr(trainer, "environment_factories", None) is not None and _is_placeholder(dataset):
+        raise ValueError(
+            "The environment of this trainer supplies the prompts itself, so there are no dataset rows to select. Pass "
+            "a `train_dataset` with the prompts to choose from."
+        )
+    if len(dataset) == 0:
+        raise ValueError("The training dataset is empty, so there is nothing to select.")
+    if config.score == "random":
+        return
+    names = list(trainer.reward_func_names)
+    if config.success_reward is None:
+        if len(names) > 1 and config.learnability == "success_rate":
+            raise ValueError(
+                f"The trainer has several reward functions ({', '.join(names)}), and LearnAlign must know which one "
+                "decides success. Set `success_reward` to one of these names."
+            )
+    elif names.count(config.success_reward) != 1:
+        times = "not" if config.success_reward not in names else "more than once"
+        raise ValueError(
+            f"`success_reward` is {config.success_reward!r}, which is {times} among the trainer's reward functions: "
+            f"{', '.join(names)}."
+        )
+    if config.score != "learnability" and {"image", "images"} & set(dataset.column_names):
+        raise ValueError(
+            "The training dataset has images, and gradients of multimodal prompts are not supported. Use "
+            "`score='learnability'`, which takes no gradients."
+        )
+
+
+def _is_placeholder(dataset):
+    """GRPOTrainer makes such a dataset when it is given none."""
+    empty = [{"role": "user", "content": ""}]
+    return dataset.column_names == ["prompt"] and all(prompt == empty for prompt in dataset["prompt"])
+
+
+def reward_provenance(trainer: GRPOTrainer) -> dict[str, str]:
+    """Name and source of every reward function: what success was measured by."""
+    sources = {}
+    for name, function in zip(trainer.reward_func_names, trainer.reward_funcs, strict=True):
+        try:
+            sources[name] = inspect.getsource(function)
+        except (OSError, TypeError):  # a model, a builtin, or defined where there is no source
+            sources[name] = type(function).__qualname__
+    return sources
+
+
+def generation_provenance(trainer: GRPOTrainer) -> dict:
+    """The settings of the trainer that rollouts and gradients depend on."""
+    names = ("max_completion_length", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "beta")
+    settings = {name: getattr(trainer, name) for name in names}
+    settings |= {name: getattr(trainer.args, name) for name in ("generation_kwargs", "chat_template_kwargs")}
+    settings |= {"scale_rewards": trainer.scale_rewards, "reward_weights": trainer.reward_weights.tolist()}
+    return settings | {"multi_objective_aggregation": trainer.multi_objective_aggregation}
+
+
+def has_adapter(trainer: GRPOTrainer) -> bool:
+    """Whether the policy is a PEFT model, whose gradients are those of its adapter."""
+    return getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", None) is not None
+
+
+def is_sharded(trainer: GRPOTrainer) -> bool:
+    """Whether a forward is a collective operation, because the weights are spread over the processes."""
+    return trainer.is_fsdp_enabled or trainer.accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+def policy(trainer: GRPOTrainer) -> torch.nn.Module:
+    """The policy to run: wrapped only where its weights are sharded, so that DDP's hooks stay out of it."""
+    return trainer.model_wrapped if is_sharded(trainer) else trainer.model
+
+
+def progress_bar(trainer: GRPOTrainer, phase: str, total: int, unit: str) -> tqdm:
+    """A bar on the main process, quiet where the trainer's own are."""
+    hidden = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
+    return tqdm(total=total, desc=f"LearnAlign {phase}", unit=f" {unit}", disable=hidden, leave=False)
+
+
+@contextmanager
+def left_as_found(trainer: GRPOTrainer, num_rollouts: int) -> Iterator[None]:
+    """
+    Lets the trainer generate `num_rollouts` completions a prompt, with dropout off and no log-probabilities computed
+    on the side, and undoes on exit all that a generation changes: metrics, logs, counters, modes, random states.
+    """
+    numbers = trainer.num_generations, trainer.state.num_input_tokens_seen
+    books = {name: getattr(trainer, name) for name in ("_metrics", "_logs", "_pending_extra_logs", "_pending_metrics")}
+    correction = trainer.vllm_importance_sampling_correction
+    randomness = _random_state()
+    for name, book in books.items():
+        setattr(trainer, name, copy.deepcopy(book))
+    trainer.num_generations = num_rollouts
+    trainer.vllm_importance_sampling_correction = False
+    try:
+        with dropout_off(trainer.model):
+            yield
+    finally:
+        for name, book in books.items():
+            setattr(trainer, name, book)
+        trainer.num_generations, trainer.state.num_input_tokens_seen = numbers
+        trainer.vllm_importance_sampling_correction = correction
+        _set_random_state(randomness)
+
+
+def _random_state():
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def _set_random_state(state):
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
+    if state[3] is not None:
+        torch.cuda.set_rng_state_all(state[3])
+
+
+def prompts_per_batch(trainer: GRPOTrainer, num_rollouts: int) -> int:
+    """Prompts that a process generates for at once: as many rollouts as it does in training, whole groups."""
+    rows = trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation
+    return max(1, rows // num_rollouts)
+
+
+def generate_groups(trainer: GRPOTrainer, dataset: Dataset, indices: list[int], seed: int) -> list[Group]:
+    """
+    Rolls out this process's prompts through the trainer's own generation and reward functions. To be called inside
+    [`left_as_found`], by all processes at once, each with its own `indices`, equally many.
+
+    Args:
+        trainer ([`GRPOTrainer`]): `num_generations` rollouts a prompt.
+        dataset (`Dataset`): the training dataset with the columns that the trainer would see.
+        indices (`list[int]`): rows of `dataset`.
+        seed (`int`): of the generation; the same seed and indices give the same rollouts on any process.
+    """
+    set_seed(seed % 2**32)
+    size = trainer.num_generations
+    inputs = [copy.deepcopy(dataset[index]) for index in indices for _ in range(size)]
+    seen = {}
+    calculate_rewards = trainer._calculate_rewards
+
+    def record(inputs, prompts, completions, completion_ids_list):
+        rewards = calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        seen.update(completions=completions, completion_ids=completion_ids_list, rewards=rewards)
+        return rewards
+
+    # The instance's own attributes, if any, are put back: `del` alone would lose a user's patch
+    own = {name: vars(trainer)[name] for name in _PATCHED if name in vars(trainer)}
+    trainer._calculate_rewards = record
+    trainer._get_per_token_logps_and_entropies = lambda *args, **kwargs: (None, None, None)
+    try:
+        output = trainer._generate_and_score_completions(inputs)
+    finally:
+        for name in _PATCHED:
+            delattr(trainer, name)
+        vars(trainer).update(own)
+    start = trainer.accelerator.process_index * len(inputs)
+    rewards = seen["rewards"][start : start + len(inputs)].float().cpu()
+    rewards = rewards.masked_fill(~rewards.isfinite(), torch.nan).tolist()
+    loss_mask = output["completion_mask"]
+    if "tool_mask" in output:
+        loss_mask = loss_mask * output["tool_mask"]
+    loss_mask, prompt_ids = loss_mask.cpu().tolist(), output["prompt_ids"].cpu()
+    prompt_mask = output["prompt_mask"].cpu().bool()
+    groups = []
+    for i, index in enumerate(indices):
+        rows = range(i * size, (i + 1) * size)
+        completion_ids = [list(seen["completion_ids"][row]) for row in rows]
+        groups.append(
+            Group(
+                index=index,
+                prompt_ids=prompt_ids[rows[0]][prompt_mask[rows[0]]].tolist(),
+                completion_ids=completion_ids,
+                loss_masks=[loss_mask[row][: len(ids)] for row, ids in zip(rows, completion_ids, strict=True)],
+                completions=[seen["completions"][row] for row in rows],
+                rewards=[rewards[row] for row in rows],
+            )
+        )
+    return groups
+
+
+_PATCHED = ("_calculate_rewards", "_get_per_token_logps_and_entropies")
+
+
+@dataclass
+class Row:
+    """One rollout as it enters a gradient: its tokens, its loss mask, its advantage, its weight in the group mean."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    loss_mask: list[int]
+    advantage: float
+    weight: float
+
+    def __len__(self):
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+
+def policy_objective(trainer: GRPOTrainer, rows: list[Row]) -> torch.Tensor:
+    r"""
+    The scalar whose gradient is the GRPO policy gradient of Eq. 7, summed over `rows`:
+
+        sum_rows  weight  mean_t  (A + beta (pi_ref / pi_theta - 1))  log pi_theta(token t)
+
+    the factor before the logarithm held constant, the mean taken over the tokens that the loss mask keeps.
+    """
+    device = trainer.accelerator.device
+    pad = trainer._tokenizer.pad_token_id
+    prompts = [torch.tensor(row.prompt_ids) for row in rows]
+    prompt_ids = pad_sequence(prompts, True, pad, padding_side="left")
+    prompt_mask = pad_sequence([torch.ones_like(ids) for ids in prompts], True, 0, padding_side="left")
+    completions = [torch.tensor(row.completion_ids, dtype=torch.long) for row in rows]
+    completion_ids = pad_sequence(completions, True, pad)
+    completion_mask = pad_sequence([torch.ones_like(ids) for ids in completions], True, 0)
+    loss_mask = pad_sequence([torch.tensor(row.loss_mask) for row in rows], True, 0).to(device)
+    input_ids = torch.cat([prompt_ids, completion_ids], 1).to(device)
+    attention_mask = torch.cat([prompt_mask, completion_mask], 1).to(device)
+    arguments = input_ids, attention_mask, completion_ids.shape[1]
+
+    coefficient = torch.tensor([row.advantage for row in rows], device=device)[:, None]
+    reference = None
+    if trainer.beta != 0.0:
+        with torch.no_grad():
+            reference = _reference_logps(trainer, arguments)
+    logps = trainer._get_per_token_logps_and_entropies(policy(trainer), *arguments)[0].float()
+    if reference is not None:
+        coefficient = coefficient + trainer.beta * (torch.exp(reference - logps.detach()) - 1)
+    weight = torch.tensor([row.weight for row in rows], device=device)
+    tokens = loss_mask.sum(1).clamp(min=1)
+    return ((coefficient * logps * loss_mask).sum(1) * weight / tokens).sum()
+
+
+def _reference_logps(trainer, arguments):
+    """Log-probabilities under pi_ref, found where GRPOTrainer finds it."""
+    if trainer.ref_model is not None:
+        return trainer._get_per_token_logps_and_entropies(trainer.ref_model, *arguments)[0].float()
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
+        return trainer._get_per_token_logps_and_entropies(policy(trainer), *arguments)[0].float()

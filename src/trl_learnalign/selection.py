@@ -1,0 +1,162 @@
+"""The result of a selection: who was chosen, why, and what it was made from."""
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+
+SCORES_FILE = "scores.parquet"
+SELECTION_FILE = "selection.json"
+ROLLOUTS_FILE = "rollouts.parquet"
+FORMAT_VERSION = 1
+
+SCORES_SCHEMA = pa.schema(
+    [
+        ("index", pa.int64()),
+        ("success_rate", pa.float64()),
+        ("learnability", pa.float64()),
+        ("alignment", pa.float64()),
+        ("score", pa.float64()),
+        ("rank", pa.int64()),
+        ("selected", pa.bool_()),
+        ("reward_mean", pa.float64()),
+        ("reward_std", pa.float64()),
+        ("completion_length_mean", pa.float64()),
+        ("gradient_norm", pa.float64()),
+    ]
+)
+
+
+@dataclass
+class Selection:
+    r"""
+    Chosen prompts and their provenance.
+
+    Attributes:
+        indices (`list[int]`):
+            Rows of the training dataset that were chosen, best first: `dataset.select(selection.indices)`.
+        scores (`pyarrow.Table`):
+            A row per scored prompt, by dataset index. `success_rate` is the share of successful rollouts in [0, 1];
+            `learnability` V in [0, .25]; `alignment` the cosine of the prompt's gradient with the mean of all, in
+            [-1, 1]; `score` what was ranked on; `rank` starts at 0; `completion_length_mean` is in tokens;
+            `gradient_norm` is the norm of the gradient feature. A column that the configured score did not need
+            holds nulls; so do `alignment` and `gradient_norm` of a prompt with V = 0, which owes no gradient.
+        provenance (`dict`):
+            `config`, `seed`, `global_step`, `stage`, `dataset_fingerprint`, `num_rows`, `model`, `versions`,
+            `seconds` (of each phase), `unscorable` (indices that no reward function could score), `key`.
+    """
+
+    indices: list[int]
+    scores: pa.Table
+    provenance: dict = field(default_factory=dict)
+
+    def save(self, path: str | os.PathLike, rollouts: pa.Table | None = None) -> Path:
+        """
+        Writes `scores.parquet` and `selection.json` (and `rollouts.parquet`) into the directory `path`.
+
+        Every file is written under a temporary name and renamed; `selection.json` comes last, so that a directory
+        which has it is whole.
+        """
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        write_parquet(path / SCORES_FILE, self.scores)
+        if rollouts is not None:
+            write_parquet(path / ROLLOUTS_FILE, rollouts)
+        write_json(
+            path / SELECTION_FILE,
+            {"format_version": FORMAT_VERSION, "indices": self.indices, "provenance": self.provenance},
+        )
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Selection":
+        """
+        Reads what [`~Selection.save`] wrote.
+
+        Raises:
+            `FileNotFoundError`: `path` holds no finished selection.
+            `ValueError`: a file is damaged or of another format.
+        """
+        path = Path(path)
+        if not (path / SELECTION_FILE).is_file() or not (path / SCORES_FILE).is_file():
+            raise FileNotFoundError(
+                f"'{path}' holds no finished selection: {SELECTION_FILE} and {SCORES_FILE} are expected. Pass the "
+                "directory of one selection, such as OUTPUT_DIR/learnalign/step-000038."
+            )
+        try:
+            document = json.loads((path / SELECTION_FILE).read_text(encoding="utf-8"))
+            scores = pq.read_table(path / SCORES_FILE)
+            version = document["format_version"]
+            indices, provenance = document["indices"], document["provenance"]
+        except (ValueError, KeyError, TypeError, OSError, pa.ArrowException) as error:
+            raise ValueError(f"The selection in '{path}' is damaged ({error}). Delete it and select again.") from error
+        if version != FORMAT_VERSION or not scores.schema.equals(SCORES_SCHEMA):
+            raise ValueError(
+                f"The selection in '{path}' has format {version!r} with columns {scores.column_names}, but this version "
+                f"reads format {FORMAT_VERSION} with columns {SCORES_SCHEMA.names}. Select again."
+            )
+        chosen = {i for i, s in zip(scores["index"].to_pylist(), scores["selected"].to_pylist(), strict=True) if s}
+        if not isinstance(indices, list) or len(indices) != len(chosen) or set(indices) != chosen:
+            raise ValueError(
+                f"{SELECTION_FILE} and {SCORES_FILE} in '{path}' name different prompts, so they do not belong "
+                "together. Delete them and select again."
+            )
+        return cls(indices=indices, scores=scores, provenance=provenance)
+
+    def mean_success_rates(self) -> tuple[float, float]:
+        """Mean success rate of the pool and of the chosen prompts, in [0, 1]; NaN without rollouts or prompts."""
+        rates, chosen = self.scores["success_rate"], self.scores["selected"]
+        means = pc.mean(rates).as_py(), pc.mean(rates.filter(chosen)).as_py()
+        return tuple(math.nan if mean is None else mean for mean in means)
+
+    def num_learnable(self) -> int:
+        """Number of scored prompts with V > 0; 0 without rollouts."""
+        return pc.sum(pc.greater(self.scores["learnability"], 0)).as_py() or 0
+
+    def summary(self) -> str:
+        """One line for people: pool, learnable, chosen, mean success rates, time of each phase."""
+        random = self.provenance["config"]["score"] == "random"
+        pool = f"pool {self.scores.num_rows}"
+        if self.provenance["unscorable"]:
+            pool += f" ({len(self.provenance['unscorable'])} unscorable left out)"
+        parts = [pool, f"chosen {len(self.indices)} at random"]
+        if not random:
+            rates = "mean success rate {:.3f} (pool), {:.3f} (chosen)".format(*self.mean_success_rates())
+            parts = [pool, f"learnable {self.num_learnable()}", f"chosen {len(self.indices)}", rates]
+        parts += [f"{phase} {seconds:.1f} s" for phase, seconds in self.provenance["seconds"].items()]
+        return f"LearnAlign, step {self.provenance['global_step']}: " + "; ".join(parts)
+
+    def __repr__(self):
+        return (
+            f"Selection({len(self.indices)} of {self.scores.num_rows} prompts, "
+            f"score={self.provenance.get('config', {}).get('score')!r}, step={self.provenance.get('global_step')})"
+        )
+
+
+def write_atomically(path: Path, write) -> None:
+    """Calls `write(temporary_path)`, then renames the temporary file to `path`: a reader sees all of it or nothing."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_parquet(path: Path, table: pa.Table) -> None:
+    """Writes a parquet file atomically."""
+    write_atomically(path, lambda temporary: pq.write_table(table, temporary))
+
+
+def write_json(path: Path, document) -> None:
+    """Writes a JSON file atomically."""
+    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -1,0 +1,361 @@
+"""One selection: rollouts, gradients, scores, choice, files."""
+
+import dataclasses
+import hashlib
+import json
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from tqdm.auto import tqdm
+from trl import GRPOTrainer
+
+from . import rollouts, scoring
+from .config import LearnAlignConfig
+from .features import FeatureSource
+from .journal import Journal
+from .projection import stable_hash
+from .rollouts import Group, Row
+from .selection import SCORES_SCHEMA, SELECTION_FILE, Selection
+
+
+_PACKAGES = ("trl-learnalign", "trl", "transformers", "peft", "accelerate", "datasets", "torch")
+
+
+def select_prompts(
+    trainer: GRPOTrainer, config: LearnAlignConfig | None = None, *, stage: int = 0, verbose: bool = True
+) -> Selection:
+    r"""
+    Scores the prompts of a trainer's dataset with the policy as it is, and selects the best. Nothing is trained, and
+    the trainer is left as it was found.
+
+    With several processes every process must call this; all get the same selection. The files of section "What is
+    written" of the docs are left in `OUTPUT_DIR/learnalign/step-{global_step:06d}/`. A selection there that was made
+    from the same weights, data, rewards and settings is read instead of being made again, and one that was
+    interrupted is finished.
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`]): supplies the policy, the prompts, the generation and the rewards.
+        config ([`LearnAlignConfig`], *optional*): defaults to the paper's settings.
+        stage (`int`, *optional*, defaults to `0`): number of selections before this one in a staged run.
+        verbose (`bool`, *optional*, defaults to `True`): print the summary line on the main process.
+
+    Returns:
+        [`Selection`]: `trainer.train_dataset.select(selection.indices)` are the chosen prompts. Empty if no prompt
+        is learnable.
+
+    Raises:
+        `ValueError`: see [`check_trainer`] and [`UnseenParametersError`]; or weights sharded before training.
+    """
+    config = config if config is not None else LearnAlignConfig()
+    rollouts.check_trainer(trainer, config)
+    if rollouts.is_sharded(trainer) and trainer.optimizer is None:
+        raise ValueError(
+            "FSDP and DeepSpeed shard the weights when training starts, so nothing can be selected before. Use "
+            "`LearnAlignSampler` with `warmup_prompts=0`, or launch this script with DDP."
+        )
+    return _Pass(trainer, config, stage).run(verbose)
+
+
+class _Pass:
+    """The state of one selection, phase by phase."""
+
+    def __init__(self, trainer, config, stage):
+        self.trainer = trainer
+        self.config = config
+        self.accelerator = trainer.accelerator
+        self.step = trainer.state.global_step
+        self.seed = config.selection_seed if config.selection_seed is not None else trainer.args.seed
+        self.num_rollouts = config.num_rollouts or trainer.num_generations
+        self.dataset = trainer._remove_unused_columns(trainer.train_dataset, description="selection")
+        self.pool = _draw_pool(len(self.dataset), config.candidate_prompts, stable_hash(self.seed, "pool", stage))
+        self.path = Path(trainer.args.output_dir) / "learnalign" / f"step-{self.step:06d}"
+        self.seconds = {}
+        self.provenance = {
+            "config": config.to_dict(),
+            "seed": self.seed,
+            "global_step": self.step,
+            "stage": stage,
+            "num_rollouts": self.num_rollouts,
+            "dataset_fingerprint": trainer.train_dataset._fingerprint,
+            "num_rows": len(self.dataset),
+            "model": trainer.model.config._name_or_path or type(trainer.model).__name__,
+            "versions": {package: version(package) for package in _PACKAGES},
+            "num_processes": self.accelerator.num_processes,
+        }
+
+    def run(self, verbose):
+        if self.config.score == "random":
+            selection = self._random()
+            self._publish(selection)
+        else:
+            self.provenance["key"] = self._key()
+            selection = self._finished()
+            if selection is None:
+                selection = self._scored()
+        if verbose and self.accelerator.is_main_process:
+            tqdm.write(selection.summary())
+        return selection
+
+    def _random(self):
+        generator = torch.Generator().manual_seed(stable_hash(self.seed, "random", self.provenance["stage"]))
+        order = [self.pool[j] for j in torch.randperm(len(self.pool), generator=generator).tolist()]
+        chosen = order[: self.config.num_prompts]
+        columns = {name: [None] * len(self.pool) for name in SCORES_SCHEMA.names}
+        ranks = {index: rank for rank, index in enumerate(order)}
+        columns["index"] = self.pool
+        columns["rank"] = [ranks[index] for index in self.pool]
+        columns["selected"] = [ranks[index] < len(chosen) for index in self.pool]
+        table = pa.Table.from_pydict(columns, schema=SCORES_SCHEMA)
+        return Selection(chosen, table, self.provenance | {"seconds": {}, "unscorable": []})
+
+    def _finished(self):
+        """A selection that a killed run has already finished with the same key."""
+        found = None
+        if self.accelerator.is_main_process and (self.path / SELECTION_FILE).is_file():
+            try:
+                found = Selection.load(self.path)
+            except ValueError:
+                found = None
+            if found is not None and found.provenance.get("key") != self.provenance["key"]:
+                found = None
+        return broadcast_object_list([found])[0]
+
+    def _scored(self):
+        self.journal = Journal(self.path / "journal", self.provenance["key"], self.accelerator.is_main_process)
+        self.accelerator.wait_for_everyone()
+        with rollouts.left_as_found(self.trainer, self.num_rollouts):
+            started = time.perf_counter()
+            own = self._roll_out()
+            self._clock("rollouts", started)
+            pool = self._gather_rewards(own)
+            if self.config.score == "learnability":
+                alignments, norms, scores = {}, {}, dict(zip(pool.indices, pool.learnability.tolist(), strict=True))
+            else:
+                scores, alignments, norms = self._score(own, pool)
+        selection = self._choose(pool, scores, alignments, norms)
+        saved = self._rollouts_table(own, pool) if self.config.save_rollouts else None
+        self._publish(selection, saved)
+        return selection
+
+    # Rollouts ---------------------------------------------------------------------------------------------------
+
+    def _roll_out(self) -> list[Group]:
+        """
+        This process's groups. Batches are cut from the pool whatever the number of processes, and each has its own
+        seed; batch b goes to process b % world. All processes generate in the same rounds, as rewards are gathered.
+        """
+        size = rollouts.prompts_per_batch(self.trainer, self.num_rollouts)
+        batches = [self.pool[start : start + size] for start in range(0, len(self.pool), size)]
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        groups = []
+        bar = rollouts.progress_bar(self.trainer, "rollouts", len(self.pool), "prompts")
+        for first in range(0, len(batches), world):
+            mine = first + rank
+            # A process with no batch left rolls out another's again and drops the result. Rewards are gathered, so
+            # every process must bring equally many prompts; the last batch is filled up even on one process, so that
+            # its rollouts do not depend on the number of processes
+            batch = batches[mine] if mine < len(batches) else batches[first]
+            done = self.journal.load_groups(mine) if mine < len(batches) else None
+            ready = done is not None or mine >= len(batches)
+            if not all(gather_object([ready])):
+                padded = batch + [batch[0]] * (min(size, len(self.pool)) - len(batch))
+                fresh = rollouts.generate_groups(
+                    self.trainer, self.dataset, padded, stable_hash(self.seed, "rollouts", self.step, batch[0])
+                )[: len(batch)]
+                if done is None and mine < len(batches):
+                    done = fresh
+                    self.journal.save_groups(mine, done)
+            if mine < len(batches):
+                groups += done
+            bar.update(sum(len(batch) for batch in batches[first : first + world]))
+        bar.close()
+        return groups
+
+    def _gather_rewards(self, own) -> "_Pool":
+        """Rewards of the whole pool, on every process, and what follows from them."""
+        entries = gather_object(
+            [(group.index, group.rewards, [len(ids) for ids in group.completion_ids]) for group in own]
+        )
+        entries.sort(key=lambda entry: entry[0])
+        rewards = torch.tensor([entry[1] for entry in entries], dtype=torch.float32)  # (n, G, F)
+        names = list(self.trainer.reward_func_names)
+        weights = self.trainer.reward_weights.cpu()
+        if self.config.success_reward is not None:
+            deciding = rewards[:, :, names.index(self.config.success_reward)]
+        elif len(names) == 1:
+            deciding = rewards[:, :, 0]
+        else:  # `learnability="variance"` of the total reward
+            deciding = (rewards * weights).nansum(2).masked_fill(rewards.isnan().all(2), torch.nan)
+        scorable = ~deciding.isnan().all(1)
+        self.provenance["unscorable"] = [entries[i][0] for i in (~scorable).nonzero().flatten().tolist()]
+        success_rate = scoring.success_rates(deciding, self.config.success_threshold)
+        variance = scoring.reward_variance(deciding)
+        learnability = (
+            variance if self.config.learnability == "variance" else scoring.learnability(success_rate)
+        ).nan_to_num(0.0)
+        advantages = scoring.advantages(
+            rewards, weights, self.trainer.scale_rewards, self.trainer.multi_objective_aggregation
+        )
+        keep = scorable.nonzero().flatten()
+        return _Pool(
+            indices=[entries[i][0] for i in keep.tolist()],
+            deciding=deciding[keep],
+            success_rate=success_rate[keep],
+            learnability=learnability[keep],
+            advantages=advantages[keep],
+            lengths=torch.tensor([entry[2] for entry in entries], dtype=torch.float64)[keep],
+        )
+
+    # Gradients --------------------------------------------------------------------------------------------------
+
+    def _score(self, own, pool):
+        """Score, alignment and gradient norm of every learnable prompt, by dataset index, on every process."""
+        started = time.perf_counter()
+        position = {index: i for i, index in enumerate(pool.indices)}
+        tasks = {}
+        for group in own:
+            i = position.get(group.index)
+            if i is not None and pool.learnability[i] > 0:
+                tasks[group.index] = self._rows(group, pool.advantages[i], pool.deciding[i])
+        weights = {
+            index: 1.0 if self.config.score == "alignment" else float(pool.learnability[position[index]])
+            for index in tasks
+        }
+        source = FeatureSource(self.trainer, self.config.projection_dim, self.seed, tasks, self.journal)
+        total = source.weighted_sum(weights)
+        self._clock("gradients", started)
+        started = time.perf_counter()
+        mean = total / len(pool.indices)
+        rows = []
+        for index, feature in source:
+            score, alignment = scoring.scores_from_mean(feature[None], torch.tensor([weights[index]]), mean)
+            rows.append((index, score.item(), alignment.item(), feature.norm().item()))
+        rows = gather_object(rows)
+        self._clock("scores", started)
+        scores = dict.fromkeys(pool.indices, 0.0) | {row[0]: row[1] for row in rows}
+        return scores, {row[0]: row[2] for row in rows}, {row[0]: row[3] for row in rows}
+
+    def _rows(self, group, advantages, deciding) -> list[Row]:
+        """The rollouts of a group that carry a gradient."""
+        chosen = range(len(group.completion_ids))
+        if self.config.gradient_rollouts == "one_correct":
+            successes = (deciding >= self.config.success_threshold).nonzero().flatten().tolist()
+            chosen = [successes[0] if successes else int(deciding.nan_to_num(-torch.inf).argmax())]
+        return [
+            Row(group.prompt_ids, group.completion_ids[g], group.loss_masks[g], float(advantages[g]), 1 / len(chosen))
+            for g in chosen
+            if any(group.loss_masks[g]) and (advantages[g] != 0 or self.trainer.beta != 0.0)
+        ]
+
+    # Choice and files -------------------------------------------------------------------------------------------
+
+    def _choose(self, pool, scores, alignments, norms) -> Selection:
+        score = torch.tensor([scores[index] for index in pool.indices], dtype=torch.float64)
+        order = scoring.ranking(score, pool.learnability)
+        chosen = scoring.top_prompts(score, pool.learnability, self.config.num_prompts)
+        rank = {i: place for place, i in enumerate(order)}
+        mean = pool.deciding.double().nanmean(1)
+        std = (pool.deciding.double() - mean[:, None]).square().nanmean(1).sqrt()
+        columns = {
+            "index": pool.indices,
+            "success_rate": pool.success_rate.tolist(),
+            "learnability": pool.learnability.tolist(),
+            "alignment": [alignments.get(index) for index in pool.indices],
+            "score": score.tolist(),
+            "rank": [rank[i] for i in range(len(order))],
+            "selected": [rank[i] < len(chosen) for i in range(len(order))],
+            "reward_mean": mean.tolist(),
+            "reward_std": std.tolist(),
+            "completion_length_mean": pool.lengths.mean(1).tolist(),
+            "gradient_norm": [norms.get(index) for index in pool.indices],
+        }
+        table = pa.Table.from_pydict(columns, schema=SCORES_SCHEMA)
+        selection = Selection(
+            [pool.indices[i] for i in chosen], table, self.provenance | {"seconds": dict(self.seconds)}
+        )
+        return broadcast_object_list([selection])[0]  # scores may differ in the last bit between processes
+
+    def _publish(self, selection, saved=None):
+        if self.accelerator.is_main_process:
+            selection.save(self.path, saved)
+            if self.config.score != "random":
+                self.journal.remove()
+        self.accelerator.wait_for_everyone()
+
+    def _rollouts_table(self, own, pool) -> pa.Table:
+        position = {index: i for i, index in enumerate(pool.indices)}
+        rows = []
+        for group in own:
+            i = position.get(group.index)
+            for g, ids in enumerate(group.completion_ids):
+                completion = group.completions[g]
+                rows.append(
+                    {
+                        "index": group.index,
+                        "completion_ids": ids,
+                        "completion": completion if isinstance(completion, str) else json.dumps(completion),
+                        "rewards": group.rewards[g],
+                        "advantage": None if i is None else float(pool.advantages[i, g]),
+                    }
+                )
+        rows = sorted(gather_object(rows), key=lambda row: row["index"])
+        return pa.Table.from_pylist(rows, schema=_ROLLOUTS_SCHEMA)
+
+    # Small things -----------------------------------------------------------------------------------------------
+
+    def _key(self) -> str:
+        """Stands for all that a selection is made from: equal keys, equal selections."""
+        made_from = {name: self.provenance[name] for name in _KEY_FIELDS}
+        made_from["generation"] = rollouts.generation_provenance(self.trainer)
+        made_from["rewards"] = rollouts.reward_provenance(self.trainer)
+        made_from["weights"] = _weights_digest(self.trainer.model)
+        digest = hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()
+        return broadcast_object_list([digest])[0]
+
+    def _clock(self, phase, started):
+        self.seconds[phase] = round(time.perf_counter() - started, 3)
+
+
+@dataclasses.dataclass
+class _Pool:
+    """Scorable prompts by dataset index, with n groups of G rollouts."""
+
+    indices: list[int]
+    deciding: torch.Tensor  # (n, G), the reward that decides success
+    success_rate: torch.Tensor  # (n,)
+    learnability: torch.Tensor  # (n,)
+    advantages: torch.Tensor  # (n, G)
+    lengths: torch.Tensor  # (n, G), tokens
+
+
+_KEY_FIELDS = ("config", "seed", "global_step", "stage", "num_rollouts", "dataset_fingerprint", "num_rows")
+_ROLLOUTS_SCHEMA = pa.schema(
+    [
+        ("index", pa.int64()),
+        ("completion_ids", pa.list_(pa.int32())),
+        ("completion", pa.string()),
+        ("rewards", pa.list_(pa.float32())),
+        ("advantage", pa.float64()),
+    ]
+)
+
+
+def _draw_pool(num_rows, candidates, seed) -> list[int]:
+    if candidates is None or candidates >= num_rows:
+        return list(range(num_rows))
+    return sorted(torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))[:candidates].tolist())
+
+
+def _weights_digest(model) -> str:
+    """Hash of the trainable weights that this process holds."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            digest.update(name.encode())
+            digest.update(local.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

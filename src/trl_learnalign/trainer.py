@@ -1,0 +1,40 @@
+"""GRPOTrainer with a `train_sampler`."""
+
+from trl import GRPOTrainer
+
+from .callback import LearnAlignCallback
+from .sampler import LearnAlignSampler
+
+
+class LearnAlignMixin:
+    r"""
+    Gives a GRPOTrainer (or a subclass of yours) the argument `train_sampler`:
+
+    ```python
+    class MyTrainer(LearnAlignMixin, MyGRPOTrainer): ...
+    ```
+
+    Args:
+        train_sampler ([`LearnAlignSampler`], *optional*):
+            Decides which prompts are trained on. Without it the trainer is what it was. All other arguments go on to
+            the trainer.
+    """
+
+    def __init__(self, *args, train_sampler: LearnAlignSampler | None = None, **kwargs):
+        if train_sampler is not None and not isinstance(train_sampler, LearnAlignSampler):
+            raise TypeError(f"`train_sampler` must be a LearnAlignSampler, but is a {type(train_sampler).__name__}.")
+        super().__init__(*args, **kwargs)
+        if train_sampler is not None:
+            self.add_callback(LearnAlignCallback(self, train_sampler))
+
+
+class LearnAlignGRPOTrainer(LearnAlignMixin, GRPOTrainer):
+    r"""
+    [`~trl.GRPOTrainer`] that trains on the prompts that LearnAlign selects.
+
+    ```python
+    sampler = LearnAlignSampler(LearnAlignConfig(num_prompts=1000, warmup_prompts=300))
+    trainer = LearnAlignGRPOTrainer(..., train_sampler=sampler)
+    trainer.train()
+    ```
+    """

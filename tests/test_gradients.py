@@ -1,0 +1,282 @@
+"""Per-prompt gradients against autograd run prompt by prompt, row by row, without padding."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import graded_reward, lora, make_dataset, make_model, make_trainer, parity_reward, weights
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM
+
+from trl_learnalign import LearnAlignConfig, rollouts
+from trl_learnalign.features import FeatureSource
+from trl_learnalign.gradients import PROBE_RANK, PromptGradients, UnseenParametersError, dropout_off
+from trl_learnalign.journal import Journal
+from trl_learnalign.projection import stable_hash
+from trl_learnalign.rollouts import Row
+
+
+def random_tasks(num=5, seed=0):
+    """Groups of 1 to 4 rows with prompts and completions of different lengths; some tokens masked."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low, high, size=()):
+        return torch.randint(low, high, size, generator=generator)
+
+    tasks = {}
+    for index in range(num):
+        prompt = draw(3, 20, (int(draw(2, 9)),)).tolist()
+        rows = []
+        for _ in range(size := int(draw(1, 5))):
+            completion = draw(3, 20, (int(draw(1, 8)),)).tolist()
+            mask = [1] * len(completion)
+            if len(mask) > 3:
+                mask[1] = 0
+            rows.append(Row(prompt, completion, mask, float(draw(-20, 20)) / 7, 1 / size))
+        tasks[10 * index] = rows
+    return tasks
+
+
+def oracle(trainer, rows):
+    """The gradient of Eq. 7 for one prompt, straight from the logits, in the order of `named_parameters`."""
+    model = trainer.model
+    model.zero_grad()
+    with dropout_off(model):
+        for row in rows:
+            ids = torch.tensor([row.prompt_ids + row.completion_ids])
+            start = len(row.prompt_ids)
+
+            def logps(ids=ids, start=start):
+                logits = model(input_ids=ids).logits[0, start - 1 : -1].float() / trainer.temperature
+                return logits.log_softmax(1).gather(1, ids[0, start:, None])[:, 0]
+
+            coefficient = torch.full((len(row.completion_ids),), row.advantage)
+            ours = logps()
+            if trainer.beta:
+                if trainer.ref_model is None:
+                    with torch.no_grad(), model.disable_adapter():
+                        reference = logps()
+                else:
+                    with torch.no_grad():
+                        logits = trainer.ref_model(input_ids=ids).logits[0, start - 1 : -1] / trainer.temperature
+                        reference = logits.log_softmax(1).gather(1, ids[0, start:, None])[:, 0]
+                coefficient = coefficient + trainer.beta * ((reference - ours.detach()).exp() - 1)
+            mask = torch.tensor(row.loss_mask)
+            (row.weight * (coefficient * ours * mask).sum() / mask.sum()).backward()
+    gradient = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    model.zero_grad()
+    return gradient
+
+
+def features_of(trainer, tasks, tmp_path, dim=None):
+    source = FeatureSource(trainer, dim, 0, tasks, Journal(tmp_path / "journal", "k", True))
+    with dropout_off(trainer.model):
+        source.weighted_sum(dict.fromkeys(tasks, 1.0))
+        return dict(source)
+
+
+def assert_equal_to_oracle(trainer, tasks, features, rtol=1e-4, atol=1e-6):
+    for index, rows in tasks.items():
+        expected = torch.cat([gradient.flatten() for gradient in oracle(trainer, rows).values()])
+        torch.testing.assert_close(features[index], expected, rtol=rtol, atol=atol)
+        assert expected.norm() > 0
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize("batch", [4, 16])
+def test_gradients_equal_autograd_prompt_by_prompt(tmp_path, beta, batch):
+    """With a LoRA B that is not zero; a batch of 4 spreads groups over microbatches."""
+    trainer = make_trainer(tmp_path, beta=beta, per_device_train_batch_size=batch, temperature=0.7)
+    tasks = random_tasks()
+    features = features_of(trainer, tasks, tmp_path)
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+    assert_equal_to_oracle(trainer, tasks, features)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_gradient_is_the_one_that_the_trainer_itself_takes(tmp_path, beta):
+    # Newer TRL multiplies the KL term by the importance ratio; Eq. 7 is the gradient without
+    trainer = make_trainer(tmp_path, beta=beta, loss_type="grpo", use_bias_correction_kl=False)
+    trainer.current_gradient_accumulation_steps = 1
+    prompt, completions = [5, 6, 7], [[8, 9, 10, 3], [4, 5, 6, 7]]
+    rows = [Row(prompt, ids, [1] * 4, a, 0.5) for ids, a in zip(completions, (0.8, -1.1), strict=True)]
+    inputs = {
+        "prompt_ids": torch.tensor([prompt] * 2),
+        "prompt_mask": torch.ones(2, 3, dtype=torch.long),
+        "completion_ids": torch.tensor(completions),
+        "completion_mask": torch.ones(2, 4, dtype=torch.long),
+        "advantages": torch.tensor([0.8, -1.1]),
+    }
+    arguments = torch.tensor([prompt + ids for ids in completions]), torch.ones(2, 7, dtype=torch.long), 4
+    if beta:
+        with torch.no_grad():
+            inputs["ref_per_token_logps"] = rollouts._reference_logps(trainer, arguments)
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, inputs).backward()
+    expected = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad])
+    trainer.model.zero_grad()
+    feature = features_of(trainer, {0: rows}, tmp_path)[0]
+    torch.testing.assert_close(feature, -expected, rtol=1e-4, atol=1e-6)  # the loss falls where the objective rises
+
+
+def test_sketches_equal_sketched_gradients(tmp_path):
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=4)
+    tasks = random_tasks()
+    exact = features_of(trainer, tasks, tmp_path)
+    engine = PromptGradients(trainer.model, 256, 0)
+    for index, feature in features_of(trainer, tasks, tmp_path, dim=256).items():
+        expected = torch.zeros(1, 256)
+        start = 0
+        for tap in engine._taps:
+            engine._sink.add_(expected, tap.name, slice(None), exact[index][None, start : start + tap.size])
+            start += tap.size
+        torch.testing.assert_close(feature, expected[0], rtol=1e-4, atol=1e-6)
+
+
+def test_exact_gradients_computed_twice_equal_those_kept(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    tasks = random_tasks()
+    kept = features_of(trainer, tasks, tmp_path)
+    monkeypatch.setattr("trl_learnalign.features.EXACT_BYTES", 1000)
+    twice = features_of(trainer, tasks, tmp_path)
+    assert all(torch.equal(kept[index], twice[index]) for index in tasks)
+
+
+def llama():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=22, pad_token_id=0, eos_token_id=1, bos_token_id=None, **sizes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora": {"lora_dropout": 0.5}},
+        {"lora": {"use_rslora": True, "rank_pattern": {"q_proj": 2}}},
+        {"lora": {"target_modules": ["q_proj", "down_proj"]}},
+        {"args": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}},
+        {"args": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}},
+        {"model": llama},
+        {"model": lambda: make_model(tie_word_embeddings=False)},
+    ],
+)
+def test_gradients_of_many_kinds_of_model(tmp_path, changes):
+    model = changes.get("model", make_model)()
+    trainer = make_trainer(tmp_path, model=model, peft=lora(**changes.get("lora", {})), **changes.get("args", {}))
+    tasks = random_tasks(3)
+    modes = [module.training for module in trainer.model.modules()]
+    features = features_of(trainer, tasks, tmp_path)
+    assert modes == [module.training for module in trainer.model.modules()]
+    assert_equal_to_oracle(trainer, tasks, features)
+
+
+def test_only_the_active_adapter_counts(tmp_path):
+    model = get_peft_model(make_model(), lora())
+    model.add_adapter("other", lora(r=2))
+    model.set_adapter("default")
+    trainer = make_trainer(tmp_path, model=model, peft=False)
+    tasks = random_tasks(2)
+    assert_equal_to_oracle(trainer, tasks, features_of(trainer, tasks, tmp_path))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_probe_equals_a_real_lora_adapter(tmp_path, beta, reentrant):
+    """Full fine-tuning: the probe's gradient is that of LoRA B beside an A with the probe's values, B = 0."""
+    args = {"beta": beta}
+    if reentrant is not None:
+        args |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    make_model().save_pretrained(tmp_path / "model")  # TRL makes its reference model from the path of the policy
+    model = Qwen2ForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    trainer = make_trainer(tmp_path, model=model, peft=False, **args)
+    if beta:  # a policy that has moved away from its reference
+        with torch.no_grad():
+            for parameter in trainer.model.parameters():
+                parameter.add_(torch.randn(parameter.shape) * 0.02)
+    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+    modules = [type(module) for module in trainer.model.modules()]
+    tasks = random_tasks(3)
+    features = features_of(trainer, tasks, tmp_path)
+    assert [type(module) for module in trainer.model.modules()] == modules
+    assert all("forward" not in vars(module) for module in trainer.model.modules() if isinstance(module, torch.nn.Linear))
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, before[name]) and parameter.requires_grad and parameter.grad is None
+
+    adapter = LoraConfig(r=PROBE_RANK, lora_alpha=PROBE_RANK, target_modules="all-linear")
+    peft_model = get_peft_model(trainer.model, adapter)
+    for name, module in peft_model.named_modules():
+        if name.endswith("lora_A.default"):
+            layer = name.removeprefix("base_model.model.").removesuffix(".lora_A.default")
+            generator = torch.Generator().manual_seed(stable_hash("probe", 0, layer))
+            bound = module.in_features**-0.5
+            module.weight.data.uniform_(-bound, bound, generator=generator)
+    trainer.model = peft_model
+    for index, rows in tasks.items():
+        gradients = oracle(trainer, rows)
+        expected = torch.cat([g.flatten() for name, g in gradients.items() if "lora_B" in name])
+        torch.testing.assert_close(features[index], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_bf16_autocast_keeps_the_direction(tmp_path):
+    trainer = make_trainer(tmp_path)
+    tasks = random_tasks()
+    exact = features_of(trainer, tasks, tmp_path)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = features_of(trainer, tasks, tmp_path)
+    for index in tasks:
+        assert torch.cosine_similarity(exact[index], low[index], dim=0) > 0.99
+        assert not torch.equal(exact[index], low[index])
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"use_dora": True}, "lora_magnitude_vector"),
+        ({"bias": "lora_only", "target_modules": ["q_proj"]}, "q_proj.base_layer.bias"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "lora_embedding_A"),
+        ({"modules_to_save": ["norm"]}, "norm"),
+        ({"target_modules": [], "target_parameters": ["mlp.gate_proj.weight"]}, "gate_proj"),
+    ],
+)
+def test_tensors_that_would_be_missed_are_named(tmp_path, settings, name):
+    peft = lora(**({"init_lora_weights": True} | settings))
+    trainer = make_trainer(tmp_path, LearnAlignConfig(num_prompts=4, warmup_prompts=0), peft=peft, reward=parity_reward)
+    before = weights(trainer)
+    with pytest.raises(UnseenParametersError, match=f"{name}.*score='learnability'"):
+        trainer.train()
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+    assert before.keys() == weights(trainer).keys()
+
+
+def test_a_model_without_linear_layers_gets_a_clear_error(tmp_path):
+    class Empty(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(2))
+
+        def get_output_embeddings(self):
+            return None
+
+    with pytest.raises(UnseenParametersError, match="Empty has no LoRA adapter and no `nn.Linear`"):
+        PromptGradients(Empty(), 64, 0, probe=True)
+    with pytest.raises(UnseenParametersError, match="no trainable parameter"):
+        PromptGradients(make_model().requires_grad_(False), 64, 0)
+
+
+def test_no_backward_for_prompts_without_learnability(tmp_path, monkeypatch):
+    """Rows that enter a gradient pass: those of learnable prompts, less those of zero advantage."""
+    from trl_learnalign import select_prompts
+
+    seen = []
+    original = rollouts.policy_objective
+    monkeypatch.setattr(
+        rollouts, "policy_objective", lambda trainer, rows: (seen.extend(rows), original(trainer, rows))[1]
+    )
+    trainer = make_trainer(tmp_path, reward=graded_reward, dataset=make_dataset(16))
+    config = LearnAlignConfig(num_prompts=8, learnability="variance", save_rollouts=True)
+    selection = select_prompts(trainer, config)
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(tmp_path / "learnalign/step-000000/rollouts.parquet").to_pylist()
+    carrying = [row for row in table if row["advantage"] != 0]
+    assert len(seen) == len(carrying) < len(table)
+    learnable = dict(zip(selection.scores["index"].to_pylist(), selection.scores["learnability"].to_pylist(), strict=True))
+    assert all(learnable[row["index"]] > 0 for row in carrying)

@@ -1,0 +1,178 @@
+"""The stream of prompts: TRL's order, a pure function of the log, nothing dropped, nothing visited more often."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from trl.trainer.utils import RepeatSampler
+
+from trl_learnalign import LearnAlignConfig, LearnAlignSampler
+from trl_learnalign.sampler import Layout
+
+
+LAYOUT = Layout(
+    pool_size=12,
+    num_prompts=5,
+    warmup_prompts=6,
+    chunk_prompts=3,
+    repeats=2,
+    group_size=4,
+    accumulation=1,
+    read_ahead=1,
+    epochs=2.0,
+    shuffle=True,
+    seed=3,
+)
+
+
+def bound(**changes):
+    sampler = LearnAlignSampler(LearnAlignConfig(num_prompts=5, warmup_prompts=6))
+    sampler.bind(replace(LAYOUT, **changes))
+    return sampler
+
+
+def prompts(sampler, epochs=1):
+    """The distinct prompts of the stream, chunk by chunk, as a trainer's loop would draw them."""
+    layout, chunks = sampler.layout, []
+    for epoch in range(epochs):
+        sampler.set_epoch(epoch)
+        flat = list(sampler)
+        assert len(flat) == len(sampler)
+        size = layout.chunk_prompts * layout.group_size
+        for start in range(0, len(flat), size * layout.repeats):
+            chunk = flat[start : start + size]
+            assert flat[start : start + size * layout.repeats] == chunk * layout.repeats
+            heads = chunk[:: layout.group_size]
+            assert chunk == [index for index in heads for _ in range(layout.group_size)]
+            chunks.append(heads)
+    return chunks
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_order_is_that_of_repeat_sampler_when_nothing_is_selected(shuffle):
+    sampler = bound(warmup_prompts=0, num_prompts=12, epochs=1.0, shuffle=shuffle)
+    theirs = RepeatSampler(range(12), mini_repeat_count=4, batch_size=3, repeat_count=2, shuffle=shuffle, seed=3)
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        assert list(sampler) == list(theirs)
+    assert len(sampler) == len(theirs)
+
+
+def test_stream_is_a_pure_function_of_the_log():
+    sampler = bound()
+    sampler.append(3, [1, 4, 7, 9, 11])
+    sampler.append(8, [0, 2])
+    forward = [sampler.chunk(i) for i in range(40)]
+    again = bound()
+    again.load_state_dict(sampler.state_dict())
+    assert [again.chunk(i) for i in reversed(range(40))] == forward[::-1]
+    assert [chunk for chunk in prompts(again, epochs=3)] == forward[: 3 * LAYOUT.epoch_chunks]
+
+
+def test_versions_start_where_the_log_says_and_visit_equally_often():
+    sampler = bound()
+    sampler.append(3, [1, 4, 7, 9, 11])
+    sampler.append(10, [0, 2, 5, 8])
+    for first, last, chosen in ((3, 10, {1, 4, 7, 9, 11}), (10, 33, {0, 2, 5, 8})):
+        counts = Counter(index for i in range(first, last) for index in sampler.chunk(i))
+        assert set(counts) == chosen and max(counts.values()) - min(counts.values()) <= 1
+    start = [index for i in range(3) for index in sampler.chunk(i)]
+    assert len(set(start)) == 9
+
+
+def test_a_pass_straddles_chunks_and_drops_no_prompt():
+    sampler = bound(pool_size=7, chunk_prompts=3)
+    visited = [index for i in range(7) for index in sampler.chunk(i)]
+    assert [sorted(visited[k : k + 7]) for k in (0, 7, 14)] == [list(range(7))] * 3
+    assert visited[:7] != visited[7:14]
+
+
+def test_chunk_larger_than_the_selection():
+    sampler = bound()
+    sampler.append(3, [8, 9])
+    assert sorted(sampler.chunk(3) + sampler.chunk(4)) == [8, 8, 8, 9, 9, 9]
+
+
+def test_an_empty_version_goes_on_as_if_nothing_had_been_selected():
+    plain, empty = bound(), bound()
+    empty.append(4, [])
+    assert [empty.chunk(i) for i in range(20)] == [plain.chunk(i) for i in range(20)]
+
+
+def test_the_last_version_of_a_chunk_wins():
+    sampler = bound()
+    sampler.append(0, [1, 2, 3])
+    sampler.append(0, [4, 5, 6])
+    assert sorted(sampler.chunk(0)) == [4, 5, 6]
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 6, 7, 100])
+@pytest.mark.parametrize("chosen", [1, 5, 12])
+@pytest.mark.parametrize("epochs", [0.5, 1.0, 3.0, 2.5])
+@pytest.mark.parametrize(("repeats", "accumulation"), [(1, 1), (2, 1), (1, 3), (4, 2), (3, 4)])
+def test_epochs_hold_the_warmup_and_a_pass_over_the_selection_each(warmup, chosen, epochs, repeats, accumulation):
+    layout = replace(
+        LAYOUT, warmup_prompts=warmup, num_prompts=chosen, epochs=epochs, repeats=repeats, accumulation=accumulation
+    )
+    chunks = layout.epoch_chunks * epochs
+    left = (chunks - layout.warmup_end) * layout.chunk_prompts
+    assert left >= epochs * chosen
+    assert left < epochs * chosen + layout.chunk_prompts * (1 + epochs)  # no more than rounding asks for
+    assert layout.warmup_end * layout.chunk_prompts >= warmup
+    assert layout.batches_trained(layout.epoch_steps) == layout.epoch_chunks * repeats
+    steps = range(3 * layout.epoch_steps + 1)
+    trained = [layout.batches_trained(step) for step in steps]
+    assert all(0 < b - a <= accumulation for a, b in zip(trained, trained[1:], strict=False))
+
+
+def test_cursor_follows_what_was_drawn():
+    sampler = bound()
+    stream = iter(sampler)
+    next(stream)
+    assert sampler.cursor == 1
+    for _ in range(LAYOUT.chunk_prompts * LAYOUT.group_size * LAYOUT.repeats):
+        next(stream)
+    assert sampler.cursor == 2
+
+
+def test_one_sampler_serves_one_trainer():
+    sampler = bound()
+    with pytest.raises(ValueError, match="already belongs to a trainer.*new LearnAlignSampler"):
+        sampler.bind(LAYOUT)
+
+
+def test_unbound_sampler_says_what_to_do():
+    with pytest.raises(RuntimeError, match="belongs to no trainer.*train_sampler"):
+        len(LearnAlignSampler())
+    with pytest.raises(TypeError, match="`config` must be a LearnAlignConfig, but is a dict"):
+        LearnAlignSampler({"num_prompts": 3})
+
+
+def test_budget_larger_than_the_pool_is_a_warning():
+    with pytest.warns(UserWarning, match="`num_prompts` is 5, but the training dataset has 4 rows"):
+        bound(pool_size=4, num_prompts=4)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda s: s.pop("log"), "damaged.*log"),
+        (lambda s: s.update(state_version=99), "version 99"),
+        (lambda s: s["layout"].update(pool_size=13), "pool_size was 13 and is 12.*number of processes"),
+        (lambda s: s["layout"].pop("seed"), "seed was None and is 3"),
+        (lambda s: s["log"].append({"start_chunk": 2, "indices": [1]}), "damaged"),
+        (lambda s: s["log"].append({"start_chunk": 5, "indices": [12]}), "names row 12.*12 rows"),
+        (lambda s: s["log"].append({"start_chunk": 5, "indices": ["1"]}), "damaged"),
+        (lambda s: s["log"].clear(), "damaged"),
+        (lambda s: s.update(log="x"), "damaged"),
+    ],
+)
+def test_loading_is_strict(damage, message):
+    sampler = bound()
+    sampler.append(3, [1, 2])
+    state = sampler.state_dict()
+    damage(state)
+    with pytest.raises(ValueError, match=message):
+        bound().load_state_dict(state)
+    with pytest.raises(ValueError, match="before the last one"):
+        sampler.append(2, [1])

@@ -1,0 +1,107 @@
+"""The maths against the obvious, slow way of writing it."""
+
+import pytest
+import torch
+from trl.trainer.utils import nanstd
+
+from trl_learnalign import scoring
+
+
+def naive_scores(features, learnability):
+    """Eq. 8 as it stands: an n x n matrix, one pair at a time, and its row means."""
+    n = len(features)
+    matrix = torch.zeros(n, n, dtype=torch.float64)
+    for i in range(n):
+        for j in range(n):
+            if features[i].norm() > 0 and features[j].norm() > 0:
+                a, b = features[i].double(), features[j].double()
+                matrix[i, j] = learnability[i] * learnability[j] * (a @ b) / (a.norm() * b.norm())
+    return matrix.mean(1)
+
+
+def fast_scores(features, weights):
+    mean = scoring.unit_features(features, weights).double().sum(0) / len(features)
+    return scoring.scores_from_mean(features, weights, mean)
+
+
+def test_scores_equal_the_matrix_of_eq_8():
+    torch.manual_seed(0)
+    features = torch.randn(40, 64) * torch.logspace(-3, 3, 40)[:, None] + 0.3
+    features[[3, 17]] = 0.0
+    learnability = torch.rand(40, dtype=torch.float64) * 0.25
+    learnability[[3, 5]] = 0.0
+    scores, alignments = fast_scores(features, learnability)
+    torch.testing.assert_close(scores, naive_scores(features, learnability), rtol=1e-5, atol=1e-9)
+    assert scores[3] == scores[5] == scores[17] == 0.0
+    unit = torch.nn.functional.normalize(features.double(), dim=1)
+    mean = (learnability[:, None] * unit).mean(0)
+    torch.testing.assert_close(alignments, torch.cosine_similarity(features.double(), mean[None], dim=1))
+    assert alignments.abs().max() <= 1.0
+
+
+def test_scores_do_not_depend_on_the_order_of_prompts():
+    torch.manual_seed(1)
+    features, learnability = torch.randn(30, 16), torch.rand(30)
+    order = torch.randperm(30)
+    scores, _ = fast_scores(features, learnability)
+    shuffled, _ = fast_scores(features[order], learnability[order])
+    torch.testing.assert_close(shuffled, scores[order])
+
+
+def test_opposite_gradients_cancel_without_nan():
+    features = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    scores, alignments = fast_scores(features, torch.tensor([0.25, 0.25]))
+    assert scores.tolist() == [0.0, 0.0] and alignments.tolist() == [0.0, 0.0]
+
+
+def test_success_rate_leaves_out_unscorable_rollouts():
+    nan = torch.nan
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [nan, 1.0, nan, 0.5], [nan] * 4, [1.0, 2.0, 1.0, 1.0]])
+    rates = scoring.success_rates(rewards, 1.0)
+    assert rates[:2].tolist() == [0.5, 0.5] and rates[2].isnan() and rates[3] == 1.0
+    assert scoring.learnability(rates)[3] == 0.0
+
+
+def test_variance_of_binary_rewards_is_p_times_one_minus_p():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0], [torch.nan, 1.0, 1.0, 0.0]])
+    expected = scoring.learnability(scoring.success_rates(rewards, 1.0))
+    torch.testing.assert_close(scoring.reward_variance(rewards), expected)
+
+
+def test_variance_is_scaled_to_the_range_of_the_pool():
+    rewards = torch.tensor([[-10.0, 30.0], [10.0, 10.0], [torch.nan, torch.nan]])
+    variance = scoring.reward_variance(rewards)
+    assert variance[:2].tolist() == [0.25, 0.0] and variance[2].isnan()
+    assert scoring.reward_variance(torch.ones(2, 3)).tolist() == [0.0, 0.0]
+
+
+def test_choice_never_fills_up_with_unlearnable_prompts():
+    scores = torch.tensor([0.0, -0.5, 0.3, 0.3, 0.0])
+    learnability = torch.tensor([0.0, 0.1, 0.2, 0.2, 0.0])
+    assert scoring.top_prompts(scores, learnability, 10) == [2, 3, 1]  # a tie goes to the earlier row
+    assert scoring.top_prompts(scores, learnability, 1) == [2]
+    assert scoring.ranking(scores, learnability) == [2, 3, 1, 0, 4]
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+def test_advantages_point_where_those_of_trl_do(scale, aggregation):
+    """Against TRL's formulas, one group at a time; the scale of a group is checked where TRL's is by group."""
+    torch.manual_seed(2)
+    rewards = (torch.rand(5, 8, 2) > 0.5).float()
+    rewards[0, 0] = torch.nan  # unscorable
+    rewards[1, 2, 1] = torch.nan  # scored by one function only
+    weights = torch.tensor([1.0, 0.5])
+    ours = scoring.advantages(rewards, weights, scale, aggregation)
+    for group, advantage in zip(rewards, ours, strict=True):
+        if aggregation == "normalize_then_sum":
+            std = nanstd(group[None], dim=1, keepdim=True)[0]
+            group = (group - group.nanmean(0, keepdim=True)) / (std + 1e-4)
+        total = (group * weights).nansum(1)
+        total[group.isnan().all(1)] = torch.nan
+        expected = total - total.nanmean()
+        if scale == "group" and aggregation == "sum_then_normalize":
+            expected = expected / (nanstd(total[None], dim=1) + 1e-4)
+            torch.testing.assert_close(advantage, expected.nan_to_num(0.0).double(), rtol=1e-4, atol=1e-5)
+        expected = expected.nan_to_num(0.0).double()
+        assert torch.cosine_similarity(advantage, expected, dim=0) > 1 - 1e-6 or expected.norm() < 1e-6

@@ -1,0 +1,463 @@
+"""What a run trains on, that a selection leaves no trace, and that a resumed run is the run."""
+
+from collections import Counter
+
+import pytest
+import torch
+from tiny import (
+    Seen,
+    assert_same_weights,
+    config,
+    digit_reward,
+    graded_reward,
+    make_dataset,
+    make_trainer,
+    parity_reward,
+    weights,
+)
+from torch.utils.data import Sampler
+from trl import GRPOTrainer
+
+from trl_learnalign import LearnAlignCallback, LearnAlignMixin, LearnAlignSampler, Selection, select_prompts
+
+
+class Fixed(Sampler):
+    """A stream written out in full, epoch after epoch."""
+
+    def __init__(self, epochs):
+        self.epochs = epochs
+        self.epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        return iter(self.epochs[self.epoch])
+
+    def __len__(self):
+        return len(self.epochs[0])
+
+
+def stock_trainer_fed(sampler, path, **kwargs):
+    """A stock GRPOTrainer that draws what `sampler`, whose log is complete, would yield from the first step on."""
+    epochs = []
+    for epoch in range(10):
+        sampler.set_epoch(epoch)
+        epochs.append(list(sampler))
+
+    class Stock(GRPOTrainer):
+        def _get_train_sampler(self, dataset=None):
+            return Fixed(epochs)
+
+    return make_trainer(path, cls=Stock, **kwargs)
+
+
+@pytest.mark.parametrize("score", ["learnalign", "learnability", "alignment", "random"])
+def test_a_selection_leaves_no_trace(tmp_path, score):
+    """Everything selected and no warm-up: bit-identical to a stock trainer fed the same order."""
+    kwargs = {"reward": parity_reward, "num_train_epochs": 2, "max_grad_norm": 0.1}
+    choice = config(num_prompts=24, warmup_prompts=0, score=score)
+    trainer = make_trainer(tmp_path / "ours", choice, **kwargs)
+    selecting = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, LearnAlignCallback)]
+    before = torch.get_rng_state()
+    trainer.train()
+    assert len(selecting[0].selections[0].indices) == 24
+    torch.set_rng_state(before)
+    stock = stock_trainer_fed(selecting[0].sampler, tmp_path / "stock", **kwargs)
+    torch.set_rng_state(before)
+    stock.train()
+    assert stock.state.global_step == trainer.state.global_step == 12
+    assert_same_weights(weights(stock), weights(trainer))
+    ours = [entry for entry in trainer.state.log_history if "loss" in entry]
+    theirs = [entry for entry in stock.state.log_history if "loss" in entry]
+    for a, b in zip(ours, theirs, strict=True):
+        a.pop("step_time"), b.pop("step_time")
+        assert a == b
+
+
+def test_a_selection_in_mid_run_leaves_no_trace(tmp_path):
+    """After a warm-up, with LoRA dropout, gradient checkpointing and a KL term, which all keep state of their own."""
+    from tiny import lora
+
+    kwargs = {"reward": parity_reward, "num_train_epochs": 2, "beta": 0.1, "peft": lora(lora_dropout=0.2)}
+    kwargs |= {"gradient_checkpointing": True, "logging_steps": 3}
+    trainer = make_trainer(tmp_path / "ours", config(reselect_every=1), **kwargs)
+    trainer.train()
+    stock = stock_trainer_fed(trainer._get_train_sampler(), tmp_path / "stock", **kwargs)
+    stock.train()
+    assert len(trainer._get_train_sampler().log) == 3
+    assert_same_weights(weights(stock), weights(trainer))
+    ours = [entry for entry in trainer.state.log_history if "loss" in entry]
+    theirs = [entry for entry in stock.state.log_history if "loss" in entry]
+    for a, b in zip(ours, theirs, strict=True):
+        a.pop("step_time"), b.pop("step_time")
+        assert a == b
+    assert all(module.training for module in trainer.model.modules())
+
+
+def test_select_prompts_leaves_no_trace_and_needs_no_training(tmp_path):
+    kwargs = {"reward": parity_reward, "max_steps": 3}
+    trainer, stock = (make_trainer(tmp_path / name, **kwargs) for name in ("a", "b"))
+    before = weights(trainer)
+    metrics = {mode: dict(values) for mode, values in trainer._metrics.items()}
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    selection = select_prompts(trainer, config())
+    assert torch.equal(state, torch.get_rng_state())
+    assert_same_weights(before, weights(trainer))
+    assert metrics == {mode: dict(values) for mode, values in trainer._metrics.items()}
+    assert trainer.state.num_input_tokens_seen == 0 and not trainer._logs["prompt"]
+    assert len(trainer.train_dataset.select(selection.indices)) == 8
+    torch.set_rng_state(state)
+    trainer.train()
+    torch.set_rng_state(state)
+    stock.train()
+    assert_same_weights(weights(stock), weights(trainer))
+
+
+SHAPES = {
+    "plain": {},
+    "budget not a multiple": {"num_prompts": 7, "warmup_prompts": 5},
+    "accumulation": {"gradient_accumulation_steps": 3, "steps_per_generation": 1},
+    "steps_per_generation": {"gradient_accumulation_steps": 2, "steps_per_generation": 2},
+    "more steps per generation": {"gradient_accumulation_steps": 1, "steps_per_generation": 2},
+    "iterations": {"num_iterations": 3, "num_prompts": 7},
+    "workers": {"dataloader_num_workers": 2, "num_train_epochs": 4},
+    "max_steps": {"max_steps": 9},
+    "no warm-up": {"warmup_prompts": 0, "num_prompts": 10},
+    "unshuffled": {"shuffle_dataset": False},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_prompts_that_reach_the_reward_function(tmp_path, shape):
+    """Exactly the warm-up, then the selection, each selected prompt equally often."""
+    changes = {"num_train_epochs": 3, "per_device_train_batch_size": 8, **SHAPES[shape]}
+    ours = {name: changes.pop(name) for name in ("num_prompts", "warmup_prompts") if name in changes}
+    seen = Seen()
+    trainer = make_trainer(tmp_path, config(**ours), reward=seen, **changes)
+    sampler = trainer._get_train_sampler()
+    layout, rolled_out = sampler.layout, []
+    during = select_prompts.__globals__["_Pass"].run
+
+    def run(self, *args):  # the rollouts of the selection itself pass through the same reward function
+        start = len(seen.rows)
+        result = during(self, *args)
+        rolled_out.append(seen.rows[start:])
+        del seen.rows[start:]
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(select_prompts.__globals__["_Pass"], "run", run)
+        trainer.train()
+
+    selection = Selection.load(next((tmp_path / "learnalign").glob("step-*")))
+    assert Counter(rolled_out[0]) == dict.fromkeys(range(24), 8)
+    trained = seen.rows[:: layout.group_size]
+    assert seen.rows == [row for row in trained for _ in range(layout.group_size)]
+    start = sampler.log[1].start_chunk * layout.chunk_prompts
+    assert sampler.config.warmup_prompts <= start <= layout.warmup_end * layout.chunk_prompts
+    assert trained == [row for i in range(len(trained) // layout.chunk_prompts) for row in sampler.chunk(i)]
+    assert len(set(trained[:start])) == start  # the warm-up visits no prompt twice
+    counts = Counter(trained[start:])
+    assert set(counts) == set(selection.indices) == set(sampler.log[1].indices)
+    assert max(counts.values()) - min(counts.values()) <= 1
+    if "max_steps" not in changes:
+        assert min(counts.values()) >= changes["num_train_epochs"]
+        assert trainer.state.global_step == trainer.state.max_steps
+    assert selection.provenance["global_step"] == (0 if not layout.warmup_prompts else selection_step(layout))
+
+
+def selection_step(layout):
+    return next(step for step in range(1000) if layout.chunks_trained(step) >= layout.warmup_chunks)
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_at(point, monkeypatch):
+    """Makes a run stop as if killed: in the rollouts, before the gradients, or after the files are written."""
+    from trl_learnalign import features, rollouts, selector
+
+    calls = {"left": 2}
+
+    def after(function):
+        def wrapper(*args, **kwargs):
+            calls["left"] -= 1
+            if calls["left"] == 0:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    match point:
+        case "rollouts":
+            monkeypatch.setattr(rollouts, "generate_groups", after(rollouts.generate_groups))
+        case "gradients":
+            monkeypatch.setattr(features.FeatureSource, "_collect", after(features.FeatureSource._collect))
+        case "after":
+            publish = selector._Pass._publish
+
+            def wrapper(self, *args):
+                publish(self, *args)
+                raise Killed
+
+            monkeypatch.setattr(selector._Pass, "_publish", wrapper)
+
+
+@pytest.mark.parametrize("point", ["rollouts", "gradients", "after", "before", "at", "later"])
+@pytest.mark.parametrize("after_warmup", ["continue", "restart"])
+def test_a_resumed_run_is_the_run(tmp_path, monkeypatch, point, after_warmup):
+    """From a checkpoint before, at and after a selection: the same prompts and, bit for bit, the same weights."""
+    choice = {"num_prompts": 7, "after_warmup": after_warmup}
+    kwargs = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 8}
+    kwargs |= {"num_iterations": 2, "gradient_accumulation_steps": 2}
+
+    def build(path, seen):
+        return make_trainer(path, config(**choice), reward=seen, **kwargs)
+
+    whole_rows, rows = Seen(digit_reward), Seen(digit_reward)
+    whole = build(tmp_path / "whole", whole_rows)
+    whole.train()
+    assert whole.state.max_steps > 8
+
+    path = tmp_path / "killed"
+    step = {"before": 2, "at": 4, "later": 7}.get(point)
+    trainer = build(path, Seen(digit_reward))
+    with monkeypatch.context() as patch:
+        if step is None:
+            killed_at(point, patch)
+            with pytest.raises(Killed):
+                trainer.train()
+        else:
+            trainer.train()
+            step = path / f"checkpoint-{step}"
+    resumed = build(path, rows)
+    resumed.train(resume_from_checkpoint=str(step) if step else True)
+    assert resumed._get_train_sampler().log == whole._get_train_sampler().log
+    assert rows.rows[-40:] == whole_rows.rows[-40:]
+    assert_same_weights(weights(whole), weights(resumed))
+    a, b = (Selection.load(next((tmp_path / name / "learnalign").glob("step-*"))) for name in ("whole", "killed"))
+    assert a.indices == b.indices and a.scores.equals(b.scores)
+    assert not list((path / "learnalign").rglob("journal*"))
+
+
+def test_a_killed_selection_does_not_roll_out_again_what_is_in_its_journal(tmp_path, monkeypatch):
+    first = Seen(digit_reward)
+    trainer = make_trainer(tmp_path, reward=first)
+    with monkeypatch.context() as patch:
+        killed_at("gradients", patch)
+        with pytest.raises(Killed):
+            select_prompts(trainer, config())
+    assert len(first.rows) == 24 * 8
+    second = Seen(digit_reward)
+    selection = select_prompts(make_trainer(tmp_path, reward=second), config())
+    assert not second.rows
+    fresh = select_prompts(make_trainer(tmp_path / "fresh", reward=Seen(digit_reward)), config())
+    assert selection.scores.equals(fresh.scores)
+
+    again = Seen(digit_reward)  # a finished selection of the same key is read
+    assert select_prompts(make_trainer(tmp_path, reward=again), config()).scores.equals(fresh.scores)
+    assert not again.rows
+    other = Seen(digit_reward)  # one made from other weights is not
+    trainer = make_trainer(tmp_path, reward=other)
+    with torch.no_grad():
+        next(iter(weights(trainer).values()))
+        next(p for p in trainer.model.parameters() if p.requires_grad).add_(0.1)
+    select_prompts(trainer, config())
+    assert len(other.rows) == 24 * 8
+
+
+def test_a_journal_made_from_something_else_is_discarded(tmp_path, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        killed_at("gradients", patch)
+        with pytest.raises(Killed):
+            select_prompts(make_trainer(tmp_path), config())
+    seen = Seen(digit_reward)
+    select_prompts(make_trainer(tmp_path, reward=seen, temperature=0.5), config())
+    assert len(seen.rows) == 24 * 8
+    assert "other weights, data, rewards or settings" in caplog.text
+
+
+def test_staged_selection(tmp_path):
+    trainer = make_trainer(tmp_path, config(reselect_every=1.5), num_train_epochs=4)
+    trainer.train()
+    log = trainer._get_train_sampler().log
+    paths = sorted((tmp_path / "learnalign").glob("step-*"))
+    assert len(paths) == len(log) - 1 >= 3
+    for stage, path in enumerate(paths):
+        selection = Selection.load(path)
+        assert selection.provenance["stage"] == stage
+        assert tuple(selection.indices) == log[stage + 1].indices
+    # a chunk of 4 prompts: 1.5 passes over 8 are 3 chunks, then one that was read ahead
+    assert [b.start_chunk - a.start_chunk for a, b in zip(log[1:], log[2:], strict=False)] == [4] * (len(log) - 2)
+    stages = [entry["learnalign/stage"] for entry in trainer.state.log_history if "learnalign/stage" in entry]
+    assert stages == list(range(len(paths)))
+
+
+def test_restart_goes_back_to_the_first_weights_and_a_fresh_optimizer(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, config(after_warmup="restart"), num_train_epochs=2)
+    first = weights(trainer)
+    restart = LearnAlignCallback._restart
+    seen = {}
+
+    def check(self):
+        seen["warm"] = weights(self.trainer)
+        assert self.trainer.optimizer.optimizer.state
+        restart(self)
+        seen["after"] = weights(self.trainer)
+        assert not self.trainer.optimizer.optimizer.state
+
+    monkeypatch.setattr(LearnAlignCallback, "_restart", check)
+    trainer.train()
+    assert_same_weights(first, seen["after"])
+    assert any(not torch.equal(first[name], seen["warm"][name]) for name in first)
+
+
+def test_callback_and_mixin_choose_as_the_trainer_does(tmp_path):
+    class MyTrainer(GRPOTrainer):
+        pass
+
+    class Mine(LearnAlignMixin, MyTrainer):
+        pass
+
+    kwargs = {"num_train_epochs": 2}
+    ours = make_trainer(tmp_path / "a", config(), **kwargs)
+    mixed = make_trainer(tmp_path / "b", config(), cls=Mine, **kwargs)
+    stock = make_trainer(tmp_path / "c", **kwargs)
+    stock.add_callback(LearnAlignCallback(stock, LearnAlignSampler(config())))
+    for trainer in (ours, mixed, stock):
+        trainer.train()
+    assert ours._get_train_sampler().log == mixed._get_train_sampler().log == stock._get_train_sampler().log
+    assert_same_weights(weights(ours), weights(mixed))
+    assert_same_weights(weights(ours), weights(stock))
+
+
+def test_without_a_sampler_the_trainer_is_what_it_was(tmp_path):
+    class Mine(LearnAlignMixin, GRPOTrainer):
+        pass
+
+    ours, stock = make_trainer(tmp_path / "a", cls=Mine, max_steps=2), make_trainer(tmp_path / "b", max_steps=2)
+    ours.train()
+    stock.train()
+    assert_same_weights(weights(ours), weights(stock))
+
+
+def test_training_twice_starts_afresh(tmp_path):
+    trainer = make_trainer(tmp_path, config(), max_steps=6)
+    trainer.train()
+    first = trainer._get_train_sampler().log
+    trainer.train()
+    assert [v.start_chunk for v in trainer._get_train_sampler().log] == [v.start_chunk for v in first]
+
+
+def second_reward(completions, **kwargs):
+    return [0.5 for _ in completions]
+
+
+def test_several_reward_functions(tmp_path):
+    choice = config(success_reward="digit_reward")
+    trainer = make_trainer(tmp_path / "a", choice, reward=[second_reward, digit_reward], num_train_epochs=2)
+    trainer.train()
+    one = make_trainer(tmp_path / "b", config(), num_train_epochs=2)
+    one.train()
+    # a constant second reward changes neither success nor advantages
+    assert trainer._get_train_sampler().log == one._get_train_sampler().log
+
+
+def test_graded_rewards(tmp_path):
+    trainer = make_trainer(tmp_path, config(learnability="variance"), reward=graded_reward, num_train_epochs=2)
+    trainer.train()
+    table = Selection.load(next((tmp_path / "learnalign").glob("step-*"))).scores.to_pandas()
+    assert (table["success_rate"] == 0).all() and (table["learnability"] > 0).sum() > 12
+    assert table["selected"].sum() == 8
+
+
+@pytest.mark.parametrize("conversational", [True, False])
+def test_conversational_prompts_and_extra_columns(tmp_path, conversational):
+    dataset = make_dataset(16, conversational=conversational, extra=True)
+    seen = []
+
+    def reward(completions, note, **kwargs):
+        seen.extend(note)
+        return parity_reward(completions)
+
+    trainer = make_trainer(tmp_path, config(save_rollouts=True), reward=reward, dataset=dataset, num_train_epochs=2)
+    trainer.train()
+    assert {entry["b"] for entry in seen} == {"x" * i for i in range(16)}
+    import pyarrow.parquet as pq
+
+    path = next((tmp_path / "learnalign").glob("step-*"))
+    table = pq.read_table(path / "rollouts.parquet").to_pandas()
+    assert len(table) == 16 * 8 and table["completion"].map(type).eq(str).all()
+    assert table["completion"].str.contains("assistant").all() == conversational
+    assert abs(table.groupby("index")["advantage"].sum()).max() < 1e-5
+
+
+@pytest.mark.parametrize("gradient_rollouts", ["all", "one_correct"])
+def test_one_correct_rollout_has_the_gradient_of_the_first_success(tmp_path, monkeypatch, gradient_rollouts):
+    from trl_learnalign import rollouts
+
+    rows = []
+    original = rollouts.policy_objective
+    monkeypatch.setattr(rollouts, "policy_objective", lambda t, batch: (rows.extend(batch), original(t, batch))[1])
+    selection = select_prompts(make_trainer(tmp_path), config(gradient_rollouts=gradient_rollouts))
+    if gradient_rollouts == "one_correct":
+        assert len(rows) == selection.num_learnable()
+        assert all(row.advantage > 0 and row.weight == 1 for row in rows)
+    else:
+        assert len(rows) == 8 * selection.num_learnable()
+        assert {row.weight for row in rows} == {1 / 8}
+
+
+def test_candidates_are_a_random_part_of_the_pool(tmp_path):
+    selection = select_prompts(make_trainer(tmp_path), config(candidate_prompts=10))
+    indices = selection.scores["index"].to_pylist()
+    assert len(set(indices)) == 10 and indices == sorted(indices) and indices != list(range(10))
+    assert set(selection.indices) <= set(indices)
+
+
+def test_seed_decides_the_selection(tmp_path):
+    def scores(name, **changes):
+        return select_prompts(make_trainer(tmp_path / name), config(**changes)).scores
+
+    assert scores("a").equals(scores("b"))
+    assert scores("c", selection_seed=7).equals(scores("d"))  # the trainer's own seed is 7
+    assert not scores("e", selection_seed=8).equals(scores("f"))
+
+
+def test_full_fine_tuning(tmp_path):
+    trainer = make_trainer(tmp_path, config(), peft=False, num_train_epochs=2)
+    trainer.train()
+    table = Selection.load(next((tmp_path / "learnalign").glob("step-*"))).scores.to_pandas()
+    assert (table["gradient_norm"] > 0).sum() == (table["learnability"] > 0).sum() > 8
+
+
+def test_values_reach_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    import os
+
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(tmp_path / "logs")
+    try:
+        trainer = make_trainer(tmp_path, config(), report_to="tensorboard", num_train_epochs=2)
+        trainer.train()
+    finally:
+        del os.environ["TENSORBOARD_LOGGING_DIR"]
+    tags = {}
+    for path in {file.parent for file in tmp_path.rglob("events.out.tfevents.*")}:
+        events = EventAccumulator(str(path))
+        events.Reload()
+        tags |= {tag: events.Scalars(tag)[0] for tag in events.Tags()["scalars"]}
+    selection = Selection.load(next((tmp_path / "learnalign").glob("step-*")))
+    value = next(event for tag, event in tags.items() if tag.endswith("learnalign/success_rate_pool"))
+    assert value.step == 2 and value.value == pytest.approx(selection.mean_success_rates()[0])
+
+
+def test_summary_line(tmp_path, capsys):
+    selection = select_prompts(make_trainer(tmp_path), config())
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("LearnAlign"))
+    assert line == selection.summary()
+    assert f"pool 24; learnable {selection.num_learnable()}; chosen 8; mean success rate" in line
+    assert all(phase in line for phase in ("rollouts", "gradients", "scores"))

@@ -1,0 +1,142 @@
+"""A tiny random policy, a task it solves now and then, and trainers made of them."""
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler
+
+
+ALPHABET = "0123456789+=:ausert\n"
+CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+
+
+def make_tokenizer():
+    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *ALPHABET])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def make_model(seed=0, **changes):
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": len(ALPHABET) + 3,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+    }
+    return Qwen2ForCausalLM(Qwen2Config(**(settings | changes)))
+
+
+def lora(**changes):
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False}
+    return LoraConfig(**(settings | changes))
+
+
+def make_dataset(num=24, conversational=False, extra=False):
+    texts = [f"{i % 10}+{i // 10}=" for i in range(num)]
+    rows = {"prompt": [[{"role": "user", "content": text}] for text in texts] if conversational else texts}
+    rows["row"] = list(range(num))
+    if extra:
+        rows["note"] = [{"a": [i, None], "b": "x" * i} for i in range(num)]
+    return Dataset.from_dict(rows)
+
+
+def digit_reward(completions, row, **kwargs):
+    """1 for a completion with an even number of small digits, harder the greater the row's last digit."""
+    return [float(_digits(c) % 2 == 0 and _digits(c) * 3 >= r % 10) for c, r in zip(completions, row, strict=True)]
+
+
+def graded_reward(completions, **kwargs):
+    return [_digits(completion) / 8 for completion in completions]
+
+
+def parity_reward(completions, **kwargs):
+    """Nearly always both 0 and 1 within a group of 8: every prompt is learnable."""
+    return [float(sum(map(ord, _text(completion))) % 2) for completion in completions]
+
+
+def _text(completion):
+    return completion if isinstance(completion, str) else completion[0]["content"]
+
+
+def _digits(completion):
+    return sum(character in "01234" for character in _text(completion))
+
+
+class Seen:
+    """Wraps a reward function and notes the rows whose completions it was given, in order."""
+
+    def __init__(self, reward=parity_reward):
+        self.reward = reward
+        self.rows = []
+        self.__name__ = reward.__name__
+
+    def __call__(self, completions, row, **kwargs):
+        self.rows += row
+        return self.reward(completions=completions, row=row, **kwargs)
+
+
+def grpo_args(path, **changes):
+    settings = {
+        "output_dir": str(path),
+        "use_cpu": True,
+        "per_device_train_batch_size": 16,
+        "num_generations": 4,
+        "max_completion_length": 6,
+        "learning_rate": 1e-3,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "seed": 7,
+    }
+    return GRPOConfig(**(settings | changes))
+
+
+def make_trainer(path, config=None, cls=None, reward=digit_reward, dataset=None, peft=True, model=None, **changes):
+    """A LearnAlignGRPOTrainer if `config` is given, else a stock GRPOTrainer; `changes` go to GRPOConfig."""
+    kwargs = {
+        "model": model if model is not None else make_model(),
+        "reward_funcs": reward,
+        "args": grpo_args(path, **changes),
+        "train_dataset": dataset if dataset is not None else make_dataset(),
+        "processing_class": make_tokenizer(),
+        "peft_config": lora() if peft is True else (peft or None),
+    }
+    if config is None:
+        return (cls or GRPOTrainer)(**kwargs)
+    return (cls or LearnAlignGRPOTrainer)(**kwargs, train_sampler=LearnAlignSampler(config))
+
+
+def config(**changes):
+    settings = {"num_prompts": 8, "warmup_prompts": 8, "num_rollouts": 8}
+    return LearnAlignConfig(**(settings | changes))
+
+
+def weights(trainer):
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same_weights(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), f"{name} differs by {(a[name] - b[name]).abs().max()}"
