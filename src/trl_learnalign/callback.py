@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, broadcast_object_list
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 from trl import GRPOTrainer
@@ -200,7 +200,14 @@ class LearnAlignCallback(TrainerCallback):
 
     def _restart(self):
         """The weights and the (empty) optimizer state of the first step. The learning rate goes on by its schedule."""
-        saved = load_file(self._initial_file()) if self.trainer.accelerator.is_main_process else {}
+        is_main = self.trainer.accelerator.is_main_process
+        found = broadcast_object_list([self._initial_file().is_file() if is_main else None])[0]
+        if not found:
+            raise FileNotFoundError(
+                f"'{self._initial_file()}' is missing, which holds the weights that `after_warmup='restart'` goes back "
+                "to. Put it back, or start a new run."
+            )
+        saved = load_file(self._initial_file()) if is_main else {}
         with torch.no_grad():
             for name, parameter in self._trainable().items():
                 if saved:

@@ -1,0 +1,59 @@
+"""What test_distributed.py starts on one or more processes: a task, an output directory; a JSON file per rank comes out."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from tiny import Seen, config, digit_reward, make_dataset, make_trainer, weights
+
+from trl_learnalign import select_prompts
+
+
+def train(path, seen, **changes):
+    choice = config(**changes.pop("config", {}))
+    trainer = make_trainer(path, choice, reward=seen, dataset=make_dataset(23), num_train_epochs=3, **changes)
+    return trainer
+
+
+def main(task, path):
+    seen = Seen(digit_reward)
+    kwargs = {"per_device_train_batch_size": 8}
+    result = {}
+    match task:
+        case "select":  # a pool that divides neither by the batches nor by the processes
+            trainer = make_trainer(path, reward=seen, dataset=make_dataset(23), **kwargs)
+            result["indices"] = select_prompts(trainer, config(projection_dim=1024)).indices
+        case "select few":  # fewer prompts than processes have batches: a rank has no prompt of its own
+            trainer = make_trainer(path, reward=seen, dataset=make_dataset(3), per_device_train_batch_size=32)
+            result["indices"] = select_prompts(trainer, config(num_prompts=2)).indices
+        case "train" | "train workers" | "restart":
+            kwargs["dataloader_num_workers"] = 2 if task == "train workers" else 0
+            choice = {"num_prompts": 7, "after_warmup": "restart" if task == "restart" else "continue"}
+            trainer = train(path, seen, config=choice, **kwargs)
+            trainer.train()
+        case "save" | "resume":
+            trainer = train(path, seen, save_strategy="steps", save_steps=1, **kwargs)
+            trainer.train(resume_from_checkpoint=str(Path(path) / "checkpoint-3") if task == "resume" else None)
+        case "random":
+            trainer = train(path, seen, config={"score": "random", "warmup_prompts": 0}, **kwargs)
+            trainer.train()
+    sampler = trainer._get_train_sampler()
+    if hasattr(sampler, "log"):
+        result["log"] = [[version.start_chunk, list(version.indices)] for version in sampler.log]
+        result["chunks"] = [sampler.chunk(i) for i in range(40)]
+        result["chunk_prompts"] = sampler.layout.chunk_prompts
+    digest = {name: tensor.double().sum().item() for name, tensor in weights(trainer).items()}
+    result |= {
+        "world": trainer.accelerator.num_processes,
+        "rows": seen.rows,
+        "step": trainer.state.global_step,
+        "weights": digest,
+    }
+    Path(path, f"rank-{trainer.accelerator.process_index}.json").write_text(json.dumps(result))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])

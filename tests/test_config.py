@@ -1,0 +1,74 @@
+"""The configuration: what it refuses, and that it parses beside TRL's own."""
+
+import dataclasses
+
+import pytest
+from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
+
+from trl_learnalign import LearnAlignConfig
+
+
+OTHERS = (ScriptArguments, GRPOConfig, ModelConfig)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_prompts", 0, "`num_prompts` is 0, but must be at least 1"),
+        ("num_prompts", -3, "`num_prompts` is -3"),
+        ("num_prompts", 2.5, "`num_prompts` must be an integer, but is 2.5"),
+        ("num_prompts", True, "must be an integer, but is True"),
+        ("num_prompts", None, "must be an integer, but is None"),
+        ("warmup_prompts", -1, "`warmup_prompts` is -1.*Set it to 0"),
+        ("num_rollouts", 1, "`num_rollouts` is 1.*two rollouts"),
+        ("projection_dim", 0, "`projection_dim` is 0.*None for exact"),
+        ("projection_dim", "8", "must be an integer, but is '8'"),
+        ("candidate_prompts", 0, "`candidate_prompts` is 0"),
+        ("candidate_prompts", 999, "smaller than `num_prompts` \\(1000\\)"),
+        ("selection_seed", -1, "`selection_seed` is -1"),
+        ("score", "learn", "must be one of learnalign, learnability, alignment, random, but is 'learn'"),
+        ("learnability", "std", "must be one of success_rate, variance"),
+        ("gradient_rollouts", "some", "must be one of all, one_correct"),
+        ("after_warmup", "stop", "must be one of continue, restart"),
+        ("success_threshold", float("nan"), "must be a finite number, but is nan"),
+        ("success_threshold", "1", "must be a finite number, but is '1'"),
+        ("reselect_every", 0, "`reselect_every` is 0.*must be positive"),
+        ("reselect_every", float("inf"), "must be a finite number"),
+    ],
+)
+def test_bad_values_are_refused_at_once(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        LearnAlignConfig(**{field: value})
+
+
+def test_every_field_has_help_and_documentation():
+    for field in dataclasses.fields(LearnAlignConfig):
+        assert field.metadata["help"] and "%" not in field.metadata["help"]
+        assert f"        {field.name} (`" in LearnAlignConfig.__doc__
+
+
+def test_no_field_collides_with_those_of_trl():
+    ours = {field.name for field in dataclasses.fields(LearnAlignConfig)}
+    for other in OTHERS:
+        assert not ours & {field.name for field in dataclasses.fields(other)}, other
+
+
+def test_trl_parser_parses_all_together(tmp_path, capsys):
+    parser = TrlParser((*OTHERS, LearnAlignConfig))
+    arguments = ["--output_dir", str(tmp_path), "--warmup_steps", "3", "--seed", "5", "--num_prompts", "17"]
+    arguments += ["--warmup_prompts", "4", "--projection_dim", "1024", "--reselect_every", "1.5", "--lora_r", "4"]
+    script, grpo, model, ours = parser.parse_args_and_config([*arguments, "--save_rollouts", "--bf16", "false"])
+    assert (grpo.warmup_steps, grpo.seed, model.lora_r) == (3, 5, 4)
+    assert ours == LearnAlignConfig(17, 4, projection_dim=1024, reselect_every=1.5, save_rollouts=True)
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args_and_config(["-h"])
+    assert stop.value.code == 0 and "--gradient_rollouts" in capsys.readouterr().out
+
+
+def test_yaml_config(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"output_dir: {tmp_path}\nbf16: false\nnum_prompts: 5\nprojection_dim: null\nscore: learnability\n"
+    )
+    *_, ours = TrlParser((*OTHERS, LearnAlignConfig)).parse_args_and_config(["--config", str(file)])
+    assert ours == LearnAlignConfig(num_prompts=5, projection_dim=None, score="learnability")

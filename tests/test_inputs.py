@@ -1,0 +1,235 @@
+"""Bad input: a clear error, early, with the value, the reason and the remedy."""
+
+import math
+
+import pytest
+from datasets import Dataset, IterableDataset
+from tiny import (
+    config,
+    digit_reward,
+    graded_reward,
+    grpo_args,
+    make_dataset,
+    make_model,
+    make_tokenizer,
+    make_trainer,
+    parity_reward,
+)
+from torch.utils.data import Sampler
+
+from trl_learnalign import (
+    LearnAlignCallback,
+    LearnAlignGRPOTrainer,
+    LearnAlignSampler,
+    Selection,
+    select_prompts,
+)
+
+
+def test_budget_larger_than_the_pool_takes_all(tmp_path):
+    with pytest.warns(UserWarning, match="`num_prompts` is 1000, but the training dataset has 24 rows"):
+        trainer = make_trainer(tmp_path, config(num_prompts=1000), reward=parity_reward, num_train_epochs=1)
+    trainer.train()
+    selection = Selection.load(next((tmp_path / "learnalign").glob("step-*")))
+    assert len(selection.indices) == selection.num_learnable() >= 20
+
+
+def test_warmup_longer_than_the_run(tmp_path):
+    trainer = make_trainer(tmp_path, config(warmup_prompts=20), max_steps=5)
+    with pytest.raises(ValueError, match="warm-up of 20 prompts takes 24 .*5 steps holds 20.*Lower `warmup_prompts`"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_streaming_dataset(tmp_path):
+    stream = IterableDataset.from_generator(lambda: iter(make_dataset()))
+    with pytest.raises(ValueError, match="IterableDataset.*without streaming"):
+        make_trainer(tmp_path, config(), dataset=stream, max_steps=5)
+
+
+def test_environment_that_owns_the_data(tmp_path):
+    class Environment:
+        def reset(self, **kwargs):
+            return "1+1="
+
+        def add(self, a: int) -> int:
+            """
+            Adds one.
+
+            Args:
+                a: A number.
+            """
+            return a + 1
+
+    placeholder = Dataset.from_dict({"prompt": [[{"role": "user", "content": ""}]] * 4})
+    trainer = make_trainer(tmp_path, dataset=placeholder, max_steps=2)
+    trainer.environment_factories = {None: Environment}
+    with pytest.raises(ValueError, match="environment of this trainer supplies the prompts.*Pass a `train_dataset`"):
+        select_prompts(trainer, config())
+
+
+def test_empty_dataset(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.train_dataset = make_dataset().select([])
+    with pytest.raises(ValueError, match="training dataset is empty"):
+        select_prompts(trainer, config())
+
+
+def test_several_rewards_need_a_name(tmp_path):
+    rewards = [graded_reward, digit_reward]
+    with pytest.raises(ValueError, match=r"several reward functions \(graded_reward, digit_reward\).*success_reward"):
+        make_trainer(tmp_path, config(), reward=rewards)
+    with pytest.raises(ValueError, match="'accuracy', which is not among.*graded_reward, digit_reward"):
+        make_trainer(tmp_path, config(success_reward="accuracy"), reward=rewards)
+    with pytest.raises(ValueError, match="more than once"):
+        make_trainer(tmp_path, config(success_reward="digit_reward"), reward=[digit_reward, digit_reward])
+    with pytest.raises(ValueError, match="'x', which is not among"):
+        make_trainer(tmp_path, config(success_reward="x"))
+
+
+def test_no_learnable_prompt_at_all(tmp_path, caplog):
+    """Training goes on with random prompts, in the order it would have had, and a warning says what to change."""
+    trainer = make_trainer(tmp_path, config(), reward=always, num_train_epochs=2)
+    trainer.train()
+    assert "No prompt is learnable" in caplog.text and "success_threshold" in caplog.text
+    assert trainer.state.global_step == trainer.state.max_steps
+    sampler = trainer._get_train_sampler()
+    assert sampler.log[1].indices == ()
+    random = LearnAlignSampler(config())
+    random.bind(sampler.layout)
+    steps = trainer.state.global_step
+    assert [sampler.chunk(i) for i in range(steps)] == [random.chunk(i) for i in range(steps)]
+    selection = Selection.load(next((tmp_path / "learnalign").glob("step-*")))
+    assert selection.indices == [] and "learnable 0; chosen 0" in selection.summary()
+
+
+def always(completions, **kwargs):
+    return [1.0] * len(completions)
+
+
+def test_fewer_learnable_prompts_than_wanted(tmp_path, caplog):
+    def rare(completions, row, **kwargs):
+        return [r if i < 3 else 0.0 for r, i in zip(parity_reward(completions), row, strict=True)]
+
+    trainer = make_trainer(tmp_path, config(), reward=rare, num_train_epochs=2)
+    trainer.train()
+    assert set(trainer._get_train_sampler().log[1].indices) <= {0, 1, 2}
+    assert "prompts are learnable, fewer than `num_prompts` (8)" in caplog.text
+
+
+def test_unscorable_prompts_are_out_of_the_pool(tmp_path):
+    def patchy(completions, row, **kwargs):
+        scores = parity_reward(completions)
+        values = [None, math.nan, math.inf]
+        return [
+            values[r] if r < 3 else (None if r == 5 and j % 2 else s)
+            for j, (s, r) in enumerate(zip(scores, row, strict=True))
+        ]
+
+    selection = select_prompts(make_trainer(tmp_path, reward=patchy), config())
+    assert selection.provenance["unscorable"] == [0, 1, 2]
+    assert selection.scores["index"].to_pylist() == list(range(3, 24))
+    assert "pool 21 (3 unscorable left out)" in selection.summary()
+    rate = selection.scores["success_rate"].to_pylist()[2]
+    assert 0 <= rate <= 1 and (rate * 4) % 1 == 0  # over the four rollouts that were scored
+
+
+def test_a_sampler_given_to_two_trainers(tmp_path):
+    sampler = LearnAlignSampler(config())
+    stock = make_trainer(tmp_path)
+    LearnAlignCallback(stock, sampler)
+    with pytest.raises(ValueError, match="already belongs to a trainer"):
+        LearnAlignCallback(make_trainer(tmp_path), sampler)
+    with pytest.raises(ValueError, match="already belongs to a trainer"):
+        LearnAlignGRPOTrainer(
+            model=make_model(),
+            reward_funcs=digit_reward,
+            args=grpo_args(tmp_path),
+            train_dataset=make_dataset(),
+            processing_class=make_tokenizer(),
+            train_sampler=sampler,
+        )
+
+
+def test_wrong_types(tmp_path):
+    with pytest.raises(TypeError, match="`train_sampler` must be a LearnAlignSampler, but is a SequentialSampler"):
+        from torch.utils.data import SequentialSampler
+
+        LearnAlignGRPOTrainer(train_sampler=SequentialSampler([1]))
+    with pytest.raises(TypeError, match="`sampler` must be a LearnAlignSampler, but is a Sampler"):
+        LearnAlignCallback(make_trainer(tmp_path), Sampler())
+    with pytest.raises(TypeError, match=r"works on a trl.GRPOTrainer, but got a str"):
+        select_prompts("trainer", config())
+
+
+def test_dataset_exchanged_after_the_sampler_was_given(tmp_path):
+    trainer = make_trainer(tmp_path, config(), num_train_epochs=2)
+    trainer.train_dataset = make_dataset(30)
+    with pytest.raises(ValueError, match="has 30 rows, but had 24"):
+        trainer.train()
+
+
+def test_images_need_the_score_that_takes_no_gradients(tmp_path):
+    dataset = make_dataset().add_column("image", [None] * 24)
+    with pytest.raises(ValueError, match="images.*score='learnability'"):
+        make_trainer(tmp_path, config(), dataset=dataset)
+    make_trainer(tmp_path, config(score="learnability"), dataset=dataset)
+
+
+def test_resume_from_a_checkpoint_without_learnalign(tmp_path):
+    make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
+    with pytest.raises(ValueError, match="checkpoint of step 2 holds no LearnAlign state"):
+        make_trainer(tmp_path, config(), max_steps=9).train(resume_from_checkpoint=True)
+
+
+def test_resume_with_another_batch_size(tmp_path):
+    kwargs = {"max_steps": 6, "save_strategy": "steps", "save_steps": 4}
+    make_trainer(tmp_path, config(), **kwargs).train()
+    with pytest.raises(ValueError, match="chunk_prompts was 4 and is 2.*number of processes"):
+        other = make_trainer(tmp_path, config(), per_device_train_batch_size=8, **kwargs)
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_restart_with_a_used_optimizer(tmp_path):
+    import torch
+
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.tensor([[3, 4]])).logits.sum().backward()
+    optimizer.step()
+    trainer = LearnAlignGRPOTrainer(
+        model=model,
+        reward_funcs=digit_reward,
+        args=grpo_args(tmp_path, num_train_epochs=2),
+        train_dataset=make_dataset(),
+        processing_class=make_tokenizer(),
+        optimizers=(optimizer, None),
+        train_sampler=LearnAlignSampler(config(after_warmup="restart")),
+    )
+    with pytest.raises(ValueError, match="optimizer given to the trainer has a state"):
+        trainer.train()
+
+
+def test_restart_without_its_first_weights(tmp_path):
+    kwargs = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, config(after_warmup="restart"), **kwargs).train()
+    (tmp_path / "learnalign" / "initial.safetensors").unlink()
+    trainer = make_trainer(tmp_path, config(after_warmup="restart"), **kwargs)
+    with pytest.raises(FileNotFoundError, match=r"initial.safetensors.*after_warmup='restart'"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_stock_trainer_still_works_after_an_error(tmp_path):
+    """An error in a selection puts the trainer back."""
+
+    def broken(completions, **kwargs):
+        raise RuntimeError("no reward today")
+
+    trainer = make_trainer(tmp_path, reward=broken)
+    attributes = set(vars(trainer))
+    modes = [module.training for module in trainer.model.modules()]
+    with pytest.raises(RuntimeError, match="no reward today"):
+        select_prompts(trainer, config())
+    assert set(vars(trainer)) == attributes
+    assert modes == [module.training for module in trainer.model.modules()]
+    assert trainer.num_generations == 4
