@@ -56,18 +56,12 @@ def check_trainer(trainer: GRPOTrainer, config: LearnAlignConfig) -> None:
     if not isinstance(trainer, GRPOTrainer):
         raise TypeError(f"LearnAlign works on a trl.GRPOTrainer, but got a {type(trainer).__name__}.")
     dataset = trainer.train_dataset
-    if not isinstance(dataset, Dataset):
-        raise ValueError(
-            f"The training dataset is a {type(dataset).__name__}, which can be read only once and in order, but a "
-            "selection picks rows. Load it without streaming, or select from `Dataset.from_list(list(stream.take(n)))`."
-        )
+    check_dataset(dataset)
     if getattr(trainer, "environment_factories", None) is not None and _is_placeholder(dataset):
         raise ValueError(
             "The environment of this trainer supplies the prompts itself, so there are no dataset rows to select. Pass "
             "a `train_dataset` with the prompts to choose from."
         )
-    if len(dataset) == 0:
-        raise ValueError("The training dataset is empty, so there is nothing to select.")
     if config.score == "random":
         return
     names = list(trainer.reward_func_names)
@@ -88,6 +82,17 @@ def check_trainer(trainer: GRPOTrainer, config: LearnAlignConfig) -> None:
             "The training dataset has images, and gradients of multimodal prompts are not supported. Use "
             "`score='learnability'`, which takes no gradients."
         )
+
+
+def check_dataset(dataset) -> None:
+    """Raises a `ValueError` for a dataset whose rows cannot be picked by number, or that has none."""
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"The training dataset is a {type(dataset).__name__}, which can be read only once and in order, but a "
+            "selection picks rows. Load it without streaming, or select from `Dataset.from_list(list(stream.take(n)))`."
+        )
+    if len(dataset) == 0:
+        raise ValueError("The training dataset is empty, so there is nothing to select.")
 
 
 def _is_placeholder(dataset):

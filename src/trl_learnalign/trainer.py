@@ -3,6 +3,7 @@
 from trl import GRPOTrainer
 
 from .callback import LearnAlignCallback
+from .rollouts import check_dataset
 from .sampler import LearnAlignSampler
 
 
@@ -23,6 +24,8 @@ class LearnAlignMixin:
     def __init__(self, *args, train_sampler: LearnAlignSampler | None = None, **kwargs):
         if train_sampler is not None and not isinstance(train_sampler, LearnAlignSampler):
             raise TypeError(f"`train_sampler` must be a LearnAlignSampler, but is a {type(train_sampler).__name__}.")
+        if train_sampler is not None and kwargs.get("train_dataset") is not None:
+            check_dataset(kwargs["train_dataset"])  # before a model is loaded in vain
         super().__init__(*args, **kwargs)
         if train_sampler is not None:
             self.add_callback(LearnAlignCallback(self, train_sampler))

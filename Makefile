@@ -1,0 +1,36 @@
+# Two commands do all the set-up: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+BIN := $(VENV)/bin
+DATASET ?=
+
+.PHONY: demo test test-all lint bench clean
+
+# torch first and pinned: left to choose, pip would take the newest build with all of CUDA
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[dev]"
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/python examples/demo.py $(if $(DATASET),--dataset_path $(DATASET))
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Rewrites benchmarks/results/*.json. DATASET=DIR with GSM8K's train.jsonl and test.jsonl, else generated chains
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/tiny_policy.py --grpo $(if $(DATASET),--dataset_path $(DATASET))
+	$(BIN)/python benchmarks/selection_cost.py $(if $(DATASET),--dataset_path $(DATASET))
+
+clean:
+	rm -rf $(VENV) build dist runs src/*.egg-info

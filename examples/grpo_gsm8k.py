@@ -1,0 +1,143 @@
+"""
+GRPO on the prompts of GSM8K that LearnAlign selects, with the settings of the paper (arXiv 2506.11480).
+
+The real thing, on a GPU:
+
+    accelerate launch examples/grpo_gsm8k.py
+
+The same path on a CPU, on the equations of the real GSM8K rows, with the tiny policy of this repository:
+
+    accelerate launch examples/grpo_gsm8k.py --config examples/equations_cpu.yaml --dataset_path DIR
+
+where DIR holds `train.jsonl` and `test.jsonl`. Every flag of GRPOConfig, ModelConfig, ScriptArguments and
+LearnAlignConfig works, on the command line or in the YAML file.
+"""
+
+import re
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+
+from datasets import Dataset, load_dataset
+from equations import equations_reward, generate_chains, load_gsm8k_equations
+from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser, get_peft_config
+
+from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler
+
+
+INSTRUCTION = '\nLet\'s think step by step and output the final answer after "####".'
+NUMBER = re.compile(r"-?\d[\d,]*\.?\d*|-?\.\d+")
+
+# Settings of the paper for GSM8K; what it leaves open (the rank of the LoRA adapter, its targets, the length of a
+# completion, the passes over the selection) is ours
+PAPER = {
+    "model_name_or_path": "Qwen/Qwen2.5-1.5B-Instruct",
+    "dataset_name": "openai/gsm8k",
+    "dataset_config": "main",
+    "num_prompts": 1000,
+    "warmup_prompts": 300,
+    "num_generations": 8,
+    "temperature": 1.0,
+    "beta": 0.04,
+    "epsilon": 0.2,
+    "learning_rate": 1e-6,
+    "per_device_train_batch_size": 16,
+    "gradient_accumulation_steps": 24,  # 48 prompts a step on one GPU
+    "max_completion_length": 512,
+    "num_train_epochs": 3,
+    "use_peft": True,
+    "lora_r": 16,
+    "lora_alpha": 32,
+    "lora_target_modules": ["all-linear"],
+    "output_dir": "runs/grpo_gsm8k",
+}
+
+
+@dataclass
+class ExampleArguments(ScriptArguments):
+    """What this script adds to TRL's own arguments."""
+
+    dataset_path: str | None = field(
+        default=None, metadata={"help": "Directory with train.jsonl and test.jsonl, read in place of the Hub."}
+    )
+    task: str = field(
+        default="gsm8k",
+        metadata={
+            "help": "The word problems, or only their equations, which a tiny policy can work on. Without a "
+            "`dataset_path` the equations are generated.",
+            "choices": ["gsm8k", "equations"],
+        },
+    )
+
+
+def gsm8k_reward(completions, answer, **kwargs):
+    """1 if the last number of the completion is the answer."""
+    rewards = []
+    for completion, expected in zip(completions, answer, strict=True):
+        numbers = NUMBER.findall(completion[-1]["content"])
+        last = numbers[-1].replace(",", "").rstrip(".") if numbers else ""
+        rewards.append(float(last != "" and Decimal(last) == Decimal(expected)))
+    return rewards
+
+
+def load_gsm8k(arguments: ExampleArguments, split: str) -> Dataset:
+    """Conversational prompts, and the number after `####` of the solution."""
+    if arguments.dataset_path is not None:
+        dataset = load_dataset("json", data_files=str(local_file(arguments, split)), split="train")
+    else:
+        dataset = load_dataset(arguments.dataset_name, arguments.dataset_config, split=split)
+
+    def convert(row):
+        answer = row["answer"].rsplit("####", 1)[-1].replace(",", "").strip()
+        return {"prompt": [{"role": "user", "content": row["question"] + INSTRUCTION}], "answer": answer}
+
+    return dataset.map(convert, remove_columns=["question"])
+
+
+def load_equations(arguments: ExampleArguments, split: str) -> Dataset:
+    """Plain prompts such as `48/2;48+24=`."""
+    if arguments.dataset_path is None:
+        return generate_chains(7473 if split == "train" else 1319, seed=1 if split == "train" else 2)
+    dataset, dropped = load_gsm8k_equations(local_file(arguments, split))
+    print(f"{split}: {len(dataset)} rows with equations, {dropped} without left out")
+    return dataset
+
+
+def local_file(arguments: ExampleArguments, split: str) -> Path:
+    path = Path(arguments.dataset_path) / f"{split}.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"`--dataset_path {arguments.dataset_path}` holds no {split}.jsonl. Give a directory with GSM8K's train.jsonl "
+            "and test.jsonl, or leave the flag out to read the Hub."
+        )
+    return path
+
+
+def main():
+    parser = TrlParser((ExampleArguments, GRPOConfig, ModelConfig, LearnAlignConfig))
+    parser.set_defaults_with_config(**PAPER)
+    arguments, training_args, model_args, learnalign = parser.parse_args_and_config()
+
+    load, reward = (load_gsm8k, gsm8k_reward) if arguments.task == "gsm8k" else (load_equations, equations_reward)
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }
+    trainer = LearnAlignGRPOTrainer(
+        model=model_args.model_name_or_path,
+        reward_funcs=reward,
+        args=training_args,
+        train_dataset=load(arguments, "train"),
+        eval_dataset=load(arguments, "test") if training_args.eval_strategy != "no" else None,
+        peft_config=get_peft_config(model_args),
+        train_sampler=LearnAlignSampler(learnalign),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    if trainer.accelerator.is_main_process:
+        print(f"Adapter: {training_args.output_dir}; selections: {Path(training_args.output_dir) / 'learnalign'}")
+
+
+if __name__ == "__main__":
+    main()
