@@ -68,6 +68,13 @@ def test_environment_that_owns_the_data(tmp_path):
         select_prompts(trainer, config())
 
 
+def test_processes_that_do_not_know_of_each_other(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, max_steps=2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="launcher started 2 processes, but the trainer sees 1.*use_cpu=True"):
+        select_prompts(trainer, config())
+
+
 def test_empty_dataset(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=2)
     trainer.train_dataset = make_dataset().select([])

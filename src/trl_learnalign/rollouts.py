@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,11 +51,17 @@ def check_trainer(trainer: GRPOTrainer, config: LearnAlignConfig) -> None:
 
     Raises:
         `TypeError`: not a GRPOTrainer.
-        `ValueError`: a streaming dataset, an environment that owns the data, an unknown or missing reward name, or a
+        `ValueError`: processes that do not know of each other, a streaming dataset, an environment that owns the data, an unknown or missing reward name, or a
             multimodal dataset where gradients are wanted.
     """
     if not isinstance(trainer, GRPOTrainer):
         raise TypeError(f"LearnAlign works on a trl.GRPOTrainer, but got a {type(trainer).__name__}.")
+    launched, seen = int(os.environ.get("WORLD_SIZE", 1)), trainer.accelerator.num_processes
+    if launched != seen:
+        raise ValueError(
+            f"The launcher started {launched} processes, but the trainer sees {seen}: each would train by itself and write "
+            "to the same files. On a machine without a GPU set `use_cpu=True` in GRPOConfig."
+        )
     dataset = trainer.train_dataset
     check_dataset(dataset)
     if getattr(trainer, "environment_factories", None) is not None and _is_placeholder(dataset):
@@ -99,6 +106,11 @@ def _is_placeholder(dataset):
     """GRPOTrainer makes such a dataset when it is given none."""
     empty = [{"role": "user", "content": ""}]
     return dataset.column_names == ["prompt"] and all(prompt == empty for prompt in dataset["prompt"])
+
+
+def visible_columns(trainer: GRPOTrainer) -> Dataset:
+    """The training dataset with the columns that the trainer's dataloader would leave in it."""
+    return trainer._remove_unused_columns(trainer.train_dataset, description="selection")
 
 
 def reward_provenance(trainer: GRPOTrainer) -> dict[str, str]:

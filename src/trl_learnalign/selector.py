@@ -70,7 +70,7 @@ class _Pass:
         self.step = trainer.state.global_step
         self.seed = config.selection_seed if config.selection_seed is not None else trainer.args.seed
         self.num_rollouts = config.num_rollouts or trainer.num_generations
-        self.dataset = trainer._remove_unused_columns(trainer.train_dataset, description="selection")
+        self.dataset = rollouts.visible_columns(trainer)
         self.pool = _draw_pool(len(self.dataset), config.candidate_prompts, stable_hash(self.seed, "pool", stage))
         self.path = Path(trainer.args.output_dir) / "learnalign" / f"step-{self.step:06d}"
         self.seconds = {}

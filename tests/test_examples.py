@@ -1,0 +1,165 @@
+"""The scripts of `examples/`, started as a user starts them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import make_model, make_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trl_learnalign import Selection
+
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+GSM8K = Path(os.environ.get("GSM8K_PATH", ROOT.parent / "shared/data/gsm8k"))
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
+
+sys.path.insert(0, str(EXAMPLES))
+from equations import equations_reward, generate_chains, load_gsm8k_equations  # noqa: E402
+from train_tiny_policy import evaluate  # noqa: E402
+
+
+needs_gsm8k = pytest.mark.skipif(
+    not (GSM8K / "train.jsonl").is_file(),
+    reason=f"GSM8K is not at {GSM8K}; set GSM8K_PATH to a directory with its train.jsonl and test.jsonl",
+)
+
+
+def run(*command, cwd=ROOT):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return done.stdout + done.stderr
+
+
+@needs_gsm8k
+@pytest.mark.parametrize(("split", "usable", "rows"), [("train", 7378, 7473), ("test", 1301, 1319)])
+def test_equations_of_gsm8k(split, usable, rows):
+    dataset, dropped = load_gsm8k_equations(GSM8K / f"{split}.jsonl")
+    assert (len(dataset), dropped) == (usable, rows - usable)
+    assert equations_reward(dataset["solution"], dataset["answer"]) == [1.0] * usable
+    if split == "train":
+        assert dataset[0] == {"prompt": "48/2;48+24=", "answer": "72", "solution": "24;72"}
+
+
+def test_generated_chains():
+    dataset = generate_chains(300, seed=4)
+    assert dataset.to_list() == generate_chains(300, seed=4).to_list() != generate_chains(300, seed=5).to_list()
+    assert equations_reward(dataset["solution"], dataset["answer"]) == [1.0] * 300
+    for prompt, solution in zip(dataset["prompt"], dataset["solution"], strict=True):
+        lefts, results = prompt.removesuffix("=").split(";"), solution.split(";")
+        assert len(lefts) == len(results)
+        for left, result in zip(lefts, results, strict=True):
+            assert re.fullmatch(r"[-+*/().\d]+", left)
+            assert eval(left) == pytest.approx(float(result), abs=0.005)
+
+
+def test_equations_reward():
+    assert equations_reward(["24;72", "72", "24;72.0", "24;27", "24;72;", "", "7 2"], ["72"] * 7) == [
+        1,
+        1,
+        1,
+        0,
+        0,
+        0,
+        0,
+    ]
+    assert equations_reward([[{"role": "assistant", "content": "1;5"}]], ["5"]) == [1.0]
+
+
+def test_tiny_policy_knows_more_than_it_samples():
+    """On generated chains, which need no data; the numbers on GSM8K are in benchmarks/results/tiny_policy.json."""
+    folder = EXAMPLES / "assets/tiny-policy"
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 8e6
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(0)
+    measured = evaluate(model.float(), tokenizer, generate_chains(150, seed=77), num_samples=8)
+    assert 0.2 < measured["sampled"] < 0.6 and measured["greedy"] > measured["sampled"] + 0.2
+    assert measured["learnable"] > 0.5
+
+
+def test_training_script_of_the_tiny_policy(tmp_path):
+    run(
+        *(sys.executable, EXAMPLES / "train_tiny_policy.py", "--output_dir", tmp_path / "policy"),
+        *("--clean_steps", "2", "--noisy_steps", "2", "--eval_every", "0", "--batch_size", "8", "--threads", "1"),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "policy")
+    text = "48/2;48+24="
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "policy").config.model_type == "qwen2"
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("data", [pytest.param("gsm8k", marks=needs_gsm8k), "generated"])
+def test_equations_end_to_end(tmp_path, processes, data):
+    if data == "generated" and processes == 2 and (GSM8K / "train.jsonl").is_file():
+        pytest.skip("the same path runs on GSM8K here")
+    launch = ["--config_file", EXAMPLES / "accelerate_configs/two_cpu_processes.yaml"]
+    output = run(
+        *ACCELERATE,
+        *(launch if processes == 2 else ["--cpu", "--num_processes", "1"]),
+        *(EXAMPLES / "grpo_gsm8k.py", "--config", EXAMPLES / "equations_cpu.yaml", "--output_dir", tmp_path),
+        *(["--dataset_path", GSM8K] if data == "gsm8k" else []),
+        *("--candidate_prompts", "48", "--num_prompts", "16", "--warmup_prompts", "16", "--num_train_epochs", "2"),
+        *("--per_device_train_batch_size", 128 // processes, "--save_rollouts", "--seed", "3"),
+    )
+    selection = Selection.load(tmp_path / "learnalign/step-000001")
+    assert selection.provenance["num_processes"] == processes
+    assert selection.scores.num_rows == 48 and len(selection.indices) == 16
+    assert selection.provenance["num_rows"] == (7378 if data == "gsm8k" else 7473)
+    assert 0.1 < selection.mean_success_rates()[0] < 0.7 and 16 < selection.num_learnable() < 48
+    assert output.count("LearnAlign, step 1: pool 48; learnable") == 1
+    assert str(tmp_path / "learnalign") in output
+    if data == "gsm8k":
+        assert "train: 7378 rows with equations, 95 without left out" in output
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+def test_word_problems_end_to_end(tmp_path):
+    """`--task gsm8k`: conversational prompts and the numeric reward, with a random policy that solves nothing."""
+    make_model(max_position_embeddings=512).save_pretrained(tmp_path / "policy")
+    make_tokenizer().save_pretrained(tmp_path / "policy")
+    rows = [
+        {"question": f"What is {i} + 1?", "answer": f"It is <<{i}+1={i + 1}>>{i + 1}.\n#### {i + 1}"}
+        for i in range(16)
+    ]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = run(
+        *ACCELERATE,
+        *("--cpu", "--num_processes", "1", EXAMPLES / "grpo_gsm8k.py", "--dataset_path", tmp_path),
+        *(
+            "--model_name_or_path",
+            tmp_path / "policy",
+            "--output_dir",
+            tmp_path / "run",
+            "--max_completion_length",
+            "8",
+        ),
+        *("--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "1", "--num_train_epochs", "1"),
+        *("--num_prompts", "4", "--warmup_prompts", "4", "--bf16", "false", "--eval_strategy", "epoch"),
+        *("--report_to", "none", "--num_generations_eval", "2", "--per_device_eval_batch_size", "8"),
+    )
+    assert "LearnAlign, step 2: pool 16; learnable" in output and "eval_reward" in output
+
+
+def test_dataset_path_without_data(tmp_path):
+    command = [sys.executable, EXAMPLES / "grpo_gsm8k.py", "--dataset_path", tmp_path, "--bf16", "false"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode != 0 and "holds no train.jsonl" in done.stderr
+
+
+def test_demo(tmp_path):
+    output = run(
+        *(sys.executable, EXAMPLES / "demo.py", "--output_dir", tmp_path, "--pool", "64", "--num_prompts", "32"),
+        *("--passes", "1", "--test", "20"),
+    )
+    for line in ("before training", "after random prompts", "after LearnAlign's", "LearnAlign - random", "Total:"):
+        assert line in output
+    assert Selection.load(re.search(r"Selection.load\('(.*)'\)", output)[1]).indices

@@ -1,0 +1,81 @@
+"""The package as it is installed."""
+
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import tomllib
+
+import trl_learnalign
+
+
+ROOT = Path(__file__).parent.parent
+BLOCKED = ("vllm", "deepspeed", "bitsandbytes", "wandb", "matplotlib")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    path = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(path), str(ROOT)]
+    subprocess.run(command, check=True)
+    return next(path.glob("*.whl"))
+
+
+def test_wheel_holds_the_package_and_its_license(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {f"trl_learnalign/{file.name}" for file in (ROOT / "src/trl_learnalign").glob("*.py")} <= set(names)
+    assert "trl_learnalign/py.typed" in names and any(name.endswith("licenses/LICENSE") for name in names)
+    assert all(name.startswith("trl_learnalign") for name in names)
+
+
+def test_wheel_imports_without_what_it_does_not_need(wheel, tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path, wheel], check=True
+    )
+    code = f"import sys; sys.modules.update(dict.fromkeys({BLOCKED}))\nimport trl_learnalign as t; print(t.__file__)"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path) in done.stdout
+
+
+@pytest.mark.slow
+def test_wheel_installs_into_an_empty_environment(wheel, tmp_path):
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv/bin/python"
+    pip = [python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt"]
+    subprocess.run([*pip, "torch"], check=True)
+    subprocess.run([*pip, wheel], check=True)
+    subprocess.run(
+        [python, "-c", "import trl_learnalign; trl_learnalign.LearnAlignConfig()"], check=True, cwd=tmp_path
+    )
+
+
+def test_public_names():
+    names = ["LearnAlignCallback", "LearnAlignConfig", "LearnAlignGRPOTrainer", "LearnAlignMixin", "LearnAlignSampler"]
+    assert trl_learnalign.__all__ == [*names, "Selection", "select_prompts"]
+    assert all(getattr(trl_learnalign, name).__doc__ for name in trl_learnalign.__all__)
+
+
+def test_version_is_the_same_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    changelog = re.search(r"^## (\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert trl_learnalign.__version__ == project["version"] == changelog[1]
+
+
+def test_rooms_are_small_and_know_only_who_they_may():
+    """The architecture: no room over 400 lines, pure rooms free of trl, private names of TRL in three rooms only."""
+    imports = {}
+    for file in (ROOT / "src/trl_learnalign").glob("*.py"):
+        text = file.read_text()
+        assert text.count("\n") <= 400, file
+        imports[file.stem] = set(re.findall(r"^(?:from|import) (\w+|\.\w*)", text, re.MULTILINE))
+    for room in ("config", "scoring", "projection", "gradients", "selection", "sampler"):
+        assert not {"trl", "transformers", "peft", "accelerate"} & imports[room], room
+    private = re.compile(r"trainer\._\w+")
+    users = {file.stem for file in (ROOT / "src/trl_learnalign").glob("*.py") if private.search(file.read_text())}
+    assert users <= {"rollouts", "trainer", "callback"}

@@ -1,0 +1,132 @@
+"""What is left on disk, and that nothing else is read back."""
+
+import json
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tiny import config, make_trainer
+
+from trl_learnalign import Selection, select_prompts
+from trl_learnalign.journal import Journal
+from trl_learnalign.rollouts import Group
+from trl_learnalign.selection import SCORES_SCHEMA
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run")
+    selection = select_prompts(make_trainer(path), config(save_rollouts=True))
+    return selection, path / "learnalign" / "step-000000"
+
+
+def test_what_is_written(saved):
+    selection, path = saved
+    assert sorted(file.name for file in path.iterdir()) == ["rollouts.parquet", "scores.parquet", "selection.json"]
+    table = pq.read_table(path / "scores.parquet").to_pandas()
+    assert list(table.columns) == SCORES_SCHEMA.names and table["index"].tolist() == list(range(24))
+    assert table.sort_values("rank")["index"].tolist()[:8] == selection.indices
+    assert table["selected"].sum() == 8 and sorted(table["rank"]) == list(range(24))
+    assert (
+        table["alignment"].between(-1, 1).sum()
+        == (table["learnability"] > 0).sum()
+        == table["gradient_norm"].gt(0).sum()
+    )
+    assert (table["score"][table["learnability"] == 0] == 0).all()
+    rollouts = pq.read_table(path / "rollouts.parquet").to_pandas()
+    assert rollouts.groupby("index").size().tolist() == [8] * 24
+    rate = rollouts["rewards"].map(lambda rewards: rewards[0] >= 1).groupby(rollouts["index"]).mean()
+    assert rate.tolist() == table["success_rate"].tolist()
+    length = rollouts["completion_ids"].map(len).groupby(rollouts["index"]).mean()
+    assert length.tolist() == table["completion_length_mean"].tolist()
+    provenance = json.loads((path / "selection.json").read_text())["provenance"]
+    for name in ("config", "seed", "global_step", "dataset_fingerprint", "model", "versions", "seconds", "unscorable"):
+        assert name in provenance
+    assert set(provenance["seconds"]) == {"rollouts", "gradients", "scores"}
+
+
+def test_load_reads_it_back(saved):
+    selection, path = saved
+    loaded = Selection.load(str(path))
+    assert loaded.indices == selection.indices and loaded.scores.equals(selection.scores)
+    assert loaded.provenance == selection.provenance
+    assert repr(loaded) == "Selection(8 of 24 prompts, score='learnalign', step=0)"
+    assert loaded.summary() == selection.summary()
+
+
+@pytest.mark.parametrize("score", ["random", "learnability"])
+def test_scores_that_need_less_leave_nulls(tmp_path, score):
+    selection = select_prompts(make_trainer(tmp_path), config(score=score))
+    table = Selection.load(tmp_path / "learnalign/step-000000").scores
+    assert table.equals(selection.scores)
+    empty = {name for name in table.column_names if table[name].null_count == table.num_rows}
+    gradients = {"alignment", "gradient_norm"}
+    assert empty == (
+        gradients if score == "learnability" else set(SCORES_SCHEMA.names) - {"index", "rank", "selected"}
+    )
+
+
+def copy_of(path, tmp_path):
+    for file in path.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (lambda p: (p / "selection.json").unlink(), FileNotFoundError, "no finished selection.*step-000038"),
+        (lambda p: (p / "selection.json").write_text("{"), ValueError, "damaged"),
+        (lambda p: (p / "selection.json").write_text('{"indices": []}'), ValueError, "damaged.*format_version"),
+        (lambda p: (p / "selection.json").write_text("[]"), ValueError, "damaged"),
+        (lambda p: (p / "scores.parquet").write_bytes(b"PAR1 nonsense"), ValueError, "damaged"),
+        (lambda p: change(p, format_version=2), ValueError, "has format 2"),
+        (lambda p: change(p, indices=[0, 1]), ValueError, "name different prompts"),
+        (lambda p: change(p, indices=None), ValueError, "name different prompts"),
+        (lambda p: pq.write_table(pq.read_table(p / "rollouts.parquet"), p / "scores.parquet"), ValueError, "columns"),
+    ],
+)
+def test_damaged_files_are_refused(saved, tmp_path, damage, error, message):
+    path = copy_of(saved[1], tmp_path)
+    damage(path)
+    with pytest.raises(error, match=message):
+        Selection.load(path)
+
+
+def change(path, **changes):
+    document = json.loads((path / "selection.json").read_text())
+    (path / "selection.json").write_text(json.dumps(document | changes))
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path):
+    from trl_learnalign.selection import write_json
+
+    write_json(tmp_path / "a.json", {"a": 1})
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "a.json", {"a": float("nan")})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "b.json", {"a": object()})
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
+
+
+def test_journal_reads_back_what_was_finished(tmp_path, caplog):
+    journal = Journal(tmp_path / "journal", "key", True)
+    group = Group(
+        3, [4, 5], [[6], [7, 8]], [[1], [1, 0]], ["a", [{"role": "assistant", "content": "b"}]], [[1.0], [0.0]]
+    )
+    journal.save_groups(0, [group])
+    features = {3: torch.arange(4.0), 7: torch.ones(4)}
+    journal.save_features(features)
+    again = Journal(tmp_path / "journal", "key", True)
+    assert again.load_groups(0) == [group] and again.load_groups(1) is None
+    assert torch.equal(again.load_features({3, 9})[3], features[3]) and set(again.load_features({3, 9})) == {3}
+    # a truncated file counts as not finished
+    file = next((tmp_path / "journal").glob("rollouts-*"))
+    file.write_bytes(file.read_bytes()[:100])
+    next((tmp_path / "journal").glob("features-*")).write_bytes(b"12345678901234")
+    assert again.load_groups(0) is None and again.load_features({3}) == {}
+    other = Journal(tmp_path / "journal", "other key", True)
+    assert "discarded" in caplog.text and not list((tmp_path / "journal").glob("rollouts-*"))
+    other.remove()
+    assert not (tmp_path / "journal").exists()
