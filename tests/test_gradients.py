@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import graded_reward, lora, make_dataset, make_model, make_trainer, parity_reward, weights
+from tiny import graded_reward, lora, make_dataset, make_model, make_trainer, parity_reward
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM
 
 from trl_learnalign import LearnAlignConfig, rollouts
@@ -240,14 +240,20 @@ def test_bf16_autocast_keeps_the_direction(tmp_path):
 )
 def test_tensors_that_would_be_missed_are_named(tmp_path, settings, name):
     peft = lora(**({"init_lora_weights": True} | settings))
-    trainer = make_trainer(
-        tmp_path, LearnAlignConfig(num_prompts=4, warmup_prompts=0), peft=peft, reward=parity_reward
-    )
-    before = weights(trainer)
+    config = LearnAlignConfig(num_prompts=4, warmup_prompts=8)
     with pytest.raises(UnseenParametersError, match=f"{name}.*score='learnability'"):
-        trainer.train()
+        make_trainer(tmp_path, config, peft=peft, reward=parity_reward)
+
+
+def test_a_weight_used_without_its_layer_is_noticed(tmp_path):
+    """The check of the first backward: here the adapter of one layer is multiplied in by hand."""
+    trainer = make_trainer(tmp_path, reward=parity_reward)
+    layer = trainer.model.base_model.model.model.layers[0].self_attn.q_proj
+    base, a, b = layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]
+    layer.forward = lambda x: base(x) + x @ a.weight.T @ b.weight.T
+    with pytest.raises(UnseenParametersError, match="q_proj.lora_A.*q_proj.lora_B.*score='learnability'"):
+        features_of(trainer, random_tasks(2), tmp_path)
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
-    assert before.keys() == weights(trainer).keys()
 
 
 def test_a_model_without_linear_layers_gets_a_clear_error(tmp_path):

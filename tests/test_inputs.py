@@ -197,6 +197,13 @@ def test_resume_with_another_batch_size(tmp_path):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
+def test_resume_that_would_not_skip(tmp_path):
+    kwargs = {"max_steps": 6, "save_strategy": "steps", "save_steps": 4}
+    make_trainer(tmp_path, config(), **kwargs).train()
+    with pytest.raises(ValueError, match="`ignore_data_skip=True` starts the epoch over"):
+        make_trainer(tmp_path, config(), ignore_data_skip=True, **kwargs).train(resume_from_checkpoint=True)
+
+
 def test_restart_with_a_used_optimizer(tmp_path):
     import torch
 

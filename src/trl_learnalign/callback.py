@@ -73,7 +73,7 @@ class LearnAlignCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self._pending = None
         if state.global_step > 0:
-            self._resume(state)
+            self._resume(args, state)
         else:
             self._check_warmup(state)
             self.sampler.reset()
@@ -165,7 +165,12 @@ class LearnAlignCallback(TrainerCallback):
     def _record(self, state):
         state.stateful_callbacks[STATE_KEY] = {"sampler": self.sampler.state_dict(), "pending": self._pending}
 
-    def _resume(self, state):
+    def _resume(self, args, state):
+        if args.ignore_data_skip:
+            raise ValueError(
+                "`ignore_data_skip=True` starts the epoch over, so the resumed run would train on other prompts than the "
+                "first. Leave it out: skipping costs no generation."
+            )
         saved = state.stateful_callbacks.get(STATE_KEY)
         if not isinstance(saved, dict) or "sampler" not in saved or "pending" not in saved:
             raise ValueError(

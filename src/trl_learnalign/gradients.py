@@ -176,8 +176,13 @@ class PromptGradients:
         for name in missed:
             without[name].grad = None
         if missed or not self._seen:
-            raise UnseenParametersError(_unseen_message(missed or [tap.name for tap in self._taps]))
+            raise UnseenParametersError(unseen_message(missed or [tap.name for tap in self._taps]))
         self._checked = True
+
+
+def check_parameters(model: nn.Module, probe: bool) -> None:
+    """Raises the [`UnseenParametersError`] that [`PromptGradients`] would, without building anything."""
+    _probe_layers(model) if probe else _lora_taps(model)
 
 
 def _clean(name: str) -> str:
@@ -194,29 +199,37 @@ def _lora_taps(model) -> list[_Tap]:
             seen.add(id(module.weight))
     unseen = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in seen]
     if unseen or not taps:
-        raise UnseenParametersError(_unseen_message(unseen))
+        raise UnseenParametersError(unseen_message(unseen))
     return taps
 
 
-def _probe_taps(model, seed, device) -> list[_Tap]:
+def _probe_layers(model) -> dict[str, nn.Linear]:
     head = model.get_output_embeddings()
-    taps = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not head:
-            name = _clean(name)
-            generator = torch.Generator().manual_seed(stable_hash("probe", seed, name))
-            bound = module.in_features**-0.5  # the range of PEFT's initial A
-            probe = torch.empty(PROBE_RANK, module.in_features).uniform_(-bound, bound, generator=generator)
-            taps.append(_Tap(name, module, probe.to(device)))
-    if not taps:
+    layers = {
+        _clean(name): module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+    if not layers:
         raise UnseenParametersError(
             f"{type(model).__name__} has no LoRA adapter and no `nn.Linear` layer to put a probe on, so no gradients "
             "can be taken. Pass a `peft_config` to the trainer, or use `score='learnability'`."
         )
+    return layers
+
+
+def _probe_taps(model, seed, device) -> list[_Tap]:
+    taps = []
+    for name, module in _probe_layers(model).items():
+        generator = torch.Generator().manual_seed(stable_hash("probe", seed, name))
+        bound = module.in_features**-0.5  # the range of PEFT's initial A
+        probe = torch.empty(PROBE_RANK, module.in_features).uniform_(-bound, bound, generator=generator)
+        taps.append(_Tap(name, module, probe.to(device)))
     return taps
 
 
-def _unseen_message(names) -> str:
+def unseen_message(names: list[str]) -> str:
+    """What an [`UnseenParametersError`] says of these tensors."""
     if not names:
         return (
             "The model has no trainable parameter, so no gradients can be taken. Check that the adapter is active and "

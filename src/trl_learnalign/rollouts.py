@@ -19,7 +19,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import use_adapter
 
 from .config import LearnAlignConfig
-from .gradients import dropout_off
+from .gradients import UnseenParametersError, check_parameters, dropout_off, unseen_message
 
 
 @dataclass
@@ -51,8 +51,10 @@ def check_trainer(trainer: GRPOTrainer, config: LearnAlignConfig) -> None:
 
     Raises:
         `TypeError`: not a GRPOTrainer.
-        `ValueError`: processes that do not know of each other, a streaming dataset, an environment that owns the data, an unknown or missing reward name, or a
-            multimodal dataset where gradients are wanted.
+        `ValueError`: processes that do not know of each other, a streaming dataset, an environment that owns the data,
+            an unknown or missing reward name; and where gradients are wanted: a multimodal dataset, sharded weights
+            without an adapter.
+        [`UnseenParametersError`]: trainable tensors whose gradients would be missed.
     """
     if not isinstance(trainer, GRPOTrainer):
         raise TypeError(f"LearnAlign works on a trl.GRPOTrainer, but got a {type(trainer).__name__}.")
@@ -84,11 +86,23 @@ def check_trainer(trainer: GRPOTrainer, config: LearnAlignConfig) -> None:
             f"`success_reward` is {config.success_reward!r}, which is {times} among the trainer's reward functions: "
             f"{', '.join(names)}."
         )
-    if config.score != "learnability" and {"image", "images"} & set(dataset.column_names):
+    if config.score == "learnability":
+        return
+    if {"image", "images"} & set(dataset.column_names):
         raise ValueError(
             "The training dataset has images, and gradients of multimodal prompts are not supported. Use "
             "`score='learnability'`, which takes no gradients."
         )
+    if is_sharded(trainer) and not has_adapter(trainer):
+        raise ValueError(
+            "Full fine-tuning with FSDP or DeepSpeed is not supported: the probe that stands for the weights would meet "
+            "shards of them. Train a LoRA adapter (`peft_config`), or use `score='learnability'`, which takes no gradients."
+        )
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    for adapter in getattr(model, "peft_config", {}).values():
+        if getattr(adapter, "target_parameters", None):  # their A and B are multiplied without their layers' forward
+            raise UnseenParametersError(unseen_message([f"target_parameters={adapter.target_parameters}"]))
+    check_parameters(model, probe=not has_adapter(trainer))
 
 
 def check_dataset(dataset) -> None:
