@@ -27,10 +27,12 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Rewrites benchmarks/results/*.json. DATASET=DIR with GSM8K's train.jsonl and test.jsonl, else generated chains
+# Rewrites benchmarks/results/*.json and the tables made of them. DATASET=DIR with GSM8K's train.jsonl and test.jsonl, else
+# generated chains. About an hour on one core
 bench: $(VENV)/installed
-	$(BIN)/python benchmarks/tiny_policy.py --grpo $(if $(DATASET),--dataset_path $(DATASET))
-	$(BIN)/python benchmarks/selection_cost.py $(if $(DATASET),--dataset_path $(DATASET))
+	$(BIN)/python benchmarks/tiny_policy.py --grpo --seeds 0 1 --threads 1 $(if $(DATASET),--dataset_path $(DATASET))
+	$(BIN)/python benchmarks/demo_arms.py $(if $(DATASET),--dataset_path $(DATASET))
+	$(BIN)/python benchmarks/render.py
 
 clean:
 	rm -rf $(VENV) build dist runs src/*.egg-info

@@ -1,0 +1,158 @@
+"""
+Writes the tables of README.md and docs/results.md from benchmarks/results/*.json, so that nobody types a number.
+
+    python benchmarks/render.py [--check]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+NAMES = {
+    "random": "random prompts",
+    "learnability": "learnability alone",
+    "alignment": "alignment alone",
+    "learnalign": "LearnAlign",
+}
+
+
+def load(name):
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def arms_table(results) -> str:
+    conditions, summary = results["conditions"], results["summary"]
+    lines = [
+        "| trained on | held-out success | over random prompts |",
+        "| --- | --- | --- |",
+        f"| nothing | {results['before']:.3f} | |",
+    ]
+    for arm, values in summary.items():
+        gap = ""
+        if arm != "random":
+            gap = f"{values['over_random']:+.3f} +- {values['standard_error']:.3f}"
+        lines.append(f"| {NAMES[arm]} | {values['success']:.3f} | {gap} |")
+    versions = ", ".join(f"{name} {number}" for name, number in conditions["versions"].items())
+    seeds = summary["random"]["seeds"]
+    steps = {run["steps"] for run in results["runs"]}
+    lines += [
+        "",
+        f"Mean over {seeds} seeds; the error is the standard error of the paired difference over seeds. "
+        f"{conditions['data'][0].upper() + conditions['data'][1:]}, a pool of {conditions['pool']}, "
+        f"{conditions['num_prompts']} prompts, {steps.pop()} steps of 32 prompts, 2 of them warm-up; {conditions['test']} "
+        f"held-out prompts x {conditions['samples']} samples at temperature 1. Measured on a CPU with "
+        f"{conditions['threads']} thread by `benchmarks/demo_arms.py`; {versions}.",
+    ]
+    return "\n".join(lines)
+
+
+def cost_table(results) -> str:
+    runs = [run for run in results["runs"] if run["arm"] == "learnalign"]
+
+    def median(values):
+        return sorted(values)[len(values) // 2]
+
+    rollouts = median([run["phases"]["rollouts"] for run in runs])
+    gradients = median([run["phases"]["gradients"] for run in runs])
+    scores = median([run["phases"]["scores"] for run in runs])
+    share = median([run["learnable"] / results["conditions"]["pool"] for run in runs])
+    return "\n".join(
+        [
+            "| phase of a selection | median seconds | relative to the rollouts |",
+            "| --- | --- | --- |",
+            f"| rollouts | {rollouts:.1f} | 1 |",
+            f"| gradients | {gradients:.1f} | {gradients / rollouts:.2f} |",
+            f"| scores | {scores:.2f} | {scores / rollouts:.3f} |",
+            "",
+            f"The same runs; {100 * share:.0f} % of the pool was learnable. On a CPU a backward costs about two forwards, so "
+            "the gradients are dearer beside the rollouts here than on a GPU, where generation is bound by memory.",
+        ]
+    )
+
+
+def length_table(results) -> str:
+    lines = ["| score | mean completion length of the chosen | of the pool |", "| --- | --- | --- |"]
+    for arm in ("learnability", "alignment", "learnalign"):
+        runs = [run for run in results["runs"] if run["arm"] == arm]
+        chosen, pool = (sum(run[key] for run in runs) / len(runs) for key in ("chosen_length", "pool_length"))
+        lines.append(f"| {NAMES[arm]} | {chosen:.2f} tokens | {pool:.2f} |")
+    return "\n".join(lines)
+
+
+def policy_table(results) -> str:
+    grpo = results["grpo"]
+    seeds = ", ".join(f"{run['before']:.3f} to {run['after']:.3f}" for run in grpo["runs"])
+    rows = [
+        ("parameters", f"{results['parameters']:,}"),
+        ("success at temperature 1, test", f"{results['test_sampled_success']:.3f}"),
+        ("success of greedy decoding, test", f"{results['test_greedy_success']:.3f}"),
+        (
+            "train prompts neither always nor never solved in 8 rollouts",
+            f"{100 * results['train_share_neither_always_nor_never_solved_in_8']:.1f} %",
+        ),
+        (
+            f"stock GRPO on {grpo['settings']['train_prompts']:,} random prompts, {grpo['settings']['passes']:.0f} passes",
+            f"{seeds} (mean lift {100 * grpo['mean_lift']:.1f} points)",
+        ),
+    ]
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    lines = ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows), ""]
+    lines += [
+        f"{results['dataset']}: {results['train_rows']:,} train and {results['test_rows']:,} test rows; measured on "
+        f"{results['test_rows_measured']} test rows x {results['samples_per_row']} samples and "
+        f"{results['train_prompts_measured']:,} train prompts, by `benchmarks/tiny_policy.py`; {versions}."
+    ]
+    return "\n".join(lines)
+
+
+def documents() -> dict[Path, str]:
+    arms, policy = load("demo_arms"), load("tiny_policy")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    start, end = readme.index(BEGIN) + len(BEGIN), readme.index(END)
+    page = f"""# Results, and how they were measured
+
+This page is written by `benchmarks/render.py` from `benchmarks/results/`.
+
+## Equal training on different prompts
+
+{arms_table(arms)}
+
+Every run: `python benchmarks/demo_arms.py --dataset_path DIR`.
+
+## What a selection costs
+
+{cost_table(arms)}
+
+## Length of what is chosen
+
+{length_table(arms)}
+
+## The tiny policy
+
+{policy_table(policy)}
+"""
+    return {
+        ROOT / "README.md": readme[:start] + "\n" + arms_table(arms) + "\n" + readme[end:],
+        ROOT / "docs" / "results.md": page,
+    }
+
+
+def main():
+    stale = [
+        path for path, text in documents().items() if not path.is_file() or path.read_text(encoding="utf-8") != text
+    ]
+    if "--check" in sys.argv:
+        if stale:
+            sys.exit(f"Not what the results say: {', '.join(path.name for path in stale)}. Run benchmarks/render.py.")
+        return
+    for path in stale:
+        path.write_text(documents()[path], encoding="utf-8")
+        print(f"wrote {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
