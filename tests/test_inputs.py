@@ -1,5 +1,6 @@
 """Bad input: a clear error, early, with the value, the reason and the remedy."""
 
+import asyncio
 import math
 
 import pytest
@@ -48,22 +49,8 @@ def test_streaming_dataset(tmp_path):
 
 
 def test_environment_that_owns_the_data(tmp_path):
-    class Environment:
-        def reset(self, **kwargs):
-            return "1+1="
-
-        def add(self, a: int) -> int:
-            """
-            Adds one.
-
-            Args:
-                a: A number.
-            """
-            return a + 1
-
     placeholder = Dataset.from_dict({"prompt": [[{"role": "user", "content": ""}]] * 4})
     trainer = make_trainer(tmp_path, dataset=placeholder, max_steps=2)
-    trainer.environment_factories = {None: Environment}
     with pytest.raises(ValueError, match="environment of this trainer supplies the prompts.*Pass a `train_dataset`"):
         select_prompts(trainer, config())
 
@@ -195,6 +182,28 @@ def test_resume_with_another_batch_size(tmp_path):
     with pytest.raises(ValueError, match="chunk_prompts was 4 and is 2.*number of processes"):
         other = make_trainer(tmp_path, config(), per_device_train_batch_size=8, **kwargs)
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_resume_with_another_dataset(tmp_path):
+    kwargs = {"max_steps": 6, "save_strategy": "steps", "save_steps": 4}
+    make_trainer(tmp_path, config(), **kwargs).train()
+    dataset = make_dataset()
+    for other in (dataset.select(range(23, -1, -1)), dataset.map(lambda row: {"prompt": row["prompt"] + "0"})):
+        with pytest.raises(ValueError, match="dataset has other rows, or the same in another order"):
+            make_trainer(tmp_path, config(), dataset=other, **kwargs).train(resume_from_checkpoint=True)
+    # the same rows made in another way are the same dataset
+    same = Dataset.from_list(dataset.select(range(23, -1, -1)).to_list()).select(range(23, -1, -1))
+    make_trainer(tmp_path, config(), dataset=same, **kwargs).train(resume_from_checkpoint=True)
+
+
+def test_async_reward(tmp_path):
+    async def slow_reward(completions, **kwargs):
+        await asyncio.sleep(0.001)
+        return parity_reward(completions)
+
+    fast = select_prompts(make_trainer(tmp_path / "fast", reward=parity_reward), config())
+    slow = select_prompts(make_trainer(tmp_path / "slow", reward=slow_reward), config())
+    assert slow.scores.equals(fast.scores)
 
 
 def test_resume_that_would_not_skip(tmp_path):

@@ -55,6 +55,7 @@ class LearnAlignCallback(TrainerCallback):
                 "`after_warmup='continue'`."
             )
         sampler.bind(_layout(trainer, sampler))
+        self._fingerprint = rollouts.dataset_fingerprint(trainer.train_dataset)
         self.trainer = trainer
         self.sampler = sampler
         self.selections: list[Selection] = []
@@ -163,7 +164,11 @@ class LearnAlignCallback(TrainerCallback):
     # What a checkpoint holds ------------------------------------------------------------------------------------
 
     def _record(self, state):
-        state.stateful_callbacks[STATE_KEY] = {"sampler": self.sampler.state_dict(), "pending": self._pending}
+        state.stateful_callbacks[STATE_KEY] = {
+            "sampler": self.sampler.state_dict(),
+            "pending": self._pending,
+            "dataset_fingerprint": self._fingerprint,
+        }
 
     def _resume(self, args, state):
         if args.ignore_data_skip:
@@ -172,12 +177,17 @@ class LearnAlignCallback(TrainerCallback):
                 "first. Leave it out: skipping costs no generation."
             )
         saved = state.stateful_callbacks.get(STATE_KEY)
-        if not isinstance(saved, dict) or "sampler" not in saved or "pending" not in saved:
+        if not isinstance(saved, dict) or not {"sampler", "pending", "dataset_fingerprint"} <= saved.keys():
             raise ValueError(
                 f"The checkpoint of step {state.global_step} holds no LearnAlign state, so it was written by a run "
                 "without LearnAlign. Resume without the sampler, or start a new run from its weights."
             )
         self.sampler.load_state_dict(saved["sampler"])
+        if saved["dataset_fingerprint"] != self._fingerprint:
+            raise ValueError(
+                "The training dataset has other rows, or the same in another order, than when the checkpoint was written, "
+                "so its selection would name the wrong prompts. Resume with the same dataset, or start a new run."
+            )
         self._pending = saved["pending"]
         if self._pending is not None and (type(self._pending) is not int or self._pending < 0):
             raise ValueError(f"The LearnAlign state in the checkpoint is damaged: pending is {self._pending!r}.")

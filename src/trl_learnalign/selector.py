@@ -80,7 +80,7 @@ class _Pass:
             "global_step": self.step,
             "stage": stage,
             "num_rollouts": self.num_rollouts,
-            "dataset_fingerprint": trainer.train_dataset._fingerprint,
+            "dataset_fingerprint": rollouts.dataset_fingerprint(trainer.train_dataset),
             "num_rows": len(self.dataset),
             "model": trainer.model.config._name_or_path or type(trainer.model).__name__,
             "versions": {package: version(package) for package in _PACKAGES},
@@ -127,6 +127,7 @@ class _Pass:
     def _scored(self):
         self.journal = Journal(self.path / "journal", self.provenance["key"], self.accelerator.is_main_process)
         self.accelerator.wait_for_everyone()
+        self.journal.path.mkdir(parents=True, exist_ok=True)  # on a node with a disk of its own
         with rollouts.left_as_found(self.trainer, self.num_rollouts):
             started = time.perf_counter()
             own = self._roll_out()
