@@ -1,10 +1,16 @@
 """Per-prompt gradients against autograd run prompt by prompt, row by row, without padding."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import graded_reward, lora, make_dataset, make_model, make_trainer, parity_reward
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM
+from tiny import graded_reward, lora, make_dataset, make_model, make_trainer, parity_reward, weights
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from trl_learnalign import LearnAlignConfig, rollouts
 from trl_learnalign.features import FeatureSource
@@ -292,3 +298,63 @@ def test_no_backward_for_prompts_without_learnability(tmp_path, monkeypatch):
         zip(selection.scores["index"].to_pylist(), selection.scores["learnability"].to_pylist(), strict=True)
     )
     assert all(learnable[row["index"]] > 0 for row in carrying)
+
+
+@pytest.mark.parametrize("counts", [[4, 4], [3, 5]])
+@pytest.mark.parametrize("dim", [1024, 65536, None])
+def test_no_more_work_than_a_plain_backward(tmp_path, counts, dim):
+    trainer = make_trainer(tmp_path)
+    rows = [Row([3, 4, 5], [6 + i, 7, 8, 9], [1] * 4, 1.0, 0.25) for i in range(8)]
+
+    def objective():
+        return rollouts.policy_objective(trainer, rows)
+
+    with dropout_off(trainer.model):
+        with FlopCounterMode(display=False) as plain:
+            objective().backward()
+        trainer.model.zero_grad()
+        with PromptGradients(trainer.model, dim, 0) as engine, FlopCounterMode(display=False) as ours:
+            engine.collect(counts, objective)
+    assert 0 < ours.get_total_flops() <= 1.001 * plain.get_total_flops()
+
+
+def moe(cls, config_cls, **sizes):
+    torch.manual_seed(0)
+    settings = {"vocab_size": 22, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    settings |= {"num_key_value_heads": 1, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    return cls(config_cls(**settings, **sizes))
+
+
+def test_mixture_of_experts(tmp_path):
+    """A block that flattens rows and tokens, with LoRA on its shared expert and on the attention."""
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "intermediate_size": 16}
+    model = moe(Qwen2MoeForCausalLM, Qwen2MoeConfig, shared_expert_intermediate_size=8, **sizes)
+    targets = ["q_proj", "v_proj", "o_proj", "shared_expert.up_proj", "shared_expert.down_proj", "shared_expert_gate"]
+    trainer = make_trainer(tmp_path, model=model, peft=lora(target_modules=targets))
+    assert sum("shared_expert" in name for name in weights(trainer)) == 12
+    tasks = random_tasks(3)
+    assert_equal_to_oracle(trainer, tasks, features_of(trainer, tasks, tmp_path))
+
+
+def test_layers_whose_tokens_are_mixed_are_refused(tmp_path):
+    trainer = make_trainer(tmp_path)
+    layer = trainer.model.base_model.model.model.layers[0].mlp.up_proj
+    adapted = layer.forward
+    layer.forward = lambda x: (
+        adapted(x.flatten(0, 1)[1:]).new_zeros(*x.shape[:2], 32) + adapted(x.flatten(0, 1)[1:]).sum()
+    )
+    with pytest.raises(RuntimeError, match="layers.0.mlp.up_proj.lora_.*cannot be told apart by prompt"):
+        features_of(trainer, {0: [Row([3, 4], [5, 6, 7], [1] * 3, 1.0, 0.5)] * 2}, tmp_path)
+
+
+def test_fully_sharded_weights(tmp_path):
+    """`fully_shard` on two gloo processes: each process's prompts have the gradients of the unsharded model."""
+    script = Path(__file__).with_name("sharded_run.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-5000:]
+    for rank in range(2):
+        ours, expected = torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True)
+        assert ours.norm() > 0
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)

@@ -148,11 +148,6 @@ def test_unbound_sampler_says_what_to_do():
         LearnAlignSampler({"num_prompts": 3})
 
 
-def test_budget_larger_than_the_pool_is_a_warning():
-    with pytest.warns(UserWarning, match="`num_prompts` is 5, but the training dataset has 4 rows"):
-        bound(pool_size=4, num_prompts=4)
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

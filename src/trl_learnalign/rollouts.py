@@ -5,6 +5,7 @@ import hashlib
 import inspect
 import os
 import random
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,6 +73,12 @@ def check_trainer(trainer: GRPOTrainer, config: LearnAlignConfig) -> None:
         raise ValueError(
             "The environment of this trainer supplies the prompts itself, so there are no dataset rows to select. Pass "
             "a `train_dataset` with the prompts to choose from."
+        )
+    if config.num_prompts > len(dataset):
+        warnings.warn(
+            f"`num_prompts` is {config.num_prompts}, but the training dataset has {len(dataset)} rows: every learnable "
+            "prompt will be selected.",
+            stacklevel=3,
         )
     if config.score == "random":
         return

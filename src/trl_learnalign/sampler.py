@@ -1,7 +1,6 @@
 """The order of the prompts of a run: a pure function of a seed and a short log of selections."""
 
 import math
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -134,12 +133,6 @@ class LearnAlignSampler(Sampler[int]):
             raise ValueError(
                 "This LearnAlignSampler already belongs to a trainer, and its state would be shared by both. Make a "
                 "new LearnAlignSampler for each trainer."
-            )
-        if self.config.num_prompts > layout.pool_size:
-            warnings.warn(
-                f"`num_prompts` is {self.config.num_prompts}, but the training dataset has {layout.pool_size} rows: "
-                "every learnable prompt will be selected.",
-                stacklevel=2,
             )
         self.layout = layout
         self.reset()

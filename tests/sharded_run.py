@@ -1,0 +1,48 @@
+"""What test_gradients.py starts on two processes: the engine on a model whose layers are `fully_shard`ed."""
+
+import sys
+
+import torch
+from peft import get_peft_model
+from tiny import lora, make_model
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
+
+from trl_learnalign.gradients import PromptGradients
+
+
+def objective(model, ids):
+    logps = model(input_ids=ids).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])
+    return (logps[..., 0] * torch.linspace(-1, 1, len(ids))[:, None]).sum()
+
+
+def main(path):
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
+    torch.manual_seed(rank)
+    ids = torch.randint(3, 20, (4, 9))  # other rows on each process
+    counts = [[1, 3], [2, 2]][rank]
+
+    def features(model):
+        with PromptGradients(model, None, 0) as engine:
+            return engine.collect(counts, lambda: objective(model, ids))
+
+    torch.manual_seed(0)
+    whole, model = (get_peft_model(make_model(), lora(init_lora_weights=True)) for _ in range(2))
+    with torch.no_grad():
+        for a, b in zip(whole.parameters(), model.parameters(), strict=True):
+            if a.requires_grad:
+                a.copy_(torch.randn(a.shape) * 0.1)
+            b.copy_(a)
+    expected = features(whole)
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    ours = features(model)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    torch.save((ours, expected), f"{path}/rank-{rank}.pt")
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
