@@ -83,6 +83,22 @@ def length_table(results) -> str:
     return "\n".join(lines)
 
 
+def projection_table(results) -> str:
+    lines = [
+        "| `projection_dim` | Spearman with the exact score | kept of the exact top quarter |",
+        "| --- | --- | --- |",
+    ]
+    for row in results["rows"]:
+        name = f"{row['dim']:,}" + (" (default)" if row["dim"] == results["default"] else "")
+        lines.append(f"| {name} | {row['spearman']:.4f} | {100 * row['top_quarter']:.0f} % |")
+    lines += [
+        "",
+        f"{results['data'][0].upper() + results['data'][1:]}, {results['learnable']} learnable prompts of {results['pool']}, "
+        f"{results['lora_parameters']:,} LoRA weights, after four steps of training; by `benchmarks/projection.py`.",
+    ]
+    return "\n".join(lines)
+
+
 def policy_table(results) -> str:
     grpo = results["grpo"]
     seeds = ", ".join(f"{run['before']:.3f} to {run['after']:.3f}" for run in grpo["runs"])
@@ -130,6 +146,10 @@ Every run: `python benchmarks/demo_arms.py --dataset_path DIR`.
 ## Length of what is chosen
 
 {length_table(arms)}
+
+## Projected against exact scores
+
+{projection_table(load("projection"))}
 
 ## The tiny policy
 

@@ -11,6 +11,7 @@ DIR holds GSM8K's `train.jsonl` and `test.jsonl`, whose equations are then used 
 import argparse
 import random
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -23,6 +24,9 @@ from trl import GRPOConfig
 
 from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler, Selection
 
+
+# Settings that only the newest transformers calls by another name
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
 
 POLICY = Path(__file__).parent / "assets" / "tiny-policy"
 SAMPLES = 8
@@ -49,12 +53,11 @@ def success(model, tokenizer, test) -> torch.Tensor:
     return torch.tensor(rewards).view(-1, SAMPLES).mean(1)
 
 
-def train(score, pool, test, arguments) -> tuple[torch.Tensor, Path, int]:
-    """One run; returns the held-out success after it, the directory of its selection, and its steps."""
-    output_dir = arguments.output_dir / score
+def build_trainer(score, pool, arguments) -> LearnAlignGRPOTrainer:
+    """A trainer as in any GRPO script, and a sampler."""
     learnalign = LearnAlignConfig(num_prompts=arguments.num_prompts, warmup_prompts=64, score=score)
     training_args = GRPOConfig(
-        output_dir=str(output_dir),
+        output_dir=str(arguments.output_dir / score),
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=False,
@@ -71,22 +74,24 @@ def train(score, pool, test, arguments) -> tuple[torch.Tensor, Path, int]:
         dataloader_pin_memory=False,
         seed=arguments.seed,
     )
-    tokenizer = AutoTokenizer.from_pretrained(POLICY)
-    trainer = LearnAlignGRPOTrainer(
+    return LearnAlignGRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(POLICY, dtype=torch.float32),
         reward_funcs=equations_reward,
         args=training_args,
         train_dataset=pool,
-        processing_class=tokenizer,
+        processing_class=AutoTokenizer.from_pretrained(POLICY),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
         train_sampler=LearnAlignSampler(learnalign),
     )
+
+
+def train(score, pool, test, arguments) -> tuple[torch.Tensor, Path, int]:
+    """One run; returns the held-out success after it, the directory of its selection, and its steps."""
+    trainer = build_trainer(score, pool, arguments)
     trainer.train()
-    return (
-        success(trainer.model, tokenizer, test),
-        next((output_dir / "learnalign").glob("step-*")),
-        trainer.state.global_step,
-    )
+    after = success(trainer.model, trainer.processing_class, test)
+    path = Path(trainer.args.output_dir) / "learnalign" / "step-000002"  # two steps of warm-up
+    return after, path, trainer.state.global_step
 
 
 def show(selection: Selection, pool: Dataset) -> None:

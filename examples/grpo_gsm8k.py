@@ -32,6 +32,7 @@ NUMBER = re.compile(r"-?\d[\d,]*\.?\d*|-?\.\d+")
 # completion, the passes over the selection) is ours
 PAPER = {
     "model_name_or_path": "Qwen/Qwen2.5-1.5B-Instruct",
+    "dtype": "bfloat16",
     "dataset_name": "openai/gsm8k",
     "dataset_config": "main",
     "num_prompts": 1000,

@@ -1,0 +1,81 @@
+"""
+How faithful the projection is: scores by `projection_dim` against exact ones, on the demo's pool after its warm-up.
+
+    python benchmarks/projection.py --dataset_path DIR
+
+DIR holds GSM8K's train.jsonl and test.jsonl; without it generated chains stand in. All scores are of the same rollouts.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+import torch
+from demo import build_trainer, load
+
+from trl_learnalign import LearnAlignConfig, select_prompts
+
+
+DIMS = (1024, 4096, 8192, 32768, 65536)
+
+
+def spearman(a, b):
+    """Rank correlation; scores of distinct prompts are distinct."""
+    return torch.corrcoef(torch.stack([a.argsort().argsort().double(), b.argsort().argsort().double()]))[0, 1].item()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset_path", type=Path)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "projection.json")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    settings = {"pool": 600, "num_prompts": 128, "passes": 1, "test": 1, "seed": 0}
+    with tempfile.TemporaryDirectory() as output_dir:
+        run = argparse.Namespace(**settings, output_dir=Path(output_dir), dataset_path=arguments.dataset_path)
+        pool, _, source = load(run)
+        trainer = build_trainer("random", pool, run)
+        trainer.args.max_steps = 4  # the warm-up and two steps, so that no LoRA B is zero
+        trainer.train()
+        config = LearnAlignConfig(num_prompts=128, projection_dim=None)
+        tables = {
+            dim: select_prompts(trainer, replace(config, projection_dim=dim)).scores.to_pandas()
+            for dim in (None, *DIMS)
+        }
+    size = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    exact = tables[None]
+    learnable = exact["learnability"] > 0
+    best = exact[learnable].nlargest(int(learnable.sum()) // 4, "score").index
+    rows = []
+    for dim in DIMS:
+        ours = tables[dim]
+        assert ours["success_rate"].equals(exact["success_rate"])  # the same rollouts
+        pair = [torch.tensor(table["score"][learnable].to_numpy()) for table in (ours, exact)]
+        kept = len(best.intersection(ours[learnable].nlargest(len(best), "score").index)) / len(best)
+        rows.append({"dim": dim, "spearman": round(spearman(*pair), 4), "top_quarter": round(kept, 4)})
+    results = {
+        "data": source,
+        "pool": len(pool),
+        "learnable": int(learnable.sum()),
+        "lora_parameters": size,
+        "default": LearnAlignConfig().projection_dim,
+        "rows": rows,
+        "cpu_count": os.cpu_count(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "trl-learnalign")},
+    }
+    arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
