@@ -128,6 +128,26 @@ def test_unscorable_prompts_are_out_of_the_pool(tmp_path):
     assert 0 <= rate <= 1 and (rate * 4) % 1 == 0  # over the four rollouts that were scored
 
 
+def test_no_scorable_prompt_at_all(tmp_path, caplog):
+    def silent(completions, **kwargs):
+        return [None] * len(completions)
+
+    trainer = make_trainer(tmp_path, config(), reward=silent, num_train_epochs=2)
+    trainer.train()
+    selection = Selection.load(next((tmp_path / "learnalign").glob("step-*")))
+    assert selection.provenance["unscorable"] == list(range(24)) and selection.scores.num_rows == 0
+    assert "No prompt is learnable" in caplog.text and "24 unscorable" in selection.summary()
+
+
+def test_threshold_is_met_by_a_reward_that_equals_it(tmp_path):
+    def near(completions, **kwargs):
+        return [0.9 if value else 0.1 for value in parity_reward(completions)]
+
+    choice = config(success_threshold=0.9)
+    selection = select_prompts(make_trainer(tmp_path, reward=near), choice)
+    assert 0.2 < selection.mean_success_rates()[0] < 0.8
+
+
 def test_a_sampler_given_to_two_trainers(tmp_path):
     sampler = LearnAlignSampler(config())
     stock = make_trainer(tmp_path)

@@ -13,7 +13,7 @@ from trl import GRPOTrainer
 from . import rollouts
 from .sampler import Layout, LearnAlignSampler
 from .selection import Selection, write_atomically
-from .selector import select_prompts
+from .selector import select_at_stage
 
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ class LearnAlignCallback(TrainerCallback):
     def _select(self, state):
         start, self._pending = self._pending, None
         first = len(self.sampler.log) == 1
-        selection = select_prompts(self.trainer, self.config, stage=len(self.sampler.log) - 1)
+        selection = select_at_stage(self.trainer, self.config, len(self.sampler.log) - 1)
         if first and start > 0 and self.config.after_warmup == "restart":
             self._restart()
         self._warn(selection)

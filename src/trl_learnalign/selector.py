@@ -25,23 +25,19 @@ from .selection import SCORES_SCHEMA, SELECTION_FILE, Selection
 _PACKAGES = ("trl-learnalign", "trl", "transformers", "peft", "accelerate", "datasets", "torch")
 
 
-def select_prompts(
-    trainer: GRPOTrainer, config: LearnAlignConfig | None = None, *, stage: int = 0, verbose: bool = True
-) -> Selection:
+def select_prompts(trainer: GRPOTrainer, config: LearnAlignConfig | None = None) -> Selection:
     r"""
     Scores the prompts of a trainer's dataset with the policy as it is, and selects the best. Nothing is trained, and
     the trainer is left as it was found.
 
-    With several processes every process must call this; all get the same selection. The files of section "What is
-    written" of the docs are left in `OUTPUT_DIR/learnalign/step-{global_step:06d}/`. A selection there that was made
+    With several processes every process must call this; all get the same selection. One line about it is printed, and
+    its files are left in `OUTPUT_DIR/learnalign/step-{global_step:06d}/` (see docs/files.md). A selection there that was made
     from the same weights, data, rewards and settings is read instead of being made again, and one that was
     interrupted is finished.
 
     Args:
         trainer ([`~trl.GRPOTrainer`]): supplies the policy, the prompts, the generation and the rewards.
         config ([`LearnAlignConfig`], *optional*): defaults to the paper's settings.
-        stage (`int`, *optional*, defaults to `0`): number of selections before this one in a staged run.
-        verbose (`bool`, *optional*, defaults to `True`): print the summary line on the main process.
 
     Returns:
         [`Selection`]: `trainer.train_dataset.select(selection.indices)` are the chosen prompts. Empty if no prompt
@@ -50,14 +46,18 @@ def select_prompts(
     Raises:
         `ValueError`: see [`check_trainer`] and [`UnseenParametersError`]; or weights sharded before training.
     """
-    config = config if config is not None else LearnAlignConfig()
+    return select_at_stage(trainer, config if config is not None else LearnAlignConfig(), stage=0)
+
+
+def select_at_stage(trainer: GRPOTrainer, config: LearnAlignConfig, stage: int) -> Selection:
+    """[`select_prompts`], with the number of selections before this one in a staged run."""
     rollouts.check_trainer(trainer, config)
     if rollouts.is_sharded(trainer) and trainer.optimizer is None:
         raise ValueError(
             "FSDP and DeepSpeed shard the weights when training starts, so nothing can be selected before. Use "
             "`LearnAlignSampler` with `warmup_prompts=0`, or launch this script with DDP."
         )
-    return _Pass(trainer, config, stage).run(verbose)
+    return _Pass(trainer, config, stage).run()
 
 
 class _Pass:
@@ -87,7 +87,7 @@ class _Pass:
             "num_processes": self.accelerator.num_processes,
         }
 
-    def run(self, verbose):
+    def run(self):
         if self.config.score == "random":
             selection = self._random()
             self._publish(selection)
@@ -96,7 +96,7 @@ class _Pass:
             selection = self._finished()
             if selection is None:
                 selection = self._scored()
-        if verbose and self.accelerator.is_main_process:
+        if self.accelerator.is_main_process:
             tqdm.write(selection.summary())
         return selection
 
@@ -311,6 +311,7 @@ class _Pass:
     def _key(self) -> str:
         """Stands for all that a selection is made from: equal keys, equal selections."""
         made_from = {name: self.provenance[name] for name in _KEY_FIELDS}
+        made_from["prompts_per_batch"] = rollouts.prompts_per_batch(self.trainer, self.num_rollouts)
         made_from["generation"] = rollouts.generation_provenance(self.trainer)
         made_from["rewards"] = rollouts.reward_provenance(self.trainer)
         made_from["weights"] = _weights_digest(self.trainer.model)
