@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from trl_learnalign import LearnAlignConfig, rollouts
-from trl_learnalign.features import FeatureSource
+from trl_learnalign.features import WINDOW, FeatureSource, pack
 from trl_learnalign.gradients import PROBE_RANK, PromptGradients, UnseenParametersError, dropout_off
 from trl_learnalign.journal import Journal
 from trl_learnalign.projection import stable_hash
@@ -72,8 +72,8 @@ def oracle(trainer, rows):
     return gradient
 
 
-def features_of(trainer, tasks, tmp_path, dim=None):
-    source = FeatureSource(trainer, dim, 0, tasks, Journal(tmp_path / "journal", "k", True))
+def features_of(trainer, tasks, tmp_path, dim=None, max_tokens=None):
+    source = FeatureSource(trainer, dim, 0, tasks, Journal(tmp_path / "journal", "k", True), max_tokens)
     with dropout_off(trainer.model):
         source.weighted_sum(dict.fromkeys(tasks, 1.0))
         return dict(source)
@@ -358,3 +358,42 @@ def test_fully_sharded_weights(tmp_path):
         ours, expected = torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True)
         assert ours.norm() > 0
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_microbatches_hold_little_padding_and_every_row_once():
+    """Lengths like those of GSM8K: prompts of 30 to 230 tokens, completions of 60 to 400 that vary within a group."""
+    generator = torch.Generator().manual_seed(0)
+    tasks = {}
+    for index in range(300):
+        prompt = int(30 + 200 * torch.rand((), generator=generator) ** 2)
+        typical = 60 + 250 * torch.rand((), generator=generator)
+        lengths = (typical * (1 + 0.25 * torch.randn(8, generator=generator))).clamp(20, 400).int().tolist()
+        tasks[index] = [Row([1] * prompt, [2] * length, [1] * length, 1.0, 1 / 8) for length in lengths]
+    tasks[7] = []
+    for max_tokens in (4096, 16384):
+        microbatches = pack(tasks, max_tokens)
+        seen = [id(row) for _, rows in microbatches for row in rows]
+        assert sorted(seen) == sorted(id(row) for rows in tasks.values() for row in rows)
+        computed = useful = 0
+        for counts, rows in microbatches:
+            assert sum(counts.values()) == len(rows)
+            owners = [index for index, count in counts.items() for _ in range(count)]
+            assert all(any(row is own for own in tasks[index]) for index, row in zip(owners, rows, strict=True))
+            assert len(rows) * max(map(len, rows)) <= max_tokens
+            computed += len(rows) * max(map(len, rows))
+            useful += sum(map(len, rows))
+        assert (computed - useful) / computed <= 0.1
+        # groups under way at a time: those of one window
+        position = {index: [n for n, (counts, _) in enumerate(microbatches) if index in counts] for index in tasks}
+        for n in range(len(microbatches)):
+            assert sum(min(p, default=n) <= n <= max(p, default=-1) for p in position.values()) <= WINDOW
+
+
+def test_a_row_longer_than_the_budget_goes_alone(tmp_path):
+    trainer = make_trainer(tmp_path)
+    tasks = random_tasks()
+    alone = features_of(trainer, tasks, tmp_path, max_tokens=1)
+    together = features_of(trainer, tasks, tmp_path, max_tokens=10_000)
+    assert all(len(rows) == 1 for _, rows in pack(tasks, 1))
+    for index in tasks:
+        torch.testing.assert_close(alone[index], together[index], rtol=1e-4, atol=1e-6)

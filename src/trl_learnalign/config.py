@@ -40,6 +40,9 @@ class LearnAlignConfig:
             Rollouts of a group that enter its gradient: `"all"`, or `"one_correct"` (the first successful one).
         projection_dim (`int`, *optional*, defaults to `32768`):
             Length of a gradient feature. `None` computes the exact score, without projection.
+        max_tokens_per_batch (`int`, *optional*):
+            Most tokens of a microbatch of the gradient pass, padding included. By default the trainer's
+            `per_device_train_batch_size` times the longest rollout, which is what a training step holds.
         candidate_prompts (`int`, *optional*):
             Score a random part of the dataset of this size. By default all of it.
         reselect_every (`float`, *optional*):
@@ -91,6 +94,9 @@ class LearnAlignConfig:
     projection_dim: int | None = field(
         default=32768, metadata={"help": "Length of a gradient feature. `None`: exact, without projection."}
     )
+    max_tokens_per_batch: int | None = field(
+        default=None, metadata={"help": "Most tokens of a microbatch of the gradient pass, padding included."}
+    )
     candidate_prompts: int | None = field(
         default=None, metadata={"help": "Score a random part of the dataset of this size."}
     )
@@ -115,6 +121,7 @@ class LearnAlignConfig:
         for name, least, remedy in (
             ("num_rollouts", 2, "A success rate that can differ from 0 and 1 takes two rollouts or more."),
             ("projection_dim", 16, "Leave the default, or use None for exact gradients."),
+            ("max_tokens_per_batch", 1, "Use None for as many as a training step holds."),
             ("candidate_prompts", 1, "Use None to score the whole dataset."),
             ("selection_seed", 0, "Use None for the trainer's seed."),
         ):

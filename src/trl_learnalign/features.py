@@ -15,6 +15,8 @@ from .scoring import unit_features
 
 # Exact gradients are kept in memory if those of every process fit, else computed twice
 EXACT_BYTES = 2 << 30
+# Prompts whose rows are sorted by length together
+WINDOW = 64
 
 
 class FeatureSource:
@@ -27,15 +29,26 @@ class FeatureSource:
         seed (`int`): of the projection.
         tasks (`dict[int, list[Row]]`): the rows that make each prompt's gradient.
         journal ([`Journal`]): keeps the sketches of finished prompts.
+        max_tokens (`int` or `None`): most tokens of a microbatch, padding included; `None`: the trainer's
+            `per_device_train_batch_size` times the longest rollout.
     """
 
     def __init__(
-        self, trainer: GRPOTrainer, dim: int | None, seed: int, tasks: dict[int, list[Row]], journal: Journal
+        self,
+        trainer: GRPOTrainer,
+        dim: int | None,
+        seed: int,
+        tasks: dict[int, list[Row]],
+        journal: Journal,
+        max_tokens: int | None = None,
     ):
         self.trainer = trainer
         self.tasks = tasks
         self.journal = journal
         self.exact = dim is None
+        # As many tokens as a training step of the longest rollouts has
+        longest = max((len(row) for rows in tasks.values() for row in rows), default=0)
+        self.max_tokens = max_tokens or trainer.args.per_device_train_batch_size * longest
         self.engine = PromptGradients(rollouts.policy(trainer), dim, seed, probe=not rollouts.has_adapter(trainer))
         most = max(gather_object([len(tasks)]))
         self.kept = None if self.exact and most * self.engine.feature_dim * 4 > EXACT_BYTES else {}
@@ -54,19 +67,15 @@ class FeatureSource:
         return iter(self.kept.items()) if self.kept is not None else self._computed()
 
     def _computed(self):
-        """
-        Every prompt once, in the order of completion.
-
-        Prompts are taken by length, and a microbatch is filled with rows up to the trainer's batch size, so a group
-        may be spread over two or more; the parts are added, which a sketch allows.
-        """
+        """Every prompt once, in the order of completion; the parts of a group in several microbatches are added."""
         done = {} if self.exact else self.journal.load_features(set(self.tasks))
         yield from done.items()
         left = {index: rows for index, rows in self.tasks.items() if index not in done}
         for index, rows in left.items():
             if not rows:  # V > 0, but no token that the policy is trained on
                 yield index, torch.zeros(self.engine.feature_dim)
-        microbatches = _pack(left, self.trainer.args.per_device_train_batch_size)
+        # Exact gradients too large to be kept are made one prompt at a time, so that only a few are in memory
+        microbatches = pack(left, self.max_tokens, window=WINDOW if self.kept is not None else 1)
         remaining = {index: len(rows) for index, rows in left.items()}
         partial = {}
         with self.engine, rollouts.progress_bar(self.trainer, "gradients", len(microbatches), "batches") as bar:
@@ -95,14 +104,33 @@ class FeatureSource:
         return Row([token], [token], [1], 0.0, 0.0)
 
 
-def _pack(tasks: dict[int, list[Row]], limit: int) -> list[tuple[dict[int, int], list[Row]]]:
-    """Microbatches of at most `limit` rows, by length: how many rows each prompt has in it, and the rows."""
-    order = sorted(tasks, key=lambda index: (max(map(len, tasks[index]), default=0), index))
-    queue = [(index, row) for index in order for row in tasks[index]]
+def pack(tasks: dict[int, list[Row]], max_tokens: int, window: int = WINDOW) -> list[tuple[dict[int, int], list[Row]]]:
+    """
+    Microbatches of rows of nearly equal length, each of at most `max_tokens` tokens with its padding (or of one row).
+
+    Prompts are taken window by window, by length, and the rows of a window are sorted by length: a group is spread over
+    microbatches of its window only, so that few groups are under way at a time.
+
+    Args:
+        tasks (`dict[int, list[Row]]`): the rows of each prompt.
+        max_tokens (`int`): number of rows times the length of the longest.
+        window (`int`, *optional*): prompts whose rows are sorted together.
+
+    Returns:
+        `list`: for every microbatch, how many rows each prompt has in it, and the rows, those of a prompt together.
+    """
+    order = sorted((index for index in tasks if tasks[index]), key=lambda index: (sum(map(len, tasks[index])), index))
     microbatches = []
-    for start in range(0, len(queue), limit):
-        counts: dict[int, int] = {}
-        for index, _ in queue[start : start + limit]:
-            counts[index] = counts.get(index, 0) + 1
-        microbatches.append((counts, [row for _, row in queue[start : start + limit]]))
+    for start in range(0, len(order), window):
+        queue = [(index, row) for index in order[start : start + window] for row in tasks[index]]
+        queue.sort(key=lambda entry: len(entry[1]))
+        while queue:
+            # From the long end, where the last row tells the padding
+            size = min(len(queue), max(1, max_tokens // len(queue[-1][1])))
+            batch = sorted(queue[-size:], key=lambda entry: entry[0])
+            del queue[-size:]
+            counts: dict[int, int] = {}
+            for index, _ in batch:
+                counts[index] = counts.get(index, 0) + 1
+            microbatches.append((counts, [row for _, row in batch]))
     return microbatches

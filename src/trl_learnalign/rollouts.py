@@ -319,17 +319,14 @@ def policy_objective(trainer: GRPOTrainer, rows: list[Row]) -> torch.Tensor:
     the factor before the logarithm held constant, the mean taken over the tokens that the loss mask keeps.
     """
     device = trainer.accelerator.device
-    pad = trainer._tokenizer.pad_token_id
-    prompts = [torch.tensor(row.prompt_ids) for row in rows]
-    prompt_ids = pad_sequence(prompts, True, pad, padding_side="left")
-    prompt_mask = pad_sequence([torch.ones_like(ids) for ids in prompts], True, 0, padding_side="left")
-    completions = [torch.tensor(row.completion_ids, dtype=torch.long) for row in rows]
-    completion_ids = pad_sequence(completions, True, pad)
-    completion_mask = pad_sequence([torch.ones_like(ids) for ids in completions], True, 0)
-    loss_mask = pad_sequence([torch.tensor(row.loss_mask) for row in rows], True, 0).to(device)
-    input_ids = torch.cat([prompt_ids, completion_ids], 1).to(device)
-    attention_mask = torch.cat([prompt_mask, completion_mask], 1).to(device)
-    arguments = input_ids, attention_mask, completion_ids.shape[1]
+    ids = [torch.tensor(row.prompt_ids + row.completion_ids) for row in rows]
+    masks = [torch.tensor([0] * len(row.prompt_ids) + row.loss_mask) for row in rows]
+    # Padded on the right as a whole: prompts and completions padded apart, as in training, make more padding
+    input_ids = pad_sequence(ids, True, trainer._tokenizer.pad_token_id).to(device)
+    attention_mask = pad_sequence([torch.ones_like(row) for row in ids], True, 0).to(device)
+    keep = input_ids.shape[1] - min(len(row.prompt_ids) for row in rows)
+    loss_mask = pad_sequence(masks, True, 0).to(device)[:, -keep:]
+    arguments = input_ids, attention_mask, keep
 
     coefficient = torch.tensor([row.advantage for row in rows], device=device)[:, None]
     reference = None

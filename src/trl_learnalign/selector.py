@@ -226,7 +226,9 @@ class _Pass:
             index: 1.0 if self.config.score == "alignment" else float(pool.learnability[position[index]])
             for index in tasks
         }
-        source = FeatureSource(self.trainer, self.config.projection_dim, self.seed, tasks, self.journal)
+        source = FeatureSource(
+            self.trainer, self.config.projection_dim, self.seed, tasks, self.journal, self.config.max_tokens_per_batch
+        )
         total = source.weighted_sum(weights)
         self._clock("gradients", started)
         started = time.perf_counter()
