@@ -70,19 +70,22 @@ class FeatureSource:
         """Every prompt once, in the order of completion; the parts of a group in several microbatches are added."""
         done = {} if self.exact else self.journal.load_features(set(self.tasks))
         yield from done.items()
-        left = {index: rows for index, rows in self.tasks.items() if index not in done}
-        for index, rows in left.items():
+        for index, rows in self.tasks.items():
             if not rows:  # V > 0, but no token that the policy is trained on
                 yield index, torch.zeros(self.engine.feature_dim)
-        # Exact gradients too large to be kept are made one prompt at a time, so that only a few are in memory
-        microbatches = pack(left, self.max_tokens, window=WINDOW if self.kept is not None else 1)
-        remaining = {index: len(rows) for index, rows in left.items()}
+        # Exact gradients too large to be kept are made one prompt at a time, so that only a few are in memory. What is
+        # in a microbatch does not depend on what is done already, so neither does a feature's last bit
+        microbatches = pack(self.tasks, self.max_tokens, window=WINDOW if self.kept is not None else 1)
+        microbatches = [(counts, rows) for counts, rows in microbatches if not counts.keys() <= done.keys()]
+        remaining = {index: len(rows) for index, rows in self.tasks.items()}
         partial = {}
         with self.engine, rollouts.progress_bar(self.trainer, "gradients", len(microbatches), "batches") as bar:
             for counts, rows in microbatches:
                 features = self._collect(list(counts.values()), rows).cpu()
                 finished = {}
                 for (index, count), feature in zip(counts.items(), features, strict=True):
+                    if index in done:
+                        continue
                     partial[index] = partial[index] + feature if index in partial else feature.clone()
                     remaining[index] -= count
                     if not remaining[index]:
