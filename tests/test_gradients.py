@@ -73,10 +73,13 @@ def oracle(trainer, rows):
 
 
 def features_of(trainer, tasks, tmp_path, dim=None, max_tokens=None):
-    source = FeatureSource(trainer, dim, 0, tasks, Journal(tmp_path / "journal", "k", True), max_tokens)
+    journal = Journal(tmp_path / "journal", f"{dim} {max_tokens}", True)
+    source = FeatureSource(trainer, dim, 0, tasks, journal, max_tokens)
     with dropout_off(trainer.model):
         source.weighted_sum(dict.fromkeys(tasks, 1.0))
-        return dict(source)
+        return {
+            index: feature for indices, features in source for index, feature in zip(indices, features, strict=True)
+        }
 
 
 def assert_equal_to_oracle(trainer, tasks, features, rtol=1e-4, atol=1e-6):
@@ -173,6 +176,13 @@ def test_gradients_of_many_kinds_of_model(tmp_path, changes):
     features = features_of(trainer, tasks, tmp_path)
     assert modes == [module.training for module in trainer.model.modules()]
     assert_equal_to_oracle(trainer, tasks, features)
+
+
+@pytest.mark.parametrize("dim", [256, None])
+def test_a_prompt_without_a_trained_token_has_a_feature_of_zeros(tmp_path, dim):
+    trainer = make_trainer(tmp_path)
+    features = features_of(trainer, random_tasks(2) | {5: []}, tmp_path, dim=dim)
+    assert set(features) == {0, 10, 5} and features[5].norm() == 0 < features[0].norm()
 
 
 def test_only_the_active_adapter_counts(tmp_path):
@@ -405,7 +415,9 @@ def test_features_do_not_depend_on_what_the_journal_holds(tmp_path):
     trainer = make_trainer(tmp_path)
     tasks = random_tasks(12)
     whole = features_of(trainer, tasks, tmp_path / "whole", dim=256, max_tokens=40)
-    half = dict(list(whole.items())[:5])
-    Journal(tmp_path / "half" / "journal", "k", True).save_features(half)
+    half = list(whole)[:5]
+    Journal(tmp_path / "half" / "journal", "256 40", True).save_features(
+        half, torch.stack([whole[index] for index in half])
+    )
     resumed = features_of(trainer, tasks, tmp_path / "half", dim=256, max_tokens=40)
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[index], resumed[index]) for index in tasks)

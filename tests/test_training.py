@@ -431,6 +431,15 @@ def test_seed_decides_the_selection(tmp_path):
     assert not scores("e", selection_seed=8).equals(scores("f"))
 
 
+def test_dora_with_the_score_that_takes_no_gradients(tmp_path):
+    from tiny import lora
+
+    peft = lora(use_dora=True, init_lora_weights=True)
+    trainer = make_trainer(tmp_path, config(score="learnability"), peft=peft, num_train_epochs=2)
+    trainer.train()
+    assert trainer._get_train_sampler().log[1].indices
+
+
 def test_full_fine_tuning(tmp_path):
     trainer = make_trainer(tmp_path, config(), peft=False, num_train_epochs=2)
     trainer.train()

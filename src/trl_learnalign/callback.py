@@ -138,7 +138,8 @@ class LearnAlignCallback(TrainerCallback):
         selection = select_at_stage(self.trainer, self.config, len(self.sampler.log) - 1)
         if first and start > 0 and self.config.after_warmup == "restart":
             self._restart()
-        self._warn(selection)
+        if self.trainer.accelerator.is_main_process:
+            self._warn(selection)
         self.sampler.append(start, selection.indices)
         self.selections.append(selection)
         self._record(state)

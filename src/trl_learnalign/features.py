@@ -18,10 +18,13 @@ EXACT_BYTES = 2 << 30
 # Prompts whose rows are sorted by length together
 WINDOW = 64
 
+Batch = tuple[list[int], torch.Tensor]
+
 
 class FeatureSource:
     """
-    Iterates over `(dataset index, feature)` of this process's prompts, features of shape `(d,)` in float32.
+    Iterates over `(dataset indices, features)` of this process's prompts, in batches of a few, features of shape
+    `(k, d)` in float32. Sketches are read back from the journal, so that memory does not grow with the pool.
 
     Args:
         trainer ([`~trl.GRPOTrainer`]): inside [`left_as_found`].
@@ -51,48 +54,64 @@ class FeatureSource:
         self.max_tokens = max_tokens or trainer.args.per_device_train_batch_size * longest
         self.engine = PromptGradients(rollouts.policy(trainer), dim, seed, probe=not rollouts.has_adapter(trainer))
         most = max(gather_object([len(tasks)]))
-        self.kept = None if self.exact and most * self.engine.feature_dim * 4 > EXACT_BYTES else {}
+        self.twice = self.exact and most * self.engine.feature_dim * 4 > EXACT_BYTES
+        self.kept: list[Batch] = []
 
     def weighted_sum(self, weights: dict[int, float]) -> torch.Tensor:
         """sum_j w_j phi_j / |phi_j| over the prompts of all processes, of shape `(d,)`, float64."""
         total = torch.zeros(self.engine.feature_dim, dtype=torch.float64)
-        for index, feature in self._computed():
-            total += unit_features(feature[None], torch.tensor([weights[index]]))[0].double()
-            if self.kept is not None:
-                self.kept[index] = feature
+        for indices, features in self._computed():
+            total += unit_features(features, torch.tensor([weights[index] for index in indices])).double().sum(0)
+            if self.exact and not self.twice:
+                self.kept.append((indices, features))
         accelerator = self.trainer.accelerator
         return accelerator.reduce(total.to(accelerator.device), "sum").cpu()
 
-    def __iter__(self) -> Iterator[tuple[int, torch.Tensor]]:
-        return iter(self.kept.items()) if self.kept is not None else self._computed()
+    def __iter__(self) -> Iterator[Batch]:
+        if self.twice:
+            yield from self._computed()
+        elif self.exact:
+            yield from self.kept
+        else:
+            yield from self._without_rows()
+            yield from self.journal.features(self.tasks.keys())
+
+    def _without_rows(self):
+        """V > 0, but no token that the policy is trained on."""
+        empty = [index for index, rows in self.tasks.items() if not rows]
+        if empty:
+            yield empty, torch.zeros(len(empty), self.engine.feature_dim)
 
     def _computed(self):
         """Every prompt once, in the order of completion; the parts of a group in several microbatches are added."""
-        done = {} if self.exact else self.journal.load_features(set(self.tasks))
-        yield from done.items()
-        for index, rows in self.tasks.items():
-            if not rows:  # V > 0, but no token that the policy is trained on
-                yield index, torch.zeros(self.engine.feature_dim)
+        yield from self._without_rows()
+        done = set()
+        if not self.exact:
+            for indices, features in self.journal.features(self.tasks.keys()):
+                done.update(indices)
+                yield indices, features
         # Exact gradients too large to be kept are made one prompt at a time, so that only a few are in memory. What is
         # in a microbatch does not depend on what is done already, so neither does a feature's last bit
-        microbatches = pack(self.tasks, self.max_tokens, window=WINDOW if self.kept is not None else 1)
-        microbatches = [(counts, rows) for counts, rows in microbatches if not counts.keys() <= done.keys()]
+        microbatches = pack(self.tasks, self.max_tokens, window=1 if self.twice else WINDOW)
+        microbatches = [(counts, rows) for counts, rows in microbatches if not counts.keys() <= done]
         remaining = {index: len(rows) for index, rows in self.tasks.items()}
         partial = {}
         with self.engine, rollouts.progress_bar(self.trainer, "gradients", len(microbatches), "batches") as bar:
             for counts, rows in microbatches:
-                features = self._collect(list(counts.values()), rows).cpu()
+                parts = self._collect(list(counts.values()), rows).cpu()
                 finished = {}
-                for (index, count), feature in zip(counts.items(), features, strict=True):
+                for (index, count), part in zip(counts.items(), parts, strict=True):
                     if index in done:
                         continue
-                    partial[index] = partial[index] + feature if index in partial else feature.clone()
+                    partial[index] = partial[index] + part if index in partial else part.clone()
                     remaining[index] -= count
                     if not remaining[index]:
                         finished[index] = partial.pop(index)
-                if finished and not self.exact:
-                    self.journal.save_features(finished)
-                yield from finished.items()
+                if finished:
+                    indices, features = list(finished), torch.stack(list(finished.values()))
+                    if not self.exact:
+                        self.journal.save_features(indices, features)
+                    yield indices, features
                 bar.update()
             if rollouts.is_sharded(self.trainer):  # a forward takes all processes, so all run equally many
                 for _ in range(max(gather_object([len(microbatches)])) - len(microbatches)):

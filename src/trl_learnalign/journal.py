@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -84,23 +85,22 @@ class Journal:
     def _groups_file(self, batch):
         return self.path / f"rollouts-{batch:06d}.parquet"
 
-    def load_features(self, wanted: set[int]) -> dict[int, torch.Tensor]:
-        """Recorded features of the `wanted` dataset indices, each of shape `(d,)`."""
-        features = {}
+    def features(self, wanted: Collection[int]) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Recorded features of the `wanted` dataset indices: for every file the indices and a `(k, d)` tensor."""
         for file in sorted(self.path.glob("features-*.safetensors")):
             try:
                 tensors = load_file(file)
             except (OSError, SafetensorError):
                 continue
-            for index, feature in zip(tensors["indices"].tolist(), tensors["features"], strict=True):
-                if index in wanted:
-                    features[index] = feature
-        return features
+            indices = tensors["indices"].tolist()
+            rows = [row for row, index in enumerate(indices) if index in wanted]
+            if rows:
+                yield [indices[row] for row in rows], tensors["features"][rows]
 
-    def save_features(self, features: dict[int, torch.Tensor]) -> None:
-        """Records finished features by dataset index."""
-        tensors = {"indices": torch.tensor(list(features)), "features": torch.stack(list(features.values()))}
-        file = self.path / f"features-{next(iter(features)):09d}.safetensors"
+    def save_features(self, indices: list[int], features: torch.Tensor) -> None:
+        """Records finished features, of shape `(k, d)`."""
+        tensors = {"indices": torch.tensor(indices), "features": features}
+        file = self.path / f"features-{indices[0]:09d}.safetensors"
         write_atomically(file, lambda temporary: save_file(tensors, temporary))
 
     def remove(self) -> None:

@@ -234,9 +234,10 @@ class _Pass:
         started = time.perf_counter()
         mean = total / len(pool.indices)
         rows = []
-        for index, feature in source:
-            score, alignment = scoring.scores_from_mean(feature[None], torch.tensor([weights[index]]), mean)
-            rows.append((index, score.item(), alignment.item(), feature.norm().item()))
+        for indices, features in source:
+            ours = torch.tensor([weights[index] for index in indices], dtype=torch.float64)
+            score, alignment = scoring.scores_from_mean(features, ours, mean)
+            rows += zip(indices, score.tolist(), alignment.tolist(), features.norm(dim=1).tolist(), strict=True)
         rows = gather_object(rows)
         self._clock("scores", started)
         scores = dict.fromkeys(pool.indices, 0.0) | {row[0]: row[1] for row in rows}
