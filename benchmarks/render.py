@@ -43,7 +43,7 @@ def arms_table(results) -> str:
         "",
         f"Mean over {seeds} seeds; the error is the standard error of the paired difference over seeds. "
         f"{conditions['data'][0].upper() + conditions['data'][1:]}, a pool of {conditions['pool']}, "
-        f"{conditions['num_prompts']} prompts, {steps.pop()} steps of 32 prompts, 2 of them warm-up; {conditions['test']} "
+        f"{conditions['num_prompts']} prompts, {steps.pop()} steps of 32 prompts, of which 2 are warm-up and 1 was read ahead by the dataloader; {conditions['test']} "
         f"held-out prompts x {conditions['samples']} samples at temperature 1. Measured on a CPU with "
         f"{conditions['threads']} thread by `benchmarks/demo_arms.py`; {versions}.",
     ]
@@ -68,8 +68,8 @@ def cost_table(results) -> str:
             f"| gradients | {gradients:.1f} | {gradients / rollouts:.2f} |",
             f"| scores | {scores:.2f} | {scores / rollouts:.3f} |",
             "",
-            f"The same runs; {100 * share:.0f} % of the pool was learnable. On a CPU a backward costs about two forwards, so "
-            "the gradients are dearer beside the rollouts here than on a GPU, where generation is bound by memory.",
+            f"The same runs; {100 * share:.0f} % of the pool was learnable. A backward costs about two forwards, so with as "
+            "fast a generation as that of a tiny model on a CPU the gradients weigh; on a GPU it has not been measured.",
         ]
     )
 

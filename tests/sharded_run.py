@@ -25,7 +25,7 @@ def main(path):
 
     def features(model):
         with PromptGradients(model, None, 0) as engine:
-            return engine.collect(counts, lambda: objective(model, ids))
+            return engine.collect(counts, ids.shape[1], lambda: objective(model, ids))
 
     torch.manual_seed(0)
     whole, model = (get_peft_model(make_model(), lora(init_lora_weights=True)) for _ in range(2))

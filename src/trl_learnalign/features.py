@@ -118,7 +118,7 @@ class FeatureSource:
                     self._collect([1], [self._filler()])
 
     def _collect(self, counts, rows):
-        return self.engine.collect(counts, lambda: rollouts.policy_objective(self.trainer, rows))
+        return self.engine.collect(counts, max(map(len, rows)), lambda: rollouts.policy_objective(self.trainer, rows))
 
     def _filler(self):
         """A row of weight 0."""

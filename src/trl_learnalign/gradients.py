@@ -79,7 +79,7 @@ class PromptGradients:
         sizes = {tap.name: tap.size for tap in self._taps}
         self._sink = Concatenation(sizes) if dim is None else Sketch(sizes, dim, seed, device)
         self._anchor = torch.zeros((), device=device, requires_grad=True)
-        self._rows_per_prompt = None
+        self._rows_per_prompt = self._num_tokens = None
         self._out = None
         self._seen = set()
         self._checked = False
@@ -91,6 +91,7 @@ class PromptGradients:
 
     def __enter__(self):
         self._restore = []
+        self._forwards = [vars(tap.module).get("forward") for tap in self._taps]  # somebody else's patch, if any
         for tap in self._taps:
             tap.module.forward = self._tapped_forward(tap)
         if self.probe:
@@ -105,25 +106,30 @@ class PromptGradients:
         return self
 
     def __exit__(self, *exc):
-        for tap in self._taps:
+        for tap, forward in zip(self._taps, self._forwards, strict=True):
             del tap.module.forward
+            if forward is not None:
+                tap.module.forward = forward
         for parameter in self._restore:
             parameter.requires_grad_(True)
         if self._hook is not None:
             self._hook.remove()
 
-    def collect(self, rows_per_prompt: list[int], objective: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def collect(
+        self, rows_per_prompt: list[int], num_tokens: int, objective: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
         """
         Runs one forward and backward and returns a feature per prompt.
 
         Args:
             rows_per_prompt (`list[int]`): how many neighbouring rows of the microbatch belong to each of P prompts.
+            num_tokens (`int`): length of a row with its padding.
             objective (`Callable`): returns the scalar whose gradient is wanted, a sum of terms of one row each.
 
         Returns:
             `torch.Tensor` of shape `(P, feature_dim)`, float32: the (projected) gradient of each prompt's rows.
         """
-        self._rows_per_prompt = rows_per_prompt
+        self._rows_per_prompt, self._num_tokens = rows_per_prompt, num_tokens
         self._out = torch.zeros(len(rows_per_prompt), self.feature_dim, device=self._anchor.device)
         try:
             if self._checked:
@@ -143,8 +149,8 @@ class PromptGradients:
     def _report(self, tap, x, grad_output):
         num_rows = sum(self._rows_per_prompt)
         x = x.to(grad_output.dtype)
-        if x.dim() == 2 and num_rows > 0 and x.shape[0] % num_rows == 0:  # (rows * tokens, features), as in MoE blocks
-            x, grad_output = x.view(num_rows, -1, x.shape[1]), grad_output.view(num_rows, -1, grad_output.shape[1])
+        if x.dim() == 2 and x.shape[0] == num_rows * self._num_tokens:  # flattened, as in blocks with experts
+            x, grad_output = x.unflatten(0, (num_rows, -1)), grad_output.unflatten(0, (num_rows, -1))
         if x.dim() != 3 or x.shape[0] != num_rows:
             raise RuntimeError(
                 f"The layer `{tap.name}` got an input of shape {tuple(x.shape)} for a microbatch of {num_rows} rows, so "
