@@ -5,6 +5,9 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 DATASET ?=
 
+# Idle threads sleep instead of spinning, so that a busy machine is not brought to a standstill
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: demo test test-all lint bench clean
 
 # torch first and pinned: left to choose, pip would take the newest build with all of CUDA
