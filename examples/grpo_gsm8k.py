@@ -138,6 +138,7 @@ def main():
     trainer.save_model(training_args.output_dir)
     if trainer.accelerator.is_main_process:
         print(f"Adapter: {training_args.output_dir}; selections: {Path(training_args.output_dir) / 'learnalign'}")
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
