@@ -9,8 +9,8 @@ The same path on a CPU, on the equations of the real GSM8K rows, with the tiny p
 
     accelerate launch examples/grpo_gsm8k.py --config examples/equations_cpu.yaml --dataset_path DIR
 
-where DIR holds `train.jsonl` and `test.jsonl`. Every flag of GRPOConfig, ModelConfig, ScriptArguments and
-LearnAlignConfig works, on the command line or in the YAML file.
+where DIR holds `train.jsonl` and `test.jsonl`. `--resume_from_checkpoint true` goes on with a killed run. Every flag of
+GRPOConfig, ModelConfig, ScriptArguments and LearnAlignConfig works, on the command line or in the YAML file.
 """
 
 import re
@@ -134,7 +134,8 @@ def main():
         peft_config=get_peft_config(model_args),
         train_sampler=LearnAlignSampler(learnalign),
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    resume = training_args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.save_model(training_args.output_dir)
     if trainer.accelerator.is_main_process:
         print(f"Adapter: {training_args.output_dir}; selections: {Path(training_args.output_dir) / 'learnalign'}")

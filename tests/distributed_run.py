@@ -32,9 +32,10 @@ def main(task, path):
             choice = {"num_prompts": 7, "after_warmup": "restart" if task == "restart" else "continue"}
             trainer = train(path, seen, config=choice, **kwargs)
             trainer.train()
-        case "save" | "resume":
+        case "save" | "resume" | "resume last":
             trainer = train(path, seen, save_strategy="steps", save_steps=1, **kwargs)
-            trainer.train(resume_from_checkpoint=str(Path(path) / "checkpoint-3") if task == "resume" else None)
+            checkpoint = {"save": None, "resume": str(Path(path) / "checkpoint-3"), "resume last": True}[task]
+            trainer.train(resume_from_checkpoint=checkpoint)
         case "random":
             trainer = train(path, seen, config={"score": "random", "warmup_prompts": 0}, **kwargs)
             trainer.train()

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -15,12 +16,14 @@ from trl_learnalign import Selection
 SCRIPT = Path(__file__).with_name("distributed_run.py")
 
 
+ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+
 def launch(task, path, processes):
     path.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, str(SCRIPT), task, str(path)], env=environment, capture_output=True, text=True, timeout=300
+        [*command, str(SCRIPT), task, str(path)], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-5000:]
     ranks = [json.loads((path / f"rank-{rank}.json").read_text()) for rank in range(processes)]
@@ -81,3 +84,28 @@ def test_resume_repeats_prompts_and_weights(tmp_path):
 def test_restart_is_the_same_on_both_ranks(tmp_path):
     ranks = launch("restart", tmp_path, 2)
     assert ranks[0]["weights"] == ranks[1]["weights"] and ranks[0]["log"] == ranks[1]["log"]
+
+
+def test_a_run_killed_in_a_selection_resumes_into_the_same_selection(tmp_path):
+    """SIGKILL, as soon as some batches of rollouts are in the journal; then one flag."""
+    (whole,) = launch("save", tmp_path / "whole", 1)
+    path = tmp_path / "killed"
+    path.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), "save", str(path)], env=ENVIRONMENT, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while len(list(path.glob("learnalign/*/journal/rollouts-*.parquet"))) < 5:
+        assert process.poll() is None and time.monotonic() < deadline, "the selection was never seen under way"
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert not list(path.glob("learnalign/*/selection.json"))
+    done = len(list(path.glob("learnalign/*/journal/rollouts-*.parquet")))
+    (resumed,) = launch("resume last", path, 1)
+    assert resumed["log"] == whole["log"] and resumed["weights"] == whole["weights"]
+    assert load(path).scores.equals(load(tmp_path / "whole").scores)
+    # Prompts that were in the journal are not rolled out again: what reached the reward function is the rest of the pool,
+    # eight rollouts each, and the training steps from the checkpoint on, a chunk of two prompts with four rollouts each
+    step = load(path).provenance["global_step"]
+    assert len(resumed["rows"]) == (23 - done) * 8 + (resumed["step"] - step) * 2 * 4
