@@ -178,7 +178,7 @@ def evaluate(model, tokenizer, rows, num_samples: int = 8) -> dict[str, float]:
 def save(model, tokenizer, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    # Transformers 5 writes a class name that version 4 does not know; this one loads in both.
+    # Transformers 5 writes the name of a class of its own; this is the one that every version knows.
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text())
     config.pop("backend", None)
