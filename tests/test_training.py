@@ -296,6 +296,9 @@ def test_staged_selection(tmp_path):
     assert {b.start_chunk - a.start_chunk for a, b in zip(log[1:], log[2:], strict=False)} <= {3, 4}
     stages = [entry["learnalign/stage"] for entry in trainer.state.log_history if "learnalign/stage" in entry]
     assert stages == list(range(len(paths)))
+    # the values of a selection do not take the place of those of the step that it follows
+    logged = [entry["step"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == list(range(1, trainer.state.max_steps + 1))
 
 
 def test_restart_goes_back_to_the_first_weights_and_a_fresh_optimizer(tmp_path, monkeypatch):
