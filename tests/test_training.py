@@ -271,6 +271,25 @@ def test_a_killed_selection_does_not_roll_out_again_what_is_in_its_journal(tmp_p
     assert len(other.rows) == 24 * 8
 
 
+def test_features_lost_between_the_passes_are_an_error_not_a_score(tmp_path, monkeypatch):
+    from trl_learnalign.features import FeatureSource
+
+    weighted_sum = FeatureSource.weighted_sum
+
+    def lose_one(self, weights):
+        total = weighted_sum(self, weights)
+        next(self.journal.path.glob("features-*")).write_bytes(b"")
+        return total
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureSource, "weighted_sum", lose_one)
+        with pytest.raises(RuntimeError, match="features of .* prompts could not be read back"):
+            select_prompts(make_trainer(tmp_path), config())
+    assert not list(tmp_path.glob("learnalign/*/selection.json"))
+    again = select_prompts(make_trainer(tmp_path), config())  # what is left in the journal is used
+    assert again.scores.equals(select_prompts(make_trainer(tmp_path / "fresh"), config()).scores)
+
+
 def test_a_journal_made_from_something_else_is_discarded(tmp_path, monkeypatch, caplog):
     with monkeypatch.context() as patch:
         killed_at("gradients", patch)

@@ -252,8 +252,8 @@ class LearnAlignSampler(Sampler[int]):
         self._passes = {}
 
 
-# Fields of the layout that a stream depends on; `epochs` may be raised to train on for longer only if the epoch keeps
-# its length, so it is compared too.
+# Fields of the layout that a stream depends on: `epochs` decides the length of an epoch; `read_ahead` is left out, as the
+# log says where a selection really took effect
 _STREAM_FIELDS = (
     "pool_size",
     "num_prompts",

@@ -240,6 +240,12 @@ class _Pass:
             rows += zip(indices, score.tolist(), alignment.tolist(), features.norm(dim=1).tolist(), strict=True)
         rows = gather_object(rows)
         self._clock("scores", started)
+        missing = int((pool.learnability > 0).sum()) - len(rows)
+        if missing:  # the same on every process, so all raise
+            raise RuntimeError(
+                f"The gradient features of {missing} prompts could not be read back from '{self.journal.path}'. Check the "
+                "disk and run again: what is still there is used."
+            )
         scores = dict.fromkeys(pool.indices, 0.0) | {row[0]: row[1] for row in rows}
         return scores, {row[0]: row[2] for row in rows}, {row[0]: row[3] for row in rows}
 
