@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -112,14 +113,21 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
 
 def test_journal_reads_back_what_was_finished(tmp_path, caplog):
     journal = Journal(tmp_path / "journal", "key", True)
-    group = Group(
-        3, [4, 5], [[6], [7, 8]], [[1], [1, 0]], ["a", [{"role": "assistant", "content": "b"}]], [[1.0], [0.0]]
+    ids, masks = (
+        [np.array([6], np.int32), np.array([7, 8], np.int32)],
+        [np.array([1], np.int8), np.array([1, 0], np.int8)],
     )
+    completions = ["a", [{"role": "assistant", "content": "b"}]]
+    rewards = np.array([[1.0, np.nan], [0.0, 2.5]], np.float32)
+    group = Group(3, np.array([4, 5], np.int32), ids, masks, completions, rewards)
     journal.save_groups(0, [group])
     features = torch.stack([torch.arange(4.0), torch.ones(4)])
     journal.save_features([3, 7], features)
     again = Journal(tmp_path / "journal", "key", True)
-    assert again.load_groups(0) == [group] and again.load_groups(1) is None
+    (loaded,) = again.load_groups(0)
+    np.testing.assert_equal(vars(loaded), vars(group))
+    assert loaded.rewards.dtype == np.float32 and loaded.completion_ids[1].dtype == np.int32
+    assert again.load_groups(1) is None
     ((indices, read),) = again.features({3, 9})
     assert indices == [3] and torch.equal(read, features[:1])
     # a truncated file counts as not finished

@@ -56,12 +56,22 @@ class FeatureSource:
         most = max(gather_object([len(tasks)]))
         self.twice = self.exact and most * self.engine.feature_dim * 4 > EXACT_BYTES
         self.kept: list[Batch] = []
+        # Exact gradients too large to be kept are made one prompt at a time, so that only a few are in memory
+        self.microbatches = pack(tasks, self.max_tokens, 1 if self.twice else WINDOW)
 
-    def weighted_sum(self, weights: dict[int, float]) -> torch.Tensor:
-        """sum_j w_j phi_j / |phi_j| over the prompts of all processes, of shape `(d,)`, float64."""
+    def num_tokens(self) -> tuple[int, int]:
+        """Tokens of the rows of this process's prompts: their own, and with the padding of the microbatches."""
+        rows = [rows for _, rows in self.microbatches]
+        own = sum(len(row) for microbatch in rows for row in microbatch)
+        return own, sum(len(microbatch) * max(map(len, microbatch)) for microbatch in rows)
+
+    def weighted_sum(self, weights: torch.Tensor) -> torch.Tensor:
+        """
+        sum_j w_j phi_j / |phi_j| over the prompts of all processes, of shape `(d,)`, float64; w by dataset index.
+        """
         total = torch.zeros(self.engine.feature_dim, dtype=torch.float64)
         for indices, features in self._computed():
-            total += unit_features(features, torch.tensor([weights[index] for index in indices])).double().sum(0)
+            total += unit_features(features, weights[indices]).double().sum(0)
             if self.exact and not self.twice:
                 self.kept.append((indices, features))
         accelerator = self.trainer.accelerator
@@ -90,10 +100,8 @@ class FeatureSource:
             for indices, features in self.journal.features(self.tasks.keys()):
                 done.update(indices)
                 yield indices, features
-        # Exact gradients too large to be kept are made one prompt at a time, so that only a few are in memory. What is
-        # in a microbatch does not depend on what is done already, so neither does a feature's last bit
-        microbatches = pack(self.tasks, self.max_tokens, window=1 if self.twice else WINDOW)
-        microbatches = [(counts, rows) for counts, rows in microbatches if not counts.keys() <= done]
+        # What is in a microbatch does not depend on what is done already, so neither does a feature's last bit
+        microbatches = [(counts, rows) for counts, rows in self.microbatches if not counts.keys() <= done]
         remaining = {index: len(rows) for index, rows in self.tasks.items()}
         partial = {}
         with self.engine, rollouts.progress_bar(self.trainer, "gradients", len(microbatches), "batches") as bar:

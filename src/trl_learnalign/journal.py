@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -44,6 +45,7 @@ class Journal:
     def __init__(self, path: Path, key: str, is_main: bool):
         self.path = path
         self.key = key
+        self.resumed = False  # whether finished rollouts were found
         if is_main:
             if path.exists() and self._saved_key() != key:
                 logger.warning(
@@ -69,15 +71,32 @@ class Journal:
                 return None
         except (OSError, pa.ArrowException):
             return None
+        self.resumed = True
+        columns = {name: table[name].combine_chunks() for name in table.column_names}
+
+        def arrays(name, row):
+            return [scalar.values.to_numpy() for scalar in columns[name][row].values]
+
         return [
-            Group(**{**row, "completions": [json.loads(text) for text in row["completions"]]})
-            for row in table.to_pylist()
+            Group(
+                index=columns["index"][row].as_py(),
+                prompt_ids=columns["prompt_ids"][row].values.to_numpy(),
+                completion_ids=arrays("completion_ids", row),
+                loss_masks=arrays("loss_masks", row),
+                completions=[json.loads(text) for text in columns["completions"][row].as_py()],
+                rewards=np.stack(arrays("rewards", row)),
+            )
+            for row in range(table.num_rows)
         ]
 
     def save_groups(self, batch: int, groups: list[Group]) -> None:
         """Records a finished batch of rollouts."""
         rows = [
-            {**vars(group), "completions": [json.dumps(completion) for completion in group.completions]}
+            {
+                **vars(group),
+                "completions": [json.dumps(completion) for completion in group.completions],
+                "rewards": list(group.rewards),
+            }
             for group in groups
         ]
         write_parquet(self._groups_file(batch), pa.Table.from_pylist(rows, schema=_GROUPS_SCHEMA))

@@ -32,20 +32,20 @@ class Group:
 
     Attributes:
         index (`int`): row of the training dataset.
-        prompt_ids (`list[int]`): tokens of the prompt.
-        completion_ids (`list[list[int]]`): tokens of each of G completions.
-        loss_masks (`list[list[int]]`): 1 for a completion token that the policy is trained on, else 0 (tool results,
-            truncated completions under `mask_truncated_completions`).
+        prompt_ids (`np.ndarray`): tokens of the prompt, int32.
+        completion_ids (`list[np.ndarray]`): tokens of each of G completions, int32.
+        loss_masks (`list[np.ndarray]`): 1 for a completion token that the policy is trained on, else 0 (tool results,
+            truncated completions under `mask_truncated_completions`), int8.
         completions (`list`): G completions as the reward functions got them, text or messages.
-        rewards (`list[list[float]]`): G rows of one reward per reward function, NaN where it gave none.
+        rewards (`np.ndarray` of shape `(G, F)`): of F reward functions, float32; NaN where one gave none.
     """
 
     index: int
-    prompt_ids: list[int]
-    completion_ids: list[list[int]]
-    loss_masks: list[list[int]]
+    prompt_ids: np.ndarray
+    completion_ids: list[np.ndarray]
+    loss_masks: list[np.ndarray]
     completions: list
-    rewards: list[list[float]]
+    rewards: np.ndarray
 
 
 def check_trainer(trainer: GRPOTrainer, config: LearnAlignConfig) -> None:
@@ -270,24 +270,27 @@ def generate_groups(trainer: GRPOTrainer, dataset: Dataset, indices: list[int], 
         vars(trainer).update(own)
     start = trainer.accelerator.process_index * len(inputs)
     rewards = seen["rewards"][start : start + len(inputs)].float().cpu()
-    rewards = rewards.masked_fill(~rewards.isfinite(), torch.nan).tolist()
+    rewards = rewards.masked_fill(~rewards.isfinite(), torch.nan).numpy()
     loss_mask = output["completion_mask"]
     if "tool_mask" in output:
         loss_mask = loss_mask * output["tool_mask"]
-    loss_mask, prompt_ids = loss_mask.cpu().tolist(), output["prompt_ids"].cpu()
-    prompt_mask = output["prompt_mask"].cpu().bool()
+    loss_mask = loss_mask.to("cpu", torch.int8).numpy()
+    prompt_ids, prompt_mask = (
+        output["prompt_ids"].to("cpu", torch.int32).numpy(),
+        output["prompt_mask"].cpu().bool().numpy(),
+    )
     groups = []
     for i, index in enumerate(indices):
         rows = range(i * size, (i + 1) * size)
-        completion_ids = [list(seen["completion_ids"][row]) for row in rows]
+        completion_ids = [np.asarray(seen["completion_ids"][row], dtype=np.int32) for row in rows]
         groups.append(
             Group(
                 index=index,
-                prompt_ids=prompt_ids[rows[0]][prompt_mask[rows[0]]].tolist(),
+                prompt_ids=prompt_ids[rows[0]][prompt_mask[rows[0]]],
                 completion_ids=completion_ids,
-                loss_masks=[loss_mask[row][: len(ids)] for row, ids in zip(rows, completion_ids, strict=True)],
+                loss_masks=[loss_mask[row, : len(ids)].copy() for row, ids in zip(rows, completion_ids, strict=True)],
                 completions=[seen["completions"][row] for row in rows],
-                rewards=[rewards[row] for row in rows],
+                rewards=rewards[rows.start : rows.stop],
             )
         )
     return groups
@@ -300,9 +303,9 @@ _PATCHED = ("_calculate_rewards", "_get_per_token_logps_and_entropies")
 class Row:
     """One rollout as it enters a gradient: its tokens, its loss mask, its advantage, its weight in the group mean."""
 
-    prompt_ids: list[int]
-    completion_ids: list[int]
-    loss_mask: list[int]
+    prompt_ids: np.ndarray
+    completion_ids: np.ndarray
+    loss_mask: np.ndarray
     advantage: float
     weight: float
 
@@ -319,8 +322,8 @@ def policy_objective(trainer: GRPOTrainer, rows: list[Row]) -> torch.Tensor:
     the factor before the logarithm held constant, the mean taken over the tokens that the loss mask keeps.
     """
     device = trainer.accelerator.device
-    ids = [torch.tensor(row.prompt_ids + row.completion_ids) for row in rows]
-    masks = [torch.tensor([0] * len(row.prompt_ids) + row.loss_mask) for row in rows]
+    ids = [torch.from_numpy(np.concatenate([row.prompt_ids, row.completion_ids])).long() for row in rows]
+    masks = [torch.from_numpy(np.pad(row.loss_mask, (len(row.prompt_ids), 0))) for row in rows]
     # Padded on the right as a whole: prompts and completions padded apart, as in training, make more padding
     input_ids = pad_sequence(ids, True, trainer._tokenizer.pad_token_id).to(device)
     attention_mask = pad_sequence([torch.ones_like(row) for row in ids], True, 0).to(device)

@@ -1,5 +1,7 @@
 """The maths of LearnAlign (arXiv 2506.11480), free of any trainer: rewards and features in, scores out."""
 
+from collections.abc import Iterable
+
 import torch
 
 
@@ -73,10 +75,34 @@ def scores_from_mean(
     Returns:
         two float64 `torch.Tensor` of shape `(n,)`: the scores, and the alignments cos(phi_i, mean_j z_j).
     """
-    cosine = unit_features(features, torch.ones_like(weights)).double() @ mean
+    norms = features.norm(dim=1).double()
+    cosine = torch.where(norms > 0, (features.double() @ mean) / norms, 0.0)
     length = mean.norm()
     alignment = cosine / length if length > 0 else torch.zeros_like(cosine)
     return weights.double() * cosine, alignment.clamp(-1.0, 1.0)
+
+
+def scores_of_batches(
+    batches: Iterable[tuple[list[int], torch.Tensor]], weights: torch.Tensor, mean: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    [`scores_from_mean`] of a pool whose features are read batch by batch, once.
+
+    Args:
+        batches (`Iterable`): of k dataset indices and features of shape `(k, d)`.
+        weights (`torch.Tensor`): the weight of every row of the dataset, by its index.
+        mean (`torch.Tensor` of shape `(d,)`): see [`scores_from_mean`].
+
+    Returns:
+        four `torch.Tensor` of shape `(n,)`: dataset indices (int64); scores, alignments and norms of the features
+        (float64).
+    """
+    parts = [(torch.empty(0, dtype=torch.int64), *[torch.empty(0, dtype=torch.float64)] * 3)]
+    for indices, features in batches:
+        indices = torch.as_tensor(indices)
+        scores, alignments = scores_from_mean(features, weights[indices], mean)
+        parts.append((indices, scores, alignments, features.norm(dim=1).double()))
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
 def top_prompts(scores: torch.Tensor, learnabilities: torch.Tensor, num: int) -> list[int]:

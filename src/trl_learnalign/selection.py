@@ -49,7 +49,10 @@ class Selection:
             holds nulls; so do `alignment` and `gradient_norm` of a prompt with V = 0, which owes no gradient.
         provenance (`dict`):
             `config`, `seed`, `global_step`, `stage`, `dataset_fingerprint`, `num_rows`, `model`, `versions`,
-            `seconds` (of each phase), `unscorable` (indices that no reward function could score), `key`.
+            `seconds` (of each phase), `unscorable` (indices that no reward function could score), `key`, and `cost`:
+            tokens rolled out, in gradient rows, and computed with padding; `of_rollouts`, the time of gradients and
+            scores over that of the rollouts; `floor`, what that ratio would be for a plain forward and backward of
+            the gradient rows if generating a token cost one forward (2 x their share of the tokens, 3 x with a KL term).
     """
 
     indices: list[int]
@@ -120,7 +123,7 @@ class Selection:
         return pc.sum(pc.greater(self.scores["learnability"], 0)).as_py() or 0
 
     def summary(self) -> str:
-        """One line for people: pool, learnable, chosen, mean success rates, time of each phase."""
+        """One line for people: pool, learnable, chosen, mean success rates, time of each phase, cost of the gradients."""
         random = self.provenance["config"]["score"] == "random"
         pool = f"pool {self.scores.num_rows}"
         if self.provenance["unscorable"]:
@@ -130,6 +133,12 @@ class Selection:
             rates = "mean success rate {:.3f} (pool), {:.3f} (chosen)".format(*self.mean_success_rates())
             parts = [pool, f"learnable {self.num_learnable()}", f"chosen {len(self.indices)}", rates]
         parts += [f"{phase} {seconds:.1f} s" for phase, seconds in self.provenance["seconds"].items()]
+        cost = self.provenance.get("cost", {})
+        if "of_rollouts" in cost:
+            parts.append(
+                f"gradients and scores {cost['of_rollouts']:.2f} x rollouts (a plain backward: {cost['floor']:.2f}, if a "
+                "token is generated as fast as read)"
+            )
         return f"LearnAlign, step {self.provenance['global_step']}: " + "; ".join(parts)
 
     def __repr__(self):

@@ -7,6 +7,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
@@ -133,11 +134,9 @@ class _Pass:
             own = self._roll_out()
             self._clock("rollouts", started)
             pool = self._gather_rewards(own)
-            if self.config.score == "learnability":
-                alignments, norms, scores = {}, {}, dict(zip(pool.indices, pool.learnability.tolist(), strict=True))
-            else:
-                scores, alignments, norms = self._score(own, pool)
-        selection = self._choose(pool, scores, alignments, norms)
+            if self.config.score != "learnability":
+                self._score(own, pool)
+        selection = self._choose(pool)
         saved = self._rollouts_table(own, pool) if self.config.save_rollouts else None
         self._publish(selection, saved)
         return selection
@@ -171,6 +170,9 @@ class _Pass:
                     done = fresh
                     self.journal.save_groups(mine, done)
             if mine < len(batches):
+                if not self.config.save_rollouts:
+                    for group in done:
+                        group.completions = []  # the tokens are enough
                 groups += done
             bar.update(sum(len(batch) for batch in batches[first : first + world]))
         bar.close()
@@ -178,11 +180,16 @@ class _Pass:
 
     def _gather_rewards(self, own) -> "_Pool":
         """Rewards of the whole pool, on every process, and what follows from them."""
-        entries = gather_object(
-            [(group.index, group.rewards, [len(ids) for ids in group.completion_ids]) for group in own]
+        num_rewards = len(self.trainer.reward_funcs)
+        columns = (
+            np.array([group.index for group in own], dtype=np.int64),
+            np.array([group.rewards for group in own], np.float32).reshape(-1, self.num_rollouts, num_rewards),
+            np.array([[len(ids) for ids in group.completion_ids] for group in own]).reshape(-1, self.num_rollouts),
         )
-        entries.sort(key=lambda entry: entry[0])
-        rewards = torch.tensor([entry[1] for entry in entries], dtype=torch.float32)  # (n, G, F)
+        gathered = zip(*gather_object([columns]), strict=True)
+        indices, rewards, lengths = (torch.from_numpy(np.concatenate(parts)) for parts in gathered)
+        order = indices.argsort()
+        indices, rewards, lengths = indices[order], rewards[order], lengths[order].double()
         names = list(self.trainer.reward_func_names)
         weights = self.trainer.reward_weights.cpu()
         if self.config.success_reward is not None:
@@ -192,7 +199,7 @@ class _Pass:
         else:  # `learnability="variance"` of the total reward
             deciding = (rewards * weights).nansum(2).masked_fill(rewards.isnan().all(2), torch.nan)
         scorable = ~deciding.isnan().all(1)
-        self.provenance["unscorable"] = [entries[i][0] for i in (~scorable).nonzero().flatten().tolist()]
+        self.provenance["unscorable"] = indices[~scorable].tolist()
         success_rate = scoring.success_rates(deciding, self.config.success_threshold)
         variance = scoring.reward_variance(deciding)
         learnability = (
@@ -201,53 +208,65 @@ class _Pass:
         advantages = scoring.advantages(
             rewards, weights, self.trainer.scale_rewards, self.trainer.multi_objective_aggregation
         )
-        keep = scorable.nonzero().flatten()
         return _Pool(
-            indices=[entries[i][0] for i in keep.tolist()],
-            deciding=deciding[keep],
-            success_rate=success_rate[keep],
-            learnability=learnability[keep],
-            advantages=advantages[keep],
-            lengths=torch.tensor([entry[2] for entry in entries], dtype=torch.float64)[keep],
+            indices=indices[scorable],
+            deciding=deciding[scorable],
+            success_rate=success_rate[scorable],
+            learnability=learnability[scorable],
+            advantages=advantages[scorable],
+            lengths=lengths[scorable],
+            score=learnability[scorable],
         )
 
     # Gradients --------------------------------------------------------------------------------------------------
 
     def _score(self, own, pool):
-        """Score, alignment and gradient norm of every learnable prompt, by dataset index, on every process."""
+        """Fills in score, alignment and gradient norm of the learnable prompts."""
         started = time.perf_counter()
-        position = {index: i for i, index in enumerate(pool.indices)}
+        position = {index: i for i, index in enumerate(pool.indices.tolist())}
         tasks = {}
         for group in own:
             i = position.get(group.index)
             if i is not None and pool.learnability[i] > 0:
                 tasks[group.index] = self._rows(group, pool.advantages[i], pool.deciding[i])
-        weights = {
-            index: 1.0 if self.config.score == "alignment" else float(pool.learnability[position[index]])
-            for index in tasks
-        }
+        weights = torch.zeros(len(self.dataset), dtype=torch.float64)
+        weights[pool.indices] = (
+            torch.ones_like(pool.learnability) if self.config.score == "alignment" else pool.learnability
+        )
         source = FeatureSource(
             self.trainer, self.config.projection_dim, self.seed, tasks, self.journal, self.config.max_tokens_per_batch
         )
         total = source.weighted_sum(weights)
         self._clock("gradients", started)
         started = time.perf_counter()
-        mean = total / len(pool.indices)
-        rows = []
-        for indices, features in source:
-            ours = torch.tensor([weights[index] for index in indices], dtype=torch.float64)
-            score, alignment = scoring.scores_from_mean(features, ours, mean)
-            rows += zip(indices, score.tolist(), alignment.tolist(), features.norm(dim=1).tolist(), strict=True)
-        rows = gather_object(rows)
+        scored = scoring.scores_of_batches(source, weights, total / len(pool.indices))
+        gathered = zip(*gather_object([scored]), strict=True)
+        indices, *values = (torch.cat(parts) for parts in gathered)
         self._clock("scores", started)
-        missing = int((pool.learnability > 0).sum()) - len(rows)
+        missing = int((pool.learnability > 0).sum()) - len(indices)
         if missing:  # the same on every process, so all raise
             raise RuntimeError(
                 f"The gradient features of {missing} prompts could not be read back from '{self.journal.path}'. Check the "
                 "disk and run again: what is still there is used."
             )
-        scores = dict.fromkeys(pool.indices, 0.0) | {row[0]: row[1] for row in rows}
-        return scores, {row[0]: row[2] for row in rows}, {row[0]: row[3] for row in rows}
+        pool.score = torch.zeros_like(pool.score)
+        self._count_cost(own, source)
+        places = torch.searchsorted(pool.indices, indices)
+        for column, value in zip((pool.score, pool.alignment, pool.gradient_norm), values, strict=True):
+            column[places] = value
+
+    def _count_cost(self, own, source):
+        """What gradients and scores took against the rollouts, and what a plain backward would."""
+        rolled_out = sum(len(group.prompt_ids) + len(ids) for group in own for ids in group.completion_ids)
+        counts = np.sum(gather_object([(rolled_out, *source.num_tokens())]), axis=0).tolist()
+        cost = dict(zip(("rollout_tokens", "gradient_tokens", "computed_tokens"), counts, strict=True))
+        # Forward and backward through a LoRA cost two forwards; the reference policy of the KL term one more
+        passes = 2 if self.trainer.beta == 0.0 else 3
+        cost["floor"] = passes * cost["gradient_tokens"] / cost["rollout_tokens"]
+        if not self.journal.resumed:  # else the rollouts' time is not known
+            spent = self.seconds["gradients"] + self.seconds["scores"]
+            cost["of_rollouts"] = spent / max(self.seconds["rollouts"], 1e-3)
+        self.provenance["cost"] = cost
 
     def _rows(self, group, advantages, deciding) -> list[Row]:
         """The rollouts of a group that carry a gradient."""
@@ -263,30 +282,28 @@ class _Pass:
 
     # Choice and files -------------------------------------------------------------------------------------------
 
-    def _choose(self, pool, scores, alignments, norms) -> Selection:
-        score = torch.tensor([scores[index] for index in pool.indices], dtype=torch.float64)
-        order = scoring.ranking(score, pool.learnability)
-        chosen = scoring.top_prompts(score, pool.learnability, self.config.num_prompts)
-        rank = {i: place for place, i in enumerate(order)}
+    def _choose(self, pool) -> Selection:
+        order = torch.tensor(scoring.ranking(pool.score, pool.learnability), dtype=torch.int64)
+        chosen = scoring.top_prompts(pool.score, pool.learnability, self.config.num_prompts)
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(len(order))
         mean = pool.deciding.double().nanmean(1)
-        std = (pool.deciding.double() - mean[:, None]).square().nanmean(1).sqrt()
         columns = {
             "index": pool.indices,
-            "success_rate": pool.success_rate.tolist(),
-            "learnability": pool.learnability.tolist(),
-            "alignment": [alignments.get(index) for index in pool.indices],
-            "score": score.tolist(),
-            "rank": [rank[i] for i in range(len(order))],
-            "selected": [rank[i] < len(chosen) for i in range(len(order))],
-            "reward_mean": mean.tolist(),
-            "reward_std": std.tolist(),
-            "completion_length_mean": pool.lengths.mean(1).tolist(),
-            "gradient_norm": [norms.get(index) for index in pool.indices],
+            "success_rate": pool.success_rate,
+            "learnability": pool.learnability,
+            "alignment": pool.alignment,
+            "score": pool.score,
+            "rank": rank,
+            "selected": rank < len(chosen),
+            "reward_mean": mean,
+            "reward_std": (pool.deciding.double() - mean[:, None]).square().nanmean(1).sqrt(),
+            "completion_length_mean": pool.lengths.mean(1),
+            "gradient_norm": pool.gradient_norm,
         }
-        table = pa.Table.from_pydict(columns, schema=SCORES_SCHEMA)
-        selection = Selection(
-            [pool.indices[i] for i in chosen], table, self.provenance | {"seconds": dict(self.seconds)}
-        )
+        arrays = [pa.array(columns[field.name].numpy(), field.type, from_pandas=True) for field in SCORES_SCHEMA]
+        table = pa.Table.from_arrays(arrays, schema=SCORES_SCHEMA)
+        selection = Selection(pool.indices[chosen].tolist(), table, self.provenance | {"seconds": dict(self.seconds)})
         return broadcast_object_list([selection])[0]  # scores may differ in the last bit between processes
 
     def _publish(self, selection, saved=None):
@@ -297,7 +314,7 @@ class _Pass:
         self.accelerator.wait_for_everyone()
 
     def _rollouts_table(self, own, pool) -> pa.Table:
-        position = {index: i for i, index in enumerate(pool.indices)}
+        position = {index: i for i, index in enumerate(pool.indices.tolist())}
         rows = []
         for group in own:
             i = position.get(group.index)
@@ -335,12 +352,18 @@ class _Pass:
 class _Pool:
     """Scorable prompts by dataset index, with n groups of G rollouts."""
 
-    indices: list[int]
+    indices: torch.Tensor  # (n,), sorted
     deciding: torch.Tensor  # (n, G), the reward that decides success
     success_rate: torch.Tensor  # (n,)
     learnability: torch.Tensor  # (n,)
     advantages: torch.Tensor  # (n, G)
     lengths: torch.Tensor  # (n, G), tokens
+    score: torch.Tensor  # (n,)
+
+    def __post_init__(self):
+        # NaN: not computed
+        self.alignment = torch.full_like(self.learnability, torch.nan)
+        self.gradient_norm = torch.full_like(self.learnability, torch.nan)
 
 
 _KEY_FIELDS = ("config", "seed", "global_step", "stage", "num_rollouts", "dataset_fingerprint", "num_rows")
