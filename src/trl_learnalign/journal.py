@@ -113,7 +113,9 @@ class Journal:
                 continue
             indices = tensors["indices"].tolist()
             rows = [row for row, index in enumerate(indices) if index in wanted]
-            if rows:
+            if len(rows) == len(indices):
+                yield indices, tensors["features"]
+            elif rows:
                 yield [indices[row] for row in rows], tensors["features"][rows]
 
     def save_features(self, indices: list[int], features: torch.Tensor) -> None:

@@ -1,5 +1,6 @@
 """The maths of LearnAlign (arXiv 2506.11480), free of any trainer: rewards and features in, scores out."""
 
+from array import array
 from collections.abc import Iterable
 
 import torch
@@ -97,12 +98,17 @@ def scores_of_batches(
         four `torch.Tensor` of shape `(n,)`: dataset indices (int64); scores, alignments and norms of the features
         (float64).
     """
-    parts = [(torch.empty(0, dtype=torch.int64), *[torch.empty(0, dtype=torch.float64)] * 3)]
+    # Grown in place: small tensors kept between large ones that come and go would leave holes in the memory
+    columns = array("q"), array("d"), array("d"), array("d")
     for indices, features in batches:
-        indices = torch.as_tensor(indices)
         scores, alignments = scores_from_mean(features, weights[indices], mean)
-        parts.append((indices, scores, alignments, features.norm(dim=1).double()))
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+        norms = features.norm(dim=1).double()
+        for column, values in zip(
+            columns, (indices, scores.tolist(), alignments.tolist(), norms.tolist()), strict=True
+        ):
+            column.extend(values)
+    dtypes = torch.int64, torch.float64, torch.float64, torch.float64
+    return tuple(torch.tensor(column, dtype=dtype) for column, dtype in zip(columns, dtypes, strict=True))
 
 
 def top_prompts(scores: torch.Tensor, learnabilities: torch.Tensor, num: int) -> list[int]:
