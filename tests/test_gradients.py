@@ -18,6 +18,7 @@ from trl_learnalign.gradients import PROBE_RANK, PromptGradients, UnseenParamete
 from trl_learnalign.journal import Journal
 from trl_learnalign.projection import stable_hash
 from trl_learnalign.rollouts import Row, policy_objective
+from trl_learnalign.scoring import scores_of_batches
 
 
 def random_tasks(num=5, seed=0):
@@ -138,6 +139,62 @@ def test_sketches_equal_sketched_gradients(tmp_path):
             engine._sink.add_(expected, tap.name, slice(None), exact[index][None, start : start + tap.size])
             start += tap.size
         torch.testing.assert_close(feature, expected[0], rtol=1e-4, atol=1e-6)
+
+
+def peak_bytes(call):
+    """Most memory that `call` holds at a time above what was held before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_no_more_memory_than_a_plain_backward(tmp_path, checkpointing):
+    trainer = make_trainer(tmp_path, model=make_model(hidden_size=64, intermediate_size=176, vocab_size=512))
+    if checkpointing:
+        trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    rows = [Row([3, 4, 5] * 5, [6 + i, 7, 8, 9] * 10, [1] * 40, 1.0, 0.25) for i in range(16)]
+
+    def plain():
+        policy_objective(trainer, rows).backward()
+        trainer.model.zero_grad()
+
+    def ours():
+        with PromptGradients(trainer.model, 4096, 0) as engine:
+            engine.collect([4, 8, 4], 55, lambda: policy_objective(trainer, rows))
+
+    with dropout_off(trainer.model):
+        plain()
+        assert peak_bytes(ours) <= 1.05 * peak_bytes(plain)
+
+
+def test_memory_of_large_exact_gradients_does_not_grow_with_the_pool(tmp_path, monkeypatch):
+    """The mean in float64, and at most two gradients: four vectors of the LoRA's size, and the backward's own."""
+    monkeypatch.setattr("trl_learnalign.features.EXACT_BYTES", 0)
+    trainer = make_trainer(tmp_path, model=make_model(hidden_size=64, intermediate_size=256), peft=lora(r=32))
+    size = 4 * sum(parameter.numel() for parameter in weights(trainer).values())
+    rows = [Row([3], [6, 7], [1, 1], 1.0, 0.5)]
+
+    def plain():
+        policy_objective(trainer, rows).backward()
+        trainer.model.zero_grad()
+
+    def ours(num):
+        source = FeatureSource(trainer, None, 0, dict.fromkeys(range(num), rows), Journal(tmp_path / "j", "", True))
+        mean = source.weighted_sum(torch.ones(num))
+        indices, *_ = scores_of_batches(source, torch.ones(num), mean)
+        assert indices.tolist() == list(range(num))
+
+    with dropout_off(trainer.model):
+        plain()
+        few, many = peak_bytes(lambda: ours(4)), peak_bytes(lambda: ours(32))
+        assert many <= 1.01 * few
+        assert many <= peak_bytes(plain) + 4 * size
 
 
 def test_exact_gradients_computed_twice_equal_those_kept(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny import config, make_trainer
+from tiny import config, make_dataset, make_trainer
 
 from trl_learnalign import Selection, select_prompts
 from trl_learnalign.journal import Journal
@@ -44,6 +44,21 @@ def test_what_is_written(saved):
     for name in ("config", "seed", "global_step", "dataset_fingerprint", "model", "versions", "seconds", "unscorable"):
         assert name in provenance
     assert set(provenance["seconds"]) == {"rollouts", "gradients", "scores"}
+
+
+def test_cost_is_counted_in_tokens(saved):
+    selection, path = saved
+    rollouts = pq.read_table(path / "rollouts.parquet").to_pandas()
+    prompts = [len(text) for text in make_dataset()["prompt"]]  # one token a character
+    tokens = rollouts["completion_ids"].map(len) + rollouts["index"].map(prompts.__getitem__)
+    cost = selection.provenance["cost"]
+    assert cost["rollout_tokens"] == tokens.sum()
+    assert cost["gradient_tokens"] == tokens[rollouts["advantage"] != 0].sum()
+    assert cost["gradient_tokens"] <= cost["computed_tokens"] < 2 * cost["gradient_tokens"]
+    assert cost["floor"] == 2 * cost["gradient_tokens"] / cost["rollout_tokens"]
+    seconds = selection.provenance["seconds"]
+    assert cost["of_rollouts"] == (seconds["gradients"] + seconds["scores"]) / seconds["rollouts"]
+    assert f"{cost['of_rollouts']:.2f} x rollouts (a plain backward: {cost['floor']:.2f}" in selection.summary()
 
 
 def test_load_reads_it_back(saved):

@@ -10,7 +10,7 @@ from . import rollouts
 from .gradients import PromptGradients
 from .journal import Journal
 from .rollouts import Row
-from .scoring import unit_features
+from .scoring import add_unit_features
 
 
 # Exact gradients are kept in memory if those of every process fit, else computed twice
@@ -71,7 +71,7 @@ class FeatureSource:
         """
         total = torch.zeros(self.engine.feature_dim, dtype=torch.float64)
         for indices, features in self._computed():
-            total += unit_features(features, weights[indices]).double().sum(0)
+            add_unit_features(total, features, weights[indices])
             if self.exact and not self.twice:
                 self.kept.append((indices, features))
         accelerator = self.trainer.accelerator
@@ -111,12 +111,16 @@ class FeatureSource:
                 for (index, count), part in zip(counts.items(), parts, strict=True):
                     if index in done:
                         continue
-                    partial[index] = partial[index] + part if index in partial else part.clone()
                     remaining[index] -= count
-                    if not remaining[index]:
-                        finished[index] = partial.pop(index)
+                    if index in partial:
+                        part = partial.pop(index).add_(part)
+                    if remaining[index]:
+                        partial[index] = part
+                    else:
+                        finished[index] = part
                 if finished:
-                    indices, features = list(finished), torch.stack(list(finished.values()))
+                    indices, features = list(finished), list(finished.values())
+                    features = features[0][None] if len(features) == 1 else torch.stack(features)
                     if not self.exact:
                         self.journal.save_features(indices, features)
                     yield indices, features

@@ -6,6 +6,9 @@ from collections.abc import Iterable
 import torch
 
 
+_COLUMNS = 1024  # of features that are in float64 at a time
+
+
 def success_rates(rewards: torch.Tensor, threshold: float) -> torch.Tensor:
     """
     Share of each group's scorable rollouts whose reward is at least `threshold`.
@@ -46,41 +49,46 @@ def reward_variance(rewards: torch.Tensor) -> torch.Tensor:
     return (scaled - mean).square().nanmean(1)
 
 
-def unit_features(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def add_unit_features(total: torch.Tensor, features: torch.Tensor, weights: torch.Tensor) -> None:
     """
-    z_i = w_i phi_i / |phi_i|, the factor of Eq. 8: S_ij = z_i . z_j.
+    Adds sum_i z_i to `total`, where z_i = w_i phi_i / |phi_i| is the factor of Eq. 8: S_ij = z_i . z_j. A feature of
+    norm 0 adds nothing.
 
     Args:
+        total (`torch.Tensor` of shape `(d,)`): float64.
         features (`torch.Tensor` of shape `(n, d)`): gradient features phi.
         weights (`torch.Tensor` of shape `(n,)`): V for the score of the paper, 1 for the alignment alone.
-
-    Returns:
-        `torch.Tensor` of shape `(n, d)`, float32. A feature of norm 0 gives zeros.
     """
-    norms = features.norm(dim=1)
-    factor = torch.where(norms > 0, weights.to(features) / norms.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
-    return features * factor[:, None]
+    norms = torch.linalg.vector_norm(features, dim=1, dtype=torch.float64)
+    factors = torch.where(norms > 0, weights.double() / norms, 0.0)
+    for feature, factor in zip(features, factors.tolist(), strict=True):  # no copy, as d may be the size of a LoRA
+        total.add_(feature, alpha=factor)
 
 
 def scores_from_mean(
     features: torch.Tensor, weights: torch.Tensor, mean: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     score_i = mean_j S_ij = z_i . mean_j z_j, which takes O(n d) and no n x n matrix.
 
     Args:
         features (`torch.Tensor` of shape `(n, d)`): gradient features phi.
-        weights (`torch.Tensor` of shape `(n,)`): see [`unit_features`].
+        weights (`torch.Tensor` of shape `(n,)`): see [`add_unit_features`].
         mean (`torch.Tensor` of shape `(d,)`): mean_j z_j over the whole pool, float64.
 
     Returns:
-        two float64 `torch.Tensor` of shape `(n,)`: the scores, and the alignments cos(phi_i, mean_j z_j).
+        three float64 `torch.Tensor` of shape `(n,)`: the scores, the alignments cos(phi_i, mean_j z_j), and |phi_i|.
     """
-    norms = features.norm(dim=1).double()
-    cosine = torch.where(norms > 0, (features.double() @ mean) / norms, 0.0)
+    products, squares = torch.zeros(2, len(features), dtype=torch.float64)
+    for part, part_of_mean in zip(features.split(_COLUMNS, 1), mean.split(_COLUMNS), strict=True):
+        part = part.double()
+        products += part @ part_of_mean
+        squares += torch.linalg.vecdot(part, part)
+    norms = squares.sqrt()
+    cosine = torch.where(norms > 0, products / norms, 0.0)
     length = mean.norm()
     alignment = cosine / length if length > 0 else torch.zeros_like(cosine)
-    return weights.double() * cosine, alignment.clamp(-1.0, 1.0)
+    return weights.double() * cosine, alignment.clamp(-1.0, 1.0), norms
 
 
 def scores_of_batches(
@@ -95,18 +103,14 @@ def scores_of_batches(
         mean (`torch.Tensor` of shape `(d,)`): see [`scores_from_mean`].
 
     Returns:
-        four `torch.Tensor` of shape `(n,)`: dataset indices (int64); scores, alignments and norms of the features
-        (float64).
+        four `torch.Tensor` of shape `(n,)`: dataset indices (int64); scores, alignments and norms (float64).
     """
     # Grown in place: small tensors kept between large ones that come and go would leave holes in the memory
     columns = array("q"), array("d"), array("d"), array("d")
     for indices, features in batches:
-        scores, alignments = scores_from_mean(features, weights[indices], mean)
-        norms = features.norm(dim=1).double()
-        for column, values in zip(
-            columns, (indices, scores.tolist(), alignments.tolist(), norms.tolist()), strict=True
-        ):
-            column.extend(values)
+        values = (value.tolist() for value in scores_from_mean(features, weights[indices], mean))
+        for column, entries in zip(columns, (indices, *values), strict=True):
+            column.extend(entries)
     dtypes = torch.int64, torch.float64, torch.float64, torch.float64
     return tuple(torch.tensor(column, dtype=dtype) for column, dtype in zip(columns, dtypes, strict=True))
 

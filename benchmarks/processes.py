@@ -1,0 +1,103 @@
+"""
+The gradient pass on two processes against one: prompts per second, and what the machine itself allows.
+
+    python benchmarks/processes.py
+
+Each process has one thread. The machine's own limit is measured in the same rounds: two passes that know nothing of
+each other, side by side, against one.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from workload import ROOT, build_trainer, draw_groups, installed, machine
+
+from trl_learnalign.features import FeatureSource
+from trl_learnalign.journal import Journal
+from trl_learnalign.rollouts import left_as_found
+
+
+SETTINGS = {"shape": "small", "device": "cpu", "dtype": "float32", "rank": 8, "prompts": 32, "tokens": 64}
+
+
+def work(output):
+    """One pass over this process's share of the pool; rank 0 writes how long all processes took."""
+    torch.set_num_threads(1)
+    arguments = argparse.Namespace(**SETTINGS | {"dtype": torch.float32})
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = build_trainer(arguments, scratch)
+        accelerator = trainer.accelerator
+        groups = draw_groups(arguments)
+        share = range(accelerator.process_index, len(groups), accelerator.num_processes)
+        tasks = {index: groups[index] for index in share}
+        seconds = []
+        for name in ("first", "measured"):
+            with left_as_found(trainer, 8):
+                source = FeatureSource(trainer, 32768, 0, tasks, Journal(Path(scratch) / name, name, True))
+                accelerator.wait_for_everyone()
+                started = time.perf_counter()
+                source.weighted_sum(torch.ones(len(groups)))
+                accelerator.wait_for_everyone()
+                seconds.append(time.perf_counter() - started)
+        if accelerator.is_main_process:
+            output.write_text(json.dumps({"seconds": seconds[-1], "world": accelerator.num_processes}))
+    os._exit(0)  # all is written; process groups are not waited for
+
+
+def start(processes, output):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "TQDM_DISABLE": "1"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *(launcher if processes > 1 else []), __file__, "--work", str(output)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def finish(process, output, world):
+    assert process.wait(timeout=600) == 0
+    result = json.loads(output.read_text())
+    assert result["world"] == world
+    return result["seconds"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "processes.json")
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.work:
+        work(arguments.work)
+    ours, limit = [], []
+    with tempfile.TemporaryDirectory() as scratch:
+        first, second = Path(scratch) / "0.json", Path(scratch) / "1.json"
+        for _ in range(arguments.rounds):
+            one = finish(start(1, first), first, 1)
+            ours.append(one / finish(start(2, first), first, 2))
+            pair = start(1, first), start(1, second)
+            limit.append(2 * one / max(finish(*run, 1) for run in zip(pair, (first, second), strict=True)))
+            print(
+                f"one process {one:.1f} s; two {ours[-1]:.2f} x as fast; the machine's limit {limit[-1]:.2f} x",
+                flush=True,
+            )
+    document = {
+        "speedup": statistics.median(ours),
+        "limit": statistics.median(limit),
+        "of_limit": statistics.median(a / b for a, b in zip(ours, limit, strict=True)),
+        "rounds": arguments.rounds,
+        "settings": SETTINGS,
+        "machine": machine("cpu"),
+        "cpu_count": os.cpu_count(),
+        "versions": installed(("torch", "transformers", "trl", "peft", "trl-learnalign")),
+    }
+    arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
