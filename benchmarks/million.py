@@ -21,12 +21,13 @@ from pathlib import Path
 
 import torch
 
+from trl_learnalign.features import WINDOW
 from trl_learnalign.journal import Journal
 from trl_learnalign.scoring import scores_of_batches
 
 
 ROOT = Path(__file__).resolve().parent.parent
-PER_FILE = 64
+PER_FILE = WINDOW
 
 
 def write(path, prompts, dim):
@@ -35,7 +36,7 @@ def write(path, prompts, dim):
     for start in range(0, prompts, PER_FILE):
         count = min(PER_FILE, prompts - start)
         shift = start // PER_FILE % PER_FILE
-        journal.save_features(list(range(start, start + count)), block[shift : shift + count])
+        journal.save_features(f"{start:016x}", block[shift : shift + count])
 
 
 def forget(path):
@@ -56,15 +57,22 @@ def read(path):
     return time.perf_counter() - started
 
 
+def batches(path, prompts, dim):
+    """As the windows of a selection are read back."""
+    journal = Journal(path, "million", False)
+    for start in range(0, prompts, PER_FILE):
+        indices = list(range(start, min(start + PER_FILE, prompts)))
+        yield indices, journal.load_features(f"{start:016x}", (len(indices), dim), verify=False)
+
+
 def score(path, prompts, dim):
     """Seconds and bytes of resident memory over the start, in a process of its own."""
     forget(path)
-    journal = Journal(path, "million", False)
     generator = torch.Generator().manual_seed(1)
     weights, mean = torch.rand(prompts, generator=generator).double(), torch.randn(dim, generator=generator).double()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.perf_counter()
-    indices, scores, *_ = scores_of_batches(journal.features(range(prompts)), weights, mean)
+    indices, scores, *_ = scores_of_batches(batches(path, prompts, dim), weights, mean)
     seconds = time.perf_counter() - started
     assert indices.tolist() == list(range(prompts)) and scores.isfinite().all()
     return {"seconds": seconds, "resident": 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)}

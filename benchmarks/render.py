@@ -36,7 +36,6 @@ def arms_table(results) -> str:
         if arm != "random":
             gap = f"{values['over_random']:+.3f} +- {values['standard_error']:.3f}"
         lines.append(f"| {NAMES[arm]} | {values['success']:.3f} | {gap} |")
-    versions = ", ".join(f"{name} {number}" for name, number in conditions["versions"].items())
     seeds = summary["random"]["seeds"]
     steps = {run["steps"] for run in results["runs"]}
     lines += [
@@ -45,7 +44,7 @@ def arms_table(results) -> str:
         f"{conditions['data'][0].upper() + conditions['data'][1:]}, a pool of {conditions['pool']}, "
         f"{conditions['num_prompts']} prompts, {steps.pop()} steps of 32 prompts, of which 2 are warm-up and 1 was read ahead by the dataloader; {conditions['test']} "
         f"held-out prompts x {conditions['samples']} samples at temperature 1. Measured on a CPU with "
-        f"{conditions['threads']} thread by `benchmarks/demo_arms.py`; {versions}.",
+        f"{conditions['threads']} thread by `benchmarks/demo_arms.py`; {versions_of(conditions)}.",
     ]
     return "\n".join(lines)
 
@@ -83,6 +82,61 @@ def length_table(results) -> str:
     return "\n".join(lines)
 
 
+def versions_of(results) -> str:
+    return ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+
+
+def gradients_table(results) -> str:
+    conditions = results["conditions"]
+    lines = [
+        "| way to a microbatch's per-prompt gradients | time | FLOPs | peak memory | numbers a prompt | error of cosines |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| a plain backward, which gives no per-prompt gradients | 1 | 1 | 1 | | |",
+    ]
+    rows = list(results["ways"].items())
+    rows += [(f"{name}, gradient checkpointing", row) for name, row in results["checkpointed"].items()]
+    for name, row in rows:
+        error = f"{row['cosine_error']:.1g}" if row["cosine_error"] > 1e-6 else "< 1e-6"
+        lines.append(
+            f"| {name} | {row['time']:.2f} | {row['flops']:.3f} | {row['memory']:.2f} | {row['features']:,} | {error} |"
+        )
+    sketch = "; ".join(f"{int(dim):,}: {ratio:.2f}" for dim, ratio in results["sketch"].items())
+    lines += [
+        "",
+        "Ratios to a plain backward of the same microbatch, in the same round, median; rows with gradient checkpointing "
+        "are relative to a plain backward with it. The error is the root mean square difference of the prompts' cosines "
+        "from the exact ones. Peers that keep a gradient per row are added up to prompts; bergson generates its "
+        "projections on the CPU here, which a GPU does faster.",
+        "",
+        f"{conditions['prompts']} prompts x {conditions['rollouts_per_prompt']} rollouts x {conditions['tokens']} tokens, "
+        f"a model of the shape `{conditions['shape']}` with random weights in {conditions['dtype']}, LoRA r = "
+        f"{conditions['lora_rank']} on all linear layers ({conditions['lora_parameters']:,} weights); "
+        f"{conditions['machine']}, {conditions['threads']} thread; the plain backward took "
+        f"{results['plain']['plain_seconds']:.2f} s; {versions_of(conditions)}.",
+        "",
+        f"Time of the sketch alone by `projection_dim`, relative to the shortest: {sketch}.",
+    ]
+    return "\n".join(lines)
+
+
+def scale_table(million, processes) -> str:
+    return "\n".join(
+        [
+            "| what | measured |",
+            "| --- | --- |",
+            f"| scores of {million['prompts']:,} prompts at d = {million['dim']:,} from the disk | "
+            f"{million['score_seconds']:.0f} s, {million['ratio']:.2f} x reading the {million['bytes'] / 1e9:.0f} GB once |",
+            f"| memory for that, over the start | {million['resident_bytes'] / 1e6:.0f} MB |",
+            f"| gradient pass of two processes against one | {processes['speedup']:.2f} x the prompts per second; "
+            f"two unconnected processes on this machine: {processes['limit']:.2f} x |",
+            "",
+            f"By `benchmarks/million.py` (median of {million['rounds']} rounds, page cache emptied) and "
+            f"`benchmarks/processes.py` (median of {processes['rounds']} rounds, a thread each); {processes['machine']}; "
+            f"{versions_of(processes)}.",
+        ]
+    )
+
+
 def projection_table(results) -> str:
     lines = [
         "| `projection_dim` | Spearman with the exact score | kept of the exact top quarter |",
@@ -115,12 +169,11 @@ def policy_table(results) -> str:
             f"{seeds} (mean lift {100 * grpo['mean_lift']:.1f} points)",
         ),
     ]
-    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     lines = ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows), ""]
     lines += [
         f"{results['dataset']}: {results['train_rows']:,} train and {results['test_rows']:,} test rows; measured on "
         f"{results['test_rows_measured']} test rows x {results['samples_per_row']} samples and "
-        f"{results['train_prompts_measured']:,} train prompts, by `benchmarks/tiny_policy.py`; {versions}."
+        f"{results['train_prompts_measured']:,} train prompts, by `benchmarks/tiny_policy.py`; {versions_of(results)}."
     ]
     return "\n".join(lines)
 
@@ -142,6 +195,14 @@ Every run: `python benchmarks/demo_arms.py --dataset_path DIR`.
 ## What a selection costs
 
 {cost_table(arms)}
+
+## Per-prompt gradients beside their peers
+
+{gradients_table(load("gradients_cpu"))}
+
+## Large pools, several processes
+
+{scale_table(load("million"), load("processes"))}
 
 ## Length of what is chosen
 

@@ -460,7 +460,8 @@ def test_microbatches_hold_little_padding_and_every_row_once():
         tasks[index] = [Row([1] * prompt, [2] * length, [1] * length, 1.0, 1 / 8) for length in lengths]
     tasks[7] = []
     for max_tokens in (4096, 16384):
-        microbatches = pack(tasks, max_tokens)
+        windows = pack(tasks, max_tokens)
+        microbatches = [microbatch for window in windows for microbatch in window.microbatches]
         seen = [id(row) for _, rows in microbatches for row in rows]
         assert sorted(seen) == sorted(id(row) for rows in tasks.values() for row in rows)
         computed = useful = 0
@@ -472,10 +473,11 @@ def test_microbatches_hold_little_padding_and_every_row_once():
             computed += len(rows) * max(map(len, rows))
             useful += sum(map(len, rows))
         assert (computed - useful) / computed <= 0.1
-        # groups under way at a time: those of one window
-        position = {index: [n for n, (counts, _) in enumerate(microbatches) if index in counts] for index in tasks}
-        for n in range(len(microbatches)):
-            assert sum(min(p, default=n) <= n <= max(p, default=-1) for p in position.values()) <= WINDOW
+        for window in windows:  # groups stay within a window, which is all that is under way at a time
+            assert len(window.indices) <= WINDOW
+            assert {index for counts, _ in window.microbatches for index in counts} == set(window.indices)
+        assert sum(len(window.indices) for window in windows) == 299
+        assert len({window.name for window in windows}) == len(windows)
 
 
 def test_a_row_longer_than_the_budget_goes_alone(tmp_path):
@@ -483,19 +485,113 @@ def test_a_row_longer_than_the_budget_goes_alone(tmp_path):
     tasks = random_tasks()
     alone = features_of(trainer, tasks, tmp_path, max_tokens=1)
     together = features_of(trainer, tasks, tmp_path, max_tokens=10_000)
-    assert all(len(rows) == 1 for _, rows in pack(tasks, 1))
+    assert all(len(rows) == 1 for window in pack(tasks, 1) for _, rows in window.microbatches)
     for index in tasks:
         torch.testing.assert_close(alone[index], together[index], rtol=1e-4, atol=1e-6)
 
 
-def test_features_do_not_depend_on_what_the_journal_holds(tmp_path):
-    """To the last bit: a pass that goes on from its journal computes the same microbatches."""
+def test_a_pass_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """To the last bit, and at most one microbatch is computed again, wherever it stops."""
+    monkeypatch.setattr("trl_learnalign.features.pack", lambda *args: pack(*args[:2], size=5))
     trainer = make_trainer(tmp_path)
     tasks = random_tasks(12)
+    collected = count_calls(monkeypatch, PromptGradients, "collect")
     whole = features_of(trainer, tasks, tmp_path / "whole", dim=256, max_tokens=40)
-    half = list(whole)[:5]
-    Journal(tmp_path / "half" / "journal", "256 40", True).save_features(
-        half, torch.stack([whole[index] for index in half])
+    total = len(collected)
+    assert total > 6
+    for stop in range(1, total):
+        collected.clear()
+        with monkeypatch.context() as patch:
+            stop_at(patch, PromptGradients, "collect", stop)
+            with pytest.raises(KeyboardInterrupt):
+                features_of(trainer, tasks, tmp_path / str(stop), dim=256, max_tokens=40)
+        resumed = features_of(trainer, tasks, tmp_path / str(stop), dim=256, max_tokens=40)
+        assert whole.keys() == resumed.keys() and all(torch.equal(whole[index], resumed[index]) for index in tasks)
+        assert len(collected) == total  # each of those once, less the one that was stopped
+    assert sorted(file.name for file in (tmp_path / "1" / "journal").iterdir())[:-1] == sorted(
+        f"features-{window.name}.safetensors" for window in pack(tasks, 40, size=5)
     )
-    resumed = features_of(trainer, tasks, tmp_path / "half", dim=256, max_tokens=40)
-    assert whole.keys() == resumed.keys() and all(torch.equal(whole[index], resumed[index]) for index in tasks)
+
+
+def count_calls(monkeypatch, owner, name):
+    calls, original = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args, **kwargs: (calls.append(args), original(*args, **kwargs))[1])
+    return calls
+
+
+def stop_at(patch, owner, name, number):
+    """The call after `number` ends as if the user had interrupted it."""
+    left, original = [number], getattr(owner, name)
+
+    def call(*args, **kwargs):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    patch.setattr(owner, name, call)
+
+
+def test_out_of_memory_halves_the_microbatch(tmp_path, monkeypatch, caplog):
+    trainer = make_trainer(tmp_path)
+    tasks = random_tasks(8)
+    expected = features_of(trainer, tasks, tmp_path / "whole", dim=256)
+    sizes, original = [], rollouts.policy_objective
+
+    def too_large(trainer, rows):
+        sizes.append(len(rows))
+        if len(rows) > 3:
+            original(trainer, rows)  # the memory ends after the forward
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return original(trainer, rows)
+
+    monkeypatch.setattr(rollouts, "policy_objective", too_large)
+    features = features_of(trainer, tasks, tmp_path / "halves", dim=256)
+    for index in tasks:
+        torch.testing.assert_close(features[index], expected[index], rtol=1e-4, atol=1e-6)
+    assert "taken in halves" in caplog.text and "max_tokens_per_batch" in caplog.text
+    assert sizes[0] > 3 and sum(size for size in sizes if size <= 3) == sum(map(len, tasks.values()))
+
+
+def test_out_of_memory_with_a_single_rollout_names_the_remedies(tmp_path, monkeypatch):
+    def never(trainer, rows):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(rollouts, "policy_objective", never)
+    with pytest.raises(MemoryError, match="1 rollouts of .* tokens does not fit.*gradient_checkpointing"):
+        features_of(make_trainer(tmp_path), random_tasks(2), tmp_path)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_gradients_that_are_not_finite_end_the_selection(tmp_path, monkeypatch, value):
+    original = rollouts.policy_objective
+    monkeypatch.setattr(rollouts, "policy_objective", lambda *args: original(*args) * value)
+    with pytest.raises(FloatingPointError, match="training prompts .* are not finite.*lower the learning rate"):
+        features_of(make_trainer(tmp_path), random_tasks(2), tmp_path)
+
+
+@pytest.mark.parametrize("dim", [256, None])
+def test_the_same_inputs_give_the_same_bits(tmp_path, dim):
+    tasks = random_tasks(8)
+    first = features_of(make_trainer(tmp_path), tasks, tmp_path / "first", dim=dim, max_tokens=60)
+    second = features_of(make_trainer(tmp_path), tasks, tmp_path / "second", dim=dim, max_tokens=60)
+    assert all(torch.equal(first[index], second[index]) for index in tasks)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_same_inputs_give_the_same_bits_on_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    tasks = random_tasks(8)
+    cpu = features_of(make_trainer(tmp_path), tasks, tmp_path / "cpu", dim=256, max_tokens=60)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (
+            features_of(make_trainer(tmp_path, use_cpu=False), tasks, tmp_path / name, dim=256, max_tokens=60)
+            for name in ("first", "second")
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for index in tasks:
+        assert torch.equal(first[index], second[index])
+        torch.testing.assert_close(first[index], cpu[index], rtol=1e-3, atol=1e-5)

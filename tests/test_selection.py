@@ -92,14 +92,18 @@ def copy_of(path, tmp_path):
     ("damage", "error", "message"),
     [
         (lambda p: (p / "selection.json").unlink(), FileNotFoundError, "no finished selection.*step-000038"),
-        (lambda p: (p / "selection.json").write_text("{"), ValueError, "damaged"),
-        (lambda p: (p / "selection.json").write_text('{"indices": []}'), ValueError, "damaged.*format_version"),
-        (lambda p: (p / "selection.json").write_text("[]"), ValueError, "damaged"),
-        (lambda p: (p / "scores.parquet").write_bytes(b"PAR1 nonsense"), ValueError, "damaged"),
+        (lambda p: (p / "selection.json").write_text("{"), ValueError, "cannot be used"),
+        (lambda p: (p / "selection.json").write_text('{"indices": []}'), ValueError, "cannot be used.*format_version"),
+        (lambda p: (p / "selection.json").write_text("[]"), ValueError, "cannot be used"),
+        (lambda p: (p / "scores.parquet").write_bytes(b"PAR1 nonsense"), ValueError, "not the one"),
         (lambda p: change(p, format_version=2), ValueError, "has format 2"),
-        (lambda p: change(p, indices=[0, 1]), ValueError, "name different prompts"),
-        (lambda p: change(p, indices=None), ValueError, "name different prompts"),
-        (lambda p: pq.write_table(pq.read_table(p / "rollouts.parquet"), p / "scores.parquet"), ValueError, "columns"),
+        (lambda p: change(p, indices=[0, 1]), ValueError, "checksum"),
+        (lambda p: change(p, indices=None), ValueError, "checksum"),
+        (
+            lambda p: pq.write_table(pq.read_table(p / "rollouts.parquet"), p / "scores.parquet"),
+            ValueError,
+            "not the one",
+        ),
     ],
 )
 def test_damaged_files_are_refused(saved, tmp_path, damage, error, message):
@@ -135,21 +139,21 @@ def test_journal_reads_back_what_was_finished(tmp_path, caplog):
     completions = ["a", [{"role": "assistant", "content": "b"}]]
     rewards = np.array([[1.0, np.nan], [0.0, 2.5]], np.float32)
     group = Group(3, np.array([4, 5], np.int32), ids, masks, completions, rewards)
-    journal.save_groups(0, [group])
+    journal.save_groups([group])
     features = torch.stack([torch.arange(4.0), torch.ones(4)])
-    journal.save_features([3, 7], features)
+    journal.save_features("0a", features)
     again = Journal(tmp_path / "journal", "key", True)
-    (loaded,) = again.load_groups(0)
+    (loaded,) = again.load_groups([3], (2, 2))
     np.testing.assert_equal(vars(loaded), vars(group))
     assert loaded.rewards.dtype == np.float32 and loaded.completion_ids[1].dtype == np.int32
-    assert again.load_groups(1) is None
-    ((indices, read),) = again.features({3, 9})
-    assert indices == [3] and torch.equal(read, features[:1])
+    assert again.load_groups([4], (2, 2)) is again.load_groups([3], (2, 1)) is None
+    assert torch.equal(again.load_features("0a", (2, 4)), features)
+    assert again.load_features("0b", (2, 4)) is again.load_features("0a", (2, 5)) is None
     # a truncated file counts as not finished
     file = next((tmp_path / "journal").glob("rollouts-*"))
     file.write_bytes(file.read_bytes()[:100])
     next((tmp_path / "journal").glob("features-*")).write_bytes(b"12345678901234")
-    assert again.load_groups(0) is None and list(again.features({3})) == []
+    assert again.load_groups([3], (2, 2)) is again.load_features("0a", (2, 4)) is None
     other = Journal(tmp_path / "journal", "other key", True)
     assert "discarded" in caplog.text and not list((tmp_path / "journal").glob("rollouts-*"))
     other.remove()

@@ -256,6 +256,7 @@ def test_a_killed_selection_does_not_roll_out_again_what_is_in_its_journal(tmp_p
     second = Seen(digit_reward)
     selection = select_prompts(make_trainer(tmp_path, reward=second), config())
     assert not second.rows
+    assert "of_rollouts" not in selection.provenance["cost"]  # the rollouts' time died with the first run
     fresh = select_prompts(make_trainer(tmp_path / "fresh", reward=Seen(digit_reward)), config())
     assert selection.scores.equals(fresh.scores)
 

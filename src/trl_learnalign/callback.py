@@ -11,8 +11,10 @@ from transformers import Trainer, TrainerCallback
 from trl import GRPOTrainer
 
 from . import rollouts
+from .disk import DirectoryLock, digest, make_directory, write_atomically
+from .peers import Peers
 from .sampler import Layout, LearnAlignSampler
-from .selection import Selection, write_atomically
+from .selection import Selection
 from .selector import select_at_stage
 
 
@@ -60,6 +62,7 @@ class LearnAlignCallback(TrainerCallback):
         self.sampler = sampler
         self.selections: list[Selection] = []
         self._pending = None  # the start chunk of a selection that is due
+        self._lock = None
         trainer._get_train_sampler = self._train_sampler
 
     def _train_sampler(self, dataset=None):
@@ -73,18 +76,27 @@ class LearnAlignCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._pending = None
-        if state.global_step > 0:
-            self._resume(args, state)
-        else:
-            self._check_warmup(state)
-            self.sampler.reset()
-            if self.config.warmup_prompts == 0:
-                self._pending = 0
-            elif self.config.after_warmup == "restart":
-                self._save_initial_weights()
+        with Peers(self.trainer.accelerator) as peers:
+            if self.trainer.accelerator.is_main_process and self._lock is None:
+                self._lock = DirectoryLock(self._directory())
+            if state.global_step > 0:
+                self._resume(args, state)
+            else:
+                self._check_warmup(state)
+                self.sampler.reset()
+                if self.config.warmup_prompts == 0:
+                    self._pending = 0
+                elif self.config.after_warmup == "restart":
+                    self._save_initial_weights()
+            peers.wait()
         self._record(state)
         if self._pending is not None:
             self._select(state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # Accelerate's `set_epoch` does not reach the sampler of a resumed epoch
@@ -165,11 +177,13 @@ class LearnAlignCallback(TrainerCallback):
     # What a checkpoint holds ------------------------------------------------------------------------------------
 
     def _record(self, state):
-        state.stateful_callbacks[STATE_KEY] = {
+        content = {
             "sampler": self.sampler.state_dict(),
             "pending": self._pending,
             "dataset_fingerprint": self._fingerprint,
+            "num_processes": self.trainer.accelerator.num_processes,
         }
+        state.stateful_callbacks[STATE_KEY] = content | {"sha256": digest(content)}
 
     def _resume(self, args, state):
         if args.ignore_data_skip:
@@ -178,10 +192,16 @@ class LearnAlignCallback(TrainerCallback):
                 "first. Leave it out: skipping costs no generation."
             )
         saved = state.stateful_callbacks.get(STATE_KEY)
-        if not isinstance(saved, dict) or not {"sampler", "pending", "dataset_fingerprint"} <= saved.keys():
+        if not isinstance(saved, dict):
             raise ValueError(
                 f"The checkpoint of step {state.global_step} holds no LearnAlign state, so it was written by a run "
                 "without LearnAlign. Resume without the sampler, or start a new run from its weights."
+            )
+        content = {name: value for name, value in saved.items() if name != "sha256"}
+        if saved.get("sha256") != digest(content) or not {"sampler", "pending", "dataset_fingerprint"} <= saved.keys():
+            raise ValueError(
+                f"The LearnAlign state in the checkpoint of step {state.global_step} is damaged: it does not agree with its "
+                "checksum. Resume from an earlier checkpoint."
             )
         self.sampler.load_state_dict(saved["sampler"])
         if saved["dataset_fingerprint"] != self._fingerprint:
@@ -190,13 +210,14 @@ class LearnAlignCallback(TrainerCallback):
                 "so its selection would name the wrong prompts. Resume with the same dataset, or start a new run."
             )
         self._pending = saved["pending"]
-        if self._pending is not None and (type(self._pending) is not int or self._pending < 0):
-            raise ValueError(f"The LearnAlign state in the checkpoint is damaged: pending is {self._pending!r}.")
 
     # Going back to the start ------------------------------------------------------------------------------------
 
+    def _directory(self):
+        return Path(self.trainer.args.output_dir) / "learnalign"
+
     def _initial_file(self):
-        return Path(self.trainer.args.output_dir) / "learnalign" / "initial.safetensors"
+        return self._directory() / "initial.safetensors"
 
     def _trainable(self):
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
@@ -209,7 +230,7 @@ class LearnAlignCallback(TrainerCallback):
                 "has a state already. Pass a fresh one, or use `after_warmup='continue'`."
             )
         if self.trainer.accelerator.is_main_process:
-            self._initial_file().parent.mkdir(parents=True, exist_ok=True)
+            make_directory(self._initial_file().parent)
             tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in self._trainable().items()}
             write_atomically(self._initial_file(), lambda temporary: save_file(tensors, temporary))
         self.trainer.accelerator.wait_for_everyone()

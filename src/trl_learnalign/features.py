@@ -1,19 +1,28 @@
 """Gradient features of a process's learnable prompts, computed in microbatches, kept or computed again."""
 
+import itertools
+import logging
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from trl import GRPOTrainer
 
 from . import rollouts
 from .gradients import PromptGradients
 from .journal import Journal
+from .peers import Peers
+from .projection import stable_hash
 from .rollouts import Row
 from .scoring import add_unit_features
 
 
-# Exact gradients are kept in memory if those of every process fit, else computed twice
+logger = logging.getLogger(__name__)
+
+# Exact gradients are kept in the journal if those of every process fit, else computed twice
 EXACT_BYTES = 2 << 30
 # Prompts whose rows are sorted by length together
 WINDOW = 64
@@ -34,6 +43,7 @@ class FeatureSource:
         journal ([`Journal`]): keeps the sketches of finished prompts.
         max_tokens (`int` or `None`): most tokens of a microbatch, padding included; `None`: the trainer's
             `per_device_train_batch_size` times the longest rollout.
+        peers ([`Peers`], *optional*): whose failure ends this pass.
     """
 
     def __init__(
@@ -44,92 +54,137 @@ class FeatureSource:
         tasks: dict[int, list[Row]],
         journal: Journal,
         max_tokens: int | None = None,
+        peers: Peers | None = None,
     ):
+        self.peers = peers if peers is not None else Peers(trainer.accelerator)
         self.trainer = trainer
         self.tasks = tasks
         self.journal = journal
-        self.exact = dim is None
         # As many tokens as a training step of the longest rollouts has
         longest = max((len(row) for rows in tasks.values() for row in rows), default=0)
         self.max_tokens = max_tokens or trainer.args.per_device_train_batch_size * longest
         self.engine = PromptGradients(rollouts.policy(trainer), dim, seed, probe=not rollouts.has_adapter(trainer))
         most = max(gather_object([len(tasks)]))
-        self.twice = self.exact and most * self.engine.feature_dim * 4 > EXACT_BYTES
-        self.kept: list[Batch] = []
+        self.twice = dim is None and most * self.engine.feature_dim * 4 > EXACT_BYTES
+        self.too_many = math.inf  # tokens of the smallest microbatch that did not fit into the memory
         # Exact gradients too large to be kept are made one prompt at a time, so that only a few are in memory
-        self.microbatches = pack(tasks, self.max_tokens, 1 if self.twice else WINDOW)
+        self.windows = pack(tasks, self.max_tokens, 1 if self.twice else WINDOW)
 
     def num_tokens(self) -> tuple[int, int]:
         """Tokens of the rows of this process's prompts: their own, and with the padding of the microbatches."""
-        rows = [rows for _, rows in self.microbatches]
+        rows = [rows for window in self.windows for _, rows in window.microbatches]
         own = sum(len(row) for microbatch in rows for row in microbatch)
         return own, sum(len(microbatch) * max(map(len, microbatch)) for microbatch in rows)
 
     def weighted_sum(self, weights: torch.Tensor) -> torch.Tensor:
         """
-        sum_j w_j phi_j / |phi_j| over the prompts of all processes, of shape `(d,)`, float64; w by dataset index.
+        sum_j w_j phi_j / |phi_j| over the prompts of this process, of shape `(d,)`, float64; w by dataset index.
         """
         total = torch.zeros(self.engine.feature_dim, dtype=torch.float64)
         for indices, features in self._computed():
             add_unit_features(total, features, weights[indices])
-            if self.exact and not self.twice:
-                self.kept.append((indices, features))
-        accelerator = self.trainer.accelerator
-        return accelerator.reduce(total.to(accelerator.device), "sum").cpu()
+            del features  # may be as large as the LoRA
+        return total
 
     def __iter__(self) -> Iterator[Batch]:
         if self.twice:
             yield from self._computed()
-        elif self.exact:
-            yield from self.kept
-        else:
-            yield from self._without_rows()
-            yield from self.journal.features(self.tasks.keys())
+            return
+        yield from self._without_rows()
+        for window in self.windows:
+            features = self.journal.load_features(window.name, self._shape(window.indices), verify=False)
+            if features is not None:
+                yield window.indices, features
 
     def _without_rows(self):
         """V > 0, but no token that the policy is trained on."""
         empty = [index for index, rows in self.tasks.items() if not rows]
         if empty:
-            yield empty, torch.zeros(len(empty), self.engine.feature_dim)
+            yield empty, torch.zeros(self._shape(empty))
+
+    def _shape(self, indices):
+        return len(indices), self.engine.feature_dim
 
     def _computed(self):
-        """Every prompt once, in the order of completion; the parts of a group in several microbatches are added."""
+        """Every prompt once, window by window, in an order that does not depend on what was in the journal."""
         yield from self._without_rows()
-        done = set()
-        if not self.exact:
-            for indices, features in self.journal.features(self.tasks.keys()):
-                done.update(indices)
-                yield indices, features
-        # What is in a microbatch does not depend on what is done already, so neither does a feature's last bit
-        microbatches = [(counts, rows) for counts, rows in self.microbatches if not counts.keys() <= done]
-        remaining = {index: len(rows) for index, rows in self.tasks.items()}
-        partial = {}
-        with self.engine, rollouts.progress_bar(self.trainer, "gradients", len(microbatches), "batches") as bar:
-            for counts, rows in microbatches:
-                parts = self._collect(list(counts.values()), rows).cpu()
-                finished = {}
-                for (index, count), part in zip(counts.items(), parts, strict=True):
-                    if index in done:
-                        continue
-                    remaining[index] -= count
-                    if index in partial:
-                        part = partial.pop(index).add_(part)
-                    if remaining[index]:
-                        partial[index] = part
-                    else:
-                        finished[index] = part
-                if finished:
-                    indices, features = list(finished), list(finished.values())
-                    features = features[0][None] if len(features) == 1 else torch.stack(features)
-                    if not self.exact:
-                        self.journal.save_features(indices, features)
-                    yield indices, features
-                bar.update()
+        number = sum(len(window.microbatches) for window in self.windows)
+        collected = 0
+        with self.engine, rollouts.progress_bar(self.trainer, "gradients", number, "batches") as bar:
+            for window in self.windows:
+                features = None if self.twice else self.journal.load_features(window.name, self._shape(window.indices))
+                if features is None:
+                    features = torch.zeros(self._shape(window.indices))
+                    places = {index: place for place, index in enumerate(window.indices)}
+                    for n, (counts, rows) in enumerate(window.microbatches):
+                        name = f"{window.name}-{n:04d}"
+                        part = None if self.twice else self.journal.load_features(name, self._shape(counts))
+                        if part is None:
+                            part = self._finite(self._collect(list(counts.values()), rows).cpu(), counts)
+                            collected += 1
+                            if not self.twice and len(window.microbatches) > 1:
+                                self.journal.save_features(name, part)
+                        for index, feature in zip(counts, part, strict=True):
+                            features[places[index]] += feature
+                        del part, feature
+                        self.peers.check()
+                        bar.update()
+                    if not self.twice:
+                        self.journal.save_features(window.name, features)
+                        for n in range(len(window.microbatches)):
+                            self.journal.remove_features(f"{window.name}-{n:04d}")
+                else:
+                    bar.update(len(window.microbatches))
+                yield window.indices, features
+                del features
             if rollouts.is_sharded(self.trainer):  # a forward takes all processes, so all run equally many
-                for _ in range(max(gather_object([len(microbatches)])) - len(microbatches)):
+                for _ in range(max(gather_object([collected])) - collected):
                     self._collect([1], [self._filler()])
 
+    def _finite(self, part, counts):
+        finite = torch.linalg.vector_norm(part, dim=1, dtype=torch.float64).isfinite().tolist()
+        if not all(finite):
+            wrong = [index for index, whole in zip(counts, finite, strict=True) if not whole]
+            raise FloatingPointError(
+                f"The gradients of the training prompts {wrong[:10]} are not finite, so no prompt could be scored. The "
+                "policy has probably diverged: lower the learning rate, or train in bfloat16 or float32 instead of "
+                "float16."
+            )
+        return part
+
     def _collect(self, counts, rows):
+        """The gradients of a microbatch; in halves if the memory does not hold it."""
+        tokens = len(rows) * max(map(len, rows))
+        if len(rows) == 1 or tokens < self.too_many:
+            try:
+                return self._collect_at_once(counts, rows)
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                if len(rows) == 1 or rollouts.is_sharded(self.trainer):
+                    raise MemoryError(
+                        f"The gradient of {len(rows)} rollouts of {max(map(len, rows))} tokens does not fit into the "
+                        f"memory ({error}). Turn on `gradient_checkpointing`, lower `max_completion_length` or "
+                        "`max_tokens_per_batch`, or use `score='learnability'`, which takes no gradients."
+                    ) from error
+                self.too_many = tokens
+            # Outside of the handler, whose traceback keeps the tensors of the failed attempt
+            logger.warning(
+                f"A microbatch of {tokens} tokens does not fit into the memory, so the gradients are taken in halves. "
+                f"Set `max_tokens_per_batch` below {tokens} to spare the attempt."
+            )
+            clear_device_cache(garbage_collection=True)
+        half = len(rows) // 2
+        parts = torch.zeros(self._shape(counts))
+        for first, last in ((0, half), (half, len(rows))):
+            # how many rows of each prompt lie between `first` and `last`
+            ends = list(itertools.accumulate(counts))
+            inside = [min(end, last) - max(end - count, first) for end, count in zip(ends, counts, strict=True)]
+            places = [place for place, count in enumerate(inside) if count > 0]
+            parts[places] += self._collect([inside[place] for place in places], rows[first:last]).cpu()
+        return parts
+
+    def _collect_at_once(self, counts, rows):
         return self.engine.collect(counts, max(map(len, rows)), lambda: rollouts.policy_objective(self.trainer, rows))
 
     def _filler(self):
@@ -138,7 +193,16 @@ class FeatureSource:
         return Row([token], [token], [1], 0.0, 0.0)
 
 
-def pack(tasks: dict[int, list[Row]], max_tokens: int, window: int = WINDOW) -> list[tuple[dict[int, int], list[Row]]]:
+@dataclass
+class Window:
+    """Prompts whose rows are sorted by length together, and the microbatches that this makes."""
+
+    indices: list[int]
+    microbatches: list[tuple[dict[int, int], list[Row]]]  # how many rows each prompt has in it; those of one together
+    name: str  # stands for the prompts, their rows' lengths and the token budget
+
+
+def pack(tasks: dict[int, list[Row]], max_tokens: int, size: int = WINDOW) -> list[Window]:
     """
     Microbatches of rows of nearly equal length, each of at most `max_tokens` tokens with its padding (or of one row).
 
@@ -146,25 +210,26 @@ def pack(tasks: dict[int, list[Row]], max_tokens: int, window: int = WINDOW) -> 
     microbatches of its window only, so that few groups are under way at a time.
 
     Args:
-        tasks (`dict[int, list[Row]]`): the rows of each prompt.
+        tasks (`dict[int, list[Row]]`): the rows of each prompt; prompts without rows are left out.
         max_tokens (`int`): number of rows times the length of the longest.
-        window (`int`, *optional*): prompts whose rows are sorted together.
-
-    Returns:
-        `list`: for every microbatch, how many rows each prompt has in it, and the rows, those of a prompt together.
+        size (`int`, *optional*): prompts of a window.
     """
     order = sorted((index for index in tasks if tasks[index]), key=lambda index: (sum(map(len, tasks[index])), index))
-    microbatches = []
-    for start in range(0, len(order), window):
-        queue = [(index, row) for index in order[start : start + window] for row in tasks[index]]
+    windows = []
+    for start in range(0, len(order), size):
+        indices = order[start : start + size]
+        queue = [(index, row) for index in indices for row in tasks[index]]
         queue.sort(key=lambda entry: len(entry[1]))
+        microbatches = []
         while queue:
             # From the long end, where the last row tells the padding
-            size = min(len(queue), max(1, max_tokens // len(queue[-1][1])))
-            batch = sorted(queue[-size:], key=lambda entry: entry[0])
-            del queue[-size:]
+            count = min(len(queue), max(1, max_tokens // len(queue[-1][1])))
+            batch = sorted(queue[-count:], key=lambda entry: entry[0])
+            del queue[-count:]
             counts: dict[int, int] = {}
             for index, _ in batch:
                 counts[index] = counts.get(index, 0) + 1
             microbatches.append((counts, [row for _, row in batch]))
-    return microbatches
+        lengths = [(index, [len(row) for row in tasks[index]]) for index in indices]
+        windows.append(Window(indices, microbatches, f"{stable_hash(max_tokens, lengths):016x}"))
+    return windows

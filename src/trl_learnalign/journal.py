@@ -3,18 +3,18 @@
 import json
 import logging
 import shutil
-from collections.abc import Collection, Iterator
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
+from .disk import make_directory, write_atomically, write_json, write_parquet
 from .rollouts import Group
-from .selection import write_atomically, write_json, write_parquet
 
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,8 @@ _GROUPS_SCHEMA = pa.schema(
 
 class Journal:
     """
-    A directory of finished batches of rollouts and of gradient features.
+    A directory of finished batches of rollouts and of gradient features. A file that is damaged, or does not say that it
+    was made for what is asked of it, counts as not there.
 
     Args:
         path (`Path`): the directory; made if it does not exist.
@@ -53,8 +54,10 @@ class Journal:
                     "selection starts anew."
                 )
                 shutil.rmtree(path)
+            for leftover in path.glob(".*.tmp"):  # of a process that died in the middle of a file
+                leftover.unlink(missing_ok=True)
             if not path.exists():
-                path.mkdir(parents=True)
+                make_directory(path)
                 write_json(path / _MANIFEST, {"key": key})
 
     def _saved_key(self):
@@ -63,33 +66,26 @@ class Journal:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def load_groups(self, batch: int) -> list[Group] | None:
-        """The groups of a batch of rollouts, or `None` if it was not finished."""
+    # Rollouts ---------------------------------------------------------------------------------------------------
+
+    def load_groups(self, indices: list[int], shape: tuple[int, int]) -> list[Group] | None:
+        """The groups of the prompts `indices`, rewards of `shape` (G, F) each; `None` if they were not finished."""
         try:
-            table = pq.read_table(self._groups_file(batch))
-            if not table.schema.equals(_GROUPS_SCHEMA):
+            table = pq.read_table(self._groups_file(indices), page_checksum_verification=True)
+            if (
+                not table.schema.equals(_GROUPS_SCHEMA)
+                or (table.schema.metadata or {}).get(b"key") != self.key.encode()
+            ):
                 return None
-        except (OSError, pa.ArrowException):
+            groups = _groups(table)
+        except (OSError, ValueError, pa.ArrowException):
+            return None
+        if [group.index for group in groups] != indices or any(group.rewards.shape != shape for group in groups):
             return None
         self.resumed = True
-        columns = {name: table[name].combine_chunks() for name in table.column_names}
+        return groups
 
-        def arrays(name, row):
-            return [scalar.values.to_numpy() for scalar in columns[name][row].values]
-
-        return [
-            Group(
-                index=columns["index"][row].as_py(),
-                prompt_ids=columns["prompt_ids"][row].values.to_numpy(),
-                completion_ids=arrays("completion_ids", row),
-                loss_masks=arrays("loss_masks", row),
-                completions=[json.loads(text) for text in columns["completions"][row].as_py()],
-                rewards=np.stack(arrays("rewards", row)),
-            )
-            for row in range(table.num_rows)
-        ]
-
-    def save_groups(self, batch: int, groups: list[Group]) -> None:
+    def save_groups(self, groups: list[Group]) -> None:
         """Records a finished batch of rollouts."""
         rows = [
             {
@@ -99,31 +95,71 @@ class Journal:
             }
             for group in groups
         ]
-        write_parquet(self._groups_file(batch), pa.Table.from_pylist(rows, schema=_GROUPS_SCHEMA))
+        table = pa.Table.from_pylist(rows, schema=_GROUPS_SCHEMA).replace_schema_metadata({"key": self.key})
+        write_parquet(self._groups_file([group.index for group in groups]), table)
 
-    def _groups_file(self, batch):
-        return self.path / f"rollouts-{batch:06d}.parquet"
+    def _groups_file(self, indices):
+        return self.path / f"rollouts-{indices[0]:09d}-{indices[-1]:09d}.parquet"
 
-    def features(self, wanted: Collection[int]) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """Recorded features of the `wanted` dataset indices: for every file the indices and a `(k, d)` tensor."""
-        for file in sorted(self.path.glob("features-*.safetensors")):
-            try:
-                tensors = load_file(file)
-            except (OSError, SafetensorError):
-                continue
-            indices = tensors["indices"].tolist()
-            rows = [row for row, index in enumerate(indices) if index in wanted]
-            if len(rows) == len(indices):
-                yield indices, tensors["features"]
-            elif rows:
-                yield [indices[row] for row in rows], tensors["features"][rows]
+    # Gradient features ------------------------------------------------------------------------------------------
 
-    def save_features(self, indices: list[int], features: torch.Tensor) -> None:
-        """Records finished features, of shape `(k, d)`."""
-        tensors = {"indices": torch.tensor(indices), "features": features}
-        file = self.path / f"features-{indices[0]:09d}.safetensors"
-        write_atomically(file, lambda temporary: save_file(tensors, temporary))
+    def load_features(self, name: str, shape: tuple[int, int], verify: bool = True) -> torch.Tensor | None:
+        """
+        Features recorded under `name`, of `shape` (k, d), float32, mapped from the file; `None` if there are none.
+        `verify=False` leaves out the checksum.
+        """
+        try:
+            with safe_open(self._features_file(name), "pt") as file:
+                made_for = file.metadata() or {}
+                features = file.get_tensor("features")
+        except (OSError, SafetensorError):
+            return None
+        if made_for.get("key") != self.key or made_for.get("name") != name:
+            return None
+        if features.shape != shape or features.dtype != torch.float32:
+            return None
+        if verify and made_for.get("crc32") != _crc32(features):
+            return None
+        return features
+
+    def save_features(self, name: str, features: torch.Tensor) -> None:
+        """Records features of shape `(k, d)`, float32, under a name that stands for the prompts and what was computed."""
+        features = features.contiguous()
+        made_for = {"key": self.key, "name": name, "crc32": _crc32(features)}
+        write_atomically(
+            self._features_file(name), lambda temporary: save_file({"features": features}, temporary, made_for)
+        )
+
+    def remove_features(self, name: str) -> None:
+        """Deletes what is recorded under `name`."""
+        self._features_file(name).unlink(missing_ok=True)
+
+    def _features_file(self, name):
+        return self.path / f"features-{name}.safetensors"
 
     def remove(self) -> None:
         """Deletes the journal of a selection that is finished."""
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _crc32(features):
+    return str(zlib.crc32(features.numpy()))
+
+
+def _groups(table) -> list[Group]:
+    columns = {name: table[name].combine_chunks() for name in table.column_names}
+
+    def arrays(name, row):
+        return [scalar.values.to_numpy() for scalar in columns[name][row].values]
+
+    return [
+        Group(
+            index=columns["index"][row].as_py(),
+            prompt_ids=columns["prompt_ids"][row].values.to_numpy(),
+            completion_ids=arrays("completion_ids", row),
+            loss_masks=arrays("loss_masks", row),
+            completions=[json.loads(text) for text in columns["completions"][row].as_py()],
+            rewards=np.stack(arrays("rewards", row)),
+        )
+        for row in range(table.num_rows)
+    ]

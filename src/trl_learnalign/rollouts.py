@@ -23,6 +23,7 @@ from trl.trainer.utils import use_adapter
 
 from .config import LearnAlignConfig
 from .gradients import UnseenParametersError, check_parameters, dropout_off, unseen_message
+from .rewards import guarded
 
 
 @dataclass
@@ -262,9 +263,12 @@ def generate_groups(trainer: GRPOTrainer, dataset: Dataset, indices: list[int], 
     own = {name: vars(trainer)[name] for name in _PATCHED if name in vars(trainer)}
     trainer._calculate_rewards = record
     trainer._get_per_token_logps_and_entropies = lambda *args, **kwargs: (None, None, None)
+    reward_funcs = trainer.reward_funcs
     try:
-        output = trainer._generate_and_score_completions(inputs)
+        with guarded(reward_funcs, trainer.reward_func_names) as trainer.reward_funcs:
+            output = trainer._generate_and_score_completions(inputs)
     finally:
+        trainer.reward_funcs = reward_funcs
         for name in _PATCHED:
             delattr(trainer, name)
         vars(trainer).update(own)

@@ -111,6 +111,7 @@ def scores_of_batches(
         values = (value.tolist() for value in scores_from_mean(features, weights[indices], mean))
         for column, entries in zip(columns, (indices, *values), strict=True):
             column.extend(entries)
+        del features  # may be as large as a LoRA
     dtypes = torch.int64, torch.float64, torch.float64, torch.float64
     return tuple(torch.tensor(column, dtype=dtype) for column, dtype in zip(columns, dtypes, strict=True))
 

@@ -1,5 +1,6 @@
 """The result of a selection: who was chosen, why, and what it was made from."""
 
+import hashlib
 import json
 import math
 import os
@@ -9,6 +10,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
+from .disk import digest, make_directory, write_json, write_parquet
 
 
 SCORES_FILE = "scores.parquet"
@@ -67,14 +70,17 @@ class Selection:
         which has it is whole.
         """
         path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
+        make_directory(path)
         write_parquet(path / SCORES_FILE, self.scores)
         if rollouts is not None:
             write_parquet(path / ROLLOUTS_FILE, rollouts)
-        write_json(
-            path / SELECTION_FILE,
-            {"format_version": FORMAT_VERSION, "indices": self.indices, "provenance": self.provenance},
-        )
+        document = {
+            "format_version": FORMAT_VERSION,
+            "indices": self.indices,
+            "scores_sha256": hashlib.sha256((path / SCORES_FILE).read_bytes()).hexdigest(),
+            "provenance": self.provenance,
+        }
+        write_json(path / SELECTION_FILE, document | {"sha256": digest(document)})
         return path
 
     @classmethod
@@ -94,22 +100,20 @@ class Selection:
             )
         try:
             document = json.loads((path / SELECTION_FILE).read_text(encoding="utf-8"))
-            scores = pq.read_table(path / SCORES_FILE)
+            scores_bytes = (path / SCORES_FILE).read_bytes()
             version = document["format_version"]
+            if version != FORMAT_VERSION:
+                raise ValueError(f"it has format {version!r}, but this version reads format {FORMAT_VERSION}")
+            if document.pop("sha256") != digest(document):
+                raise ValueError(f"{SELECTION_FILE} does not agree with its checksum")
+            if document["scores_sha256"] != hashlib.sha256(scores_bytes).hexdigest():
+                raise ValueError(f"{SCORES_FILE} is not the one that {SELECTION_FILE} was written with")
+            scores = pq.read_table(pa.BufferReader(scores_bytes))
             indices, provenance = document["indices"], document["provenance"]
-        except (ValueError, KeyError, TypeError, OSError, pa.ArrowException) as error:
-            raise ValueError(f"The selection in '{path}' is damaged ({error}). Delete it and select again.") from error
-        if version != FORMAT_VERSION or not scores.schema.equals(SCORES_SCHEMA):
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError, pa.ArrowException) as error:
             raise ValueError(
-                f"The selection in '{path}' has format {version!r} with columns {scores.column_names}, but this version "
-                f"reads format {FORMAT_VERSION} with columns {SCORES_SCHEMA.names}. Select again."
-            )
-        chosen = {i for i, s in zip(scores["index"].to_pylist(), scores["selected"].to_pylist(), strict=True) if s}
-        if not isinstance(indices, list) or len(indices) != len(chosen) or set(indices) != chosen:
-            raise ValueError(
-                f"{SELECTION_FILE} and {SCORES_FILE} in '{path}' name different prompts, so they do not belong "
-                "together. Delete them and select again."
-            )
+                f"The selection in '{path}' cannot be used: {error}. Delete it and select again."
+            ) from error
         return cls(indices=indices, scores=scores, provenance=provenance)
 
     def mean_success_rates(self) -> tuple[float, float]:
@@ -146,26 +150,3 @@ class Selection:
             f"Selection({len(self.indices)} of {self.scores.num_rows} prompts, "
             f"score={self.provenance.get('config', {}).get('score')!r}, step={self.provenance.get('global_step')})"
         )
-
-
-def write_atomically(path: Path, write) -> None:
-    """Calls `write(temporary_path)`, then renames the temporary file to `path`: a reader sees all of it or nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_parquet(path: Path, table: pa.Table) -> None:
-    """Writes a parquet file atomically."""
-    write_atomically(path, lambda temporary: pq.write_table(table, temporary))
-
-
-def write_json(path: Path, document) -> None:
-    """Writes a JSON file atomically."""
-    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -1,7 +1,7 @@
 """One selection: rollouts, gradients, scores, choice, files."""
 
-import dataclasses
 import hashlib
+import itertools
 import json
 import time
 from importlib.metadata import version
@@ -16,8 +16,11 @@ from trl import GRPOTrainer
 
 from . import rollouts, scoring
 from .config import LearnAlignConfig
+from .disk import DirectoryLock, make_directory
 from .features import FeatureSource
 from .journal import Journal
+from .peers import Peers
+from .pool import Pool
 from .projection import stable_hash
 from .rollouts import Group, Row
 from .selection import SCORES_SCHEMA, SELECTION_FILE, Selection
@@ -75,6 +78,7 @@ class _Pass:
         self.pool = _draw_pool(len(self.dataset), config.candidate_prompts, stable_hash(self.seed, "pool", stage))
         self.path = Path(trainer.args.output_dir) / "learnalign" / f"step-{self.step:06d}"
         self.seconds = {}
+        self.peers = Peers(self.accelerator)
         self.provenance = {
             "config": config.to_dict(),
             "seed": self.seed,
@@ -89,17 +93,27 @@ class _Pass:
         }
 
     def run(self):
-        if self.config.score == "random":
-            selection = self._random()
-            self._publish(selection)
-        else:
-            self.provenance["key"] = self._key()
-            selection = self._finished()
-            if selection is None:
-                selection = self._scored()
+        lock = None
+        try:
+            with self.peers:
+                if self.accelerator.is_main_process:
+                    lock = DirectoryLock(self.path.parent)
+                selection = self._run()
+        finally:
+            if lock is not None:
+                lock.release()
         if self.accelerator.is_main_process:
             tqdm.write(selection.summary())
         return selection
+
+    def _run(self):
+        if self.config.score == "random":
+            selection = self._random()
+            self._publish(selection)
+            return selection
+        self.provenance["key"] = self._key()
+        found = self._finished()
+        return self._scored() if found is None else found
 
     def _random(self):
         generator = torch.Generator().manual_seed(stable_hash(self.seed, "random", self.provenance["stage"]))
@@ -119,16 +133,16 @@ class _Pass:
         if self.accelerator.is_main_process and (self.path / SELECTION_FILE).is_file():
             try:
                 found = Selection.load(self.path)
-            except ValueError:
+            except (OSError, ValueError):
                 found = None
             if found is not None and found.provenance.get("key") != self.provenance["key"]:
                 found = None
-        return broadcast_object_list([found])[0]
+        return self._broadcast(found)
 
     def _scored(self):
         self.journal = Journal(self.path / "journal", self.provenance["key"], self.accelerator.is_main_process)
-        self.accelerator.wait_for_everyone()
-        self.journal.path.mkdir(parents=True, exist_ok=True)  # on a node with a disk of its own
+        self.peers.wait()
+        make_directory(self.journal.path)  # on a node with a disk of its own
         with rollouts.left_as_found(self.trainer, self.num_rollouts):
             started = time.perf_counter()
             own = self._roll_out()
@@ -159,16 +173,17 @@ class _Pass:
             # every process must bring equally many prompts; the last batch is filled up even on one process, so that
             # its rollouts do not depend on the number of processes
             batch = batches[mine] if mine < len(batches) else batches[first]
-            done = self.journal.load_groups(mine) if mine < len(batches) else None
+            shape = self.num_rollouts, len(self.trainer.reward_funcs)
+            done = self.journal.load_groups(batch, shape) if mine < len(batches) else None
             ready = done is not None or mine >= len(batches)
-            if not all(gather_object([ready])):
+            if not all(self._gather(ready)):
                 padded = batch + [batch[0]] * (min(size, len(self.pool)) - len(batch))
                 fresh = rollouts.generate_groups(
                     self.trainer, self.dataset, padded, stable_hash(self.seed, "rollouts", self.step, batch[0])
                 )[: len(batch)]
                 if done is None and mine < len(batches):
                     done = fresh
-                    self.journal.save_groups(mine, done)
+                    self.journal.save_groups(done)
             if mine < len(batches):
                 if not self.config.save_rollouts:
                     for group in done:
@@ -178,45 +193,19 @@ class _Pass:
         bar.close()
         return groups
 
-    def _gather_rewards(self, own) -> "_Pool":
-        """Rewards of the whole pool, on every process, and what follows from them."""
+    def _gather_rewards(self, own) -> Pool:
+        """The whole pool, on every process."""
         num_rewards = len(self.trainer.reward_funcs)
         columns = (
             np.array([group.index for group in own], dtype=np.int64),
             np.array([group.rewards for group in own], np.float32).reshape(-1, self.num_rollouts, num_rewards),
             np.array([[len(ids) for ids in group.completion_ids] for group in own]).reshape(-1, self.num_rollouts),
         )
-        gathered = zip(*gather_object([columns]), strict=True)
+        gathered = zip(*self._gather(columns), strict=True)
         indices, rewards, lengths = (torch.from_numpy(np.concatenate(parts)) for parts in gathered)
-        order = indices.argsort()
-        indices, rewards, lengths = indices[order], rewards[order], lengths[order].double()
-        names = list(self.trainer.reward_func_names)
-        weights = self.trainer.reward_weights.cpu()
-        if self.config.success_reward is not None:
-            deciding = rewards[:, :, names.index(self.config.success_reward)]
-        elif len(names) == 1:
-            deciding = rewards[:, :, 0]
-        else:  # `learnability="variance"` of the total reward
-            deciding = (rewards * weights).nansum(2).masked_fill(rewards.isnan().all(2), torch.nan)
-        scorable = ~deciding.isnan().all(1)
-        self.provenance["unscorable"] = indices[~scorable].tolist()
-        success_rate = scoring.success_rates(deciding, self.config.success_threshold)
-        variance = scoring.reward_variance(deciding)
-        learnability = (
-            variance if self.config.learnability == "variance" else scoring.learnability(success_rate)
-        ).nan_to_num(0.0)
-        advantages = scoring.advantages(
-            rewards, weights, self.trainer.scale_rewards, self.trainer.multi_objective_aggregation
-        )
-        return _Pool(
-            indices=indices[scorable],
-            deciding=deciding[scorable],
-            success_rate=success_rate[scorable],
-            learnability=learnability[scorable],
-            advantages=advantages[scorable],
-            lengths=lengths[scorable],
-            score=learnability[scorable],
-        )
+        pool = Pool.of_rewards(indices, rewards, lengths, self.config, self.trainer)
+        self.provenance["unscorable"] = pool.unscorable
+        return pool
 
     # Gradients --------------------------------------------------------------------------------------------------
 
@@ -234,14 +223,21 @@ class _Pass:
             torch.ones_like(pool.learnability) if self.config.score == "alignment" else pool.learnability
         )
         source = FeatureSource(
-            self.trainer, self.config.projection_dim, self.seed, tasks, self.journal, self.config.max_tokens_per_batch
+            self.trainer,
+            self.config.projection_dim,
+            self.seed,
+            tasks,
+            self.journal,
+            self.config.max_tokens_per_batch,
+            self.peers,
         )
         total = source.weighted_sum(weights)
+        self.peers.wait()
+        total = self.accelerator.reduce(total.to(self.accelerator.device), "sum").cpu()
         self._clock("gradients", started)
         started = time.perf_counter()
         scored = scoring.scores_of_batches(source, weights, total / len(pool.indices))
-        gathered = zip(*gather_object([scored]), strict=True)
-        indices, *values = (torch.cat(parts) for parts in gathered)
+        indices, *values = (torch.cat(parts) for parts in zip(*self._gather(scored), strict=True))
         self._clock("scores", started)
         missing = int((pool.learnability > 0).sum()) - len(indices)
         if missing:  # the same on every process, so all raise
@@ -249,16 +245,13 @@ class _Pass:
                 f"The gradient features of {missing} prompts could not be read back from '{self.journal.path}'. Check the "
                 "disk and run again: what is still there is used."
             )
-        pool.score = torch.zeros_like(pool.score)
         self._count_cost(own, source)
-        places = torch.searchsorted(pool.indices, indices)
-        for column, value in zip((pool.score, pool.alignment, pool.gradient_norm), values, strict=True):
-            column[places] = value
+        pool.set_scores(indices, *values)
 
     def _count_cost(self, own, source):
         """What gradients and scores took against the rollouts, and what a plain backward would."""
         rolled_out = sum(len(group.prompt_ids) + len(ids) for group in own for ids in group.completion_ids)
-        counts = np.sum(gather_object([(rolled_out, *source.num_tokens())]), axis=0).tolist()
+        counts = np.sum(self._gather((rolled_out, *source.num_tokens())), axis=0).tolist()
         cost = dict(zip(("rollout_tokens", "gradient_tokens", "computed_tokens"), counts, strict=True))
         # Forward and backward through a LoRA cost two forwards; the reference policy of the KL term one more
         passes = 2 if self.trainer.beta == 0.0 else 3
@@ -283,35 +276,16 @@ class _Pass:
     # Choice and files -------------------------------------------------------------------------------------------
 
     def _choose(self, pool) -> Selection:
-        order = torch.tensor(scoring.ranking(pool.score, pool.learnability), dtype=torch.int64)
-        chosen = scoring.top_prompts(pool.score, pool.learnability, self.config.num_prompts)
-        rank = torch.empty_like(order)
-        rank[order] = torch.arange(len(order))
-        mean = pool.deciding.double().nanmean(1)
-        columns = {
-            "index": pool.indices,
-            "success_rate": pool.success_rate,
-            "learnability": pool.learnability,
-            "alignment": pool.alignment,
-            "score": pool.score,
-            "rank": rank,
-            "selected": rank < len(chosen),
-            "reward_mean": mean,
-            "reward_std": (pool.deciding.double() - mean[:, None]).square().nanmean(1).sqrt(),
-            "completion_length_mean": pool.lengths.mean(1),
-            "gradient_norm": pool.gradient_norm,
-        }
-        arrays = [pa.array(columns[field.name].numpy(), field.type, from_pandas=True) for field in SCORES_SCHEMA]
-        table = pa.Table.from_arrays(arrays, schema=SCORES_SCHEMA)
-        selection = Selection(pool.indices[chosen].tolist(), table, self.provenance | {"seconds": dict(self.seconds)})
-        return broadcast_object_list([selection])[0]  # scores may differ in the last bit between processes
+        indices, table = pool.choose(self.config.num_prompts)
+        selection = Selection(indices, table, self.provenance | {"seconds": dict(self.seconds)})
+        return self._broadcast(selection)  # scores may differ in the last bit between processes
 
     def _publish(self, selection, saved=None):
         if self.accelerator.is_main_process:
             selection.save(self.path, saved)
             if self.config.score != "random":
                 self.journal.remove()
-        self.accelerator.wait_for_everyone()
+        self.peers.wait()
 
     def _rollouts_table(self, own, pool) -> pa.Table:
         position = {index: i for i, index in enumerate(pool.indices.tolist())}
@@ -329,7 +303,7 @@ class _Pass:
                         "advantage": None if i is None else float(pool.advantages[i, g]),
                     }
                 )
-        rows = sorted(gather_object(rows), key=lambda row: row["index"])
+        rows = sorted(itertools.chain(*self._gather(rows)), key=lambda row: row["index"])
         return pa.Table.from_pylist(rows, schema=_ROLLOUTS_SCHEMA)
 
     # Small things -----------------------------------------------------------------------------------------------
@@ -342,28 +316,20 @@ class _Pass:
         made_from["rewards"] = rollouts.reward_provenance(self.trainer)
         made_from["weights"] = _weights_digest(self.trainer.model)
         digest = hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()
-        return broadcast_object_list([digest])[0]
+        return self._broadcast(digest)
+
+    def _gather(self, value) -> list:
+        """The value of every process, by rank, on every process."""
+        self.peers.wait()
+        return gather_object([value])
+
+    def _broadcast(self, value):
+        """The value of the main process."""
+        self.peers.wait()
+        return broadcast_object_list([value])[0]
 
     def _clock(self, phase, started):
         self.seconds[phase] = round(time.perf_counter() - started, 3)
-
-
-@dataclasses.dataclass
-class _Pool:
-    """Scorable prompts by dataset index, with n groups of G rollouts."""
-
-    indices: torch.Tensor  # (n,), sorted
-    deciding: torch.Tensor  # (n, G), the reward that decides success
-    success_rate: torch.Tensor  # (n,)
-    learnability: torch.Tensor  # (n,)
-    advantages: torch.Tensor  # (n, G)
-    lengths: torch.Tensor  # (n, G), tokens
-    score: torch.Tensor  # (n,)
-
-    def __post_init__(self):
-        # NaN: not computed
-        self.alignment = torch.full_like(self.learnability, torch.nan)
-        self.gradient_norm = torch.full_like(self.learnability, torch.nan)
 
 
 _KEY_FIELDS = ("config", "seed", "global_step", "stage", "num_rollouts", "dataset_fingerprint", "num_rows")

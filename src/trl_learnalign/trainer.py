@@ -3,6 +3,7 @@
 from trl import GRPOTrainer
 
 from .callback import LearnAlignCallback
+from .disk import whole_checkpoint
 from .rollouts import check_dataset
 from .sampler import LearnAlignSampler
 
@@ -27,8 +28,21 @@ class LearnAlignMixin:
         if train_sampler is not None and kwargs.get("train_dataset") is not None:
             check_dataset(kwargs["train_dataset"])  # before a model is loaded in vain
         super().__init__(*args, **kwargs)
-        if train_sampler is not None:
+        self._selects = train_sampler is not None
+        if self._selects:
             self.add_callback(LearnAlignCallback(self, train_sampler))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """
+        As the trainer's, but `resume_from_checkpoint=True` resumes from the last checkpoint that is whole: a run killed
+        while it wrote one goes on from the one before it, and a run killed before its first starts from the beginning.
+
+        Raises:
+            `ValueError`: the checkpoint that was asked for is not whole.
+        """
+        if self._selects and resume_from_checkpoint:
+            resume_from_checkpoint = whole_checkpoint(self.args.output_dir, resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
 
 class LearnAlignGRPOTrainer(LearnAlignMixin, GRPOTrainer):

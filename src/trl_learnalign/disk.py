@@ -1,0 +1,199 @@
+"""Whole files only, one run per directory, and the last checkpoint that is whole."""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import socket
+import zipfile
+from pathlib import Path
+from typing import ClassVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors import SafetensorError, safe_open
+
+
+logger = logging.getLogger(__name__)
+
+try:
+    import fcntl
+except ImportError:  # no such locks on Windows
+    fcntl = None
+
+
+# Writing -----------------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, write) -> None:
+    """
+    Calls `write(temporary_path)`, then renames the temporary file to `path`: a reader sees all of it or nothing.
+
+    Raises:
+        `OSError`: the disk is full, or the directory cannot be written to. `path` is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError, pa.ArrowException) as error:
+        raise OSError(
+            f"'{path}' could not be written ({error}). Make room on the disk or make the directory writable, and run "
+            "again: what was finished before is there still."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_parquet(path: Path, table: pa.Table) -> None:
+    """Writes a parquet file atomically."""
+    write_atomically(path, lambda temporary: pq.write_table(table, temporary, write_page_checksum=True))
+
+
+def write_json(path: Path, document) -> None:
+    """Writes a JSON file atomically."""
+    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def digest(document) -> str:
+    """SHA-256 of a JSON document, whatever the order of its keys."""
+    text = json.dumps(document, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def make_directory(path: Path) -> None:
+    """Makes a directory and its parents."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"The directory '{path}' cannot be made ({error}). Pass another `output_dir`.") from error
+
+
+# One run per directory ---------------------------------------------------------------------------------------------
+
+
+class DirectoryLock:
+    """
+    Keeps a second run out of a directory for as long as this process lives and has not called `release`.
+
+    The lock is the operating system's, so it dies with the process, however that ends; the file that stays behind locks
+    nothing. Within a process it may be taken again. On file systems without locks, nothing is locked.
+
+    Args:
+        path (`Path`): the directory.
+
+    Raises:
+        `RuntimeError`: another process has it.
+    """
+
+    _held: ClassVar[dict[Path, tuple[int, int]]] = {}  # directory -> file descriptor, holders
+
+    def __init__(self, path: Path):
+        self.path = Path(path).resolve()
+        descriptor, holders = self._held.get(self.path, (None, 0))
+        if descriptor is None:
+            descriptor = self._lock()
+        self._held[self.path] = descriptor, holders + 1
+        self._released = False
+
+    def _lock(self):
+        make_directory(self.path)
+        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if fcntl is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(descriptor, 200).decode(errors="replace").strip() or "unknown"
+            os.close(descriptor)
+            raise RuntimeError(
+                f"Another run is using '{self.path}' ({owner}), and two runs would overwrite each other's selections and "
+                "checkpoints. Wait for it to end, stop it, or pass another `output_dir`."
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        return descriptor
+
+    def release(self) -> None:
+        """Lets others in. May be called twice."""
+        if self._released:
+            return
+        self._released = True
+        descriptor, holders = self._held.pop(self.path)
+        if holders > 1:
+            self._held[self.path] = descriptor, holders - 1
+        else:
+            os.close(descriptor)
+
+
+# Checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def damage(checkpoint: Path) -> str | None:
+    """
+    What is wrong with a checkpoint of [`~transformers.Trainer`], or `None` if it is whole. A run killed while writing a
+    checkpoint leaves one without `trainer_state.json`, which is written last, or with files cut short.
+    """
+    state = checkpoint / "trainer_state.json"
+    try:
+        document = json.loads(state.read_text(encoding="utf-8"))
+        step = document["global_step"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"trainer_state.json cannot be read ({error!r})"
+    if type(step) is not int:
+        return f"trainer_state.json names no step, but {step!r}"
+    for file in checkpoint.rglob("*"):
+        try:
+            if file.suffix in (".pt", ".pth") and not zipfile.is_zipfile(file):
+                return f"{file.name} is cut short"
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt"):
+                    pass
+        except (OSError, SafetensorError) as error:
+            return f"{file.name} is damaged ({error})"
+    states = document.get("stateful_callbacks")
+    ours = states.get("learnalign") if isinstance(states, dict) else None
+    processes = ours.get("num_processes", 1) if isinstance(ours, dict) else 1
+    missing = [rank for rank in range(processes) if not (checkpoint / f"rng_state_{rank}.pth").is_file()]
+    if processes > 1 and 0 < len(missing) < processes:
+        return f"rng_state_{missing[0]}.pth is missing"
+    return None
+
+
+def whole_checkpoint(output_dir: str, wanted: str | bool) -> str | bool | None:
+    """
+    What to resume from: `wanted`, if it names a whole checkpoint; if it is `True`, the last whole one in `output_dir`, or
+    `None` if a run started there that was killed before its first (`True` if there was none).
+
+    Raises:
+        `ValueError`: `wanted` names a checkpoint that is not whole.
+    """
+    if wanted is not True:
+        reason = damage(Path(wanted))
+        if reason is not None:
+            raise ValueError(
+                f"The checkpoint '{wanted}' is not whole: {reason}. Pass `resume_from_checkpoint=True` for the last one "
+                "that is."
+            )
+        return wanted
+    steps = {}
+    for path in Path(output_dir).glob("checkpoint-*"):
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir():
+            steps[int(match[1])] = path
+    for step in sorted(steps, reverse=True):
+        reason = damage(steps[step])
+        if reason is None:
+            return str(steps[step])
+        logger.warning(
+            f"'{steps[step]}' is not whole ({reason}), as the run was probably killed while it wrote it. The one before it "
+            "is used."
+        )
+    if steps or (Path(output_dir) / "learnalign").is_dir():
+        logger.warning(f"The run in '{output_dir}' left no whole checkpoint, so it starts from the beginning.")
+        return None
+    return True

@@ -1,0 +1,114 @@
+"""
+What test_kills.py starts: a staged training run that notes what happens in it and is killed at one of these events.
+
+    killed_run.py OUTPUT_DIR        resumes if there is something to resume from
+    KILL_AT=n KILL_RANK=r           SIGKILL at event n on rank r
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from safetensors.torch import save_file
+from tiny import config, digit_reward, make_dataset, make_trainer, weights
+from transformers import Trainer, TrainerState
+
+from trl_learnalign import disk, rollouts, scoring
+from trl_learnalign.gradients import PromptGradients
+from trl_learnalign.sampler import LearnAlignSampler
+
+
+path = Path(sys.argv[1])
+rank = int(os.environ.get("RANK", 0))
+kill_at = int(os.environ.get("KILL_AT", -1)) if rank == int(os.environ.get("KILL_RANK", 0)) else -1
+events = []
+selecting = False
+
+
+def event(name, halve=None):
+    """Something happens; `halve` is a file that a kill leaves half-written."""
+    events.append(f"{name}, stage {len(trainer._get_train_sampler().log) - 1}")
+    if len(events) - 1 == kill_at:
+        if halve is not None:
+            os.truncate(halve, os.path.getsize(halve) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before(owner, attribute, name):
+    original = getattr(owner, attribute)
+
+    def wrapper(*args, **kwargs):
+        event(name)
+        return original(*args, **kwargs)
+
+    setattr(owner, attribute, wrapper)
+
+
+def select_groups(*args, original=rollouts.generate_groups):
+    global selecting
+    event("rollouts")
+    selecting = True
+    groups = original(*args)
+    selecting = False
+    return groups
+
+
+def replace(source, target, original=os.replace):
+    kind = "checkpoint" if "checkpoint-" in str(target) else Path(target).name.split("-")[0]
+    event(f"writing {kind}", halve=source)
+    original(source, target)
+    event(f"written {kind}")
+
+
+def save_model(self, output_dir=None, *args, original=Trainer.save_model, **kwargs):
+    original(self, output_dir, *args, **kwargs)
+    file = Path(output_dir or self.args.output_dir, "adapter_model.safetensors")
+    event("checkpoint, weights", halve=file if rank == 0 else None)
+
+
+def save_rng(self, output_dir, original=Trainer._save_rng_state):
+    original(self, output_dir)
+    event("checkpoint, random state", halve=next(Path(output_dir).glob(f"rng_state*{rank or ''}.pth")))
+
+
+def save_state(self, json_path, original=TrainerState.save_to_json):
+    original(self, json_path)
+    event("checkpoint, state", halve=json_path)
+
+
+def reward(completions, row, **kwargs):
+    if not selecting:
+        with open(path / f"prompts-{rank}.jsonl", "a") as file:
+            print(json.dumps([trainer.state.global_step, row]), file=file)
+    return digit_reward(completions=completions, row=row)
+
+
+rollouts.generate_groups = select_groups
+os.replace = replace
+disk.os.replace = replace
+before(PromptGradients, "collect", "gradients")
+before(scoring, "scores_of_batches", "scores")
+before(LearnAlignSampler, "append", "choice")
+before(Trainer, "training_step", "training")
+Trainer.save_model, Trainer._save_rng_state, TrainerState.save_to_json = save_model, save_rng, save_state
+
+path.mkdir(exist_ok=True)
+trainer = make_trainer(
+    path,
+    config(num_prompts=6, warmup_prompts=8, reselect_every=1, max_tokens_per_batch=60),
+    reward=reward,
+    dataset=make_dataset(14),
+    num_train_epochs=3,
+    per_device_train_batch_size=16 // int(os.environ.get("WORLD_SIZE", 1)),
+    save_strategy="steps",
+    save_steps=1,
+)
+trainer.train(resume_from_checkpoint=any(path.iterdir()) or None)
+log = [[version.start_chunk, list(version.indices)] for version in trainer._get_train_sampler().log]
+result = {"world": trainer.accelerator.num_processes, "events": events, "log": log, "step": trainer.state.global_step}
+save_file(weights(trainer), path / f"final-{rank}.safetensors")
+(path / f"rank-{rank}.json").write_text(json.dumps(result))
+sys.stdout.flush()
+os._exit(0)

@@ -1,0 +1,93 @@
+"""Runs killed with SIGKILL at a moment drawn by seed and resumed with one flag, against runs never killed."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from trl_learnalign import Selection
+
+
+SCRIPT = Path(__file__).with_name("killed_run.py")
+CONFIGS = Path(__file__).parent.parent / "examples" / "accelerate_configs"
+IN_CI = (0, 1, 2)
+
+
+def start(path, processes, **environment):
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    if processes > 1:
+        command += ["--config_file", str(CONFIGS / "two_cpu_processes.yaml"), "--main_process_port", "0"]
+    else:
+        command += ["--cpu", "--num_processes", "1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | environment
+    return subprocess.run(
+        [*command, str(SCRIPT), str(path)], env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def outcome(path, processes):
+    """Selections, prompts by step, and final weights of a finished run."""
+    ranks = [json.loads((path / f"rank-{rank}.json").read_text()) for rank in range(processes)]
+    assert [rank["world"] for rank in ranks] == [processes] * processes
+    assert all(rank["log"] == ranks[0]["log"] and rank["step"] == 9 for rank in ranks)
+    prompts = []
+    for rank in range(processes):
+        lines = (path / f"prompts-{rank}.jsonl").read_text().splitlines()
+        prompts.append(dict(json.loads(line) for line in lines))  # of a step done twice, the second counts
+    selections = [Selection.load(directory) for directory in sorted((path / "learnalign").glob("step-*"))]
+    return ranks[0], prompts, selections, load_file(path / "final-0.safetensors")
+
+
+@pytest.fixture(scope="module")
+def never_killed(tmp_path_factory):
+    outcomes = {}
+
+    def run(processes):
+        if processes not in outcomes:
+            path = tmp_path_factory.mktemp("whole") / "run"
+            done = start(path, processes)
+            assert done.returncode == 0, done.stderr[-4000:]
+            outcomes[processes] = outcome(path, processes)
+        return outcomes[processes]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "seed", [seed if seed in IN_CI else pytest.param(seed, marks=pytest.mark.slow) for seed in range(50)]
+)
+def test_a_killed_run_ends_as_one_never_killed(never_killed, tmp_path, seed):
+    processes = 1 + seed % 2
+    whole, prompts, selections, weights = never_killed(processes)
+    draw = random.Random(seed)
+    path = tmp_path / "run"
+    kinds = sorted(set(whole["events"]))
+    for _ in range(1 + (seed % 3 == 0)):  # every third run is killed twice
+        kind = draw.choice(kinds)
+        moment = draw.choice([n for n, name in enumerate(whole["events"]) if name == kind])
+        rank = draw.randrange(processes)
+        killed = start(path, processes, KILL_AT=str(moment), KILL_RANK=str(rank))
+        if (path / "rank-0.json").exists():
+            break  # a resumed run, or another rank, has fewer events: it came through
+        assert killed.returncode != 0
+    resumed = start(path, processes)
+    assert resumed.returncode == 0, f"killed at: {kind}\n{resumed.stderr[-4000:]}"
+    ours = outcome(path, processes)
+    assert ours[0]["log"] == whole["log"] and ours[1] == prompts
+    assert len(ours[2]) == len(selections) == 2
+    for a, b in zip(ours[2], selections, strict=True):
+        assert a.indices == b.indices
+        assert a.scores.equals(b.scores) if processes == 1 else a.scores["rank"].equals(b.scores["rank"])
+    for name in weights:
+        if processes == 1:
+            assert torch.equal(ours[3][name], weights[name]), kind
+        else:
+            torch.testing.assert_close(ours[3][name], weights[name], rtol=1e-6, atol=1e-6)
+    leftovers = [*path.rglob(".*.tmp"), *path.rglob("journal")]
+    assert not leftovers, leftovers
