@@ -1,6 +1,7 @@
 # Two commands do all the set-up: `make demo` and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
+BENCH ?= .venv-bench
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 DATASET ?=
@@ -8,7 +9,7 @@ DATASET ?=
 # Idle threads sleep instead of spinning, so that a busy machine is not brought to a standstill
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint bench bench-costs clean
 
 # torch first and pinned: left to choose, pip would take the newest build with all of CUDA
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
@@ -30,13 +31,27 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# The peers that benchmarks/gradients.py compares with live in an environment of their own
+$(BENCH)/installed: pyproject.toml $(CONSTRAINTS) benchmarks/requirements.txt
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) torch
+	$(BENCH)/bin/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[dev]"
+	$(BENCH)/bin/pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/requirements.txt
+	touch $@
+
+# What a selection costs: half an hour, and 33 GB in the temporary directory for some minutes
+bench-costs: $(BENCH)/installed
+	$(BENCH)/bin/python benchmarks/gradients.py --peers
+	$(BENCH)/bin/python benchmarks/processes.py
+	$(BENCH)/bin/python benchmarks/million.py
+
 # Rewrites benchmarks/results/*.json and the tables made of them. DATASET=DIR with GSM8K's train.jsonl and test.jsonl, else
-# generated chains. About an hour on one core
-bench: $(VENV)/installed
+# generated chains. About an hour and a half on one core
+bench: $(VENV)/installed bench-costs
 	$(BIN)/python benchmarks/tiny_policy.py --grpo --seeds 0 1 --threads 1 $(if $(DATASET),--dataset_path $(DATASET))
 	$(BIN)/python benchmarks/demo_arms.py $(if $(DATASET),--dataset_path $(DATASET))
 	$(BIN)/python benchmarks/projection.py $(if $(DATASET),--dataset_path $(DATASET))
 	$(BIN)/python benchmarks/render.py
 
 clean:
-	rm -rf $(VENV) build dist runs src/*.egg-info
+	rm -rf $(VENV) $(BENCH) build dist runs src/*.egg-info

@@ -2,18 +2,52 @@
 
 import json
 import os
+import resource
 import sys
+import time
 from pathlib import Path
 
+import torch
 from tiny import Seen, config, digit_reward, make_dataset, make_trainer, weights
 
-from trl_learnalign import select_prompts
+from trl_learnalign import rollouts, select_prompts
 
 
 def train(path, seen, **changes):
     choice = config(**changes.pop("config", {}))
     trainer = make_trainer(path, choice, reward=seen, dataset=make_dataset(23), num_train_epochs=3, **changes)
     return trainer
+
+
+def fail(task, rank):
+    """What goes wrong on rank 1 alone."""
+    original = rollouts.policy_objective
+    if rank != 1:
+        return
+    match task:
+        case "loss is not a number":
+            rollouts.policy_objective = lambda *args: original(*args) * float("nan")
+        case "memory is full":
+
+            def objective(trainer, rows):
+                if len(rows) > 2:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+                return original(trainer, rows)
+
+            rollouts.policy_objective = objective
+        case "disk is full":  # no file may grow beyond a kilobyte: rollouts fit, sketches do not
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
+
+
+def reward_of(task, rank):
+    def failing(completions, row, **kwargs):
+        if task == "reward fails" and rank == 1 and 9 in row:
+            raise ValueError("the grader does not know row 9")
+        if task == "nothing to learn on one":  # batches of a prompt each go round: even rows to rank 0
+            return [(i % 2) * float(r % 2 == 0) for i, r in enumerate(row)]
+        return digit_reward(completions=completions, row=row)
+
+    return failing
 
 
 def main(task, path):
@@ -27,14 +61,33 @@ def main(task, path):
         case "select few":  # fewer prompts than processes have batches: a rank has no prompt of its own
             trainer = make_trainer(path, reward=seen, dataset=make_dataset(3), per_device_train_batch_size=32)
             result["indices"] = select_prompts(trainer, config(num_prompts=2)).indices
+        case (
+            "nothing fails"
+            | "reward fails"
+            | "loss is not a number"
+            | "memory is full"
+            | "disk is full"
+            | "nothing to learn on one"
+        ):
+            rank = int(os.environ["RANK"])
+            fail(task, rank)
+            trainer = make_trainer(path, reward=reward_of(task, rank), dataset=make_dataset(23), **kwargs)
+            try:
+                result["indices"] = select_prompts(trainer, config()).indices
+            except Exception as error:
+                cause = error.__cause__
+                result["error"] = f"{type(error).__name__}: {error} / {type(cause).__name__}"
+                result["seconds"] = time.monotonic()
         case "train" | "train workers" | "restart":
             kwargs["dataloader_num_workers"] = 2 if task == "train workers" else 0
             choice = {"num_prompts": 7, "after_warmup": "restart" if task == "restart" else "continue"}
             trainer = train(path, seen, config=choice, **kwargs)
             trainer.train()
-        case "save" | "resume" | "resume last":
+        case "save" | "resume" | "resume last" | "resume doubled":
+            if task == "resume doubled":
+                kwargs["per_device_train_batch_size"] = 16
             trainer = train(path, seen, save_strategy="steps", save_steps=1, **kwargs)
-            checkpoint = {"save": None, "resume": str(Path(path) / "checkpoint-3"), "resume last": True}[task]
+            checkpoint = None if task == "save" else task == "resume last" or str(Path(path) / "checkpoint-3")
             trainer.train(resume_from_checkpoint=checkpoint)
         case "random":
             trainer = train(path, seen, config={"score": "random", "warmup_prompts": 0}, **kwargs)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -37,7 +38,7 @@ def load(path):
 
 @pytest.mark.parametrize("task", ["select", "select few"])
 def test_selection_is_the_same_for_any_number_of_processes(tmp_path, task):
-    runs = {processes: launch(task, tmp_path / str(processes), processes) for processes in (1, 2, 3)}
+    runs = {processes: launch(task, tmp_path / str(processes), processes) for processes in (1, 2, 4)}
     one = load(tmp_path / "1")
     for processes, ranks in runs.items():
         assert all(rank["indices"] == one.indices for rank in ranks)
@@ -109,3 +110,55 @@ def test_a_run_killed_in_a_selection_resumes_into_the_same_selection(tmp_path):
     # eight rollouts each, and the training steps from the checkpoint on, a chunk of two prompts with four rollouts each
     step = load(path).provenance["global_step"]
     assert len(resumed["rows"]) == (23 - done) * 8 + (resumed["step"] - step) * 2 * 4
+
+
+@pytest.mark.parametrize(
+    ("task", "cause"),
+    [
+        ("reward fails", "RewardError: The reward function `failing` failed.*does not know row 9.* / ValueError"),
+        ("loss is not a number", "FloatingPointError: The gradients of the training prompts .* are not finite"),
+        ("disk is full", "OSError: .*features-.* could not be written.*File too large"),
+    ],
+)
+def test_what_fails_on_one_process_ends_all_with_its_cause(tmp_path, task, cause):
+    """Each process catches its error, so nothing but the package ends the others."""
+    failed, other = reversed(launch(task, tmp_path, 2))
+    assert re.search(cause, failed["error"])
+    assert other["error"].startswith(
+        "PeerError: The selection ends here, because it failed on another process. process 1: "
+    )
+    assert re.search(cause.split(" / ")[0], other["error"])
+    assert abs(failed["seconds"] - other["seconds"]) < 10  # of one machine's clock: no time-out was waited for
+    journal = tmp_path / "learnalign" / "step-000000" / "journal"
+    assert list(journal.glob("rollouts-*")) and not list(journal.glob(".*.tmp"))
+    # Mended, it goes on: what was finished is still there, as long as the reward function is the same
+    again = launch("nothing fails" if task != "reward fails" else "select", tmp_path, 2)
+    assert len(again[0]["indices"]) == 8
+
+
+def test_memory_full_on_one_process_changes_nothing_but_the_microbatches(tmp_path):
+    whole, halved = (launch(task, tmp_path / task, 2) for task in ("nothing fails", "memory is full"))
+    assert whole[0]["indices"] == halved[0]["indices"] == halved[1]["indices"]
+
+
+def test_a_process_without_anything_to_learn(tmp_path):
+    ranks = launch("nothing to learn on one", tmp_path, 2)
+    table = load(tmp_path).scores.to_pandas()
+    learnable = table["index"][table["learnability"] > 0]
+    assert (learnable % 2 == 0).all() and len(learnable) == 12
+    assert ranks[0]["indices"] == ranks[1]["indices"] and len(ranks[0]["indices"]) == 8
+
+
+def test_resume_on_fewer_processes_is_exact_or_refused(tmp_path):
+    """The stream of prompts is the same if `generation_batch_size` is; another one is refused."""
+    whole = launch("save", tmp_path, 2)
+    refused = subprocess.run(
+        [sys.executable, str(SCRIPT), "resume", str(tmp_path)], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert refused.returncode != 0 and "chunk_prompts was 4 and is 2" in refused.stderr
+    (resumed,) = launch("resume doubled", tmp_path, 1)
+    assert resumed["log"] == whole[0]["log"] and resumed["chunks"] == whole[0]["chunks"]
+    # One process now rolls out what two did: the same prompts, chunk by chunk
+    size = resumed["chunk_prompts"]
+    chunks = resumed["chunks"][resumed["step"] - 2 : resumed["step"]]
+    assert resumed["rows"][-2 * size * 4 :] == [row for chunk in chunks for row in chunk for _ in range(4)]

@@ -1,5 +1,6 @@
 """The docs tell the truth: fields and defaults, results, and code that runs."""
 
+import ast
 import dataclasses
 import re
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 from trl_learnalign import LearnAlignConfig
+from trl_learnalign.gradients import unseen_message
 
 
 ROOT = Path(__file__).parent.parent
@@ -60,3 +62,30 @@ def test_quick_start_of_the_readme_runs(tmp_path):
     exec(block, names)
     assert names["trainer"].state.global_step == names["trainer"].state.max_steps > 0
     assert list((tmp_path / "learnalign").glob("step-*"))
+
+
+def literal(node):
+    """The text of a message, with `...` in place of what varies."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(value.value if isinstance(value, ast.Constant) else "..." for value in node.values)
+    if isinstance(node, ast.BinOp):
+        return literal(node.left) + literal(node.right)
+    return "..."
+
+
+def test_every_error_is_in_the_troubleshooting_page():
+    page = (ROOT / "docs/troubleshooting.md").read_text().replace("`", "").replace('"', "'")
+    messages = [unseen_message([]), unseen_message(["name"])]
+    for file in sorted((ROOT / "src/trl_learnalign").glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                assert node.exc.args, f"{file.name}: an error without a message"
+                if not isinstance(node.exc.args[0], ast.Call):  # `unseen_message`
+                    messages.append(literal(node.exc.args[0]))
+    assert len(messages) > 50
+    for message in messages:
+        parts = [part.strip(" .,:'()") for part in message.replace("`", "").replace('"', "'").split("...")]
+        start = next(part for part in parts if len(part) >= 12 or part == max(parts, key=len))
+        assert re.split(r"[.:] ", start)[0][:60] in page, f"not in troubleshooting.md: {message}"

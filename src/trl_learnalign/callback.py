@@ -14,7 +14,7 @@ from . import rollouts
 from .disk import DirectoryLock, digest, make_directory, write_atomically
 from .peers import Peers
 from .sampler import Layout, LearnAlignSampler
-from .selection import Selection
+from .selection import Selection, dataset_fingerprint
 from .selector import select_at_stage
 
 
@@ -57,7 +57,7 @@ class LearnAlignCallback(TrainerCallback):
                 "`after_warmup='continue'`."
             )
         sampler.bind(_layout(trainer, sampler))
-        self._fingerprint = rollouts.dataset_fingerprint(trainer.train_dataset)
+        self._fingerprint = dataset_fingerprint(trainer.train_dataset)
         self.trainer = trainer
         self.sampler = sampler
         self.selections: list[Selection] = []

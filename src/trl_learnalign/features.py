@@ -17,7 +17,7 @@ from .journal import Journal
 from .peers import Peers
 from .projection import stable_hash
 from .rollouts import Row
-from .scoring import add_unit_features
+from .scoring import add_unit_features, feature_norms
 
 
 logger = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ class FeatureSource:
                     self._collect([1], [self._filler()])
 
     def _finite(self, part, counts):
-        finite = torch.linalg.vector_norm(part, dim=1, dtype=torch.float64).isfinite().tolist()
+        finite = feature_norms(part).isfinite().tolist()
         if not all(finite):
             wrong = [index for index, whole in zip(counts, finite, strict=True) if not whole]
             raise FloatingPointError(

@@ -1,7 +1,6 @@
 """Rollouts and token log-probabilities from a GRPOTrainer, which is left as it was found."""
 
 import copy
-import hashlib
 import inspect
 import os
 import random
@@ -11,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
@@ -130,21 +128,6 @@ def _is_placeholder(dataset):
     """GRPOTrainer makes such a dataset when it is given none and an environment supplies the prompts."""
     empty = [{"role": "user", "content": ""}]
     return dataset.column_names == ["prompt"] and all(prompt == empty for prompt in dataset[:10]["prompt"])
-
-
-def dataset_fingerprint(dataset: Dataset) -> str:
-    """
-    Hash of the rows and their order. Unlike the fingerprint that `datasets` keeps, it does not change with the way that
-    the same rows were made, which may be different in every process.
-    """
-    digest = hashlib.sha256(str(dataset.features).encode())
-    for batch in dataset.with_format("arrow").iter(batch_size=1000):
-        sink = pa.BufferOutputStream()
-        table = batch.combine_chunks().replace_schema_metadata(None)
-        with pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
-        digest.update(sink.getvalue())
-    return digest.hexdigest()
 
 
 def visible_columns(trainer: GRPOTrainer) -> Dataset:

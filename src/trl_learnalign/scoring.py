@@ -49,6 +49,15 @@ def reward_variance(rewards: torch.Tensor) -> torch.Tensor:
     return (scaled - mean).square().nanmean(1)
 
 
+def feature_norms(features: torch.Tensor) -> torch.Tensor:
+    """|phi| of features of shape `(n, d)`: of shape `(n,)`, float64, without a copy in float64."""
+    squares = torch.zeros(len(features), dtype=torch.float64)
+    for part in features.split(_COLUMNS, 1):
+        part = part.double()
+        squares += torch.linalg.vecdot(part, part)
+    return squares.sqrt()
+
+
 def add_unit_features(total: torch.Tensor, features: torch.Tensor, weights: torch.Tensor) -> None:
     """
     Adds sum_i z_i to `total`, where z_i = w_i phi_i / |phi_i| is the factor of Eq. 8: S_ij = z_i . z_j. A feature of
@@ -59,7 +68,7 @@ def add_unit_features(total: torch.Tensor, features: torch.Tensor, weights: torc
         features (`torch.Tensor` of shape `(n, d)`): gradient features phi.
         weights (`torch.Tensor` of shape `(n,)`): V for the score of the paper, 1 for the alignment alone.
     """
-    norms = torch.linalg.vector_norm(features, dim=1, dtype=torch.float64)
+    norms = feature_norms(features)
     factors = torch.where(norms > 0, weights.double() / norms, 0.0)
     for feature, factor in zip(features, factors.tolist(), strict=True):  # no copy, as d may be the size of a LoRA
         total.add_(feature, alpha=factor)

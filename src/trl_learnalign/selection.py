@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from datasets import Dataset
 
 from .disk import digest, make_directory, write_json, write_parquet
 
@@ -116,6 +117,24 @@ class Selection:
             ) from error
         return cls(indices=indices, scores=scores, provenance=provenance)
 
+    def to_dataset(self, dataset: Dataset) -> Dataset:
+        """
+        The chosen rows of the dataset that the selection was made from, best first.
+
+        Raises:
+            `ValueError`: `dataset` has other rows than that, or the same in another order.
+        """
+        if (
+            len(dataset) != self.provenance["num_rows"]
+            or dataset_fingerprint(dataset) != self.provenance["dataset_fingerprint"]
+        ):
+            raise ValueError(
+                "The dataset is not the one that the selection was made from: it has other rows, or the same in another "
+                f"order ({len(dataset)} rows; the selection was made from {self.provenance['num_rows']}). Load that one, "
+                "or select again."
+            )
+        return dataset.select(self.indices)
+
     def mean_success_rates(self) -> tuple[float, float]:
         """Mean success rate of the pool and of the chosen prompts, in [0, 1]; NaN without rollouts or prompts."""
         rates, chosen = self.scores["success_rate"], self.scores["selected"]
@@ -150,3 +169,18 @@ class Selection:
             f"Selection({len(self.indices)} of {self.scores.num_rows} prompts, "
             f"score={self.provenance.get('config', {}).get('score')!r}, step={self.provenance.get('global_step')})"
         )
+
+
+def dataset_fingerprint(dataset: Dataset) -> str:
+    """
+    Hash of the rows and their order. Unlike the fingerprint that `datasets` keeps, it does not change with the way that
+    the same rows were made, which may be different in every process.
+    """
+    hashed = hashlib.sha256(str(dataset.features).encode())
+    for batch in dataset.with_format("arrow").iter(batch_size=1000):
+        sink = pa.BufferOutputStream()
+        table = batch.combine_chunks().replace_schema_metadata(None)
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        hashed.update(sink.getvalue())
+    return hashed.hexdigest()

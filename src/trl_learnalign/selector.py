@@ -23,7 +23,7 @@ from .peers import Peers
 from .pool import Pool
 from .projection import stable_hash
 from .rollouts import Group, Row
-from .selection import SCORES_SCHEMA, SELECTION_FILE, Selection
+from .selection import SCORES_SCHEMA, SELECTION_FILE, Selection, dataset_fingerprint
 
 
 _PACKAGES = ("trl-learnalign", "trl", "transformers", "peft", "accelerate", "datasets", "torch")
@@ -85,7 +85,7 @@ class _Pass:
             "global_step": self.step,
             "stage": stage,
             "num_rollouts": self.num_rollouts,
-            "dataset_fingerprint": rollouts.dataset_fingerprint(trainer.train_dataset),
+            "dataset_fingerprint": dataset_fingerprint(trainer.train_dataset),
             "num_rows": len(self.dataset),
             "model": trainer.model.config._name_or_path or type(trainer.model).__name__,
             "versions": {package: version(package) for package in _PACKAGES},
