@@ -166,3 +166,22 @@ def test_demo(tmp_path):
     for line in ("before training", "after random prompts", "after LearnAlign's", "LearnAlign - random", "Total:"):
         assert line in output
     assert Selection.load(re.search(r"Selection.load\('(.*)'\)", output)[1]).indices
+
+
+def test_accelerate_reads_the_configs():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    kinds = {
+        "ddp": "MULTI_GPU",
+        "deepspeed_zero2": "DEEPSPEED",
+        "deepspeed_zero3": "DEEPSPEED",
+        "fsdp2": "FSDP",
+        "two_cpu_processes": "MULTI_GPU",
+        "two_nodes": "MULTI_GPU",
+    }
+    files = sorted((EXAMPLES / "accelerate_configs").glob("*.yaml"))
+    assert [file.stem for file in files] == list(kinds)
+    for file in files:
+        config = load_config_from_file(str(file))
+        assert config.distributed_type == kinds[file.stem]
+        assert config.num_machines == (2 if file.stem == "two_nodes" else 1)

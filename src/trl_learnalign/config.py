@@ -1,6 +1,6 @@
 """Every knob of a selection, validated as soon as it is set."""
 
-import math
+import sys
 from dataclasses import asdict, dataclass, field
 
 
@@ -8,6 +8,7 @@ SCORES = ("learnalign", "learnability", "alignment", "random")
 LEARNABILITIES = ("success_rate", "variance")
 GRADIENT_ROLLOUTS = ("all", "one_correct")
 AFTER_WARMUP = ("continue", "restart")
+MAX_PROJECTION_DIM = 1 << 24
 
 
 @dataclass
@@ -133,8 +134,21 @@ class LearnAlignConfig:
             ("gradient_rollouts", GRADIENT_ROLLOUTS),
             ("after_warmup", AFTER_WARMUP),
         ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but is {getattr(self, name)!r}.")
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in choices:
+                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but is {value!r}.")
+        if self.projection_dim is not None and self.projection_dim > MAX_PROJECTION_DIM:
+            raise ValueError(
+                f"`projection_dim` is {self.projection_dim}, but must be at most {MAX_PROJECTION_DIM}. Use None for exact "
+                "gradients."
+            )
+        if self.success_reward is not None and not isinstance(self.success_reward, str):
+            raise ValueError(
+                f"`success_reward` must be the name of a reward function, but is {self.success_reward!r}. Use None if there "
+                "is only one."
+            )
+        if not isinstance(self.save_rollouts, bool):
+            raise ValueError(f"`save_rollouts` must be True or False, but is {self.save_rollouts!r}.")
         _check_number("success_threshold", self.success_threshold)
         if self.reselect_every is not None:
             _check_number("reselect_every", self.reselect_every)
@@ -162,5 +176,7 @@ def _check_integer(name, value, least, remedy):
 
 
 def _check_number(name, value):
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    # An integer too large for a float is not finite either
+    known = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not known or not abs(value) <= sys.float_info.max:
         raise ValueError(f"`{name}` must be a finite number, but is {value!r}.")

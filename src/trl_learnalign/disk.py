@@ -151,10 +151,12 @@ def damage(checkpoint: Path) -> str | None:
         try:
             if file.suffix in (".pt", ".pth") and not zipfile.is_zipfile(file):
                 return f"{file.name} is cut short"
+            if file.suffix == ".json":
+                json.loads(file.read_text(encoding="utf-8"))
             if file.suffix == ".safetensors":
                 with safe_open(file, "pt"):
                     pass
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             return f"{file.name} is damaged ({error})"
     states = document.get("stateful_callbacks")
     ours = states.get("learnalign") if isinstance(states, dict) else None

@@ -1,0 +1,156 @@
+"""One run per directory, whole checkpoints, files that cannot be written."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import assert_same_weights, config, make_trainer, weights
+
+from trl_learnalign import select_prompts
+from trl_learnalign.disk import DirectoryLock, damage, whole_checkpoint, write_json
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from trl_learnalign.disk import DirectoryLock
+lock = DirectoryLock(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def other_run(tmp_path):
+    """Another process that has the directory of `tmp_path / "shared"`."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "shared" / "learnalign")], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_two_runs_in_one_directory_notice_it(tmp_path, other_run):
+    message = rf"Another run is using '.*shared/learnalign' \(process {other_run.pid} on .*pass another `output_dir`"
+    with pytest.raises(RuntimeError, match=message):
+        make_trainer(tmp_path / "shared", config()).train()
+    with pytest.raises(RuntimeError, match=message):
+        select_prompts(make_trainer(tmp_path / "shared"), config())
+    assert [file.name for file in (tmp_path / "shared" / "learnalign").iterdir()] == ["lock"]
+    select_prompts(make_trainer(tmp_path / "of its own"), config())  # other directories are not concerned
+    other_run.send_signal(signal.SIGKILL)
+    other_run.wait()
+    select_prompts(make_trainer(tmp_path / "shared"), config())  # what a dead run leaves behind locks nothing
+
+
+def test_a_process_may_take_its_own_lock_again(tmp_path):
+    first, second = DirectoryLock(tmp_path), DirectoryLock(tmp_path)
+    first.release()
+    first.release()
+    assert DirectoryLock._held[tmp_path.resolve()][1] == 1
+    second.release()
+    assert tmp_path.resolve() not in DirectoryLock._held
+
+
+def test_a_failed_run_lets_the_next_one_in(tmp_path):
+    def failing(completions, **kwargs):
+        raise ValueError("not today")
+
+    with pytest.raises(RuntimeError, match="`failing` failed in a selection: ValueError: not today"):
+        select_prompts(make_trainer(tmp_path, reward=failing), config())
+    assert (tmp_path / "learnalign").resolve() not in DirectoryLock._held
+
+
+# Checkpoints
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run")
+    trainer = make_trainer(path, config(), num_train_epochs=2, save_strategy="steps", save_steps=2)
+    trainer.train()
+    return path, weights(trainer)
+
+
+def copy(source, target):
+    subprocess.run(["cp", "-r", f"{source}/.", str(target)], check=True)
+    return target
+
+
+FILES = (
+    "trainer_state.json",
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_checkpoint_cut_short_is_passed_over(checkpoints, tmp_path, name, caplog):
+    path = copy(checkpoints[0], tmp_path)
+    steps = sorted(int(file.name.split("-")[1]) for file in path.glob("checkpoint-*"))
+    last = path / f"checkpoint-{steps[-1]}"
+    assert damage(last) is None and whole_checkpoint(path, True) == str(last)
+    os.truncate(last / name, os.path.getsize(last / name) // 2)
+    assert name in damage(last)
+    assert whole_checkpoint(path, True) == str(path / f"checkpoint-{steps[-2]}")
+    assert f"'{last}' is not whole" in caplog.text
+    with pytest.raises(ValueError, match=f"The checkpoint '{last}' is not whole: .*{name}"):
+        make_trainer(path, config()).train(resume_from_checkpoint=str(last))
+    (last / name).unlink()
+    if name == "trainer_state.json":
+        assert "trainer_state.json" in damage(last)
+
+
+def test_a_run_with_a_checkpoint_cut_short_ends_the_same(checkpoints, tmp_path):
+    path = copy(checkpoints[0], tmp_path)
+    for file in path.glob("checkpoint-*"):
+        if int(file.name.split("-")[1]) > 2:
+            (file / "trainer_state.json").unlink()
+    trainer = make_trainer(path, config(), num_train_epochs=2, save_strategy="steps", save_steps=2)
+    trainer.train(resume_from_checkpoint=True)
+    assert_same_weights(weights(trainer), checkpoints[1])
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_from_the_beginning(tmp_path, caplog):
+    trainer = make_trainer(tmp_path, config(), num_train_epochs=1)
+    with pytest.raises(ValueError, match="No valid checkpoint"):  # nothing was ever started here
+        trainer.train(resume_from_checkpoint=True)
+    (tmp_path / "learnalign").mkdir()
+    make_trainer(tmp_path, config(), num_train_epochs=1).train(resume_from_checkpoint=True)
+    assert "left no whole checkpoint, so it starts from the beginning" in caplog.text
+
+
+# Writing
+
+
+def test_a_directory_that_cannot_be_made_is_a_clear_error(tmp_path):
+    (tmp_path / "learnalign").write_text("a file in its place")
+    for run in (lambda t: select_prompts(t, config()), lambda t: t.train()):
+        with pytest.raises(OSError, match=r"The directory '.*learnalign' cannot be made .*Pass another `output_dir`"):
+            run(make_trainer(tmp_path, config()))
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path):
+    write_json(tmp_path / "file.json", {"small": 1})
+    script = f"""
+import resource
+from pathlib import Path
+from trl_learnalign.disk import write_json
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    write_json(Path({str(tmp_path / "file.json")!r}), {{"large": "x" * 5000}})
+except OSError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "file.json' could not be written" in done.stdout and "Make room on the disk" in done.stdout
+    assert [file.name for file in Path(tmp_path).iterdir()] == ["file.json"]
+    assert (tmp_path / "file.json").read_text() == '{\n "small": 1\n}\n'
