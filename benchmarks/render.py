@@ -106,7 +106,8 @@ def gradients_table(results) -> str:
         "Ratios to a plain backward of the same microbatch, in the same round, median; rows with gradient checkpointing "
         "are relative to a plain backward with it. The error is the root mean square difference of the prompts' cosines "
         "from the exact ones. Peers that keep a gradient per row are added up to prompts; bergson generates its "
-        "projections on the CPU here, which a GPU does faster.",
+        "projections on the CPU here, which a GPU does faster. A loop of one exact backward a prompt costs little on a CPU, "
+        "whose caches like small batches; a dense projection of what it gives is what costs.",
         "",
         f"{conditions['prompts']} prompts x {conditions['rollouts_per_prompt']} rollouts x {conditions['tokens']} tokens, "
         f"a model of the shape `{conditions['shape']}` with random weights in {conditions['dtype']}, LoRA r = "
@@ -117,6 +118,18 @@ def gradients_table(results) -> str:
         f"Time of the sketch alone by `projection_dim`, relative to the shortest: {sketch}.",
     ]
     return "\n".join(lines)
+
+
+def gpu_section() -> str:
+    if not (RESULTS / "gradients_cuda.json").is_file():
+        return "Not measured on a GPU yet: `python benchmarks/gradients.py --peers --device cuda --shape qwen2.5-1.5b` does it."
+    results = load("gradients_cuda")
+    plain = results["plain"]
+    share = f", {100 * plain['share_of_peak_flops']:.0f} % of the card's peak" if plain["share_of_peak_flops"] else ""
+    return (
+        f"{gradients_table(results)}\n\nA prompt takes {plain['milliseconds_per_prompt']:.0f} ms, its rollouts' forward and "
+        f"backward included{share}."
+    )
 
 
 def scale_table(million, processes) -> str:
@@ -199,6 +212,8 @@ Every run: `python benchmarks/demo_arms.py --dataset_path DIR`.
 ## Per-prompt gradients beside their peers
 
 {gradients_table(load("gradients_cpu"))}
+
+{gpu_section()}
 
 ## Large pools, several processes
 

@@ -25,6 +25,7 @@ from trl_learnalign import (
     Selection,
     select_prompts,
 )
+from trl_learnalign.rewards import RewardError
 
 
 def test_budget_larger_than_the_pool_takes_all(tmp_path):
@@ -126,6 +127,47 @@ def test_unscorable_prompts_are_out_of_the_pool(tmp_path):
     assert "pool 21 (3 unscorable left out)" in selection.summary()
     rate = selection.scores["success_rate"].to_pylist()[2]
     assert 0 <= rate <= 1 and (rate * 4) % 1 == 0  # over the four rollouts that were scored
+
+
+def broken_reward(answer):
+    def broken(completions, **kwargs):
+        if isinstance(answer, Exception):
+            raise answer
+        return answer(completions)
+
+    return broken
+
+
+def in_a_loop(function):
+    async def broken(**kwargs):
+        await asyncio.sleep(0.001)
+        return function(**kwargs)
+
+    return broken
+
+
+@pytest.mark.parametrize("wrapper", [lambda function: function, in_a_loop], ids=["plain", "async"])
+@pytest.mark.parametrize(
+    ("answer", "cause"),
+    [
+        (ZeroDivisionError("by the grader"), "ZeroDivisionError: by the grader"),
+        (lambda completions: [1.0], "ValueError: it returned 1 rewards for 16 completions"),
+        (lambda completions: [1.0] * 99, "ValueError: it returned 99 rewards for 16 completions"),
+        (lambda completions: None, "TypeError"),
+        (lambda completions: ["good"] * len(completions), "ValueError: could not convert string to float"),
+        (lambda completions: [[1.0, 2.0]] * len(completions), "TypeError"),
+    ],
+)
+def test_a_reward_function_that_fails_is_named_with_its_cause(tmp_path, answer, cause, wrapper):
+    trainer = make_trainer(tmp_path, reward=wrapper(broken_reward(answer)))
+    functions = list(trainer.reward_funcs)
+    with pytest.raises(
+        RewardError, match=rf"`broken` failed in a selection: {cause}.*Mend it and run again"
+    ) as caught:
+        select_prompts(trainer, config())
+    assert type(caught.value.__cause__).__name__ in cause
+    assert trainer.reward_funcs == functions
+    assert not list(tmp_path.rglob("selection.json"))
 
 
 def test_no_scorable_prompt_at_all(tmp_path, caplog):

@@ -94,6 +94,10 @@ class LearnAlignCallback(TrainerCallback):
             self._select(state)
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.unlock()
+
+    def unlock(self) -> None:
+        """Lets other runs use the output directory."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None

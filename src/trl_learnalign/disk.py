@@ -73,6 +73,12 @@ def make_directory(path: Path) -> None:
         raise OSError(f"The directory '{path}' cannot be made ({error}). Pass another `output_dir`.") from error
 
 
+def remove_leftovers(path: Path) -> None:
+    """Removes what processes that died in the middle of writing left in one of our directories."""
+    for leftover in path.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
 # One run per directory ---------------------------------------------------------------------------------------------
 
 
@@ -115,6 +121,7 @@ class DirectoryLock:
             ) from None
         except OSError:
             pass  # a file system without locks
+        remove_leftovers(self.path)
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         return descriptor
@@ -129,6 +136,17 @@ class DirectoryLock:
             self._held[self.path] = descriptor, holders - 1
         else:
             os.close(descriptor)
+
+
+def _let_go():
+    """In a forked child, such as a dataloader's worker, that may outlive the run for some seconds."""
+    for descriptor, _ in DirectoryLock._held.values():
+        os.close(descriptor)
+    DirectoryLock._held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 # Checkpoints -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .disk import make_directory, write_atomically, write_json, write_parquet
+from .disk import make_directory, remove_leftovers, write_atomically, write_json, write_parquet
 from .rollouts import Group
 
 
@@ -54,8 +54,7 @@ class Journal:
                     "selection starts anew."
                 )
                 shutil.rmtree(path)
-            for leftover in path.glob(".*.tmp"):  # of a process that died in the middle of a file
-                leftover.unlink(missing_ok=True)
+            remove_leftovers(path)
             if not path.exists():
                 make_directory(path)
                 write_json(path / _MANIFEST, {"key": key})
@@ -136,10 +135,6 @@ class Journal:
 
     def _features_file(self, name):
         return self.path / f"features-{name}.safetensors"
-
-    def remove(self) -> None:
-        """Deletes the journal of a selection that is finished."""
-        shutil.rmtree(self.path, ignore_errors=True)
 
 
 def _crc32(features):

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 
 _PASSES = itertools.count()  # equal on all processes, which make passes in step
-_PATIENCE = 0.02  # seconds between two looks
+_LONGEST_PAUSE = 0.5  # seconds between two looks
 
 
 class Peers:
@@ -56,9 +56,11 @@ class Peers:
             return
         meeting = f"meeting-{next(self._meetings)}"
         self.store.add(meeting, 1)
+        pause = 0.001
         while self.store.add(meeting, 0) < self.world:
             self.check()
-            time.sleep(_PATIENCE)
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
         self.check()
 
 

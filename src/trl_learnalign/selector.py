@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import shutil
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,7 @@ from trl import GRPOTrainer
 
 from . import rollouts, scoring
 from .config import LearnAlignConfig
-from .disk import DirectoryLock, make_directory
+from .disk import DirectoryLock, make_directory, remove_leftovers
 from .features import FeatureSource
 from .journal import Journal
 from .peers import Peers
@@ -137,6 +138,8 @@ class _Pass:
                 found = None
             if found is not None and found.provenance.get("key") != self.provenance["key"]:
                 found = None
+            if found is not None:
+                self._tidy_up()
         return self._broadcast(found)
 
     def _scored(self):
@@ -283,9 +286,13 @@ class _Pass:
     def _publish(self, selection, saved=None):
         if self.accelerator.is_main_process:
             selection.save(self.path, saved)
-            if self.config.score != "random":
-                self.journal.remove()
+            self._tidy_up()
         self.peers.wait()
+
+    def _tidy_up(self):
+        """What a finished selection does not need any more, or a dead process left."""
+        shutil.rmtree(self.path / "journal", ignore_errors=True)
+        remove_leftovers(self.path)
 
     def _rollouts_table(self, own, pool) -> pa.Table:
         position = {index: i for i, index in enumerate(pool.indices.tolist())}

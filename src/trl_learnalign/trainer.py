@@ -28,9 +28,10 @@ class LearnAlignMixin:
         if train_sampler is not None and kwargs.get("train_dataset") is not None:
             check_dataset(kwargs["train_dataset"])  # before a model is loaded in vain
         super().__init__(*args, **kwargs)
-        self._selects = train_sampler is not None
-        if self._selects:
-            self.add_callback(LearnAlignCallback(self, train_sampler))
+        self._learnalign = None
+        if train_sampler is not None:
+            self._learnalign = LearnAlignCallback(self, train_sampler)
+            self.add_callback(self._learnalign)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """
@@ -40,9 +41,14 @@ class LearnAlignMixin:
         Raises:
             `ValueError`: the checkpoint that was asked for is not whole.
         """
-        if self._selects and resume_from_checkpoint:
+        if self._learnalign is None:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        if resume_from_checkpoint:
             resume_from_checkpoint = whole_checkpoint(self.args.output_dir, resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._learnalign.unlock()
 
 
 class LearnAlignGRPOTrainer(LearnAlignMixin, GRPOTrainer):
