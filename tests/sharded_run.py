@@ -1,10 +1,13 @@
 """What test_gradients.py starts on two processes: the engine on a model whose layers are `fully_shard`ed."""
 
+import os
 import sys
+from pathlib import Path
 
 import torch
 from peft import get_peft_model
-from tiny import lora, make_model
+from test_gradients import features_of, random_tasks
+from tiny import lora, make_model, make_trainer
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
 
@@ -41,7 +44,25 @@ def main(path):
     ours = features(model)
     assert all(parameter.grad is None for parameter in model.parameters())
     torch.save((ours, expected), f"{path}/rank-{rank}.pt")
-    distributed.destroy_process_group()
+
+    # A whole pass, of one microbatch on a process and of several on the other, the second time with some in the journal
+    tasks = dict(list(random_tasks(8).items())[: [1, 8][rank]])
+    trainer = make_trainer(f"{path}/plain")
+    expected = features_of(trainer, tasks, Path(path) / f"plain-{rank}", dim=256, max_tokens=30)
+    for layer in trainer.model.base_model.model.model.layers:
+        fully_shard(layer)
+    fully_shard(trainer.model)
+    trainer.model_wrapped, trainer.is_fsdp_enabled = trainer.model, True
+    ours = features_of(trainer, tasks, Path(path) / f"sharded-{rank}", dim=256, max_tokens=30)
+    for file in sorted((Path(path) / f"sharded-{rank}" / "journal").glob("features-*"))[:1]:
+        file.unlink() if rank else None
+    again = features_of(trainer, tasks, Path(path) / f"sharded-{rank}", dim=256, max_tokens=30)
+    for index in tasks:
+        torch.testing.assert_close(ours[index], expected[index], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(again[index], expected[index], rtol=1e-4, atol=1e-6)
+    Path(path, f"pass-{rank}").write_text(str(trainer.accelerator.num_processes))
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def load(path):
 
 
 @pytest.mark.parametrize("task", ["select", "select few"])
-def test_selection_is_the_same_for_any_number_of_processes(tmp_path, task):
+def test_selection_is_the_same_for_any_number_of_processes(tmp_path, task, tally):
     runs = {processes: launch(task, tmp_path / str(processes), processes) for processes in (1, 2, 4)}
     one = load(tmp_path / "1")
     for processes, ranks in runs.items():
@@ -50,6 +50,7 @@ def test_selection_is_the_same_for_any_number_of_processes(tmp_path, task):
         assert set(rolled_out) == set(one.scores["index"].to_pylist())
         # a process with no prompt of its own left rolls out another's, and drops the result
         assert min(rolled_out.values()) == (8 if task == "select" else 8 * processes)
+        tally[f"selections on {processes} processes"] += 1
 
 
 @pytest.mark.parametrize("task", ["train", "train workers", "random"])
@@ -120,7 +121,7 @@ def test_a_run_killed_in_a_selection_resumes_into_the_same_selection(tmp_path):
         ("disk is full", "OSError: .*features-.* could not be written.*File too large"),
     ],
 )
-def test_what_fails_on_one_process_ends_all_with_its_cause(tmp_path, task, cause):
+def test_what_fails_on_one_process_ends_all_with_its_cause(tmp_path, task, cause, tally):
     """Each process catches its error, so nothing but the package ends the others."""
     failed, other = reversed(launch(task, tmp_path, 2))
     assert re.search(cause, failed["error"])
@@ -134,6 +135,7 @@ def test_what_fails_on_one_process_ends_all_with_its_cause(tmp_path, task, cause
     # Mended, it goes on: what was finished is still there, as long as the reward function is the same
     again = launch("nothing fails" if task != "reward fails" else "select", tmp_path, 2)
     assert len(again[0]["indices"]) == 8
+    tally["failures on one of two processes"] += 1
 
 
 def test_memory_full_on_one_process_changes_nothing_but_the_microbatches(tmp_path):

@@ -41,7 +41,8 @@ QUIET = settings(max_examples=200, deadline=None, suppress_health_check=list(Hea
 
 @QUIET
 @given(st.dictionaries(st.sampled_from(list(FIELDS)), ODD, max_size=4))
-def test_config(changes):
+def test_config(tally, changes):
+    tally["nonsense: configurations"] += 1
     try:
         made = LearnAlignConfig(**changes)
     except ValueError as error:
@@ -79,7 +80,8 @@ def damaged(data, content: bytes) -> bytes:
 
 @QUIET
 @given(st.data())
-def test_selection(saved, data):
+def test_selection(saved, tally, data):
+    tally["nonsense: files of selections"] += 1
     selection, path = saved
     name = data.draw(st.sampled_from(["scores.parquet", "selection.json"]))
     with tempfile.TemporaryDirectory() as directory:
@@ -107,7 +109,8 @@ def test_files_of_different_selections_do_not_go_together(saved, tmp_path):
 
 @QUIET
 @given(st.data())
-def test_journal(data):
+def test_journal(tally, data):
+    tally["nonsense: files of journals"] += 1
     group = Group(
         index=3,
         prompt_ids=np.array([4, 5], np.int32),
@@ -165,7 +168,8 @@ def bound(tmp_path_factory):
 
 @QUIET
 @given(st.data())
-def test_state_in_a_checkpoint(bound, data):
+def test_state_in_a_checkpoint(bound, tally, data):
+    tally["nonsense: states in checkpoints"] += 1
     trainer, callback, whole = bound
     content = json.loads(json.dumps(whole))
     place = content
@@ -204,7 +208,9 @@ def test_state_in_a_checkpoint(bound, data):
     ],
     ids=["null", "bytes", "time", "decimal", "lists", "nested", "floats", "strings"],
 )
-def test_columns_of_odd_types(tmp_path, column):
+def test_columns_of_odd_types(tmp_path, column, tally):
+    tally["nonsense: columns"] += 1
+
     def reward(completions, row, odd, **kwargs):
         assert len(odd) == len(completions)
         return digit_reward(completions=completions, row=row)

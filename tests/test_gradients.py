@@ -440,10 +440,11 @@ def test_fully_sharded_weights(tmp_path):
     """`fully_shard` on two gloo processes: each process's prompts have the gradients of the unsharded model."""
     script = Path(__file__).with_name("sharded_run.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-5000:]
     for rank in range(2):
+        assert (tmp_path / f"pass-{rank}").read_text() == "2"
         ours, expected = torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True)
         assert ours.norm() > 0
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)

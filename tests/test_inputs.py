@@ -158,7 +158,8 @@ def in_a_loop(function):
         (lambda completions: [[1.0, 2.0]] * len(completions), "TypeError"),
     ],
 )
-def test_a_reward_function_that_fails_is_named_with_its_cause(tmp_path, answer, cause, wrapper):
+def test_a_reward_function_that_fails_is_named_with_its_cause(tmp_path, answer, cause, wrapper, tally):
+    tally["nonsense: reward functions"] += 1
     trainer = make_trainer(tmp_path, reward=wrapper(broken_reward(answer)))
     functions = list(trainer.reward_funcs)
     with pytest.raises(

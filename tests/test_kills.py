@@ -62,12 +62,13 @@ def never_killed(tmp_path_factory):
 @pytest.mark.parametrize(
     "seed", [seed if seed in IN_CI else pytest.param(seed, marks=pytest.mark.slow) for seed in range(50)]
 )
-def test_a_killed_run_ends_as_one_never_killed(never_killed, tmp_path, seed):
+def test_a_killed_run_ends_as_one_never_killed(never_killed, tmp_path, seed, tally):
     processes = 1 + seed % 2
     whole, prompts, selections, weights = never_killed(processes)
     draw = random.Random(seed)
     path = tmp_path / "run"
     kinds = sorted(set(whole["events"]))
+    survived = []
     for _ in range(1 + (seed % 3 == 0)):  # every third run is killed twice
         kind = draw.choice(kinds)
         moment = draw.choice([n for n, name in enumerate(whole["events"]) if name == kind])
@@ -76,6 +77,7 @@ def test_a_killed_run_ends_as_one_never_killed(never_killed, tmp_path, seed):
         if (path / "rank-0.json").exists():
             break  # a resumed run, or another rank, has fewer events: it came through
         assert killed.returncode != 0
+        survived.append(kind)
     resumed = start(path, processes)
     assert resumed.returncode == 0, f"killed at: {kind}\n{resumed.stderr[-4000:]}"
     ours = outcome(path, processes)
@@ -91,3 +93,5 @@ def test_a_killed_run_ends_as_one_never_killed(never_killed, tmp_path, seed):
             torch.testing.assert_close(ours[3][name], weights[name], rtol=1e-6, atol=1e-6)
     leftovers = [*path.rglob(".*.tmp"), *path.rglob("journal")]
     assert not leftovers, leftovers
+    for kind in survived:
+        tally[f"kills of {processes}: {kind.split(',')[0]}"] += 1

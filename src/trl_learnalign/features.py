@@ -109,6 +109,8 @@ class FeatureSource:
         """Every prompt once, window by window, in an order that does not depend on what was in the journal."""
         yield from self._without_rows()
         number = sum(len(window.microbatches) for window in self.windows)
+        # Where a forward takes all processes, all run equally many. They agree on how many before the first
+        rounds = max(gather_object([self._missing()])) if rollouts.is_sharded(self.trainer) else 0
         collected = 0
         with self.engine, rollouts.progress_bar(self.trainer, "gradients", number, "batches") as bar:
             for window in self.windows:
@@ -137,9 +139,19 @@ class FeatureSource:
                     bar.update(len(window.microbatches))
                 yield window.indices, features
                 del features
-            if rollouts.is_sharded(self.trainer):  # a forward takes all processes, so all run equally many
-                for _ in range(max(gather_object([collected])) - collected):
-                    self._collect([1], [self._filler()])
+            for _ in range(rounds - collected):
+                self._collect([1], [self._filler()])
+
+    def _missing(self):
+        """Microbatches that are not in the journal."""
+        if self.twice:
+            return sum(len(window.microbatches) for window in self.windows)
+        return sum(
+            self.journal.load_features(f"{window.name}-{n:04d}", self._shape(counts)) is None
+            for window in self.windows
+            if self.journal.load_features(window.name, self._shape(window.indices)) is None
+            for n, (counts, _) in enumerate(window.microbatches)
+        )
 
     def _finite(self, part, counts):
         finite = feature_norms(part).isfinite().tolist()
