@@ -78,7 +78,9 @@ def main(task, path):
                 cause = error.__cause__
                 result["error"] = f"{type(error).__name__}: {error} / {type(cause).__name__}"
                 result["seconds"] = time.monotonic()
-        case "train" | "train workers" | "restart":
+        case "train" | "train workers" | "train straddling" | "restart":
+            if task == "train straddling":
+                kwargs["per_device_train_batch_size"] = 2
             kwargs["dataloader_num_workers"] = 2 if task == "train workers" else 0
             choice = {"num_prompts": 7, "after_warmup": "restart" if task == "restart" else "continue"}
             trainer = train(path, seen, config=choice, **kwargs)

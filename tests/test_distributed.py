@@ -75,6 +75,23 @@ def test_prompts_that_reach_the_reward_function(tmp_path, task):
     assert set(counts) == set(chosen) and max(counts.values()) - min(counts.values()) <= 1
 
 
+def test_groups_that_straddle_processes(tmp_path):
+    """Two rollouts a process make one group of four in training; a selection keeps groups whole."""
+    ranks = launch("train straddling", tmp_path, 2)
+    assert ranks[0]["log"] == ranks[1]["log"] and ranks[0]["weights"] == ranks[1]["weights"]
+    selection = load(tmp_path)
+    assert ranks[0]["chunk_prompts"] == 1 and set(ranks[0]["log"][1][1]) == set(selection.indices)
+    stream = [chunk[0] for chunk in ranks[0]["chunks"][: ranks[0]["step"]]]
+    before = selection.provenance["global_step"]
+    rolled_out = Counter()
+    for rank in ranks:
+        trained = [index for index in stream for _ in range(2)]
+        assert rank["rows"][: 2 * before] == trained[: 2 * before]
+        assert rank["rows"][len(rank["rows"]) - len(trained) + 2 * before :] == trained[2 * before :]
+        rolled_out.update(rank["rows"][2 * before : len(rank["rows"]) - len(trained) + 2 * before])
+    assert set(rolled_out) == set(range(23)) and set(rolled_out.values()) <= {8, 16}  # an odd pool: one done twice
+
+
 def test_resume_repeats_prompts_and_weights(tmp_path):
     whole = launch("save", tmp_path, 2)
     resumed = launch("resume", tmp_path, 2)

@@ -1,5 +1,6 @@
 """The package as it is installed."""
 
+import ast
 import os
 import re
 import subprocess
@@ -78,3 +79,18 @@ def test_rooms_are_small_and_know_only_who_they_may():
     private = re.compile(r"trainer\._\w+")
     users = {file.stem for file in (ROOT / "src/trl_learnalign").glob("*.py") if private.search(file.read_text())}
     assert users <= {"rollouts", "trainer", "callback"}
+
+
+def test_nothing_that_is_read_can_run_code():
+    """No pickle, no `torch.load`, no `eval`, no remote code."""
+    for file in (Path(__file__).parent.parent / "src" / "trl_learnalign").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+                assert not names & {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "subprocess"}, file
+            if isinstance(node, ast.Attribute):
+                assert (ast.unparse(node.value), node.attr) != ("torch", "load"), file
+            if isinstance(node, ast.Name):
+                assert node.id not in {"eval", "exec", "__import__"}, file
+            if isinstance(node, ast.keyword):
+                assert node.arg != "trust_remote_code", file
