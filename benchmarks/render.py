@@ -220,7 +220,8 @@ def documents() -> dict[Path, str]:
     start, end = readme.index(BEGIN) + len(BEGIN), readme.index(END)
     page = f"""# Results, and how they were measured
 
-This page is written by `benchmarks/render.py` from `benchmarks/results/`.
+This page is written by `benchmarks/render.py` from `benchmarks/results/`. `make bench DATASET=DIR` measures all of it again,
+`make bench-costs` what a selection costs.
 
 ## Equal training on different prompts
 
