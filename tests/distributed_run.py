@@ -85,6 +85,15 @@ def main(task, path):
             choice = {"num_prompts": 7, "after_warmup": "restart" if task == "restart" else "continue"}
             trainer = train(path, seen, config=choice, **kwargs)
             trainer.train()
+        case "train reward fails":
+
+            def broken(completions, row, **kwargs):
+                if os.environ["RANK"] == "1":
+                    raise ValueError("the grader broke")
+                return digit_reward(completions=completions, row=row)
+
+            trainer = train(path, broken, **kwargs)
+            trainer.train()
         case "save" | "resume" | "resume last" | "resume doubled":
             if task == "resume doubled":
                 kwargs["per_device_train_batch_size"] = 16

@@ -155,6 +155,17 @@ def test_what_fails_on_one_process_ends_all_with_its_cause(tmp_path, task, cause
     tally["failures on one of two processes"] += 1
 
 
+def test_a_reward_that_fails_in_training_ends_all_processes(tmp_path):
+    """TRL's own step: the process that fails ends, and the launcher and the collectives end the other."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    started = time.monotonic()
+    done = subprocess.run(
+        [*command, "train reward fails", str(tmp_path)], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode != 0 and "ValueError: the grader broke" in done.stderr
+    assert time.monotonic() - started < 100  # start included; the time-out of the process group is half an hour
+
+
 def test_memory_full_on_one_process_changes_nothing_but_the_microbatches(tmp_path):
     whole, halved = (launch(task, tmp_path / task, 2) for task in ("nothing fails", "memory is full"))
     assert whole[0]["indices"] == halved[0]["indices"] == halved[1]["indices"]
