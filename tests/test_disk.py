@@ -1,5 +1,6 @@
 """One run per directory, whole checkpoints, files that cannot be written."""
 
+import json
 import os
 import signal
 import subprocess
@@ -108,6 +109,18 @@ def test_a_checkpoint_cut_short_is_passed_over(checkpoints, tmp_path, name, capl
     (last / name).unlink()
     if name == "trainer_state.json":
         assert "trainer_state.json" in damage(last)
+
+
+def test_a_checkpoint_without_the_random_state_of_a_process(checkpoints, tmp_path):
+    path = copy(checkpoints[0], tmp_path) / "checkpoint-2"
+    document = json.loads((path / "trainer_state.json").read_text())
+    document["stateful_callbacks"]["learnalign"]["num_processes"] = 2
+    (path / "trainer_state.json").write_text(json.dumps(document))
+    (path / "rng_state.pth").rename(path / "rng_state_0.pth")
+    assert damage(path) == "rng_state_1.pth is missing"
+    assert damage(path, shared=False) is None  # it is on the disk of another node
+    (path / "rng_state_0.pth").unlink()
+    assert damage(path) is None  # `save_only_model`
 
 
 def test_a_run_with_a_checkpoint_cut_short_ends_the_same(checkpoints, tmp_path):

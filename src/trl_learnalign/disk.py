@@ -152,10 +152,11 @@ if hasattr(os, "register_at_fork"):
 # Checkpoints -------------------------------------------------------------------------------------------------------
 
 
-def damage(checkpoint: Path) -> str | None:
+def damage(checkpoint: Path, shared: bool = True) -> str | None:
     """
     What is wrong with a checkpoint of [`~transformers.Trainer`], or `None` if it is whole. A run killed while writing a
-    checkpoint leaves one without `trainer_state.json`, which is written last, or with files cut short.
+    checkpoint leaves one without `trainer_state.json`, which is written last, or with files cut short. `shared`: whether
+    the processes of all nodes write to the same disk.
     """
     state = checkpoint / "trainer_state.json"
     try:
@@ -165,7 +166,7 @@ def damage(checkpoint: Path) -> str | None:
         return f"trainer_state.json cannot be read ({error!r})"
     if type(step) is not int:
         return f"trainer_state.json names no step, but {step!r}"
-    for file in checkpoint.rglob("*"):
+    for file in sorted(checkpoint.iterdir()):  # not what DeepSpeed and FSDP write below, in formats of their own
         try:
             if file.suffix in (".pt", ".pth") and not zipfile.is_zipfile(file):
                 return f"{file.name} is cut short"
@@ -178,14 +179,15 @@ def damage(checkpoint: Path) -> str | None:
             return f"{file.name} is damaged ({error})"
     states = document.get("stateful_callbacks")
     ours = states.get("learnalign") if isinstance(states, dict) else None
-    processes = ours.get("num_processes", 1) if isinstance(ours, dict) else 1
-    missing = [rank for rank in range(processes) if not (checkpoint / f"rng_state_{rank}.pth").is_file()]
-    if processes > 1 and 0 < len(missing) < processes:
-        return f"rng_state_{missing[0]}.pth is missing"
+    processes = ours.get("num_processes") if isinstance(ours, dict) else None
+    if shared and isinstance(processes, int) and processes > 1:
+        missing = [rank for rank in range(processes) if not (checkpoint / f"rng_state_{rank}.pth").is_file()]
+        if 0 < len(missing) < processes:
+            return f"rng_state_{missing[0]}.pth is missing"
     return None
 
 
-def whole_checkpoint(output_dir: str, wanted: str | bool) -> str | bool | None:
+def whole_checkpoint(output_dir: str, wanted: str | bool, shared: bool = True) -> str | bool | None:
     """
     What to resume from: `wanted`, if it names a whole checkpoint; if it is `True`, the last whole one in `output_dir`, or
     `None` if a run started there that was killed before its first (`True` if there was none).
@@ -194,7 +196,7 @@ def whole_checkpoint(output_dir: str, wanted: str | bool) -> str | bool | None:
         `ValueError`: `wanted` names a checkpoint that is not whole.
     """
     if wanted is not True:
-        reason = damage(Path(wanted))
+        reason = damage(Path(wanted), shared)
         if reason is not None:
             raise ValueError(
                 f"The checkpoint '{wanted}' is not whole: {reason}. Pass `resume_from_checkpoint=True` for the last one "
@@ -206,7 +208,7 @@ def whole_checkpoint(output_dir: str, wanted: str | bool) -> str | bool | None:
         if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir():
             steps[int(match[1])] = path
     for step in sorted(steps, reverse=True):
-        reason = damage(steps[step])
+        reason = damage(steps[step], shared)
         if reason is None:
             return str(steps[step])
         logger.warning(

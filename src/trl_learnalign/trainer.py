@@ -44,7 +44,8 @@ class LearnAlignMixin:
         if self._learnalign is None:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         if resume_from_checkpoint:
-            resume_from_checkpoint = whole_checkpoint(self.args.output_dir, resume_from_checkpoint)
+            shared = not self.args.save_on_each_node
+            resume_from_checkpoint = whole_checkpoint(self.args.output_dir, resume_from_checkpoint, shared)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
