@@ -69,7 +69,7 @@ def test_a_killed_run_ends_as_one_never_killed(never_killed, tmp_path, seed, tal
     path = tmp_path / "run"
     kinds = sorted(set(whole["events"]))
     survived = []
-    for _ in range(1 + (seed % 3 == 0)):  # every third run is killed twice
+    for _ in range(1 + (seed % 3 == 0)):  # every third run is aimed at twice
         kind = draw.choice(kinds)
         moment = draw.choice([n for n, name in enumerate(whole["events"]) if name == kind])
         rank = draw.randrange(processes)
