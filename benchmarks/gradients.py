@@ -18,9 +18,8 @@ from pathlib import Path
 
 import torch
 from peers import DIM, OURS, PEERS, loop_way, plain_way
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from workload import GROUP, ROOT, SHAPES, build_trainer, draw_groups, installed, machine
+from workload import GROUP, ROOT, SHAPES, build_trainer, draw_groups, installed, machine, peak_bytes
 
 from trl_learnalign.projection import Sketch
 
@@ -42,25 +41,6 @@ def seconds(way, arguments):
     return time.perf_counter() - started
 
 
-def peak_bytes(call, arguments):
-    """Peak of the memory that `call` holds above what was held before."""
-    if arguments.device == "cuda":
-        synchronize(arguments)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        synchronize(arguments)
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
 def cosines(features):
     unit = torch.nn.functional.normalize(features.double().cpu())
     return (unit @ unit.T)[~torch.eye(len(unit), dtype=bool)]
@@ -72,7 +52,7 @@ def measure(ways, trainer, groups, arguments):
     plain()
     with FlopCounterMode(display=False) as counter:
         plain()
-    flops, memory = counter.get_total_flops(), peak_bytes(plain, arguments)
+    flops, memory = counter.get_total_flops(), peak_bytes(plain, arguments.device)
     exact = loop_way(trainer, groups, arguments)()
     built, results = {}, {}
     for name, build in ways.items():
@@ -82,7 +62,7 @@ def measure(ways, trainer, groups, arguments):
         built[name] = way
         results[name] = {
             "flops": counter.get_total_flops() / flops,
-            "memory": peak_bytes(lambda build=build: build(trainer, groups, arguments)(), arguments) / memory,
+            "memory": peak_bytes(lambda build=build: build(trainer, groups, arguments)(), arguments.device) / memory,
             "features": features.shape[1],
         }
         if features.shape == exact.shape:

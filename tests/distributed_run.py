@@ -35,7 +35,7 @@ def fail(task, rank):
                 return original(trainer, rows)
 
             rollouts.policy_objective = objective
-        case "disk is full":  # no file may grow beyond a kilobyte: rollouts fit, sketches do not
+        case "disk is full":  # no file may grow beyond 8 kB: rollouts fit, sketches do not
             resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
 
 

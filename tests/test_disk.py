@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,20 @@ def test_a_process_may_take_its_own_lock_again(tmp_path):
     assert DirectoryLock._held[tmp_path.resolve()][1] == 1
     second.release()
     assert tmp_path.resolve() not in DirectoryLock._held
+
+
+def test_a_forked_worker_does_not_keep_the_lock(tmp_path):
+    lock = DirectoryLock(tmp_path)
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+    try:
+        time.sleep(0.1)
+        lock.release()
+        DirectoryLock(tmp_path).release()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_a_failed_run_lets_the_next_one_in(tmp_path):

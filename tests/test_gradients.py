@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import graded_reward, lora, make_dataset, make_model, make_trainer, parity_reward, weights
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from workload import peak_bytes
 
 from trl_learnalign import LearnAlignConfig, rollouts
 from trl_learnalign.features import WINDOW, FeatureSource, pack
@@ -139,18 +140,6 @@ def test_sketches_equal_sketched_gradients(tmp_path):
             engine._sink.add_(expected, tap.name, slice(None), exact[index][None, start : start + tap.size])
             start += tap.size
         torch.testing.assert_close(feature, expected[0], rtol=1e-4, atol=1e-6)
-
-
-def peak_bytes(call):
-    """Most memory that `call` holds at a time above what was held before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

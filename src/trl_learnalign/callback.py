@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils import broadcast
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 from trl import GRPOTrainer
@@ -234,21 +234,22 @@ class LearnAlignCallback(TrainerCallback):
                 "has a state already. Pass a fresh one, or use `after_warmup='continue'`."
             )
         if self.trainer.accelerator.is_main_process:
-            make_directory(self._initial_file().parent)
+            make_directory(self._directory())
             tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in self._trainable().items()}
             write_atomically(self._initial_file(), lambda temporary: save_file(tensors, temporary))
-        self.trainer.accelerator.wait_for_everyone()
 
     def _restart(self):
         """The weights and the (empty) optimizer state of the first step. The learning rate goes on by its schedule."""
-        is_main = self.trainer.accelerator.is_main_process
-        found = broadcast_object_list([self._initial_file().is_file() if is_main else None])[0]
-        if not found:
-            raise FileNotFoundError(
-                f"'{self._initial_file()}' is missing, which holds the weights that `after_warmup='restart'` goes back "
-                "to. Put it back, or start a new run."
-            )
-        saved = load_file(self._initial_file()) if is_main else {}
+        saved = {}
+        with Peers(self.trainer.accelerator) as peers:
+            if self.trainer.accelerator.is_main_process:
+                if not self._initial_file().is_file():
+                    raise FileNotFoundError(
+                        f"'{self._initial_file()}' is missing, which holds the weights that `after_warmup='restart'` goes "
+                        "back to. Put it back, or start a new run."
+                    )
+                saved = load_file(self._initial_file())
+            peers.wait()
         with torch.no_grad():
             for name, parameter in self._trainable().items():
                 if saved:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from trl import GRPOTrainer
 
@@ -64,7 +63,7 @@ class FeatureSource:
         longest = max((len(row) for rows in tasks.values() for row in rows), default=0)
         self.max_tokens = max_tokens or trainer.args.per_device_train_batch_size * longest
         self.engine = PromptGradients(rollouts.policy(trainer), dim, seed, probe=not rollouts.has_adapter(trainer))
-        most = max(gather_object([len(tasks)]))
+        most = max(self.peers.gather(len(tasks)))
         self.twice = dim is None and most * self.engine.feature_dim * 4 > EXACT_BYTES
         self.too_many = math.inf  # tokens of the smallest microbatch that did not fit into the memory
         # Exact gradients too large to be kept are made one prompt at a time, so that only a few are in memory
@@ -110,7 +109,7 @@ class FeatureSource:
         yield from self._without_rows()
         number = sum(len(window.microbatches) for window in self.windows)
         # Where a forward takes all processes, all run equally many. They agree on how many before the first
-        rounds = max(gather_object([self._missing()])) if rollouts.is_sharded(self.trainer) else 0
+        rounds = max(self.peers.gather(self._missing())) if rollouts.is_sharded(self.trainer) else 0
         collected = 0
         with self.engine, rollouts.progress_bar(self.trainer, "gradients", number, "batches") as bar:
             for window in self.windows:

@@ -5,6 +5,7 @@ import time
 
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 
 
 _PASSES = itertools.count()  # equal on all processes, which make passes in step
@@ -62,6 +63,16 @@ class Peers:
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
         self.check()
+
+    def gather(self, value) -> list:
+        """The value of every process, by rank, on every process."""
+        self.wait()
+        return gather_object([value])
+
+    def broadcast(self, value):
+        """The value of the main process."""
+        self.wait()
+        return broadcast_object_list([value])[0]
 
 
 class PeerError(RuntimeError):

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 from trl import GRPOTrainer
 
@@ -140,7 +139,7 @@ class _Pass:
                 found = None
             if found is not None:
                 self._tidy_up()
-        return self._broadcast(found)
+        return self.peers.broadcast(found)
 
     def _scored(self):
         self.journal = Journal(self.path / "journal", self.provenance["key"], self.accelerator.is_main_process)
@@ -179,7 +178,7 @@ class _Pass:
             shape = self.num_rollouts, len(self.trainer.reward_funcs)
             done = self.journal.load_groups(batch, shape) if mine < len(batches) else None
             ready = done is not None or mine >= len(batches)
-            if not all(self._gather(ready)):
+            if not all(self.peers.gather(ready)):
                 padded = batch + [batch[0]] * (min(size, len(self.pool)) - len(batch))
                 fresh = rollouts.generate_groups(
                     self.trainer, self.dataset, padded, stable_hash(self.seed, "rollouts", self.step, batch[0])
@@ -204,7 +203,7 @@ class _Pass:
             np.array([group.rewards for group in own], np.float32).reshape(-1, self.num_rollouts, num_rewards),
             np.array([[len(ids) for ids in group.completion_ids] for group in own]).reshape(-1, self.num_rollouts),
         )
-        gathered = zip(*self._gather(columns), strict=True)
+        gathered = zip(*self.peers.gather(columns), strict=True)
         indices, rewards, lengths = (torch.from_numpy(np.concatenate(parts)) for parts in gathered)
         pool = Pool.of_rewards(indices, rewards, lengths, self.config, self.trainer)
         self.provenance["unscorable"] = pool.unscorable
@@ -240,7 +239,7 @@ class _Pass:
         self._clock("gradients", started)
         started = time.perf_counter()
         scored = scoring.scores_of_batches(source, weights, total / len(pool.indices))
-        indices, *values = (torch.cat(parts) for parts in zip(*self._gather(scored), strict=True))
+        indices, *values = (torch.cat(parts) for parts in zip(*self.peers.gather(scored), strict=True))
         self._clock("scores", started)
         missing = int((pool.learnability > 0).sum()) - len(indices)
         if missing:  # the same on every process, so all raise
@@ -254,7 +253,7 @@ class _Pass:
     def _count_cost(self, own, source):
         """What gradients and scores took against the rollouts, and what a plain backward would."""
         rolled_out = sum(len(group.prompt_ids) + len(ids) for group in own for ids in group.completion_ids)
-        counts = np.sum(self._gather((rolled_out, *source.num_tokens())), axis=0).tolist()
+        counts = np.sum(self.peers.gather((rolled_out, *source.num_tokens())), axis=0).tolist()
         cost = dict(zip(("rollout_tokens", "gradient_tokens", "computed_tokens"), counts, strict=True))
         # Forward and backward through a LoRA cost two forwards; the reference policy of the KL term one more
         passes = 2 if self.trainer.beta == 0.0 else 3
@@ -281,7 +280,7 @@ class _Pass:
     def _choose(self, pool) -> Selection:
         indices, table = pool.choose(self.config.num_prompts)
         selection = Selection(indices, table, self.provenance | {"seconds": dict(self.seconds)})
-        return self._broadcast(selection)  # scores may differ in the last bit between processes
+        return self.peers.broadcast(selection)  # scores may differ in the last bit between processes
 
     def _publish(self, selection, saved=None):
         if self.accelerator.is_main_process:
@@ -310,7 +309,7 @@ class _Pass:
                         "advantage": None if i is None else float(pool.advantages[i, g]),
                     }
                 )
-        rows = sorted(itertools.chain(*self._gather(rows)), key=lambda row: row["index"])
+        rows = sorted(itertools.chain(*self.peers.gather(rows)), key=lambda row: row["index"])
         return pa.Table.from_pylist(rows, schema=_ROLLOUTS_SCHEMA)
 
     # Small things -----------------------------------------------------------------------------------------------
@@ -323,17 +322,7 @@ class _Pass:
         made_from["rewards"] = rollouts.reward_provenance(self.trainer)
         made_from["weights"] = _weights_digest(self.trainer.model)
         digest = hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()
-        return self._broadcast(digest)
-
-    def _gather(self, value) -> list:
-        """The value of every process, by rank, on every process."""
-        self.peers.wait()
-        return gather_object([value])
-
-    def _broadcast(self, value):
-        """The value of the main process."""
-        self.peers.wait()
-        return broadcast_object_list([value])[0]
+        return self.peers.broadcast(digest)
 
     def _clock(self, phase, started):
         self.seconds[phase] = round(time.perf_counter() - started, 3)
