@@ -73,6 +73,19 @@ def test_a_forked_worker_does_not_keep_the_lock(tmp_path):
         os.waitpid(child, 0)
 
 
+def test_what_a_killed_run_left_beside_its_selection_is_removed(tmp_path):
+    select_prompts(make_trainer(tmp_path), config())
+    path = tmp_path / "learnalign" / "step-000000"
+    whole = sorted(path.iterdir())
+    (path / "journal").mkdir()
+    (path / "journal" / "manifest.json").write_text("{}")
+    (path / ".selection.json.123.tmp").write_text("half")
+    (path.parent / ".initial.safetensors.123.tmp").write_text("half")
+    select_prompts(make_trainer(tmp_path), config())
+    assert sorted(path.iterdir()) == whole
+    assert sorted(file.name for file in path.parent.iterdir()) == ["lock", "step-000000"]
+
+
 def test_a_failed_run_lets_the_next_one_in(tmp_path):
     def failing(completions, **kwargs):
         raise ValueError("not today")

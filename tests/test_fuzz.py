@@ -148,6 +148,12 @@ def test_a_file_of_another_batch_is_not_read(tmp_path):
     other.save_features("0a", torch.ones(2, 8))
     other._features_file("0a").rename(journal._features_file("0a"))
     assert journal.load_features("0a", (2, 8)) is None
+    ids, mask = np.array([6], np.int32), np.array([1], np.int8)
+    other.save_groups([Group(3, ids, [ids], [mask], ["a"], np.ones((1, 1), np.float32))])
+    other._groups_file([3]).rename(journal._groups_file([3]))
+    assert journal.load_groups([3], (1, 1)) is None
+    journal.save_groups([Group(3, ids, [ids], [mask], ["a"], np.ones((1, 1), np.float32))])
+    assert journal.load_groups([3], (1, 1)) is not None
 
 
 JSON = st.recursive(
