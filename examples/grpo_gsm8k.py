@@ -5,6 +5,10 @@ The real thing, on a GPU:
 
     accelerate launch examples/grpo_gsm8k.py
 
+DAPO-MATH-17K in its place, as in the paper:
+
+    accelerate launch examples/grpo_gsm8k.py --config examples/paper/dapo_math_17k_qwen2.5_7b.yaml
+
 The same path on a CPU, on the equations of the real GSM8K rows, with the tiny policy of this repository:
 
     accelerate launch examples/grpo_gsm8k.py --config examples/equations_cpu.yaml --dataset_path DIR
@@ -18,6 +22,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 
+import yaml
 from datasets import Dataset, load_dataset
 from equations import equations_reward, generate_chains, load_gsm8k_equations
 from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser, get_peft_config
@@ -28,30 +33,8 @@ from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSa
 INSTRUCTION = '\nLet\'s think step by step and output the final answer after "####".'
 NUMBER = re.compile(r"-?\d[\d,]*\.?\d*|-?\.\d+")
 
-# Settings of the paper for GSM8K; what it leaves open (the rank of the LoRA adapter, its targets, the length of a
-# completion, the passes over the selection) is ours
-PAPER = {
-    "model_name_or_path": "Qwen/Qwen2.5-1.5B-Instruct",
-    "dtype": "bfloat16",
-    "dataset_name": "openai/gsm8k",
-    "dataset_config": "main",
-    "num_prompts": 1000,
-    "warmup_prompts": 300,
-    "num_generations": 8,
-    "temperature": 1.0,
-    "beta": 0.04,
-    "epsilon": 0.2,
-    "learning_rate": 1e-6,
-    "per_device_train_batch_size": 16,
-    "gradient_accumulation_steps": 24,  # 48 prompts a step on one GPU
-    "max_completion_length": 512,
-    "num_train_epochs": 3,
-    "use_peft": True,
-    "lora_r": 16,
-    "lora_alpha": 32,
-    "lora_target_modules": ["all-linear"],
-    "output_dir": "runs/grpo_gsm8k",
-}
+# The defaults of this script; `--config` and flags override them
+PAPER = Path(__file__).parent / "paper" / "gsm8k_qwen2.5_1.5b.yaml"
 
 
 @dataclass
@@ -64,14 +47,14 @@ class ExampleArguments(ScriptArguments):
     task: str = field(
         default="gsm8k",
         metadata={
-            "help": "The word problems, or only their equations, which a tiny policy can work on. Without a "
-            "`dataset_path` the equations are generated.",
-            "choices": ["gsm8k", "equations"],
+            "help": "GSM8K's word problems, or only their equations, which a tiny policy can work on (generated, without "
+            "a `dataset_path`), or the problems of DAPO-MATH-17K.",
+            "choices": ["gsm8k", "equations", "dapo_math"],
         },
     )
 
 
-def gsm8k_reward(completions, answer, **kwargs):
+def last_number_reward(completions, answer, **kwargs):
     """1 if the last number of the completion is the answer."""
     rewards = []
     for completion, expected in zip(completions, answer, strict=True):
@@ -95,6 +78,22 @@ def load_gsm8k(arguments: ExampleArguments, split: str) -> Dataset:
     return dataset.map(convert, remove_columns=["question"])
 
 
+def load_dapo_math(arguments: ExampleArguments, split: str) -> Dataset:
+    """Conversational prompts and answers, which are whole numbers in this dataset; rows with others are left out."""
+    if arguments.dataset_path is not None:
+        dataset = load_dataset("json", data_files=str(local_file(arguments, split)), split="train")
+    else:
+        dataset = load_dataset(arguments.dataset_name, arguments.dataset_config, split=split)
+    numbers = dataset.filter(lambda row: NUMBER.fullmatch(row["solution"].replace(",", "")) is not None)
+    print(f"{split}: {len(numbers)} rows, {len(dataset) - len(numbers)} without a number as the answer left out")
+
+    def convert(row):
+        prompt = [{"role": "user", "content": row["prompt"] + INSTRUCTION}]
+        return {"prompt": prompt, "answer": row["solution"].replace(",", "")}
+
+    return numbers.map(convert, remove_columns=numbers.column_names)
+
+
 def load_equations(arguments: ExampleArguments, split: str) -> Dataset:
     """Plain prompts such as `48/2;48+24=`."""
     if arguments.dataset_path is None:
@@ -116,10 +115,14 @@ def local_file(arguments: ExampleArguments, split: str) -> Path:
 
 def main():
     parser = TrlParser((ExampleArguments, GRPOConfig, ModelConfig, LearnAlignConfig))
-    parser.set_defaults_with_config(**PAPER)
+    parser.set_defaults_with_config(**yaml.safe_load(PAPER.read_text(encoding="utf-8")))
     arguments, training_args, model_args, learnalign = parser.parse_args_and_config()
 
-    load, reward = (load_gsm8k, gsm8k_reward) if arguments.task == "gsm8k" else (load_equations, equations_reward)
+    load, reward = {
+        "gsm8k": (load_gsm8k, last_number_reward),
+        "dapo_math": (load_dapo_math, last_number_reward),
+        "equations": (load_equations, equations_reward),
+    }[arguments.task]
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -130,13 +133,18 @@ def main():
         reward_funcs=reward,
         args=training_args,
         train_dataset=load(arguments, "train"),
-        eval_dataset=load(arguments, "test") if training_args.eval_strategy != "no" else None,
+        eval_dataset=load(arguments, "test") if training_args.do_eval else None,
         peft_config=get_peft_config(model_args),
         train_sampler=LearnAlignSampler(learnalign),
     )
     resume = training_args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.save_model(training_args.output_dir)
+    if training_args.do_eval:
+        metrics = trainer.evaluate()
+        trainer.save_metrics("eval", metrics)
+        if trainer.accelerator.is_main_process:
+            print(f"Success on the test rows: {metrics['eval_reward']:.4f}")
     if trainer.accelerator.is_main_process:
         print(f"Adapter: {training_args.output_dir}; selections: {Path(training_args.output_dir) / 'learnalign'}")
     trainer.accelerator.end_training()

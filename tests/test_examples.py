@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tiny import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -150,6 +151,72 @@ def test_word_problems_end_to_end(tmp_path):
         *("--report_to", "none", "--num_generations_eval", "2", "--per_device_eval_batch_size", "8"),
     )
     assert "LearnAlign, step 2: pool 16; learnable" in output and "eval_reward" in output
+
+
+PAPER = {
+    "gsm8k_qwen2.5_1.5b": {
+        **{"dataset_name": "openai/gsm8k", "warmup_prompts": 300, "gradient_rollouts": "all"},
+        "prompts_a_step": 48,
+    },
+    "dapo_math_17k_qwen2.5_7b": {
+        **{
+            "dataset_name": "open-r1/DAPO-Math-17k-Processed",
+            "warmup_prompts": 1000,
+            "gradient_rollouts": "one_correct",
+        },
+        "prompts_a_step": 64,
+    },
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_settings_of_the_paper(tmp_path, name):
+    """Everything but the weights and the Hub: the file's own settings, with a random policy and rows of the same shape."""
+    make_model(max_position_embeddings=512).save_pretrained(tmp_path / "policy")
+    make_tokenizer().save_pretrained(tmp_path / "policy")
+    rows = {
+        "gsm8k_qwen2.5_1.5b": [{"question": f"What is {i} + 1?", "answer": f"So.\n#### {i + 1}"} for i in range(12)],
+        "dapo_math_17k_qwen2.5_7b": [
+            {
+                "prompt": f"Find {i} + 1.",
+                "solution": str(i + 1),
+                "data_source": "math_dapo",
+                "extra_info": {"index": "x"},
+            }
+            for i in range(12)
+        ]
+        + [{"prompt": "Find x.", "solution": "\\pi", "data_source": "math_dapo", "extra_info": {"index": "y"}}],
+    }[name]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = run(
+        *(*ACCELERATE, "--cpu", "--num_processes", "1", EXAMPLES / "grpo_gsm8k.py"),
+        *("--config", EXAMPLES / f"paper/{name}.yaml", "--dataset_path", tmp_path),
+        *("--model_name_or_path", tmp_path / "policy", "--dtype", "float32", "--bf16", "false", "--report_to", "none"),
+        *("--output_dir", tmp_path / "run", "--max_completion_length", "8", "--num_train_epochs", "1"),
+        *("--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "1", "--num_prompts", "4"),
+        *("--warmup_prompts", "4"),
+    )
+    assert "LearnAlign, step 2: pool 12; learnable" in output
+    assert ("1 without a number as the answer left out" in output) == name.startswith("dapo")
+    assert ("Success on the test rows: 0." in output) == name.startswith("gsm8k")
+    written = torch.load(tmp_path / "run/training_args.bin", weights_only=False)
+    for field, value in {
+        "num_generations": 8,
+        "temperature": 1.0,
+        "beta": 0.04,
+        "epsilon": 0.2,
+        "learning_rate": 1e-6,
+    }.items():
+        assert getattr(written, field) == value
+    selection = Selection.load(tmp_path / "run/learnalign/step-000002")
+    assert selection.provenance["config"]["gradient_rollouts"] == PAPER[name]["gradient_rollouts"]
+    settings = yaml.safe_load((EXAMPLES / f"paper/{name}.yaml").read_text())
+    assert {key: settings.get(key, "all") for key in ("dataset_name", "warmup_prompts", "gradient_rollouts")} == {
+        key: PAPER[name][key] for key in ("dataset_name", "warmup_prompts", "gradient_rollouts")
+    }
+    rollouts = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
+    assert rollouts == PAPER[name]["prompts_a_step"] * settings["num_generations"]
 
 
 def test_dataset_path_without_data(tmp_path):

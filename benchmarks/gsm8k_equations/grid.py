@@ -6,18 +6,23 @@ Does the selection help, and against what? Every arm, number of prompts and seed
 DIR holds GSM8K's train.jsonl and test.jsonl: all train rows are the pool, all test rows the test. For every seed the policy
 is warmed up on 300 random prompts, and the whole pool is scored once after that and once without ("cold"); all arms choose
 from these scores. Every arm then trains for the same number of steps on its N prompts with stock GRPOTrainer, from the
-warmed-up policy, or, the cold arms, from the first. A run is looked at twice, at equal steps after the warm-up and at equal
-steps with the warm-up counted in. Each finished run is a file in the output directory, and a later call, or another one
-beside it, leaves out the runs that are there.
+warmed-up policy, or, the cold arms, from the first one; "full" trains on as many prompts of the whole pool, none twice;
+"staged" chooses half of its prompts, trains on them, and chooses the other half with the policy that this has made.
+
+A finished run is a file in the output directory. A later call, or another one beside it, leaves out the runs that are
+there, and those that benchmarks/results/evidence holds with the same conditions. A run that is under way holds a lock.
 """
 
 import argparse
+import copy
+import fcntl
 import json
 import math
 import os
 import random
 import sys
 import time
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,25 +35,40 @@ from demo import POLICY
 from equations import equations_reward, load_gsm8k_equations
 from peft import LoraConfig, PeftModel
 from train_tiny_policy import generate
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_learnalign import LearnAlignConfig, Selection, select_prompts
+from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler, Selection, select_prompts
 
 
-WARMUP, CHUNK, SAMPLES = 300, 32, 8
+RESULTS = ROOT / "benchmarks" / "results" / "evidence"
+WARMUP, CHUNK, SAMPLES, GLANCES = 300, 16, 8, 2
 WARMUP_STEPS = math.ceil(WARMUP / CHUNK)
-ARMS = ("random", "filter", "learnability", "alignment", "learnalign", "random cold", "learnalign cold")
+ARMS = (
+    "none",
+    "warm-up",
+    "random",
+    "filter",
+    "learnability",
+    "alignment",
+    "learnalign",
+    "random cold",
+    "learnalign cold",
+    "full",
+    "staged",
+)
 SIZES = (100, 500, 1000, 2000)
+MOVEMENT = {"size": 500, "arms": ("random", "learnalign"), "others": 1000}
 
 
-def build_trainer(adapter, dataset, steps, seed, arguments, callbacks=()):
+def build_trainer(adapter, dataset, steps, seed, arguments, callbacks=(), sampler=None):
     model = AutoModelForCausalLM.from_pretrained(POLICY, dtype=torch.float32)
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     if adapter is not None:
         model, lora = PeftModel.from_pretrained(model, adapter, is_trainable=True), None
     args = GRPOConfig(
-        output_dir=str(arguments.output_dir / "trainer"),
+        # Of its own, since an output directory that a run of ours is using is closed to others
+        output_dir=str(arguments.output_dir / f"trainer-{os.getpid()}"),
         use_cpu=not torch.cuda.is_available(),
         bf16=False,
         gradient_checkpointing=False,
@@ -59,14 +79,15 @@ def build_trainer(adapter, dataset, steps, seed, arguments, callbacks=()):
         lr_scheduler_type="constant",
         beta=0.0,
         max_steps=steps,
-        logging_steps=1000,
+        logging_steps=1,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        log_level="error",
         dataloader_pin_memory=False,
         seed=seed,
     )
-    return GRPOTrainer(
+    trainer = (GRPOTrainer if sampler is None else LearnAlignGRPOTrainer)(
         model=model,
         reward_funcs=equations_reward,
         args=args,
@@ -74,56 +95,85 @@ def build_trainer(adapter, dataset, steps, seed, arguments, callbacks=()):
         processing_class=AutoTokenizer.from_pretrained(POLICY),
         peft_config=lora,
         callbacks=list(callbacks),
+        **({} if sampler is None else {"train_sampler": sampler}),
     )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
-def successes(model, test) -> dict[str, list[int]]:
-    """Of every test row: how many of 8 samples at temperature 1 succeed, and whether the greedy completion does."""
+def successes(model, rows, samples=SAMPLES, greedy=True) -> dict[str, list[int]]:
+    """Of every row: how many of `samples` completions at temperature 1 succeed, and whether the greedy one does."""
+    if isinstance(model, PeftModel):
+        model = copy.deepcopy(model).merge_and_unload()  # a third faster; the copy leaves the one in training as it is
     tokenizer, state = AutoTokenizer.from_pretrained(POLICY), torch.get_rng_state()
     torch.manual_seed(0)
-    training = model.training
-    prompts = [prompt for prompt in test["prompt"] for _ in range(SAMPLES)]
-    answers = [answer for answer in test["answer"] for _ in range(SAMPLES)]
+    prompts = [prompt for prompt in rows["prompt"] for _ in range(samples)]
+    answers = [answer for answer in rows["answer"] for _ in range(samples)]
     rewards = torch.tensor(equations_reward(generate(model, tokenizer, prompts, do_sample=True), answers))
-    greedy = equations_reward(generate(model, tokenizer, list(test["prompt"]), do_sample=False), list(test["answer"]))
-    model.train(training)
+    result = {"sampled": rewards.view(-1, samples).sum(1).int().tolist()}
+    if greedy:
+        completions = generate(model, tokenizer, list(rows["prompt"]), do_sample=False)
+        result["greedy"] = [int(reward) for reward in equations_reward(completions, list(rows["answer"]))]
     torch.set_rng_state(state)
-    return {"sampled": rewards.view(-1, SAMPLES).sum(1).int().tolist(), "greedy": [int(reward) for reward in greedy]}
+    return result
 
 
 class Look(TrainerCallback):
-    """Measures the policy after given steps."""
+    """Measures the policy on `rows`: in full after the steps `full`, with two samples a row after the steps `glances`."""
 
-    def __init__(self, steps, test):
-        self.steps, self.test, self.results, self.seconds = steps, test, {}, 0.0
+    def __init__(self, rows, full, glances=()):
+        self.rows, self.full, self.glances, self.looks = rows, set(full), set(glances) - set(full), []
+        self.started, self.away = time.perf_counter(), 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started = time.perf_counter()
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step in self.steps:
-            started = time.perf_counter()
-            self.results[state.global_step] = successes(model, self.test)
-            self.seconds += time.perf_counter() - started
+        if state.global_step in self.full | self.glances:
+            now = time.perf_counter()
+            full = state.global_step in self.full
+            measured = successes(model, self.rows, SAMPLES if full else GLANCES, greedy=full)
+            seconds = round(now - self.started - self.away, 2)  # of training, without these looks
+            self.looks.append({"step": state.global_step, "seconds": seconds, **measured})
+            self.away += time.perf_counter() - now
+
+
+@contextmanager
+def alone(path):
+    """Of several processes that need `path`, one makes it and the others wait."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f"{path.name}.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def warm_up(seed, pool, arguments) -> Path:
     """The adapter after the warm-up."""
     path = arguments.output_dir / f"seed-{seed}" / "warm"
-    if not (path / "adapter_model.safetensors").is_file():
-        print(f"seed {seed}: warm-up", flush=True)
-        trainer = build_trainer(None, pool, WARMUP_STEPS, seed, arguments)
+    with alone(path):
+        if (path / "done.json").is_file():
+            return path
+        trainer, started = build_trainer(None, pool, WARMUP_STEPS, seed, arguments), time.perf_counter()
         trainer.train()
         trainer.model.save_pretrained(path)
+        (path / "done.json").write_text(json.dumps({"seconds": round(time.perf_counter() - started, 2)}))
+        print(f"seed {seed}: warmed up", flush=True)
     return path
 
 
 def scores(seed, cold, pool, arguments) -> Selection:
     """Of the whole pool, with the policy after the warm-up or before it."""
     path = arguments.output_dir / f"seed-{seed}" / ("cold" if cold else "scores")
-    if not (path / "selection.json").is_file():
-        print(f"seed {seed}: scoring {len(pool)} prompts{', cold' if cold else ''}", flush=True)
-        trainer = build_trainer(None if cold else warm_up(seed, pool, arguments), pool, 1, seed, arguments)
+    adapter = None if cold else warm_up(seed, pool, arguments)
+    with alone(path):
+        if (path / "selection.json").is_file():
+            return Selection.load(path)
+        trainer = build_trainer(adapter, pool, 1, seed, arguments)
         trainer.args.output_dir = str(path.with_name(f"{path.name} under way"))
-        select_prompts(trainer, LearnAlignConfig(num_prompts=max(SIZES))).save(path)
-    return Selection.load(path)
+        selection = select_prompts(trainer, LearnAlignConfig(num_prompts=min(max(SIZES), len(pool))))
+        selection.save(path)
+        print(f"seed {seed}{', cold' if cold else ''}: {selection.summary()}", flush=True)
+        return selection
 
 
 def choose(arm, size, seed, pool, arguments) -> list[int]:
@@ -134,25 +184,76 @@ def choose(arm, size, seed, pool, arguments) -> list[int]:
     if arm == "filter":
         return random.Random(seed).sample(table["index"].tolist(), size)
     column = {"learnability": "learnability", "alignment": "alignment"}.get(arm, "score")
-    return table.sort_values([column, "index"], ascending=[False, True])["index"].head(size).tolist()
+    if arm == "learnability":  # eight rollouts leave five values; among equals, any
+        table = table.sample(frac=1, random_state=seed)
+    return table.sort_values(column, ascending=False, kind="stable")["index"].head(size).tolist()
+
+
+def untrained(arm, seed, pool, test, arguments) -> dict:
+    model = AutoModelForCausalLM.from_pretrained(POLICY, dtype=torch.float32)
+    seconds = 0.0
+    if arm == "warm-up":
+        path = warm_up(seed, pool, arguments)
+        model, seconds = (
+            PeftModel.from_pretrained(model, path),
+            json.loads((path / "done.json").read_text())["seconds"],
+        )
+    return {"steps": 0, "looks": [{"step": 0, "seconds": seconds, **successes(model, test)}]}
 
 
 def run(seed, arm, size, pool, test, arguments) -> dict:
-    indices = choose(arm, size, seed, pool, arguments)
-    adapter = None if arm.endswith("cold") else warm_up(seed, pool, arguments)
+    result = {"seed": seed, "arm": arm, "size": size}
+    if arm in ("none", "warm-up"):
+        return result | untrained(arm, seed, pool, test, arguments)
     steps = math.ceil(arguments.passes * size / CHUNK)
-    look = Look({steps, max(1, steps - WARMUP_STEPS)}, test)
-    started = time.perf_counter()
-    trainer = build_trainer(adapter, pool.select(indices), steps, seed, arguments, [look])
+    full = {steps, steps // 2} | ({steps - WARMUP_STEPS} if steps > WARMUP_STEPS else set())
+    dataset, sampler, indices = pool, None, []
+    if arm == "full":  # one run is looked at where those of each size end
+        full |= {math.ceil(arguments.passes * smaller / CHUNK) for smaller in arguments.sizes if smaller < size}
+    elif arm == "staged":
+        config = LearnAlignConfig(num_prompts=size // 2, warmup_prompts=0, reselect_every=arguments.passes)
+        sampler = LearnAlignSampler(config)
+    else:
+        indices = choose(arm, size, seed, pool, arguments)
+        dataset = pool.select(indices)
+    look = Look(test, full, {steps // 4, 3 * steps // 4})
+    adapter = None if arm.endswith("cold") else warm_up(seed, pool, arguments)
+    trainer = build_trainer(adapter, dataset, steps, seed, arguments, [look], sampler)
+    moved = size == MOVEMENT["size"] and arm in MOVEMENT["arms"]
+    if moved:
+        others = random.Random(seed).sample(sorted(set(range(len(pool))) - set(indices)), MOVEMENT["others"])
+        rows = pool.select(indices + others)
+        before = successes(trainer.model, rows, greedy=False)["sampled"]
     trainer.train()
+    if moved:
+        after = successes(trainer.model, rows, greedy=False)["sampled"]
+        result["movement"] = {"index": indices + others, "chosen": size, "before": before, "after": after}
+    logs = [log for log in trainer.state.log_history if "reward" in log]
+    result["reward"] = [round(log["reward"], 4) for log in logs]
+    result["zero_variance"] = [round(log["frac_reward_zero_std"], 4) for log in logs]
+    return result | {"steps": steps, "looks": look.looks}
+
+
+def cells(arguments):
+    """(size, seed, arm), the sizes in the order given: what was measured so far always has all arms at some size."""
+    for size in arguments.sizes:
+        for seed in arguments.seeds:
+            for arm in arguments.arms:
+                if arm in ("none", "warm-up"):
+                    if size == arguments.sizes[0] and (arm == "warm-up" or seed == arguments.seeds[0]):
+                        yield 0, seed, arm
+                elif arm != "full" or size == max(arguments.sizes):
+                    yield size, seed, arm
+
+
+def conditions_of(arguments, pool, test) -> dict:
     return {
-        "seed": seed,
-        "arm": arm,
-        "size": size,
-        "steps": steps,
-        "train_seconds": round(time.perf_counter() - started - look.seconds, 1),
-        "train_reward": [round(log["reward"], 4) for log in trainer.state.log_history if "reward" in log],
-        "results": look.results,
+        "passes": arguments.passes,
+        "learning_rate": arguments.learning_rate,
+        "chunk": CHUNK,
+        "pool": len(pool),
+        "test": len(test),
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "trl-learnalign")},
     }
 
 
@@ -163,37 +264,41 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
-    parser.add_argument("--passes", type=float, default=4)
-    parser.add_argument("--learning_rate", type=float, default=2e-4)
+    parser.add_argument("--passes", type=float, default=2)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--pool", type=int, help="only the first rows of the pool, to try things out")
     parser.add_argument("--test", type=int, help="only the first rows of the test")
-    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     pool, _ = load_gsm8k_equations(arguments.dataset_path / "train.jsonl")
     test, _ = load_gsm8k_equations(arguments.dataset_path / "test.jsonl")
     pool = pool.select(range(arguments.pool)) if arguments.pool else pool
     test = test.select(range(arguments.test)) if arguments.test else test
-    conditions = {
-        **{name: getattr(arguments, name) for name in ("passes", "learning_rate", "threads")},
-        "pool": len(pool),
-        "test": len(test),
-        "cpu_count": os.cpu_count(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "trl-learnalign")},
-    }
-    for seed in arguments.seeds:
-        for size in arguments.sizes:
-            for arm in arguments.arms:
-                file = arguments.output_dir / f"seed-{seed}" / f"{arm.replace(' ', '-')}-{size}.json"
-                if file.is_file():
-                    continue
-                result = run(seed, arm, size, pool, test, arguments) | {"conditions": conditions}
-                temporary = file.with_suffix(f".{os.getpid()}.tmp")
-                temporary.write_text(json.dumps(result) + "\n")
-                temporary.replace(file)
-                last = result["results"][max(result["results"])]["sampled"]
-                rate = sum(last) / len(last) / SAMPLES
-                print(f"seed {seed}, {arm}, {size} prompts, {result['steps']} steps: {rate:.4f}", flush=True)
+    conditions = conditions_of(arguments, pool, test)
+    saved = RESULTS / "runs.json"
+    known = json.loads(saved.read_text()) if saved.is_file() else {"conditions": None}
+    done = {tuple(cell) for cell in known["cells"]} if known["conditions"] == conditions else set()
+    todo = [cell for cell in cells(arguments) if cell not in done]
+    for number, (size, seed, arm) in enumerate(todo, 1):
+        file = arguments.output_dir / f"seed-{seed}" / f"{arm.replace(' ', '-')}-{size}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file.with_suffix(".lock"), "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue  # another process has it
+            if file.is_file():
+                continue
+            result = run(seed, arm, size, pool, test, arguments) | {"conditions": conditions}
+            temporary = file.with_suffix(f".{os.getpid()}.tmp")
+            temporary.write_text(json.dumps(result) + "\n")
+            temporary.replace(file)
+        last = result["looks"][-1]["sampled"]
+        print(
+            f"{number}/{len(todo)}: seed {seed}, {arm}, {size} prompts, {result['steps']} steps: "
+            f"{sum(last) / len(last) / SAMPLES:.4f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

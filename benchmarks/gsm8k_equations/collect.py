@@ -1,0 +1,126 @@
+"""
+Gathers finished runs into benchmarks/results/evidence/*.parquet, which are committed.
+
+    python benchmarks/gsm8k_equations/collect.py [--output_dir runs/gsm8k_equations]
+
+Runs that the tables hold already stay if they were made under the same conditions, so that the grid can grow over several
+machines and evenings.
+
+- `looks.parquet`: a row per look at a policy: `seed, arm, size, steps` of the run, the `step` of the look, `seconds` of
+  training until then, `samples` per test row, `sampled` (list, how many of them succeed, a number per test row), `greedy`
+  (list, or null).
+- `scores.parquet`: a row per seed, `cold` and pool prompt: what the selection's scores.parquet holds.
+- `movement.parquet`: a row per run and prompt: successes of 8 before and after training, and whether it was trained on.
+- `runs.json`: the conditions, the finished cells, and what warm-ups and selections took.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import pandas as pd
+from grid import MOVEMENT, RESULTS
+
+from trl_learnalign import Selection
+
+
+COLUMNS = ["index", "success_rate", "alignment", "score", "completion_length_mean", "gradient_norm"]
+
+
+def read(output_dir: Path):
+    looks, movement, cells, conditions = [], [], [], []
+    for file in sorted(output_dir.glob("seed-*/*-*.json")):
+        run = json.loads(file.read_text())
+        keys = {name: run[name] for name in ("seed", "arm", "size")}
+        cells.append([run["size"], run["seed"], run["arm"]])
+        conditions.append(run["conditions"])
+        for look in run["looks"]:
+            samples = 8 if "greedy" in look else 2
+            looks.append(keys | {"steps": run["steps"], "samples": samples, "greedy": None} | look)
+        if "movement" in run:
+            moved = pd.DataFrame({name: run["movement"][name] for name in ("index", "before", "after")})
+            moved["chosen"] = [place < MOVEMENT["size"] for place in range(len(moved))]
+            movement.append(moved.assign(**keys))
+    if any(one != conditions[0] for one in conditions):
+        raise SystemExit(f"The runs in {output_dir} were made under different conditions. Move the older ones away.")
+    scores, costs = [], []
+    for path in sorted(output_dir.glob("seed-*/*/selection.json")):
+        if path.parent.name.endswith("under way"):
+            continue
+        seed, cold = int(path.parent.parent.name.removeprefix("seed-")), path.parent.name == "cold"
+        selection = Selection.load(path.parent)
+        table = selection.scores.to_pandas()[COLUMNS]
+        scores.append(table.assign(seed=seed, cold=cold).astype(dict.fromkeys(COLUMNS[1:], "float32")))
+        warm = path.parent.parent / "warm" / "done.json"
+        costs.append(
+            {
+                "seed": seed,
+                "cold": cold,
+                "warm_up": 0.0 if cold else json.loads(warm.read_text())["seconds"],
+                **selection.provenance["seconds"],
+                "chosen_learnable": selection.num_learnable(),
+            }
+        )
+    frames = {
+        "looks": pd.DataFrame(looks),
+        "movement": pd.concat(movement) if movement else pd.DataFrame(),
+        "scores": pd.concat(scores) if scores else pd.DataFrame(),
+    }
+    return conditions[0] if conditions else None, cells, costs, frames
+
+
+def merge(conditions, cells, costs, frames):
+    """With what the results hold already, where the conditions are the same."""
+    saved = json.loads((RESULTS / "runs.json").read_text()) if (RESULTS / "runs.json").is_file() else None
+    if saved is None or saved["conditions"] != conditions:
+        return cells, costs, frames
+    cells = cells + [cell for cell in saved["cells"] if cell not in cells]
+    costs = costs + [
+        one for one in saved["costs"] if (one["seed"], one["cold"]) not in {(c["seed"], c["cold"]) for c in costs}
+    ]
+    for name, keys in (
+        ("looks", ["seed", "arm", "size"]),
+        ("movement", ["seed", "arm", "size"]),
+        ("scores", ["seed", "cold"]),
+    ):
+        file = RESULTS / f"{name}.parquet"
+        if file.is_file():
+            new, old = frames[name], pd.read_parquet(file)
+            if len(new):
+                known = set(map(tuple, new[keys].drop_duplicates().itertuples(index=False)))
+                old = old[[tuple(row) not in known for row in old[keys].itertuples(index=False)]]
+            frames[name] = pd.concat([new, old])
+    return cells, costs, frames
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/gsm8k_equations"))
+    arguments = parser.parse_args()
+    conditions, cells, costs, frames = read(arguments.output_dir)
+    if conditions is None:
+        raise SystemExit(f"No finished run in {arguments.output_dir}.")
+    cells, costs, frames = merge(conditions, cells, costs, frames)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    keys = {
+        "looks": ["size", "arm", "seed", "step"],
+        "movement": ["arm", "seed", "index"],
+        "scores": ["cold", "seed", "index"],
+    }
+    for name, frame in frames.items():
+        if len(frame):
+            frame = frame.sort_values(keys[name], kind="stable").reset_index(drop=True)
+            for column in set(frame.columns) & {"before", "after", "samples"}:
+                frame[column] = frame[column].astype("int8")
+            frame.to_parquet(RESULTS / f"{name}.parquet", compression="zstd", index=False)
+    summary = {
+        "conditions": conditions,
+        "cells": sorted(cells),
+        "costs": sorted(costs, key=lambda one: (one["cold"], one["seed"])),
+    }
+    (RESULTS / "runs.json").write_text(json.dumps(summary, indent=1) + "\n")
+    print(f"{len(cells)} runs in {RESULTS}")
+
+
+if __name__ == "__main__":
+    main()

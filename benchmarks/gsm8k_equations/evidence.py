@@ -1,0 +1,309 @@
+"""
+Writes docs/evidence.md and its figures from benchmarks/results/evidence, so that nobody types a number.
+
+    python benchmarks/gsm8k_equations/evidence.py [--check]
+
+The words are in evidence.md.in; `{{name}}` there stands for what the function `name` of this file returns.
+"""
+
+import json
+import re
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "evidence"
+PAGE = ROOT / "docs" / "evidence.md"
+WARMUP_STEPS, RESAMPLES = 19, 4000
+NAMES = {
+    "none": "nothing",
+    "warm-up": "the warm-up only",
+    "random": "random prompts",
+    "filter": "success-rate filter",
+    "learnability": "learnability alone",
+    "alignment": "alignment alone",
+    "learnalign": "LearnAlign",
+    "random cold": "random prompts, no warm-up",
+    "learnalign cold": "LearnAlign, no warm-up",
+    "full": "all prompts",
+    "staged": "LearnAlign, staged",
+}
+COMPARED = ("random", "filter", "learnability", "alignment", "learnalign")
+
+
+@cache
+def load(name: str):
+    file = RESULTS / name
+    return json.loads(file.read_text(encoding="utf-8")) if name.endswith(".json") else pd.read_parquet(file)
+
+
+def sizes() -> list[int]:
+    looks = load("looks.parquet")
+    return sorted(size for size in looks[looks.arm == "learnalign"]["size"].unique())
+
+
+def steps_of(size: int) -> int:
+    conditions = load("runs.json")["conditions"]
+    return int(np.ceil(conditions["passes"] * size / conditions["chunk"]))
+
+
+@cache
+def measured(arm: str, size: int, step: int, way: str = "sampled") -> dict[int, np.ndarray]:
+    """Of every seed: the success rate on each test row after `step` steps, where that was looked at in full."""
+    looks = load("looks.parquet")
+    rows = looks[(looks.arm == arm) & (looks["size"] == size) & (looks.step == step) & (looks.samples == 8)]
+    return {row.seed: np.asarray(getattr(row, way)) / (8 if way == "sampled" else 1) for row in rows.itertuples()}
+
+
+def difference(ours: dict, theirs: dict) -> tuple[float, float, float, int] | None:
+    """
+    Mean paired difference and its 95 % interval by a bootstrap over seeds and test rows together; the number of seeds.
+    One seed leaves the rows alone to be resampled.
+    """
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
+        return None
+    table = np.stack([ours[seed] - theirs[seed] for seed in seeds])
+    rng = np.random.default_rng(0)
+    by_seed = rng.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), RESAMPLES) / len(seeds)
+    by_row = rng.multinomial(table.shape[1], np.full(table.shape[1], 1 / table.shape[1]), RESAMPLES) / table.shape[1]
+    low, high = np.quantile(np.einsum("bs,sr,br->b", by_seed, table, by_row, optimize=True), (0.025, 0.975))
+    return table.mean(), low, high, len(seeds)
+
+
+def points(value: tuple | None) -> str:
+    return "" if value is None else f"{100 * value[0]:+.1f} [{100 * value[1]:+.1f}, {100 * value[2]:+.1f}]"
+
+
+def mean(values: dict) -> str:
+    return f"{100 * np.mean([rows.mean() for rows in values.values()]):.1f}" if values else ""
+
+
+def arms_table(size: int, step: int) -> str:
+    lines = [
+        "| trained on | seeds | success, % | greedy, % | over random prompts | over the filter |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    base, simple = measured("random", size, step), measured("filter", size, step)
+    largest = max(load("looks.parquet")["size"])
+    rows = [(arm, measured(arm, size, step), measured(arm, size, step, "greedy")) for arm in (*COMPARED, "staged")]
+    rows.append(("full", measured("full", largest, step), measured("full", largest, step, "greedy")))
+    for arm, sampled, greedy in rows:
+        if sampled:
+            gaps = [
+                "" if arm == name else points(difference(sampled, theirs))
+                for name, theirs in (("random", base), ("filter", simple))
+            ]
+            lines.append(
+                f"| {NAMES[arm]} | {len(sampled)} | {mean(sampled)} | {mean(greedy)} | {gaps[0]} | {gaps[1]} |"
+            )
+    return "\n".join(lines)
+
+
+def after_warm_up() -> str:
+    return "\n\n".join(
+        f"**{size:,} prompts, {steps_of(size)} steps**\n\n{arms_table(size, steps_of(size))}" for size in sizes()
+    )
+
+
+def after_one_pass() -> str:
+    return "\n\n".join(
+        f"**{size:,} prompts, {steps_of(size) // 2} steps**\n\n{arms_table(size, steps_of(size) // 2)}"
+        for size in sizes()
+    )
+
+
+def warm_up_counted() -> str:
+    lines = [
+        "| prompts | steps in all | trained on | seeds | success, % | over random prompts without a warm-up |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for size in sizes():
+        steps = steps_of(size)
+        base = measured("random cold", size, steps)
+        if not base:
+            continue
+        lines.append(f"| {size:,} | {steps} | {NAMES['random cold']} | {len(base)} | {mean(base)} | |")
+        for arm, step in [*((arm, steps - WARMUP_STEPS) for arm in COMPARED), ("learnalign cold", steps)]:
+            ours = measured(arm, size, step)
+            if ours:
+                gap = points(difference(ours, base))
+                lines.append(f"| {size:,} | {steps} | {NAMES[arm]} | {len(ours)} | {mean(ours)} | {gap} |")
+    return "\n".join(lines)
+
+
+def compared_with(size: int, base: str, arm: str = "learnalign") -> str:
+    value = difference(measured(arm, size, steps_of(size)), measured(base, size, steps_of(size)))
+    verdict = "is better than" if value[1] > 0 else "is worse than" if value[2] < 0 else "cannot be told from"
+    return f"{verdict} {NAMES[base]} ({points(value)})"
+
+
+def verdict() -> str:
+    """The first paragraph: what came out, whatever it is."""
+    sentences = []
+    for size in sizes():
+        seeds = len(measured("learnalign", size, steps_of(size)))
+        bases = "; ".join(f"it {compared_with(size, base)}" for base in ("random", "filter", "learnability"))
+        sentences.append(f"- **{size:,} prompts** ({seeds} seed{'s' * (seeds > 1)}): {bases}.")
+    return "\n".join(sentences)
+
+
+def headline() -> str:
+    before, warm = measured("none", 0, 0), measured("warm-up", 0, 0)
+    return (
+        f"Before any training {mean(before)} % of the samples on the test rows succeed (greedy "
+        f"{mean(measured('none', 0, 0, 'greedy'))} %), after the warm-up {mean(warm)} %."
+    )
+
+
+def costs() -> str:
+    rows = [one for one in load("runs.json")["costs"] if not one["cold"]]
+    looks = load("looks.parquet")
+    lines = ["| what | median seconds |", "| --- | --- |"]
+
+    def add(name, values):
+        lines.append(f"| {name} | {np.median(list(values)):.0f} |")
+
+    add("the warm-up", (one["warm_up"] for one in rows))
+    for phase in ("rollouts", "gradients", "scores"):
+        add(f"{phase} of a selection", (one[phase] for one in rows))
+    for size in sizes():
+        chosen = looks[(looks.arm == "learnalign") & (looks["size"] == size) & (looks.step == steps_of(size))]
+        add(f"training on {size:,} prompts, {steps_of(size)} steps", chosen.seconds)
+    return "\n".join(lines)
+
+
+def lengths() -> str:
+    """What each score would choose of the same pools, by the length of its completions (Figure 3 of the paper)."""
+    table = load("scores.parquet")
+    table = table[~table.cold & (table.success_rate > 0) & (table.success_rate < 1)]
+    table = table.assign(
+        learnability=table.success_rate * (1 - table.success_rate), inner=table.gradient_norm * table.alignment
+    )
+    lines = ["| chosen by | " + " | ".join(f"best {size:,}" for size in (100, 500, 1000, 2000)) + " |"]
+    lines.append("| --- |" + " --- |" * 4)
+    names = {
+        "inner": "raw inner product",
+        "alignment": "cosine (alignment alone)",
+        "score": "cosine and learnability (LearnAlign)",
+        "learnability": "learnability alone",
+    }
+    for column, name in names.items():
+        means = []
+        for size in (100, 500, 1000, 2000):
+            shuffled = table.sample(frac=1, random_state=0).sort_values(column, ascending=False, kind="stable")
+            best = shuffled.groupby("seed").head(size)
+            means.append(best.groupby("seed").completion_length_mean.mean().mean())
+        lines.append(f"| {name} | " + " | ".join(f"{value:.1f}" for value in means) + " |")
+    pool = load("scores.parquet")
+    pool = pool[~pool.cold].completion_length_mean.mean()
+    learnable = table.completion_length_mean.mean()
+    lines.append(f"| any learnable prompt | {learnable:.1f} | {learnable:.1f} | {learnable:.1f} | {learnable:.1f} |")
+    lines.append(f"| any prompt | {pool:.1f} | {pool:.1f} | {pool:.1f} | {pool:.1f} |")
+    return "\n".join(lines)
+
+
+def agreement() -> str:
+    """How far the selections of two seeds (their own warm-up, their own rollouts) agree."""
+    table = load("scores.parquet")
+    table = table[~table.cold & (table.success_rate > 0) & (table.success_rate < 1)]
+    seeds, pool = sorted(table.seed.unique()), load("runs.json")["conditions"]["pool"]
+    lines = ["| best | Jaccard index of two seeds' selections | of two random ones |", "| --- | --- | --- |"]
+    for size in (100, 500, 1000, 2000):
+        best = [
+            set(table[table.seed == seed].sort_values("score", ascending=False)["index"].head(size)) for seed in seeds
+        ]
+        pairs = [len(a & b) / len(a | b) for i, a in enumerate(best) for b in best[:i]]
+        expected = size / pool
+        lines.append(f"| {size:,} | {np.mean(pairs):.2f} | {expected / (2 - expected):.2f} |")
+    return "\n".join(lines)
+
+
+def movement() -> str:
+    table = load("movement.parquet")
+    lines = [
+        "| trained on | prompts | runs | success before, % | after, % | neither always nor never solved, before | after |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (arm, chosen), rows in table.groupby(["arm", "chosen"], sort=True):
+        learnable = [100 * rows[column].between(1, 7).mean() for column in ("before", "after")]
+        lines.append(
+            f"| {NAMES[arm]} | {'chosen' if chosen else 'not chosen'} | {rows.seed.nunique()} | "
+            f"{100 * rows.before.mean() / 8:.1f} | {100 * rows.after.mean() / 8:.1f} | "
+            f"{learnable[0]:.0f} % | {learnable[1]:.0f} % |"
+        )
+    return "\n".join(lines)
+
+
+def luck() -> str:
+    """The success rates of the chosen as the selection saw them, and from fresh rollouts of the same policy."""
+    moved, scores = load("movement.parquet"), load("scores.parquet")
+    moved = moved[(moved.arm == "learnalign") & moved.chosen]
+    both = moved.merge(scores[~scores.cold], on=["seed", "index"])
+    seen = (both.success_rate * (1 - both.success_rate)).mean()
+    fresh = (both.before / 8 * (1 - both.before / 8)).mean()
+    return (
+        f"The {moved.groupby('seed').size().iloc[0]} chosen had a mean learnability of {seen:.3f} when they were scored and of "
+        f"{fresh:.3f} in fresh rollouts of the same policy."
+    )
+
+
+def tuning() -> str:
+    table = load("tuning.json")
+    lines = ["| learning rate | 1 pass | 2 passes | 4 passes |", "| --- | --- | --- | --- |"]
+    for rate, values in sorted(table["runs"].items(), key=lambda item: float(item[0])):
+        lines.append(f"| {float(rate):g} | " + " | ".join(f"{100 * values[p]:.1f}" for p in ("1", "2", "4")) + " |")
+    return "\n".join(lines)
+
+
+def sensitivity() -> str:
+    table = load("sensitivity.json")
+    lines = [
+        f"| scored with | rank correlation of scores | of alignments | of learnabilities | Jaccard index of the best {table['best']} "
+        "| learnability of the chosen, as measured | from 32 other rollouts |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in table["rows"]:
+        lines.append(
+            f"| {row['way']} | {row['spearman_score']:.3f} | {row['spearman_alignment']:.3f} | {row['spearman_learnability']:.3f} | "
+            f"{row['jaccard']:.2f} | {row['chosen_learnability']:.3f} | {row['chosen_true_learnability']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def conditions() -> str:
+    found = load("runs.json")["conditions"]
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    return (
+        f"{found['pool']:,} train rows as the pool, {found['test']:,} test rows x 8 samples at temperature 1, and greedy; "
+        f"{found['passes']:g} passes, {found['chunk']} prompts x 8 rollouts a step, learning rate {found['learning_rate']:g}, "
+        f"constant; {versions}"
+    )
+
+
+def render() -> str:
+    template = (HERE / "evidence.md.in").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: globals()[match[1]](), template)
+
+
+def main():
+    page = render()
+    if "--check" in sys.argv:
+        if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != page:
+            sys.exit("docs/evidence.md is not what the results say. Run benchmarks/gsm8k_equations/evidence.py.")
+        return
+    import figures
+
+    PAGE.write_text(page, encoding="utf-8")
+    figures.draw()
+    print(f"wrote {PAGE.relative_to(ROOT)} and its figures")
+
+
+if __name__ == "__main__":
+    main()

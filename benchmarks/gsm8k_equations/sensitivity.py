@@ -1,0 +1,111 @@
+"""
+How far a selection depends on num_rollouts, projection_dim, the warm-up and chance: 1,000 prompts scored in several ways.
+
+    python benchmarks/gsm8k_equations/sensitivity.py --dataset_path DIR
+
+Every way is compared with the defaults (8 rollouts, 300 warm-up prompts, d = 32,768, the grid's first seed): rank
+correlations over the prompts that are learnable in both, and the Jaccard index of the best 250. Success rates from 32 other
+rollouts stand for the true ones. Trains nothing but the warm-ups.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+from pathlib import Path
+
+import torch
+from grid import CHUNK, RESULTS, build_trainer, conditions_of, load_gsm8k_equations
+from peft import PeftModel
+
+from trl_learnalign import LearnAlignConfig, select_prompts
+
+
+PROMPTS, BEST, TRUE_ROLLOUTS = 1000, 250, 32
+BASE = {"num_rollouts": 8, "projection_dim": 32768, "warmup": 300, "seed": 0}
+WAYS = {
+    "another seed": {"seed": 1},
+    "4 rollouts": {"num_rollouts": 4},
+    "16 rollouts": {"num_rollouts": 16},
+    "d = 1,024": {"projection_dim": 1024},
+    "d = 8,192": {"projection_dim": 8192},
+    "exact gradients": {"projection_dim": None},
+    "no warm-up": {"warmup": 0},
+    "100 warm-up prompts": {"warmup": 100},
+    "1,000 warm-up prompts": {"warmup": 1000},
+}
+
+
+def table_of(way, pool, arguments, score="learnalign"):
+    """The scores of `PROMPTS` prompts of the pool, as the grid makes them."""
+    way = BASE | way
+    adapter = None
+    if way["warmup"]:
+        adapter = arguments.output_dir / f"warm-up-{way['warmup']}"
+        if not (adapter / "adapter_model.safetensors").is_file():
+            trainer = build_trainer(None, pool, math.ceil(way["warmup"] / CHUNK), 0, arguments)
+            trainer.train()
+            assert isinstance(trainer.model, PeftModel)
+            trainer.model.save_pretrained(adapter)
+    prompts = pool.select(random.Random(0).sample(range(len(pool)), PROMPTS))
+    trainer = build_trainer(adapter, prompts, 1, way["seed"], arguments)
+    config = LearnAlignConfig(
+        num_prompts=BEST, num_rollouts=way["num_rollouts"], projection_dim=way["projection_dim"], score=score
+    )
+    return select_prompts(trainer, config).scores.to_pandas().set_index("index")
+
+
+def compare(table, base, truth) -> dict[str, float]:
+    def chosen(rows):
+        return set(rows[rows["learnability"] > 0].sort_values("score", ascending=False).index[:BEST])
+
+    ours, theirs = chosen(table), chosen(base)
+    both = (table["learnability"] > 0) & (base["learnability"] > 0)
+    result = {
+        f"spearman_{column}": table.loc[both, column].corr(base.loc[both, column], method="spearman")
+        for column in ("score", "alignment")
+    }
+    result["spearman_learnability"] = table["learnability"].corr(base["learnability"], method="spearman")
+    result["jaccard"] = len(ours & theirs) / len(ours | theirs)
+    result["learnable"] = (table["learnability"] > 0).mean()
+    # Chosen for a V that is high by chance? `truth` comes from other rollouts of the default policy
+    result["chosen_learnability"] = table.loc[sorted(ours), "learnability"].mean()
+    result["chosen_true_learnability"] = truth.loc[sorted(ours), "learnability"].mean()
+    return {name: round(float(value), 4) for name, value in result.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset_path", type=Path, required=True)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/sensitivity"))
+    parser.add_argument("--output", type=Path, default=RESULTS / "sensitivity.json")
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    arguments = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    pool, _ = load_gsm8k_equations(arguments.dataset_path / "train.jsonl")
+    truth = table_of({"num_rollouts": TRUE_ROLLOUTS, "seed": 2}, pool, arguments, score="learnability")
+    base = table_of({}, pool, arguments)
+    rows = [{"way": "the defaults", **compare(base, base, truth)}]
+    for name, way in WAYS.items():
+        rows.append({"way": name, **compare(table_of(way, pool, arguments), base, truth)})
+        print(rows[-1], flush=True)
+    pool_truth = round(float(truth["learnability"].mean()), 4)
+    arguments.passes = None
+    result = {
+        "prompts": PROMPTS,
+        "best": BEST,
+        "true_rollouts": TRUE_ROLLOUTS,
+        "pool_true_learnability": pool_truth,
+        "spearman_learnability_with_true": round(
+            float(base["learnability"].corr(truth["learnability"], method="spearman")), 4
+        ),
+        "rows": rows,
+        "conditions": conditions_of(arguments, pool, []),
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
