@@ -1,9 +1,10 @@
 """
 Does the selection help, and against what? Every arm, number of prompts and seed on the equations of GSM8K.
 
-    python benchmarks/gsm8k_equations/grid.py --dataset_path DIR [--seeds 0 1] [--arms random learnalign] [--sizes 500]
+    python benchmarks/gsm8k_equations/grid.py [--dataset_path DIR] [--seeds 0 1] [--arms random learnalign] [--sizes 500]
 
-DIR holds GSM8K's train.jsonl and test.jsonl: all train rows are the pool, all test rows the test. For every seed the policy
+DIR holds GSM8K's train.jsonl and test.jsonl: all train rows are the pool, all test rows the test. Without it generated chains
+stand in, as many. For every seed the policy
 is warmed up on 300 random prompts, and the whole pool is scored once after that and once without ("cold"); all arms choose
 from these scores. Every arm then trains for the same number of steps on its N prompts with stock GRPOTrainer, from the
 warmed-up policy, or, the cold arms, from the first one; "full" trains on as many prompts of the whole pool, none twice;
@@ -32,7 +33,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 import torch
 from demo import POLICY
-from equations import equations_reward, load_gsm8k_equations
+from equations import equations_reward, generate_chains, load_gsm8k_equations
 from peft import LoraConfig, PeftModel
 from train_tiny_policy import generate
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
@@ -58,7 +59,8 @@ ARMS = (
     "staged",
 )
 SIZES = (100, 500, 1000, 2000)
-MOVEMENT = {"size": 500, "arms": ("random", "learnalign"), "others": 1000}
+CURVES_AT = 500  # the size whose runs are looked at more often
+MOVEMENT = {"size": 500, "arms": ("random", "learnalign"), "seeds": (0, 1), "others": 1000}
 
 
 def build_trainer(adapter, dataset, steps, seed, arguments, callbacks=(), sampler=None):
@@ -216,10 +218,11 @@ def run(seed, arm, size, pool, test, arguments) -> dict:
     else:
         indices = choose(arm, size, seed, pool, arguments)
         dataset = pool.select(indices)
-    look = Look(test, full, {steps // 4, 3 * steps // 4})
+    glances = {steps // 4, 3 * steps // 4} if size == CURVES_AT or arm == "full" else ()
+    look = Look(test, full, glances)
     adapter = None if arm.endswith("cold") else warm_up(seed, pool, arguments)
     trainer = build_trainer(adapter, dataset, steps, seed, arguments, [look], sampler)
-    moved = size == MOVEMENT["size"] and arm in MOVEMENT["arms"]
+    moved = size == MOVEMENT["size"] and arm in MOVEMENT["arms"] and seed in MOVEMENT["seeds"]
     if moved:
         others = random.Random(seed).sample(sorted(set(range(len(pool))) - set(indices)), MOVEMENT["others"])
         rows = pool.select(indices + others)
@@ -246,8 +249,18 @@ def cells(arguments):
                     yield size, seed, arm
 
 
-def conditions_of(arguments, pool, test) -> dict:
+def read_data(arguments):
+    """The pool, the test rows, and where they are from."""
+    if arguments.dataset_path is None:
+        return generate_chains(7378, seed=11), generate_chains(1301, seed=12), "generated chains"
+    pool, _ = load_gsm8k_equations(arguments.dataset_path / "train.jsonl")
+    test, _ = load_gsm8k_equations(arguments.dataset_path / "test.jsonl")
+    return pool, test, "equations of GSM8K"
+
+
+def conditions_of(arguments, pool, test, source) -> dict:
     return {
+        "data": source,
         "passes": arguments.passes,
         "learning_rate": arguments.learning_rate,
         "chunk": CHUNK,
@@ -259,7 +272,7 @@ def conditions_of(arguments, pool, test) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset_path", type=Path, required=True)
+    parser.add_argument("--dataset_path", type=Path)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/gsm8k_equations"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
@@ -270,11 +283,12 @@ def main():
     parser.add_argument("--test", type=int, help="only the first rows of the test")
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    pool, _ = load_gsm8k_equations(arguments.dataset_path / "train.jsonl")
-    test, _ = load_gsm8k_equations(arguments.dataset_path / "test.jsonl")
-    pool = pool.select(range(arguments.pool)) if arguments.pool else pool
-    test = test.select(range(arguments.test)) if arguments.test else test
-    conditions = conditions_of(arguments, pool, test)
+    pool, test, source = read_data(arguments)
+    pool = pool.select(range(min(arguments.pool, len(pool)))) if arguments.pool else pool
+    test = test.select(range(min(arguments.test, len(test)))) if arguments.test else test
+    if max(arguments.sizes) > len(pool):
+        parser.error(f"--sizes {max(arguments.sizes)} are more prompts than the pool's {len(pool)}.")
+    conditions = conditions_of(arguments, pool, test, source)
     saved = RESULTS / "runs.json"
     known = json.loads(saved.read_text()) if saved.is_file() else {"conditions": None}
     done = {tuple(cell) for cell in known["cells"]} if known["conditions"] == conditions else set()

@@ -1,7 +1,7 @@
 """
 How far a selection depends on num_rollouts, projection_dim, the warm-up and chance: 1,000 prompts scored in several ways.
 
-    python benchmarks/gsm8k_equations/sensitivity.py --dataset_path DIR
+    python benchmarks/gsm8k_equations/sensitivity.py [--dataset_path DIR]
 
 Every way is compared with the defaults (8 rollouts, 300 warm-up prompts, d = 32,768, the grid's first seed): rank
 correlations over the prompts that are learnable in both, and the Jaccard index of the best 250. Success rates from 32 other
@@ -16,7 +16,7 @@ import random
 from pathlib import Path
 
 import torch
-from grid import CHUNK, RESULTS, build_trainer, conditions_of, load_gsm8k_equations
+from grid import CHUNK, RESULTS, build_trainer, conditions_of, read_data
 from peft import PeftModel
 
 from trl_learnalign import LearnAlignConfig, select_prompts
@@ -77,13 +77,13 @@ def compare(table, base, truth) -> dict[str, float]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset_path", type=Path, required=True)
+    parser.add_argument("--dataset_path", type=Path)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/sensitivity"))
     parser.add_argument("--output", type=Path, default=RESULTS / "sensitivity.json")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    pool, _ = load_gsm8k_equations(arguments.dataset_path / "train.jsonl")
+    pool, _, source = read_data(arguments)
     truth = table_of({"num_rollouts": TRUE_ROLLOUTS, "seed": 2}, pool, arguments, score="learnability")
     base = table_of({}, pool, arguments)
     rows = [{"way": "the defaults", **compare(base, base, truth)}]
@@ -101,7 +101,7 @@ def main():
             float(base["learnability"].corr(truth["learnability"], method="spearman")), 4
         ),
         "rows": rows,
-        "conditions": conditions_of(arguments, pool, []),
+        "conditions": conditions_of(arguments, pool, [], source),
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")

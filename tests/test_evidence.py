@@ -1,0 +1,141 @@
+"""The benchmark of docs/evidence.md: what each arm trains on, what is kept, and the arithmetic of the page."""
+
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "benchmarks" / "gsm8k_equations"
+sys.path.insert(0, str(FOLDER))
+import collect  # noqa: E402
+import evidence  # noqa: E402
+import grid  # noqa: E402
+from equations import generate_chains  # noqa: E402
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    return Namespace(output_dir=tmp_path, learning_rate=1e-3, passes=2, sizes=[16], dataset_path=None)
+
+
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr(grid, "WARMUP_STEPS", 1)
+    monkeypatch.setattr(grid, "SIZES", (16,))
+
+
+def test_page_is_made_from_the_results():
+    subprocess.run([sys.executable, FOLDER / "evidence.py", "--check"], check=True)
+
+
+def test_arms_and_what_they_train_on(arguments, short, monkeypatch):
+    pool, test = generate_chains(48, seed=1), generate_chains(6, seed=2)
+    table = grid.scores(0, False, pool, arguments).scores.to_pandas()
+    learnable = set(table[(table.success_rate > 0) & (table.success_rate < 1)]["index"])
+    chosen = {arm: grid.choose(arm, 16, 0, pool, arguments) for arm in evidence.COMPARED}
+    for arm, indices in chosen.items():
+        assert len(set(indices)) == 16
+        assert arm == "random" or set(indices) <= learnable
+    rows = table.set_index("index")
+    for arm, column in (("learnalign", "score"), ("alignment", "alignment"), ("learnability", "learnability")):
+        others = sorted(learnable - set(chosen[arm]))
+        assert rows.loc[chosen[arm], column].min() >= rows.loc[others, column].max()
+    assert (
+        chosen["random"]
+        == grid.choose("random", 16, 0, pool, arguments)
+        != grid.choose("random", 16, 1, pool, arguments)
+    )
+
+    seen = set()
+    reward = grid.equations_reward
+
+    def watched(completions, answer, prompts=None, **kwargs):
+        seen.update(prompts or ())
+        return reward(completions, answer)
+
+    monkeypatch.setattr(grid, "equations_reward", watched)
+    result = grid.run(0, "learnalign", 16, pool, test, arguments)
+    assert seen == set(pool.select(chosen["learnalign"])["prompt"])
+    assert result["steps"] == 2 and [look["step"] for look in result["looks"]] == [1, 2]
+    for look in result["looks"]:
+        assert len(look["sampled"]) == len(look["greedy"]) == 6 and max(look["sampled"]) <= 8
+    full = grid.run(0, "full", 16, pool, test, arguments)
+    staged = grid.run(0, "staged", 16, pool, test, arguments)
+    assert full["steps"] == staged["steps"] == 2
+
+
+def test_looking_leaves_the_policy_as_it_is(arguments, short):
+    pool, test = generate_chains(16, seed=1), generate_chains(12, seed=2)
+    trainer = grid.build_trainer(None, pool, 1, 0, arguments)
+    trainer.train()
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    state = torch.get_rng_state()
+    looked = grid.successes(trainer.model, test)
+    assert torch.equal(state, torch.get_rng_state())
+    after = trainer.model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    # The adapter is merged for speed; beside it, the adapter as it is trained
+    trainer.model.eval()
+    torch.manual_seed(0)
+    prompts = [prompt for prompt in test["prompt"] for _ in range(grid.SAMPLES)]
+    answers = [answer for answer in test["answer"] for _ in range(grid.SAMPLES)]
+    completions = grid.generate(trainer.model, trainer.processing_class, prompts, do_sample=True)
+    rewards = torch.tensor(grid.equations_reward(completions, answers)).view(len(test), -1).sum(1)
+    assert looked["sampled"] == rewards.int().tolist()
+
+
+def test_runs_are_kept_and_left_out(arguments, short, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(collect, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(grid, "RESULTS", tmp_path / "results")
+
+    def call(*flags, of=grid):
+        monkeypatch.setattr(sys, "argv", ["", "--output_dir", str(tmp_path / "runs"), *flags])
+        of.main()
+        return capsys.readouterr().out
+
+    small = ("--pool", "32", "--test", "4", "--sizes", "16", "--seeds", "0", "--arms")
+    assert "seed 0, random, 16 prompts, 2 steps" in call(*small, "random")
+    assert "random" not in call(*small, "random")
+    assert "1 runs" in call(of=collect)
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    assert "random" not in call(*small, "random")  # the results hold it
+    assert "random" in call(*small, "random", "--learning_rate", "2e-3")  # but not under these conditions
+    (tmp_path / "runs").rename(tmp_path / "other conditions")
+    assert "seed 0, none" in call(*small, "none")
+    assert "2 runs" in call(of=collect)
+    summary = json.loads((tmp_path / "results/runs.json").read_text())
+    assert summary["cells"] == [[0, 0, "none"], [16, 0, "random"]]
+    looks = pd.read_parquet(tmp_path / "results/looks.parquet")
+    assert sorted(looks.arm) == ["none", "random", "random"] and set(looks.samples) == {8}
+
+
+def test_more_prompts_than_the_pool_holds(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["grid.py", "--pool", "10", "--sizes", "16"])
+    with pytest.raises(SystemExit):
+        grid.main()
+    assert "--sizes 16 are more prompts than the pool's 10" in capsys.readouterr().err
+
+
+def test_interval_of_a_paired_difference():
+    rng = np.random.default_rng(3)
+    rows, seeds = rng.normal(0, 0.3, 50), rng.normal(0, 0.1, 6)
+    theirs = {seed: rng.random(50) for seed in range(6)}
+    ours = {seed: theirs[seed] + 0.05 + rows + seeds[seed] for seed in reversed(range(6))}
+    middle, low, high, count = evidence.difference(ours, theirs | {9: theirs[0]})
+    table = np.stack([ours[seed] - theirs[seed] for seed in range(6)])
+    draws = [
+        table[np.ix_(rng.integers(0, 6, 6), rng.integers(0, 50, 50))].mean() for _ in range(3000)
+    ]  # the definition
+    assert count == 6 and middle == pytest.approx(table.mean())
+    assert [low, high] == pytest.approx(np.quantile(draws, (0.025, 0.975)), abs=0.01)
+    constant = evidence.difference({0: theirs[0] + 0.1}, {0: theirs[0]})
+    assert constant == pytest.approx((0.1, 0.1, 0.1, 1))
+    assert evidence.difference({0: rows}, {1: rows}) is None
