@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny import config, make_dataset, make_trainer
+from tiny import config, digit_reward, make_dataset, make_trainer
 
 from trl_learnalign import Selection, select_prompts
 from trl_learnalign.journal import Journal
@@ -23,7 +23,9 @@ def saved(tmp_path_factory):
 
 def test_what_is_written(saved):
     selection, path = saved
-    assert sorted(file.name for file in path.iterdir()) == ["rollouts.parquet", "scores.parquet", "selection.json"]
+    assert sorted(file.name for file in path.iterdir()) == [
+        *("rollouts.parquet", "scores.parquet", "selection.json", "texts.parquet")
+    ]
     table = pq.read_table(path / "scores.parquet").to_pandas()
     assert list(table.columns) == SCORES_SCHEMA.names and table["index"].tolist() == list(range(24))
     assert table.sort_values("rank")["index"].tolist()[:8] == selection.indices
@@ -66,7 +68,10 @@ def test_load_reads_it_back(saved):
     loaded = Selection.load(str(path))
     assert loaded.indices == selection.indices and loaded.scores.equals(selection.scores)
     assert loaded.provenance == selection.provenance
-    assert repr(loaded) == "Selection(8 of 24 prompts, score='learnalign', step=0)"
+    rates = "{:.3f} (pool), {:.3f} (chosen)".format(*loaded.mean_success_rates())
+    assert repr(loaded) == (
+        f"Selection(8 of 24 prompts, score='learnalign', step=0, learnable={loaded.num_learnable()}, success_rate={rates})"
+    )
     assert loaded.summary() == selection.summary()
 
 
@@ -156,3 +161,43 @@ def test_journal_reads_back_what_was_finished(tmp_path, caplog):
     assert again.load_groups([3], (2, 2)) is again.load_features("0a", (2, 4)) is None
     Journal(tmp_path / "journal", "other key", True)
     assert "discarded" in caplog.text and not list((tmp_path / "journal").glob("rollouts-*"))
+
+
+def test_another_budget_without_new_rollouts(tmp_path):
+    """The same as a selection of that size from the start."""
+    settings = {"reward": digit_reward}
+    large = select_prompts(make_trainer(tmp_path / "large", **settings), config(num_prompts=12))
+    small = select_prompts(make_trainer(tmp_path / "small", **settings), config(num_prompts=5))
+    derived = large.select(5)
+    assert derived.indices == small.indices == large.indices[:5]
+    assert derived.scores.equals(small.scores) and len(large.indices) > 5
+    assert derived.provenance["config"] == small.provenance["config"] and "key" not in derived.provenance
+    path = derived.save(tmp_path / "derived")
+    assert Selection.load(path).indices == derived.indices
+    everything = large.select(10**6)
+    assert set(everything.indices) == set(large.to_pandas().query("learnability > 0").index)
+    assert [index for indices in large.extremes(3) for index in indices] == everything.indices[
+        :3
+    ] + everything.indices[-3:]
+    for wrong in (0, -1, 2.5, True, "5"):
+        with pytest.raises(ValueError, match="must be an integer of at least 1"):
+            large.select(wrong)
+
+
+def test_another_budget_at_random(tmp_path):
+    selection = select_prompts(make_trainer(tmp_path), config(score="random"))
+    assert selection.select(3).indices == selection.indices[:3]
+    assert len(selection.select(100).indices) == 24
+
+
+def test_in_a_notebook(saved):
+    selection, _ = saved
+    table = selection.to_pandas()
+    assert table.index[:8].tolist() == selection.indices and table["rank"].tolist() == list(range(24))
+    figure = selection.plot()
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["Success rates", "Learnability and alignment", "Completion length"]
+    heights = [patch.get_height() for patch in figure.axes[0].patches]
+    assert sum(heights[:9]) == pytest.approx(1) == sum(heights[9:])  # pool, then choice
+    rates = table["success_rate"]
+    assert heights[:9] == pytest.approx([(rates == k / 8).mean() for k in range(9)])

@@ -53,6 +53,8 @@ class LearnAlignConfig:
             state that training started with.
         save_rollouts (`bool`, *optional*, defaults to `False`):
             Write `rollouts.parquet` beside `scores.parquet`.
+        write_report (`bool`, *optional*, defaults to `True`):
+            Write `report.html` and its figures after every selection.
         selection_seed (`int`, *optional*):
             Seed of all that is random in a selection. Defaults to the trainer's `seed`.
 
@@ -112,6 +114,9 @@ class LearnAlignConfig:
         },
     )
     save_rollouts: bool = field(default=False, metadata={"help": "Write rollouts.parquet beside scores.parquet."})
+    write_report: bool = field(
+        default=True, metadata={"help": "Write report.html and its figures after every selection."}
+    )
     selection_seed: int | None = field(
         default=None, metadata={"help": "Seed of all that is random in a selection. Defaults to the trainer's seed."}
     )
@@ -147,8 +152,9 @@ class LearnAlignConfig:
                 f"`success_reward` must be the name of a reward function, but is {self.success_reward!r}. Use None if there "
                 "is only one."
             )
-        if not isinstance(self.save_rollouts, bool):
-            raise ValueError(f"`save_rollouts` must be True or False, but is {self.save_rollouts!r}.")
+        for name in ("save_rollouts", "write_report"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be True or False, but is {getattr(self, name)!r}.")
         _check_number("success_threshold", self.success_threshold)
         if self.reselect_every is not None:
             _check_number("reselect_every", self.reselect_every)

@@ -135,6 +135,30 @@ def visible_columns(trainer: GRPOTrainer) -> Dataset:
     return trainer._remove_unused_columns(trainer.train_dataset, description="selection")
 
 
+def prompt_text(prompt) -> str:
+    """A prompt for people to read: text as it is, messages one after another."""
+    if isinstance(prompt, str):
+        return prompt
+    contents = [message.get("content") or "" for message in prompt]
+    # Content is text or, of multimodal prompts, a list of parts
+    texts = [
+        content
+        if isinstance(content, str)
+        else " ".join(part.get("text") or f"[{part.get('type')}]" for part in content)
+        for content in contents
+    ]
+    if len(prompt) == 1:
+        return texts[0]
+    return "\n".join(f"{message.get('role')}: {text}" for message, text in zip(prompt, texts, strict=True))
+
+
+def first_completion(trainer: GRPOTrainer, group: Group) -> tuple[str, float]:
+    """Of a group, the first completion as text and its total reward."""
+    text = trainer.processing_class.decode(group.completion_ids[0], skip_special_tokens=True)
+    rewards = torch.tensor(group.rewards[0], dtype=torch.float64) * trainer.reward_weights.cpu()
+    return text, rewards.nansum().item()
+
+
 def reward_provenance(trainer: GRPOTrainer) -> dict[str, str]:
     """Name and source of every reward function: what success was measured by."""
     sources = {}

@@ -6,6 +6,7 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,10 +16,16 @@ from datasets import Dataset
 from .disk import digest, make_directory, write_json, write_parquet
 
 
+if TYPE_CHECKING:
+    import matplotlib.figure
+    import pandas
+
 SCORES_FILE = "scores.parquet"
 SELECTION_FILE = "selection.json"
 ROLLOUTS_FILE = "rollouts.parquet"
+TEXTS_FILE = "texts.parquet"
 FORMAT_VERSION = 1
+MOST_ROWS = 20_000  # in a report; of more prompts, the best and the last
 
 SCORES_SCHEMA = pa.schema(
     [
@@ -63,9 +70,9 @@ class Selection:
     scores: pa.Table
     provenance: dict = field(default_factory=dict)
 
-    def save(self, path: str | os.PathLike, rollouts: pa.Table | None = None) -> Path:
+    def save(self, path: str | os.PathLike, rollouts: pa.Table | None = None, texts: pa.Table | None = None) -> Path:
         """
-        Writes `scores.parquet` and `selection.json` (and `rollouts.parquet`) into the directory `path`.
+        Writes `scores.parquet` and `selection.json` (and `rollouts.parquet` and `texts.parquet`) into the directory `path`.
 
         Every file is written under a temporary name and renamed; `selection.json` comes last, so that a directory
         which has it is whole.
@@ -75,6 +82,8 @@ class Selection:
         write_parquet(path / SCORES_FILE, self.scores)
         if rollouts is not None:
             write_parquet(path / ROLLOUTS_FILE, rollouts)
+        if texts is not None:
+            write_parquet(path / TEXTS_FILE, texts)
         document = {
             "format_version": FORMAT_VERSION,
             "indices": self.indices,
@@ -135,6 +144,46 @@ class Selection:
             )
         return dataset.select(self.indices)
 
+    def to_pandas(self) -> "pandas.DataFrame":
+        """The table of scores, best first, with the dataset's indices as its index."""
+        return self.scores.to_pandas().sort_values("rank").set_index("index")
+
+    def select(self, num_prompts: int) -> "Selection":
+        """
+        The choice for another budget, from the same scores: no rollouts, no gradients. Fewer than `num_prompts` if fewer
+        are learnable.
+
+        Raises:
+            `ValueError`: `num_prompts` is not an integer of at least 1.
+        """
+        if isinstance(num_prompts, bool) or not isinstance(num_prompts, int) or num_prompts < 1:
+            raise ValueError(f"`num_prompts` must be an integer of at least 1, but is {num_prompts!r}.")
+        table = self.to_pandas()
+        # V is null where nothing was rolled out: there every prompt may be chosen
+        chosen = table.index[~(table["learnability"] == 0)][:num_prompts]
+        place = self.scores.column_names.index("selected")
+        selected = pc.is_in(self.scores["index"], value_set=pa.array(chosen, pa.int64()))
+        scores = self.scores.set_column(place, self.scores.schema.field("selected"), selected)
+        provenance = {
+            name: value for name, value in self.provenance.items() if name != "key"
+        }  # it is of another choice
+        provenance["config"] = self.provenance["config"] | {"num_prompts": num_prompts}
+        return Selection(chosen.tolist(), scores, provenance)
+
+    def extremes(self, num: int = 10) -> tuple[list[int], list[int]]:
+        """Dataset indices of the `num` best, and of the `num` last that are learnable (of none twice), by rank."""
+        table = self.to_pandas()
+        ranked = table.index[~(table["learnability"] == 0)].tolist()
+        return ranked[:num], ranked[num:][-num:]
+
+    def plot(self, dark: bool = False) -> "matplotlib.figure.Figure":
+        """Success rates, learnability against alignment, and completion lengths of pool and choice."""
+        import matplotlib.pyplot  # noqa: F401, so that notebooks know how to show figures
+
+        from .figures import plot
+
+        return plot(self, dark)
+
     def mean_success_rates(self) -> tuple[float, float]:
         """Mean success rate of the pool and of the chosen prompts, in [0, 1]; NaN without rollouts or prompts."""
         rates, chosen = self.scores["success_rate"], self.scores["selected"]
@@ -165,10 +214,13 @@ class Selection:
         return f"LearnAlign, step {self.provenance['global_step']}: " + "; ".join(parts)
 
     def __repr__(self):
-        return (
-            f"Selection({len(self.indices)} of {self.scores.num_rows} prompts, "
-            f"score={self.provenance.get('config', {}).get('score')!r}, step={self.provenance.get('global_step')})"
-        )
+        config, rates = self.provenance.get("config", {}), self.mean_success_rates()
+        parts = [f"{len(self.indices)} of {self.scores.num_rows} prompts", f"score={config.get('score')!r}"]
+        parts.append(f"step={self.provenance.get('global_step')}")
+        if not math.isnan(rates[0]):
+            parts.append(f"learnable={self.num_learnable()}")
+            parts.append("success_rate={:.3f} (pool), {:.3f} (chosen)".format(*rates))
+        return f"Selection({', '.join(parts)})"
 
 
 def dataset_fingerprint(dataset: Dataset) -> str:

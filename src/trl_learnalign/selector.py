@@ -1,8 +1,8 @@
 """One selection: rollouts, gradients, scores, choice, files."""
 
 import hashlib
-import itertools
 import json
+import logging
 import shutil
 import time
 from importlib.metadata import version
@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from trl import GRPOTrainer
 
 from . import rollouts, scoring
+from .audit import rollouts_table, texts_table
 from .config import LearnAlignConfig
 from .disk import DirectoryLock, make_directory, remove_leftovers
 from .features import FeatureSource
@@ -25,6 +26,8 @@ from .projection import stable_hash
 from .rollouts import Group, Row
 from .selection import SCORES_SCHEMA, SELECTION_FILE, Selection, dataset_fingerprint
 
+
+logger = logging.getLogger(__name__)
 
 _PACKAGES = ("trl-learnalign", "trl", "transformers", "peft", "accelerate", "datasets", "torch")
 
@@ -99,17 +102,21 @@ class _Pass:
                 if self.accelerator.is_main_process:
                     lock = DirectoryLock(self.path.parent)
                 selection = self._run()
+                if self.accelerator.is_main_process and self.config.write_report:
+                    self._report()
         finally:
             if lock is not None:
                 lock.release()
         if self.accelerator.is_main_process:
             tqdm.write(selection.summary())
+            if self.config.write_report:
+                tqdm.write(f"Why each prompt was chosen: {self.path.parent / 'report.html'}")
         return selection
 
     def _run(self):
         if self.config.score == "random":
             selection = self._random()
-            self._publish(selection)
+            self._publish(selection, [])
             return selection
         self.provenance["key"] = self._key()
         found = self._finished()
@@ -153,8 +160,8 @@ class _Pass:
             if self.config.score != "learnability":
                 self._score(own, pool)
         selection = self._choose(pool)
-        saved = self._rollouts_table(own, pool) if self.config.save_rollouts else None
-        self._publish(selection, saved)
+        saved = rollouts_table(own, pool, self.peers) if self.config.save_rollouts else None
+        self._publish(selection, own, saved)
         return selection
 
     # Rollouts ---------------------------------------------------------------------------------------------------
@@ -282,41 +289,36 @@ class _Pass:
         selection = Selection(indices, table, self.provenance | {"seconds": dict(self.seconds)})
         return self.peers.broadcast(selection)  # scores may differ in the last bit between processes
 
-    def _publish(self, selection, saved=None):
+    def _publish(self, selection, own, saved=None):
+        texts = texts_table(self.trainer, self.dataset, selection, own, self.peers)
         if self.accelerator.is_main_process:
-            selection.save(self.path, saved)
+            selection.save(self.path, saved, texts)
             self._tidy_up()
         self.peers.wait()
+
+    def _report(self):
+        """A report that cannot be written is no reason to lose a run."""
+        try:
+            from .report import write_report
+
+            write_report(self.path.parent)
+        except Exception as error:
+            logger.warning(
+                f"The report about the selection could not be written ({error!r}). The selection itself is whole; "
+                f"`trl-learnalign report {self.path.parent}` tries again."
+            )
 
     def _tidy_up(self):
         """What a finished selection does not need any more, or a dead process left."""
         shutil.rmtree(self.path / "journal", ignore_errors=True)
         remove_leftovers(self.path)
 
-    def _rollouts_table(self, own, pool) -> pa.Table:
-        position = {index: i for i, index in enumerate(pool.indices.tolist())}
-        rows = []
-        for group in own:
-            i = position.get(group.index)
-            for g, ids in enumerate(group.completion_ids):
-                completion = group.completions[g]
-                rows.append(
-                    {
-                        "index": group.index,
-                        "completion_ids": ids,
-                        "completion": completion if isinstance(completion, str) else json.dumps(completion),
-                        "rewards": group.rewards[g],
-                        "advantage": None if i is None else float(pool.advantages[i, g]),
-                    }
-                )
-        rows = sorted(itertools.chain(*self.peers.gather(rows)), key=lambda row: row["index"])
-        return pa.Table.from_pylist(rows, schema=_ROLLOUTS_SCHEMA)
-
     # Small things -----------------------------------------------------------------------------------------------
 
     def _key(self) -> str:
         """Stands for all that a selection is made from: equal keys, equal selections."""
         made_from = {name: self.provenance[name] for name in _KEY_FIELDS}
+        made_from["config"] = {name: value for name, value in made_from["config"].items() if name != "write_report"}
         made_from["prompts_per_batch"] = rollouts.prompts_per_batch(self.trainer, self.num_rollouts)
         made_from["generation"] = rollouts.generation_provenance(self.trainer)
         made_from["rewards"] = rollouts.reward_provenance(self.trainer)
@@ -329,15 +331,6 @@ class _Pass:
 
 
 _KEY_FIELDS = ("config", "seed", "global_step", "stage", "num_rollouts", "dataset_fingerprint", "num_rows")
-_ROLLOUTS_SCHEMA = pa.schema(
-    [
-        ("index", pa.int64()),
-        ("completion_ids", pa.list_(pa.int32())),
-        ("completion", pa.string()),
-        ("rewards", pa.list_(pa.float32())),
-        ("advantage", pa.float64()),
-    ]
-)
 
 
 def _draw_pool(num_rows, candidates, seed) -> list[int]:

@@ -1,0 +1,64 @@
+"""Tables for people: every rollout, and the prompts as text."""
+
+import itertools
+import json
+
+import pyarrow as pa
+
+from .rollouts import first_completion, prompt_text
+from .selection import MOST_ROWS
+
+
+MOST_CHARACTERS = 2000  # of a prompt
+_ROLLOUTS_SCHEMA = pa.schema(
+    [
+        ("index", pa.int64()),
+        ("completion_ids", pa.list_(pa.int32())),
+        ("completion", pa.string()),
+        ("rewards", pa.list_(pa.float32())),
+        ("advantage", pa.float64()),
+    ]
+)
+
+
+def rollouts_table(own, pool, peers) -> pa.Table:
+    """A row per rollout of all processes, by dataset index: what `rollouts.parquet` holds."""
+    position = {index: i for i, index in enumerate(pool.indices.tolist())}
+    rows = []
+    for group in own:
+        i = position.get(group.index)
+        for g, ids in enumerate(group.completion_ids):
+            completion = group.completions[g]
+            rows.append(
+                {
+                    "index": group.index,
+                    "completion_ids": ids,
+                    "completion": completion if isinstance(completion, str) else json.dumps(completion),
+                    "rewards": group.rewards[g],
+                    "advantage": None if i is None else float(pool.advantages[i, g]),
+                }
+            )
+    rows = sorted(itertools.chain(*peers.gather(rows)), key=lambda row: row["index"])
+    return pa.Table.from_pylist(rows, schema=_ROLLOUTS_SCHEMA)
+
+
+def texts_table(trainer, dataset, selection, own, peers) -> pa.Table:
+    """The prompts that a report shows, and a completion of the best and of the last that are learnable."""
+    shown = {index for indices in selection.extremes() for index in indices}
+    completions = {group.index: first_completion(trainer, group) for group in own if group.index in shown}
+    completions = dict(itertools.chain(*(part.items() for part in peers.gather(completions))))
+    indices = selection.to_pandas().index.tolist()
+    if len(indices) > MOST_ROWS:
+        indices = indices[: MOST_ROWS // 2] + indices[-MOST_ROWS // 2 :]
+    indices = sorted(shown.union(indices))
+    prompts = dataset.select(indices)["prompt"]
+    texts = [prompt_text(prompt)[:MOST_CHARACTERS] for prompt in prompts]
+    none = (None, None)
+    return pa.table(
+        {
+            "index": indices,
+            "prompt": texts,
+            "completion": pa.array([completions.get(index, none)[0] for index in indices], pa.string()),
+            "reward": pa.array([completions.get(index, none)[1] for index in indices], pa.float64()),
+        }
+    )

@@ -1,0 +1,217 @@
+"""The figures of a selection. Everything that is drawn is drawn here, by matplotlib, for light and dark pages."""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+
+if TYPE_CHECKING:
+    from .selection import Selection
+
+
+_MOST_POINTS = 20_000
+_LIGHT = {"ink": "#1c2024", "page": "#fcfcfd", "pool": "#8b96a3", "chosen": "#c4500c", "grid": "#d3d9e0"}
+_DARK = {"ink": "#e7eaee", "page": "#14171a", "pool": "#7f8a96", "chosen": "#ff9d5c", "grid": "#39424c"}
+
+
+@dataclass
+class Drawing:
+    """A figure to draw: `name` of its file, a caption, what it shows in words for those who do not see it."""
+
+    name: str
+    caption: str
+    words: str
+    draw: Callable
+
+    def figure(self, dark: bool = False, size: tuple[float, float] = (6.4, 4.0)) -> Figure:
+        """Inches. Light or dark."""
+        colours = _DARK if dark else _LIGHT
+        with _style(colours):
+            figure = Figure(figsize=size, layout="constrained")
+            self.draw(figure.add_subplot(), colours)
+        return figure
+
+
+def drawings(selections: list["Selection"]) -> list[Drawing]:
+    """Those of the last selection, and, with several, how they differ. None of a selection at random."""
+    last = selections[-1]
+    table = last.scores.to_pandas()
+    found = []
+    if table["success_rate"].notna().any():
+        found += [_success_rates(table, last), _scatter(table), _lengths(table)]
+    if last.provenance["seconds"]:
+        found.append(_seconds(last))
+    if len(selections) > 1:
+        found.append(_stages(selections))
+    return found
+
+
+def plot(selection: "Selection", dark: bool = False) -> Figure:
+    """Success rates, scores and lengths of pool and choice, side by side."""
+    panels = [drawing for drawing in drawings([selection]) if drawing.name != "seconds"]
+    colours = _DARK if dark else _LIGHT
+    with _style(colours):
+        figure = Figure(figsize=(5.2 * max(1, len(panels)), 3.9), layout="constrained")
+        for axes, drawing in zip(np.atleast_1d(figure.subplots(1, max(1, len(panels)))), panels, strict=False):
+            drawing.draw(axes, colours)
+        if not panels:
+            figure.axes[0].text(0.5, 0.5, "chosen at random: nothing was measured", ha="center")
+            figure.axes[0].set_axis_off()
+    return figure
+
+
+@contextmanager
+def _style(colours):
+    settings = {
+        **dict.fromkeys(
+            ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), colours["ink"]
+        ),
+        **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), colours["page"]),
+        "legend.facecolor": colours["page"],
+        "legend.edgecolor": colours["grid"],
+        "grid.color": colours["grid"],
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "font.size": 10,
+    }
+    with matplotlib.rc_context(settings):
+        yield
+
+
+def _success_rates(table, selection) -> Drawing:
+    chosen = table[table["selected"]]
+    rollouts = selection.provenance.get("num_rollouts", 8)
+    edges = (np.arange(rollouts + 2) - 0.5) / rollouts
+
+    def draw(axes, colours):
+        for rows, label, place in ((table, "pool", -0.5), (chosen, "chosen", 0.5)):
+            shares = np.histogram(rows["success_rate"].dropna(), bins=edges)[0] / max(1, len(rows))
+            width = 0.42 / rollouts
+            centres = np.arange(rollouts + 1) / rollouts + place * width
+            axes.bar(centres, shares, width=width, color=colours[label], label=f"{label} ({len(rows):,})")
+        axes.set(xlabel="success rate", ylabel="share of prompts", title="Success rates")
+        axes.legend()
+
+    never, always = (table["success_rate"] == 0).mean(), (table["success_rate"] == 1).mean()
+    mean = "" if chosen.empty else f" The chosen have a mean of {chosen['success_rate'].mean():.2f}."
+    return Drawing(
+        "success_rates",
+        "Success rates of the pool and of the chosen prompts.",
+        f"Of the pool, {never:.0%} of the prompts are never solved and {always:.0%} always; the mean success rate is "
+        f"{table['success_rate'].mean():.2f}.{mean}",
+        draw,
+    )
+
+
+def _scatter(table) -> Drawing:
+    learnable = table[table["learnability"] > 0]
+    aligned = learnable["alignment"].notna().any()
+    vertical, label = ("alignment", "alignment") if aligned else ("score", "score")
+    points = learnable.sample(min(len(learnable), _MOST_POINTS), random_state=0).sort_values("selected")
+
+    def draw(axes, colours):
+        spread = np.random.default_rng(0).uniform(-0.25, 0.25, len(points)) * _smallest_gap(points["learnability"])
+        for selected, name in ((False, "not chosen"), (True, "chosen")):
+            mask = (points["selected"] == selected).to_numpy()
+            axes.scatter(
+                points["learnability"][mask] + spread[mask],
+                points[vertical][mask],
+                s=6,
+                linewidths=0,
+                color=colours["chosen" if selected else "pool"],
+                label=f"{name} ({(learnable['selected'] == selected).sum():,})",
+            )
+        axes.set(xlabel="learnability (spread out a little)", ylabel=label, title=f"Learnability and {label}")
+        axes.legend(markerscale=3)
+
+    words = f"{len(learnable):,} learnable prompts."
+    if len(learnable) and learnable["selected"].any() and aligned:
+        means = learnable.groupby("selected")["alignment"].mean()
+        words += f" Mean alignment of the chosen {means[True]:.2f}"
+        words += f", of the others {means[False]:.2f}." if False in means else "."
+    return Drawing(
+        "scores", f"Learnability and {label} of the learnable prompts; their product is what ranks them.", words, draw
+    )
+
+
+def _smallest_gap(values) -> float:
+    levels = np.unique(values.round(6))
+    return float(np.diff(levels).min()) if 1 < len(levels) < 50 else 0.0
+
+
+def _lengths(table) -> Drawing:
+    chosen = table[table["selected"]]
+    lengths = table["completion_length_mean"].dropna()
+    edges = np.linspace(0, max(1.0, float(lengths.quantile(0.995))), 41)
+
+    def draw(axes, colours):
+        for rows, label in ((table, "pool"), (chosen, "chosen")):
+            values = rows["completion_length_mean"].dropna().clip(upper=edges[-1])
+            if len(values):
+                weights = np.full(len(values), 1 / len(values))
+                axes.hist(
+                    values,
+                    bins=edges,
+                    weights=weights,
+                    histtype="step",
+                    linewidth=2,
+                    color=colours[label],
+                    label=label,
+                )
+                axes.axvline(values.mean(), color=colours[label], linestyle="--", linewidth=1)
+        axes.set(xlabel="mean completion length, tokens", ylabel="share of prompts", title="Completion length")
+        axes.legend()
+
+    words = f"Mean completion length {lengths.mean():.1f} tokens in the pool"
+    words += "." if chosen.empty else f" and {chosen['completion_length_mean'].mean():.1f} among the chosen."
+    return Drawing("lengths", "Length of the completions of pool and choice; the dashed lines are means.", words, draw)
+
+
+def _seconds(selection) -> Drawing:
+    seconds = selection.provenance["seconds"]
+
+    def draw(axes, colours):
+        names = list(seconds)[::-1]
+        bars = axes.barh(names, [seconds[name] for name in names], color=colours["chosen"])
+        axes.bar_label(bars, [f" {seconds[name]:,.1f} s" for name in names], color=colours["ink"])
+        axes.set(xlabel="seconds", title="Time of each phase")
+        axes.margins(x=0.18)
+
+    words = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()) + "."
+    return Drawing("seconds", "What the phases of the selection took.", words, draw)
+
+
+def overlaps(selections: list["Selection"]) -> list[float | None]:
+    """Share of each selection's prompts that the one before it had chosen, too."""
+    sets = [set(selection.indices) for selection in selections]
+    shares = [len(now & before) / len(now) if now else None for before, now in zip(sets[:-1], sets[1:], strict=True)]
+    return [None, *shares]
+
+
+def _stages(selections) -> Drawing:
+    rates = [selection.mean_success_rates() for selection in selections]
+    steps = [selection.provenance["global_step"] for selection in selections]
+    kept = overlaps(selections)
+
+    def draw(axes, colours):
+        axes.plot(steps, [rate[0] for rate in rates], "o-", color=colours["pool"], label="success rate of the pool")
+        axes.plot(
+            steps, [rate[1] for rate in rates], "s-", color=colours["chosen"], label="success rate of the chosen"
+        )
+        shares = [np.nan if share is None else share for share in kept]
+        axes.plot(steps, shares, "^:", color=colours["ink"], label="share chosen before, too")
+        axes.set(xlabel="optimizer step", ylim=(0, 1), title="Selections of this run")
+        axes.legend()
+
+    words = "; ".join(
+        f"step {step}: pool {rate[0]:.2f}, chosen {rate[1]:.2f}" + ("" if share is None else f", {share:.0%} kept")
+        for step, rate, share in zip(steps, rates, kept, strict=True)
+    )
+    return Drawing("stages", "How the selections of a staged run move.", words + ".", draw)

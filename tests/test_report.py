@@ -1,0 +1,182 @@
+"""report.html and its figures: what they say, that they need nothing, and that they hold in a browser."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset
+from tiny import config, make_trainer, parity_reward
+
+from trl_learnalign import Selection, select_prompts
+from trl_learnalign.report import write_report
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DASH = "\u2013"
+HOSTILE = "<script>window.hacked = 1</script>{{data}}</script><img src=x onerror=window.hacked=1>\u2028"
+
+
+def hostile_dataset(num=24):
+    prompts = [f"{i % 10}+{i // 10}=" for i in range(num)]
+    prompts[3] += HOSTILE
+    return Dataset.from_dict({"prompt": prompts, "row": list(range(num))})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of two selections, of rows with markup in them."""
+    path = tmp_path_factory.mktemp("run")
+    settings = {"reward": parity_reward, "dataset": hostile_dataset(), "num_train_epochs": 3}
+    make_trainer(path, config(reselect_every=1), **settings).train()
+    return path / "learnalign"
+
+
+def data_of(page):
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+
+
+def test_a_run_leaves_a_report(run):
+    steps = sorted(run.glob("step-*"))
+    assert len(steps) == 2
+    page = (run / "report.html").read_text(encoding="utf-8")
+    selection = Selection.load(steps[-1])
+    data = data_of(page)
+    keys = [column["key"] for column in data["columns"]]
+    rows = {row[keys.index("index")]: dict(zip(keys, row, strict=True)) for row in data["rows"]}
+    table = selection.scores.to_pandas().set_index("index")
+    assert set(rows) == set(table.index)
+    for index, row in rows.items():
+        assert row["selected"] == table.loc[index, "selected"] and row["rank"] == table.loc[index, "rank"]
+        assert row["score"] == pytest.approx(table.loc[index, "score"], rel=1e-5)
+        assert row["prompt"] == hostile_dataset()[index]["prompt"]
+    assert f"<dd>{len(selection.indices)}</dd>" in page and f"<dd>{selection.num_learnable()}</dd>" in page
+    names = {file.name for file in (run / "figures").iterdir()}
+    assert names == {f"{name}.png" for name in ("success_rates", "scores", "lengths", "seconds", "stages")}
+    assert all(file.read_bytes()[:4] == b"\x89PNG" for file in (run / "figures").iterdir())
+
+
+def test_the_best_and_the_last_come_with_a_completion(run):
+    step = sorted(run.glob("step-*"))[-1]
+    best, last = Selection.load(step).extremes()
+    texts = {row["index"]: row for row in pq.read_table(step / "texts.parquet").to_pylist()}
+    assert len(best) == 10 and not set(best) & set(last)
+    for index, row in texts.items():
+        assert (row["completion"] is not None) == (index in best + last) == (row["reward"] is not None)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert page.count("<td class=text>") == 2 * len(best + last)
+
+
+def test_nothing_is_fetched_and_no_markup_of_a_prompt_survives(run):
+    page = (run / "report.html").read_text(encoding="utf-8")
+
+    class Tags(HTMLParser):
+        def __init__(self):
+            super().__init__()
+            self.found = []
+
+        def handle_starttag(self, tag, attributes):
+            self.found.append((tag, dict(attributes)))
+
+    parser = Tags()
+    parser.feed(page)
+    tags = [tag for tag, _ in parser.found]
+    assert tags.count("script") == 2 and "link" not in tags and "iframe" not in tags
+    for tag, attributes in parser.found:
+        for name in ("src", "srcset", "href"):
+            assert attributes.get(name, "#").startswith(("#", "data:image/png;base64,")), (tag, attributes)
+        assert not any(name.startswith("on") for name in attributes)
+        if tag == "img":
+            assert len(attributes["alt"]) > 20
+
+
+def test_paths(run, tmp_path):
+    assert write_report(run.parent) == write_report(run) == run / "report.html"
+    step = sorted(run.glob("step-*"))[0]
+    alone = shutil.copytree(step, tmp_path / "alone")
+    page = write_report(alone).read_text(encoding="utf-8")
+    assert "Selections of this run" not in page
+    (alone / "texts.parquet").unlink()
+    assert "texts of the prompts were not kept" in write_report(str(alone)).read_text(encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match="holds no finished selection"):
+        write_report(tmp_path)
+
+
+def test_switched_off_and_never_in_the_way(tmp_path, monkeypatch, caplog):
+    select_prompts(make_trainer(tmp_path / "off"), config(write_report=False))
+    assert [file.name for file in (tmp_path / "off/learnalign").iterdir() if file.name != "lock"] == ["step-000000"]
+    monkeypatch.setattr("trl_learnalign.report.write_report", lambda path: 1 / 0)
+    selection = select_prompts(make_trainer(tmp_path / "on"), config())
+    assert selection.indices and "could not be written (ZeroDivisionError" in caplog.text
+
+
+@pytest.mark.parametrize("score", ["random", "learnability"])
+def test_other_scores(tmp_path, score):
+    select_prompts(make_trainer(tmp_path), config(score=score))
+    page = (tmp_path / "learnalign/report.html").read_text(encoding="utf-8")
+    assert ("chosen at random" in page) == (score == "random")
+    keys = [column["key"] for column in data_of(page)["columns"]]
+    assert "alignment" not in keys and ("success_rate" in keys) == (score == "learnability")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_in_a_browser(run, tmp_path, scheme):
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    page_file = run / "report.html"
+    text = page_file.read_text(encoding="utf-8")
+    data = data_of(text)
+    keys = [column["key"] for column in data["columns"]]
+    rows = data["rows"]
+    many = [[*row] for _ in range(20_000 // len(rows) + 1) for row in rows][:20_000]
+    for number, row in enumerate(many):
+        row[keys.index("index")] = number
+    large = json.dumps(data | {"rows": many}).replace("<", "\\u003c")
+    big_file = tmp_path / "big.html"
+    big_file.write_text(
+        re.sub(r'(id="data">).*?(</script>)', lambda match: match[1] + large + match[2], text, flags=re.S),
+        encoding="utf-8",
+    )
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        context = browser.new_context(color_scheme=scheme, offline=True, viewport={"width": 1280, "height": 900})
+        page = context.new_page()
+        faults = []
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
+        page.on("request", lambda request: faults.append(request.url) if request.url.startswith("http") else None)
+        page.goto(page_file.as_uri())
+        assert page.locator("#status").inner_text() == f"1{DASH}{len(rows)} of {len(rows)}"
+        assert page.evaluate("window.hacked") is None
+        page.fill("#search", "<script>")
+        assert page.locator("#table tbody tr").count() == 1
+        page.fill("#search", "nowhere to be found")
+        assert page.locator("#status").inner_text() == "No prompt matches."
+        page.fill("#search", "")
+        page.select_option("#filter", "chosen")
+        chosen = sum(row[keys.index("selected")] for row in rows)
+        assert page.locator("#table tbody tr").count() == chosen == page.locator("tr.chosen").count()
+        page.select_option("#filter", "all")
+        # By keyboard alone
+        page.locator("th button", has_text="success rate").focus()
+        page.keyboard.press("Enter")
+        head = page.locator("#table th", has_text="success rate")
+        assert head.get_attribute("aria-sort") == "descending"
+        cells = page.locator(f"#table tbody td:nth-child({keys.index('success_rate') + 1})").all_inner_texts()
+        assert [float(cell) for cell in cells] == sorted((float(cell) for cell in cells), reverse=True)
+        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert background == ("rgb(20, 23, 26)" if scheme == "dark" else "rgb(252, 252, 253)")
+        page.goto(big_file.as_uri())
+        assert page.locator("#status").inner_text() == f"1{DASH}50 of 20,000"
+        # Only a page of the rows is in the document, and sorting all of them is one turn of the event loop
+        assert page.locator("#table tbody tr").count() == 50
+        page.locator("th button", has_text="index").click()
+        page.fill("#search", "1999")
+        assert page.locator("#status").inner_text().endswith(" of 12")
+        page.fill("#search", "")
+        page.locator("#next").click()
+        assert page.locator("#status").inner_text() == f"51{DASH}100 of 20,000"
+        browser.close()
+        assert not faults
