@@ -489,6 +489,53 @@ def test_values_reach_tensorboard(tmp_path):
     selection = Selection.load(next((tmp_path / "learnalign").glob("step-*")))
     value = next(event for tag, event in tags.items() if tag.endswith("learnalign/success_rate_pool"))
     assert value.step == 2 and value.value == pytest.approx(selection.mean_success_rates()[0])
+    names = {tag.partition("learnalign/")[2] for tag in tags if "learnalign/" in tag}
+    assert {f"seconds_{phase}" for phase in ("rollouts", "gradients", "scores")} < names
+    assert {"learnable_fraction", "alignment_pool", "alignment_selected", "stage"} < names
+    # TRL's own share of groups without a gradient, before the selection and since
+    logged = {"before": [], "after": []}
+    for entry in trainer.state.log_history:
+        if "frac_reward_zero_std" in entry:
+            logged["before" if entry["step"] <= 2 else "after"].append(entry["frac_reward_zero_std"])
+    for when, shares in (("before", logged["before"]), ("after", logged["after"][:1])):
+        event = next(event for tag, event in tags.items() if tag.endswith(f"zero_variance_{when}"))
+        assert event.value == pytest.approx(sum(shares) / len(shares))
+
+
+@pytest.mark.parametrize("backend", ["wandb", "trackio"])
+def test_table_of_scores_reaches(tmp_path, backend, monkeypatch):
+    """Offline, with the tracker itself: what it is given is read from its call, as each keeps files of its own."""
+    module = pytest.importorskip(backend, reason=f"{backend} is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    tables, table_class = [], module.Table
+
+    def table(dataframe):
+        tables.append(dataframe)
+        return table_class(dataframe=dataframe)
+
+    monkeypatch.setattr(module, "Table", table)
+    trainer = make_trainer(tmp_path, config(), report_to=backend, num_train_epochs=2)
+    trainer.train()
+    if backend == "wandb":  # trackio has finished its run
+        module.finish()
+    selection = Selection.load(next((tmp_path / "learnalign").glob("step-*")))
+    assert len(tables) == 1 and tables[0]["index"].tolist() == selection.to_pandas().index.tolist()
+
+
+def test_model_card(tmp_path):
+    trainer = make_trainer(tmp_path, config(), num_train_epochs=2)
+    trainer.train()
+    trainer.create_model_card(model_name="mine", dataset_name="rows")
+    card = (tmp_path / "README.md").read_text()
+    header = card.split("---")[1]
+    assert "- learnalign" in header and "- grpo" in header
+    selection = Selection.load(next((tmp_path / "learnalign").glob("step-*")))
+    assert f"- {selection.summary()}" in card and "arXiv:2506.11480" in card
+    plain = make_trainer(tmp_path / "plain", config())
+    plain.create_model_card()  # before anything was selected
+    assert "## Prompts" not in (tmp_path / "plain/README.md").read_text()
 
 
 def test_summary_line(tmp_path, capsys):

@@ -14,7 +14,7 @@ from . import rollouts
 from .disk import DirectoryLock, digest, make_directory, write_atomically
 from .peers import Peers
 from .sampler import Layout, LearnAlignSampler
-from .selection import Selection, dataset_fingerprint
+from .selection import MOST_ROWS, Selection, dataset_fingerprint
 from .selector import select_at_stage
 
 
@@ -96,6 +96,14 @@ class LearnAlignCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self.unlock()
 
+    def with_zero_variance(self, logs: dict[str, float]) -> dict[str, float]:
+        """Log values of training, and the mean share of groups without a gradient since the last selection, once logged."""
+        share = _zero_variance(self.trainer.state)
+        selected = any("learnalign/stage" in entry for entry in self.trainer.state.log_history)
+        if not selected or share is None or "loss" not in logs:
+            return logs
+        return logs | {"learnalign/zero_variance_after": share}
+
     def unlock(self) -> None:
         """Lets other runs use the output directory."""
         if self._lock is not None:
@@ -162,8 +170,12 @@ class LearnAlignCallback(TrainerCallback):
         # Not `self.trainer.log`, which flushes the metrics of the training batches gathered so far. A log event takes
         # back `should_log`, which the step that just ended may have set for its own values
         due = self.trainer.control.should_log
-        Trainer.log(self.trainer, _log_values(selection, start * self.sampler.layout.chunk_prompts))
+        values = _log_values(selection, start * self.sampler.layout.chunk_prompts)
+        before = _zero_variance(state)
+        Trainer.log(self.trainer, values if before is None else values | {"learnalign/zero_variance_before": before})
         self.trainer.control.should_log = due
+        if self.trainer.accelerator.is_main_process:
+            _log_table(selection, self.trainer.args.report_to or [])
 
     def _warn(self, selection):
         if not selection.indices:
@@ -291,8 +303,40 @@ def _log_values(selection, warmup_prompts) -> dict[str, float]:
     if provenance["config"]["score"] != "random":
         pool_rate, chosen_rate = selection.mean_success_rates()
         values["learnalign/learnable_prompts"] = selection.num_learnable()
+        values["learnalign/learnable_fraction"] = selection.num_learnable() / max(1, selection.scores.num_rows)
         values["learnalign/success_rate_pool"] = pool_rate
         values["learnalign/success_rate_selected"] = chosen_rate
+        table = selection.to_pandas()
+        values["learnalign/alignment_pool"] = table["alignment"].mean()
+        values["learnalign/alignment_selected"] = table.loc[table["selected"], "alignment"].mean()
     for phase, seconds in provenance["seconds"].items():
         values[f"learnalign/seconds_{phase}"] = seconds
     return {name: value for name, value in values.items() if value == value}  # a mean over nothing is NaN
+
+
+def _zero_variance(state):
+    """Mean share of training groups without a gradient since the last selection; None if nothing was logged since."""
+    shares = []
+    for entry in state.log_history:
+        if "learnalign/stage" in entry:
+            shares = []
+        elif "frac_reward_zero_std" in entry:
+            shares.append(entry["frac_reward_zero_std"])
+    return sum(shares) / len(shares) if shares else None
+
+
+def _log_table(selection, report_to):
+    """The table of scores, best first, as TRL logs completions. It is on the disk: a failure here is no reason to end a run."""
+    table = selection.to_pandas().reset_index().head(MOST_ROWS)
+    try:
+        if "wandb" in report_to:
+            import wandb
+
+            if wandb.run is not None:
+                wandb.log({"learnalign/scores": wandb.Table(dataframe=table)}, commit=False)
+        if "trackio" in report_to:
+            import trackio
+
+            trackio.log({"learnalign/scores": trackio.Table(dataframe=table)})
+    except Exception as error:
+        logger.warning(f"The table of scores could not be logged ({error!r}). It is in scores.parquet.")

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from . import figures
 from .disk import make_directory, write_atomically
-from .selection import MOST_ROWS, SELECTION_FILE, TEXTS_FILE, Selection
+from .selection import MOST_ROWS, TEXTS_FILE, Selection, find_selections
 
 
 REPORT_FILE = "report.html"
@@ -48,7 +48,8 @@ def write_report(path: str | os.PathLike) -> Path:
         `FileNotFoundError`: no finished selection is there.
         `ValueError`: one of them is damaged.
     """
-    directory, steps = _find(Path(path))
+    steps = find_selections(path)
+    directory = Path(path) if steps[0] == Path(path) else steps[0].parent
     selections = [Selection.load(step) for step in steps]
     drawings = figures.drawings(selections)
     folder = directory / "figures"
@@ -62,23 +63,6 @@ def write_report(path: str | os.PathLike) -> Path:
     target = directory / REPORT_FILE
     write_atomically(target, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     return target
-
-
-def _find(path: Path) -> tuple[Path, list[Path]]:
-    """Where the report goes, and the finished selections, oldest first."""
-    if (path / SELECTION_FILE).is_file():
-        return path, [path]
-    for directory in (path / "learnalign", path):
-        steps = sorted(
-            (step for step in directory.glob("step-*") if (step / SELECTION_FILE).is_file()),
-            key=lambda step: (len(step.name), step.name),
-        )
-        if steps:
-            return directory, steps
-    raise FileNotFoundError(
-        f"'{path}' holds no finished selection. Pass the `output_dir` of a run, its `learnalign` directory, or the "
-        "directory of one selection, such as OUTPUT_DIR/learnalign/step-000038."
-    )
 
 
 def _texts(step: Path) -> dict[int, dict]:

@@ -25,6 +25,7 @@ SELECTION_FILE = "selection.json"
 ROLLOUTS_FILE = "rollouts.parquet"
 TEXTS_FILE = "texts.parquet"
 FORMAT_VERSION = 1
+SCORE_COLUMNS = ("learnalign_score", "success_rate")
 MOST_ROWS = 20_000  # in a report; of more prompts, the best and the last
 
 SCORES_SCHEMA = pa.schema(
@@ -126,12 +127,13 @@ class Selection:
             ) from error
         return cls(indices=indices, scores=scores, provenance=provenance)
 
-    def to_dataset(self, dataset: Dataset) -> Dataset:
+    def to_dataset(self, dataset: Dataset, with_scores: bool = False) -> Dataset:
         """
-        The chosen rows of the dataset that the selection was made from, best first.
+        The chosen rows of the dataset that the selection was made from, best first; with `with_scores` also the columns
+        `learnalign_score` and `success_rate`.
 
         Raises:
-            `ValueError`: `dataset` has other rows than that, or the same in another order.
+            `ValueError`: `dataset` has other rows than that, or the same in another order; or it has those columns.
         """
         if (
             len(dataset) != self.provenance["num_rows"]
@@ -142,7 +144,41 @@ class Selection:
                 f"order ({len(dataset)} rows; the selection was made from {self.provenance['num_rows']}). Load that one, "
                 "or select again."
             )
-        return dataset.select(self.indices)
+        rows = dataset.select(self.indices)
+        if not with_scores:
+            return rows
+        taken = set(SCORE_COLUMNS) & set(dataset.column_names)
+        if taken:
+            raise ValueError(
+                f"The dataset has columns of these names already: {sorted(taken)}. Rename or remove them."
+            )
+        table = self.to_pandas().loc[self.indices]
+        for name, column in zip(SCORE_COLUMNS, ("score", "success_rate"), strict=True):
+            rows = rows.add_column(name, [None if value != value else value for value in table[column].astype(float)])
+        return rows
+
+    def card(self, source: str) -> str:
+        """The text of a dataset card: what was chosen of `source`, how, and by what."""
+        config = self.provenance["config"]
+        settings = "\n".join(f"| `{name}` | {value} |" for name, value in config.items())
+        versions = ", ".join(f"{name} {number}" for name, number in self.provenance["versions"].items())
+        return f"""# {len(self.indices):,} prompts of {source}, selected for reinforcement learning
+
+{len(self.indices):,} of {self.scores.num_rows:,} prompts, chosen with trl-learnalign for
+the policy `{self.provenance["model"]}`. {self.summary()}.
+
+Rows are as in the source, best first, with two columns more: `learnalign_score`, what they were ranked on, and
+`success_rate`, of {self.provenance["num_rollouts"]} rollouts. Both are of that policy at that step: select anew for another.
+
+| setting | value |
+| --- | --- |
+{settings}
+
+Seed {self.provenance["seed"]}; {versions}.
+
+The method: Li et al., *LearnAlign: Data Selection for LLM Reinforcement Learning with Improved Gradient Alignment*,
+Findings of ACL 2026, [arXiv:2506.11480](https://arxiv.org/abs/2506.11480).
+"""
 
     def to_pandas(self) -> "pandas.DataFrame":
         """The table of scores, best first, with the dataset's indices as its index."""
@@ -221,6 +257,27 @@ class Selection:
             parts.append(f"learnable={self.num_learnable()}")
             parts.append("success_rate={:.3f} (pool), {:.3f} (chosen)".format(*rates))
         return f"Selection({', '.join(parts)})"
+
+
+def find_selections(path: str | os.PathLike) -> list[Path]:
+    """
+    Directories of finished selections, oldest first: `path` itself, or those below it, if it is the `output_dir` of a run
+    or its `learnalign` directory.
+
+    Raises:
+        `FileNotFoundError`: there is none.
+    """
+    path = Path(path)
+    if (path / SELECTION_FILE).is_file():
+        return [path]
+    for directory in (path / "learnalign", path):
+        steps = [step for step in directory.glob("step-*") if (step / SELECTION_FILE).is_file()]
+        if steps:
+            return sorted(steps, key=lambda step: (len(step.name), step.name))
+    raise FileNotFoundError(
+        f"'{path}' holds no finished selection. Pass the `output_dir` of a run, its `learnalign` directory, or the "
+        "directory of one selection, such as OUTPUT_DIR/learnalign/step-000038."
+    )
 
 
 def dataset_fingerprint(dataset: Dataset) -> str:

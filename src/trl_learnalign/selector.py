@@ -4,7 +4,9 @@ import hashlib
 import json
 import logging
 import shutil
+import tempfile
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -65,6 +67,43 @@ def select_at_stage(trainer: GRPOTrainer, config: LearnAlignConfig, stage: int) 
             "`LearnAlignSampler` with `warmup_prompts=0`, or launch this script with DDP."
         )
     return _Pass(trainer, config, stage).run()
+
+
+def plan_selection(trainer: GRPOTrainer, config: LearnAlignConfig) -> str:
+    """
+    What a selection would take, in lines for people: a real one of a batch of prompts per process, in a temporary
+    directory, and its time in proportion. Every process must call this.
+    """
+    rollouts.check_trainer(trainer, config)
+    whole = _Pass(trainer, config, 0)
+    prompts, world = len(whole.pool), trainer.accelerator.num_processes
+    lines = [f"pool: {prompts:,} prompts x {whole.num_rollouts} rollouts = {prompts * whole.num_rollouts:,}"]
+    if config.score == "random":
+        return "\n".join([*lines, f"{config.num_prompts:,} would be chosen at random: no rollouts, no gradients"])
+    tried = min(prompts, world * rollouts.prompts_per_batch(trainer, whole.num_rollouts))
+    trial = _Pass(trainer, replace(config, candidate_prompts=tried, num_prompts=tried), 0)
+    with tempfile.TemporaryDirectory() as directory:
+        trial.path = Path(directory) / "trial"
+        with trial.peers:
+            selection = trial._run()
+    more, learnable = prompts / tried, selection.num_learnable()
+    times = {phase: seconds * more for phase, seconds in selection.provenance["seconds"].items()}
+    dim = config.projection_dim
+    device = trainer.accelerator.device
+    lines += [
+        f"tried: {tried} prompts on {world} process{'es' * (world > 1)}, of which {learnable} are learnable ({learnable / tried:.0%})",
+        f"gradient passes: about {learnable * more:,.0f} prompts"
+        if config.score != "learnability"
+        else "gradient passes: none",
+        "expected time: "
+        + ", ".join(f"{phase} {seconds:,.0f} s" for phase, seconds in times.items())
+        + f"; {sum(times.values()) / 60:,.1f} minutes in all",
+    ]
+    if dim is not None and config.score != "learnability":
+        lines.append(f"on disk while it runs: about {learnable * more * dim * 4 / 1e9:,.2f} GB of gradient features")
+    if device.type == "cuda":
+        lines.append(f"most memory of the device so far: {torch.cuda.max_memory_allocated(device) / 2**30:,.1f} GiB")
+    return "\n".join([*lines, "Nothing was kept."])
 
 
 class _Pass:

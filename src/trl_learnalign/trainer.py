@@ -1,11 +1,14 @@
 """GRPOTrainer with a `train_sampler`."""
 
+from pathlib import Path
+
 from trl import GRPOTrainer
 
 from .callback import LearnAlignCallback
 from .disk import whole_checkpoint
 from .rollouts import check_dataset
 from .sampler import LearnAlignSampler
+from .selection import Selection, find_selections
 
 
 class LearnAlignMixin:
@@ -32,6 +35,7 @@ class LearnAlignMixin:
         if train_sampler is not None:
             self._learnalign = LearnAlignCallback(self, train_sampler)
             self.add_callback(self._learnalign)
+            self._tag_names = [*self._tag_names, "learnalign"]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """
@@ -50,6 +54,44 @@ class LearnAlignMixin:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._learnalign.unlock()
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """As the trainer's, with `learnalign/zero_variance_after` once a selection is in use."""
+        if self._learnalign is not None:
+            logs = self._learnalign.with_zero_variance(logs)
+        super().log(logs, *args, **kwargs)
+
+    def create_model_card(self, *args, **kwargs):
+        """As the trainer's, and what the prompts were: the selections of this run, and the paper."""
+        super().create_model_card(*args, **kwargs)
+        card = Path(self.args.output_dir) / "README.md"
+        if self._learnalign is None or not self.is_world_process_zero() or not card.is_file():
+            return
+        try:
+            summaries = [Selection.load(path).summary() for path in find_selections(self.args.output_dir)]
+        except (FileNotFoundError, ValueError):  # none yet, or one that was tampered with
+            return
+        lines = "\n".join(f"- {summary}" for summary in summaries)
+        card.write_text(card.read_text(encoding="utf-8").rstrip() + _CARD.format(lines=lines), encoding="utf-8")
+
+
+_CARD = """
+
+## Prompts
+
+The prompts of this training were selected with trl-learnalign; `learnalign/` holds the scores of all of them.
+
+{lines}
+
+```bibtex
+@article{{li2025learnalign,
+    title   = {{LearnAlign: Data Selection for LLM Reinforcement Learning with Improved Gradient Alignment}},
+    author  = {{Li, Shipeng and Yang, Zhiqin and Li, Shikun and Xia, Xiaobo and Liu, Hengyu and Zhang, Xinghua and Chen, Gaode and Fang, Dong and Tai, Ying and Peng, Zhe}},
+    journal = {{arXiv preprint arXiv:2506.11480}},
+    year    = {{2025}},
+}}
+```
+"""
 
 
 class LearnAlignGRPOTrainer(LearnAlignMixin, GRPOTrainer):
