@@ -252,3 +252,43 @@ def test_accelerate_reads_the_configs():
         config = load_config_from_file(str(file))
         assert config.distributed_type == kinds[file.stem]
         assert config.num_machines == (2 if file.stem == "two_nodes" else 1)
+
+
+def test_code_reward():
+    from code_reward import passed_tests
+
+    tests = ["assert add(1, 2) == 3", "assert add(0, 0) == 0", "assert add(2, 2) == 5"]
+    completions = {
+        "Here:\n```python\ndef add(a, b):\n    return a + b\n```": 2 / 3,
+        "def add(a, b): return 5": 1 / 3,
+        "def add(a, b) return": 0,  # does not compile
+        "while True: pass": 0,
+        "import sys; sys.stdout.write('3'); raise SystemExit": 0,
+        "x = 'a' * 10**10\ndef add(a, b): return a + b": 0,
+        "open('file', 'w').write('text')\ndef add(a, b): return a + b": 0,
+    }
+    rewards = passed_tests(
+        [*completions, [{"role": "assistant", "content": "def add(a, b): return a + b"}]], [tests] * 8
+    )
+    assert rewards == pytest.approx([*completions.values(), 2 / 3])
+
+
+def test_several_rewards_end_to_end(tmp_path):
+    output = run(sys.executable, EXAMPLES / "multi_reward.py", "--output_dir", tmp_path)
+    assert "LearnAlign, step 2: pool 200; learnable" in output
+    selection = Selection.load(tmp_path / "learnalign/step-000002")
+    assert selection.provenance["config"]["success_reward"] == "equations_reward"
+    assert set(selection.to_pandas()["success_rate"] * 8 % 1) == {0}
+
+
+def test_notebook_runs_from_top_to_bottom(tmp_path):
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    notebook = nbformat.read(EXAMPLES / "quick_start.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)  # committed without outputs
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("../runs/quick_start", str(tmp_path))
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": EXAMPLES}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    text = " ".join(output.get("data", {}).get("text/plain", "") for output in outputs)
+    assert "Selection(48 of 200 prompts" in text and "learnalign_score" in text

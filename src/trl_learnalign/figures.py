@@ -53,15 +53,18 @@ def drawings(selections: list["Selection"]) -> list[Drawing]:
 
 def plot(selection: "Selection", dark: bool = False) -> Figure:
     """Success rates, scores and lengths of pool and choice, side by side."""
+    import matplotlib.pyplot as plt  # which also tells a notebook how to show figures
+
     panels = [drawing for drawing in drawings([selection]) if drawing.name != "seconds"]
     colours = _DARK if dark else _LIGHT
     with _style(colours):
-        figure = Figure(figsize=(5.2 * max(1, len(panels)), 3.9), layout="constrained")
+        figure = plt.figure(figsize=(5.2 * max(1, len(panels)), 3.9), layout="constrained")
         for axes, drawing in zip(np.atleast_1d(figure.subplots(1, max(1, len(panels)))), panels, strict=False):
             drawing.draw(axes, colours)
         if not panels:
             figure.axes[0].text(0.5, 0.5, "chosen at random: nothing was measured", ha="center")
             figure.axes[0].set_axis_off()
+    plt.close(figure)  # it is returned, and not to be shown a second time
     return figure
 
 

@@ -214,8 +214,6 @@ Findings of ACL 2026, [arXiv:2506.11480](https://arxiv.org/abs/2506.11480).
 
     def plot(self, dark: bool = False) -> "matplotlib.figure.Figure":
         """Success rates, learnability against alignment, and completion lengths of pool and choice."""
-        import matplotlib.pyplot  # noqa: F401, so that notebooks know how to show figures
-
         from .figures import plot
 
         return plot(self, dark)
