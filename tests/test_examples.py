@@ -265,7 +265,7 @@ def test_code_reward():
         "while True: pass": 0,
         "import sys; sys.stdout.write('3'); raise SystemExit": 0,
         "x = 'a' * 10**10\ndef add(a, b): return a + b": 0,
-        "open('file', 'w').write('text')\ndef add(a, b): return a + b": 0,
+        "open('file', 'wb', 0).write(b'text')\ndef add(a, b): return a + b": 0,
     }
     rewards = passed_tests(
         [*completions, [{"role": "assistant", "content": "def add(a, b): return a + b"}]], [tests] * 8
