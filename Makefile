@@ -9,7 +9,7 @@ DATASET ?=
 # Idle threads sleep instead of spinning, so that a busy machine is not brought to a standstill
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all lint bench bench-costs evidence evidence-small clean
+.PHONY: demo test test-all lint docs bench bench-costs evidence evidence-small clean
 
 # torch first and pinned: left to choose, pip would take the newest build with all of CUDA
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
@@ -30,6 +30,14 @@ test-all: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The site of the documentation, in site/
+$(VENV)/docs-installed: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[docs]"
+	touch $@
+
+docs: $(VENV)/docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The peers that benchmarks/gradients.py compares with live in an environment of their own
 $(BENCH)/installed: pyproject.toml $(CONSTRAINTS) benchmarks/requirements.txt

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from trl_learnalign import LearnAlignConfig
 from trl_learnalign.gradients import unseen_message
 
@@ -89,3 +91,88 @@ def test_every_error_is_in_the_troubleshooting_page():
         parts = [part.strip(" .,:'()") for part in message.replace("`", "").replace('"', "'").split("...")]
         start = next(part for part in parts if len(part) >= 12 or part == max(parts, key=len))
         assert re.split(r"[.:] ", start)[0][:60] in page, f"not in troubleshooting.md: {message}"
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs" / page).read_text(), re.S)
+
+
+@pytest.mark.parametrize("page", ["index.md", "recipes.md", "migrating.md", "files.md"])
+def test_code_of_the_pages_runs(page, tmp_path, monkeypatch):
+    """One block after another, as they stand, with a tiny policy, few rows and few prompts."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from tiny import grpo_args, make_dataset, make_model, make_tokenizer, parity_reward
+
+    import trl_learnalign
+
+    monkeypatch.chdir(tmp_path)
+    make_model().save_pretrained("policy")
+    make_tokenizer().save_pretrained("policy")
+    dataset = Dataset.from_list([row | {"answer": str(row["row"] % 10)} for row in make_dataset().to_list()])
+
+    def small_args(output_dir, **changes):
+        return grpo_args(output_dir, save_strategy="steps", save_steps=1, **changes)
+
+    def small_config(**settings):
+        for name, most in {"num_prompts": 8, "warmup_prompts": 8, "candidate_prompts": 16}.items():
+            if settings.setdefault(name, {"candidate_prompts": None}.get(name, most)) is not None:
+                settings[name] = min(settings[name], most)
+        return LearnAlignConfig(**settings)
+
+    names = {name: getattr(trl_learnalign, name) for name in trl_learnalign.__all__}
+    names |= {"reward": parity_reward, "dataset": dataset, "LoraConfig": LoraConfig}
+    names |= {"small_args": small_args, "small_config": small_config}
+    replaced = {
+        '"Qwen/Qwen2.5-1.5B-Instruct"': '"policy"',
+        " GRPOConfig(": " small_args(",
+        "=GRPOConfig(": "=small_args(",
+    }
+    replaced |= {"LearnAlignConfig(": "small_config(", '"OUTPUT_DIR': '"runs/first', "step-000038": "step-000002"}
+
+    def run(block):
+        for old, new in replaced.items():
+            block = block.replace(old, new)
+        exec(block, names)
+
+    if page != "index.md":
+        run(blocks("index.md", "python")[0])
+    for block in blocks(page, "python"):
+        run(block)
+    assert list(Path("runs/first/learnalign").glob("step-*/selection.json"))
+    if page == "recipes.md":
+        assert names["trainer"].state.global_step == names["trainer"].state.max_steps
+        assert Path("selected.jsonl").read_text().count("\n") == len(names["selection"].indices)
+    if page == "migrating.md":
+        assert len(names["filtered"]) == min(1000, names["selection"].num_learnable())
+
+
+@pytest.mark.parametrize("page", [path.name for path in sorted((ROOT / "docs").glob("*.md"))])
+def test_settings_and_commands_of_the_pages_exist(page):
+    from dataclasses import fields
+
+    import yaml
+    from trl import GRPOConfig, ModelConfig
+
+    from trl_learnalign.cli import SelectArguments
+
+    known = {
+        field.name for kind in (SelectArguments, GRPOConfig, ModelConfig, LearnAlignConfig) for field in fields(kind)
+    }
+    for block in blocks(page, "yaml"):
+        assert set(yaml.safe_load(block)) <= known
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+    for block in blocks(page, "bash"):
+        for line in block.splitlines():
+            words = line.partition("#")[0].split()
+            assert words[0] in ("make", "accelerate", "trl-learnalign", "python")
+            assert words[0] != "make" or words[1] in targets
+            for word in words:
+                assert not word.startswith(("examples/", "benchmarks/")) or (ROOT / word).exists(), word
+                assert not word.startswith("--") or word[2:] in known | {"config", "config_file", "dry_run", "format"}
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    for path in (ROOT / "docs").glob("*.md"):
+        assert f": {path.name}\n" in navigation
