@@ -138,6 +138,8 @@ def test_code_of_the_pages_runs(page, tmp_path, monkeypatch):
     if page != "index.md":
         run(blocks("index.md", "python")[0])
     for block in blocks(page, "python"):
+        if "resume_from_checkpoint" in block:
+            names["trainer"].train()  # the run to resume
         run(block)
     assert list(Path("runs/first/learnalign").glob("step-*/selection.json"))
     if page == "recipes.md":

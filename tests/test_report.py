@@ -12,6 +12,7 @@ from tiny import config, make_trainer, parity_reward
 
 from trl_learnalign import Selection, select_prompts
 from trl_learnalign.report import write_report
+from trl_learnalign.rollouts import prompt_text
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -180,3 +181,19 @@ def test_in_a_browser(run, tmp_path, scheme):
         assert page.locator("#status").inner_text() == f"51{DASH}100 of 20,000"
         browser.close()
         assert not faults
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("1+1=", "1+1="),
+        ([{"role": "user", "content": "1+1="}], "1+1="),
+        ([{"role": "system", "content": "Add."}, {"role": "user", "content": "1+1="}], "system: Add.\nuser: 1+1="),
+        ([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}], "[image] what?"),
+        ([{"role": "assistant", "content": None, "tool_calls": []}], ""),
+        ([1, 2], "[1, 2]"),
+        (None, "None"),
+    ],
+)
+def test_prompts_as_text(prompt, text):
+    assert prompt_text(prompt) == text

@@ -78,7 +78,10 @@ def difference(ours: dict, theirs: dict) -> tuple[float, float, float, int] | No
 
 
 def points(value: tuple | None) -> str:
-    return "" if value is None else f"{100 * value[0]:+.1f} [{100 * value[1]:+.1f}, {100 * value[2]:+.1f}]"
+    if value is None:
+        return ""
+    middle, low, high = (f"{100 * number:+.1f}".replace("-0.0", "+0.0") for number in value[:3])
+    return f"{middle} [{low}, {high}]"
 
 
 def mean(values: dict) -> str:
@@ -141,7 +144,7 @@ def warm_up_counted() -> str:
 def compared_with(size: int, base: str, arm: str = "learnalign") -> str:
     value = difference(measured(arm, size, steps_of(size)), measured(base, size, steps_of(size)))
     verdict = "is better than" if value[1] > 0 else "is worse than" if value[2] < 0 else "cannot be told from"
-    return f"{verdict} {NAMES[base]} ({points(value)})"
+    return f"{verdict} {'the ' * (base == 'filter')}{NAMES[base]} ({points(value)})"
 
 
 def verdict() -> str:
@@ -149,8 +152,8 @@ def verdict() -> str:
     sentences = []
     for size in sizes():
         seeds = len(measured("learnalign", size, steps_of(size)))
-        bases = "; ".join(f"it {compared_with(size, base)}" for base in ("random", "filter", "learnability"))
-        sentences.append(f"- **{size:,} prompts** ({seeds} seed{'s' * (seeds > 1)}): {bases}.")
+        bases = "; ".join(compared_with(size, base) for base in ("random", "filter", "learnability"))
+        sentences.append(f"- **{size:,} prompts** ({seeds} seed{'s' * (seeds > 1)}): LearnAlign {bases}.")
     return "\n".join(sentences)
 
 
@@ -266,7 +269,7 @@ def sensitivity() -> str:
     table = load("sensitivity.json")
     lines = [
         f"| scored with | rank correlation of scores | of alignments | of learnabilities | Jaccard index of the best {table['best']} "
-        "| learnability of the chosen, as measured | from 32 other rollouts |",
+        f"| learnability of the chosen, as measured | from {table['true_rollouts']} other rollouts |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in table["rows"]:
@@ -275,6 +278,26 @@ def sensitivity() -> str:
             f"{row['jaccard']:.2f} | {row['chosen_learnability']:.3f} | {row['chosen_true_learnability']:.3f} |"
         )
     return "\n".join(lines)
+
+
+def sensitivity_conditions() -> str:
+    table = load("sensitivity.json")
+    share = table["best"] / table["prompts"]
+    return (
+        f"{table['prompts']} prompts, each way against the defaults (8 rollouts, 300 warm-up prompts, d = 32,768); two random "
+        f"choices of {table['best']} would have a Jaccard index of {share / (2 - share):.2f}"
+    )
+
+
+def repeatability() -> str:
+    """Of the best by LearnAlign: what other rollouts of the same policy say of them."""
+    row = next(row for row in load("sensitivity.json")["rows"] if row["way"] == "another seed")
+    return (
+        f"The {load('sensitivity.json')['best']} best had a mean alignment of {row['alignment_of_best']:.2f}; from other rollouts of the "
+        f"same policy, those of them that are learnable again have {row['alignment_of_best_seen_again']:.2f}, all learnable prompts "
+        f"{row['alignment_of_all']:.2f}. The rank correlation of a prompt's alignment with itself is "
+        f"{row['spearman_alignment']:.2f}, that of its learnability {row['spearman_learnability']:.2f}."
+    )
 
 
 def conditions() -> str:

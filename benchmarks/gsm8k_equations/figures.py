@@ -62,8 +62,6 @@ def curve(arm, size):
     start = "none" if arm.endswith("cold") else "warm-up"
     first = looks[looks.arm == start]
     rows = looks[(looks.arm == arm) & (looks["size"] == (max(looks["size"]) if arm == "full" else size))]
-    if arm == "full":
-        rows = rows[rows.step <= evidence.steps_of(size)]
     if not len(rows):
         return None
     rows = rows.assign(success=[np.mean(row.sampled) / row.samples for row in rows.itertuples()])

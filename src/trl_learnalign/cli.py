@@ -88,24 +88,23 @@ def _select(arguments: list[str]) -> None:
         trainer = build_trainer(*parsed[:3])
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"trl-learnalign select: {error}")
-    if unknown:
-        logger.warning(
-            f"Of the config file, these are no arguments of `select` and are left out: {', '.join(name.lstrip('-') for name in unknown[::2])}."
-        )
-    config = parsed[3]
+    main_process = trainer.accelerator.is_main_process
+    if unknown and main_process:
+        names = ", ".join(name.removeprefix("--") for name in unknown if name.startswith("--"))
+        logger.warning(f"Of the config file, these are no arguments of `select` and are left out: {names}.")
     if options.dry_run:
-        plan = plan_selection(trainer, config)
-        if trainer.accelerator.is_main_process:
+        plan = plan_selection(trainer, parsed[3])
+        if main_process:
             print(plan)
-        return
-    selection = select_prompts(trainer, config)
-    if trainer.accelerator.is_main_process and (options.format or options.push_to_hub):
-        rows = selection.to_dataset(trainer.train_dataset, with_scores=True)
-        if options.format:
-            target = Path(trainer.args.output_dir) / "learnalign" / f"selected.{options.format}"
-            print(f"{len(rows)} rows: {write_rows(rows, target)}")
-        if options.push_to_hub:
-            print(push_rows(rows, selection, options.push_to_hub, parsed[0].dataset_name))
+    else:
+        selection = select_prompts(trainer, parsed[3])
+        if main_process and (options.format or options.push_to_hub):
+            rows = selection.to_dataset(trainer.train_dataset, with_scores=True)
+            if options.format:
+                target = Path(trainer.args.output_dir) / "learnalign" / f"selected.{options.format}"
+                print(f"{len(rows)} rows: {write_rows(rows, target)}")
+            if options.push_to_hub:
+                print(push_rows(rows, selection, options.push_to_hub, parsed[0].dataset_name))
     trainer.accelerator.end_training()
 
 

@@ -15,6 +15,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
+from tqdm.notebook import tqdm_notebook
 from transformers import set_seed
 from trl import GRPOTrainer
 from trl.trainer.utils import use_adapter
@@ -136,20 +137,24 @@ def visible_columns(trainer: GRPOTrainer) -> Dataset:
 
 
 def prompt_text(prompt) -> str:
-    """A prompt for people to read: text as it is, messages one after another."""
+    """A prompt for people to read: text as it is, messages one after another, and whatever else there may be as Python has it."""
     if isinstance(prompt, str):
         return prompt
-    contents = [message.get("content") or "" for message in prompt]
-    # Content is text or, of multimodal prompts, a list of parts
-    texts = [
-        content
-        if isinstance(content, str)
-        else " ".join(part.get("text") or f"[{part.get('type')}]" for part in content)
-        for content in contents
-    ]
+    if not isinstance(prompt, list) or not all(isinstance(message, dict) for message in prompt):
+        return str(prompt)
+    texts = [_content_text(message.get("content")) for message in prompt]
     if len(prompt) == 1:
         return texts[0]
     return "\n".join(f"{message.get('role')}: {text}" for message, text in zip(prompt, texts, strict=True))
+
+
+def _content_text(content) -> str:
+    """Of a message: text, or the parts of a multimodal one, or nothing."""
+    if not isinstance(content, list):
+        return "" if content is None else str(content)
+    return " ".join(
+        part.get("text") or f"[{part.get('type')}]" if isinstance(part, dict) else str(part) for part in content
+    )
 
 
 def first_completion(trainer: GRPOTrainer, group: Group) -> tuple[str, float]:
@@ -195,8 +200,10 @@ def policy(trainer: GRPOTrainer) -> torch.nn.Module:
 
 
 def progress_bar(trainer: GRPOTrainer, phase: str, total: int, unit: str) -> tqdm:
-    """A bar on the main process, quiet where the trainer's own are."""
+    """A bar on the main process, quiet where the trainer's own are and in logs that are neither terminals nor notebooks."""
     hidden = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
+    if not hidden and not issubclass(tqdm, tqdm_notebook):
+        hidden = None  # for tqdm: where its output is no terminal
     return tqdm(total=total, desc=f"LearnAlign {phase}", unit=f" {unit}", disable=hidden, leave=False)
 
 
