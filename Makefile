@@ -62,7 +62,7 @@ evidence: $(VENV)/installed
 	$(EVIDENCE)/grid.py --dataset_path $(DATASET) --seeds 1 3 & $(EVIDENCE)/grid.py --dataset_path $(DATASET) --seeds 0 2 4; wait
 	$(EVIDENCE)/grid.py --dataset_path $(DATASET)
 	$(EVIDENCE)/sensitivity.py --dataset_path $(DATASET)
-	$(EVIDENCE)/collect.py
+	$(EVIDENCE)/collect.py --dataset_path $(DATASET)
 	$(EVIDENCE)/evidence.py
 
 # The same in a quarter of an hour: two seeds, three arms, one number of prompts, a small pool

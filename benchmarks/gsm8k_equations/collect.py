@@ -1,7 +1,7 @@
 """
 Gathers finished runs into benchmarks/results/evidence/*.parquet, which are committed.
 
-    python benchmarks/gsm8k_equations/collect.py [--output_dir runs/gsm8k_equations]
+    python benchmarks/gsm8k_equations/collect.py [--output_dir runs/gsm8k_equations] [--dataset_path DIR]
 
 Runs that the tables hold already stay if they were made under the same conditions, so that the grid can grow over several
 machines and evenings.
@@ -11,15 +11,18 @@ machines and evenings.
   (list, or null).
 - `scores.parquet`: a row per seed, `cold` and pool prompt: what the selection's scores.parquet holds.
 - `movement.parquet`: a row per run and prompt: successes of 8 before and after training, and whether it was trained on.
+- `redundancy.json`, with a dataset: how alike the 500 best of each score are, mean over seeds.
 - `runs.json`: the conditions, the finished cells, and what warm-ups and selections took.
 """
 
 import argparse
 import json
+import re
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
-from grid import MOVEMENT, RESULTS
+from grid import MOVEMENT, RESULTS, read_data, without_repeated_steps
 
 from trl_learnalign import Selection
 
@@ -93,9 +96,42 @@ def merge(conditions, cells, costs, frames):
     return cells, costs, frames
 
 
+def redundancy(scores, pool, best=500) -> list[dict]:
+    """Of the best by each score: steps a prompt, share of distinct steps, of shared last steps, and distinct numbers."""
+    prompts = [prompt.removesuffix("=").split(";") for prompt in pool["prompt"]]
+    table = scores[~scores.cold & (scores.success_rate > 0) & (scores.success_rate < 1)]
+    table = table.sample(frac=1, random_state=0)
+    table = table.assign(
+        learnability=table.success_rate * (1 - table.success_rate),
+        inner=table.gradient_norm * table.alignment,
+        any=range(len(table)),
+    )
+    rows = []
+    for name in ("any", "learnability", "inner", "alignment", "score", "distinct"):
+        found = []
+        for _, group in table.groupby("seed"):
+            ranked = group.sort_values("score" if name == "distinct" else name, ascending=False, kind="stable")[
+                "index"
+            ]
+            chosen = without_repeated_steps(ranked, best, pool) if name == "distinct" else ranked.head(best)
+            steps = [step for index in chosen for step in prompts[index]]
+            last = Counter(prompts[index][-1] for index in chosen)
+            found.append(
+                {
+                    "steps": len(steps) / best,
+                    "distinct_steps": len(set(steps)) / len(steps),
+                    "shared_last_step": sum(count for count in last.values() if count > 1) / best,
+                    "distinct_numbers": len(set(re.findall(r"\d+\.?\d*", " ".join(steps)))),
+                }
+            )
+        rows.append({"chosen_by": name, **{key: round(float(pd.DataFrame(found)[key].mean()), 3) for key in found[0]}})
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/gsm8k_equations"))
+    parser.add_argument("--dataset_path", type=Path)
     arguments = parser.parse_args()
     conditions, cells, costs, frames = read(arguments.output_dir)
     if conditions is None:
@@ -113,6 +149,9 @@ def main():
             for column in set(frame.columns) & {"before", "after", "samples"}:
                 frame[column] = frame[column].astype("int8")
             frame.to_parquet(RESULTS / f"{name}.parquet", compression="zstd", index=False)
+    if arguments.dataset_path is not None and len(frames["scores"]):
+        rows = redundancy(frames["scores"], read_data(arguments)[0])
+        (RESULTS / "redundancy.json").write_text(json.dumps(rows, indent=1) + "\n")
     summary = {
         "conditions": conditions,
         "cells": sorted(cells),

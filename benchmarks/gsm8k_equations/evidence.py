@@ -33,6 +33,7 @@ NAMES = {
     "learnalign cold": "LearnAlign, no warm-up",
     "full": "all prompts",
     "staged": "LearnAlign, staged",
+    "learnalign distinct": "LearnAlign, no step twice",
 }
 COMPARED = ("random", "filter", "learnability", "alignment", "learnalign")
 
@@ -95,7 +96,10 @@ def arms_table(size: int, step: int) -> str:
     ]
     base, simple = measured("random", size, step), measured("filter", size, step)
     largest = max(load("looks.parquet")["size"])
-    rows = [(arm, measured(arm, size, step), measured(arm, size, step, "greedy")) for arm in (*COMPARED, "staged")]
+    rows = [
+        (arm, measured(arm, size, step), measured(arm, size, step, "greedy"))
+        for arm in (*COMPARED, "learnalign distinct", "staged")
+    ]
     rows.append(("full", measured("full", largest, step), measured("full", largest, step, "greedy")))
     for arm, sampled, greedy in rows:
         if sampled:
@@ -155,6 +159,26 @@ def verdict() -> str:
         bases = "; ".join(compared_with(size, base) for base in ("random", "filter", "learnability"))
         sentences.append(f"- **{size:,} prompts** ({seeds} seed{'s' * (seeds > 1)}): LearnAlign {bases}.")
     return "\n".join(sentences)
+
+
+def first_sentence() -> str:
+    """What the reader takes away if nothing else is read; it follows from the intervals."""
+    gaps = {
+        base: [
+            difference(measured("learnalign", size, steps_of(size)), measured(base, size, steps_of(size)))
+            for size in sizes()
+        ]
+        for base in ("filter", "learnability", "random")
+    }
+    better = {base: any(gap[1] > 0 for gap in found) for base, found in gaps.items()}
+    if not better["filter"] and not better["learnability"]:
+        start = "**On this task LearnAlign is not better than a plain success-rate filter, nor than learnability alone, at any N**"
+    else:
+        names = [NAMES[base] for base in ("filter", "learnability") if better[base]]
+        start = f"**On this task LearnAlign is better than {' and '.join(names)} at some N**"
+    if better["random"]:
+        return f"{start}; over random prompts it gains."
+    return f"{start}, and what it gains over random prompts is within the noise."
 
 
 def headline() -> str:
@@ -257,6 +281,37 @@ def luck() -> str:
     )
 
 
+def redundancy() -> str:
+    names = {
+        "any": "any learnable prompts",
+        "learnability": "learnability alone",
+        "inner": "raw inner product",
+        "alignment": "alignment alone",
+        "score": "LearnAlign",
+        "distinct": "LearnAlign, no step twice",
+    }
+    lines = [
+        "| 500 chosen by | steps a prompt | steps that are distinct | prompts whose last step another has, too | distinct numbers |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in load("redundancy.json"):
+        lines.append(
+            f"| {names[row['chosen_by']]} | {row['steps']:.1f} | {row['distinct_steps']:.0%} | {row['shared_last_step']:.0%} | "
+            f"{row['distinct_numbers']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def without_repetition() -> str:
+    """The experiment: the same ranking, without near-duplicates."""
+    ours = measured("learnalign distinct", 500, steps_of(500))
+    theirs = {name: measured(name, 500, steps_of(500)) for name in ("learnalign", "filter", "random")}
+    return (
+        f"{mean(ours)} % over {len(ours)} seeds: {points(difference(ours, theirs['learnalign']))} over LearnAlign, "
+        f"{points(difference(ours, theirs['filter']))} over the filter, {points(difference(ours, theirs['random']))} over random prompts"
+    )
+
+
 def tuning() -> str:
     table = load("tuning.json")
     lines = ["| learning rate | 1 pass | 2 passes | 4 passes |", "| --- | --- | --- | --- |"]
@@ -298,6 +353,14 @@ def repeatability() -> str:
         f"{row['alignment_of_all']:.2f}. The rank correlation of a prompt's alignment with itself is "
         f"{row['spearman_alignment']:.2f}, that of its learnability {row['spearman_learnability']:.2f}."
     )
+
+
+def not_run() -> str:
+    """What the grid names and the results do not hold."""
+    done = {(size, arm) for size, _, arm in load("runs.json")["cells"]}
+    arms = [arm for arm in NAMES if arm not in {arm for _, arm in done}]
+    missing = [f"{size:,} prompts" for size in (100, 500, 1000, 2000) if (size, "learnalign") not in done]
+    return "; ".join([NAMES[arm] for arm in arms] + missing) or "nothing"
 
 
 def conditions() -> str:

@@ -8,7 +8,8 @@ stand in, as many. For every seed the policy
 is warmed up on 300 random prompts, and the whole pool is scored once after that and once without ("cold"); all arms choose
 from these scores. Every arm then trains for the same number of steps on its N prompts with stock GRPOTrainer, from the
 warmed-up policy, or, the cold arms, from the first one; "full" trains on as many prompts of the whole pool, none twice;
-"staged" chooses half of its prompts, trains on them, and chooses the other half with the policy that this has made.
+"staged" chooses half of its prompts, trains on them, and chooses the other half with the policy that this has made;
+"learnalign distinct" leaves out prompts that share a step with a better one.
 
 A finished run is a file in the output directory. A later call, or another one beside it, leaves out the runs that are
 there, and those that benchmarks/results/evidence holds with the same conditions. A run that is under way holds a lock.
@@ -57,6 +58,7 @@ ARMS = (
     "learnalign cold",
     "full",
     "staged",
+    "learnalign distinct",
 )
 SIZES = (100, 500, 1000, 2000)
 CURVES_AT = 500  # the size whose runs are looked at more often
@@ -186,9 +188,22 @@ def choose(arm, size, seed, pool, arguments) -> list[int]:
     if arm == "filter":
         return random.Random(seed).sample(table["index"].tolist(), size)
     column = {"learnability": "learnability", "alignment": "alignment"}.get(arm, "score")
+    if arm == "learnalign distinct":
+        return without_repeated_steps(table.sort_values("score", ascending=False)["index"], size, pool)
     if arm == "learnability":  # eight rollouts leave five values; among equals, any
         table = table.sample(frac=1, random_state=seed)
     return table.sort_values(column, ascending=False, kind="stable")["index"].head(size).tolist()
+
+
+def without_repeated_steps(ranked, size, pool) -> list[int]:
+    """Down the ranking, leaving out every prompt that has a step in common with one already chosen."""
+    chosen, seen = [], set()
+    for index in ranked:
+        steps = set(pool[int(index)]["prompt"].removesuffix("=").split(";"))
+        if not steps & seen and len(chosen) < size:
+            chosen.append(int(index))
+            seen |= steps
+    return chosen
 
 
 def untrained(arm, seed, pool, test, arguments) -> dict:

@@ -56,6 +56,11 @@ def table_of(way, pool, arguments, score="learnalign"):
     return select_prompts(trainer, config).scores.to_pandas().set_index("index")
 
 
+def spearman(a, b) -> float:
+    """Rank correlation; equal values share the mean of their ranks."""
+    return float(a.rank().corr(b.rank()))
+
+
 def compare(table, base, truth) -> dict[str, float]:
     def chosen(rows):
         return set(rows[rows["learnability"] > 0].sort_values("score", ascending=False).index[:BEST])
@@ -63,10 +68,10 @@ def compare(table, base, truth) -> dict[str, float]:
     ours, theirs = chosen(table), chosen(base)
     both = (table["learnability"] > 0) & (base["learnability"] > 0)
     result = {
-        f"spearman_{column}": table.loc[both, column].corr(base.loc[both, column], method="spearman")
+        f"spearman_{column}": spearman(table.loc[both, column], base.loc[both, column])
         for column in ("score", "alignment")
     }
-    result["spearman_learnability"] = table["learnability"].corr(base["learnability"], method="spearman")
+    result["spearman_learnability"] = spearman(table["learnability"], base["learnability"])
     result["jaccard"] = len(ours & theirs) / len(ours | theirs)
     result["learnable"] = (table["learnability"] > 0).mean()
     # Chosen for a V that is high by chance? `truth` comes from other rollouts of the default policy
@@ -102,9 +107,7 @@ def main():
         "best": BEST,
         "true_rollouts": TRUE_ROLLOUTS,
         "pool_true_learnability": pool_truth,
-        "spearman_learnability_with_true": round(
-            float(base["learnability"].corr(truth["learnability"], method="spearman")), 4
-        ),
+        "spearman_learnability_with_true": round(spearman(base["learnability"], truth["learnability"]), 4),
         "rows": rows,
         "conditions": conditions_of(arguments, pool, [], source),
     }
