@@ -73,7 +73,7 @@ def test_a_selection_leaves_no_trace(tmp_path, score):
     ours = [entry for entry in trainer.state.log_history if "loss" in entry]
     theirs = [entry for entry in stock.state.log_history if "loss" in entry]
     for a, b in zip(ours, theirs, strict=True):
-        a.pop("step_time"), b.pop("step_time")
+        a.pop("step_time"), b.pop("step_time"), a.pop("learnalign/zero_variance_after", None)  # ours alone
         assert a == b
 
 
