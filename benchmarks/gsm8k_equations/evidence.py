@@ -172,10 +172,13 @@ def first_sentence() -> str:
     }
     better = {base: any(gap[1] > 0 for gap in found) for base, found in gaps.items()}
     if not better["filter"] and not better["learnability"]:
-        start = "**On this task LearnAlign is not better than a plain success-rate filter, nor than learnability alone, at any N**"
+        start = (
+            "**On this task LearnAlign is not better than a plain success-rate filter, nor than learnability alone, at any number of "
+            f"prompts measured ({', '.join(f'{size:,}' for size in sizes())})**"
+        )
     else:
         names = [NAMES[base] for base in ("filter", "learnability") if better[base]]
-        start = f"**On this task LearnAlign is better than {' and '.join(names)} at some N**"
+        start = f"**On this task LearnAlign is better than {' and '.join(names)} at some number of prompts**"
     if better["random"]:
         return f"{start}; over random prompts it gains."
     return f"{start}, and what it gains over random prompts is within the noise."
