@@ -316,12 +316,13 @@ def _log_values(selection, warmup_prompts) -> dict[str, float]:
 
 def _zero_variance(state):
     """Mean share of training groups without a gradient since the last selection; None if nothing was logged since."""
-    shares = []
-    for entry in state.log_history:
-        if "learnalign/stage" in entry:
-            shares = []
-        elif "frac_reward_zero_std" in entry:
-            shares.append(entry["frac_reward_zero_std"])
+    last = max((entry["step"] for entry in state.log_history if "learnalign/stage" in entry), default=-1)
+    # The values of the step that a selection was made at are logged after it, but belong before it
+    shares = [
+        entry["frac_reward_zero_std"]
+        for entry in state.log_history
+        if "frac_reward_zero_std" in entry and entry["step"] > last
+    ]
     return sum(shares) / len(shares) if shares else None
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
+from transformers import set_seed
 from trl import (
     GRPOConfig,
     GRPOTrainer,
@@ -124,6 +125,7 @@ def build_trainer(arguments: SelectArguments, training_args: GRPOConfig, model_a
     taken = set(SCORE_COLUMNS) & set(dataset.column_names)
     if taken:
         raise ValueError(f"The dataset has columns that the selection adds: {sorted(taken)}. Rename or remove them.")
+    set_seed(training_args.seed)  # a new adapter is the same each time, so that a selection is known again
     training_args.push_to_hub = False  # of the model, which stays as it is
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
