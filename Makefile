@@ -53,8 +53,9 @@ bench-costs: $(BENCH)/installed
 	$(BENCH)/bin/python benchmarks/processes.py
 	$(BENCH)/bin/python benchmarks/million.py
 
-# Does the selection help, and against what? Overnight on two cores; started again it goes on where it was stopped.
-# DATASET=DIR with GSM8K's train.jsonl and test.jsonl. The allocator keeps its memory, which makes training a sixth faster
+# Does the selection help, and against what? Hours on two cores, a night by estimate; started
+# again it goes on where it was stopped.
+# DATASET=DIR with GSM8K's train.jsonl and test.jsonl. The allocator keeps its memory, which saves page faults
 EVIDENCE := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gsm8k_equations
 evidence: $(VENV)/installed
 	$(if $(DATASET),,$(error Say where GSM8K is: make evidence DATASET=DIR))
@@ -65,13 +66,13 @@ evidence: $(VENV)/installed
 	$(EVIDENCE)/collect.py --dataset_path $(DATASET)
 	$(EVIDENCE)/evidence.py
 
-# The same in a quarter of an hour: two seeds, three arms, one number of prompts, a small pool
+# The same in small: two seeds, three arms, one number of prompts, a small pool
 evidence-small: $(VENV)/installed
 	$(EVIDENCE)/grid.py $(if $(DATASET),--dataset_path $(DATASET)) --output_dir runs/evidence-small --seeds 0 1 \
 		--arms random filter learnalign --sizes 200 --pool 1500 --test 400
 
 # Rewrites benchmarks/results/*.json and the tables made of them. DATASET=DIR with GSM8K's train.jsonl and test.jsonl, else
-# generated chains. Nearly two hours on one core
+# generated chains. Hours on one core
 bench: $(VENV)/installed bench-costs evidence-small
 	$(BIN)/python benchmarks/tiny_policy.py --grpo --seeds 0 1 --threads 1 $(if $(DATASET),--dataset_path $(DATASET))
 	$(BIN)/python benchmarks/demo_arms.py $(if $(DATASET),--dataset_path $(DATASET))

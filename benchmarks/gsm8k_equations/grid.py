@@ -108,7 +108,7 @@ def build_trainer(adapter, dataset, steps, seed, arguments, callbacks=(), sample
 def successes(model, rows, samples=SAMPLES, greedy=True) -> dict[str, list[int]]:
     """Of every row: how many of `samples` completions at temperature 1 succeed, and whether the greedy one does."""
     if isinstance(model, PeftModel):
-        model = copy.deepcopy(model).merge_and_unload()  # a third faster; the copy leaves the one in training as it is
+        model = copy.deepcopy(model).merge_and_unload()  # faster; the copy leaves the one in training as it is
     tokenizer, state = AutoTokenizer.from_pretrained(POLICY), torch.get_rng_state()
     torch.manual_seed(0)
     prompts = [prompt for prompt in rows["prompt"] for _ in range(samples)]
