@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +49,10 @@ def folder(tmp_path):
     return tmp_path
 
 
-def call(folder, *arguments, launcher=("-m", "trl_learnalign.cli"), fails=False):
+CLI = ("-m", "trl_learnalign.cli")
+
+
+def call(folder, *arguments, launcher=CLI, fails=False):
     command = [sys.executable, *launcher, *arguments]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=dict(os.environ))
     assert (done.returncode != 0) == fails, done.stderr[-3000:]
@@ -75,28 +79,42 @@ def test_select_and_report(folder):
     assert (folder / "out/learnalign/report.html").is_file()
 
 
+TWO_PROCESSES = (
+    "-m",
+    "accelerate.commands.launch",
+    "--config_file",
+    str(ROOT / "examples/accelerate_configs/two_cpu_processes.yaml"),
+    "-m",
+    "trl_learnalign.cli",
+)
+
+
 def test_two_processes_select_the_same(folder):
-    launcher = (
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        ROOT / "examples/accelerate_configs/two_cpu_processes.yaml",
-    )
     output = call(
-        folder, *("select", "--config", "run.yaml", "--output_dir", "two", "--format", "jsonl"),
-        launcher=(*map(str, launcher), "-m", "trl_learnalign.cli"),
-    )  # fmt: skip
+        folder, *("select", "--config", "run.yaml", "--output_dir", "two", "--format", "jsonl"), launcher=TWO_PROCESSES
+    )
     call(folder, "select", "--config", "run.yaml", "--output_dir", "one", "--per_device_train_batch_size", "32")
     two, one = (Selection.load(folder / name / "learnalign/step-000000") for name in ("two", "one"))
     assert two.provenance["num_processes"] == 2 and one.provenance["num_processes"] == 1
     assert output.count("5 rows:") == 1 and len(two.indices) == len(one.indices) == 5
 
 
-def test_dry_run(folder):
-    output = call(folder, "select", "--config", "run.yaml", "--dry_run", "--num_rollouts", "8")
-    assert "pool: 24 prompts x 8 rollouts = 192" in output and "tried: 2 prompts on 1 process" in output
+@pytest.mark.parametrize(("processes", "tried"), [(1, "4 prompts on 1 process"), (2, "8 prompts on 2 processes")])
+def test_dry_run(folder, processes, tried):
+    output = call(
+        folder, *("select", "--config", "run.yaml", "--dry_run", "--num_rollouts", "8"),
+        *("--per_device_train_batch_size", "32"), launcher=TWO_PROCESSES if processes == 2 else CLI,
+    )  # fmt: skip
+    assert output.count("pool: 24 prompts x 8 rollouts = 192") == 1
+    learnable = int(re.search(f"tried: {tried}, of which (\\d+) are learnable", output)[1])
+    more = 24 / int(tried.split()[0])
+    assert f"gradient passes: about {learnable * more:.0f} prompts" in output and learnable > 0
+    assert f"about {learnable * more * 32768 * 4 / 1e9:.2f} GB" in output
     assert "expected time: rollouts" in output and "Nothing was kept." in output
     assert not (folder / "out/learnalign").exists()
+
+
+def test_dry_run_of_a_choice_at_random(folder):
     assert "no rollouts" in call(folder, "select", "--config", "run.yaml", "--dry_run", "--score", "random")
 
 

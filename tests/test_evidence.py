@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from datasets import Dataset
 
 
 ROOT = Path(__file__).parent.parent
@@ -70,6 +71,38 @@ def test_arms_and_what_they_train_on(arguments, short, monkeypatch):
     full = grid.run(0, "full", 16, pool, test, arguments)
     staged = grid.run(0, "staged", 16, pool, test, arguments)
     assert full["steps"] == staged["steps"] == 2
+
+
+def test_no_step_twice():
+    pool = {"prompt": ["1+1=;2+2=", "3+3=;1+1=", "5+5=;6+6=", "6+6=", "7+7="]}
+    pool = [{"prompt": prompt.replace("=", "") + "="} for prompt in pool["prompt"]]
+    assert grid.without_repeated_steps([0, 1, 2, 3, 4], 5, pool) == [0, 2, 4]
+    assert grid.without_repeated_steps([3, 2, 1, 0, 4], 2, pool) == [3, 1]
+
+
+def test_redundancy_of_the_best():
+    """Four prompts in every pool, two best: counted by hand."""
+    pool = Dataset.from_dict({"prompt": ["1+1;2+2=", "3+3;2+2=", "5+5;1+1=", "1+1;3+4;5+6="]})
+    scores = pd.DataFrame(
+        {
+            "index": [0, 1, 2, 3],
+            "success_rate": [0.5, 0.5, 0.25, 1.0],
+            "alignment": [0.9, 0.8, 0.5, 0.0],
+            "score": [0.5, 0.4, 0.3, 0.0],
+            "gradient_norm": [1.0, 1.0, 9.0, 1.0],
+            "seed": 0,
+            "cold": False,
+        }
+    )
+    rows = {row.pop("chosen_by"): row for row in collect.redundancy(scores, pool, best=2)}
+    together = {"steps": 2.0, "distinct_steps": 0.75, "shared_last_step": 1.0, "distinct_numbers": 3}
+    for name in ("score", "alignment", "learnability"):
+        assert rows[name] == together  # the first two, which end alike
+    assert (
+        rows["inner"]["shared_last_step"] == 0 and rows["inner"]["distinct_steps"] == 0.75
+    )  # the first and the third
+    # The third shares a step with the first, so after the first and nothing else the list is at its end
+    assert rows["distinct"]["steps"] == 1.0 and rows["distinct"]["distinct_steps"] == 1.0
 
 
 def test_looking_leaves_the_policy_as_it_is(arguments, short):

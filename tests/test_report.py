@@ -1,14 +1,16 @@
 """report.html and its figures: what they say, that they need nothing, and that they hold in a browser."""
 
+import html
 import json
 import re
 import shutil
 from html.parser import HTMLParser
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
-from tiny import config, make_trainer, parity_reward
+from tiny import config, digit_reward, make_trainer, parity_reward
 
 from trl_learnalign import Selection, select_prompts
 from trl_learnalign.report import write_report
@@ -70,8 +72,43 @@ def test_the_best_and_the_last_come_with_a_completion(run):
     assert page.count("<td class=text>") == 2 * len(best + last)
 
 
-def test_nothing_is_fetched_and_no_markup_of_a_prompt_survives(run):
-    page = (run / "report.html").read_text(encoding="utf-8")
+def test_completions_are_those_of_the_rollouts(tmp_path):
+    trainer = make_trainer(tmp_path, reward=[digit_reward, parity_reward], reward_weights=[1.0, 0.5])
+    select_prompts(trainer, config(save_rollouts=True, success_reward="digit_reward"))
+    step = tmp_path / "learnalign/step-000000"
+    rollouts = pq.read_table(step / "rollouts.parquet").to_pandas().groupby("index").first()
+    shown = [row for row in pq.read_table(step / "texts.parquet").to_pylist() if row["completion"] is not None]
+    assert shown
+    for row in shown:
+        first = rollouts.loc[row["index"]]
+        assert row["completion"] == first["completion"]
+        assert row["reward"] == pytest.approx(first["rewards"][0] + 0.5 * first["rewards"][1])
+
+
+def test_of_many_prompts_the_best_and_the_last(tmp_path, monkeypatch):
+    for room in ("audit", "report"):
+        monkeypatch.setattr(f"trl_learnalign.{room}.MOST_ROWS", 6)
+    selection = select_prompts(make_trainer(tmp_path), config())
+    ranked = selection.to_pandas().index.tolist()
+    page = (tmp_path / "learnalign/report.html").read_text(encoding="utf-8")
+    data = data_of(page)
+    place = {column["key"]: number for number, column in enumerate(data["columns"])}
+    assert [row[place["index"]] for row in data["rows"]] == ranked[:3] + ranked[-3:]
+    assert all(row[place["prompt"]] for row in data["rows"])
+    assert "The best and the last 3 of 24 prompts" in page
+    texts = set(pq.read_table(tmp_path / "learnalign/step-000000/texts.parquet")["index"].to_pylist())
+    best, last = selection.extremes()
+    assert texts == {*ranked[:3], *ranked[-3:], *best, *last} and len(texts) < 24
+
+
+def test_nothing_is_fetched_and_no_markup_of_a_row_survives(run, tmp_path):
+    step = shutil.copytree(sorted(run.glob("step-*"))[-1], tmp_path / "hostile")
+    texts = pq.read_table(step / "texts.parquet").to_pylist()
+    for row in texts:
+        row["completion"] = row["completion"] and HOSTILE
+    pq.write_table(pa.Table.from_pylist(texts), step / "texts.parquet")
+    page = write_report(step).read_text(encoding="utf-8")
+    assert page.count(html.escape(HOSTILE)) > 5
 
     class Tags(HTMLParser):
         def __init__(self):
@@ -105,12 +142,15 @@ def test_paths(run, tmp_path):
         write_report(tmp_path)
 
 
-def test_switched_off_and_never_in_the_way(tmp_path, monkeypatch, caplog):
+def test_switched_off_and_never_in_the_way(tmp_path, monkeypatch, caplog, capsys):
     select_prompts(make_trainer(tmp_path / "off"), config(write_report=False))
     assert [file.name for file in (tmp_path / "off/learnalign").iterdir() if file.name != "lock"] == ["step-000000"]
+    select_prompts(make_trainer(tmp_path / "on"), config())
+    assert f"Why each prompt was chosen: {tmp_path / 'on/learnalign/report.html'}" in capsys.readouterr().out
     monkeypatch.setattr("trl_learnalign.report.write_report", lambda path: 1 / 0)
-    selection = select_prompts(make_trainer(tmp_path / "on"), config())
+    selection = select_prompts(make_trainer(tmp_path / "broken"), config())
     assert selection.indices and "could not be written (ZeroDivisionError" in caplog.text
+    assert "Why each prompt" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("score", ["random", "learnability"])

@@ -42,11 +42,13 @@ def rollouts_table(own, pool, peers) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=_ROLLOUTS_SCHEMA)
 
 
-def texts_table(trainer, dataset, selection, own, peers) -> pa.Table:
-    """The prompts that a report shows, and a completion of the best and of the last that are learnable."""
+def texts_table(trainer, dataset, selection, own, peers) -> pa.Table | None:
+    """The prompts that a report shows, and a completion of the best and of the last that are learnable; on the main process."""
     shown = {index for indices in selection.extremes() for index in indices}
     completions = {group.index: first_completion(trainer, group) for group in own if group.index in shown}
     completions = dict(itertools.chain(*(part.items() for part in peers.gather(completions))))
+    if peers.rank != 0:
+        return None
     indices = selection.to_pandas().index.tolist()
     if len(indices) > MOST_ROWS:
         indices = indices[: MOST_ROWS // 2] + indices[-MOST_ROWS // 2 :]

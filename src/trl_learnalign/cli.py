@@ -30,7 +30,7 @@ from trl import (
 
 from .config import LearnAlignConfig
 from .report import write_report
-from .selection import SCORE_COLUMNS, Selection
+from .selection import Selection, check_score_columns
 from .selector import plan_selection, select_prompts
 
 
@@ -122,9 +122,7 @@ def build_trainer(arguments: SelectArguments, training_args: GRPOConfig, model_a
     if model_args.model_name_or_path is None:
         raise ValueError("There is no policy. Set `model_name_or_path`.")
     dataset = read_rows(arguments)
-    taken = set(SCORE_COLUMNS) & set(dataset.column_names)
-    if taken:
-        raise ValueError(f"The dataset has columns that the selection adds: {sorted(taken)}. Rename or remove them.")
+    check_score_columns(dataset)
     set_seed(training_args.seed)  # a new adapter is the same each time, so that a selection is known again
     training_args.push_to_hub = False  # of the model, which stays as it is
     training_args.model_init_kwargs = {

@@ -147,11 +147,7 @@ class Selection:
         rows = dataset.select(self.indices)
         if not with_scores:
             return rows
-        taken = set(SCORE_COLUMNS) & set(dataset.column_names)
-        if taken:
-            raise ValueError(
-                f"The dataset has columns of these names already: {sorted(taken)}. Rename or remove them."
-            )
+        check_score_columns(dataset)
         table = self.to_pandas().loc[self.indices]
         for name, column in zip(SCORE_COLUMNS, ("score", "success_rate"), strict=True):
             rows = rows.add_column(name, [None if value != value else value for value in table[column].astype(float)])
@@ -276,6 +272,12 @@ def find_selections(path: str | os.PathLike) -> list[Path]:
         f"'{path}' holds no finished selection. Pass the `output_dir` of a run, its `learnalign` directory, or the "
         "directory of one selection, such as OUTPUT_DIR/learnalign/step-000038."
     )
+
+
+def check_score_columns(dataset: Dataset) -> None:
+    taken = set(SCORE_COLUMNS) & set(dataset.column_names)
+    if taken:
+        raise ValueError(f"The dataset has columns that the selection adds: {sorted(taken)}. Rename or remove them.")
 
 
 def dataset_fingerprint(dataset: Dataset) -> str:

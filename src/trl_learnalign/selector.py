@@ -141,15 +141,14 @@ class _Pass:
                 if self.accelerator.is_main_process:
                     lock = DirectoryLock(self.path.parent)
                 selection = self._run()
-                if self.accelerator.is_main_process and self.config.write_report:
-                    self._report()
+                report = self._report()
         finally:
             if lock is not None:
                 lock.release()
         if self.accelerator.is_main_process:
             tqdm.write(selection.summary())
-            if self.config.write_report:
-                tqdm.write(f"Why each prompt was chosen: {self.path.parent / 'report.html'}")
+            if report is not None:
+                tqdm.write(f"Why each prompt was chosen: {report}")
         return selection
 
     def _run(self):
@@ -335,12 +334,14 @@ class _Pass:
             self._tidy_up()
         self.peers.wait()
 
-    def _report(self):
-        """A report that cannot be written is no reason to lose a run."""
+    def _report(self) -> Path | None:
+        """The report, if there is one. One that cannot be written is no reason to lose a run."""
+        if not (self.accelerator.is_main_process and self.config.write_report):
+            return None
         try:
             from .report import write_report
 
-            write_report(self.path.parent)
+            return write_report(self.path.parent)
         except Exception as error:
             logger.warning(
                 f"The report about the selection could not be written ({error!r}). The selection itself is whole; "

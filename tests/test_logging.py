@@ -1,0 +1,112 @@
+"""What a run says of its selections: values and tables in the trackers, model cards, bars, one line."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import config, make_trainer
+
+from trl_learnalign import Selection, select_prompts
+
+
+def test_values_reach_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(tmp_path / "logs")
+    try:
+        trainer = make_trainer(tmp_path, config(), report_to="tensorboard", num_train_epochs=2)
+        trainer.train()
+    finally:
+        del os.environ["TENSORBOARD_LOGGING_DIR"]
+    tags = {}
+    for path in {file.parent for file in tmp_path.rglob("events.out.tfevents.*")}:
+        events = EventAccumulator(str(path))
+        events.Reload()
+        tags |= {tag: events.Scalars(tag)[0] for tag in events.Tags()["scalars"]}
+    selection = Selection.load(next((tmp_path / "learnalign").glob("step-*")))
+    value = next(event for tag, event in tags.items() if tag.endswith("learnalign/success_rate_pool"))
+    assert value.step == 2 and value.value == pytest.approx(selection.mean_success_rates()[0])
+    names = {tag.partition("learnalign/")[2] for tag in tags if "learnalign/" in tag}
+    assert {f"seconds_{phase}" for phase in ("rollouts", "gradients", "scores")} < names
+    assert {"learnable_fraction", "alignment_pool", "alignment_selected", "stage"} < names
+    # TRL's own share of groups without a gradient, before the selection and since
+    logged = {"before": [], "after": []}
+    for entry in trainer.state.log_history:
+        if "frac_reward_zero_std" in entry:
+            # The selection is made at step 2, ahead of that step's own values
+            logged["before" if entry["step"] < 2 else "after"].append(entry["frac_reward_zero_std"])
+    del logged["after"][0]
+    for when, shares in (("before", logged["before"]), ("after", logged["after"][:1])):
+        event = next(event for tag, event in tags.items() if tag.endswith(f"zero_variance_{when}"))
+        assert event.value == pytest.approx(sum(shares) / len(shares))
+
+
+@pytest.mark.parametrize("backend", ["wandb", "trackio"])
+def test_table_of_scores_reaches(tmp_path, backend):
+    """Offline, with the tracker itself; what it has kept is read back from its files."""
+    pytest.importorskip(backend, reason=f"{backend} is not installed")
+    run = f"make_trainer({str(tmp_path)!r}, config(), report_to={backend!r}, num_train_epochs=2).train()"
+    places = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "TRACKIO_DIR": str(tmp_path / "trackio")}
+    command = [sys.executable, "-c", f"from tiny import config, make_trainer\n{run}"]
+    # A process of its own, since trackio reads its directory when it is imported
+    subprocess.run(command, cwd=Path(__file__).parent, env=os.environ | places, check=True, timeout=300)
+    tables = {"wandb": _wandb_tables, "trackio": _trackio_tables}[backend](tmp_path)
+    selection = Selection.load(next((tmp_path / "learnalign").glob("step-*")))
+    expected = selection.to_pandas().reset_index()
+    assert len(tables) == 1 and [row["index"] for row in tables[0]] == expected["index"].tolist()
+    assert [row["score"] for row in tables[0]] == pytest.approx(expected["score"].tolist())
+
+
+def _wandb_tables(path):
+    tables = [json.loads(file.read_text()) for file in path.rglob("learnalign/scores*.table.json")]
+    return [[dict(zip(table["columns"], row, strict=True)) for row in table["data"]] for table in tables]
+
+
+def _trackio_tables(path):
+    import sqlite3
+
+    found = []
+    for file in path.rglob("*.db"):
+        with sqlite3.connect(file) as database:
+            rows = [json.loads(metrics) for (metrics,) in database.execute("SELECT metrics FROM metrics")]
+        found += [row["learnalign/scores"]["_value"] for row in rows if "learnalign/scores" in row]
+    return found
+
+
+@pytest.mark.parametrize(("terminal", "disabled"), [(True, False), (True, True), (False, False)])
+def test_bars_are_for_terminals(tmp_path, terminal, disabled, monkeypatch):
+    class Stream(io.StringIO):
+        def isatty(self):
+            return terminal
+
+    stream = Stream()
+    monkeypatch.setattr(sys, "stderr", stream)
+    select_prompts(make_trainer(tmp_path, disable_tqdm=disabled), config())
+    for phase in ("rollouts", "gradients"):
+        assert (f"LearnAlign {phase}" in stream.getvalue()) == (terminal and not disabled)
+
+
+def test_model_card(tmp_path):
+    trainer = make_trainer(tmp_path, config(), num_train_epochs=2)
+    trainer.train()
+    trainer.create_model_card(model_name="mine", dataset_name="rows")
+    card = (tmp_path / "README.md").read_text()
+    header = card.split("---")[1]
+    assert "- learnalign" in header and "- grpo" in header
+    selection = Selection.load(next((tmp_path / "learnalign").glob("step-*")))
+    assert f"- {selection.summary()}" in card and "arXiv:2506.11480" in card
+    plain = make_trainer(tmp_path / "plain", config())
+    plain.create_model_card()  # before anything was selected
+    assert "## Prompts" not in (tmp_path / "plain/README.md").read_text()
+
+
+def test_summary_line(tmp_path, capsys):
+    selection = select_prompts(make_trainer(tmp_path), config())
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("LearnAlign"))
+    assert line == selection.summary()
+    assert f"pool 24; learnable {selection.num_learnable()}; chosen 8; mean success rate" in line
+    assert all(phase in line for phase in ("rollouts", "gradients", "scores"))
