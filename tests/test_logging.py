@@ -3,12 +3,17 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from tiny import config, make_trainer
+from transformers import TrainerCallback
 
 from trl_learnalign import Selection, select_prompts
 
@@ -102,6 +107,48 @@ def test_model_card(tmp_path):
     plain = make_trainer(tmp_path / "plain", config())
     plain.create_model_card()  # before anything was selected
     assert "## Prompts" not in (tmp_path / "plain/README.md").read_text()
+
+
+def test_what_is_pushed_with_a_checkpoint(tmp_path, monkeypatch):
+    """All of Trainer's own pushing; only the calls of the Hub's client copy the files to another folder instead."""
+    hub = tmp_path / "hub"
+
+    class Client:
+        def create_repo(self, name, **kwargs):
+            return SimpleNamespace(repo_id=f"someone/{name}")
+
+        def upload_folder(self, folder_path, ignore_patterns=None, path_in_repo="", **kwargs):
+            names = [str(file.relative_to(folder_path)) for file in Path(folder_path).rglob("*") if file.is_file()]
+            for name in filter_repo_objects(names, ignore_patterns=ignore_patterns):
+                target = hub / path_in_repo / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(Path(folder_path) / name, target)
+            done = Future()
+            done.set_result(None)
+            return done
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Client)
+    run = make_trainer(
+        tmp_path / "run", config(), num_train_epochs=2, save_strategy="steps", save_steps=2, push_to_hub=True
+    )
+    pushed = []
+    run.add_callback(Noted(pushed, hub))
+    run.train()
+    assert pushed[0] == [] and pushed[-1] == ["learnalign/step-000002"]  # at the save of step 2 it is not yet made
+    step = hub / "learnalign/step-000002"
+    assert Selection.load(step).indices == Selection.load(tmp_path / "run/learnalign/step-000002").indices
+    assert (hub / "learnalign/report.html").is_file() and not list(hub.rglob("journal"))
+    assert (hub / "adapter_model.safetensors").is_file()
+
+
+class Noted(TrainerCallback):
+    """After every save: which selections have been pushed."""
+
+    def __init__(self, pushed, hub):
+        self.pushed, self.hub = pushed, hub
+
+    def on_save(self, args, state, control, **kwargs):
+        self.pushed.append([str(path.parent.relative_to(self.hub)) for path in self.hub.rglob("selection.json")])
 
 
 def test_summary_line(tmp_path, capsys):

@@ -94,3 +94,20 @@ def test_nothing_that_is_read_can_run_code():
                 assert node.id not in {"eval", "exec", "__import__"}, file
             if isinstance(node, ast.keyword):
                 assert node.arg != "trust_remote_code", file
+
+
+def test_rooms_import_from_floors_below():
+    """The house as docs/contributing.md draws it, and as it is."""
+    block = (ROOT / "docs/contributing.md").read_text().partition("```text\n")[2].partition("```")[0]
+    rooms = {file.stem: file for file in (ROOT / "src/trl_learnalign").glob("[!_]*.py")}
+    floor = {}
+    for number, line in enumerate(block.splitlines()):
+        if not line.startswith(" "):
+            floor |= dict.fromkeys(re.split(r"\s{2,}", line)[0].split(", "), number)
+    assert set(floor) == set(rooms)
+    for room, file in rooms.items():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                for other in [node.module] if node.module else [name.name for name in node.names]:
+                    only_types = (room, other) == ("figures", "selection")
+                    assert floor[other] > floor[room] or only_types, f"{room} imports {other}"
