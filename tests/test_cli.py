@@ -99,11 +99,11 @@ def test_two_processes_select_the_same(folder):
     assert output.count("5 rows:") == 1 and len(two.indices) == len(one.indices) == 5
 
 
-@pytest.mark.parametrize(("processes", "tried"), [(1, "4 prompts on 1 process"), (2, "8 prompts on 2 processes")])
+@pytest.mark.parametrize(("processes", "tried"), [(1, "20 prompts on 1 process"), (2, "20 prompts on 2 processes")])
 def test_dry_run(folder, processes, tried):
     output = call(
         folder, *("select", "--config", "run.yaml", "--dry_run", "--num_rollouts", "8"),
-        *("--per_device_train_batch_size", "32"), launcher=TWO_PROCESSES if processes == 2 else CLI,
+        *("--per_device_train_batch_size", "40"), launcher=TWO_PROCESSES if processes == 2 else CLI,
     )  # fmt: skip
     assert output.count("pool: 24 prompts x 8 rollouts = 192") == 1
     learnable = int(re.search(f"tried: {tried}, of which (\\d+) are learnable", output)[1])

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import shutil
 import tempfile
 import time
@@ -71,8 +72,8 @@ def select_at_stage(trainer: GRPOTrainer, config: LearnAlignConfig, stage: int) 
 
 def plan_selection(trainer: GRPOTrainer, config: LearnAlignConfig) -> str:
     """
-    What a selection would take, in lines for people: a real one of a batch of prompts per process, in a temporary
-    directory, and its time in proportion. Every process must call this.
+    What a selection would take, in lines for people: a real one of a batch of prompts per process, or more until they are
+    16, in a temporary directory, and its time in proportion. Every process must call this.
     """
     rollouts.check_trainer(trainer, config)
     whole = _Pass(trainer, config, 0)
@@ -80,7 +81,8 @@ def plan_selection(trainer: GRPOTrainer, config: LearnAlignConfig) -> str:
     lines = [f"pool: {prompts:,} prompts x {whole.num_rollouts} rollouts = {prompts * whole.num_rollouts:,}"]
     if config.score == "random":
         return "\n".join([*lines, f"{config.num_prompts:,} would be chosen at random: no rollouts, no gradients"])
-    tried = min(prompts, world * rollouts.prompts_per_batch(trainer, whole.num_rollouts))
+    batch = rollouts.prompts_per_batch(trainer, whole.num_rollouts)
+    tried = min(prompts, world * batch * math.ceil(16 / (world * batch)))
     trial = _Pass(trainer, replace(config, candidate_prompts=tried, num_prompts=tried), 0)
     with tempfile.TemporaryDirectory() as directory:
         trial.path = Path(directory) / "trial"
@@ -90,16 +92,17 @@ def plan_selection(trainer: GRPOTrainer, config: LearnAlignConfig) -> str:
     times = {phase: seconds * more for phase, seconds in selection.provenance["seconds"].items()}
     dim = config.projection_dim
     device = trainer.accelerator.device
+    passes = f"about {learnable * more:,.0f} prompts" if learnable else "not known, since none of these was learnable"
     lines += [
         f"tried: {tried} prompts on {world} process{'es' * (world > 1)}, of which {learnable} are learnable ({learnable / tried:.0%})",
-        f"gradient passes: about {learnable * more:,.0f} prompts"
-        if config.score != "learnability"
-        else "gradient passes: none",
+        f"at once: {batch * whole.num_rollouts} rollouts a process (per_device_train_batch_size x steps_per_generation); "
+        "more are faster while memory lasts",
+        f"gradient passes: {'none' if config.score == 'learnability' else passes}",
         "expected time: "
         + ", ".join(f"{phase} {seconds:,.0f} s" for phase, seconds in times.items())
         + f"; {sum(times.values()) / 60:,.1f} minutes in all",
     ]
-    if dim is not None and config.score != "learnability":
+    if dim is not None and learnable and config.score != "learnability":
         lines.append(f"on disk while it runs: about {learnable * more * dim * 4 / 1e9:,.2f} GB of gradient features")
     if device.type == "cuda":
         lines.append(f"most memory of the device so far: {torch.cuda.max_memory_allocated(device) / 2**30:,.1f} GiB")
