@@ -61,7 +61,7 @@ def curve(arm, size):
     looks = evidence.load("looks.parquet")
     start = "none" if arm.endswith("cold") else "warm-up"
     first = looks[looks.arm == start]
-    rows = looks[(looks.arm == arm) & (looks["size"] == (max(looks["size"]) if arm == "full" else size))]
+    rows = looks[(looks.arm == arm) & (looks["size"] == (evidence.full_size() if arm == "full" else size))]
     if not len(rows):
         return None
     rows = rows.assign(success=[np.mean(row.sampled) / row.samples for row in rows.itertuples()])
