@@ -91,7 +91,7 @@ def test_bars_are_for_terminals(tmp_path, terminal, disabled, monkeypatch):
     stream = Stream()
     monkeypatch.setattr(sys, "stderr", stream)
     select_prompts(make_trainer(tmp_path, disable_tqdm=disabled), config())
-    for phase in ("rollouts", "gradients"):
+    for phase in ("rollouts", "gradients", "scores"):
         assert (f"LearnAlign {phase}" in stream.getvalue()) == (terminal and not disabled)
 
 

@@ -90,10 +90,12 @@ class FeatureSource:
             yield from self._computed()
             return
         yield from self._without_rows()
-        for window in self.windows:
-            features = self.journal.load_features(window.name, self._shape(window.indices), verify=False)
-            if features is not None:
-                yield window.indices, features
+        with rollouts.progress_bar(self.trainer, "scores", len(self.windows), "batches") as bar:
+            for window in self.windows:
+                features = self.journal.load_features(window.name, self._shape(window.indices), verify=False)
+                if features is not None:
+                    yield window.indices, features
+                bar.update()
 
     def _without_rows(self):
         """V > 0, but no token that the policy is trained on."""
