@@ -38,16 +38,12 @@ def test_values_reach_tensorboard(tmp_path):
     names = {tag.partition("learnalign/")[2] for tag in tags if "learnalign/" in tag}
     assert {f"seconds_{phase}" for phase in ("rollouts", "gradients", "scores")} < names
     assert {"learnable_fraction", "alignment_pool", "alignment_selected", "stage"} < names
-    # TRL's own share of groups without a gradient, before the selection and since
-    logged = {"before": [], "after": []}
-    for entry in trainer.state.log_history:
-        if "frac_reward_zero_std" in entry:
-            # The selection is made at step 2, ahead of that step's own values
-            logged["before" if entry["step"] < 2 else "after"].append(entry["frac_reward_zero_std"])
-    del logged["after"][0]
-    for when, shares in (("before", logged["before"]), ("after", logged["after"][:1])):
+    # TRL's own share of groups without a gradient: step 1 before the selection; step 2, at which it was made, before it too,
+    # but logged after it; step 3 since then, which the log of step 4 is the first to know
+    shares = {e["step"]: e["frac_reward_zero_std"] for e in trainer.state.log_history if "frac_reward_zero_std" in e}
+    for when, step, share in (("before", 2, shares[1]), ("after", 4, shares[3])):
         event = next(event for tag, event in tags.items() if tag.endswith(f"zero_variance_{when}"))
-        assert event.value == pytest.approx(sum(shares) / len(shares))
+        assert event.step == step and event.value == pytest.approx(share)
 
 
 @pytest.mark.parametrize("backend", ["wandb", "trackio"])
