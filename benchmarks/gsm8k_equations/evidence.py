@@ -184,9 +184,27 @@ def first_sentence() -> str:
     else:
         names = [NAMES[base] for base in ("filter", "learnability") if better[base]]
         start = f"**On this task LearnAlign is better than {' and '.join(names)} at some number of prompts**"
-    if better["random"]:
-        return f"{start}; over random prompts it gains."
-    return f"{start}, and what it gains over random prompts is within the noise."
+    gains = [size for size, gap in zip(sizes(), gaps["random"], strict=True) if gap[1] > 0]
+    if not gains:
+        return f"{start}, and what it gains over random prompts is within the noise."
+    where = "" if len(gains) == len(sizes()) else f" with {' and '.join(f'{size:,}' for size in gains)} prompts"
+    return f"{start}; over random prompts it gains{where}."
+
+
+def what_matters() -> str:
+    """Whether learnability by itself gains, and whether alignment adds to it."""
+    alone, added = [], []
+    for size in sizes():
+        found = {arm: measured(arm, size, steps_of(size)) for arm in ("random", "learnability", "learnalign")}
+        alone.append((size, difference(found["learnability"], found["random"])))
+        added.append(difference(found["learnalign"], found["learnability"]))
+    listed = "; ".join(f"{points(gap)} with {size:,}" for size, gap in alone)
+    matters = "matters" if all(gap[1] > 0 for _, gap in alone) else "matters at some number of prompts"
+    helps = "does not help" if not any(gap[1] > 0 for gap in added) else "helps at some number of prompts"
+    return (
+        f"That a prompt is learnable {matters} here (learnability alone gains over random prompts: {listed}); how its gradient "
+        f"aligns with the others' {helps}"
+    )
 
 
 def headline() -> str:
@@ -286,6 +304,32 @@ def luck() -> str:
     return (
         f"The {moved.groupby('seed').size().iloc[0]} chosen had a mean learnability of {seen:.3f} when they were scored and of "
         f"{fresh:.3f} in fresh rollouts of the same policy."
+    )
+
+
+def uniformity() -> str:
+    """How different the alignments in a pool are."""
+    table = load("scores.parquet")
+    table = table[~table.cold & (table.success_rate > 0) & (table.success_rate < 1)]
+    groups = [group for _, group in table.groupby("seed")]
+    best = [group.sort_values("score", ascending=False).head(500) for group in groups]
+    return (
+        f"The alignments of the learnable prompts of a pool have a mean of {np.mean([g.alignment.mean() for g in groups]):.2f} and a "
+        f"standard deviation of {np.mean([g.alignment.std() for g in groups]):.2f}; "
+        f"{np.mean([(g.alignment < 0).mean() for g in groups]):.0%} are negative. The best 500 by LearnAlign have a mean of "
+        f"{np.mean([b.alignment.mean() for b in best]):.2f} (means over {len(groups)} seeds)."
+    )
+
+
+def reselection() -> str:
+    """What selecting again brings, if it was run."""
+    ours = measured("staged", 500, steps_of(500))
+    if not ours:
+        return "whether that helps has not been tested."
+    theirs = {name: measured(name, 500, steps_of(500)) for name in ("learnalign", "filter")}
+    return (
+        f"with 500 prompts in two stages of 250 it reaches {mean(ours)} % over {len(ours)} seed{'s' * (len(ours) > 1)}: "
+        f"{points(difference(ours, theirs['learnalign']))} over one selection, {points(difference(ours, theirs['filter']))} over the filter."
     )
 
 

@@ -53,7 +53,9 @@ def gains(axes, step_of, title):
     axes.set_ylabel("points over random prompts")
     axes.set_title(title)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize=8)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.2 * (high - low))  # room for the legend above the intervals
+    axes.legend(fontsize=8, ncols=2, loc="upper center")
 
 
 def curve(arm, size):
@@ -114,6 +116,7 @@ def curves(axes, size, against):
         }[against]
     )
     axes.set_ylabel("held-out success, %")
+    axes.set_ylim(bottom=46)  # what has had no warm-up comes from below
     axes.grid(alpha=0.3)
 
 
