@@ -68,6 +68,13 @@ def measured(arm: str, size: int, step: int, way: str = "sampled") -> dict[int, 
     return {row.seed: np.asarray(getattr(row, way)) / (8 if way == "sampled" else 1) for row in rows.itertuples()}
 
 
+@cache
+def resamples(seeds: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weights of the seeds and of the rows in each resample, the same for all that have as many."""
+    rng = np.random.default_rng(0)
+    return tuple(rng.multinomial(n, np.full(n, 1 / n), RESAMPLES) / n for n in (seeds, rows))
+
+
 def difference(ours: dict, theirs: dict) -> tuple[float, float, float, int] | None:
     """
     Mean paired difference and its 95 % interval by a bootstrap over seeds and test rows together; the number of seeds.
@@ -77,9 +84,7 @@ def difference(ours: dict, theirs: dict) -> tuple[float, float, float, int] | No
     if not seeds:
         return None
     table = np.stack([ours[seed] - theirs[seed] for seed in seeds])
-    rng = np.random.default_rng(0)
-    by_seed = rng.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), RESAMPLES) / len(seeds)
-    by_row = rng.multinomial(table.shape[1], np.full(table.shape[1], 1 / table.shape[1]), RESAMPLES) / table.shape[1]
+    by_seed, by_row = resamples(*table.shape)
     low, high = np.quantile(np.einsum("bs,sr,br->b", by_seed, table, by_row, optimize=True), (0.025, 0.975))
     return table.mean(), low, high, len(seeds)
 
