@@ -97,7 +97,7 @@ Trainer.save_model, Trainer._save_rng_state, TrainerState.save_to_json = save_mo
 path.mkdir(exist_ok=True)
 trainer = make_trainer(
     path,
-    config(num_prompts=6, warmup_prompts=8, reselect_every=1, max_tokens_per_batch=60),
+    config(num_prompts=6, warmup_prompts=8, reselect_every=1, max_tokens_per_batch=60, write_report=True),
     reward=reward,
     dataset=make_dataset(14),
     num_train_epochs=3,

@@ -83,7 +83,7 @@ def test_what_a_killed_run_left_beside_its_selection_is_removed(tmp_path):
     (path.parent / ".initial.safetensors.123.tmp").write_text("half")
     select_prompts(make_trainer(tmp_path), config())
     assert sorted(path.iterdir()) == whole
-    assert sorted(file.name for file in path.parent.iterdir()) == ["figures", "lock", "report.html", "step-000000"]
+    assert sorted(file.name for file in path.parent.iterdir()) == ["lock", "step-000000"]
 
 
 def test_a_failed_run_lets_the_next_one_in(tmp_path):

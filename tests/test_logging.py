@@ -125,7 +125,12 @@ def test_what_is_pushed_with_a_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr("transformers.trainer.hf_api", Client)
     run = make_trainer(
-        tmp_path / "run", config(), num_train_epochs=2, save_strategy="steps", save_steps=2, push_to_hub=True
+        tmp_path / "run",
+        config(write_report=True),
+        num_train_epochs=2,
+        save_strategy="steps",
+        save_steps=2,
+        push_to_hub=True,
     )
     pushed = []
     run.add_callback(Noted(pushed, hub))

@@ -22,6 +22,10 @@ DASH = "\u2013"
 HOSTILE = "<script>window.hacked = 1</script>{{data}}</script><img src=x onerror=window.hacked=1>\u2028"
 
 
+def reported(**changes):
+    return config(**{"write_report": True} | changes)
+
+
 def hostile_dataset(num=24):
     prompts = [f"{i % 10}+{i // 10}=" for i in range(num)]
     prompts[3] += HOSTILE
@@ -33,7 +37,7 @@ def run(tmp_path_factory):
     """A run of two selections, of rows with markup in them."""
     path = tmp_path_factory.mktemp("run")
     settings = {"reward": parity_reward, "dataset": hostile_dataset(), "num_train_epochs": 3}
-    make_trainer(path, config(reselect_every=1), **settings).train()
+    make_trainer(path, reported(reselect_every=1), **settings).train()
     return path / "learnalign"
 
 
@@ -74,7 +78,7 @@ def test_the_best_and_the_last_come_with_a_completion(run):
 
 def test_completions_are_those_of_the_rollouts(tmp_path):
     trainer = make_trainer(tmp_path, reward=[digit_reward, parity_reward], reward_weights=[1.0, 0.5])
-    select_prompts(trainer, config(save_rollouts=True, success_reward="digit_reward"))
+    select_prompts(trainer, reported(save_rollouts=True, success_reward="digit_reward"))
     step = tmp_path / "learnalign/step-000000"
     rollouts = pq.read_table(step / "rollouts.parquet").to_pandas().groupby("index").first()
     shown = [row for row in pq.read_table(step / "texts.parquet").to_pylist() if row["completion"] is not None]
@@ -88,7 +92,7 @@ def test_completions_are_those_of_the_rollouts(tmp_path):
 def test_of_many_prompts_the_best_and_the_last(tmp_path, monkeypatch):
     for room in ("audit", "report"):
         monkeypatch.setattr(f"trl_learnalign.{room}.MOST_ROWS", 6)
-    selection = select_prompts(make_trainer(tmp_path), config())
+    selection = select_prompts(make_trainer(tmp_path), reported())
     ranked = selection.to_pandas().index.tolist()
     page = (tmp_path / "learnalign/report.html").read_text(encoding="utf-8")
     data = data_of(page)
@@ -145,17 +149,17 @@ def test_paths(run, tmp_path):
 def test_switched_off_and_never_in_the_way(tmp_path, monkeypatch, caplog, capsys):
     select_prompts(make_trainer(tmp_path / "off"), config(write_report=False))
     assert [file.name for file in (tmp_path / "off/learnalign").iterdir() if file.name != "lock"] == ["step-000000"]
-    select_prompts(make_trainer(tmp_path / "on"), config())
+    select_prompts(make_trainer(tmp_path / "on"), reported())
     assert f"Why each prompt was chosen: {tmp_path / 'on/learnalign/report.html'}" in capsys.readouterr().out
     monkeypatch.setattr("trl_learnalign.report.write_report", lambda path: 1 / 0)
-    selection = select_prompts(make_trainer(tmp_path / "broken"), config())
+    selection = select_prompts(make_trainer(tmp_path / "broken"), reported())
     assert selection.indices and "could not be written (ZeroDivisionError" in caplog.text
     assert "Why each prompt" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("score", ["random", "learnability"])
 def test_other_scores(tmp_path, score):
-    select_prompts(make_trainer(tmp_path), config(score=score))
+    select_prompts(make_trainer(tmp_path), reported(score=score))
     page = (tmp_path / "learnalign/report.html").read_text(encoding="utf-8")
     assert ("chosen at random" in page) == (score == "random")
     keys = [column["key"] for column in data_of(page)["columns"]]

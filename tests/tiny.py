@@ -127,7 +127,8 @@ def make_trainer(path, config=None, cls=None, reward=digit_reward, dataset=None,
 
 
 def config(**changes):
-    settings = {"num_prompts": 8, "warmup_prompts": 8, "num_rollouts": 8}
+    """Without reports, whose figures take longer than a tiny selection; where they matter a test switches them on."""
+    settings = {"num_prompts": 8, "warmup_prompts": 8, "num_rollouts": 8, "write_report": False}
     return LearnAlignConfig(**(settings | changes))
 
 

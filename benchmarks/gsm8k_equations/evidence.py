@@ -237,6 +237,23 @@ def costs() -> str:
     return "\n".join(lines)
 
 
+def same_time() -> str:
+    """What the longest runs on all prompts reach without any selection, beside the runs on 500 chosen ones."""
+    looks, costs = load("looks.parquet"), [one for one in load("runs.json")["costs"] if not one["cold"]]
+
+    def minutes(arm, size, phases):
+        rows = looks[(looks.arm == arm) & (looks["size"] == size) & (looks.step == steps_of(size))]
+        before = sum(np.median([one[phase] for one in costs]) for phase in ("warm_up", *phases))
+        return f"{mean(measured(arm, size, steps_of(size)))} % after {(before + np.median(rows.seconds)) / 60:.0f} minutes"
+
+    size = full_size()
+    return (
+        f"All prompts, {steps_of(size)} steps and nothing scored, reach {minutes('full', size, ())}; 500 prompts chosen by the "
+        f"success-rate filter {minutes('filter', 500, ('rollouts',))}, by LearnAlign "
+        f"{minutes('learnalign', 500, ('rollouts', 'gradients', 'scores'))}."
+    )
+
+
 def lengths() -> str:
     """What each score would choose of the same pools, by the length of its completions (Figure 3 of the paper)."""
     table = load("scores.parquet")
