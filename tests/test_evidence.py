@@ -135,12 +135,16 @@ def test_runs_are_kept_and_left_out(arguments, short, tmp_path, monkeypatch, cap
         return capsys.readouterr().out
 
     small = ("--pool", "32", "--test", "4", "--sizes", "16", "--seeds", "0", "--arms")
-    assert "seed 0, random, 16 prompts, 2 steps" in call(*small, "random")
-    assert "random" not in call(*small, "random")
+    output = call(*small, "random")
+    value = output.partition("seed 0, random, 16 prompts, 2 steps: ")[2].split()[0]
+    assert f"16 prompts, random: {value}, mean over 1 seeds" in output
+    assert "seed 0" not in call(*small, "random")
+    with pytest.raises(SystemExit, match="random-16.json' was made under other conditions"):
+        call(*small, "random", "--learning_rate", "2e-3")
     assert "1 runs" in call(of=collect)
     (tmp_path / "runs").rename(tmp_path / "elsewhere")
-    assert "random" not in call(*small, "random")  # the results hold it
-    assert "random" in call(*small, "random", "--learning_rate", "2e-3")  # but not under these conditions
+    assert "seed 0" not in call(*small, "random")  # the results hold it
+    assert "seed 0" in call(*small, "random", "--learning_rate", "2e-3")  # but not under these conditions
     (tmp_path / "runs").rename(tmp_path / "other conditions")
     assert "seed 0, none" in call(*small, "none")
     assert "2 runs" in call(of=collect)

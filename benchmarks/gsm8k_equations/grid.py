@@ -317,17 +317,35 @@ def main():
             except BlockingIOError:
                 continue  # another process has it
             if file.is_file():
+                if json.loads(file.read_text())["conditions"] != conditions:
+                    sys.exit(f"'{file}' was made under other conditions. Pass another --output_dir, or move it away.")
                 continue
             result = run(seed, arm, size, pool, test, arguments) | {"conditions": conditions}
             temporary = file.with_suffix(f".{os.getpid()}.tmp")
             temporary.write_text(json.dumps(result) + "\n")
             temporary.replace(file)
-        last = result["looks"][-1]["sampled"]
         print(
-            f"{number}/{len(todo)}: seed {seed}, {arm}, {size} prompts, {result['steps']} steps: "
-            f"{sum(last) / len(last) / SAMPLES:.4f}",
+            f"{number}/{len(todo)}: seed {seed}, {arm}, {size} prompts, {result['steps']} steps: {success(result):.4f}",
             flush=True,
         )
+    print_means(arguments)
+
+
+def success(result) -> float:
+    """At the end of a run, on the test rows."""
+    last = result["looks"][-1]["sampled"]
+    return sum(last) / len(last) / SAMPLES
+
+
+def print_means(arguments):
+    """Of the runs in the output directory that were asked for, over their seeds."""
+    found = {}
+    for size, seed, arm in cells(arguments):
+        file = arguments.output_dir / f"seed-{seed}" / f"{arm.replace(' ', '-')}-{size}.json"
+        if file.is_file():
+            found.setdefault((size, arm), []).append(success(json.loads(file.read_text())))
+    for (size, arm), values in found.items():
+        print(f"{size} prompts, {arm}: {sum(values) / len(values):.4f}, mean over {len(values)} seeds")
 
 
 if __name__ == "__main__":
