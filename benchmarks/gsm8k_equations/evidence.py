@@ -340,6 +340,24 @@ def uniformity() -> str:
     )
 
 
+def given_up() -> str:
+    """Learnability and alignment of the best by each score."""
+    table = load("scores.parquet")
+    table = table[~table.cold & (table.success_rate > 0) & (table.success_rate < 1)].sample(frac=1, random_state=0)
+    table = table.assign(learnability=table.success_rate * (1 - table.success_rate))
+
+    def best(column, size):
+        rows = table.sort_values(column, ascending=False, kind="stable").groupby("seed").head(size)
+        means = rows.groupby("seed")[["learnability", "alignment"]].mean().mean()
+        return f"{means.learnability:.3f} and {means.alignment:.2f}"
+
+    listed = "; ".join(
+        f"of the best {size:,} by LearnAlign {best('score', size)}, by learnability alone {best('learnability', size)}"
+        for size in sizes()
+    )
+    return f"Mean learnability and alignment, {listed}."
+
+
 def reselection() -> str:
     """What selecting again brings, if it was run."""
     ours = measured("staged", 500, steps_of(500))
