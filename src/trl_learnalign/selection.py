@@ -275,6 +275,10 @@ def find_selections(path: str | os.PathLike) -> list[Path]:
 
 
 def check_score_columns(dataset: Dataset) -> None:
+    """
+    Raises:
+        `ValueError`: the dataset has a column of the name of one of `SCORE_COLUMNS`.
+    """
     taken = set(SCORE_COLUMNS) & set(dataset.column_names)
     if taken:
         raise ValueError(f"The dataset has columns that the selection adds: {sorted(taken)}. Rename or remove them.")
