@@ -148,7 +148,7 @@ def warm_up_counted() -> str:
             continue
         lines.append(f"| {size:,} | {steps} | {NAMES['random cold']} | {len(base)} | {mean(base)} | |")
         for arm, step in [*((arm, steps - WARMUP_STEPS) for arm in COMPARED), ("learnalign cold", steps)]:
-            ours = measured(arm, size, step)
+            ours = {seed: rows for seed, rows in measured(arm, size, step).items() if seed in base}
             if ours:
                 gap = points(difference(ours, base))
                 lines.append(f"| {size:,} | {steps} | {NAMES[arm]} | {len(ours)} | {mean(ours)} | {gap} |")
@@ -241,7 +241,8 @@ def same_time() -> str:
     def minutes(arm, size, phases):
         rows = looks[(looks.arm == arm) & (looks["size"] == size) & (looks.step == steps_of(size))]
         before = sum(np.median([one[phase] for one in costs]) for phase in ("warm_up", *phases))
-        return f"{mean(measured(arm, size, steps_of(size)))} % after {(before + np.median(rows.seconds)) / 60:.0f} minutes"
+        minutes = (before + np.median(rows.seconds)) / 60
+        return f"{mean(measured(arm, size, steps_of(size)))} % after {minutes:.0f} minutes ({len(rows)} seeds)"
 
     size = full_size()
     return (
