@@ -63,6 +63,7 @@ evidence: $(VENV)/installed
 	$(EVIDENCE)/grid.py --dataset_path $(DATASET) --seeds 1 3 & $(EVIDENCE)/grid.py --dataset_path $(DATASET) --seeds 0 2 4; wait
 	$(EVIDENCE)/grid.py --dataset_path $(DATASET)
 	$(EVIDENCE)/sensitivity.py --dataset_path $(DATASET)
+	$(EVIDENCE)/persistence.py --dataset_path $(DATASET)
 	$(EVIDENCE)/collect.py --dataset_path $(DATASET)
 	$(EVIDENCE)/evidence.py
 

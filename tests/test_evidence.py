@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 
 
 ROOT = Path(__file__).parent.parent
@@ -19,6 +20,8 @@ sys.path.insert(0, str(FOLDER))
 import collect  # noqa: E402
 import evidence  # noqa: E402
 import grid  # noqa: E402
+import persistence  # noqa: E402
+import sensitivity  # noqa: E402
 from equations import generate_chains  # noqa: E402
 
 
@@ -71,6 +74,60 @@ def test_arms_and_what_they_train_on(arguments, short, monkeypatch):
     full = grid.run(0, "full", 16, pool, test, arguments)
     staged = grid.run(0, "staged", 16, pool, test, arguments)
     assert full["steps"] == staged["steps"] == 2
+
+
+def test_slow_arms_train_on_the_same_prompts_at_a_fifth_of_the_learning_rate(arguments, short, monkeypatch):
+    pool, test = generate_chains(48, seed=1), generate_chains(6, seed=2)
+    build, built = grid.build_trainer, []
+    monkeypatch.setattr(
+        grid, "build_trainer", lambda *args, **kwargs: built.append(build(*args, **kwargs)) or built[-1]
+    )
+    for arm in ("learnalign", "learnalign slow"):
+        grid.run(0, arm, 16, pool, test, arguments)
+    fast, slow = built[-2:]  # before them, the warm-up's and the selection's
+    assert slow.args.learning_rate == pytest.approx(fast.args.learning_rate / 5) == pytest.approx(2e-4)
+    assert slow.state.log_history[0]["learning_rate"] == pytest.approx(2e-4)
+    assert slow.train_dataset["prompt"] == fast.train_dataset["prompt"]
+    arguments = Namespace(sizes=[100, 500], seeds=[0], arms=["random", "random slow"])
+    assert list(grid.cells(arguments)) == [(100, 0, "random"), (500, 0, "random"), (500, 0, "random slow")]
+
+
+def test_persistence_of_a_ranking(arguments, short, monkeypatch):
+    monkeypatch.setattr(persistence, "PROMPTS", 40)
+    monkeypatch.setattr(persistence, "STEPS", (1, 2))
+    monkeypatch.setattr(persistence, "CURVES_AT", 16)
+    monkeypatch.setattr(sensitivity, "BEST", 8)
+    monkeypatch.setattr(persistence, "BEST", 8)
+    pool = generate_chains(48, seed=1)
+    rows = persistence.rows_of(0, pool, arguments)
+    assert [(row["rate"], row["step"]) for row in rows] == [(0.0, 0), (1.0, 1), (1.0, 2), (0.2, 1), (0.2, 2)]
+    assert all(0 <= row["jaccard"] <= 1 and 0 < row["learnable"] < 1 for row in rows)
+    folder = arguments.output_dir / "seed-0"
+    warm = load_file(folder / "warm/adapter_model.safetensors")
+
+    def moved(rate, step):
+        weights = load_file(folder / f"persistence-{rate}/step-{step}/adapter_model.safetensors")
+        return sum((weights[name] - warm[name]).abs().sum().item() for name in warm)
+
+    assert 0 < moved(0.2, 1) < moved(0.2, 2) < moved(1.0, 2) and moved(0.2, 1) < 0.5 * moved(1.0, 1)
+
+
+def test_agreement_of_two_tables(monkeypatch):
+    monkeypatch.setattr(sensitivity, "BEST", 2)
+    base = pd.DataFrame(
+        {
+            "learnability": [0.25, 0.2, 0.1, 0.0, 0.2],
+            "alignment": [0.4, 0.3, 0.2, 0.0, 0.1],
+            "score": [0.9, 0.8, 0.7, 0.0, 0.6],
+        }
+    )
+    later = base.assign(score=[0.6, 0.7, 0.8, 0.0, 0.9], alignment=[0.0, 0.1, 0.2, 0.0, 0.3])
+    found = sensitivity.agreement(later, base)
+    assert found["spearman_score"] == found["spearman_alignment"] == -1 and found["spearman_learnability"] == 1
+    assert found["jaccard"] == 0 and found["learnable"] == 0.8
+    assert found["alignment_of_best"] == 0.35 and found["alignment_of_best_seen_again"] == 0.05
+    assert found["alignment_of_all"] == 0.15
+    assert sensitivity.agreement(base, base)["jaccard"] == 1
 
 
 def test_no_step_twice():

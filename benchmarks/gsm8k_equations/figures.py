@@ -1,7 +1,7 @@
 """The figures of docs/evidence.md; `evidence.py` calls `draw`."""
 
-import evidence
 import matplotlib
+import measures
 import numpy as np
 
 
@@ -9,7 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
-FIGURES = evidence.ROOT / "docs" / "figures"
+FIGURES = measures.ROOT / "docs" / "figures"
 # Okabe and Ito's colours, which the colour-blind tell apart; markers tell the arms apart without any colour
 STYLES = {
     "random": ("#000000", "o"),
@@ -25,17 +25,17 @@ CURVES = ("random cold", "random", "filter", "learnalign", "full")
 
 def label(arm):
     colour, marker = STYLES[arm]
-    return {"color": colour, "marker": marker, "label": evidence.NAMES[arm]}
+    return {"color": colour, "marker": marker, "label": measures.NAMES[arm]}
 
 
 def gains(axes, step_of, title):
     """Paired difference over random prompts, with its 95 % interval, by the number of prompts."""
-    sizes = evidence.sizes()
+    sizes = measures.sizes()
     axes.axhline(0, color="black", linewidth=1)
-    for place, arm in enumerate(arm for arm in evidence.COMPARED if arm != "random"):
+    for place, arm in enumerate(arm for arm in measures.COMPARED if arm != "random"):
         for position, size in enumerate(sizes):
             step = step_of(size)
-            value = evidence.difference(evidence.measured(arm, size, step), evidence.measured("random", size, step))
+            value = measures.difference(measures.measured(arm, size, step), measures.measured("random", size, step))
             if value is None:
                 continue
             middle, low, high, _ = (100 * number for number in value)
@@ -60,10 +60,10 @@ def gains(axes, step_of, title):
 
 def curve(arm, size):
     """Steps, seconds of training and success rates, means over seeds; the look before the first step is shared."""
-    looks = evidence.load("looks.parquet")
+    looks = measures.load("looks.parquet")
     start = "none" if arm.endswith("cold") else "warm-up"
     first = looks[looks.arm == start]
-    rows = looks[(looks.arm == arm) & (looks["size"] == (evidence.full_size() if arm == "full" else size))]
+    rows = looks[(looks.arm == arm) & (looks["size"] == (measures.full_size() if arm == "full" else size))]
     if not len(rows):
         return None
     rows = rows.assign(success=[np.mean(row.sampled) / row.samples for row in rows.itertuples()])
@@ -78,12 +78,12 @@ def curve(arm, size):
 
 def what_came_before(arm):
     """Steps, seconds and rollouts spent before the training on the chosen prompts begins."""
-    runs = evidence.load("runs.json")
+    runs = measures.load("runs.json")
     rows = [one for one in runs["costs"] if not one["cold"]]
     pool, chunk = runs["conditions"]["pool"], runs["conditions"]["chunk"]
     steps = seconds = rollouts = 0
     if not arm.endswith("cold"):
-        steps = evidence.WARMUP_STEPS
+        steps = measures.WARMUP_STEPS
         seconds, rollouts = np.median([one["warm_up"] for one in rows]), steps * chunk * 8
     phases = {
         "filter": ("rollouts",),
@@ -95,7 +95,7 @@ def what_came_before(arm):
 
 
 def curves(axes, size, against):
-    chunk = evidence.load("runs.json")["conditions"]["chunk"]
+    chunk = measures.load("runs.json")["conditions"]["chunk"]
     for arm in CURVES:
         found = curve(arm, size)
         if found is None:
@@ -121,12 +121,12 @@ def curves(axes, size, against):
 
 
 def by_prompts(axes):
-    for arm in evidence.COMPARED:
-        found = [(size, evidence.measured(arm, size, evidence.steps_of(size))) for size in evidence.sizes()]
+    for arm in measures.COMPARED:
+        found = [(size, measures.measured(arm, size, measures.steps_of(size))) for size in measures.sizes()]
         found = [(size, np.mean([rows.mean() for rows in values.values()])) for size, values in found if values]
         axes.plot([size for size, _ in found], [100 * value for _, value in found], **label(arm))
     axes.set_xscale("log")
-    axes.set_xticks(evidence.sizes(), [f"{size:,}" for size in evidence.sizes()])
+    axes.set_xticks(measures.sizes(), [f"{size:,}" for size in measures.sizes()])
     axes.minorticks_off()
     axes.set_xlabel("prompts trained on, two passes")
     axes.set_ylabel("held-out success, %")
@@ -136,7 +136,7 @@ def by_prompts(axes):
 def main_figure():
     """What the method buys and what it costs, in one look."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6))
-    gains(left, evidence.steps_of, "What it buys: two passes, equal steps")
+    gains(left, measures.steps_of, "What it buys: two passes, equal steps")
     curves(right, 500, "minutes")
     right.set_title("What it costs: 500 prompts of a pool of 7,378")
     right.legend(fontsize=8)
@@ -156,13 +156,13 @@ def learning_curves():
 
 def one_pass():
     figure, axes = plt.subplots(figsize=(6.5, 4.4))
-    gains(axes, lambda size: evidence.steps_of(size) // 2, "One pass, equal steps")
+    gains(axes, lambda size: measures.steps_of(size) // 2, "One pass, equal steps")
     return figure
 
 
 def what_is_chosen():
     """Learnability against alignment over one pool, and the success rates of pool and choice."""
-    table = evidence.load("scores.parquet")
+    table = measures.load("scores.parquet")
     table = table[~table.cold & (table.seed == table.seed.min())]
     best = table[(table.success_rate > 0) & (table.success_rate < 1)].sort_values("score", ascending=False).head(1000)
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4))

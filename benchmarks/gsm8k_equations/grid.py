@@ -9,7 +9,8 @@ is warmed up on 300 random prompts, and the whole pool is scored once after that
 from these scores. Every arm then trains for the same number of steps on its N prompts with stock GRPOTrainer, from the
 warmed-up policy, or, the cold arms, from the first one; "full" trains on as many prompts of the whole pool, none twice;
 "staged" chooses half of its prompts, trains on them, and chooses the other half with the policy that this has made;
-"learnalign distinct" leaves out prompts that share a step with a better one.
+"learnalign distinct" leaves out prompts that share a step with a better one; the "slow" arms train on the same prompts from
+the same policy at a fifth of the learning rate, with 500 prompts only.
 
 A finished run is a file in the output directory. A later call, or another one beside it, leaves out the runs that are
 there, and those that benchmarks/results/evidence holds with the same conditions. A run that is under way holds a lock.
@@ -45,6 +46,7 @@ from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSa
 
 RESULTS = ROOT / "benchmarks" / "results" / "evidence"
 WARMUP, CHUNK, SAMPLES, GLANCES = 300, 16, 8, 2
+SLOW = 0.2  # of the learning rate
 WARMUP_STEPS = math.ceil(WARMUP / CHUNK)
 ARMS = (
     "none",
@@ -59,13 +61,17 @@ ARMS = (
     "full",
     "staged",
     "learnalign distinct",
+    "random slow",
+    "filter slow",
+    "learnability slow",
+    "learnalign slow",
 )
 SIZES = (100, 500, 1000, 2000)
 CURVES_AT = 500  # the size whose runs are looked at more often
 MOVEMENT = {"size": 500, "arms": ("random", "learnalign"), "seeds": (0, 1), "others": 1000}
 
 
-def build_trainer(adapter, dataset, steps, seed, arguments, callbacks=(), sampler=None):
+def build_trainer(adapter, dataset, steps, seed, arguments, callbacks=(), sampler=None, rate=1.0):
     model = AutoModelForCausalLM.from_pretrained(POLICY, dtype=torch.float32)
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     if adapter is not None:
@@ -79,7 +85,7 @@ def build_trainer(adapter, dataset, steps, seed, arguments, callbacks=(), sample
         per_device_train_batch_size=8 * CHUNK,
         num_generations=8,
         max_completion_length=56,
-        learning_rate=arguments.learning_rate,
+        learning_rate=rate * arguments.learning_rate,
         lr_scheduler_type="constant",
         beta=0.0,
         max_steps=steps,
@@ -181,6 +187,7 @@ def scores(seed, cold, pool, arguments) -> Selection:
 
 
 def choose(arm, size, seed, pool, arguments) -> list[int]:
+    arm = arm.removesuffix(" slow")
     if arm.startswith("random"):
         return random.Random(seed).sample(range(len(pool)), size)
     table = scores(seed, arm.endswith("cold"), pool, arguments).scores.to_pandas()
@@ -236,7 +243,8 @@ def run(seed, arm, size, pool, test, arguments) -> dict:
     glances = {steps // 4, 3 * steps // 4} if size == CURVES_AT or arm == "full" else ()
     look = Look(test, full, glances)
     adapter = None if arm.endswith("cold") else warm_up(seed, pool, arguments)
-    trainer = build_trainer(adapter, dataset, steps, seed, arguments, [look], sampler)
+    rate = SLOW if arm.endswith(" slow") else 1.0
+    trainer = build_trainer(adapter, dataset, steps, seed, arguments, [look], sampler, rate)
     moved = size == MOVEMENT["size"] and arm in MOVEMENT["arms"] and seed in MOVEMENT["seeds"]
     if moved:
         others = random.Random(seed).sample(sorted(set(range(len(pool))) - set(indices)), MOVEMENT["others"])
@@ -260,7 +268,9 @@ def cells(arguments):
                 if arm in ("none", "warm-up"):
                     if size == arguments.sizes[0] and (arm == "warm-up" or seed == arguments.seeds[0]):
                         yield 0, seed, arm
-                elif arm != "full" or size == max(arguments.sizes):
+                elif (arm != "full" or size == max(arguments.sizes)) and (
+                    not arm.endswith(" slow") or size == CURVES_AT
+                ):
                     yield size, seed, arm
 
 

@@ -61,10 +61,12 @@ def spearman(a, b) -> float:
     return float(a.rank().corr(b.rank()))
 
 
-def compare(table, base, truth) -> dict[str, float]:
-    def chosen(rows):
-        return set(rows[rows["learnability"] > 0].sort_values("score", ascending=False).index[:BEST])
+def chosen(rows) -> set[int]:
+    return set(rows[rows["learnability"] > 0].sort_values("score", ascending=False).index[:BEST])
 
+
+def agreement(table, base) -> dict[str, float]:
+    """Of two tables of the same prompts."""
     ours, theirs = chosen(table), chosen(base)
     both = (table["learnability"] > 0) & (base["learnability"] > 0)
     result = {
@@ -74,15 +76,21 @@ def compare(table, base, truth) -> dict[str, float]:
     result["spearman_learnability"] = spearman(table["learnability"], base["learnability"])
     result["jaccard"] = len(ours & theirs) / len(ours | theirs)
     result["learnable"] = (table["learnability"] > 0).mean()
-    # Chosen for a V that is high by chance? `truth` comes from other rollouts of the default policy
-    result["chosen_learnability"] = table.loc[sorted(ours), "learnability"].mean()
-    result["chosen_true_learnability"] = truth.loc[sorted(ours), "learnability"].mean()
-    # And for an alignment that is high by chance? The best of the defaults, as they were measured and as this way sees them
+    # Chosen for an alignment that is high by chance? The best of `base`, as they were measured and as `table` sees them
     kept = [index for index in sorted(theirs) if both[index]]
     result["alignment_of_best"] = base.loc[kept, "alignment"].mean()
     result["alignment_of_best_seen_again"] = table.loc[kept, "alignment"].mean()
     result["alignment_of_all"] = table.loc[table["learnability"] > 0, "alignment"].mean()
     return {name: round(float(value), 4) for name, value in result.items()}
+
+
+def compare(table, base, truth) -> dict[str, float]:
+    # Chosen for a V that is high by chance? `truth` comes from other rollouts of the default policy
+    ours = sorted(chosen(table))
+    seen = {"chosen_learnability": table, "chosen_true_learnability": truth}
+    return agreement(table, base) | {
+        name: round(float(rows.loc[ours, "learnability"].mean()), 4) for name, rows in seen.items()
+    }
 
 
 def main():
