@@ -107,13 +107,17 @@ def test_files_of_different_selections_do_not_go_together(saved, tmp_path):
             Selection.load(mixed)
 
 
+# The same for both rollouts, and one for each
+PROMPTS = [np.array([4, 5], np.int32)] * 2, [np.array([4], np.int32), np.array([5, 9], np.int32)]
+
+
 @QUIET
 @given(st.data())
 def test_journal(tally, data):
     tally["nonsense: files of journals"] += 1
     group = Group(
         index=3,
-        prompt_ids=np.array([4, 5], np.int32),
+        prompt_ids=data.draw(st.sampled_from(PROMPTS)),
         completion_ids=[np.array([6], np.int32), np.array([7, 8], np.int32)],
         loss_masks=[np.array([1], np.int8), np.array([1, 0], np.int8)],
         completions=["a", [{"role": "assistant", "content": "b"}]],
@@ -149,10 +153,10 @@ def test_a_file_of_another_batch_is_not_read(tmp_path):
     other._features_file("0a").rename(journal._features_file("0a"))
     assert journal.load_features("0a", (2, 8)) is None
     ids, mask = np.array([6], np.int32), np.array([1], np.int8)
-    other.save_groups([Group(3, ids, [ids], [mask], ["a"], np.ones((1, 1), np.float32))])
+    other.save_groups([Group(3, [ids], [ids], [mask], ["a"], np.ones((1, 1), np.float32))])
     other._groups_file([3]).rename(journal._groups_file([3]))
     assert journal.load_groups([3], (1, 1)) is None
-    journal.save_groups([Group(3, ids, [ids], [mask], ["a"], np.ones((1, 1), np.float32))])
+    journal.save_groups([Group(3, [ids], [ids], [mask], ["a"], np.ones((1, 1), np.float32))])
     assert journal.load_groups([3], (1, 1)) is not None
 
 

@@ -23,7 +23,7 @@ _MANIFEST = "manifest.json"
 _GROUPS_SCHEMA = pa.schema(
     [
         ("index", pa.int64()),
-        ("prompt_ids", pa.list_(pa.int32())),
+        ("prompt_ids", pa.list_(pa.list_(pa.int32()))),  # one where all rollouts have the same
         ("completion_ids", pa.list_(pa.list_(pa.int32()))),
         ("loss_masks", pa.list_(pa.list_(pa.int8()))),
         ("completions", pa.list_(pa.string())),
@@ -89,6 +89,7 @@ class Journal:
         rows = [
             {
                 **vars(group),
+                "prompt_ids": group.prompt_ids[:1] if _one(group.prompt_ids) else group.prompt_ids,
                 "completions": [json.dumps(completion) for completion in group.completions],
                 "rewards": list(group.rewards),
             }
@@ -141,6 +142,15 @@ def _crc32(features):
     return str(zlib.crc32(features.numpy()))
 
 
+def _one(arrays):
+    """Whether all are the same object."""
+    return all(array is arrays[0] for array in arrays)
+
+
+def _each(arrays, number):
+    return arrays * number if len(arrays) == 1 else arrays
+
+
 def _groups(table) -> list[Group]:
     columns = {name: table[name].combine_chunks() for name in table.column_names}
 
@@ -150,7 +160,7 @@ def _groups(table) -> list[Group]:
     return [
         Group(
             index=columns["index"][row].as_py(),
-            prompt_ids=columns["prompt_ids"][row].values.to_numpy(),
+            prompt_ids=_each(arrays("prompt_ids", row), len(columns["completion_ids"][row])),
             completion_ids=arrays("completion_ids", row),
             loss_masks=arrays("loss_masks", row),
             completions=[json.loads(text) for text in columns["completions"][row].as_py()],

@@ -32,7 +32,8 @@ class Group:
 
     Attributes:
         index (`int`): row of the training dataset.
-        prompt_ids (`np.ndarray`): tokens of the prompt, int32.
+        prompt_ids (`list[np.ndarray]`): of each of G completions the tokens that it continues, int32. One array where
+            they are equal; an environment or a `rollout_func` may begin every rollout differently.
         completion_ids (`list[np.ndarray]`): tokens of each of G completions, int32.
         loss_masks (`list[np.ndarray]`): 1 for a completion token that the policy is trained on, else 0 (tool results,
             truncated completions under `mask_truncated_completions`), int8.
@@ -41,7 +42,7 @@ class Group:
     """
 
     index: int
-    prompt_ids: np.ndarray
+    prompt_ids: list[np.ndarray]
     completion_ids: list[np.ndarray]
     loss_masks: list[np.ndarray]
     completions: list
@@ -304,7 +305,7 @@ def generate_groups(trainer: GRPOTrainer, dataset: Dataset, indices: list[int], 
         groups.append(
             Group(
                 index=index,
-                prompt_ids=prompt_ids[rows[0]][prompt_mask[rows[0]]],
+                prompt_ids=_shared([prompt_ids[row][prompt_mask[row]] for row in rows]),
                 completion_ids=completion_ids,
                 loss_masks=[loss_mask[row, : len(ids)].copy() for row, ids in zip(rows, completion_ids, strict=True)],
                 completions=[seen["completions"][row] for row in rows],
@@ -312,6 +313,12 @@ def generate_groups(trainer: GRPOTrainer, dataset: Dataset, indices: list[int], 
             )
         )
     return groups
+
+
+def _shared(arrays: list[np.ndarray]) -> list[np.ndarray]:
+    """Of equal arrays one, so many times."""
+    first = arrays[0]
+    return [first] * len(arrays) if all(np.array_equal(first, other) for other in arrays[1:]) else arrays
 
 
 _PATCHED = ("_calculate_rewards", "_get_per_token_logps_and_entropies")

@@ -300,7 +300,7 @@ class _Pass:
 
     def _count_cost(self, own, source):
         """What gradients and scores took against the rollouts, and what a plain backward would."""
-        rolled_out = sum(len(group.prompt_ids) + len(ids) for group in own for ids in group.completion_ids)
+        rolled_out = sum(len(ids) for group in own for ids in (*group.prompt_ids, *group.completion_ids))
         counts = np.sum(self.peers.gather((rolled_out, *source.num_tokens())), axis=0).tolist()
         cost = dict(zip(("rollout_tokens", "gradient_tokens", "computed_tokens"), counts, strict=True))
         # Forward and backward through a LoRA cost two forwards; the reference policy of the KL term one more
@@ -317,10 +317,11 @@ class _Pass:
         if self.config.gradient_rollouts == "one_correct":
             successes = (deciding >= self.config.success_threshold).nonzero().flatten().tolist()
             chosen = [successes[0] if successes else int(deciding.nan_to_num(-torch.inf).argmax())]
+        rollouts = zip(group.prompt_ids, group.completion_ids, group.loss_masks, advantages.tolist(), strict=True)
         return [
-            Row(group.prompt_ids, group.completion_ids[g], group.loss_masks[g], float(advantages[g]), 1 / len(chosen))
-            for g in chosen
-            if any(group.loss_masks[g]) and (advantages[g] != 0 or self.trainer.beta != 0.0)
+            Row(prompt_ids, completion_ids, loss_mask, advantage, 1 / len(chosen))
+            for g, (prompt_ids, completion_ids, loss_mask, advantage) in enumerate(rollouts)
+            if g in chosen and any(loss_mask) and (advantage != 0 or self.trainer.beta != 0.0)
         ]
 
     # Choice and files -------------------------------------------------------------------------------------------

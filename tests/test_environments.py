@@ -1,0 +1,187 @@
+"""Rollouts that are more than one completion of one prompt: tools, environments, a rollout function of the user's."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from tiny import config, grpo_args, lora, make_model, make_tokenizer, parity_reward
+from tokenizers import decoders
+
+from trl_learnalign import LearnAlignGRPOTrainer, LearnAlignSampler, rollouts, selector
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # TRL's, of experimental features
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}{% for c in m.get('tool_calls') or [] %}"
+    "u{{ c['function']['name'] }}{{ c['function']['arguments'] }}{% endfor %}+{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
+# "u" and a digit is a call of `double`, which a random policy writes now and then
+CALL = {"type": "function", "function": {"name": "double", "arguments": {"number": "{number}"}}}
+RESPONSES = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "a:",
+    "fields": {
+        "tool_calls": {
+            "open_pattern": "u(?P<number>[0-9])",
+            "close_pattern": r"\+|<eos>",
+            "repeats": True,
+            "content": "text",
+            "transform": CALL,
+        },
+        "content": {"close_pattern": "<eos>", "content": "text"},
+    },
+}
+
+
+def double(number: str) -> str:
+    """
+    Doubles a number.
+
+    Args:
+        number: the number
+    """
+    return f"={2 * int(number)}="
+
+
+def chat_tokenizer():
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.decoder = decoders.Fuse()
+    tokenizer.chat_template, tokenizer.response_template = TEMPLATE, RESPONSES
+    return tokenizer
+
+
+def train(path, monkeypatch, rewards=parity_reward, **kwargs):
+    """A run of two steps; the groups of its selection, and the rows of each that entered the gradient pass."""
+    groups, rows = [], {}
+    generate, take = rollouts.generate_groups, selector._Pass._rows
+
+    def generated(*args):
+        made = generate(*args)
+        groups.extend(replace(group) for group in made)  # as they are now: their completions are let go later
+        return made
+
+    def taken(self, group, advantages, deciding):
+        rows[group.index] = take(self, group, advantages, deciding)
+        return rows[group.index]
+
+    monkeypatch.setattr(rollouts, "generate_groups", generated)
+    monkeypatch.setattr(selector._Pass, "_rows", taken)
+    texts = [f"{i % 10}+{i // 10}=" for i in range(12)]
+    sampler = LearnAlignSampler(config(num_prompts=4, warmup_prompts=0))
+    trainer = LearnAlignGRPOTrainer(
+        model=make_model(max_position_embeddings=256),
+        reward_funcs=rewards,
+        args=grpo_args(path, max_completion_length=40, max_steps=2),
+        train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in texts]}),
+        processing_class=chat_tokenizer(),
+        peft_config=lora(),
+        train_sampler=sampler,
+        **kwargs,
+    )
+    trainer.train()
+    assert len(sampler.log[-1].indices) == 4 and len(groups) == 12
+    return trainer, groups, rows
+
+
+def last_parity(completions, **kwargs):
+    return [float(sum(map(ord, str(completion[-1]["content"]))) % 2) for completion in completions]
+
+
+def test_results_of_tools_carry_no_gradient(tmp_path, monkeypatch):
+    trainer, groups, rows = train(tmp_path, monkeypatch, last_parity, tools=[double])
+    called = 0
+    for group in groups:
+        for ids, mask, completion in zip(group.completion_ids, group.loss_masks, group.completions, strict=True):
+            results = [message["content"] for message in completion if message["role"] == "tool"]
+            called += len(results)
+            given = trainer.processing_class.decode(ids[mask == 0])
+            # All that the template puts between two turns of the policy, and nothing that the policy wrote
+            assert given == "".join(f"t:{result}+a:" for result in results)
+    assert called > 10
+    assert any((row.loss_mask == 0).any() for found in rows.values() for row in found)
+
+
+class Counter:
+    """Begins every rollout with digits of its own."""
+
+    def __init__(self):
+        self.random = random.Random(len(MADE))
+        MADE.append(self)
+
+    def reset(self, **kwargs):
+        self.shown = "".join(str(self.random.randrange(10)) for _ in range(self.random.randrange(1, 4)))
+        SHOWN.append(self.shown)
+        return f":{self.shown}"
+
+    def double(self, number: str) -> str:
+        """
+        Doubles a number.
+
+        Args:
+            number: the number
+        """
+        self.number = int(number)
+        return double(number)
+
+    def get_reward(self):
+        return float(int(self.shown) % 2)
+
+
+MADE, SHOWN = [], []
+
+
+def test_an_environment_may_begin_every_rollout_differently(tmp_path, monkeypatch):
+    MADE.clear(), SHOWN.clear()
+    trainer, groups, rows = train(tmp_path, monkeypatch, None, environment_factory=Counter)
+    decode = trainer.processing_class.decode
+    prompts = [decode(prompt) for group in groups for prompt in group.prompt_ids]
+    shown = SHOWN[: len(prompts)]  # the selection comes before the training
+    texts = [f"{group.index % 10}+{group.index // 10}=" for group in groups for _ in range(8)]
+    assert prompts == [f"u:{text}:{digits}+a:" for text, digits in zip(texts, shown, strict=True)]
+    assert len(rows) > 4
+    for group in groups:
+        if group.index in rows:
+            expected = {(tuple(p), tuple(c)) for p, c in zip(group.prompt_ids, group.completion_ids, strict=True)}
+            found = {(tuple(row.prompt_ids), tuple(row.completion_ids)) for row in rows[group.index]}
+            assert found and found <= expected
+    assert [float(int(digits) % 2) for digits in shown] == np.concatenate([g.rewards[:, 0] for g in groups]).tolist()
+
+
+def test_a_rollout_function(tmp_path, monkeypatch):
+    """It writes its own prompts, masks what is not the policy's, and has a word for the reward."""
+    calls = []
+
+    def roll_out(prompts, trainer):
+        calls.append(prompts)
+        tokenizer, result = trainer.processing_class, {"prompt_ids": [], "completion_ids": [], "env_mask": []}
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        for place, prompt in enumerate(prompts):
+            ids = tokenizer(f"{place % 10}:{prompt[0]['content']}")["input_ids"]
+            with torch.no_grad():
+                first = model.generate(torch.tensor([ids]), max_new_tokens=3, do_sample=True)[0, len(ids) :].tolist()
+            result["prompt_ids"].append(ids)
+            result["completion_ids"].append([*first, *tokenizer("=9")["input_ids"]])
+            result["env_mask"].append([1] * len(first) + [0, 0])
+        return result | {"logprobs": None, "word": [str(place) for place in range(len(prompts))]}
+
+    words = []
+
+    def reward(completions, word, **kwargs):
+        words.extend(word)
+        return parity_reward(completions)
+
+    trainer, groups, rows = train(tmp_path, monkeypatch, reward, rollout_func=roll_out)
+    per_batch = len(calls[0])
+    assert per_batch % 8 == 0 and calls[0][0] == calls[0][7] != calls[0][8]  # groups of `num_rollouts`
+    assert words[:per_batch] == [str(place) for place in range(per_batch)]
+    for place, group in enumerate(groups):
+        for g in range(8):
+            text = f"{(place * 8 + g) % per_batch % 10}:{group.index % 10}+{group.index // 10}="
+            assert trainer.processing_class.decode(group.prompt_ids[g]) == text
+            assert group.loss_masks[g].tolist() == [1] * (len(group.completion_ids[g]) - 2) + [0, 0]
+    assert all(row.loss_mask[-2:].tolist() == [0, 0] for found in rows.values() for row in found)
