@@ -8,9 +8,34 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from tiny import Seen, config, digit_reward, make_dataset, make_trainer, weights
+from torch.distributed import fsdp
 
 from trl_learnalign import rollouts, select_prompts
+
+
+def allow_sharding_on_cpu():
+    """Accelerate takes FSDP and DeepSpeed for GPUs only. All the rest of their paths runs on CPUs as well."""
+    original = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, deepspeed_plugin=None, **kwargs):
+        original(self, *args, fsdp_plugin=fsdp_plugin, deepspeed_plugin=deepspeed_plugin, **kwargs)
+        kind = None
+        if fsdp_plugin is not None:
+            self.fsdp_plugin, kind = fsdp_plugin, DistributedType.FSDP
+        elif deepspeed_plugin is not None:
+            deepspeed_plugin.set_mixed_precision("no")
+            deepspeed_plugin.select(_from_accelerator_state=True)
+            self.deepspeed_plugins, kind = deepspeed_plugin, DistributedType.DEEPSPEED
+        if kind is not None:
+            for state in (AcceleratorState, PartialState):
+                state._shared_state["distributed_type"] = kind
+
+    AcceleratorState.__init__ = init
+    # FSDP1 finds that "cpu" is not "cpu:0"
+    fsdp._init_utils._get_compute_device = lambda *args: torch.device("cpu")
 
 
 def train(path, seen, **changes):
@@ -51,6 +76,8 @@ def reward_of(task, rank):
 
 
 def main(task, path):
+    if "ACCELERATE_USE_FSDP" in os.environ or "ACCELERATE_USE_DEEPSPEED" in os.environ:
+        allow_sharding_on_cpu()
     seen = Seen(digit_reward)
     kwargs = {"per_device_train_batch_size": 8}
     result = {}
@@ -108,8 +135,11 @@ def main(task, path):
         result["log"] = [[version.start_chunk, list(version.indices)] for version in sampler.log]
         result["chunks"] = [sampler.chunk(i) for i in range(40)]
         result["chunk_prompts"] = sampler.layout.chunk_prompts
-    digest = {name: tensor.double().sum().item() for name, tensor in weights(trainer).items()}
+    kind = trainer.accelerator.distributed_type
+    whole = {} if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) else weights(trainer)
+    digest = {name: tensor.double().sum().item() for name, tensor in whole.items()}
     result |= {
+        "kind": kind.value,
         "world": trainer.accelerator.num_processes,
         "rows": seen.rows,
         "step": trainer.state.global_step,

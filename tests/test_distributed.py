@@ -10,6 +10,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
+from torch.testing import assert_close
 
 from trl_learnalign import Selection
 
@@ -20,11 +22,46 @@ SCRIPT = Path(__file__).with_name("distributed_run.py")
 ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
-def launch(task, path, processes):
+# What `accelerate launch` makes of files such as those in examples/accelerate_configs, but for CPUs
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
+FSDP1 = {
+    "FSDP_VERSION": "1",
+    "FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD",
+    "FSDP_USE_ORIG_PARAMS": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "FSDP_SYNC_MODULE_STATES": "false",
+}
+DEEPSPEED = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+    "DS_ACCELERATOR": "cpu",
+}
+SHARDED = {
+    "FSDP2": FSDP,
+    "ZeRO-2": DEEPSPEED,
+    "ZeRO-3": DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+}
+
+
+def launch(task, path, processes, more=None):
     path.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     done = subprocess.run(
-        [*command, str(SCRIPT), task, str(path)], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+        [*command, str(SCRIPT), task, str(path)],
+        env=ENVIRONMENT | (more or {}),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-5000:]
     ranks = [json.loads((path / f"rank-{rank}.json").read_text()) for rank in range(processes)]
@@ -98,6 +135,50 @@ def test_resume_repeats_prompts_and_weights(tmp_path):
     for a, b in zip(whole, resumed, strict=True):
         assert a["log"] == b["log"] and a["rows"][-16:] == b["rows"][-16:]
         assert a["weights"] == pytest.approx(b["weights"], rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def unsharded(tmp_path_factory):
+    path = tmp_path_factory.mktemp("unsharded")
+    return path, launch("save", path, 2)
+
+
+def adapter(path):
+    """Of the last checkpoint."""
+    last = max(path.glob("checkpoint-*"), key=lambda checkpoint: int(checkpoint.name.split("-")[1]))
+    return load_file(last / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind == "FSDP2" else pytest.mark.slow) for kind in SHARDED]
+)
+def test_sharded_weights_make_the_same_run(tmp_path, unsharded, kind):
+    """Through the trainer, accelerate and FSDP or DeepSpeed: selection, training, checkpoints, resuming."""
+    if kind.startswith("ZeRO"):
+        pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    expected_path, expected = unsharded
+    ranks = launch("save", tmp_path, 2, SHARDED[kind])
+    trained = adapter(tmp_path)
+    resumed = launch("resume", tmp_path, 2, SHARDED[kind])
+    for one, other, again in zip(expected, ranks, resumed, strict=True):
+        assert one["kind"] == "MULTI_CPU" and other["kind"] == again["kind"] == kind[:4].replace("ZeRO", "DEEPSPEED")
+        assert one["log"] == other["log"] == again["log"] and len(one["log"]) == 2
+        assert one["rows"] == other["rows"] and again["rows"] == other["rows"][-len(again["rows"]) :]
+    ours, theirs = load(tmp_path).scores.to_pandas(), load(expected_path).scores.to_pandas()
+    for column in ("success_rate", "alignment", "score", "gradient_norm"):
+        assert ours[column].tolist() == pytest.approx(theirs[column].tolist(), rel=1e-5, abs=1e-6, nan_ok=True), column
+    for weights in (trained, adapter(tmp_path)):
+        assert_close(weights, adapter(expected_path), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_fsdp1_makes_the_same_selection(tmp_path):
+    """It wraps every layer of an adapter, too, and saves no state on CPUs."""
+    one, other = launch("train", tmp_path / "1", 2), launch("train", tmp_path / "2", 2, FSDP | FSDP1)
+    assert other[0]["kind"] == "FSDP" and one[0]["log"] == other[0]["log"] and one[0]["rows"] == other[0]["rows"]
+    ours, theirs = (load(tmp_path / name).scores.to_pandas() for name in "12")
+    for column in ("success_rate", "alignment", "score", "gradient_norm"):
+        assert ours[column].tolist() == pytest.approx(theirs[column].tolist(), rel=1e-5, abs=1e-6, nan_ok=True), column
 
 
 def test_restart_is_the_same_on_both_ranks(tmp_path):

@@ -19,7 +19,7 @@ from .projection import Concatenation, Sketch, stable_hash
 
 
 PROBE_RANK = 16
-_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+_WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
 
 
 class UnseenParametersError(ValueError):
@@ -192,9 +192,7 @@ def check_parameters(model: nn.Module, probe: bool) -> None:
 
 
 def _clean(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _lora_taps(model) -> list[_Tap]:
