@@ -1,5 +1,6 @@
 """
-The demo's comparison over several seeds and with the paper's ablations: held-out success after equal training.
+The demo's comparison over several seeds, with the paper's ablations and a success-rate filter: held-out success after equal
+training.
 
     python benchmarks/demo_arms.py --dataset_path DIR [--seeds 0 1 2 3 4]
 
@@ -24,10 +25,26 @@ import torch
 from demo import POLICY, SAMPLES, load, success, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_learnalign import Selection
+from trl_learnalign import LearnAlignSampler, Selection
 
 
-ARMS = ("random", "learnability", "alignment", "learnalign")
+ARMS = ("random", "filter", "learnability", "alignment", "learnalign")
+
+
+class FilterSampler(LearnAlignSampler):
+    """Trains on random prompts among all that are learnable, as many as a selection has."""
+
+    def append(self, start_chunk, indices):
+        table = Selection.load(self.directory).to_pandas().query("learnability > 0")
+        super().append(start_chunk, table.sample(len(indices), random_state=self.layout.seed).index.tolist())
+
+
+def train_arm(arm, pool, test, arguments):
+    if arm != "filter":
+        return train(arm, pool, test, arguments)
+    arguments.output_dir /= "filter"  # `learnability` has a selection beside it
+    FilterSampler.directory = arguments.output_dir / "learnability" / "learnalign" / "step-000002"
+    return train("learnability", pool, test, arguments, FilterSampler)
 
 
 def main():
@@ -66,9 +83,10 @@ def main():
             started = time.perf_counter()
             run_arguments = argparse.Namespace(**{**vars(arguments), "seed": seed})
             run_arguments.output_dir = arguments.output_dir / f"seed-{seed}"
-            after, path, steps = train(arm, pool, test, run_arguments)
+            after, path, steps = train_arm(arm, pool, test, run_arguments)
             selection = Selection.load(path)
             lengths = selection.scores["completion_length_mean"].to_pandas()
+            unranked = arm in ("random", "filter")  # trained on prompts that no ranking chose
             results["runs"].append(
                 {
                     "seed": seed,
@@ -78,9 +96,9 @@ def main():
                     "seconds": round(time.perf_counter() - started, 1),
                     "phases": selection.provenance["seconds"],
                     "learnable": selection.num_learnable(),
-                    "pool_length": None if arm == "random" else round(lengths.mean(), 2),
+                    "pool_length": None if unranked else round(lengths.mean(), 2),
                     "chosen_length": None
-                    if arm == "random"
+                    if unranked
                     else round(lengths[selection.scores["selected"].to_pandas()].mean(), 2),
                 }
             )

@@ -14,6 +14,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 NAMES = {
     "random": "random prompts",
+    "filter": "success-rate filter",
     "learnability": "learnability alone",
     "alignment": "alignment alone",
     "learnalign": "LearnAlign",

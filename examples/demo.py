@@ -53,7 +53,7 @@ def success(model, tokenizer, test) -> torch.Tensor:
     return torch.tensor(rewards).view(-1, SAMPLES).mean(1)
 
 
-def build_trainer(score, pool, arguments) -> LearnAlignGRPOTrainer:
+def build_trainer(score, pool, arguments, sampler=LearnAlignSampler) -> LearnAlignGRPOTrainer:
     """A trainer as in any GRPO script, and a sampler."""
     learnalign = LearnAlignConfig(num_prompts=arguments.num_prompts, warmup_prompts=64, score=score)
     training_args = GRPOConfig(
@@ -81,13 +81,13 @@ def build_trainer(score, pool, arguments) -> LearnAlignGRPOTrainer:
         train_dataset=pool,
         processing_class=AutoTokenizer.from_pretrained(POLICY),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
-        train_sampler=LearnAlignSampler(learnalign),
+        train_sampler=sampler(learnalign),
     )
 
 
-def train(score, pool, test, arguments) -> tuple[torch.Tensor, Path, int]:
+def train(score, pool, test, arguments, sampler=LearnAlignSampler) -> tuple[torch.Tensor, Path, int]:
     """One run; returns the held-out success after it, the directory of its selection, and its steps."""
-    trainer = build_trainer(score, pool, arguments)
+    trainer = build_trainer(score, pool, arguments, sampler)
     trainer.train()
     after = success(trainer.model, trainer.processing_class, test)
     path = Path(trainer.args.output_dir) / "learnalign" / "step-000002"  # two steps of warm-up

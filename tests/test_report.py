@@ -15,6 +15,7 @@ from tiny import config, digit_reward, make_trainer, parity_reward
 from trl_learnalign import Selection, select_prompts
 from trl_learnalign.report import write_report
 from trl_learnalign.rollouts import prompt_text
+from trl_learnalign.selection import load_run
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -151,10 +152,25 @@ def test_switched_off_and_never_in_the_way(tmp_path, monkeypatch, caplog, capsys
     assert [file.name for file in (tmp_path / "off/learnalign").iterdir() if file.name != "lock"] == ["step-000000"]
     select_prompts(make_trainer(tmp_path / "on"), reported())
     assert f"Why each prompt was chosen: {tmp_path / 'on/learnalign/report.html'}" in capsys.readouterr().out
-    monkeypatch.setattr("trl_learnalign.report.write_report", lambda path: 1 / 0)
+    monkeypatch.setattr("trl_learnalign.report.write_report", lambda *args: 1 / 0)
     selection = select_prompts(make_trainer(tmp_path / "broken"), reported())
     assert selection.indices and "could not be written (ZeroDivisionError" in caplog.text
     assert "Why each prompt" not in capsys.readouterr().out
+
+
+def test_selections_of_an_earlier_run_stay_out_of_it(tmp_path):
+    """The earlier run selected after its warm-up of two steps, the later one before its first."""
+    make_trainer(tmp_path, reported(num_prompts=7, warmup_prompts=8), num_train_epochs=2).train()
+    trainer = make_trainer(tmp_path, reported(num_prompts=5, warmup_prompts=0), num_train_epochs=2)
+    trainer.train()
+    old, new = sorted((tmp_path / "learnalign").glob("step-*"), reverse=True)
+    assert len(Selection.load(old).indices) == 7 and new.name == "step-000000"
+    page = (tmp_path / "learnalign/report.html").read_text(encoding="utf-8")
+    assert "5 of 24 prompts" in page and "7 of 24 prompts" not in page
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "chosen 5" in card and "chosen 7" not in card
+    assert list(load_run(tmp_path, until=0)) == [new] and list(load_run(tmp_path)) == [old]
 
 
 @pytest.mark.parametrize("score", ["random", "learnability"])

@@ -1,6 +1,7 @@
 """What a run trains on, that a selection leaves no trace, and that a resumed run is the run."""
 
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -270,6 +271,31 @@ def test_a_killed_selection_does_not_roll_out_again_what_is_in_its_journal(tmp_p
         next(p for p in trainer.model.parameters() if p.requires_grad).add_(0.1)
     select_prompts(trainer, config())
     assert len(other.rows) == 24 * 8
+
+
+def shifted_reward(completions, row, shift=0, **kwargs):
+    return digit_reward(completions, [one + shift for one in row])
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"reward": partial(shifted_reward, shift=0)}, {"reward": partial(shifted_reward, shift=3)}),
+        ({}, {"mask_truncated_completions": True}),
+        ({}, {"temperature": 0.9}),
+    ],
+)
+def test_a_selection_is_made_again_where_it_would_be_another(tmp_path, first, second):
+    choice = config(save_rollouts=True)
+    keys = [
+        select_prompts(make_trainer(tmp_path, **settings), choice).provenance["key"]
+        for settings in (first, first, second)
+    ]
+    assert keys[0] == keys[1] != keys[2]
+    (step,) = (tmp_path / "learnalign").glob("step-*")
+    assert Selection.load(step).provenance["key"] == keys[2] and (step / "rollouts.parquet").is_file()
+    select_prompts(make_trainer(tmp_path, **second), config())
+    assert not (step / "rollouts.parquet").exists()  # those of the selection that was replaced
 
 
 def test_features_lost_between_the_passes_are_an_error_not_a_score(tmp_path, monkeypatch):

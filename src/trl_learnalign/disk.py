@@ -168,7 +168,7 @@ def damage(checkpoint: Path, shared: bool = True) -> str | None:
         return f"trainer_state.json names no step, but {step!r}"
     for file in sorted(checkpoint.iterdir()):  # not what DeepSpeed and FSDP write below, in formats of their own
         try:
-            if file.suffix in (".pt", ".pth") and not zipfile.is_zipfile(file):
+            if file.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(file):
                 return f"{file.name} is cut short"
             if file.suffix == ".json":
                 json.loads(file.read_text(encoding="utf-8"))

@@ -43,7 +43,7 @@ def drawings(selections: list["Selection"]) -> list[Drawing]:
     table = last.scores.to_pandas()
     found = []
     if table["success_rate"].notna().any():
-        found += [_success_rates(table, last), _scatter(table), _lengths(table)]
+        found += [_success_rates(table, last), _scatter(table, last), _lengths(table)]
     if last.provenance["seconds"]:
         found.append(_seconds(last))
     if len(selections) > 1:
@@ -113,7 +113,7 @@ def _success_rates(table, selection) -> Drawing:
     )
 
 
-def _scatter(table) -> Drawing:
+def _scatter(table, selection) -> Drawing:
     learnable = table[table["learnability"] > 0]
     aligned = learnable["alignment"].notna().any()
     vertical, label = ("alignment", "alignment") if aligned else ("score", "score")
@@ -139,8 +139,11 @@ def _scatter(table) -> Drawing:
         means = learnable.groupby("selected")["alignment"].mean()
         words += f" Mean alignment of the chosen {means[True]:.2f}"
         words += f", of the others {means[False]:.2f}." if False in means else "."
+    ranks = {"learnalign": "their product", "alignment": "alignment"}.get(
+        selection.provenance["config"]["score"], "learnability"
+    )
     return Drawing(
-        "scores", f"Learnability and {label} of the learnable prompts; their product is what ranks them.", words, draw
+        "scores", f"Learnability and {label} of the learnable prompts; {ranks} is what ranks them.", words, draw
     )
 
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from . import figures
 from .disk import make_directory, write_atomically
-from .selection import MOST_ROWS, TEXTS_FILE, Selection, find_selections
+from .selection import MOST_ROWS, TEXTS_FILE, load_run
 
 
 REPORT_FILE = "report.html"
@@ -33,13 +33,14 @@ _COLUMNS = [
 _MISSING = "\u2013"
 
 
-def write_report(path: str | os.PathLike) -> Path:
+def write_report(path: str | os.PathLike, until: int | None = None) -> Path:
     """
     Writes `report.html` and `figures/*.png` about the selections of a run.
 
     Args:
         path: the `output_dir` of a run, its `learnalign` directory, or the directory of one selection. With a run's, the
             report is about its last selection and how it differs from those before; it is left in `learnalign/`.
+        until: leave out selections made after this optimizer step, which an earlier run left there.
 
     Returns:
         `Path`: the HTML file.
@@ -48,9 +49,9 @@ def write_report(path: str | os.PathLike) -> Path:
         `FileNotFoundError`: no finished selection is there.
         `ValueError`: one of them is damaged.
     """
-    steps = find_selections(path)
+    run = load_run(path, until)
+    steps, selections = list(run), list(run.values())
     directory = Path(path) if steps[0] == Path(path) else steps[0].parent
-    selections = [Selection.load(step) for step in steps]
     drawings = figures.drawings(selections)
     folder = directory / "figures"
     make_directory(folder)

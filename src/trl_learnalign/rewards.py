@@ -1,5 +1,6 @@
 """Reward functions that fail with a clear error, on all processes, instead of leaving the others in a collective."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -57,6 +58,28 @@ def _guard(function, name, failures) -> Callable:
                 return failed(error, kwargs)
 
     return stand_in
+
+
+def source_of(function) -> str:
+    """
+    What a function or an object of the user's is told by: its source, or that of its class; of a `functools.partial` the
+    arguments, too. Not what an object holds, which may change with every call.
+    """
+    if isinstance(function, functools.partial):
+        values = [*function.args, *sorted(function.keywords.items())]
+        return f"{source_of(function.func)} {[value if _is_plain(value) else type(value) for value in values]}"
+    for told in (function, type(function)):
+        try:
+            return inspect.getsource(told)
+        except (OSError, TypeError):  # an object, a builtin, or defined where there is no source
+            pass
+    return type(function).__qualname__
+
+
+def _is_plain(value):
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def is_async(function) -> bool:

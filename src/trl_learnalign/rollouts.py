@@ -1,7 +1,6 @@
 """Rollouts and token log-probabilities from a GRPOTrainer, which is left as it was found."""
 
 import copy
-import inspect
 import os
 import random
 import warnings
@@ -22,7 +21,7 @@ from trl.trainer.utils import use_adapter
 
 from .config import LearnAlignConfig
 from .gradients import UnseenParametersError, check_parameters, dropout_off, unseen_message
-from .rewards import guarded
+from .rewards import guarded, source_of
 
 
 @dataclass
@@ -167,22 +166,31 @@ def first_completion(trainer: GRPOTrainer, group: Group) -> tuple[str, float]:
 
 def reward_provenance(trainer: GRPOTrainer) -> dict[str, str]:
     """Name and source of every reward function: what success was measured by."""
-    sources = {}
-    for name, function in zip(trainer.reward_func_names, trainer.reward_funcs, strict=True):
-        try:
-            sources[name] = inspect.getsource(function)
-        except (OSError, TypeError):  # a model, a builtin, or defined where there is no source
-            sources[name] = type(function).__qualname__
-    return sources
+    return dict(zip(trainer.reward_func_names, map(source_of, trainer.reward_funcs), strict=True))
 
 
 def generation_provenance(trainer: GRPOTrainer) -> dict:
     """The settings of the trainer that rollouts and gradients depend on."""
-    names = ("max_completion_length", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "beta")
-    settings = {name: getattr(trainer, name) for name in names}
+    settings = {name: getattr(trainer, name, None) for name in _SETTINGS}
     settings |= {name: getattr(trainer.args, name) for name in ("generation_kwargs", "chat_template_kwargs")}
     settings |= {"scale_rewards": trainer.scale_rewards, "reward_weights": trainer.reward_weights.tolist()}
-    return settings | {"multi_objective_aggregation": trainer.multi_objective_aggregation}
+    factories = getattr(trainer, "environment_factories", None) or {}
+    code = [*(trainer.tools or ()), *factories.values(), getattr(trainer, "rollout_func", None)]
+    return settings | {"code": [source_of(part) for part in code if part is not None]}
+
+
+_SETTINGS = (
+    "max_completion_length",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "beta",
+    "multi_objective_aggregation",
+    "mask_truncated_completions",
+    "max_tool_calling_iterations",
+)
 
 
 def has_adapter(trainer: GRPOTrainer) -> bool:
@@ -196,8 +204,11 @@ def is_sharded(trainer: GRPOTrainer) -> bool:
 
 
 def policy(trainer: GRPOTrainer) -> torch.nn.Module:
-    """The policy to run: wrapped only where its weights are sharded, so that DDP's hooks stay out of it."""
-    return trainer.model_wrapped if is_sharded(trainer) else trainer.model
+    """
+    The policy to run. It is wrapped only under FSDP, where the wrapper has part of the weights: DDP's and DeepSpeed's would
+    reduce gradients after every backward. DeepSpeed's ZeRO-3 gathers its weights in hooks of the layers themselves.
+    """
+    return trainer.model_wrapped if trainer.is_fsdp_enabled else trainer.model
 
 
 def progress_bar(trainer: GRPOTrainer, phase: str, total: int, unit: str) -> tqdm:

@@ -238,8 +238,8 @@ class LearnAlignSampler(Sampler[int]):
                 "The checkpoint was written for another stream of prompts: "
                 + "; ".join(changed)
                 + ". Resume with the "
-                "settings, the data and the number of processes of the first run (or keep `generation_batch_size` the "
-                "same), or start a new run."
+                "settings, the data and the number of processes of the first run (or keep `per_device_train_batch_size` x "
+                "processes, `steps_per_generation` and `gradient_accumulation_steps` the same), or start a new run."
             )
         if not whole or not starts or starts[0] != 0 or starts != sorted(starts):
             raise ValueError(f"The sampler state in the checkpoint is damaged: versions start at {starts[:10]}.")

@@ -60,8 +60,9 @@ class Selection:
             `gradient_norm` is the norm of the gradient feature. A column that the configured score did not need
             holds nulls; so do `alignment` and `gradient_norm` of a prompt with V = 0, which owes no gradient.
         provenance (`dict`):
-            `config`, `seed`, `global_step`, `stage`, `dataset_fingerprint`, `num_rows`, `model`, `versions`,
-            `seconds` (of each phase), `unscorable` (indices that no reward function could score), `key`, and `cost`:
+            `config`, `seed`, `global_step`, `stage`, `num_rollouts`, `dataset_fingerprint`, `num_rows`, `model`, `versions`,
+            `num_processes`, `seconds` (of each phase), `unscorable` (indices that no reward function could score), and, unless
+            prompts were chosen at random, `key` (a hash of all that the selection was made from) and `cost`:
             tokens rolled out, in gradient rows, and computed with padding; `of_rollouts`, the time of gradients and
             scores over that of the rollouts; `floor`, what that ratio would be for a plain forward and backward of
             the gradient rows if generating a token cost one forward (2 x their share of the tokens, 3 x with a KL term).
@@ -272,6 +273,25 @@ def find_selections(path: str | os.PathLike) -> list[Path]:
         f"'{path}' holds no finished selection. Pass the `output_dir` of a run, its `learnalign` directory, or the "
         "directory of one selection, such as OUTPUT_DIR/learnalign/step-000038."
     )
+
+
+def load_run(path: str | os.PathLike, until: int | None = None) -> dict[Path, Selection]:
+    """
+    The last of the selections that [`find_selections`] finds, and those before it in the same run: of an earlier stage, with
+    the same configuration, seed and dataset. `until` leaves out what was made after that optimizer step, by another run.
+    """
+    found = {step: Selection.load(step) for step in find_selections(path)}
+    if until is not None:
+        found = {step: one for step, one in found.items() if one.provenance.get("global_step", 0) <= until}
+    if not found:
+        return {}
+    *_, last = (one.provenance for one in found.values())
+
+    def belongs(provenance):
+        same = all(provenance.get(name) == last.get(name) for name in ("config", "seed", "dataset_fingerprint"))
+        return provenance is last or (same and provenance.get("stage", 0) < last.get("stage", 0))
+
+    return {step: one for step, one in found.items() if belongs(one.provenance)}
 
 
 def check_score_columns(dataset: Dataset) -> None:

@@ -27,7 +27,7 @@ from .peers import Peers
 from .pool import Pool
 from .projection import stable_hash
 from .rollouts import Group, Row
-from .selection import SCORES_SCHEMA, SELECTION_FILE, Selection, dataset_fingerprint
+from .selection import ROLLOUTS_FILE, SCORES_SCHEMA, SELECTION_FILE, Selection, dataset_fingerprint
 
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def select_prompts(trainer: GRPOTrainer, config: LearnAlignConfig | None = None)
     the trainer is left as it was found.
 
     With several processes every process must call this; all get the same selection. One line about it is printed, and
-    its files are left in `OUTPUT_DIR/learnalign/step-{global_step:06d}/` (see docs/files.md). A selection there that was made
+    its files, with a report, are left in `OUTPUT_DIR/learnalign/step-{global_step:06d}/` (see docs/files.md). A selection there that was made
     from the same weights, data, rewards and settings is read instead of being made again, and one that was
     interrupted is finished.
 
@@ -334,6 +334,8 @@ class _Pass:
     def _publish(self, selection, own, saved=None):
         texts = texts_table(self.trainer, self.dataset, selection, own, self.peers)
         if self.accelerator.is_main_process:
+            if saved is None:  # of a selection that this one replaces
+                (self.path / ROLLOUTS_FILE).unlink(missing_ok=True)
             selection.save(self.path, saved, texts)
             self._tidy_up()
         self.peers.wait()
@@ -345,7 +347,7 @@ class _Pass:
         try:
             from .report import write_report
 
-            return write_report(self.path.parent)
+            return write_report(self.path.parent, self.step)
         except Exception as error:
             logger.warning(
                 f"The report about the selection could not be written ({error!r}). The selection itself is whole; "
@@ -374,7 +376,7 @@ class _Pass:
         self.seconds[phase] = round(time.perf_counter() - started, 3)
 
 
-_KEY_FIELDS = ("config", "seed", "global_step", "stage", "num_rollouts", "dataset_fingerprint", "num_rows")
+_KEY_FIELDS = ("config", "seed", "global_step", "stage", "num_rollouts", "dataset_fingerprint", "num_rows", "model")
 
 
 def _draw_pool(num_rows, candidates, seed) -> list[int]:

@@ -8,7 +8,7 @@ from .callback import LearnAlignCallback
 from .disk import whole_checkpoint
 from .rollouts import check_dataset
 from .sampler import LearnAlignSampler
-from .selection import Selection, find_selections
+from .selection import load_run
 
 
 class LearnAlignMixin:
@@ -68,7 +68,10 @@ class LearnAlignMixin:
         if self._learnalign is None or not self.is_world_process_zero() or not card.is_file():
             return
         try:
-            summaries = [Selection.load(path).summary() for path in find_selections(self.args.output_dir)]
+            made = self._learnalign.selections  # since this process began
+            until = made[-1].provenance["global_step"] if made else self.state.global_step
+            run = load_run(self.args.output_dir, until)
+            summaries = [selection.summary() for selection in run.values()]
         except (FileNotFoundError, ValueError):  # none yet, or one that was tampered with
             return
         lines = "\n".join(f"- {summary}" for summary in summaries)
