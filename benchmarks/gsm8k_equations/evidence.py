@@ -177,11 +177,16 @@ def same_time() -> str:
         minutes = (before + np.median(rows.seconds)) / 60
         return f"{mean(measured(arm, size, steps_of(size)))} % after {minutes:.0f} minutes ({len(rows)} seeds)"
 
+    def chosen(size):
+        return (
+            f"{size:,} prompts chosen by the success-rate filter {minutes('filter', size, ('rollouts',))}, by LearnAlign "
+            f"{minutes('learnalign', size, ('rollouts', 'gradients', 'scores'))}"
+        )
+
     size = full_size()
     return (
-        f"All prompts, {steps_of(size)} steps and nothing scored, reach {minutes('full', size, ())}; 500 prompts chosen by the "
-        f"success-rate filter {minutes('filter', 500, ('rollouts',))}, by LearnAlign "
-        f"{minutes('learnalign', 500, ('rollouts', 'gradients', 'scores'))}."
+        f"All prompts, {steps_of(size)} steps and nothing scored, reach {minutes('full', size, ())}; "
+        f"{'; '.join(chosen(size) for size in sorted({500, max(sizes())}))}."
     )
 
 
@@ -216,17 +221,44 @@ def tuning() -> str:
     return "\n".join(lines)
 
 
+def fallen(arm: str, size: int) -> dict[int, float]:
+    """Of the seeds that lost more than 3 points between the last two looks at them: how many."""
+    before, after = (measured(arm, size, step) for step in (steps_of(size) - WARMUP_STEPS, steps_of(size)))
+    lost = {seed: 100 * (before[seed].mean() - after[seed].mean()) for seed in sorted(before.keys() & after.keys())}
+    return {seed: points for seed, points in lost.items() if points > 3}
+
+
 def falls() -> str:
-    """Runs that lost much between the last two looks at them."""
-    found = []
+    return (
+        "; ".join(
+            f"{NAMES[arm]}, {size:,} of them, seed {seed}, {lost:.1f} points"
+            for size in sizes()
+            for arm in COMPARED
+            for seed, lost in fallen(arm, size).items()
+        )
+        or "none"
+    )
+
+
+def beware() -> str:
+    """What of the gain over random prompts is that these runs fell."""
+    sentences = []
     for size in sizes():
-        for arm in COMPARED:
-            before, after = (measured(arm, size, step) for step in (steps_of(size) - WARMUP_STEPS, steps_of(size)))
-            for seed in sorted(before.keys() & after.keys()):
-                lost = 100 * (before[seed].mean() - after[seed].mean())
-                if lost > 3:
-                    found.append(f"{NAMES[arm]}, {size:,} of them, seed {seed}, {lost:.1f} points")
-    return "; ".join(found) or "none"
+        if seeds := fallen("random", size):
+            half = steps_of(size) // 2
+            gaps = " and ".join(
+                f"{points(difference(measured(arm, size, half), measured('random', size, half)))} by {name}"
+                for arm, name in (("filter", "the filter"), ("learnalign", "LearnAlign"))
+            )
+            sentences.append(
+                f"Not all of the gain over random prompts at {size:,} is learning: {len(seeds)} of {len(measured('random', size, steps_of(size)))} "
+                f"runs on them fell by more than 3 points in their last {WARMUP_STEPS} steps ([limits](#limits-of-this-evidence)), and none of "
+                f"those on chosen ones. Half-way, after {half} steps, the gain is {gaps}."
+                if not any(fallen(arm, size) for arm in ("filter", "learnability", "learnalign"))
+                else f"At {size:,} prompts some runs fell by more than 3 points in their last {WARMUP_STEPS} steps "
+                f"([limits](#limits-of-this-evidence)). Half-way, after {half} steps, the gain over random prompts is {gaps}."
+            )
+    return " ".join(sentences)
 
 
 def not_run() -> str:
