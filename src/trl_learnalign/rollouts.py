@@ -175,7 +175,7 @@ def generation_provenance(trainer: GRPOTrainer) -> dict:
     settings |= {name: getattr(trainer.args, name) for name in ("generation_kwargs", "chat_template_kwargs")}
     settings |= {"scale_rewards": trainer.scale_rewards, "reward_weights": trainer.reward_weights.tolist()}
     factories = getattr(trainer, "environment_factories", None) or {}
-    code = [*(trainer.tools or ()), *factories.values(), getattr(trainer, "rollout_func", None)]
+    code = [*(getattr(trainer, "tools", None) or ()), *factories.values(), getattr(trainer, "rollout_func", None)]
     return settings | {"code": [source_of(part) for part in code if part is not None]}
 
 
