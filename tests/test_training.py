@@ -1,7 +1,7 @@
 """What a run trains on, that a selection leaves no trace, and that a resumed run is the run."""
 
 from collections import Counter
-from functools import partial
+from functools import partial, update_wrapper
 
 import pytest
 import torch
@@ -277,10 +277,14 @@ def shifted_reward(completions, row, shift=0, **kwargs):
     return digit_reward(completions, [one + shift for one in row])
 
 
+def shifted_by(shift):
+    return update_wrapper(partial(shifted_reward, shift=shift), shifted_reward)  # TRL 1.8 wants its name
+
+
 @pytest.mark.parametrize(
     ("first", "second"),
     [
-        ({"reward": partial(shifted_reward, shift=0)}, {"reward": partial(shifted_reward, shift=3)}),
+        ({"reward": shifted_by(0)}, {"reward": shifted_by(3)}),
         ({}, {"mask_truncated_completions": True}),
         ({}, {"temperature": 0.9}),
     ],
