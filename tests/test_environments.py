@@ -4,9 +4,12 @@ import random
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+import trl
 from datasets import Dataset
+from packaging.version import Version
 from tiny import config, grpo_args, lora, make_model, make_tokenizer, parity_reward
 from tokenizers import decoders
 
@@ -55,7 +58,7 @@ def chat_tokenizer():
     return tokenizer
 
 
-def train(path, monkeypatch, rewards=parity_reward, **kwargs):
+def train(path, monkeypatch, rewards=parity_reward, dataset=None, score="learnalign", **kwargs):
     """A run of two steps; the groups of its selection, and the rows of each that entered the gradient pass."""
     groups, rows = [], {}
     generate, take = rollouts.generate_groups, selector._Pass._rows
@@ -72,19 +75,20 @@ def train(path, monkeypatch, rewards=parity_reward, **kwargs):
     monkeypatch.setattr(rollouts, "generate_groups", generated)
     monkeypatch.setattr(selector._Pass, "_rows", taken)
     texts = [f"{i % 10}+{i // 10}=" for i in range(12)]
-    sampler = LearnAlignSampler(config(num_prompts=4, warmup_prompts=0))
+    prompts = Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in texts]})
+    sampler = LearnAlignSampler(config(num_prompts=4, warmup_prompts=0, score=score))
     trainer = LearnAlignGRPOTrainer(
         model=make_model(max_position_embeddings=256),
         reward_funcs=rewards,
         args=grpo_args(path, max_completion_length=40, max_steps=2),
-        train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in texts]}),
+        train_dataset=prompts if dataset is None else dataset,
         processing_class=chat_tokenizer(),
         peft_config=lora(),
         train_sampler=sampler,
         **kwargs,
     )
     trainer.train()
-    assert len(sampler.log[-1].indices) == 4 and len(groups) == 12
+    assert len(sampler.log[-1].indices) == 4 and len(groups) == (0 if score == "random" else 12)
     return trainer, groups, rows
 
 
@@ -150,6 +154,24 @@ def test_an_environment_may_begin_every_rollout_differently(tmp_path, monkeypatc
             found = {(tuple(row.prompt_ids), tuple(row.completion_ids)) for row in rows[group.index]}
             assert found and found <= expected
     assert [float(int(digits) % 2) for digits in shown] == np.concatenate([g.rewards[:, 0] for g in groups]).tolist()
+
+
+@pytest.mark.skipif(Version(trl.__version__) < Version("1.16"), reason="every row needs a prompt there")
+@pytest.mark.parametrize("score", ["learnalign", "random"])
+def test_rows_without_a_prompt(tmp_path, monkeypatch, score):
+    """The environments supply it: the texts are the prompts as the policy got them, or else what the rows hold."""
+    MADE.clear(), SHOWN.clear()
+    rows = Dataset.from_dict({"environment": ["a", "b"] * 6, "level": list(range(12))})
+    factories = {"a": Counter, "b": Counter}
+    trainer, groups, _ = train(tmp_path, monkeypatch, None, rows, score, environment_factory=factories)
+    texts = pq.read_table(tmp_path / "learnalign/step-000000/texts.parquet").to_pandas()
+    if score == "random":
+        expected = [f"environment: {'ab'[i % 2]}\nlevel: {i}" for i in range(12)]
+    else:
+        assert len(groups[0].prompt_ids) == 8
+        expected = [trainer.processing_class.decode(group.prompt_ids[0]) for group in groups]
+        assert all(f"u::{SHOWN[8 * i]}+a:" == text for i, text in enumerate(expected))
+    assert texts["index"].tolist() == list(range(12)) and texts["prompt"].tolist() == expected
 
 
 def test_a_rollout_function(tmp_path, monkeypatch):

@@ -43,18 +43,31 @@ def rollouts_table(own, pool, peers) -> pa.Table:
 
 
 def texts_table(trainer, dataset, selection, own, peers) -> pa.Table | None:
-    """The prompts that a report shows, and a completion of the best and of the last that are learnable; on the main process."""
+    """
+    The prompts that a report shows, and a completion of the best and of the last that are learnable; on the main process.
+
+    Rows without a prompt, which an environment supplies, are shown by the prompt of their first rollout, or, where
+    nothing was rolled out, by their columns.
+    """
     shown = {index for indices in selection.extremes() for index in indices}
-    completions = {group.index: first_completion(trainer, group) for group in own if group.index in shown}
-    completions = dict(itertools.chain(*(part.items() for part in peers.gather(completions))))
-    if peers.rank != 0:
-        return None
     indices = selection.to_pandas().index.tolist()
     if len(indices) > MOST_ROWS:
         indices = indices[: MOST_ROWS // 2] + indices[-MOST_ROWS // 2 :]
-    indices = sorted(shown.union(indices))
-    prompts = dataset.select(indices)["prompt"]
-    texts = [prompt_text(prompt)[:MOST_CHARACTERS] for prompt in prompts]
+    listed = shown.union(indices)
+    named = "prompt" in dataset.column_names
+    completions = {group.index: first_completion(trainer, group) for group in own if group.index in shown}
+    supplied = {} if named else {group.index: _first_prompt(trainer, group) for group in own if group.index in listed}
+    gathered = zip(*peers.gather((completions, supplied)), strict=True)
+    completions, supplied = (dict(itertools.chain(*(part.items() for part in parts))) for parts in gathered)
+    if peers.rank != 0:
+        return None
+    indices = sorted(listed)
+    rows = dataset.select(indices)
+    if named:
+        texts = [prompt_text(prompt) for prompt in rows["prompt"]]
+    else:
+        texts = [supplied.get(index) or _columns_text(row) for index, row in zip(indices, rows, strict=True)]
+    texts = [text[:MOST_CHARACTERS] for text in texts]
     none = (None, None)
     return pa.table(
         {
@@ -64,3 +77,11 @@ def texts_table(trainer, dataset, selection, own, peers) -> pa.Table | None:
             "reward": pa.array([completions.get(index, none)[1] for index in indices], pa.float64()),
         }
     )
+
+
+def _first_prompt(trainer, group) -> str:
+    return trainer.processing_class.decode(group.prompt_ids[0], skip_special_tokens=True)
+
+
+def _columns_text(row) -> str:
+    return "\n".join(f"{name}: {value}" for name, value in row.items())
