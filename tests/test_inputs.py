@@ -102,6 +102,21 @@ def always(completions, **kwargs):
     return [1.0] * len(completions)
 
 
+@pytest.mark.parametrize("value", [0.25, None])
+def test_no_prompt_is_learnable_by_variance(tmp_path, caplog, value):
+    """All rewards equal, or none given at all."""
+
+    def constant_reward(completions, **kwargs):
+        return [value] * len(completions)
+
+    trainer = make_trainer(tmp_path, config(learnability="variance"), reward=constant_reward, max_steps=5)
+    trainer.train()
+    assert trainer.state.global_step == 5 and "No prompt is learnable" in caplog.text
+    selection = Selection.load(next((tmp_path / "learnalign").glob("step-*")))
+    assert selection.indices == [] and selection.num_learnable() == 0
+    assert selection.scores.num_rows == (0 if value is None else 24)
+
+
 def test_fewer_learnable_prompts_than_wanted(tmp_path, caplog):
     def rare(completions, row, **kwargs):
         return [r if i < 3 else 0.0 for r, i in zip(parity_reward(completions), row, strict=True)]

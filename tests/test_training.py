@@ -484,6 +484,28 @@ def test_seed_decides_the_selection(tmp_path):
     assert not scores("e", selection_seed=8).equals(scores("f"))
 
 
+def test_ties_are_drawn_from_the_whole_dataset(tmp_path):
+    """Where all prompts are equally learnable, seed and stage decide, and not the place in a dataset that may be sorted by source."""
+
+    def half(completions, **kwargs):
+        return [float(i % 2) for i in range(len(completions))]
+
+    def chosen(name, seed):
+        settings = config(
+            num_prompts=12, warmup_prompts=0, score="learnability", selection_seed=seed, reselect_every=1
+        )
+        trainer = make_trainer(tmp_path / name, settings, reward=half, dataset=make_dataset(48), max_steps=6)
+        trainer.train()
+        assert all(one.to_pandas()["learnability"].eq(0.25).all() for one in trainer._learnalign.selections)
+        return [one.indices for one in trainer._learnalign.selections]
+
+    first, second = chosen("a", 0)
+    for indices in (first, second):
+        assert len(set(indices)) == 12 and min(indices) < 16 and max(indices) >= 32 and indices != sorted(indices)
+    assert first != second and chosen("b", 0) == [first, second]
+    assert first not in chosen("c", 1)
+
+
 def test_dora_with_the_score_that_takes_no_gradients(tmp_path):
     from tiny import lora
 

@@ -42,6 +42,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler, Selection, select_prompts
+from trl_learnalign.scoring import ranking
 
 
 RESULTS = ROOT / "benchmarks" / "results" / "evidence"
@@ -195,11 +196,11 @@ def choose(arm, size, seed, pool, arguments) -> list[int]:
     if arm == "filter":
         return random.Random(seed).sample(table["index"].tolist(), size)
     column = {"learnability": "learnability", "alignment": "alignment"}.get(arm, "score")
+    values, learnabilities = (torch.tensor(table[name].to_numpy()) for name in (column, "learnability"))
+    ranked = table["index"].iloc[ranking(values, learnabilities, seed)]
     if arm == "learnalign distinct":
-        return without_repeated_steps(table.sort_values("score", ascending=False)["index"], size, pool)
-    if arm == "learnability":  # eight rollouts leave five values; among equals, any
-        table = table.sample(frac=1, random_state=seed)
-    return table.sort_values(column, ascending=False, kind="stable")["index"].head(size).tolist()
+        return without_repeated_steps(ranked, size, pool)
+    return ranked.head(size).tolist()
 
 
 def without_repeated_steps(ranked, size, pool) -> list[int]:

@@ -65,10 +65,13 @@ class Pool:
         ):
             column[places] = values
 
-    def choose(self, num: int) -> tuple[list[int], pa.Table]:
-        """The dataset indices of the `num` best, best first, and the table of all scores."""
-        order = torch.tensor(scoring.ranking(self.score, self.learnability), dtype=torch.int64)
-        chosen = scoring.top_prompts(self.score, self.learnability, num)
+    def choose(self, num: int, seed: int) -> tuple[list[int], pa.Table]:
+        """
+        The dataset indices of the `num` best, best first, and the table of all scores. A prompt with V = 0 is never chosen, not
+        even when there are fewer than `num` others; one with V > 0 may be chosen with a negative score. `seed` decides ties.
+        """
+        order = torch.tensor(scoring.ranking(self.score, self.learnability, seed), dtype=torch.int64)
+        chosen = order[: min(num, int((self.learnability > 0).sum()))]
         rank = torch.empty_like(order)
         rank[order] = torch.arange(len(order))
         mean = self.deciding.double().nanmean(1)

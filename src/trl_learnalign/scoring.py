@@ -43,7 +43,7 @@ def reward_variance(rewards: torch.Tensor) -> torch.Tensor:
     rewards = rewards.double()
     known = rewards[~rewards.isnan()]
     if known.numel() == 0 or known.max() == known.min():
-        return torch.where(rewards.isnan().all(1), torch.nan, 0.0)
+        return torch.zeros_like(rewards[:, 0]).masked_fill(rewards.isnan().all(1), torch.nan)
     scaled = (rewards - known.min()) / (known.max() - known.min())
     mean = scaled.nanmean(1, keepdim=True)
     return (scaled - mean).square().nanmean(1)
@@ -125,25 +125,19 @@ def scores_of_batches(
     return tuple(torch.tensor(column, dtype=dtype) for column, dtype in zip(columns, dtypes, strict=True))
 
 
-def top_prompts(scores: torch.Tensor, learnabilities: torch.Tensor, num: int) -> list[int]:
+def ranking(scores: torch.Tensor, learnabilities: torch.Tensor, seed: int) -> list[int]:
     """
-    Positions of the `num` best learnable prompts, best first, ties by position.
-
-    A prompt with V = 0 teaches nothing and is never chosen, not even when there are fewer than `num` others; a prompt
-    with V > 0 may be chosen with a negative score.
+    All n positions, best first: those with V > 0 by falling score, then those with V = 0, which teach nothing. Scores that
+    agree in 12 digits are ties, as rounding alone parts them (1/5 x 4/5 and 4/5 x 1/5); ties are in random order.
 
     Args:
         scores (`torch.Tensor` of shape `(n,)`): what to rank on.
         learnabilities (`torch.Tensor` of shape `(n,)`): V.
-        num (`int`): how many at most.
+        seed (`int`): of the order of ties. The same seed and n give the same order anywhere.
     """
-    return ranking(scores, learnabilities)[: min(num, int((learnabilities > 0).sum()))]
-
-
-def ranking(scores: torch.Tensor, learnabilities: torch.Tensor) -> list[int]:
-    """All n positions: those with V > 0 by falling score, then those with V = 0; ties by position."""
-    scores, learnable = scores.tolist(), (learnabilities > 0).tolist()
-    return sorted(range(len(scores)), key=lambda i: (not learnable[i], -scores[i], i))
+    order = torch.randperm(len(scores), generator=torch.Generator().manual_seed(seed)).tolist()
+    learnable, rounded = (learnabilities > 0).tolist(), [float(f"{score:.12g}") for score in scores.tolist()]
+    return sorted(order, key=lambda i: (not learnable[i], -rounded[i]))  # keeps the order of ties
 
 
 def advantages(

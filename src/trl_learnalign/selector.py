@@ -327,7 +327,8 @@ class _Pass:
     # Choice and files -------------------------------------------------------------------------------------------
 
     def _choose(self, pool) -> Selection:
-        indices, table = pool.choose(self.config.num_prompts)
+        ties = stable_hash(self.seed, "ties", self.provenance["stage"])
+        indices, table = pool.choose(self.config.num_prompts, ties)
         selection = Selection(indices, table, self.provenance | {"seconds": dict(self.seconds)})
         return self.peers.broadcast(selection)  # scores may differ in the last bit between processes
 
