@@ -1,10 +1,14 @@
-"""What test_distributed.py starts on one or more processes: a task, an output directory; a JSON file per rank comes out."""
+"""
+What test_distributed.py starts on one or more processes: a task, an output directory; a JSON file per rank comes out. Further
+pairs are run one after another by the same processes, since starting them takes longer than most tasks.
+"""
 
 import json
 import os
 import resource
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -44,11 +48,20 @@ def train(path, seen, **changes):
     return trainer
 
 
-def fail(task, rank):
-    """What goes wrong on rank 1 alone."""
-    original = rollouts.policy_objective
-    if rank != 1:
-        return
+@contextmanager
+def failure(task, rank):
+    """What goes wrong on rank 1 alone, until the next task."""
+    original, limits = rollouts.policy_objective, resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == 1:
+        fail(task, original, limits)
+    try:
+        yield
+    finally:
+        rollouts.policy_objective = original
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def fail(task, original, limits):
     match task:
         case "loss is not a number":
             rollouts.policy_objective = lambda *args: original(*args) * float("nan")
@@ -61,7 +74,7 @@ def fail(task, rank):
 
             rollouts.policy_objective = objective
         case "disk is full":  # no file may grow beyond 8 kB: rollouts fit, sketches do not
-            resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8000, limits[1]))
 
 
 def reward_of(task, rank):
@@ -76,8 +89,7 @@ def reward_of(task, rank):
 
 
 def main(task, path):
-    if "ACCELERATE_USE_FSDP" in os.environ or "ACCELERATE_USE_DEEPSPEED" in os.environ:
-        allow_sharding_on_cpu()
+    Path(path).mkdir(exist_ok=True)
     seen = Seen(digit_reward)
     kwargs = {"per_device_train_batch_size": 8}
     result = {}
@@ -97,10 +109,10 @@ def main(task, path):
             | "nothing to learn on one"
         ):
             rank = int(os.environ["RANK"])
-            fail(task, rank)
             trainer = make_trainer(path, reward=reward_of(task, rank), dataset=make_dataset(23), **kwargs)
             try:
-                result["indices"] = select_prompts(trainer, config()).indices
+                with failure(task, rank):
+                    result["indices"] = select_prompts(trainer, config()).indices
             except Exception as error:
                 cause = error.__cause__
                 result["error"] = f"{type(error).__name__}: {error} / {type(cause).__name__}"
@@ -146,10 +158,14 @@ def main(task, path):
         "weights": digest,
     }
     Path(path, f"rank-{trainer.accelerator.process_index}.json").write_text(json.dumps(result))
-    # All is written. Without an interpreter's shutdown, in which threads of gloo now and then abort a finished process
-    sys.stdout.flush()
-    os._exit(0)
+    return result
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    if "ACCELERATE_USE_FSDP" in os.environ or "ACCELERATE_USE_DEEPSPEED" in os.environ:
+        allow_sharding_on_cpu()
+    for task, path in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        main(task, path)
+    # All is written. Without an interpreter's shutdown, in which threads of gloo now and then abort a finished process
+    sys.stdout.flush()
+    os._exit(0)

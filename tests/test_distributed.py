@@ -3,12 +3,14 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 
+import distributed_run
 import pytest
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -54,19 +56,68 @@ SHARDED = {
 
 
 def launch(task, path, processes, more=None):
-    path.mkdir(exist_ok=True)
+    return launch_all([(task, path)], processes, more)[0]
+
+
+def launch_all(tasks, processes, more=None):
+    """Runs tasks, each in its directory, by the same processes; what each process has to say of each."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    pairs = [str(part) for pair in tasks for part in pair]
     done = subprocess.run(
-        [*command, str(SCRIPT), task, str(path)],
-        env=ENVIRONMENT | (more or {}),
-        capture_output=True,
-        text=True,
-        timeout=300,
+        [*command, str(SCRIPT), *pairs], env=ENVIRONMENT | (more or {}), capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, done.stderr[-5000:]
-    ranks = [json.loads((path / f"rank-{rank}.json").read_text()) for rank in range(processes)]
-    assert [rank["world"] for rank in ranks] == [processes] * processes
-    return ranks
+    found = []
+    for _, path in tasks:
+        found.append([json.loads((path / f"rank-{rank}.json").read_text()) for rank in range(processes)])
+        assert [rank["world"] for rank in found[-1]] == [processes] * processes
+    return found
+
+
+def alone(task, path):
+    """A task on one process: this one."""
+    result = distributed_run.main(task, path)
+    assert result["world"] == 1
+    return result
+
+
+TASKS = (
+    *("select", "select few", "train", "train workers", "train straddling", "random", "save", "restart"),
+    *("nothing fails", "reward fails", "loss is not a number", "disk is full", "memory is full"),
+    "nothing to learn on one",
+)
+AGAIN = {
+    "save": "resume",
+    "reward fails": "select",
+    "loss is not a number": "nothing fails",
+    "disk is full": "nothing fails",
+}
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """By task: its directory, and what each of two processes has to say."""
+    path = tmp_path_factory.mktemp("first")
+    tasks = [(task, path / task) for task in TASKS]
+    ranks = launch_all(tasks, 2)
+    return {task: (path, found) for (task, path), found in zip(tasks, ranks, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def again(first, tmp_path_factory):
+    """Two other processes, in copies of what the first have left."""
+    path = tmp_path_factory.mktemp("again")
+    for name in AGAIN:
+        shutil.copytree(first[name][0], path / name)
+    ranks = launch_all([(task, path / name) for name, task in AGAIN.items()], 2)
+    return dict(zip(AGAIN, ranks, strict=True))
+
+
+@pytest.fixture(scope="module")
+def on_four(tmp_path_factory):
+    path = tmp_path_factory.mktemp("four")
+    tasks = [(task, path / task) for task in ("select", "select few")]
+    return {task: (path, ranks) for (task, path), ranks in zip(tasks, launch_all(tasks, 4), strict=True)}
 
 
 def load(path):
@@ -74,12 +125,12 @@ def load(path):
 
 
 @pytest.mark.parametrize("task", ["select", "select few"])
-def test_selection_is_the_same_for_any_number_of_processes(tmp_path, task, tally):
-    runs = {processes: launch(task, tmp_path / str(processes), processes) for processes in (1, 2, 4)}
-    one = load(tmp_path / "1")
-    for processes, ranks in runs.items():
+def test_selection_is_the_same_for_any_number_of_processes(tmp_path, first, on_four, task, tally):
+    runs = {1: (tmp_path, [alone(task, tmp_path)]), 2: first[task], 4: on_four[task]}
+    one = load(tmp_path)
+    for processes, (path, ranks) in runs.items():
         assert all(rank["indices"] == one.indices for rank in ranks)
-        other = load(tmp_path / str(processes))
+        other = load(path)
         for column in one.scores.column_names:
             ours, theirs = (s.scores[column].to_pandas().astype(float).tolist() for s in (one, other))
             assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-9, nan_ok=True), column
@@ -91,10 +142,10 @@ def test_selection_is_the_same_for_any_number_of_processes(tmp_path, task, tally
 
 
 @pytest.mark.parametrize("task", ["train", "train workers", "random"])
-def test_prompts_that_reach_the_reward_function(tmp_path, task):
-    ranks = launch(task, tmp_path, 2)
+def test_prompts_that_reach_the_reward_function(first, task):
+    path, ranks = first[task]
     assert ranks[0]["log"] == ranks[1]["log"] and ranks[0]["weights"] == ranks[1]["weights"]
-    selection, size = load(tmp_path), ranks[0]["chunk_prompts"]
+    selection, size = load(path), ranks[0]["chunk_prompts"]
     (_, none), (start, chosen) = ranks[0]["log"]
     assert none == [] and set(chosen) == set(selection.indices)
     trained = []
@@ -112,11 +163,11 @@ def test_prompts_that_reach_the_reward_function(tmp_path, task):
     assert set(counts) == set(chosen) and max(counts.values()) - min(counts.values()) <= 1
 
 
-def test_groups_that_straddle_processes(tmp_path):
+def test_groups_that_straddle_processes(first):
     """Two rollouts a process make one group of four in training; a selection keeps groups whole."""
-    ranks = launch("train straddling", tmp_path, 2)
+    path, ranks = first["train straddling"]
     assert ranks[0]["log"] == ranks[1]["log"] and ranks[0]["weights"] == ranks[1]["weights"]
-    selection = load(tmp_path)
+    selection = load(path)
     assert ranks[0]["chunk_prompts"] == 1 and set(ranks[0]["log"][1][1]) == set(selection.indices)
     stream = [chunk[0] for chunk in ranks[0]["chunks"][: ranks[0]["step"]]]
     before = selection.provenance["global_step"]
@@ -129,18 +180,10 @@ def test_groups_that_straddle_processes(tmp_path):
     assert set(rolled_out) == set(range(23)) and set(rolled_out.values()) <= {8, 16}  # an odd pool: one done twice
 
 
-def test_resume_repeats_prompts_and_weights(tmp_path):
-    whole = launch("save", tmp_path, 2)
-    resumed = launch("resume", tmp_path, 2)
-    for a, b in zip(whole, resumed, strict=True):
+def test_resume_repeats_prompts_and_weights(first, again):
+    for a, b in zip(first["save"][1], again["save"], strict=True):
         assert a["log"] == b["log"] and a["rows"][-16:] == b["rows"][-16:]
-        assert a["weights"] == pytest.approx(b["weights"], rel=1e-6)
-
-
-@pytest.fixture(scope="module")
-def unsharded(tmp_path_factory):
-    path = tmp_path_factory.mktemp("unsharded")
-    return path, launch("save", path, 2)
+        assert len(b["rows"]) < len(a["rows"]) and a["weights"] == pytest.approx(b["weights"], rel=1e-6)
 
 
 def adapter(path):
@@ -152,11 +195,11 @@ def adapter(path):
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=[] if kind == "FSDP2" else pytest.mark.slow) for kind in SHARDED]
 )
-def test_sharded_weights_make_the_same_run(tmp_path, unsharded, kind):
+def test_sharded_weights_make_the_same_run(tmp_path, first, kind):
     """Through the trainer, accelerate and FSDP or DeepSpeed: selection, training, checkpoints, resuming."""
     if kind.startswith("ZeRO"):
         pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-    expected_path, expected = unsharded
+    expected_path, expected = first["save"]
     ranks = launch("save", tmp_path, 2, SHARDED[kind])
     trained = adapter(tmp_path)
     resumed = launch("resume", tmp_path, 2, SHARDED[kind])
@@ -172,23 +215,24 @@ def test_sharded_weights_make_the_same_run(tmp_path, unsharded, kind):
 
 
 @pytest.mark.slow
-def test_fsdp1_makes_the_same_selection(tmp_path):
+def test_fsdp1_makes_the_same_selection(tmp_path, first):
     """It wraps every layer of an adapter, too, and saves no state on CPUs."""
-    one, other = launch("train", tmp_path / "1", 2), launch("train", tmp_path / "2", 2, FSDP | FSDP1)
+    path, one = first["train"]
+    other = launch("train", tmp_path, 2, FSDP | FSDP1)
     assert other[0]["kind"] == "FSDP" and one[0]["log"] == other[0]["log"] and one[0]["rows"] == other[0]["rows"]
-    ours, theirs = (load(tmp_path / name).scores.to_pandas() for name in "12")
+    ours, theirs = (load(directory).scores.to_pandas() for directory in (path, tmp_path))
     for column in ("success_rate", "alignment", "score", "gradient_norm"):
         assert ours[column].tolist() == pytest.approx(theirs[column].tolist(), rel=1e-5, abs=1e-6, nan_ok=True), column
 
 
-def test_restart_is_the_same_on_both_ranks(tmp_path):
-    ranks = launch("restart", tmp_path, 2)
+def test_restart_is_the_same_on_both_ranks(first):
+    _, ranks = first["restart"]
     assert ranks[0]["weights"] == ranks[1]["weights"] and ranks[0]["log"] == ranks[1]["log"]
 
 
 def test_a_run_killed_in_a_selection_resumes_into_the_same_selection(tmp_path):
     """SIGKILL, as soon as some batches of rollouts are in the journal; then one flag."""
-    (whole,) = launch("save", tmp_path / "whole", 1)
+    whole = alone("save", tmp_path / "whole")
     path = tmp_path / "killed"
     path.mkdir()
     process = subprocess.Popen(
@@ -202,7 +246,7 @@ def test_a_run_killed_in_a_selection_resumes_into_the_same_selection(tmp_path):
     process.wait()
     assert not list(path.glob("learnalign/*/selection.json"))
     done = len(list(path.glob("learnalign/*/journal/rollouts-*.parquet")))
-    (resumed,) = launch("resume last", path, 1)
+    resumed = alone("resume last", path)
     assert resumed["log"] == whole["log"] and resumed["weights"] == whole["weights"]
     assert load(path).scores.equals(load(tmp_path / "whole").scores)
     # Prompts that were in the journal are not rolled out again: what reached the reward function is the rest of the pool,
@@ -219,20 +263,19 @@ def test_a_run_killed_in_a_selection_resumes_into_the_same_selection(tmp_path):
         ("disk is full", "OSError: .*features-.* could not be written.*File too large"),
     ],
 )
-def test_what_fails_on_one_process_ends_all_with_its_cause(tmp_path, task, cause, tally):
+def test_what_fails_on_one_process_ends_all_with_its_cause(first, again, task, cause, tally):
     """Each process catches its error, so nothing but the package ends the others."""
-    failed, other = reversed(launch(task, tmp_path, 2))
+    path, (other, failed) = first[task]
     assert re.search(cause, failed["error"])
     assert other["error"].startswith(
         "PeerError: The selection ends here, because it failed on another process. process 1: "
     )
     assert re.search(cause.split(" / ")[0], other["error"])
     assert abs(failed["seconds"] - other["seconds"]) < 10  # of one machine's clock: no time-out was waited for
-    journal = tmp_path / "learnalign" / "step-000000" / "journal"
+    journal = path / "learnalign" / "step-000000" / "journal"
     assert list(journal.glob("rollouts-*")) and not list(journal.glob(".*.tmp"))
     # Mended, it goes on: what was finished is still there, as long as the reward function is the same
-    again = launch("nothing fails" if task != "reward fails" else "select", tmp_path, 2)
-    assert len(again[0]["indices"]) == 8
+    assert len(again[task][0]["indices"]) == 8
     tally["failures on one of two processes"] += 1
 
 
@@ -247,27 +290,26 @@ def test_a_reward_that_fails_in_training_ends_all_processes(tmp_path):
     assert time.monotonic() - started < 100  # start included; the time-out of the process group is half an hour
 
 
-def test_memory_full_on_one_process_changes_nothing_but_the_microbatches(tmp_path):
-    whole, halved = (launch(task, tmp_path / task, 2) for task in ("nothing fails", "memory is full"))
+def test_memory_full_on_one_process_changes_nothing_but_the_microbatches(first):
+    (_, whole), (_, halved) = first["nothing fails"], first["memory is full"]
     assert whole[0]["indices"] == halved[0]["indices"] == halved[1]["indices"]
 
 
-def test_a_process_without_anything_to_learn(tmp_path):
-    ranks = launch("nothing to learn on one", tmp_path, 2)
-    table = load(tmp_path).scores.to_pandas()
+def test_a_process_without_anything_to_learn(first):
+    path, ranks = first["nothing to learn on one"]
+    table = load(path).scores.to_pandas()
     learnable = table["index"][table["learnability"] > 0]
     assert (learnable % 2 == 0).all() and len(learnable) == 12
     assert ranks[0]["indices"] == ranks[1]["indices"] and len(ranks[0]["indices"]) == 8
 
 
-def test_resume_on_fewer_processes_is_exact_or_refused(tmp_path):
+def test_resume_on_fewer_processes_is_exact_or_refused(tmp_path, first):
     """The stream of prompts is the same if `generation_batch_size` is; another one is refused."""
-    whole = launch("save", tmp_path, 2)
-    refused = subprocess.run(
-        [sys.executable, str(SCRIPT), "resume", str(tmp_path)], env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert refused.returncode != 0 and "chunk_prompts was 4 and is 2" in refused.stderr
-    (resumed,) = launch("resume doubled", tmp_path, 1)
+    path, whole = first["save"]
+    shutil.copytree(path, tmp_path, dirs_exist_ok=True)
+    with pytest.raises(ValueError, match="chunk_prompts was 4 and is 2"):
+        alone("resume", tmp_path)
+    resumed = alone("resume doubled", tmp_path)
     assert resumed["log"] == whole[0]["log"] and resumed["chunks"] == whole[0]["chunks"]
     # One process now rolls out what two did: the same prompts, chunk by chunk
     size = resumed["chunk_prompts"]
