@@ -21,11 +21,14 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py $(if $(DATASET),--dataset_path $(DATASET))
 
+# Two workers, a file of tests at a time, as tests of one file share training runs
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-all: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

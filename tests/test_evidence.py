@@ -25,9 +25,11 @@ import sensitivity  # noqa: E402
 from equations import generate_chains  # noqa: E402
 
 
-@pytest.fixture
-def arguments(tmp_path):
-    return Namespace(output_dir=tmp_path, learning_rate=1e-3, passes=2, sizes=[16], dataset_path=None)
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory):
+    """One directory, so that the warm-up and the scores of the pool are made once, as the benchmark itself makes them once."""
+    path = tmp_path_factory.mktemp("evidence")
+    return Namespace(output_dir=path, learning_rate=1e-3, passes=2, sizes=[16], dataset_path=None)
 
 
 @pytest.fixture
@@ -36,12 +38,17 @@ def short(monkeypatch):
     monkeypatch.setattr(grid, "SIZES", (16,))
 
 
+@pytest.fixture(scope="module")
+def pool():
+    return generate_chains(48, seed=1)
+
+
 def test_page_is_made_from_the_results():
     subprocess.run([sys.executable, FOLDER / "evidence.py", "--check"], check=True)
 
 
-def test_arms_and_what_they_train_on(arguments, short, monkeypatch):
-    pool, test = generate_chains(48, seed=1), generate_chains(6, seed=2)
+def test_arms_and_what_they_train_on(arguments, short, pool, monkeypatch):
+    test = generate_chains(6, seed=2)
     table = grid.scores(0, False, pool, arguments).scores.to_pandas()
     learnable = set(table[(table.success_rate > 0) & (table.success_rate < 1)]["index"])
     chosen = {arm: grid.choose(arm, 16, 0, pool, arguments) for arm in evidence.COMPARED}
@@ -66,39 +73,35 @@ def test_arms_and_what_they_train_on(arguments, short, monkeypatch):
         return reward(completions, answer)
 
     monkeypatch.setattr(grid, "equations_reward", watched)
+    build, built = grid.build_trainer, []
+    monkeypatch.setattr(grid, "build_trainer", lambda *args: built.append(build(*args)) or built[-1])
     result = grid.run(0, "learnalign", 16, pool, test, arguments)
     assert seen == set(pool.select(chosen["learnalign"])["prompt"])
     assert result["steps"] == 2 and [look["step"] for look in result["looks"]] == [1, 2]
     for look in result["looks"]:
         assert len(look["sampled"]) == len(look["greedy"]) == 6 and max(look["sampled"]) <= 8
+    # The same at a fifth of the learning rate
+    grid.run(0, "learnalign slow", 16, pool, test, arguments)
+    fast, slow = built
+    assert slow.args.learning_rate == pytest.approx(fast.args.learning_rate / 5) == pytest.approx(2e-4)
+    assert slow.state.log_history[0]["learning_rate"] == pytest.approx(2e-4)
+    assert slow.train_dataset["prompt"] == fast.train_dataset["prompt"]
     full = grid.run(0, "full", 16, pool, test, arguments)
     staged = grid.run(0, "staged", 16, pool, test, arguments)
     assert full["steps"] == staged["steps"] == 2
 
 
-def test_slow_arms_train_on_the_same_prompts_at_a_fifth_of_the_learning_rate(arguments, short, monkeypatch):
-    pool, test = generate_chains(48, seed=1), generate_chains(6, seed=2)
-    build, built = grid.build_trainer, []
-    monkeypatch.setattr(
-        grid, "build_trainer", lambda *args, **kwargs: built.append(build(*args, **kwargs)) or built[-1]
-    )
-    for arm in ("learnalign", "learnalign slow"):
-        grid.run(0, arm, 16, pool, test, arguments)
-    fast, slow = built[-2:]  # before them, the warm-up's and the selection's
-    assert slow.args.learning_rate == pytest.approx(fast.args.learning_rate / 5) == pytest.approx(2e-4)
-    assert slow.state.log_history[0]["learning_rate"] == pytest.approx(2e-4)
-    assert slow.train_dataset["prompt"] == fast.train_dataset["prompt"]
+def test_cells_of_the_slow_arms():
     arguments = Namespace(sizes=[100, 500], seeds=[0], arms=["random", "random slow"])
     assert list(grid.cells(arguments)) == [(100, 0, "random"), (500, 0, "random"), (500, 0, "random slow")]
 
 
-def test_persistence_of_a_ranking(arguments, short, monkeypatch):
-    monkeypatch.setattr(persistence, "PROMPTS", 40)
+def test_persistence_of_a_ranking(arguments, short, pool, monkeypatch):
+    monkeypatch.setattr(persistence, "PROMPTS", 24)
     monkeypatch.setattr(persistence, "STEPS", (1, 2))
     monkeypatch.setattr(persistence, "CURVES_AT", 16)
     monkeypatch.setattr(sensitivity, "BEST", 8)
     monkeypatch.setattr(persistence, "BEST", 8)
-    pool = generate_chains(48, seed=1)
     rows = persistence.rows_of(0, pool, arguments)
     assert [(row["rate"], row["step"]) for row in rows] == [(0.0, 0), (1.0, 1), (1.0, 2), (0.2, 1), (0.2, 2)]
     assert all(0 <= row["jaccard"] <= 1 and 0 < row["learnable"] < 1 for row in rows)

@@ -20,11 +20,9 @@ IN_CI = (0, 1, 2)
 
 
 def start(path, processes, **environment):
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command = [sys.executable]
     if processes > 1:
-        command += ["--config_file", str(CONFIGS / "two_cpu_processes.yaml"), "--main_process_port", "0"]
-    else:
-        command += ["--cpu", "--num_processes", "1"]
+        command += ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "two_cpu_processes.yaml")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | environment
     return subprocess.run(
         [*command, str(SCRIPT), str(path)], env=environment, capture_output=True, text=True, timeout=300
