@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 from tiny import Seen, config, digit_reward, make_dataset, make_trainer, weights
 from torch.distributed import fsdp
 
-from trl_learnalign import rollouts, select_prompts
+from trl_learnalign import objective, select_prompts
 
 
 def allow_sharding_on_cpu():
@@ -46,20 +46,20 @@ def train(path, seen, **changes):
 
 def fail(task, rank):
     """What goes wrong on rank 1 alone."""
-    original = rollouts.policy_objective
+    original = objective.policy_objective
     if rank != 1:
         return
     match task:
         case "loss is not a number":
-            rollouts.policy_objective = lambda *args: original(*args) * float("nan")
+            objective.policy_objective = lambda *args: original(*args) * float("nan")
         case "memory is full":
 
-            def objective(trainer, rows):
+            def small(trainer, rows):
                 if len(rows) > 2:
                     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
                 return original(trainer, rows)
 
-            rollouts.policy_objective = objective
+            objective.policy_objective = small
         case "disk is full":  # no file may grow beyond 8 kB: rollouts fit, sketches do not
             resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
 
