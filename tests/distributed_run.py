@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType
 from tiny import Seen, config, digit_reward, make_dataset, make_trainer, weights
 from torch.distributed import fsdp
 
-from trl_learnalign import rollouts, select_prompts
+from trl_learnalign import objective, select_prompts
 
 
 def allow_sharding_on_cpu():
@@ -51,28 +51,28 @@ def train(path, seen, **changes):
 @contextmanager
 def failure(task, rank):
     """What goes wrong on rank 1 alone, until the next task."""
-    original, limits = rollouts.policy_objective, resource.getrlimit(resource.RLIMIT_FSIZE)
+    original, limits = objective.policy_objective, resource.getrlimit(resource.RLIMIT_FSIZE)
     if rank == 1:
         fail(task, original, limits)
     try:
         yield
     finally:
-        rollouts.policy_objective = original
+        objective.policy_objective = original
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def fail(task, original, limits):
     match task:
         case "loss is not a number":
-            rollouts.policy_objective = lambda *args: original(*args) * float("nan")
+            objective.policy_objective = lambda *args: original(*args) * float("nan")
         case "memory is full":
 
-            def objective(trainer, rows):
+            def small(trainer, rows):
                 if len(rows) > 2:
                     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
                 return original(trainer, rows)
 
-            rollouts.policy_objective = objective
+            objective.policy_objective = small
         case "disk is full":  # no file may grow beyond 8 kB: rollouts fit, sketches do not
             resource.setrlimit(resource.RLIMIT_FSIZE, (8000, limits[1]))
 

@@ -50,7 +50,8 @@ def main(path):
 
     # A whole pass, of one microbatch on a process and of several on the other, the second time with some in the journal
     tasks = dict(list(random_tasks(8).items())[: [1, 8][rank]])
-    trainer = make_trainer(f"{path}/plain")
+    # With a processor, whose tokenizer the filler rows need, and with entropies, which take forwards of their own
+    trainer = make_trainer(f"{path}/plain", processor=True, top_entropy_quantile=0.5)
     expected = features_of(trainer, tasks, Path(path) / f"plain-{rank}", dim=256, max_tokens=30)
     for layer in trainer.model.base_model.model.model.layers:
         fully_shard(layer)

@@ -219,6 +219,7 @@ def test_settings_of_the_paper(tmp_path, name):
     assert {key: settings.get(key, "all") for key in ("dataset_name", "warmup_prompts", "gradient_rollouts")} == {
         key: PAPER[name][key] for key in ("dataset_name", "warmup_prompts", "gradient_rollouts")
     }
+    assert (settings["loss_type"], settings["use_bias_correction_kl"]) == ("grpo", False)  # Eq. 7 as printed
     rollouts = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
     assert rollouts == PAPER[name]["prompts_a_step"] * settings["num_generations"]
 

@@ -8,18 +8,24 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import graded_reward, lora, make_dataset, make_model, make_trainer, parity_reward, weights
+from tiny import config, graded_reward, lora, make_dataset, make_model, parity_reward, weights
+from tiny import make_trainer as make_any_trainer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 from workload import peak_bytes
 
-from trl_learnalign import LearnAlignConfig, rollouts
+from trl_learnalign import LearnAlignConfig, objective, select_prompts
 from trl_learnalign.features import WINDOW, FeatureSource, pack
 from trl_learnalign.gradients import PROBE_RANK, PromptGradients, UnseenParametersError, dropout_off
 from trl_learnalign.journal import Journal
+from trl_learnalign.objective import Row, policy_objective
 from trl_learnalign.projection import stable_hash
-from trl_learnalign.rollouts import Row, policy_objective
 from trl_learnalign.scoring import scores_of_batches
+
+
+def make_trainer(*args, **changes):
+    """With the loss whose gradient is Eq. 7 as printed."""
+    return make_any_trainer(*args, **({"loss_type": "grpo", "use_bias_correction_kl": False} | changes))
 
 
 def random_tasks(num=5, seed=0):
@@ -104,8 +110,7 @@ def test_gradients_equal_autograd_prompt_by_prompt(tmp_path, beta, batch):
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 def test_gradient_is_the_one_that_the_trainer_itself_takes(tmp_path, beta):
-    # Newer TRL multiplies the KL term by the importance ratio; Eq. 7 is the gradient without
-    trainer = make_trainer(tmp_path, beta=beta, loss_type="grpo", use_bias_correction_kl=False)
+    trainer = make_trainer(tmp_path, beta=beta)
     trainer.current_gradient_accumulation_steps = 1
     prompt, completions = [5, 6, 7], [[8, 9, 10, 3], [4, 5, 6, 7]]
     rows = [Row(prompt, ids, [1] * 4, a, 0.5) for ids, a in zip(completions, (0.8, -1.1), strict=True)]
@@ -119,7 +124,7 @@ def test_gradient_is_the_one_that_the_trainer_itself_takes(tmp_path, beta):
     arguments = torch.tensor([prompt + ids for ids in completions]), torch.ones(2, 7, dtype=torch.long), 4
     if beta:
         with torch.no_grad():
-            inputs["ref_per_token_logps"] = rollouts._reference_logps(trainer, arguments)
+            inputs["ref_per_token_logps"] = objective._reference_logps(trainer, arguments)
     trainer.model.train()
     trainer.compute_loss(trainer.model, inputs).backward()
     expected = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad])
@@ -325,9 +330,8 @@ def test_low_precision(tmp_path, precision, hidden):
 )
 def test_tensors_that_would_be_missed_are_named(tmp_path, settings, name):
     peft = lora(**({"init_lora_weights": True} | settings))
-    config = LearnAlignConfig(num_prompts=4, warmup_prompts=8)
     with pytest.raises(UnseenParametersError, match=f"{name}.*score='learnability'"):
-        make_trainer(tmp_path, config, peft=peft, reward=parity_reward)
+        make_trainer(tmp_path, config(), peft=peft, reward=parity_reward)
 
 
 def test_a_weight_used_without_its_layer_is_noticed(tmp_path):
@@ -358,16 +362,13 @@ def test_a_model_without_linear_layers_gets_a_clear_error(tmp_path):
 
 def test_no_backward_for_prompts_without_learnability(tmp_path, monkeypatch):
     """Rows that enter a gradient pass: those of learnable prompts, less those of zero advantage."""
-    from trl_learnalign import select_prompts
-
     seen = []
-    original = rollouts.policy_objective
+    original = objective.policy_objective
     monkeypatch.setattr(
-        rollouts, "policy_objective", lambda trainer, rows: (seen.extend(rows), original(trainer, rows))[1]
+        objective, "policy_objective", lambda trainer, rows: (seen.extend(rows), original(trainer, rows))[1]
     )
     trainer = make_trainer(tmp_path, reward=graded_reward, dataset=make_dataset(16))
-    config = LearnAlignConfig(num_prompts=8, learnability="variance", save_rollouts=True)
-    selection = select_prompts(trainer, config)
+    selection = select_prompts(trainer, LearnAlignConfig(num_prompts=8, learnability="variance", save_rollouts=True))
     import pyarrow.parquet as pq
 
     table = pq.read_table(tmp_path / "learnalign/step-000000/rollouts.parquet").to_pylist()
@@ -385,15 +386,15 @@ def test_no_more_work_than_a_plain_backward(tmp_path, counts, dim):
     trainer = make_trainer(tmp_path)
     rows = [Row([3, 4, 5], [6 + i, 7, 8, 9], [1] * 4, 1.0, 0.25) for i in range(8)]
 
-    def objective():
-        return rollouts.policy_objective(trainer, rows)
+    def loss():
+        return policy_objective(trainer, rows)
 
     with dropout_off(trainer.model):
         with FlopCounterMode(display=False) as plain:
-            objective().backward()
+            loss().backward()
         trainer.model.zero_grad()
         with PromptGradients(trainer.model, dim, 0) as engine, FlopCounterMode(display=False) as ours:
-            engine.collect(counts, 7, objective)
+            engine.collect(counts, 7, loss)
     assert 0 < ours.get_total_flops() <= 1.001 * plain.get_total_flops()
 
 
@@ -526,7 +527,7 @@ def test_out_of_memory_halves_the_microbatch(tmp_path, monkeypatch, caplog):
     trainer = make_trainer(tmp_path)
     tasks = random_tasks(8)
     expected = features_of(trainer, tasks, tmp_path / "whole", dim=256)
-    sizes, original = [], rollouts.policy_objective
+    sizes, original = [], objective.policy_objective
 
     def too_large(trainer, rows):
         sizes.append(len(rows))
@@ -535,7 +536,7 @@ def test_out_of_memory_halves_the_microbatch(tmp_path, monkeypatch, caplog):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return original(trainer, rows)
 
-    monkeypatch.setattr(rollouts, "policy_objective", too_large)
+    monkeypatch.setattr(objective, "policy_objective", too_large)
     features = features_of(trainer, tasks, tmp_path / "halves", dim=256)
     for index in tasks:
         torch.testing.assert_close(features[index], expected[index], rtol=1e-4, atol=1e-6)
@@ -547,15 +548,15 @@ def test_out_of_memory_with_a_single_rollout_names_the_remedies(tmp_path, monkey
     def never(trainer, rows):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(rollouts, "policy_objective", never)
+    monkeypatch.setattr(objective, "policy_objective", never)
     with pytest.raises(MemoryError, match="1 rollouts of .* tokens does not fit.*gradient_checkpointing"):
         features_of(make_trainer(tmp_path), random_tasks(2), tmp_path)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_gradients_that_are_not_finite_end_the_selection(tmp_path, monkeypatch, value):
-    original = rollouts.policy_objective
-    monkeypatch.setattr(rollouts, "policy_objective", lambda *args: original(*args) * value)
+    original = objective.policy_objective
+    monkeypatch.setattr(objective, "policy_objective", lambda *args: original(*args) * value)
     with pytest.raises(FloatingPointError, match="training prompts .* are not finite.*lower the learning rate"):
         features_of(make_trainer(tmp_path), random_tasks(2), tmp_path)
 

@@ -454,11 +454,11 @@ def test_conversational_prompts_and_extra_columns(tmp_path, conversational):
 
 @pytest.mark.parametrize("gradient_rollouts", ["all", "one_correct"])
 def test_one_correct_rollout_has_the_gradient_of_the_first_success(tmp_path, monkeypatch, gradient_rollouts):
-    from trl_learnalign import rollouts
+    from trl_learnalign import objective
 
     rows = []
-    original = rollouts.policy_objective
-    monkeypatch.setattr(rollouts, "policy_objective", lambda t, batch: (rows.extend(batch), original(t, batch))[1])
+    original = objective.policy_objective
+    monkeypatch.setattr(objective, "policy_objective", lambda t, batch: (rows.extend(batch), original(t, batch))[1])
     selection = select_prompts(make_trainer(tmp_path), config(gradient_rollouts=gradient_rollouts))
     if gradient_rollouts == "one_correct":
         assert len(rows) == selection.num_learnable()
@@ -520,3 +520,22 @@ def test_full_fine_tuning(tmp_path):
     trainer.train()
     table = Selection.load(next((tmp_path / "learnalign").glob("step-*"))).scores.to_pandas()
     assert (table["gradient_norm"] > 0).sum() == (table["learnability"] > 0).sum() > 8
+
+
+def test_a_processor_in_place_of_a_tokenizer(tmp_path):
+    """As vision-language models have it, with prompts of text. tests/sharded_run.py has it where filler rows are made."""
+    from trl_learnalign.objective import filler
+    from trl_learnalign.rollouts import first_completion, generate_groups, left_as_found
+
+    trainer = make_trainer(tmp_path, config(), processor=True, num_train_epochs=2)
+    assert not hasattr(trainer.processing_class, "eos_token_id")
+    trainer.train()
+    table = Selection.load(next((tmp_path / "learnalign").glob("step-*"))).scores.to_pandas()
+    assert (table["gradient_norm"] > 0).sum() == (table["learnability"] > 0).sum() > 8
+    with left_as_found(trainer, 4):
+        (group,) = generate_groups(trainer, trainer.train_dataset, [3], 0)
+    text, _ = first_completion(trainer, group)
+    assert text == trainer.processing_class.tokenizer.decode(group.completion_ids[0], skip_special_tokens=True)
+    trainer._tokenizer.eos_token = None
+    row = filler(trainer)
+    assert row.prompt_ids == row.completion_ids == [trainer._tokenizer.pad_token_id] and row.weight == 0

@@ -4,7 +4,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, ProcessorMixin, Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler
@@ -23,6 +23,16 @@ def make_tokenizer():
     )
     fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+class TextProcessor(ProcessorMixin):
+    """A processor as vision-language models have it, for text alone."""
+
+    attributes = ["tokenizer"]
+    tokenizer_class = "PreTrainedTokenizerFast"
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer, chat_template=CHAT_TEMPLATE)
 
 
 def make_model(seed=0, **changes):
@@ -111,16 +121,20 @@ def grpo_args(path, **changes):
     return GRPOConfig(**(settings | changes))
 
 
-def make_trainer(path, config=None, cls=None, reward=digit_reward, dataset=None, peft=True, model=None, **changes):
+def make_trainer(
+    path, config=None, cls=None, reward=digit_reward, dataset=None, peft=True, model=None, processor=False, **changes
+):
     """A LearnAlignGRPOTrainer if `config` is given, else a stock GRPOTrainer; `changes` go to GRPOConfig."""
     kwargs = {
         "model": model if model is not None else make_model(),
         "reward_funcs": reward,
         "args": grpo_args(path, **changes),
         "train_dataset": dataset if dataset is not None else make_dataset(),
-        "processing_class": make_tokenizer(),
+        "processing_class": TextProcessor(make_tokenizer()) if processor else make_tokenizer(),
         "peft_config": lora() if peft is True else (peft or None),
     }
+    if processor:
+        kwargs["model"].config.image_token_id = 2  # newer TRL keeps it from being generated
     if config is None:
         return (cls or GRPOTrainer)(**kwargs)
     return (cls or LearnAlignGRPOTrainer)(**kwargs, train_sampler=LearnAlignSampler(config))

@@ -10,12 +10,12 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from trl import GRPOTrainer
 
-from . import rollouts
+from . import objective, rollouts
 from .gradients import PromptGradients
 from .journal import Journal
+from .objective import Row
 from .peers import Peers
 from .projection import stable_hash
-from .rollouts import Row
 from .scoring import add_unit_features, feature_norms
 
 
@@ -62,7 +62,7 @@ class FeatureSource:
         # As many tokens as a training step of the longest rollouts has
         longest = max((len(row) for rows in tasks.values() for row in rows), default=0)
         self.max_tokens = max_tokens or trainer.args.per_device_train_batch_size * longest
-        self.engine = PromptGradients(rollouts.policy(trainer), dim, seed, probe=not rollouts.has_adapter(trainer))
+        self.engine = PromptGradients(objective.policy(trainer), dim, seed, probe=not rollouts.has_adapter(trainer))
         most = max(self.peers.gather(len(tasks)))
         self.twice = dim is None and most * self.engine.feature_dim * 4 > EXACT_BYTES
         self.too_many = math.inf  # tokens of the smallest microbatch that did not fit into the memory
@@ -109,6 +109,8 @@ class FeatureSource:
     def _computed(self):
         """Every prompt once, window by window, in an order that does not depend on what was in the journal."""
         yield from self._without_rows()
+        if self.trainer.top_entropy_quantile < 1:
+            self._mark_high_entropies()
         number = sum(len(window.microbatches) for window in self.windows)
         # Where a forward takes all processes, all run equally many. They agree on how many before the first
         rounds = max(self.peers.gather(self._missing())) if rollouts.is_sharded(self.trainer) else 0
@@ -141,7 +143,44 @@ class FeatureSource:
                 yield window.indices, features
                 del features
             for _ in range(rounds - collected):
-                self._collect([1], [self._filler()])
+                self._collect([1], [objective.filler(self.trainer)])
+
+    def _mark_high_entropies(self):
+        """Of the rows of windows to be computed. Before all gradients, as sharded processes walk the layers together."""
+        windows = [window for window in self.windows if self._unmarked(window)]
+        number = sum(len(window.microbatches) for window in windows)
+        rounds = max(self.peers.gather(number)) if rollouts.is_sharded(self.trainer) else 0
+        with rollouts.progress_bar(self.trainer, "entropies", number, "batches") as bar:
+            for window in windows:
+                entropies = {}
+                for _, rows in window.microbatches:
+                    entropies |= zip(map(id, rows), self._entropies(rows), strict=True)
+                    self.peers.check()
+                    bar.update()
+                for index in window.indices:
+                    rows = self.tasks[index]
+                    own = [entropies[id(row)] for row in rows]
+                    objective.mark_high_entropies(rows, own, self.trainer.top_entropy_quantile)
+        for _ in range(rounds - number):
+            self._entropies([objective.filler(self.trainer)])
+
+    def _unmarked(self, window):
+        if self.tasks[window.indices[0]][0].entropy_mask is not None:
+            return False
+        return self.twice or self.journal.load_features(window.name, self._shape(window.indices)) is None
+
+    def _entropies(self, rows):
+        """Of each row's tokens; in halves if the memory does not hold it."""
+        try:
+            return objective.token_entropies(self.trainer, rows)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            if len(rows) == 1 or rollouts.is_sharded(self.trainer):
+                raise self._too_large(rows, error) from error
+        clear_device_cache(garbage_collection=True)
+        half = len(rows) // 2
+        return self._entropies(rows[:half]) + self._entropies(rows[half:])
 
     def _missing(self):
         """Microbatches that are not in the journal."""
@@ -175,11 +214,7 @@ class FeatureSource:
                 if not should_reduce_batch_size(error):
                     raise
                 if len(rows) == 1 or rollouts.is_sharded(self.trainer):
-                    raise MemoryError(
-                        f"The gradient of {len(rows)} rollouts of {max(map(len, rows))} tokens does not fit into the "
-                        f"memory ({error}). Turn on `gradient_checkpointing`, lower `max_completion_length` or "
-                        "`max_tokens_per_batch`, or use `score='learnability'`, which takes no gradients."
-                    ) from error
+                    raise self._too_large(rows, error) from error
                 self.too_many = tokens
             # Outside of the handler, whose traceback keeps the tensors of the failed attempt
             logger.warning(
@@ -197,13 +232,15 @@ class FeatureSource:
             parts[places] += self._collect([inside[place] for place in places], rows[first:last]).cpu()
         return parts
 
-    def _collect_at_once(self, counts, rows):
-        return self.engine.collect(counts, max(map(len, rows)), lambda: rollouts.policy_objective(self.trainer, rows))
+    def _too_large(self, rows, error):
+        return MemoryError(
+            f"The gradient of {len(rows)} rollouts of {max(map(len, rows))} tokens does not fit into the memory ({error}). "
+            "Turn on `gradient_checkpointing`, lower `max_completion_length` or `max_tokens_per_batch`, or use "
+            "`score='learnability'`, which takes no gradients."
+        )
 
-    def _filler(self):
-        """A row of weight 0."""
-        token = self.trainer.processing_class.eos_token_id
-        return Row([token], [token], [1], 0.0, 0.0)
+    def _collect_at_once(self, counts, rows):
+        return self.engine.collect(counts, max(map(len, rows)), lambda: objective.policy_objective(self.trainer, rows))
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Rollouts and token log-probabilities from a GRPOTrainer, which is left as it was found."""
+"""Rollouts from a GRPOTrainer, which is left as it was found."""
 
 import copy
 import os
@@ -12,15 +12,14 @@ import numpy as np
 import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from tqdm.notebook import tqdm_notebook
 from transformers import set_seed
 from trl import GRPOTrainer
-from trl.trainer.utils import use_adapter
 
 from .config import LearnAlignConfig
 from .gradients import UnseenParametersError, check_parameters, dropout_off, unseen_message
+from .objective import check_loss
 from .rewards import guarded, source_of
 
 
@@ -55,8 +54,8 @@ def check_trainer(trainer: GRPOTrainer, config: LearnAlignConfig) -> None:
     Raises:
         `TypeError`: not a GRPOTrainer.
         `ValueError`: processes that do not know of each other, a streaming dataset, an environment that owns the data,
-            an unknown or missing reward name; and where gradients are wanted: a multimodal dataset, sharded weights
-            without an adapter.
+            an unknown or missing reward name; and where gradients are wanted: an unknown loss, a multimodal dataset,
+            sharded weights without an adapter.
         [`UnseenParametersError`]: trainable tensors whose gradients would be missed.
     """
     if not isinstance(trainer, GRPOTrainer):
@@ -97,6 +96,7 @@ def check_trainer(trainer: GRPOTrainer, config: LearnAlignConfig) -> None:
         )
     if config.score == "learnability":
         return
+    check_loss(trainer)
     if {"image", "images"} & set(dataset.column_names):
         raise ValueError(
             "The training dataset has images, and gradients of multimodal prompts are not supported. Use "
@@ -159,7 +159,7 @@ def _content_text(content) -> str:
 
 def first_completion(trainer: GRPOTrainer, group: Group) -> tuple[str, float]:
     """Of a group, the first completion as text and its total reward."""
-    text = trainer.processing_class.decode(group.completion_ids[0], skip_special_tokens=True)
+    text = trainer._tokenizer.decode(group.completion_ids[0], skip_special_tokens=True)
     rewards = torch.tensor(group.rewards[0], dtype=torch.float64) * trainer.reward_weights.cpu()
     return text, rewards.nansum().item()
 
@@ -172,7 +172,7 @@ def reward_provenance(trainer: GRPOTrainer) -> dict[str, str]:
 def generation_provenance(trainer: GRPOTrainer) -> dict:
     """The settings of the trainer that rollouts and gradients depend on."""
     settings = {name: getattr(trainer, name, None) for name in _SETTINGS}
-    settings |= {name: getattr(trainer.args, name) for name in ("generation_kwargs", "chat_template_kwargs")}
+    settings |= {name: getattr(trainer.args, name) for name in _ARGUMENTS}
     settings |= {"scale_rewards": trainer.scale_rewards, "reward_weights": trainer.reward_weights.tolist()}
     factories = getattr(trainer, "environment_factories", None) or {}
     code = [*(getattr(trainer, "tools", None) or ()), *factories.values(), getattr(trainer, "rollout_func", None)]
@@ -190,7 +190,12 @@ _SETTINGS = (
     "multi_objective_aggregation",
     "mask_truncated_completions",
     "max_tool_calling_iterations",
+    "loss_type",
+    "importance_sampling_level",
+    "top_entropy_quantile",
+    "epsilon_high",
 )
+_ARGUMENTS = ("generation_kwargs", "chat_template_kwargs", "use_bias_correction_kl", "delta")
 
 
 def has_adapter(trainer: GRPOTrainer) -> bool:
@@ -201,14 +206,6 @@ def has_adapter(trainer: GRPOTrainer) -> bool:
 def is_sharded(trainer: GRPOTrainer) -> bool:
     """Whether a forward is a collective operation, because the weights are spread over the processes."""
     return trainer.is_fsdp_enabled or trainer.accelerator.distributed_type == DistributedType.DEEPSPEED
-
-
-def policy(trainer: GRPOTrainer) -> torch.nn.Module:
-    """
-    The policy to run. It is wrapped only under FSDP, where the wrapper has part of the weights: DDP's and DeepSpeed's would
-    reduce gradients after every backward. DeepSpeed's ZeRO-3 gathers its weights in hooks of the layers themselves.
-    """
-    return trainer.model_wrapped if trainer.is_fsdp_enabled else trainer.model
 
 
 def progress_bar(trainer: GRPOTrainer, phase: str, total: int, unit: str) -> tqdm:
@@ -333,57 +330,3 @@ def _shared(arrays: list[np.ndarray]) -> list[np.ndarray]:
 
 
 _PATCHED = ("_calculate_rewards", "_get_per_token_logps_and_entropies")
-
-
-@dataclass
-class Row:
-    """One rollout as it enters a gradient: its tokens, its loss mask, its advantage, its weight in the group mean."""
-
-    prompt_ids: np.ndarray
-    completion_ids: np.ndarray
-    loss_mask: np.ndarray
-    advantage: float
-    weight: float
-
-    def __len__(self):
-        return len(self.prompt_ids) + len(self.completion_ids)
-
-
-def policy_objective(trainer: GRPOTrainer, rows: list[Row]) -> torch.Tensor:
-    r"""
-    The scalar whose gradient is the GRPO policy gradient of Eq. 7, summed over `rows`:
-
-        sum_rows  weight  mean_t  (A + beta (pi_ref / pi_theta - 1))  log pi_theta(token t)
-
-    the factor before the logarithm held constant, the mean taken over the tokens that the loss mask keeps.
-    """
-    device = trainer.accelerator.device
-    ids = [torch.from_numpy(np.concatenate([row.prompt_ids, row.completion_ids])).long() for row in rows]
-    masks = [torch.from_numpy(np.pad(row.loss_mask, (len(row.prompt_ids), 0))) for row in rows]
-    # Padded on the right as a whole: prompts and completions padded apart, as in training, make more padding
-    input_ids = pad_sequence(ids, True, trainer._tokenizer.pad_token_id).to(device)
-    attention_mask = pad_sequence([torch.ones_like(row) for row in ids], True, 0).to(device)
-    keep = input_ids.shape[1] - min(len(row.prompt_ids) for row in rows)
-    loss_mask = pad_sequence(masks, True, 0).to(device)[:, -keep:]
-    arguments = input_ids, attention_mask, keep
-
-    coefficient = torch.tensor([row.advantage for row in rows], device=device)[:, None]
-    reference = None
-    if trainer.beta != 0.0:
-        with torch.no_grad():
-            reference = _reference_logps(trainer, arguments)
-    logps = trainer._get_per_token_logps_and_entropies(policy(trainer), *arguments)[0].float()
-    if reference is not None:
-        coefficient = coefficient + trainer.beta * (torch.exp(reference - logps.detach()) - 1)
-    weight = torch.tensor([row.weight for row in rows], device=device)
-    tokens = loss_mask.sum(1).clamp(min=1)
-    return ((coefficient * logps * loss_mask).sum(1) * weight / tokens).sum()
-
-
-def _reference_logps(trainer, arguments):
-    """Log-probabilities under pi_ref, found where GRPOTrainer finds it."""
-    if trainer.ref_model is not None:
-        return trainer._get_per_token_logps_and_entropies(trainer.ref_model, *arguments)[0].float()
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
-        return trainer._get_per_token_logps_and_entropies(policy(trainer), *arguments)[0].float()

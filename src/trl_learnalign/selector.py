@@ -23,10 +23,11 @@ from .config import LearnAlignConfig
 from .disk import DirectoryLock, make_directory, remove_leftovers
 from .features import FeatureSource
 from .journal import Journal
+from .objective import Row, counts_without_advantage
 from .peers import Peers
 from .pool import Pool
 from .projection import stable_hash
-from .rollouts import Group, Row
+from .rollouts import Group
 from .selection import ROLLOUTS_FILE, SCORES_SCHEMA, SELECTION_FILE, Selection, dataset_fingerprint
 
 
@@ -321,7 +322,7 @@ class _Pass:
         return [
             Row(prompt_ids, completion_ids, loss_mask, advantage, 1 / len(chosen))
             for g, (prompt_ids, completion_ids, loss_mask, advantage) in enumerate(rollouts)
-            if g in chosen and any(loss_mask) and (advantage != 0 or self.trainer.beta != 0.0)
+            if g in chosen and any(loss_mask) and (advantage != 0 or counts_without_advantage(self.trainer))
         ]
 
     # Choice and files -------------------------------------------------------------------------------------------
