@@ -11,7 +11,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from trl import GRPOTrainer
 
 from . import rollouts
-from .gradients import PromptGradients
+from .gradients import PromptGradients, turn_dropout_off
 from .journal import Journal
 from .peers import Peers
 from .projection import stable_hash
@@ -198,6 +198,7 @@ class FeatureSource:
         return parts
 
     def _collect_at_once(self, counts, rows):
+        turn_dropout_off(self.trainer.model)  # some ways to generate turn it on
         return self.engine.collect(counts, max(map(len, rows)), lambda: rollouts.policy_objective(self.trainer, rows))
 
     def _filler(self):
