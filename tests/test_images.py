@@ -70,7 +70,9 @@ def train(path, images=False, score="learnability", **kwargs):
     torch.manual_seed(0)
     model = Model(
         LlavaConfig(
-            vision_config=CLIPVisionConfig(**sizes, num_hidden_layers=1, image_size=8, patch_size=4, projection_dim=16),
+            vision_config=CLIPVisionConfig(
+                **sizes, num_hidden_layers=1, image_size=8, patch_size=4, projection_dim=16
+            ),
             text_config=Qwen2Config(
                 **sizes,
                 vocab_size=len(processor.tokenizer),
@@ -91,7 +93,9 @@ def train(path, images=False, score="learnability", **kwargs):
         rows = [row | {"image": picture(i)} for i, row in enumerate(rows)]
     trainer = LearnAlignGRPOTrainer(
         model=model,
-        args=grpo_args(path, max_steps=2, max_completion_length=40, generation_kwargs={"suppress_tokens": [image_token]}),
+        args=grpo_args(
+            path, max_steps=2, max_completion_length=40, generation_kwargs={"suppress_tokens": [image_token]}
+        ),
         train_dataset=Dataset.from_list(rows),
         processing_class=processor,
         peft_config=lora(target_modules=["q_proj", "v_proj"]),
