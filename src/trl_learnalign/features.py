@@ -11,7 +11,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from trl import GRPOTrainer
 
 from . import objective, rollouts
-from .gradients import PromptGradients
+from .gradients import PromptGradients, turn_dropout_off
 from .journal import Journal
 from .objective import Row
 from .peers import Peers
@@ -171,6 +171,7 @@ class FeatureSource:
 
     def _entropies(self, rows):
         """Of each row's tokens; in halves if the memory does not hold it."""
+        turn_dropout_off(self.trainer.model)  # some ways to generate turn it on
         try:
             return objective.token_entropies(self.trainer, rows)
         except RuntimeError as error:
@@ -240,6 +241,7 @@ class FeatureSource:
         )
 
     def _collect_at_once(self, counts, rows):
+        turn_dropout_off(self.trainer.model)
         return self.engine.collect(counts, max(map(len, rows)), lambda: objective.policy_objective(self.trainer, rows))
 
 

@@ -247,16 +247,21 @@ def unseen_message(names: list[str]) -> str:
     )
 
 
-@contextmanager
-def dropout_off(model: nn.Module) -> Iterator[None]:
+def turn_dropout_off(model: nn.Module) -> None:
     """
     Puts every module in eval mode but the root and those that checkpoint activations, which need train mode for it
-    (and TRL reads its own mode off the root); puts all modes back on exit.
+    (and TRL reads its own mode off the root).
     """
-    modes = [(module, module.training) for module in model.modules()]
-    for module, _ in modes:
+    for module in model.modules():
         module.training = bool(getattr(module, "gradient_checkpointing", False))
     model.training = True
+
+
+@contextmanager
+def dropout_off(model: nn.Module) -> Iterator[None]:
+    """Calls [`turn_dropout_off`], and puts all modes back on exit."""
+    modes = [(module, module.training) for module in model.modules()]
+    turn_dropout_off(model)
     try:
         yield
     finally:

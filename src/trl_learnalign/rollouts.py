@@ -1,8 +1,8 @@
 """Rollouts from a GRPOTrainer, which is left as it was found."""
 
 import copy
+import json
 import os
-import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +18,10 @@ from transformers import set_seed
 from trl import GRPOTrainer
 
 from .config import LearnAlignConfig
-from .gradients import UnseenParametersError, check_parameters, dropout_off, unseen_message
+from .generation import check_images, check_vllm, random_state, set_random_state
+from .gradients import UnseenParametersError, check_parameters, dropout_off, turn_dropout_off, unseen_message
 from .objective import check_loss
+from .projection import stable_hash
 from .rewards import guarded, source_of
 
 
@@ -35,7 +37,7 @@ class Group:
         completion_ids (`list[np.ndarray]`): tokens of each of G completions, int32.
         loss_masks (`list[np.ndarray]`): 1 for a completion token that the policy is trained on, else 0 (tool results,
             truncated completions under `mask_truncated_completions`), int8.
-        completions (`list`): G completions as the reward functions got them, text or messages.
+        completions (`list`): G completions as the reward functions got them, text or messages, images replaced by text.
         rewards (`np.ndarray` of shape `(G, F)`): of F reward functions, float32; NaN where one gave none.
     """
 
@@ -54,8 +56,9 @@ def check_trainer(trainer: GRPOTrainer, config: LearnAlignConfig) -> None:
     Raises:
         `TypeError`: not a GRPOTrainer.
         `ValueError`: processes that do not know of each other, a streaming dataset, an environment that owns the data,
-            an unknown or missing reward name; and where gradients are wanted: an unknown loss, a multimodal dataset,
-            sharded weights without an adapter.
+        `ValueError`: processes that do not know of each other, a streaming dataset, an environment that owns the data,
+            an unknown or missing reward name, vLLM set up so that TRL mixes completions up; and where gradients are
+            wanted: an unknown loss, a multimodal dataset, sharded weights without an adapter.
         [`UnseenParametersError`]: trainable tensors whose gradients would be missed.
     """
     if not isinstance(trainer, GRPOTrainer):
@@ -94,6 +97,7 @@ def check_trainer(trainer: GRPOTrainer, config: LearnAlignConfig) -> None:
             f"`success_reward` is {config.success_reward!r}, which is {times} among the trainer's reward functions: "
             f"{', '.join(names)}."
         )
+    check_vllm(trainer)
     if config.score == "learnability":
         return
     check_loss(trainer)
@@ -225,7 +229,7 @@ def left_as_found(trainer: GRPOTrainer, num_rollouts: int) -> Iterator[None]:
     numbers = trainer.num_generations, trainer.state.num_input_tokens_seen
     books = {name: getattr(trainer, name) for name in ("_metrics", "_logs", "_pending_extra_logs", "_pending_metrics")}
     correction = trainer.vllm_importance_sampling_correction
-    randomness = _random_state()
+    randomness = random_state()
     for name, book in books.items():
         setattr(trainer, name, copy.deepcopy(book))
     trainer.num_generations = num_rollouts
@@ -238,20 +242,7 @@ def left_as_found(trainer: GRPOTrainer, num_rollouts: int) -> Iterator[None]:
             setattr(trainer, name, book)
         trainer.num_generations, trainer.state.num_input_tokens_seen = numbers
         trainer.vllm_importance_sampling_correction = correction
-        _set_random_state(randomness)
-
-
-def _random_state():
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
-
-
-def _set_random_state(state):
-    random.setstate(state[0])
-    np.random.set_state(state[1])
-    torch.set_rng_state(state[2])
-    if state[3] is not None:
-        torch.cuda.set_rng_state_all(state[3])
+        set_random_state(randomness)
 
 
 def prompts_per_batch(trainer: GRPOTrainer, num_rollouts: int) -> int:
@@ -260,7 +251,9 @@ def prompts_per_batch(trainer: GRPOTrainer, num_rollouts: int) -> int:
     return max(1, rows // num_rollouts)
 
 
-def generate_groups(trainer: GRPOTrainer, dataset: Dataset, indices: list[int], seed: int) -> list[Group]:
+def generate_groups(
+    trainer: GRPOTrainer, dataset: Dataset, indices: list[int], seed: int, gradients: bool = True
+) -> list[Group]:
     """
     Rolls out this process's prompts through the trainer's own generation and reward functions. To be called inside
     [`left_as_found`], by all processes at once, each with its own `indices`, equally many.
@@ -269,8 +262,16 @@ def generate_groups(trainer: GRPOTrainer, dataset: Dataset, indices: list[int], 
         trainer ([`GRPOTrainer`]): `num_generations` rollouts a prompt.
         dataset (`Dataset`): the training dataset with the columns that the trainer would see.
         indices (`list[int]`): rows of `dataset`.
-        seed (`int`): of the generation; the same seed and indices give the same rollouts on any process.
+        seed (`int`): of the generation; the same seed and indices give the same rollouts on any process. Processes that
+            share a vLLM (see [`tensor_parallel_size`]) must pass the same; there the rollouts depend on the indices of
+            all of these processes.
+        gradients (`bool`): whether gradients will be taken of the rollouts.
+
+    Raises:
+        `ValueError`: a rollout has an image, and gradients are wanted.
     """
+    # Before every batch: continuous batching leaves all modules in train mode, and so may a user's own rollout function
+    turn_dropout_off(trainer.model)
     set_seed(seed % 2**32)
     size = trainer.num_generations
     inputs = [copy.deepcopy(dataset[index]) for index in indices for _ in range(size)]
@@ -278,6 +279,8 @@ def generate_groups(trainer: GRPOTrainer, dataset: Dataset, indices: list[int], 
     calculate_rewards = trainer._calculate_rewards
 
     def record(inputs, prompts, completions, completion_ids_list):
+        # Reward functions that draw random numbers: the prompts' own, not those that the completions were sampled with
+        set_seed(stable_hash("rewards", seed, indices) % 2**32)
         rewards = calculate_rewards(inputs, prompts, completions, completion_ids_list)
         seen.update(completions=completions, completion_ids=completion_ids_list, rewards=rewards)
         return rewards
@@ -295,6 +298,8 @@ def generate_groups(trainer: GRPOTrainer, dataset: Dataset, indices: list[int], 
         for name in _PATCHED:
             delattr(trainer, name)
         vars(trainer).update(own)
+    if gradients:
+        check_images(output)
     start = trainer.accelerator.process_index * len(inputs)
     rewards = seen["rewards"][start : start + len(inputs)].float().cpu()
     rewards = rewards.masked_fill(~rewards.isfinite(), torch.nan).numpy()
@@ -316,11 +321,16 @@ def generate_groups(trainer: GRPOTrainer, dataset: Dataset, indices: list[int], 
                 prompt_ids=_shared([prompt_ids[row][prompt_mask[row]] for row in rows]),
                 completion_ids=completion_ids,
                 loss_masks=[loss_mask[row, : len(ids)].copy() for row, ids in zip(rows, completion_ids, strict=True)],
-                completions=[seen["completions"][row] for row in rows],
+                completions=[_plain(seen["completions"][row]) for row in rows],
                 rewards=rewards[rows.start : rows.stop],
             )
         )
     return groups
+
+
+def _plain(completion):
+    """A completion that can be written as JSON: messages may hold images, as answers of tools."""
+    return json.loads(json.dumps(completion, default=lambda value: f"[{type(value).__name__}]"))
 
 
 def _shared(arrays: list[np.ndarray]) -> list[np.ndarray]:

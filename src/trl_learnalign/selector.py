@@ -22,6 +22,7 @@ from .audit import rollouts_table, texts_table
 from .config import LearnAlignConfig
 from .disk import DirectoryLock, make_directory, remove_leftovers
 from .features import FeatureSource
+from .generation import deal, tensor_parallel_size
 from .journal import Journal
 from .objective import Row, counts_without_advantage
 from .peers import Peers
@@ -216,26 +217,28 @@ class _Pass:
         size = rollouts.prompts_per_batch(self.trainer, self.num_rollouts)
         batches = [self.pool[start : start + size] for start in range(0, len(self.pool), size)]
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        sharing = tensor_parallel_size(self.trainer)
         groups = []
         bar = rollouts.progress_bar(self.trainer, "rollouts", len(self.pool), "prompts")
         for first in range(0, len(batches), world):
-            mine = first + rank
-            # A process with no batch left rolls out another's again and drops the result. Rewards are gathered, so
-            # every process must bring equally many prompts; the last batch is filled up even on one process, so that
-            # its rollouts do not depend on the number of processes
-            batch = batches[mine] if mine < len(batches) else batches[first]
+            # Rewards are gathered, so every process must bring equally many prompts; the last batch is filled up even on
+            # one process, so that its rollouts do not depend on the number of processes
+            batch, seed_of, mine = deal(batches, first, rank, sharing)
             shape = self.num_rollouts, len(self.trainer.reward_funcs)
-            done = self.journal.load_groups(batch, shape) if mine < len(batches) else None
-            ready = done is not None or mine >= len(batches)
-            if not all(self.peers.gather(ready)):
+            done = self.journal.load_groups(batch, shape) if mine else None
+            if not all(self.peers.gather(done is not None or not mine)):
                 padded = batch + [batch[0]] * (min(size, len(self.pool)) - len(batch))
                 fresh = rollouts.generate_groups(
-                    self.trainer, self.dataset, padded, stable_hash(self.seed, "rollouts", self.step, batch[0])
+                    self.trainer,
+                    self.dataset,
+                    padded,
+                    stable_hash(self.seed, "rollouts", self.step, seed_of[0]),
+                    gradients=self.config.score != "learnability",
                 )[: len(batch)]
-                if done is None and mine < len(batches):
+                if done is None and mine:
                     done = fresh
                     self.journal.save_groups(done)
-            if mine < len(batches):
+            if mine:
                 if not self.config.save_rollouts:
                     for group in done:
                         group.completions = []  # the tokens are enough
