@@ -169,12 +169,29 @@ def test_sharded_weights_make_the_same_run(tmp_path, unsharded, kind):
         assert ours[column].tolist() == pytest.approx(theirs[column].tolist(), rel=1e-5, abs=1e-6, nan_ok=True), column
     for weights in (trained, adapter(tmp_path)):
         assert_close(weights, adapter(expected_path), rtol=1e-4, atol=1e-6)
+    # What a journal is known by: the weights as a whole, in spite of the shards
+    begun, stepped = ranks[0]["digests"], resumed[0]["digests"]
+    assert begun["0"] == expected[0]["digests"]["0"] and stepped["3"] == begun["3"]
+    assert len(set(begun.values())) == len(begun) == ranks[0]["step"] + 1
+
+
+def test_shards_of_two_processes_go_on_as_the_weights_of_one(tmp_path):
+    """The selection fails on one of two processes in its gradients; one process without FSDP rolls out nothing again."""
+    failed = launch("sharded fails", tmp_path, 2, FSDP)
+    assert all("are not finite" in rank["error"] for rank in failed)
+    (again,) = launch("train at once", tmp_path, 1)
+    assert "error" not in again and len(again["log"]) == 2
+    assert len(again["rows"]) == again["step"] * again["chunk_prompts"] * 4  # training's own
 
 
 @pytest.mark.slow
 def test_fsdp1_makes_the_same_selection(tmp_path):
     """It wraps every layer of an adapter, too, and saves no state on CPUs."""
     one, other = launch("train", tmp_path / "1", 2), launch("train", tmp_path / "2", 2, FSDP | FSDP1)
+    digests = other[0]["digests"]
+    assert (
+        digests["0"] == one[0]["digests"]["0"] and len(set(digests.values())) == len(digests) == other[0]["step"] + 1
+    )
     assert other[0]["kind"] == "FSDP" and one[0]["log"] == other[0]["log"] and one[0]["rows"] == other[0]["rows"]
     ours, theirs = (load(tmp_path / name).scores.to_pandas() for name in "12")
     for column in ("success_rate", "alignment", "score", "gradient_norm"):
@@ -268,6 +285,7 @@ def test_resume_on_fewer_processes_is_exact_or_refused(tmp_path):
     )
     assert refused.returncode != 0 and "chunk_prompts was 4 and is 2" in refused.stderr
     (resumed,) = launch("resume doubled", tmp_path, 1)
+    assert resumed["digests"]["3"] == whole[0]["digests"]["3"]
     assert resumed["log"] == whole[0]["log"] and resumed["chunks"] == whole[0]["chunks"]
     # One process now rolls out what two did: the same prompts, chunk by chunk
     size = resumed["chunk_prompts"]

@@ -28,6 +28,7 @@ from .pool import Pool
 from .projection import stable_hash
 from .rollouts import Group, Row
 from .selection import ROLLOUTS_FILE, SCORES_SCHEMA, SELECTION_FILE, Selection, dataset_fingerprint
+from .weights import weights_digest
 
 
 logger = logging.getLogger(__name__)
@@ -132,7 +133,8 @@ class _Pass:
             "num_rollouts": self.num_rollouts,
             "dataset_fingerprint": dataset_fingerprint(trainer.train_dataset),
             "num_rows": len(self.dataset),
-            "model": trainer.model.config._name_or_path or type(trainer.model).__name__,
+            # Not the name of its class, which FSDP2 changes
+            "model": trainer.model.config._name_or_path or trainer.model.config.model_type,
             "versions": {package: version(package) for package in _PACKAGES},
             "num_processes": self.accelerator.num_processes,
         }
@@ -368,7 +370,8 @@ class _Pass:
         made_from["prompts_per_batch"] = rollouts.prompts_per_batch(self.trainer, self.num_rollouts)
         made_from["generation"] = rollouts.generation_provenance(self.trainer)
         made_from["rewards"] = rollouts.reward_provenance(self.trainer)
-        made_from["weights"] = _weights_digest(self.trainer.model)
+        self.peers.wait()  # before the collective operations of sharded weights
+        made_from["weights"] = weights_digest(self.trainer)
         digest = hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()
         return self.peers.broadcast(digest)
 
@@ -383,14 +386,3 @@ def _draw_pool(num_rows, candidates, seed) -> list[int]:
     if candidates is None or candidates >= num_rows:
         return list(range(num_rows))
     return sorted(torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))[:candidates].tolist())
-
-
-def _weights_digest(model) -> str:
-    """Hash of the trainable weights that this process holds."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-            digest.update(name.encode())
-            digest.update(local.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
