@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -212,13 +213,13 @@ def test_a_run_killed_in_a_selection_resumes_into_the_same_selection(tmp_path):
         [sys.executable, str(SCRIPT), "save", str(path)], env=ENVIRONMENT, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 120
-    while len(list(path.glob("learnalign/*/journal/rollouts-*.parquet"))) < 5:
+    while len(list(path.glob("_learnalign/*/rollouts-*.parquet"))) < 5:
         assert process.poll() is None and time.monotonic() < deadline, "the selection was never seen under way"
         time.sleep(0.002)
     process.kill()
     process.wait()
     assert not list(path.glob("learnalign/*/selection.json"))
-    done = len(list(path.glob("learnalign/*/journal/rollouts-*.parquet")))
+    done = len(list(path.glob("_learnalign/*/rollouts-*.parquet")))
     (resumed,) = launch("resume last", path, 1)
     assert resumed["log"] == whole["log"] and resumed["weights"] == whole["weights"]
     assert load(path).scores.equals(load(tmp_path / "whole").scores)
@@ -245,12 +246,39 @@ def test_what_fails_on_one_process_ends_all_with_its_cause(tmp_path, task, cause
     )
     assert re.search(cause.split(" / ")[0], other["error"])
     assert abs(failed["seconds"] - other["seconds"]) < 10  # of one machine's clock: no time-out was waited for
-    journal = tmp_path / "learnalign" / "step-000000" / "journal"
+    journal = tmp_path / "_learnalign" / "step-000000"
     assert list(journal.glob("rollouts-*")) and not list(journal.glob(".*.tmp"))
     # Mended, it goes on: what was finished is still there, as long as the reward function is the same
     again = launch("nothing fails" if task != "reward fails" else "select", tmp_path, 2)
     assert len(again[0]["indices"]) == 8
     tally["failures on one of two processes"] += 1
+
+
+def test_nodes_with_disks_of_their_own(tmp_path):
+    """Two nodes of a process each: each keeps, discards and deletes its own part of the journal."""
+
+    def launch_nodes(task):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+        nodes = []
+        for rank in "01":
+            (tmp_path / rank).mkdir(exist_ok=True)
+            environment = ENVIRONMENT | where | {"RANK": rank, "LOCAL_RANK": "0"}
+            command = [sys.executable, str(SCRIPT), task, str(tmp_path / rank)]
+            nodes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+        logs = [node.communicate(timeout=300)[1] for node in nodes]
+        assert [node.returncode for node in nodes] == [0, 0], logs
+        return logs
+
+    launch_nodes("loss is not a number")
+    for rank in "01":
+        journal = tmp_path / rank / "_learnalign" / "step-000000"
+        assert (journal / "manifest.json").is_file() and list(journal.glob("rollouts-*"))
+    assert all("is discarded" in log for log in launch_nodes("select"))  # of other settings
+    for rank in "01":
+        assert not (tmp_path / rank / "_learnalign" / "step-000000").exists()
 
 
 def test_a_reward_that_fails_in_training_ends_all_processes(tmp_path):

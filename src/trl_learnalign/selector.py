@@ -20,7 +20,7 @@ from trl import GRPOTrainer
 from . import rollouts, scoring
 from .audit import rollouts_table, texts_table
 from .config import LearnAlignConfig
-from .disk import DirectoryLock, make_directory, remove_leftovers
+from .disk import DirectoryLock, scratch
 from .features import FeatureSource
 from .journal import Journal
 from .peers import Peers
@@ -86,7 +86,7 @@ def plan_selection(trainer: GRPOTrainer, config: LearnAlignConfig) -> str:
     tried = min(prompts, world * batch * math.ceil(16 / (world * batch)))
     trial = _Pass(trainer, replace(config, candidate_prompts=tried, num_prompts=tried), 0)
     with tempfile.TemporaryDirectory() as directory:
-        trial.path = Path(directory) / "trial"
+        trial.path = Path(directory) / "learnalign" / "trial"
         with trial.peers:
             selection = trial._run()
     more, learnable = prompts / tried, selection.num_learnable()
@@ -187,14 +187,16 @@ class _Pass:
                 found = None
             if found is not None and found.provenance.get("key") != self.provenance["key"]:
                 found = None
-            if found is not None:
-                self._tidy_up()
-        return self.peers.broadcast(found)
+        found = self.peers.broadcast(found)
+        if found is not None:
+            self._tidy_up()
+        return found
 
     def _scored(self):
-        self.journal = Journal(self.path / "journal", self.provenance["key"], self.accelerator.is_main_process)
-        self.peers.wait()
-        make_directory(self.journal.path)  # on a node with a disk of its own
+        # The other nodes come second, and find nothing to do unless they have disks of their own
+        for mine in (self.accelerator.is_main_process, self.accelerator.is_local_main_process):
+            self.journal = Journal(self._journal_path(), self.provenance["key"], mine)
+            self.peers.wait()
         with rollouts.left_as_found(self.trainer, self.num_rollouts):
             started = time.perf_counter()
             own = self._roll_out()
@@ -339,8 +341,8 @@ class _Pass:
             if saved is None:  # of a selection that this one replaces
                 (self.path / ROLLOUTS_FILE).unlink(missing_ok=True)
             selection.save(self.path, saved, texts)
-            self._tidy_up()
         self.peers.wait()
+        self._tidy_up()
 
     def _report(self) -> Path | None:
         """The report, if there is one. One that cannot be written is no reason to lose a run."""
@@ -356,10 +358,14 @@ class _Pass:
                 f"`trl-learnalign report {self.path.parent}` tries again."
             )
 
+    def _journal_path(self):
+        return scratch(self.path.parent) / self.path.name
+
     def _tidy_up(self):
-        """What a finished selection does not need any more, or a dead process left."""
-        shutil.rmtree(self.path / "journal", ignore_errors=True)
-        remove_leftovers(self.path)
+        """What a finished selection does not need any more, on every node."""
+        if self.accelerator.is_local_main_process:
+            shutil.rmtree(self._journal_path(), ignore_errors=True)
+        self.peers.wait()
 
     # Small things -----------------------------------------------------------------------------------------------
 
