@@ -16,8 +16,10 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from tiny import Seen, config, digit_reward, make_dataset, make_trainer, weights
 from torch.distributed import fsdp
+from transformers import TrainerCallback
 
 from trl_learnalign import objective, select_prompts
+from trl_learnalign.weights import weights_digest
 
 
 def allow_sharding_on_cpu():
@@ -32,6 +34,8 @@ def allow_sharding_on_cpu():
         elif deepspeed_plugin is not None:
             deepspeed_plugin.set_mixed_precision("no")
             deepspeed_plugin.select(_from_accelerator_state=True)
+            # Or ZeRO-3 keeps small parameters whole, and here all are small
+            deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
             self.deepspeed_plugins, kind = deepspeed_plugin, DistributedType.DEEPSPEED
         if kind is not None:
             for state in (AcceleratorState, PartialState):
@@ -42,9 +46,22 @@ def allow_sharding_on_cpu():
     fsdp._init_utils._get_compute_device = lambda *args: torch.device("cpu")
 
 
+class Digests(TrainerCallback):
+    """The digest of the weights when training begins and after every step."""
+
+    def __init__(self, trainer):
+        self.trainer, self.by_step = trainer, {}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.by_step[state.global_step] = weights_digest(self.trainer)
+
+    on_train_begin = on_step_end
+
+
 def train(path, seen, **changes):
     choice = config(**changes.pop("config", {}))
     trainer = make_trainer(path, choice, reward=seen, dataset=make_dataset(23), num_train_epochs=3, **changes)
+    trainer.add_callback(Digests(trainer))
     return trainer
 
 
@@ -139,6 +156,14 @@ def main(task, path):
             trainer = train(path, seen, save_strategy="steps", save_steps=1, **kwargs)
             checkpoint = None if task == "save" else task == "resume last" or str(Path(path) / "checkpoint-3")
             trainer.train(resume_from_checkpoint=checkpoint)
+        case "sharded fails" | "train at once":
+            trainer = train(path, seen, config={"warmup_prompts": 0}, **kwargs)
+            what = "loss is not a number" if task == "sharded fails" else task
+            with failure(what, trainer.accelerator.process_index):
+                try:
+                    trainer.train()
+                except (FloatingPointError, RuntimeError) as error:
+                    result["error"] = str(error)
         case "random":
             trainer = train(path, seen, config={"score": "random", "warmup_prompts": 0}, **kwargs)
             trainer.train()
@@ -147,15 +172,17 @@ def main(task, path):
         result["log"] = [[version.start_chunk, list(version.indices)] for version in sampler.log]
         result["chunks"] = [sampler.chunk(i) for i in range(40)]
         result["chunk_prompts"] = sampler.layout.chunk_prompts
+    digests = [callback.by_step for callback in trainer.callback_handler.callbacks if isinstance(callback, Digests)]
     kind = trainer.accelerator.distributed_type
     whole = {} if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) else weights(trainer)
-    digest = {name: tensor.double().sum().item() for name, tensor in whole.items()}
+    sums = {name: tensor.double().sum().item() for name, tensor in whole.items()}
     result |= {
         "kind": kind.value,
         "world": trainer.accelerator.num_processes,
         "rows": seen.rows,
         "step": trainer.state.global_step,
-        "weights": digest,
+        "weights": sums,
+        "digests": digests[0] if digests else {},
     }
     Path(path, f"rank-{trainer.accelerator.process_index}.json").write_text(json.dumps(result))
     return result

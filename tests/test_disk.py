@@ -43,7 +43,7 @@ def test_two_runs_in_one_directory_notice_it(tmp_path, other_run):
         make_trainer(tmp_path / "shared", config()).train()
     with pytest.raises(RuntimeError, match=message):
         select_prompts(make_trainer(tmp_path / "shared"), config())
-    assert [file.name for file in (tmp_path / "shared" / "learnalign").iterdir()] == ["lock"]
+    assert [file.name for file in (tmp_path / "shared" / "_learnalign").iterdir()] == ["lock"]
     select_prompts(make_trainer(tmp_path / "of its own"), config())  # other directories are not concerned
     other_run.send_signal(signal.SIGKILL)
     other_run.wait()
@@ -51,23 +51,24 @@ def test_two_runs_in_one_directory_notice_it(tmp_path, other_run):
 
 
 def test_a_process_may_take_its_own_lock_again(tmp_path):
-    first, second = DirectoryLock(tmp_path), DirectoryLock(tmp_path)
+    path = tmp_path / "learnalign"
+    first, second = DirectoryLock(path), DirectoryLock(path)
     first.release()
     first.release()
-    assert DirectoryLock._held[tmp_path.resolve()][1] == 1
+    assert DirectoryLock._held[path.resolve()][1] == 1
     second.release()
     assert tmp_path.resolve() not in DirectoryLock._held
 
 
 def test_a_forked_worker_does_not_keep_the_lock(tmp_path):
-    lock = DirectoryLock(tmp_path)
+    lock = DirectoryLock(tmp_path / "learnalign")
     child = os.fork()
     if child == 0:
         signal.pause()
     try:
         time.sleep(0.1)
         lock.release()
-        DirectoryLock(tmp_path).release()
+        DirectoryLock(tmp_path / "learnalign").release()
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -77,13 +78,16 @@ def test_what_a_killed_run_left_beside_its_selection_is_removed(tmp_path):
     select_prompts(make_trainer(tmp_path), config())
     path = tmp_path / "learnalign" / "step-000000"
     whole = sorted(path.iterdir())
-    (path / "journal").mkdir()
-    (path / "journal" / "manifest.json").write_text("{}")
-    (path / ".selection.json.123.tmp").write_text("half")
-    (path.parent / ".initial.safetensors.123.tmp").write_text("half")
+    for journal in (path / "journal", tmp_path / "_learnalign" / "step-000000"):  # the first by version 0.1
+        journal.mkdir()
+        (journal / "manifest.json").write_text("{}")
+        (journal / ".features-00.safetensors.123.tmp").write_text("half")
+    for directory in (path, path.parent, tmp_path / "_learnalign"):
+        (directory / ".selection.json.123.tmp").write_text("half")
     select_prompts(make_trainer(tmp_path), config())
     assert sorted(path.iterdir()) == whole
-    assert sorted(file.name for file in path.parent.iterdir()) == ["lock", "step-000000"]
+    assert [file.name for file in path.parent.iterdir()] == ["step-000000"]
+    assert [file.name for file in (tmp_path / "_learnalign").iterdir()] == ["lock"]
 
 
 def test_a_failed_run_lets_the_next_one_in(tmp_path):

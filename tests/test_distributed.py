@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -212,6 +213,19 @@ def test_sharded_weights_make_the_same_run(tmp_path, first, kind):
         assert ours[column].tolist() == pytest.approx(theirs[column].tolist(), rel=1e-5, abs=1e-6, nan_ok=True), column
     for weights in (trained, adapter(tmp_path)):
         assert_close(weights, adapter(expected_path), rtol=1e-4, atol=1e-6)
+    # What a journal is known by: the weights as a whole, in spite of the shards
+    begun, stepped = ranks[0]["digests"], resumed[0]["digests"]
+    assert begun["0"] == expected[0]["digests"]["0"] and stepped["3"] == begun["3"]
+    assert len(set(begun.values())) == len(begun) == ranks[0]["step"] + 1
+
+
+def test_shards_of_two_processes_go_on_as_the_weights_of_one(tmp_path):
+    """The selection fails on one of two processes in its gradients; one process without FSDP rolls out nothing again."""
+    failed = launch("sharded fails", tmp_path, 2, FSDP)
+    assert all("are not finite" in rank["error"] for rank in failed)
+    (again,) = launch("train at once", tmp_path, 1)
+    assert "error" not in again and len(again["log"]) == 2
+    assert len(again["rows"]) == again["step"] * again["chunk_prompts"] * 4  # training's own
 
 
 @pytest.mark.slow
@@ -219,6 +233,9 @@ def test_fsdp1_makes_the_same_selection(tmp_path, first):
     """It wraps every layer of an adapter, too, and saves no state on CPUs."""
     path, one = first["train"]
     other = launch("train", tmp_path, 2, FSDP | FSDP1)
+    digests = other[0]["digests"]
+    assert digests["0"] == one[0]["digests"]["0"]
+    assert len(set(digests.values())) == len(digests) == other[0]["step"] + 1
     assert other[0]["kind"] == "FSDP" and one[0]["log"] == other[0]["log"] and one[0]["rows"] == other[0]["rows"]
     ours, theirs = (load(directory).scores.to_pandas() for directory in (path, tmp_path))
     for column in ("success_rate", "alignment", "score", "gradient_norm"):
@@ -239,13 +256,13 @@ def test_a_run_killed_in_a_selection_resumes_into_the_same_selection(tmp_path):
         [sys.executable, str(SCRIPT), "save", str(path)], env=ENVIRONMENT, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 120
-    while len(list(path.glob("learnalign/*/journal/rollouts-*.parquet"))) < 5:
+    while len(list(path.glob("_learnalign/*/rollouts-*.parquet"))) < 5:
         assert process.poll() is None and time.monotonic() < deadline, "the selection was never seen under way"
         time.sleep(0.002)
     process.kill()
     process.wait()
     assert not list(path.glob("learnalign/*/selection.json"))
-    done = len(list(path.glob("learnalign/*/journal/rollouts-*.parquet")))
+    done = len(list(path.glob("_learnalign/*/rollouts-*.parquet")))
     resumed = alone("resume last", path)
     assert resumed["log"] == whole["log"] and resumed["weights"] == whole["weights"]
     assert load(path).scores.equals(load(tmp_path / "whole").scores)
@@ -272,11 +289,38 @@ def test_what_fails_on_one_process_ends_all_with_its_cause(first, again, task, c
     )
     assert re.search(cause.split(" / ")[0], other["error"])
     assert abs(failed["seconds"] - other["seconds"]) < 10  # of one machine's clock: no time-out was waited for
-    journal = path / "learnalign" / "step-000000" / "journal"
+    journal = path / "_learnalign" / "step-000000"
     assert list(journal.glob("rollouts-*")) and not list(journal.glob(".*.tmp"))
     # Mended, it goes on: what was finished is still there, as long as the reward function is the same
     assert len(again[task][0]["indices"]) == 8
     tally["failures on one of two processes"] += 1
+
+
+def test_nodes_with_disks_of_their_own(tmp_path):
+    """Two nodes of a process each: each keeps, discards and deletes its own part of the journal."""
+
+    def launch_nodes(task):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+        nodes = []
+        for rank in "01":
+            (tmp_path / rank).mkdir(exist_ok=True)
+            environment = ENVIRONMENT | where | {"RANK": rank, "LOCAL_RANK": "0"}
+            command = [sys.executable, str(SCRIPT), task, str(tmp_path / rank)]
+            nodes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+        logs = [node.communicate(timeout=300)[1] for node in nodes]
+        assert [node.returncode for node in nodes] == [0, 0], logs
+        return logs
+
+    launch_nodes("loss is not a number")
+    for rank in "01":
+        journal = tmp_path / rank / "_learnalign" / "step-000000"
+        assert (journal / "manifest.json").is_file() and list(journal.glob("rollouts-*"))
+    assert all("is discarded" in log for log in launch_nodes("select"))  # of other settings
+    for rank in "01":
+        assert not (tmp_path / rank / "_learnalign" / "step-000000").exists()
 
 
 def test_a_reward_that_fails_in_training_ends_all_processes(tmp_path):
@@ -310,6 +354,7 @@ def test_resume_on_fewer_processes_is_exact_or_refused(tmp_path, first):
     with pytest.raises(ValueError, match="chunk_prompts was 4 and is 2"):
         alone("resume", tmp_path)
     resumed = alone("resume doubled", tmp_path)
+    assert resumed["digests"]["3"] == whole[0]["digests"]["3"]
     assert resumed["log"] == whole[0]["log"] and resumed["chunks"] == whole[0]["chunks"]
     # One process now rolls out what two did: the same prompts, chunk by chunk
     size = resumed["chunk_prompts"]

@@ -6,8 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Semaphore
 from types import SimpleNamespace
 
 import pytest
@@ -140,6 +141,77 @@ def test_what_is_pushed_with_a_checkpoint(tmp_path, monkeypatch):
     assert Selection.load(step).indices == Selection.load(tmp_path / "run/learnalign/step-000002").indices
     assert (hub / "learnalign/report.html").is_file() and not list(hub.rglob("journal"))
     assert (hub / "adapter_model.safetensors").is_file()
+
+
+class SlowUpload:
+    """
+    The Hub's client, whose upload is under way, in a thread, as long as the selection is: whenever the selection calls
+    `look`, it reads the files that it has listed the time before, and lists them anew.
+    """
+
+    def __init__(self):
+        self.executor = ThreadPoolExecutor(1)
+        self.under_way = False
+        self.begin, self.end = Semaphore(0), Semaphore(0)
+        self.listed, self.vanished, self.rounds = set(), [], 0
+
+    def create_repo(self, name, **kwargs):
+        return SimpleNamespace(repo_id=f"someone/{name}")
+
+    def upload_folder(self, folder_path, ignore_patterns=None, run_as_future=False, **kwargs):
+        assert run_as_future
+        self.under_way = self.rounds == 0  # those after the selection are of no interest
+        return self.executor.submit(self._upload, Path(folder_path), ignore_patterns)
+
+    def _upload(self, folder, ignored):
+        while self.under_way and self.begin.acquire(timeout=60):
+            self.vanished += [name for name in self.listed if not (folder / name).is_file()]
+            names = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
+            self.listed |= set(filter_repo_objects(names, ignore_patterns=ignored))
+            self.rounds += 1
+            self.end.release()
+
+    def look(self):
+        if self.under_way:
+            self.begin.release()
+            assert self.end.acquire(timeout=60)
+
+
+def test_what_an_upload_finds_while_a_selection_runs(tmp_path, monkeypatch):
+    client, renamed, original = SlowUpload(), [], os.replace
+
+    def replace(source, target):
+        """Where a temporary file is there, and the file before it."""
+        if "learnalign" in str(target):
+            client.look()
+            renamed.append((Path(source).relative_to(tmp_path), Path(target).relative_to(tmp_path)))
+        original(source, target)
+
+    class Over(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):  # after the selection
+            client.look()
+            client.under_way = False
+            client.begin.release()
+
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: client)
+    monkeypatch.setattr("trl_learnalign.disk.os.replace", replace)
+    trainer = make_trainer(
+        tmp_path,
+        config(write_report=True, save_rollouts=True),
+        num_train_epochs=2,
+        save_strategy="steps",
+        save_steps=2,
+        push_to_hub=True,
+        hub_strategy="every_save",
+    )
+    trainer.add_callback(Over())
+    trainer.train()
+    client.executor.shutdown()
+    journaled = [target for _, target in renamed if target.name.startswith(("rollouts-", "features-"))]
+    assert len(journaled) > 12 and client.rounds > len(renamed)  # the upload looked in between
+    assert not client.vanished
+    ours = {Path(name) for name in client.listed if "learnalign" in name}
+    assert ours == {target for _, target in renamed if target.parts[0] == "learnalign"} and len(ours) > 5
 
 
 class Noted(TrainerCallback):

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import socket
 import zipfile
 from pathlib import Path
@@ -28,12 +29,13 @@ except ImportError:  # no such locks on Windows
 
 def write_atomically(path: Path, write) -> None:
     """
-    Calls `write(temporary_path)`, then renames the temporary file to `path`: a reader sees all of it or nothing.
+    Calls `write(temporary_path)`, then renames the temporary file to `path`: a reader sees all of it or nothing. The
+    temporary file lies in the [`scratch`] directory of a run, if `path` is in one, else beside `path`.
 
     Raises:
         `OSError`: the disk is full, or the directory cannot be written to. `path` is as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _where_temporary(path) / f".{path.name}.{os.getpid()}.tmp"
     try:
         write(temporary)
         with open(temporary, "rb+") as file:
@@ -46,6 +48,22 @@ def write_atomically(path: Path, write) -> None:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def scratch(directory: Path) -> Path:
+    """
+    Where files lie that are not finished, or do not stay, while `directory` is filled: beside it, since Trainer may be
+    uploading the output directory at the same time, but leaves out all of it that begins with an underscore.
+    """
+    return directory.with_name(f"_{directory.name}")
+
+
+def _where_temporary(path):
+    for directory in path.parents:
+        beside = scratch(directory) if directory.name == "learnalign" else None
+        if beside is not None and beside.is_dir() and beside.stat().st_dev == path.parent.stat().st_dev:
+            return beside
+    return path.parent
 
 
 def write_parquet(path: Path, table: pa.Table) -> None:
@@ -74,8 +92,8 @@ def make_directory(path: Path) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Removes what processes that died in the middle of writing left in one of our directories."""
-    for leftover in path.glob(".*.tmp"):
+    """Removes what processes that died in the middle of writing left in one of our directories, and right below it."""
+    for leftover in (*path.glob(".*.tmp"), *path.glob("*/.*.tmp")):
         leftover.unlink(missing_ok=True)
 
 
@@ -86,8 +104,8 @@ class DirectoryLock:
     """
     Keeps a second run out of a directory for as long as this process lives and has not called `release`.
 
-    The lock is the operating system's, so it dies with the process, however that ends; the file that stays behind locks
-    nothing. Within a process it may be taken again. On file systems without locks, nothing is locked.
+    The lock is the operating system's, so it dies with the process, however that ends; the file that stays behind, in the
+    [`scratch`] directory, locks nothing. Within a process it may be taken again. On file systems without locks, nothing is locked.
 
     Args:
         path (`Path`): the directory.
@@ -108,7 +126,8 @@ class DirectoryLock:
 
     def _lock(self):
         make_directory(self.path)
-        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        make_directory(scratch(self.path))
+        descriptor = os.open(scratch(self.path) / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             if fcntl is not None:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -121,7 +140,10 @@ class DirectoryLock:
             ) from None
         except OSError:
             pass  # a file system without locks
-        remove_leftovers(self.path)
+        for directory in (self.path, scratch(self.path)):
+            remove_leftovers(directory)
+        for journal in self.path.glob("step-*/journal"):  # where version 0.1 had them
+            shutil.rmtree(journal, ignore_errors=True)
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         return descriptor

@@ -191,7 +191,8 @@ def check_parameters(model: nn.Module, probe: bool) -> None:
     _probe_layers(model) if probe else _lora_taps(model)
 
 
-def _clean(name: str) -> str:
+def clean_name(name: str) -> str:
+    """The name of a module or parameter, without those of the modules wrapped around it."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
@@ -199,7 +200,7 @@ def _lora_taps(model) -> list[_Tap]:
     taps, seen = [], set()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module.weight.requires_grad:
-            taps.append(_Tap(_clean(name), module, None))
+            taps.append(_Tap(clean_name(name), module, None))
             seen.add(id(module.weight))
     unseen = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in seen]
     if unseen or not taps:
@@ -210,7 +211,7 @@ def _lora_taps(model) -> list[_Tap]:
 def _probe_layers(model) -> dict[str, nn.Linear]:
     head = model.get_output_embeddings()
     layers = {
-        _clean(name): module
+        clean_name(name): module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not head
     }

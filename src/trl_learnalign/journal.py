@@ -40,7 +40,8 @@ class Journal:
     Args:
         path (`Path`): the directory; made if it does not exist.
         key (`str`): stands for all that the batches depend on. A journal with another key is discarded with a warning.
-        is_main (`bool`): whether this process may delete and create the directory; the others wait for it outside.
+        is_main (`bool`): whether this process may delete and create the directory, one of each disk; the others wait for it
+            outside.
     """
 
     def __init__(self, path: Path, key: str, is_main: bool):
@@ -53,9 +54,9 @@ class Journal:
                     f"'{path}' was made from other weights, data, rewards or settings, so it is discarded and the "
                     "selection starts anew."
                 )
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)  # each file has the key as well
             remove_leftovers(path)
-            if not path.exists():
+            if self._saved_key() != key:
                 make_directory(path)
                 write_json(path / _MANIFEST, {"key": key})
 

@@ -20,7 +20,7 @@ from trl import GRPOTrainer
 from . import rollouts, scoring
 from .audit import rollouts_table, texts_table
 from .config import LearnAlignConfig
-from .disk import DirectoryLock, make_directory, remove_leftovers
+from .disk import DirectoryLock, scratch
 from .features import FeatureSource
 from .generation import deal, tensor_parallel_size
 from .journal import Journal
@@ -30,6 +30,7 @@ from .pool import Pool
 from .projection import stable_hash
 from .rollouts import Group
 from .selection import ROLLOUTS_FILE, SCORES_SCHEMA, SELECTION_FILE, Selection, dataset_fingerprint
+from .weights import weights_digest
 
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ def plan_selection(trainer: GRPOTrainer, config: LearnAlignConfig) -> str:
     tried = min(prompts, world * batch * math.ceil(16 / (world * batch)))
     trial = _Pass(trainer, replace(config, candidate_prompts=tried, num_prompts=tried), 0)
     with tempfile.TemporaryDirectory() as directory:
-        trial.path = Path(directory) / "trial"
+        trial.path = Path(directory) / "learnalign" / "trial"
         with trial.peers:
             selection = trial._run()
     more, learnable = prompts / tried, selection.num_learnable()
@@ -134,7 +135,8 @@ class _Pass:
             "num_rollouts": self.num_rollouts,
             "dataset_fingerprint": dataset_fingerprint(trainer.train_dataset),
             "num_rows": len(self.dataset),
-            "model": trainer.model.config._name_or_path or type(trainer.model).__name__,
+            # Not the name of its class, which FSDP2 changes
+            "model": trainer.model.config._name_or_path or trainer.model.config.model_type,
             "versions": {package: version(package) for package in _PACKAGES},
             "num_processes": self.accelerator.num_processes,
         }
@@ -187,14 +189,16 @@ class _Pass:
                 found = None
             if found is not None and found.provenance.get("key") != self.provenance["key"]:
                 found = None
-            if found is not None:
-                self._tidy_up()
-        return self.peers.broadcast(found)
+        found = self.peers.broadcast(found)
+        if found is not None:
+            self._tidy_up()
+        return found
 
     def _scored(self):
-        self.journal = Journal(self.path / "journal", self.provenance["key"], self.accelerator.is_main_process)
-        self.peers.wait()
-        make_directory(self.journal.path)  # on a node with a disk of its own
+        # The other nodes come second, and find nothing to do unless they have disks of their own
+        for mine in (self.accelerator.is_main_process, self.accelerator.is_local_main_process):
+            self.journal = Journal(self._journal_path(), self.provenance["key"], mine)
+            self.peers.wait()
         with rollouts.left_as_found(self.trainer, self.num_rollouts):
             started = time.perf_counter()
             own = self._roll_out()
@@ -342,8 +346,8 @@ class _Pass:
             if saved is None:  # of a selection that this one replaces
                 (self.path / ROLLOUTS_FILE).unlink(missing_ok=True)
             selection.save(self.path, saved, texts)
-            self._tidy_up()
         self.peers.wait()
+        self._tidy_up()
 
     def _report(self) -> Path | None:
         """The report, if there is one. One that cannot be written is no reason to lose a run."""
@@ -359,10 +363,14 @@ class _Pass:
                 f"`trl-learnalign report {self.path.parent}` tries again."
             )
 
+    def _journal_path(self):
+        return scratch(self.path.parent) / self.path.name
+
     def _tidy_up(self):
-        """What a finished selection does not need any more, or a dead process left."""
-        shutil.rmtree(self.path / "journal", ignore_errors=True)
-        remove_leftovers(self.path)
+        """What a finished selection does not need any more, on every node."""
+        if self.accelerator.is_local_main_process:
+            shutil.rmtree(self._journal_path(), ignore_errors=True)
+        self.peers.wait()
 
     # Small things -----------------------------------------------------------------------------------------------
 
@@ -373,7 +381,8 @@ class _Pass:
         made_from["prompts_per_batch"] = rollouts.prompts_per_batch(self.trainer, self.num_rollouts)
         made_from["generation"] = rollouts.generation_provenance(self.trainer)
         made_from["rewards"] = rollouts.reward_provenance(self.trainer)
-        made_from["weights"] = _weights_digest(self.trainer.model)
+        self.peers.wait()  # before the collective operations of sharded weights
+        made_from["weights"] = weights_digest(self.trainer)
         digest = hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()
         return self.peers.broadcast(digest)
 
@@ -388,14 +397,3 @@ def _draw_pool(num_rows, candidates, seed) -> list[int]:
     if candidates is None or candidates >= num_rows:
         return list(range(num_rows))
     return sorted(torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))[:candidates].tolist())
-
-
-def _weights_digest(model) -> str:
-    """Hash of the trainable weights that this process holds."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-            digest.update(name.encode())
-            digest.update(local.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
