@@ -66,6 +66,17 @@ def test_quick_start_of_the_readme_runs(tmp_path):
     assert list((tmp_path / "learnalign").glob("step-*"))
 
 
+def test_lines_that_change_are_counted_honestly():
+    """In the quick start: what a script of its own has not."""
+    page = (ROOT / "docs/index.md").read_text()
+    whole, callback = blocks("index.md", "python")[:2]
+    ours = re.compile("learnalign|train_sampler", re.I)
+    for words, block in (("Three lines change", whole), ("add two lines", callback)):
+        assert words in page
+        number = {"Three": 3, "two": 2}[next(word for word in words.split() if word in ("Three", "two"))]
+        assert sum(bool(ours.search(line)) for line in block.splitlines()) == number
+
+
 def literal(node):
     """The text of a message, with `...` in place of what varies."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):

@@ -1,8 +1,11 @@
 """What a run says of its selections: values and tables in the trackers, model cards, bars, one line."""
 
 import io
+import itertools
 import json
+import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +20,7 @@ from tiny import config, make_trainer
 from transformers import TrainerCallback
 
 from trl_learnalign import Selection, select_prompts
+from trl_learnalign.progress import ProgressLines, duration
 
 
 def test_values_reach_tensorboard(tmp_path):
@@ -90,6 +94,71 @@ def test_bars_are_for_terminals(tmp_path, terminal, disabled, monkeypatch):
     select_prompts(make_trainer(tmp_path, disable_tqdm=disabled), config())
     for phase in ("rollouts", "gradients", "scores"):
         assert (f"LearnAlign {phase}" in stream.getvalue()) == (terminal and not disabled)
+
+
+class Clock:
+    """Seconds that pass as told."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.mark.parametrize(("total", "seconds"), [(1000, 1), (1000, 7), (60, 60), (7473, 0.5), (3, 10_000), (1, 99)])
+def test_lines_where_no_bar_can_be(total, seconds, capsys):
+    """Seldom enough and, unless the phase is short, often enough; with what is done and what is left."""
+    clock = Clock()
+    lines = ProgressLines("LearnAlign rollouts", total, "prompts", clock)
+    said, texts = [], []
+    for done in range(1, total + 1):
+        clock.now += seconds
+        lines.update()
+        if text := capsys.readouterr().out:
+            said.append(done)
+            texts.append(text)
+    for done, text in zip(said, texts, strict=True):
+        left = duration((total - done) * seconds)
+        assert text == f"LearnAlign rollouts: {done:,} of {total:,} prompts ({done / total:.0%}), {left} left\n"
+    most = max(0.05 * total, 30 / seconds)
+    gaps = [b - a for a, b in zip(said, [*said[1:], total], strict=False)]
+    assert len(said) <= 20 and all(gap <= most + 1 for gap in gaps)
+    assert all(gap >= most for gap in gaps[:-1])
+    assert said[:1] == [max(1, math.ceil(30 / seconds))] * (total > 30 / seconds and total > 1)
+
+
+def test_time_left_after_a_journal_is_that_of_what_is_new(capsys):
+    clock = Clock()
+    lines = ProgressLines("x", 1000, "prompts", clock)
+    lines.update(400)  # at once
+    clock.now += 40
+    lines.update(100)
+    capsys.readouterr()
+    clock.now += 100
+    lines.update(100)
+    assert capsys.readouterr().out == "x: 600 of 1,000 prompts (60%), 400 s left\n".replace("400 s", duration(400))
+
+
+def test_durations():
+    assert [duration(s) for s in (0.4, 45, 89.9, 90, 3000, 5400, 36000)] == [
+        *("0 s", "45 s", "90 s", "2 min", "50 min", "1.5 h", "10.0 h")
+    ]
+
+
+@pytest.mark.parametrize(("terminal", "disabled"), [(True, False), (True, True), (False, False)])
+def test_lines_take_the_place_of_bars_that_are_not_shown(tmp_path, terminal, disabled, monkeypatch, capsys):
+    """Every look at the clock is half a minute later."""
+    stream, clock = io.StringIO(), itertools.count(0, 30)
+    stream.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(ProgressLines.__init__, "__defaults__", (lambda: float(next(clock)),))
+    trainer = make_trainer(tmp_path, disable_tqdm=disabled)
+    select_prompts(trainer, config(max_tokens_per_batch=100))
+    text = capsys.readouterr().out
+    for phase, unit in (("rollouts", "prompts"), ("gradients", "batches")):
+        count = len(re.findall(rf"^LearnAlign {phase}: \d+ of \d+ {unit} \(\d+%\), \d+ (s|min) left$", text, re.M))
+        assert (0 if terminal and not disabled else 1) <= count <= (0 if terminal and not disabled else 20)
 
 
 def test_model_card(tmp_path):

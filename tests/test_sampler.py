@@ -123,6 +123,9 @@ def test_epochs_hold_the_warmup_and_a_pass_over_the_selection_each(warmup, chose
     steps = range(3 * layout.epoch_steps + 1)
     trained = [layout.batches_trained(step) for step in steps]
     assert all(0 < b - a <= accumulation for a, b in zip(trained, trained[1:], strict=False))
+    for chunk in range(2 * layout.epoch_chunks):
+        assert layout.steps_of(chunk) == next(step for step in steps if layout.chunks_trained(step) >= chunk)
+    assert layout.first_selection[1] <= layout.warmup_end
 
 
 def test_cursor_follows_what_was_drawn():

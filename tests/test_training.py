@@ -158,6 +158,7 @@ def test_prompts_that_reach_the_reward_function(tmp_path, shape):
     assert Counter(rolled_out[0]) == dict.fromkeys(range(24), 8)
     trained = seen.rows[:: layout.group_size]
     assert seen.rows == [row for row in trained for _ in range(layout.group_size)]
+    assert layout.first_selection == (selection.provenance["global_step"], sampler.log[1].start_chunk)
     start = sampler.log[1].start_chunk * layout.chunk_prompts
     assert sampler.config.warmup_prompts <= start <= layout.warmup_end * layout.chunk_prompts
     assert trained == [row for i in range(len(trained) // layout.chunk_prompts) for row in sampler.chunk(i)]

@@ -5,7 +5,8 @@ import json
 
 import pyarrow as pa
 
-from .rollouts import first_completion, prompt_text
+from .prompts import prompt_text
+from .rollouts import first_completion
 from .selection import MOST_ROWS
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from pathlib import Path
 
 import torch
@@ -10,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 from trl import GRPOTrainer
 
-from . import rollouts
+from . import plan, rollouts
+from .config import FREE_ON_RESUME
 from .disk import DirectoryLock, digest, make_directory, write_atomically
 from .peers import Peers
 from .sampler import Layout, LearnAlignSampler
@@ -90,8 +92,20 @@ class LearnAlignCallback(TrainerCallback):
                     self._save_initial_weights()
             peers.wait()
         self._record(state)
+        self._say_plan(state)
+        self._since = state.global_step, time.perf_counter()
         if self._pending is not None:
             self._select(state)
+
+    def _say_plan(self, state):
+        if not self.trainer.accelerator.is_main_process:
+            return
+        layout, due = self.sampler.layout, self._pending is not None
+        lines = plan.plan_lines(layout, self.config, state.max_steps, state.global_step, self.sampler.log, due)
+        print("\n".join(lines), flush=True)
+        warning = plan.warmup_warning(layout, state.max_steps)
+        if warning is not None and state.global_step == 0:
+            logger.warning(warning)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.unlock()
@@ -158,6 +172,11 @@ class LearnAlignCallback(TrainerCallback):
 
     def _select(self, state):
         start, self._pending = self._pending, None
+        if self.trainer.accelerator.is_main_process:
+            since, then = self._since
+            seconds = time.perf_counter() - then
+            line = plan.estimate_line(self.sampler.layout, self.config, state.global_step, since, seconds)
+            print(line, flush=True)
         first = len(self.sampler.log) == 1
         selection = select_at_stage(self.trainer, self.config, len(self.sampler.log) - 1)
         if first and start > 0 and self.config.after_warmup == "restart":
@@ -174,6 +193,7 @@ class LearnAlignCallback(TrainerCallback):
         before = _zero_variance(state)
         Trainer.log(self.trainer, values if before is None else values | {"learnalign/zero_variance_before": before})
         self.trainer.control.should_log = due
+        self._since = state.global_step, time.perf_counter()
         if self.trainer.accelerator.is_main_process:
             _log_table(selection, self.trainer.args.report_to or [])
 
@@ -186,7 +206,7 @@ class LearnAlignCallback(TrainerCallback):
             )
         elif len(selection.indices) < self.sampler.layout.num_prompts:
             logger.warning(
-                f"Only {len(selection.indices)} prompts are learnable, fewer than `num_prompts` "
+                f"Only {len(selection.indices)} {'different ' * self.config.deduplicate}prompts are learnable, fewer than `num_prompts` "
                 f"({self.config.num_prompts}); training uses these, and the passes over them will be more."
             )
 
@@ -198,6 +218,7 @@ class LearnAlignCallback(TrainerCallback):
             "pending": self._pending,
             "dataset_fingerprint": self._fingerprint,
             "num_processes": self.trainer.accelerator.num_processes,
+            "config": self.config.to_dict(),
         }
         state.stateful_callbacks[STATE_KEY] = content | {"sha256": digest(content)}
 
@@ -225,7 +246,24 @@ class LearnAlignCallback(TrainerCallback):
                 "The training dataset has other rows, or the same in another order, than when the checkpoint was written, "
                 "so its selection would name the wrong prompts. Resume with the same dataset, or start a new run."
             )
+        self._check_config(saved.get("config", self.config.to_dict()))  # version 0.1.0 did not record it
         self._pending = saved["pending"]
+
+    def _check_config(self, saved):
+        changes = {
+            name: f"`{name}` was {was!r} and is {now!r}"
+            for name, (was, now) in self.config.changes(saved).items()
+            if name not in ("num_prompts", "warmup_prompts")  # the sampler compares them
+        }
+        refused = [text for name, text in changes.items() if name not in FREE_ON_RESUME]
+        if refused:
+            raise ValueError(
+                f"The LearnAlignConfig is not that of the checkpoint: {'; '.join(refused)}. The selections so far were made with "
+                "the old values. Resume with these, or start a new run in another `output_dir` (with the weights of this one, "
+                f"if you like). On resuming, only {', '.join(f'`{name}`' for name in FREE_ON_RESUME)} may change."
+            )
+        if "reselect_every" in changes and self.trainer.accelerator.is_main_process:
+            logger.warning(f"{changes['reselect_every']}: the selections to come follow the new value.")
 
     # Going back to the start ------------------------------------------------------------------------------------
 

@@ -1,13 +1,15 @@
 """Every knob of a selection, validated as soon as it is set."""
 
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 
 
 SCORES = ("learnalign", "learnability", "alignment", "random")
 LEARNABILITIES = ("success_rate", "variance")
 GRADIENT_ROLLOUTS = ("all", "one_correct")
 AFTER_WARMUP = ("continue", "restart")
+# What a resumed run may set anew. The first decides when prompts are selected again, the others nothing about which
+FREE_ON_RESUME = ("reselect_every", "max_tokens_per_batch", "save_rollouts", "write_report")
 MAX_PROJECTION_DIM = 1 << 24
 
 
@@ -51,6 +53,9 @@ class LearnAlignConfig:
         after_warmup (`str`, *optional*, defaults to `"continue"`):
             `"continue"` goes on from the warmed-up policy; `"restart"` goes back to the weights and the optimizer
             state that training started with.
+        deduplicate (`bool`, *optional*, defaults to `False`):
+            Of rows with the same prompt choose only the best-ranked one. Prompts are compared by their text or messages
+            (and their images), not by their answers or other columns.
         save_rollouts (`bool`, *optional*, defaults to `False`):
             Write `rollouts.parquet` beside `scores.parquet`.
         write_report (`bool`, *optional*, defaults to `True`):
@@ -113,6 +118,9 @@ class LearnAlignConfig:
             "choices": list(AFTER_WARMUP),
         },
     )
+    deduplicate: bool = field(
+        default=False, metadata={"help": "Of rows with the same prompt choose only the best-ranked one."}
+    )
     save_rollouts: bool = field(default=False, metadata={"help": "Write rollouts.parquet beside scores.parquet."})
     write_report: bool = field(
         default=True, metadata={"help": "Write report.html and its figures after every selection."}
@@ -152,7 +160,7 @@ class LearnAlignConfig:
                 f"`success_reward` must be the name of a reward function, but is {self.success_reward!r}. Use None if there "
                 "is only one."
             )
-        for name in ("save_rollouts", "write_report"):
+        for name in ("deduplicate", "save_rollouts", "write_report"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be True or False, but is {getattr(self, name)!r}.")
         _check_number("success_threshold", self.success_threshold)
@@ -168,6 +176,11 @@ class LearnAlignConfig:
                 f"`candidate_prompts` ({self.candidate_prompts}) is smaller than `num_prompts` ({self.num_prompts}), "
                 "so there would be nothing to choose from. Raise the first or lower the second."
             )
+
+    def changes(self, saved: dict) -> dict[str, tuple]:
+        """Fields whose values differ from those of `saved`: what they were there (by default what they are if unset) and are."""
+        was = {one.name: saved.get(one.name, one.default) for one in fields(self)}
+        return {name: (was[name], value) for name, value in asdict(self).items() if value != was[name]}
 
     def to_dict(self) -> dict:
         """The fields as a dictionary of plain values."""

@@ -90,3 +90,20 @@ class Pool:
         }
         arrays = [pa.array(columns[field.name].numpy(), field.type, from_pandas=True) for field in SCORES_SCHEMA]
         return self.indices[chosen].tolist(), pa.Table.from_arrays(arrays, schema=SCORES_SCHEMA)
+
+
+def draw_pool(num_rows: int, candidates: int | None, seed: int) -> list[int]:
+    """The rows to score: all, or a random part of that size; sorted."""
+    if candidates is None or candidates >= num_rows:
+        return list(range(num_rows))
+    return sorted(torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))[:candidates].tolist())
+
+
+def random_choice(pool: list[int], num: int, seed: int) -> tuple[list[int], pa.Table]:
+    """`num` rows of the pool at random, and the table of scores, in which all but the ranks is null."""
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed)).tolist()
+    ranks = torch.empty(len(pool), dtype=torch.int64)
+    ranks[order] = torch.arange(len(pool))
+    columns = {name: [None] * len(pool) for name in SCORES_SCHEMA.names}
+    columns |= {"index": pool, "rank": ranks.tolist(), "selected": (ranks < num).tolist()}
+    return [pool[j] for j in order[:num]], pa.Table.from_pydict(columns, schema=SCORES_SCHEMA)

@@ -21,7 +21,9 @@ from .config import LearnAlignConfig
 from .generation import check_images, check_vllm, random_state, set_random_state
 from .gradients import UnseenParametersError, check_parameters, dropout_off, turn_dropout_off, unseen_message
 from .objective import check_loss
+from .progress import ProgressLines
 from .projection import stable_hash
+from .prompts import check_duplicates, check_prompts
 from .rewards import guarded, source_of
 
 
@@ -76,6 +78,12 @@ def check_trainer(trainer: GRPOTrainer, config: LearnAlignConfig) -> None:
             "The environment of this trainer supplies the prompts itself, so there are no dataset rows to select. Pass "
             "a `train_dataset` with the prompts to choose from."
         )
+    own_rollouts = getattr(trainer, "rollout_func", None) is not None
+    if not own_rollouts:  # which may need no prompt
+        check_prompts(dataset)
+    # With an environment or a `rollout_func` equal prompts may be different tasks
+    equal_tasks = not own_rollouts and not getattr(trainer, "environment_factories", None)
+    check_duplicates(dataset, config.deduplicate, warn=equal_tasks and trainer.accelerator.is_main_process)
     if config.num_prompts > len(dataset):
         warnings.warn(
             f"`num_prompts` is {config.num_prompts}, but the training dataset has {len(dataset)} rows: every learnable "
@@ -140,27 +148,6 @@ def visible_columns(trainer: GRPOTrainer) -> Dataset:
     return trainer._remove_unused_columns(trainer.train_dataset, description="selection")
 
 
-def prompt_text(prompt) -> str:
-    """A prompt for people to read: text as it is, messages one after another, and whatever else there may be as Python has it."""
-    if isinstance(prompt, str):
-        return prompt
-    if not isinstance(prompt, list) or not all(isinstance(message, dict) for message in prompt):
-        return str(prompt)
-    texts = [_content_text(message.get("content")) for message in prompt]
-    if len(prompt) == 1:
-        return texts[0]
-    return "\n".join(f"{message.get('role')}: {text}" for message, text in zip(prompt, texts, strict=True))
-
-
-def _content_text(content) -> str:
-    """Of a message: text, or the parts of a multimodal one, or nothing."""
-    if not isinstance(content, list):
-        return "" if content is None else str(content)
-    return " ".join(
-        part.get("text") or f"[{part.get('type')}]" if isinstance(part, dict) else str(part) for part in content
-    )
-
-
 def first_completion(trainer: GRPOTrainer, group: Group) -> tuple[str, float]:
     """Of a group, the first completion as text and its total reward."""
     text = trainer._tokenizer.decode(group.completion_ids[0], skip_special_tokens=True)
@@ -212,12 +199,17 @@ def is_sharded(trainer: GRPOTrainer) -> bool:
     return trainer.is_fsdp_enabled or trainer.accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
-def progress_bar(trainer: GRPOTrainer, phase: str, total: int, unit: str) -> tqdm:
-    """A bar on the main process, quiet where the trainer's own are and in logs that are neither terminals nor notebooks."""
+def progress_bar(trainer: GRPOTrainer, phase: str, total: int, unit: str) -> tqdm | ProgressLines:
+    """
+    A bar on the main process. Where the trainer shows none (`disable_tqdm`), and in logs that are neither terminals nor
+    notebooks, a few lines take its place, as the trainer's own log values are printed then.
+    """
     hidden = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
     if not hidden and not issubclass(tqdm, tqdm_notebook):
         hidden = None  # for tqdm: where its output is no terminal
-    return tqdm(total=total, desc=f"LearnAlign {phase}", unit=f" {unit}", disable=hidden, leave=False)
+    title = f"LearnAlign {phase}"
+    bar = tqdm(total=total, desc=title, unit=f" {unit}", disable=hidden, leave=False)
+    return ProgressLines(title, total, unit) if bar.disable and trainer.accelerator.is_main_process else bar
 
 
 @contextmanager

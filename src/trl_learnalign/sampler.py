@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.utils.data import Sampler
@@ -88,6 +88,26 @@ class Layout:
     def chunks_trained(self, step: int) -> int:
         """Whole chunks that have been trained on, all their repeats, after optimizer step `step`."""
         return self.batches_trained(step) // self.repeats
+
+    def steps_of(self, chunks: int) -> int:
+        """Optimizer step after which the first `chunks` chunks have been trained on, all their repeats."""
+        epochs, rest = divmod(chunks, self.epoch_chunks)
+        return epochs * self.epoch_steps + math.ceil(rest * self.repeats / self.accumulation)
+
+    @property
+    def first_selection(self) -> tuple[int, int]:
+        """The optimizer step after which the first selection is made, and the chunk that it takes effect with."""
+        if not self.warmup_prompts:
+            return 0, 0
+        step = self.steps_of(self.warmup_chunks)
+        drawn = math.ceil((self.batches_trained(step) + self.read_ahead) / self.repeats)
+        return step, min(
+            drawn, math.ceil(step / self.epoch_steps) * self.epoch_chunks
+        )  # an epoch's dataloader ends with it
+
+    def prompts_trained(self, step: int) -> float:
+        """Prompts that have been trained on after optimizer step `step`."""
+        return self.batches_trained(step) / self.repeats * self.chunk_prompts
 
 
 class LearnAlignSampler(Sampler[int]):
@@ -237,7 +257,7 @@ class LearnAlignSampler(Sampler[int]):
             raise ValueError(
                 "The checkpoint was written for another stream of prompts: "
                 + "; ".join(changed)
-                + ". Resume with the "
+                + f". {_to_train_longer(layout, saved.get('epochs'))}Resume with the "
                 "settings, the data and the number of processes of the first run (or keep `per_device_train_batch_size` x "
                 "processes, `steps_per_generation` and `gradient_accumulation_steps` the same), or start a new run."
             )
@@ -250,6 +270,17 @@ class LearnAlignSampler(Sampler[int]):
             )
         self.log = log
         self._passes = {}
+
+
+def _to_train_longer(layout, epochs) -> str:
+    """What to do instead of changing `num_train_epochs`, if that was changed."""
+    if epochs == layout.epochs or not isinstance(epochs, (int, float)) or not 0 < epochs < math.inf:
+        return ""
+    steps = replace(layout, epochs=epochs).steps_of(math.ceil(layout.epochs * layout.epoch_chunks))
+    return (
+        f"The length of an epoch follows from `num_train_epochs`, so to train longer (or shorter) keep "
+        f"`num_train_epochs={epochs}` and set `max_steps`: `max_steps={steps}` are {layout.epochs} passes over the selection. "
+    )
 
 
 # Fields of the layout that a stream depends on: `epochs` decides the length of an epoch; `read_ahead` is left out, as the

@@ -4,7 +4,8 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import dataclass, field
+import warnings
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 
+from .config import FREE_ON_RESUME
 from .disk import digest, make_directory, write_json, write_parquet
 
 
@@ -61,7 +63,8 @@ class Selection:
             holds nulls; so do `alignment` and `gradient_norm` of a prompt with V = 0, which owes no gradient.
         provenance (`dict`):
             `config`, `seed`, `global_step`, `stage`, `num_rollouts`, `dataset_fingerprint`, `num_rows`, `model`, `versions`,
-            `num_processes`, `seconds` (of each phase), `unscorable` (indices that no reward function could score), and, unless
+            `num_processes`, `made` (when, in UTC), `seconds` (of each phase), `unscorable` (indices that no reward function could
+            score), with `deduplicate` the `duplicates` (indices left out for a better-ranked row of the same prompt), and, unless
             prompts were chosen at random, `key` (a hash of all that the selection was made from) and `cost`:
             tokens rolled out, in gradient rows, and computed with padding; `of_rollouts`, the time of gradients and
             scores over that of the rollouts; `floor`, what that ratio would be for a plain forward and backward of
@@ -183,25 +186,54 @@ Findings of ACL 2026, [arXiv:2506.11480](https://arxiv.org/abs/2506.11480).
 
     def select(self, num_prompts: int) -> "Selection":
         """
-        The choice for another budget, from the same scores: no rollouts, no gradients. Fewer than `num_prompts` if fewer
-        are learnable.
+        The choice for another budget, from the same scores: no rollouts, no gradients. Fewer than `num_prompts`, with a
+        warning, if fewer are learnable (or, with `deduplicate`, different).
 
         Raises:
             `ValueError`: `num_prompts` is not an integer of at least 1.
         """
         if isinstance(num_prompts, bool) or not isinstance(num_prompts, int) or num_prompts < 1:
             raise ValueError(f"`num_prompts` must be an integer of at least 1, but is {num_prompts!r}.")
-        table = self.to_pandas()
-        # V is null where nothing was rolled out: there every prompt may be chosen
-        chosen = table.index[~(table["learnability"] == 0)][:num_prompts]
-        place = self.scores.column_names.index("selected")
-        selected = pc.is_in(self.scores["index"], value_set=pa.array(chosen, pa.int64()))
-        scores = self.scores.set_column(place, self.scores.schema.field("selected"), selected)
+        if num_prompts > (most := len(self._eligible())):
+            kind = "" if self.provenance["config"]["score"] == "random" else " learnable"
+            kind += " and different" * bool(self.provenance.get("duplicates"))
+            warnings.warn(
+                f"`num_prompts` is {num_prompts:,}, but the pool of {self.scores.num_rows:,} has only {most:,}{kind} prompts, so "
+                "the selection has no more. A larger pool may have more; so may a policy after a longer warm-up.",
+                stacklevel=2,
+            )
         provenance = {
             name: value for name, value in self.provenance.items() if name != "key"
         }  # it is of another choice
         provenance["config"] = self.provenance["config"] | {"num_prompts": num_prompts}
-        return Selection(chosen.tolist(), scores, provenance)
+        return replace(self._choose(num_prompts), provenance=provenance)
+
+    def without_duplicates(self, equal: list[int]) -> "Selection":
+        """
+        The choice from the same scores if of rows with equal prompts only the best-ranked may be chosen.
+
+        Args:
+            equal (`list[int]`): for each row of the dataset a number that is the same for equal prompts.
+        """
+        seen, left_out = set(), []
+        for index in self._eligible():
+            left_out += [index] * (equal[index] in seen)
+            seen.add(equal[index])
+        provenance = self.provenance | {"duplicates": sorted(left_out)}
+        return replace(self, provenance=provenance)._choose(self.provenance["config"]["num_prompts"])
+
+    def _eligible(self) -> list[int]:
+        """Dataset indices of the prompts that may be chosen, best first."""
+        table, left_out = self.to_pandas(), set(self.provenance.get("duplicates", ()))
+        # V is null where nothing was rolled out: there every prompt may be chosen
+        return [index for index in table.index[~(table["learnability"] == 0)].tolist() if index not in left_out]
+
+    def _choose(self, num_prompts) -> "Selection":
+        chosen = self._eligible()[:num_prompts]
+        place = self.scores.column_names.index("selected")
+        selected = pc.is_in(self.scores["index"], value_set=pa.array(chosen, pa.int64()))
+        scores = self.scores.set_column(place, self.scores.schema.field("selected"), selected)
+        return replace(self, indices=chosen, scores=scores)
 
     def extremes(self, num: int = 10) -> tuple[list[int], list[int]]:
         """Dataset indices of the `num` best, and of the `num` last that are learnable (of none twice), by rank."""
@@ -231,10 +263,13 @@ Findings of ACL 2026, [arXiv:2506.11480](https://arxiv.org/abs/2506.11480).
         pool = f"pool {self.scores.num_rows}"
         if self.provenance["unscorable"]:
             pool += f" ({len(self.provenance['unscorable'])} unscorable left out)"
-        parts = [pool, f"chosen {len(self.indices)} at random"]
+        chosen = f"chosen {len(self.indices)}" + " at random" * random
+        if self.provenance.get("duplicates"):
+            chosen += f" ({len(self.provenance['duplicates'])} duplicates left out)"
+        parts = [pool, chosen]
         if not random:
             rates = "mean success rate {:.3f} (pool), {:.3f} (chosen)".format(*self.mean_success_rates())
-            parts = [pool, f"learnable {self.num_learnable()}", f"chosen {len(self.indices)}", rates]
+            parts = [pool, f"learnable {self.num_learnable()}", chosen, rates]
         parts += [f"{phase} {seconds:.1f} s" for phase, seconds in self.provenance["seconds"].items()]
         cost = self.provenance.get("cost", {})
         if "of_rollouts" in cost:
@@ -287,8 +322,12 @@ def load_run(path: str | os.PathLike, until: int | None = None) -> dict[Path, Se
         return {}
     *_, last = (one.provenance for one in found.values())
 
+    def identity(provenance):
+        config = {name: value for name, value in provenance.get("config", {}).items() if name not in FREE_ON_RESUME}
+        return config, provenance.get("seed"), provenance.get("dataset_fingerprint")
+
     def belongs(provenance):
-        same = all(provenance.get(name) == last.get(name) for name in ("config", "seed", "dataset_fingerprint"))
+        same = identity(provenance) == identity(last)
         return provenance is last or (same and provenance.get("stage", 0) < last.get("stage", 0))
 
     return {step: one for step, one in found.items() if belongs(one.provenance)}

@@ -8,28 +8,29 @@ import shutil
 import tempfile
 import time
 from dataclasses import replace
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import torch
 from tqdm.auto import tqdm
 from trl import GRPOTrainer
 
 from . import rollouts, scoring
 from .audit import rollouts_table, texts_table
-from .config import LearnAlignConfig
+from .config import FREE_ON_RESUME, LearnAlignConfig
 from .disk import DirectoryLock, scratch
 from .features import FeatureSource
 from .generation import deal, tensor_parallel_size
 from .journal import Journal
 from .objective import Row, counts_without_advantage
 from .peers import Peers
-from .pool import Pool
+from .pool import Pool, draw_pool, random_choice
 from .projection import stable_hash
+from .prompts import equal_prompts
 from .rollouts import Group
-from .selection import ROLLOUTS_FILE, SCORES_SCHEMA, SELECTION_FILE, Selection, dataset_fingerprint
+from .selection import ROLLOUTS_FILE, SELECTION_FILE, Selection, dataset_fingerprint
 from .weights import weights_digest
 
 
@@ -123,9 +124,11 @@ class _Pass:
         self.seed = config.selection_seed if config.selection_seed is not None else trainer.args.seed
         self.num_rollouts = config.num_rollouts or trainer.num_generations
         self.dataset = rollouts.visible_columns(trainer)
-        self.pool = _draw_pool(len(self.dataset), config.candidate_prompts, stable_hash(self.seed, "pool", stage))
+        self.pool = draw_pool(len(self.dataset), config.candidate_prompts, stable_hash(self.seed, "pool", stage))
         self.path = Path(trainer.args.output_dir) / "learnalign" / f"step-{self.step:06d}"
+        self.equal = equal_prompts(trainer.train_dataset) if config.deduplicate else None
         self.seconds = {}
+        self.reused = False
         self.peers = Peers(self.accelerator)
         self.provenance = {
             "config": config.to_dict(),
@@ -139,6 +142,7 @@ class _Pass:
             "model": trainer.model.config._name_or_path or trainer.model.config.model_type,
             "versions": {package: version(package) for package in _PACKAGES},
             "num_processes": self.accelerator.num_processes,
+            "made": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
     def run(self):
@@ -153,6 +157,8 @@ class _Pass:
             if lock is not None:
                 lock.release()
         if self.accelerator.is_main_process:
+            if self.reused:
+                tqdm.write(f"Used again: {_REUSED.format(self.path, selection.provenance.get('made', 'unknown'))}")
             tqdm.write(selection.summary())
             if report is not None:
                 tqdm.write(f"Why each prompt was chosen: {report}")
@@ -165,19 +171,14 @@ class _Pass:
             return selection
         self.provenance["key"] = self._key()
         found = self._finished()
-        return self._scored() if found is None else found
+        self.reused = found is not None
+        return found if self.reused else self._scored()
 
     def _random(self):
-        generator = torch.Generator().manual_seed(stable_hash(self.seed, "random", self.provenance["stage"]))
-        order = [self.pool[j] for j in torch.randperm(len(self.pool), generator=generator).tolist()]
-        chosen = order[: self.config.num_prompts]
-        columns = {name: [None] * len(self.pool) for name in SCORES_SCHEMA.names}
-        ranks = {index: rank for rank, index in enumerate(order)}
-        columns["index"] = self.pool
-        columns["rank"] = [ranks[index] for index in self.pool]
-        columns["selected"] = [ranks[index] < len(chosen) for index in self.pool]
-        table = pa.Table.from_pydict(columns, schema=SCORES_SCHEMA)
-        return Selection(chosen, table, self.provenance | {"seconds": {}, "unscorable": []})
+        seed = stable_hash(self.seed, "random", self.provenance["stage"])
+        chosen, table = random_choice(self.pool, self.config.num_prompts, seed)
+        selection = Selection(chosen, table, self.provenance | {"seconds": {}, "unscorable": []})
+        return selection.without_duplicates(self.equal) if self.equal else selection
 
     def _finished(self):
         """A selection that a killed run has already finished with the same key."""
@@ -338,6 +339,7 @@ class _Pass:
         ties = stable_hash(self.seed, "ties", self.provenance["stage"])
         indices, table = pool.choose(self.config.num_prompts, ties)
         selection = Selection(indices, table, self.provenance | {"seconds": dict(self.seconds)})
+        selection = selection.without_duplicates(self.equal) if self.equal else selection
         return self.peers.broadcast(selection)  # scores may differ in the last bit between processes
 
     def _publish(self, selection, own, saved=None):
@@ -377,7 +379,7 @@ class _Pass:
     def _key(self) -> str:
         """Stands for all that a selection is made from: equal keys, equal selections."""
         made_from = {name: self.provenance[name] for name in _KEY_FIELDS}
-        made_from["config"] = {name: value for name, value in made_from["config"].items() if name != "write_report"}
+        made_from["config"] = {name: value for name, value in made_from["config"].items() if name not in _NOT_IN_KEY}
         made_from["prompts_per_batch"] = rollouts.prompts_per_batch(self.trainer, self.num_rollouts)
         made_from["generation"] = rollouts.generation_provenance(self.trainer)
         made_from["rewards"] = rollouts.reward_provenance(self.trainer)
@@ -390,10 +392,9 @@ class _Pass:
         self.seconds[phase] = round(time.perf_counter() - started, 3)
 
 
+_REUSED = (
+    "'{}' holds this selection already, from the same weights, data, rewards and settings (made: {}). Its times are those "
+    "of then. To make it anew, delete that directory or pass another `output_dir`."
+)
+_NOT_IN_KEY = set(FREE_ON_RESUME) - {"save_rollouts"}  # which the files of a selection depend on
 _KEY_FIELDS = ("config", "seed", "global_step", "stage", "num_rollouts", "dataset_fingerprint", "num_rows", "model")
-
-
-def _draw_pool(num_rows, candidates, seed) -> list[int]:
-    if candidates is None or candidates >= num_rows:
-        return list(range(num_rows))
-    return sorted(torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))[:candidates].tolist())

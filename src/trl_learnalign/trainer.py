@@ -6,6 +6,7 @@ from trl import GRPOTrainer
 
 from .callback import LearnAlignCallback
 from .disk import whole_checkpoint
+from .prompts import check_prompts
 from .rollouts import check_dataset
 from .sampler import LearnAlignSampler
 from .selection import load_run
@@ -30,6 +31,8 @@ class LearnAlignMixin:
             raise TypeError(f"`train_sampler` must be a LearnAlignSampler, but is a {type(train_sampler).__name__}.")
         if train_sampler is not None and kwargs.get("train_dataset") is not None:
             check_dataset(kwargs["train_dataset"])  # before a model is loaded in vain
+            if kwargs.get("rollout_func") is None:
+                check_prompts(kwargs["train_dataset"])
         super().__init__(*args, **kwargs)
         self._learnalign = None
         if train_sampler is not None:

@@ -1,0 +1,117 @@
+"""What a run is going to do, in lines for people."""
+
+from .config import LearnAlignConfig
+from .progress import duration
+from .sampler import Layout, Version
+
+
+_MOST_WARMUP = 1 / 3  # of the steps of a run
+
+
+def plan_lines(
+    layout: Layout, config: LearnAlignConfig, max_steps: int, step: int, log: list[Version], due: bool
+) -> list[str]:
+    """
+    Three lines: the warm-up, the selection, and the training on it.
+
+    Args:
+        layout ([`Layout`]): of the run.
+        config ([`LearnAlignConfig`]): of the run.
+        max_steps (`int`): optimizer steps of the whole run.
+        step (`int`): the one that a resumed run goes on after; 0 for a new run.
+        log (`list[Version]`): what was selected before that.
+        due (`bool`): whether a selection is made before the next step.
+    """
+    warming = len(log) == 1 and not due
+    start = layout.first_selection[1] if len(log) == 1 else log[-1].start_chunk
+    end = layout.steps_of(start)  # of the steps before the selected prompts
+    lines = [
+        _warmup(layout, max_steps, step, end, start * layout.chunk_prompts, warming),
+        _selection(layout, config, log, due, warming),
+        _training(layout, max_steps, max(end, step), log),
+    ]
+    return [f"LearnAlign plan: {line}" for line in lines]
+
+
+def _warmup(layout, max_steps, step, end, prompts, warming):
+    if step:
+        where = f"in the warm-up, which ends with step {end}" if warming else "after the warm-up"
+        return f"goes on after step {step} of {max_steps}, {where}."
+    if not end:
+        return "no warm-up."
+    more = prompts - layout.warmup_prompts
+    of_them = f" ({layout.warmup_prompts:,}, and {more:,} that are drawn before the selection)" if more else ""
+    return f"steps 1 to {end} of {max_steps} warm up on {prompts:,} random prompts{of_them}."
+
+
+def _selection(layout, config, log, due, warming):
+    again = ""
+    if config.reselect_every is not None:
+        passes = "pass" if config.reselect_every == 1 else f"{config.reselect_every:g} passes"
+        again = f", and again after every {passes} over the selected prompts"
+    if not due and not warming:
+        return f"selection number {len(log) - 1} was made, of {len(log[-1].indices):,} prompts{again}."
+    moment = f"after step {layout.first_selection[0]}" if warming else "now"
+    return f"selection {moment}{again}: {rollouts_text(layout, config)}."
+
+
+def _training(layout, max_steps, begin, log):
+    if begin >= max_steps:
+        return "no step is left. To train longer, raise `max_steps`."
+    steps = f"steps {begin + 1} to {max_steps} train on"
+    if len(log) > 1 and not log[-1].indices:
+        return f"{steps} random prompts, as the selection chose none."
+    prompts = len(log[-1].indices) or layout.num_prompts
+    passes = (layout.prompts_trained(max_steps) - layout.prompts_trained(begin)) / prompts
+    return (
+        f"{steps} the selected prompts, {passes:.1f} passes over {prompts:,}. `num_train_epochs` counts such passes, not passes "
+        f"over all {layout.pool_size:,} rows."
+    )
+
+
+def _counts(layout, config):
+    """Prompts that a selection scores, and rollouts of each."""
+    pool = min(config.candidate_prompts or layout.pool_size, layout.pool_size)
+    return pool, 0 if config.score == "random" else config.num_rollouts or layout.group_size
+
+
+def rollouts_text(layout: Layout, config: LearnAlignConfig) -> str:
+    """How many rollouts a selection makes."""
+    pool, each = _counts(layout, config)
+    if not each:
+        return f"{min(layout.num_prompts, pool):,} of {pool:,} prompts at random, without rollouts"
+    return f"{pool:,} prompts x {each} rollouts = {pool * each:,}"
+
+
+def estimate_line(layout: Layout, config: LearnAlignConfig, step: int, since: int, seconds: float) -> str:
+    """
+    How long the selection after optimizer step `step` may take, by the pace of training.
+
+    Args:
+        layout ([`Layout`]): of the run.
+        config ([`LearnAlignConfig`]): of the run.
+        step (`int`): the last optimizer step.
+        since (`int`): the optimizer step that the time is counted from.
+        seconds (`float`): what the steps since then took.
+    """
+    line = f"LearnAlign, step {step}: selecting, {rollouts_text(layout, config)}"
+    pool, each = _counts(layout, config)
+    if not each:
+        return f"{line}."
+    trained = (layout.prompts_trained(step) - layout.prompts_trained(since)) * layout.group_size
+    if not trained or seconds <= 0:
+        return f"{line}. How long it takes is not known yet, as no step has been trained since the start."
+    left = duration(pool * each * seconds / trained)
+    return f"{line}; about {left} at the pace of training ({trained / seconds:.3g} rollouts a second, with their gradients)."
+
+
+def warmup_warning(layout: Layout, max_steps: int) -> str | None:
+    """A warning if the warm-up takes more than a third of a run."""
+    end = layout.steps_of(layout.first_selection[1])
+    if end <= _MOST_WARMUP * max_steps:
+        return None
+    return (
+        f"The warm-up takes {end} of the {max_steps} steps of this run ({end / max_steps:.0%}), which leaves few for the selected "
+        f"prompts. Lower `warmup_prompts` ({layout.warmup_prompts}; the dataset has {layout.pool_size} rows), or raise "
+        "`num_train_epochs` or `max_steps`."
+    )

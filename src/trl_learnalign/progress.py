@@ -1,0 +1,61 @@
+"""How far a phase is and how long it takes, in a few lines for logs that cannot show a bar."""
+
+import time
+from collections.abc import Callable
+
+
+_LEAST_SHARE = 0.05  # of the whole between two lines, so there are 20 at most
+_LEAST_SECONDS = 30.0
+
+
+class ProgressLines:
+    """
+    Takes the place of a tqdm bar: a line after 30 seconds, then one every 5 percent, at least 30 seconds apart. What takes
+    less than 30 seconds prints none.
+
+    Args:
+        title (`str`): begins every line.
+        total (`int`): how many are to be done.
+        unit (`str`): of what, in the plural.
+        clock (`Callable[[], float]`): seconds from some moment on.
+    """
+
+    def __init__(self, title: str, total: int, unit: str, clock: Callable[[], float] = time.monotonic):
+        self.title, self.total, self.unit, self.clock = title, total, unit, clock
+        self.done = self._said = 0
+        self._then = clock()
+
+    def update(self, number: int = 1) -> None:
+        """Counts `number` more as done, and prints a line if one is due."""
+        self.done += number
+        now = self.clock()
+        new, passed = self.done - self._said, now - self._then
+        if (
+            passed < _LEAST_SECONDS
+            or new < (_LEAST_SHARE * self.total if self._said else 1)
+            or self.done >= self.total
+        ):
+            return
+        # By the pace since the last line: what a journal held at the beginning took no time
+        left = duration((self.total - self.done) / new * passed)
+        print(
+            f"{self.title}: {self.done:,} of {self.total:,} {self.unit} ({self.done / self.total:.0%}), {left} left",
+            flush=True,
+        )
+        self._said, self._then = self.done, now
+
+    def close(self) -> None:
+        """Does nothing: what a phase took is in the line about the selection."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+
+def duration(seconds: float) -> str:
+    """A rough time for people: `45 s`, `12 min`, `3.4 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

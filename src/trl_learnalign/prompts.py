@@ -1,0 +1,134 @@
+"""The prompts of a dataset: rows that nothing can be generated for, rows with equal prompts, and a prompt as text."""
+
+import hashlib
+import warnings
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+
+
+_SHOWN = 10  # rows that an error names
+_BATCH = 1000
+_WHAT_IS_ASKED = ("prompt", "image", "images")  # columns that GRPOTrainer makes a prompt from
+
+
+def check_prompts(dataset: Dataset) -> None:
+    """
+    Looks at every prompt, column by column, before anything is generated. A dataset without a column `prompt` passes.
+
+    Raises:
+        `ValueError`: a prompt is null, an empty text or an empty list of messages, or one of its messages has neither content
+            nor tool calls. Names the rows.
+    """
+    if "prompt" not in dataset.column_names:
+        return
+    found, start = {}, 0
+    for table in _batches(dataset, ["prompt"]):
+        for reason, rows in _faults(table.combine_chunks()["prompt"].chunk(0)).items():  # else a chunk may be a row
+            found.setdefault(reason, []).extend(start + row for row in rows)
+        start += len(table)
+    if found:
+        reasons = "; ".join(f"{reason}: {_listed(rows)}" for reason, rows in found.items())
+        raise ValueError(
+            f"The training dataset has prompts that nothing can be generated for ({reasons}). Correct these rows, or leave "
+            "them out with `dataset.filter` or `dataset.select`."
+        )
+
+
+def equal_prompts(dataset: Dataset) -> list[int]:
+    """
+    For each of n rows the first row with the same prompt, itself if there is none before it. Prompts are the same if their
+    texts (or messages) and their images are; answers and other columns are not compared. Without a column `prompt` no two
+    rows are the same.
+    """
+    if "prompt" not in dataset.column_names:
+        return list(range(len(dataset)))
+    first, rows = {}, []
+    for table in _batches(dataset, [name for name in _WHAT_IS_ASKED if name in dataset.column_names]):
+        for row in zip(*(column.to_pylist() for column in table.columns), strict=True):
+            key = hashlib.blake2b(repr(row).encode(), digest_size=16).digest()
+            rows.append(first.setdefault(key, len(rows)))
+    return rows
+
+
+def _batches(dataset, columns):
+    return dataset.select_columns(columns).with_format("arrow").iter(batch_size=_BATCH)
+
+
+def _faults(column: pa.Array) -> dict[str, list[int]]:
+    """What is wrong, and in which rows of the column."""
+    faults = {"null": column.is_null()}
+    kind = column.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        faults["empty"] = pc.equal(pc.binary_length(column), 0)
+    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        faults["empty"] = pc.equal(pc.list_value_length(column), 0)
+        if pa.types.is_struct(kind.value_type):
+            rows = pc.list_parent_indices(column).filter(_silent(pc.list_flatten(column))).unique()
+            faults["a message without content"] = pc.is_in(
+                pa.array(range(len(column))), value_set=rows.cast(pa.int64())
+            )
+    found = {reason: pc.indices_nonzero(mask.fill_null(False)).to_pylist() for reason, mask in faults.items()}
+    return {reason: rows for reason, rows in found.items() if rows}
+
+
+def _silent(messages: pa.StructArray) -> pa.BooleanArray:
+    """Which messages say nothing: null, or with neither content nor tool calls. An empty text is the template's affair."""
+    names = [field.name for field in messages.type]
+    silent = messages.is_null()
+    if "content" in names:
+        empty = pc.struct_field(messages, "content").is_null()
+        if "tool_calls" in names:
+            empty = pc.and_(empty, pc.struct_field(messages, "tool_calls").is_null())
+        silent = pc.or_(silent, empty)
+    return silent
+
+
+def _listed(rows):
+    more = f" and {len(rows) - _SHOWN:,} more" if len(rows) > _SHOWN else ""
+    return ("row " if len(rows) == 1 else "rows ") + ", ".join(map(str, rows[:_SHOWN])) + more
+
+
+def check_duplicates(dataset: Dataset, deduplicate: bool, warn: bool) -> None:
+    """
+    With `warn`, warns of rows whose prompts are equal, with their number, unless only one of each can be chosen.
+
+    Raises:
+        `ValueError`: `deduplicate` without a column `prompt`.
+    """
+    if deduplicate and "prompt" not in dataset.column_names:
+        raise ValueError(
+            "`deduplicate=True` compares the column `prompt`, but the training dataset has only these: "
+            f"{', '.join(dataset.column_names)}. Set `deduplicate=False`."
+        )
+    if deduplicate or not warn:
+        return
+    rows, distinct = len(dataset), len(set(equal_prompts(dataset)))
+    if distinct < rows:
+        warnings.warn(
+            f"The training dataset has {rows:,} rows, but only {distinct:,} different prompts, and equal ones may be chosen "
+            "side by side. Set `deduplicate=True` to choose only the best-ranked of each.",
+            stacklevel=4,
+        )
+
+
+def prompt_text(prompt) -> str:
+    """A prompt for people to read: text as it is, messages one after another, and whatever else there may be as Python has it."""
+    if isinstance(prompt, str):
+        return prompt
+    if not isinstance(prompt, list) or not all(isinstance(message, dict) for message in prompt):
+        return str(prompt)
+    texts = [_content_text(message.get("content")) for message in prompt]
+    if len(prompt) == 1:
+        return texts[0]
+    return "\n".join(f"{message.get('role')}: {text}" for message, text in zip(prompt, texts, strict=True))
+
+
+def _content_text(content) -> str:
+    """Of a message: text, or the parts of a multimodal one, or nothing."""
+    if not isinstance(content, list):
+        return "" if content is None else str(content)
+    return " ".join(
+        part.get("text") or f"[{part.get('type')}]" if isinstance(part, dict) else str(part) for part in content
+    )

@@ -1,0 +1,262 @@
+"""What a run says of its plan, and what a resumed run may change."""
+
+import contextlib
+import io
+import json
+import logging
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_sampler import LAYOUT
+from tiny import Seen, assert_same_weights, config, digit_reward, make_trainer, weights
+
+from trl_learnalign import LearnAlignConfig, Selection, select_prompts
+from trl_learnalign.disk import digest
+from trl_learnalign.plan import estimate_line, plan_lines, rollouts_text, warmup_warning
+from trl_learnalign.sampler import Version
+from trl_learnalign.selection import load_run
+
+
+GSM8K = replace(
+    LAYOUT,
+    pool_size=7473,
+    num_prompts=1000,
+    warmup_prompts=300,
+    chunk_prompts=48,
+    repeats=1,
+    group_size=8,
+    epochs=1.0,
+)
+START = [Version(0, ())]
+CHOSEN = [*START, Version(8, tuple(range(1000)))]
+
+
+def lines(layout=GSM8K, step=0, log=START, due=False, max_steps=None, **settings):
+    max_steps = max_steps or layout.steps_of(layout.epoch_chunks)
+    made = plan_lines(layout, LearnAlignConfig(**settings), max_steps, step, log, due)
+    assert all(line.startswith("LearnAlign plan: ") for line in made)
+    return [line.removeprefix("LearnAlign plan: ") for line in made]
+
+
+def test_plan_of_a_new_run():
+    assert lines() == [
+        "steps 1 to 8 of 29 warm up on 384 random prompts (300, and 84 that are drawn before the selection).",
+        "selection after step 7: 7,473 prompts x 8 rollouts = 59,784.",
+        "steps 9 to 29 train on the selected prompts, 1.0 passes over 1,000. `num_train_epochs` counts such passes, not passes "
+        "over all 7,473 rows.",
+    ]
+    page = (Path(__file__).parent.parent / "docs/configuration.md").read_text()
+    assert "".join(f"LearnAlign plan: {line}\n" for line in lines()) in page
+    layout = replace(GSM8K, warmup_prompts=0)
+    first, second, third = lines(layout, due=True, reselect_every=1.5, candidate_prompts=2000)
+    assert first == "no warm-up."
+    assert second == (
+        "selection now, and again after every 1.5 passes over the selected prompts: 2,000 prompts x 8 rollouts = 16,000."
+    )
+    assert third.startswith("steps 1 to 21 train on")
+    assert (
+        rollouts_text(GSM8K, LearnAlignConfig(score="random")) == "1,000 of 7,473 prompts at random, without rollouts"
+    )
+    assert rollouts_text(GSM8K, LearnAlignConfig(num_rollouts=4)) == "7,473 prompts x 4 rollouts = 29,892"
+
+
+def test_plan_of_a_resumed_run():
+    assert lines(step=3)[0] == "goes on after step 3 of 29, in the warm-up, which ends with step 8."
+    assert lines(step=3)[1:] == lines()[1:]
+    assert lines(step=7, due=True)[:2] == [
+        "goes on after step 7 of 29, after the warm-up.",
+        "selection now: 7,473 prompts x 8 rollouts = 59,784.",
+    ]
+    first, second, third = lines(step=15, log=CHOSEN)
+    assert first == "goes on after step 15 of 29, after the warm-up."
+    assert second == "selection number 1 was made, of 1,000 prompts."
+    assert third.startswith("steps 16 to 29 train on the selected prompts, 0.7 passes over 1,000.")
+    few = [*START, Version(8, tuple(range(100)))]
+    assert "and again after every pass over" in lines(step=15, log=few, reselect_every=1)[1]
+    assert "6.7 passes over 100." in lines(step=15, log=few)[2]
+    none = lines(step=15, log=[*START, Version(8, ())])
+    assert none[2] == "steps 16 to 29 train on random prompts, as the selection chose none."
+    assert lines(step=29, log=CHOSEN)[2] == "no step is left. To train longer, raise `max_steps`."
+
+
+def test_a_long_warmup_is_remarked():
+    assert warmup_warning(GSM8K, 29) is None and warmup_warning(GSM8K, 24) is None
+    assert re.match(
+        r"The warm-up takes 8 of the 23 steps of this run \(35%\).*Lower `warmup_prompts` \(300; the dataset has 7473 rows\)",
+        warmup_warning(GSM8K, 23),
+    )
+    assert warmup_warning(replace(GSM8K, warmup_prompts=0), 1) is None
+
+
+def test_estimate_is_in_proportion():
+    """7 steps of 48 x 8 rollouts in 70 s: 38.4 a second, so 59,784 take 1,557 s."""
+    line = estimate_line(GSM8K, LearnAlignConfig(), 7, 0, 70.0)
+    assert line == (
+        "LearnAlign, step 7: selecting, 7,473 prompts x 8 rollouts = 59,784; about 26 min at the pace of training (38.4 rollouts a "
+        "second, with their gradients)."
+    )
+    assert "about 52 min" in estimate_line(GSM8K, LearnAlignConfig(), 7, 0, 140.0)
+    assert "about 26 min" in estimate_line(GSM8K, LearnAlignConfig(), 17, 10, 70.0)
+    assert "about 13 min" in estimate_line(GSM8K, LearnAlignConfig(num_rollouts=4), 7, 0, 70.0)
+    assert "not known yet" in estimate_line(GSM8K, LearnAlignConfig(), 0, 0, 5.0)
+    assert "not known yet" in estimate_line(GSM8K, LearnAlignConfig(), 9, 9, 5.0)
+    assert estimate_line(GSM8K, LearnAlignConfig(score="random"), 7, 0, 5.0).endswith("without rollouts.")
+
+
+# Of real runs
+
+KWARGS = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run with a checkpoint of every step, what it printed, and what it said in its log."""
+    path, out, said = tmp_path_factory.mktemp("run"), io.StringIO(), io.StringIO()
+    handler = logging.StreamHandler(said)
+    logging.getLogger("trl_learnalign").addHandler(handler)
+    seen = Seen(digit_reward)
+    try:
+        with contextlib.redirect_stdout(out):
+            trainer = make_trainer(path, config(), reward=seen, **KWARGS)
+            trainer.train()
+    finally:
+        logging.getLogger("trl_learnalign").removeHandler(handler)
+    return trainer, path, seen.rows, out.getvalue(), said.getvalue()
+
+
+def plans(text):
+    return [line.removeprefix("LearnAlign plan: ") for line in text.splitlines() if line.startswith("LearnAlign plan")]
+
+
+def test_the_plan_is_what_happens(run):
+    trainer, path, rows, text, said = run
+    layout, selection = trainer._get_train_sampler().layout, trainer._get_train_sampler().log[1]
+    first, second, third = plans(text)
+    assert first.startswith("steps 1 to 3 of 8 warm up on 12 random prompts (8, and 4 ")
+    assert selection.start_chunk * layout.chunk_prompts == 12
+    step = int(re.search(r"selection after step (\d+)", second)[1])
+    made = Selection.load(path / f"learnalign/step-{step:06d}")
+    assert f"{made.scores.num_rows} prompts x 8 rollouts = {made.scores.num_rows * 8}." in second
+    assert third.startswith("steps 4 to 8 train on the selected prompts, 2.5 passes over 8.")
+    trained = (
+        rows[: 12 * 4] + rows[12 * 4 + 24 * 8 :]
+    )  # without the rollouts of the selection, whose next chunk is drawn
+    assert set(trained[-20 * 4 :]) == set(selection.indices) and len(trained) == 8 * 16
+    assert "LearnAlign, step 2: selecting, 24 prompts x 8 rollouts = 192; about" in text
+    assert text.index("LearnAlign plan") < text.index("selecting, 24") < text.index("LearnAlign, step 2: pool 24")
+    assert "The warm-up takes 3 of the 8 steps of this run (38%)" in said
+
+
+def resumed(path, step, choice, capsys, **changes):
+    trainer = make_trainer(path, choice, reward=Seen(digit_reward), **KWARGS | changes)
+    trainer.train(resume_from_checkpoint=str(path / f"checkpoint-{step}"))
+    return trainer, capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"score": "learnability"},
+        {"learnability": "variance"},
+        {"success_threshold": 0.5},
+        {"num_rollouts": 4},
+        {"selection_seed": 3, "deduplicate": True},
+        {
+            "projection_dim": 1024,
+            "gradient_rollouts": "one_correct",
+            "candidate_prompts": 20,
+            "after_warmup": "restart",
+        },
+    ],
+)
+def test_what_decides_a_selection_must_not_change(run, capsys, changes):
+    was = config().to_dict()
+    text = ".*".join(
+        sorted((f"`{name}` was {was[name]!r} and is {value!r}" for name, value in changes.items()), key=place)
+    )
+    with pytest.raises(
+        ValueError, match=f"not that of the checkpoint: {text}.*start a new run.*only `reselect_every`"
+    ):
+        resumed(run[1], 4, config(**changes), capsys)
+
+
+def place(text):
+    return list(config().to_dict()).index(text.split("`")[1])
+
+
+def test_what_decides_nothing_may_change(run, tmp_path, capsys, caplog):
+    trainer, path, *_ = run
+    shutil.copytree(path, tmp_path / "run")
+    free = config(reselect_every=9, max_tokens_per_batch=200, save_rollouts=True, write_report=True)
+    again, text = resumed(tmp_path / "run", 4, free, capsys)
+    assert again._get_train_sampler().log == trainer._get_train_sampler().log
+    assert_same_weights(weights(again), weights(trainer))
+    assert plans(text)[0] == "goes on after step 4 of 8, after the warm-up."
+    assert "`reselect_every` was None and is 9: the selections to come follow the new value" in caplog.text
+    assert "The warm-up takes" not in caplog.text
+
+
+def test_checkpoints_of_version_0_1_0_know_no_config(run, tmp_path, capsys):
+    trainer, path, *_ = run
+    shutil.copytree(path, tmp_path / "old")
+    file = tmp_path / "old/checkpoint-4/trainer_state.json"
+    state = json.loads(file.read_text())
+    ours = state["stateful_callbacks"]["learnalign"]
+    del ours["sha256"], ours["config"]
+    ours["sha256"] = digest(ours)
+    file.write_text(json.dumps(state))
+    again, _ = resumed(tmp_path / "old", 4, config(), capsys)
+    assert_same_weights(weights(again), weights(trainer))
+    ours["config"] = {
+        name: value for name, value in config().to_dict().items() if name != "deduplicate"
+    }  # a later one
+    del ours["sha256"]
+    ours["sha256"] = digest(ours)
+    file.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="not that of the checkpoint: `deduplicate` was False and is True"):
+        resumed(tmp_path / "old", 4, config(deduplicate=True), capsys)
+
+
+def test_a_finished_run_is_trained_longer_with_max_steps(run, tmp_path, capsys):
+    """The same as one that was that long from the start."""
+    _, path, *_ = run
+    with pytest.raises(
+        ValueError, match="epochs was 2 and is 4.*keep `num_train_epochs=2`.*`max_steps=12` are 4 passes"
+    ):
+        resumed(path, 8, config(), capsys, num_train_epochs=4)
+    shutil.copytree(path, tmp_path / "longer")
+    longer, text = resumed(tmp_path / "longer", 8, config(), capsys, max_steps=12)
+    assert plans(text)[2].startswith("steps 9 to 12 train on the selected prompts, 2.0 passes over 8.")
+    seen = Seen(digit_reward)
+    whole = make_trainer(tmp_path / "whole", config(), reward=seen, **KWARGS, max_steps=12)
+    whole.train()
+    assert longer.state.global_step == whole.state.global_step == 12
+    assert longer._get_train_sampler().log == whole._get_train_sampler().log
+    assert longer.reward_funcs[0].rows == seen.rows[-4 * 16 :]
+    assert_same_weights(weights(longer), weights(whole))
+
+
+def test_a_staged_run_whose_reselect_every_changed_is_one_run(run, tmp_path, capsys):
+    shutil.copytree(run[1], tmp_path / "run")
+    trainer, text = resumed(tmp_path / "run", 4, config(reselect_every=1), capsys)
+    stages = [one.provenance["stage"] for one in load_run(tmp_path / "run").values()]
+    assert stages == list(range(len(trainer._get_train_sampler().log) - 1)) and len(stages) > 1
+    assert "LearnAlign, step 5: selecting" in text
+
+
+def test_a_finished_selection_that_is_used_again_says_so(tmp_path, capsys):
+    first = select_prompts(make_trainer(tmp_path), config(score="learnability"))
+    assert "Used again" not in capsys.readouterr().out
+    second = select_prompts(make_trainer(tmp_path), config(score="learnability", write_report=True))
+    out = capsys.readouterr().out
+    path = tmp_path / "learnalign/step-000000"
+    assert f"Used again: '{path}' holds this selection already" in out and "delete that directory" in out
+    assert f"(made: {first.provenance['made']}). Its times are those of then" in out
+    assert second.provenance == first.provenance
+    with pytest.warns(
+        UserWarning, match=rf"is 500, but the pool of 24 has only {first.num_learnable()} learnable prompts"
+    ):
+        assert len(first.select(500).indices) == first.num_learnable()
