@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from trl import GRPOTrainer
 
 from . import rollouts, scoring
+from .advice import plan_warnings, selection_warning
 from .audit import rollouts_table, texts_table
 from .config import LearnAlignConfig
 from .disk import DirectoryLock, make_directory, remove_leftovers
@@ -70,17 +71,18 @@ def select_at_stage(trainer: GRPOTrainer, config: LearnAlignConfig, stage: int) 
     return _Pass(trainer, config, stage).run()
 
 
-def plan_selection(trainer: GRPOTrainer, config: LearnAlignConfig) -> str:
+def plan_selection(trainer: GRPOTrainer, config: LearnAlignConfig) -> tuple[str, bool]:
     """
-    What a selection would take, in lines for people: a real one of a batch of prompts per process, or more until they are
-    16, in a temporary directory, and its time in proportion. Every process must call this.
+    What a selection would take, in lines for people, and whether a prompt was learnable: a real one of a batch of prompts per
+    process, or more until they are 16, in a temporary directory, and its time in proportion. Every process must call this.
     """
     rollouts.check_trainer(trainer, config)
     whole = _Pass(trainer, config, 0)
     prompts, world = len(whole.pool), trainer.accelerator.num_processes
     lines = [f"pool: {prompts:,} prompts x {whole.num_rollouts} rollouts = {prompts * whole.num_rollouts:,}"]
     if config.score == "random":
-        return "\n".join([*lines, f"{config.num_prompts:,} would be chosen at random: no rollouts, no gradients"])
+        lines.append(f"{config.num_prompts:,} would be chosen at random: no rollouts, no gradients")
+        return "\n".join(lines), True
     batch = rollouts.prompts_per_batch(trainer, whole.num_rollouts)
     tried = min(prompts, world * batch * math.ceil(16 / (world * batch)))
     trial = _Pass(trainer, replace(config, candidate_prompts=tried, num_prompts=tried), 0)
@@ -90,8 +92,7 @@ def plan_selection(trainer: GRPOTrainer, config: LearnAlignConfig) -> str:
             selection = trial._run()
     more, learnable = prompts / tried, selection.num_learnable()
     times = {phase: seconds * more for phase, seconds in selection.provenance["seconds"].items()}
-    dim = config.projection_dim
-    device = trainer.accelerator.device
+    dim, device = config.projection_dim, trainer.accelerator.device
     passes = f"about {learnable * more:,.0f} prompts" if learnable else "not known, since none of these was learnable"
     lines += [
         f"tried: {tried} prompts on {world} process{'es' * (world > 1)}, of which {learnable} are learnable ({learnable / tried:.0%})",
@@ -106,7 +107,8 @@ def plan_selection(trainer: GRPOTrainer, config: LearnAlignConfig) -> str:
         lines.append(f"on disk while it runs: about {learnable * more * dim * 4 / 1e9:,.2f} GB of gradient features")
     if device.type == "cuda":
         lines.append(f"most memory of the device so far: {torch.cuda.max_memory_allocated(device) / 2**30:,.1f} GiB")
-    return "\n".join([*lines, "Nothing was kept."])
+    lines += plan_warnings(selection, learnable * more, min(config.num_prompts, prompts))
+    return "\n".join([*lines, "Nothing was kept."]), learnable > 0
 
 
 class _Pass:
@@ -150,8 +152,10 @@ class _Pass:
                 lock.release()
         if self.accelerator.is_main_process:
             tqdm.write(selection.summary())
+            if (warning := selection_warning(selection)) is not None:
+                logger.warning(warning)
             if report is not None:
-                tqdm.write(f"Why each prompt was chosen: {report}")
+                tqdm.write(f"{'Why each prompt was chosen' if selection.indices else 'Report'}: {report}")
         return selection
 
     def _run(self):
@@ -254,7 +258,7 @@ class _Pass:
         gathered = zip(*self.peers.gather(columns), strict=True)
         indices, rewards, lengths = (torch.from_numpy(np.concatenate(parts)) for parts in gathered)
         pool = Pool.of_rewards(indices, rewards, lengths, self.config, self.trainer)
-        self.provenance["unscorable"] = pool.unscorable
+        self.provenance |= {"unscorable": pool.unscorable, "reward_range": pool.reward_range()}
         return pool
 
     # Gradients --------------------------------------------------------------------------------------------------
