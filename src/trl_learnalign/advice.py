@@ -1,5 +1,6 @@
 """What the user is told where a selection chose nothing, or less than was asked for."""
 
+import math
 from typing import TYPE_CHECKING
 
 import pyarrow.compute as pc
@@ -45,22 +46,21 @@ def plan_warnings(trial: "Selection", learnable: float, wanted: int) -> list[str
 
 def _graded(selection, threshold, differ):
     """Rewards that differ within `differ` groups, but never lie on both sides of the threshold."""
-    least, most = _range(selection)
+    least, most = selection.provenance.get("reward_range") or (-math.inf, math.inf)
     where = "and no prompt has rewards on both sides of it"
     where = (
         "which no reward reaches" if most < threshold else "which all rewards reach" if least >= threshold else where
     )
     return (
         f"No prompt is learnable, although the rewards of {differ:,} of {selection.scores.num_rows:,} prompts differ between "
-        f"their rollouts. A success is a reward of at least `success_threshold` ({threshold:g}), {where}: the rewards are "
-        f"between {least:.4g} and {most:.4g}. Use `learnability='variance'`, which is for graded rewards, or another "
-        "`success_threshold`."
+        f"their rollouts. A success is a reward of at least `success_threshold` ({threshold:g}), {where} "
+        f"({_seen(selection)}). Use `learnability='variance'`, which is for graded rewards, or another `success_threshold`."
     )
 
 
 def _all_equal(selection, learnability):
-    """The rewards of every prompt are equal, or they are 0 and 1 and so is its success rate."""
-    rate, (least, most) = selection.mean_success_rates()[0], _range(selection)
+    """The rewards of every prompt are equal."""
+    rate = selection.mean_success_rates()[0]
     reason, prompts, check = "every prompt was always or never solved", "easier or harder", " and `success_threshold`"
     if learnability == "variance":
         reason, check = "the rollouts of every prompt had equal rewards", ""
@@ -68,16 +68,15 @@ def _all_equal(selection, learnability):
         reason, prompts = "none was ever solved", "easier"
     elif rate == 1:
         reason, prompts = "all were always solved", "harder"
-    rewards = f"all rewards are {least:.4g}" if least == most else f"rewards are between {least:.4g} and {most:.4g}"
     return (
-        f"No prompt is learnable: {reason} ({rewards}). Check the reward function{check}, or use more `num_rollouts`, a "
-        f"longer warm-up (`warmup_prompts`), or {prompts} prompts."
+        f"No prompt is learnable: {reason} ({_seen(selection)}). Check the reward function{check}, or use more "
+        f"`num_rollouts`, a longer warm-up (`warmup_prompts`), or {prompts} prompts."
     )
 
 
-def _range(selection):
-    """The least and the greatest reward."""
-    if selection.provenance.get("reward_range"):
-        return selection.provenance["reward_range"]
-    means = selection.scores["reward_mean"]  # of a selection that an earlier version made
-    return pc.min(means).as_py(), pc.max(means).as_py()
+def _seen(selection):
+    """The range of the rewards, which version 0.1.0 did not keep."""
+    if not selection.provenance.get("reward_range"):
+        return "the range of the rewards was not kept"
+    least, most = selection.provenance["reward_range"]
+    return f"all rewards are {least:.4g}" if least == most else f"rewards are between {least:.4g} and {most:.4g}"

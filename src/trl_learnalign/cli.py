@@ -34,8 +34,8 @@ _SELECT = "trl-learnalign select"
 _KINDS = (SelectArguments, LearnAlignConfig, GRPOConfig, ModelConfig)
 _EPILOG = """
 Of TRL's arguments `--model_name_or_path` is needed, and `--output_dir`, `--use_peft`, `--lora_target_modules`,
-`--per_device_train_batch_size`, `--num_generations` and `--max_completion_length` are often wanted; `--help-all` lists all
-of them. Everything but `--config`, `--dry_run`, `--format` and `--push_to_hub` may stand in the YAML file instead.
+`--per_device_train_batch_size`, `--num_generations` and `--max_completion_length` are often wanted; see `--help-all`.
+Everything but `--config`, `--dry_run`, `--format` and `--push_to_hub` may stand in the YAML file instead.
 """
 
 
@@ -76,10 +76,11 @@ def _report(arguments: list[str]) -> None:
 
 
 def _select(arguments: list[str]) -> None:
-    if {"-h", "--help", "--help-all", "--help_all"} & set(arguments):
-        return _help(everything=not {"-h", "--help"} & set(arguments))
+    options, rest = _own_parser().parse_known_args(arguments)
+    if options.help or options.help_all:
+        return _help(options.help_all)
     try:
-        options, script, config, training_args, model_args, unknown = _parse(arguments)
+        script, config, training_args, model_args, unknown = _parse(options.config, rest)
         trainer = build_trainer(script, training_args, model_args, config)
     except (ValueError, OSError, ImportError) as error:  # of TRL, transformers and peft: of what they were given
         sys.exit(f"{_SELECT}: {_paragraph(error)}")
@@ -113,6 +114,8 @@ def _own_parser() -> argparse.ArgumentParser:
     """Of what TrlParser must not see: `--push_to_hub` of GRPOConfig is a flag and means the model."""
     parser = argparse.ArgumentParser(_SELECT, add_help=False, allow_abbrev=False)
     parser.error = _usage_error
+    parser.add_argument("--help", "-h", action="store_true", help="this list")
+    parser.add_argument("--help-all", "--help_all", action="store_true", help="this list, and the arguments of TRL")
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file of arguments; those of the command line go before it"
     )
@@ -126,14 +129,13 @@ def _own_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _parse(arguments):
-    options, rest = _own_parser().parse_known_args(arguments)
+def _parse(path, rest):
     parser = TrlParser(_KINDS, prog=_SELECT)
     parser.error = _usage_error
     parser.set_defaults(warmup_prompts=0)  # training's default is no wish to train here
-    if options.config is not None:
-        _check_config(options.config)
-        rest = ["--config", options.config, *rest]
+    if path is not None:
+        _check_config(path)
+        rest = ["--config", path, *rest]
     try:
         *parsed, unknown, misspelt = parser.parse_args_and_config(
             rest, return_remaining_strings=True, separate_remaining_strings=True
@@ -145,7 +147,7 @@ def _parse(arguments):
         hints = "".join(nearest(name, _names()) for name in names)
         _usage_error(f"unrecognized arguments: {' '.join(misspelt)}{hints}")
     script, config, training_args, model_args = parsed
-    return options, script, config, training_args, model_args, unknown
+    return script, config, training_args, model_args, unknown
 
 
 def _names() -> list[str]:
