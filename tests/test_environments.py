@@ -61,7 +61,7 @@ def chat_tokenizer():
 def train(path, monkeypatch, rewards=parity_reward, dataset=None, score="learnalign", **kwargs):
     """A run of two steps; the groups of its selection, and the rows of each that entered the gradient pass."""
     groups, rows = [], {}
-    generate, take = rollouts.generate_groups, selector._Pass._rows
+    generate, take = rollouts.generate_groups, selector.SelectionRun._rows
 
     def generated(*args):
         made = generate(*args)
@@ -73,7 +73,7 @@ def train(path, monkeypatch, rewards=parity_reward, dataset=None, score="learnal
         return rows[group.index]
 
     monkeypatch.setattr(rollouts, "generate_groups", generated)
-    monkeypatch.setattr(selector._Pass, "_rows", taken)
+    monkeypatch.setattr(selector.SelectionRun, "_rows", taken)
     texts = [f"{i % 10}+{i // 10}=" for i in range(12)]
     prompts = Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in texts]})
     sampler = LearnAlignSampler(config(num_prompts=4, warmup_prompts=0, score=score))

@@ -194,7 +194,7 @@ def test_no_scorable_prompt_at_all(tmp_path, caplog):
     trainer.train()
     selection = Selection.load(next((tmp_path / "learnalign").glob("step-*")))
     assert selection.provenance["unscorable"] == list(range(24)) and selection.scores.num_rows == 0
-    assert "No prompt is learnable" in caplog.text and "24 unscorable" in selection.summary()
+    assert "No prompt could be scored" in caplog.text and "24 unscorable" in selection.summary()
 
 
 def test_threshold_is_met_by_a_reward_that_equals_it(tmp_path):
@@ -334,3 +334,27 @@ def test_stock_trainer_still_works_after_an_error(tmp_path):
     assert set(vars(trainer)) == attributes
     assert modes == [module.training for module in trainer.model.modules()]
     assert trainer.num_generations == 4
+
+
+def test_dataset_without_prompts_is_refused_before_a_model_is_loaded(tmp_path):
+    """As GSM8K is: `question` and `answer`. An environment may supply the prompts instead."""
+    rows = make_dataset().rename_column("prompt", "question")
+    with pytest.raises(
+        ValueError, match=r"no column `prompt`. Its columns are: question, row. Rename.*--prompt_column"
+    ):
+        LearnAlignGRPOTrainer("no/such/model", parity_reward, train_dataset=rows, train_sampler=LearnAlignSampler())
+    with pytest.raises(ValueError, match="no column `prompt`"):
+        select_prompts(make_trainer(tmp_path, dataset=rows, max_steps=1), config())
+
+    class Environment:
+        def reset(self, **kwargs):
+            return "1+1="
+
+    with pytest.raises(OSError, match="no/such/model"):  # goes on to the model
+        LearnAlignGRPOTrainer(
+            *("no/such/model", parity_reward),
+            args=grpo_args(tmp_path),
+            train_dataset=rows,
+            environment_factory=Environment,
+            train_sampler=LearnAlignSampler(config()),
+        )

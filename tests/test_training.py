@@ -141,7 +141,7 @@ def test_prompts_that_reach_the_reward_function(tmp_path, shape):
     trainer = make_trainer(tmp_path, config(**ours), reward=seen, **changes)
     sampler = trainer._get_train_sampler()
     layout, rolled_out = sampler.layout, []
-    during = select_prompts.__globals__["_Pass"].run
+    during = select_prompts.__globals__["SelectionRun"].run
 
     def run(self, *args):  # the rollouts of the selection itself pass through the same reward function
         start = len(seen.rows)
@@ -151,7 +151,7 @@ def test_prompts_that_reach_the_reward_function(tmp_path, shape):
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(select_prompts.__globals__["_Pass"], "run", run)
+        patch.setattr(select_prompts.__globals__["SelectionRun"], "run", run)
         trainer.train()
 
     selection = Selection.load(next((tmp_path / "learnalign").glob("step-*")))
@@ -201,13 +201,13 @@ def killed_at(point, monkeypatch):
         case "gradients":
             monkeypatch.setattr(features.FeatureSource, "_collect", after(features.FeatureSource._collect))
         case "after":
-            publish = selector._Pass._publish
+            publish = selector.SelectionRun._publish
 
             def wrapper(self, *args):
                 publish(self, *args)
                 raise Killed
 
-            monkeypatch.setattr(selector._Pass, "_publish", wrapper)
+            monkeypatch.setattr(selector.SelectionRun, "_publish", wrapper)
 
 
 @pytest.mark.parametrize("point", ["rollouts", "gradients", "after", "before", "at", "later"])

@@ -181,8 +181,8 @@ class LearnAlignCallback(TrainerCallback):
         selection = select_at_stage(self.trainer, self.config, len(self.sampler.log) - 1)
         if first and start > 0 and self.config.after_warmup == "restart":
             self._restart()
-        if self.trainer.accelerator.is_main_process:
-            self._warn(selection)
+        if self.trainer.accelerator.is_main_process and not selection.indices:
+            logger.warning("Training goes on with random prompts, as no prompt was chosen.")
         self.sampler.append(start, selection.indices)
         self.selections.append(selection)
         self._record(state)
@@ -196,19 +196,6 @@ class LearnAlignCallback(TrainerCallback):
         self._since = state.global_step, time.perf_counter()
         if self.trainer.accelerator.is_main_process:
             _log_table(selection, self.trainer.args.report_to or [])
-
-    def _warn(self, selection):
-        if not selection.indices:
-            logger.warning(
-                "No prompt is learnable: every one was always or never solved. Training goes on with random prompts. "
-                "Check the reward function and `success_threshold`; use `learnability='variance'` for graded rewards, "
-                "more `num_rollouts`, a longer warm-up, or easier (or harder) prompts."
-            )
-        elif len(selection.indices) < self.sampler.layout.num_prompts:
-            logger.warning(
-                f"Only {len(selection.indices)} {'different ' * self.config.deduplicate}prompts are learnable, fewer than `num_prompts` "
-                f"({self.config.num_prompts}); training uses these, and the passes over them will be more."
-            )
 
     # What a checkpoint holds ------------------------------------------------------------------------------------
 

@@ -1,181 +1,271 @@
 """
-`trl-learnalign select` and `trl-learnalign report`: a selection without training, and the page about one.
+`trl-learnalign select` and `trl-learnalign report`: a selection without a training script, and the page about one.
 
     trl-learnalign select --config run.yaml --reward_funcs rewards.py:correct [--dry_run] [--format jsonl] [--push_to_hub REPO]
     trl-learnalign report OUTPUT_DIR
 
-On several processes: `accelerate launch -m trl_learnalign.cli select --config run.yaml`.
+`trl-learnalign select --help` lists the arguments. On several processes: `accelerate launch -m trl_learnalign.cli select
+--config run.yaml`.
 """
 
 import argparse
-import importlib
-import importlib.util
 import logging
-import os
 import sys
-from dataclasses import dataclass, field
+import traceback
+from dataclasses import fields, replace
 from pathlib import Path
 
-from datasets import Dataset, load_dataset
-from transformers import set_seed
-from trl import (
-    GRPOConfig,
-    GRPOTrainer,
-    ModelConfig,
-    ScriptArguments,
-    TrlParser,
-    get_peft_config,
-    get_quantization_config,
-)
+import yaml
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser
 
+from .build import SelectArguments, build_trainer, nearest
+from .callback import LearnAlignCallback
 from .config import LearnAlignConfig
+from .dry_run import plan_selection
 from .report import write_report
-from .selection import Selection, check_score_columns
-from .selector import plan_selection, select_prompts
+from .sampler import LearnAlignSampler
+from .selection import Selection
+from .selector import select_at_stage, select_prompts
 
 
 logger = logging.getLogger(__name__)
 
-_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-
-
-@dataclass
-class SelectArguments(ScriptArguments):
-    """What `select` needs beside TRL's own arguments and those of LearnAlignConfig."""
-
-    reward_funcs: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Reward functions: `file.py:function`, a dotted path, or the name of one of `trl.rewards`."},
-    )
+_SELECT = "trl-learnalign select"
+_KINDS = (SelectArguments, LearnAlignConfig, GRPOConfig, ModelConfig)
+_EPILOG = """
+Of TRL's arguments `--model_name_or_path` is needed, and `--output_dir`, `--use_peft`, `--lora_target_modules`,
+`--per_device_train_batch_size`, `--num_generations` and `--max_completion_length` are often wanted; see `--help-all`.
+Everything but `--config`, `--dry_run`, `--format` and `--push_to_hub` may stand in the YAML file instead.
+"""
 
 
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     usage = "usage: trl-learnalign {select,report} ...\n" + __doc__
     match arguments:
-        case ["select", *rest]:
-            _select(rest)
-        case ["report", *rest]:
-            parser = argparse.ArgumentParser(
-                "trl-learnalign report", description="Writes report.html and its figures."
-            )
-            parser.add_argument("path", help="output_dir of a run, its learnalign directory, or that of one selection")
+        case ["select" | "report" as command, *rest]:
             try:
-                print(write_report(parser.parse_args(rest).path))
-            except (FileNotFoundError, ValueError) as error:
-                sys.exit(f"trl-learnalign report: {error}")
+                _select(rest) if command == "select" else _report(rest)
+            except Exception as error:
+                if not _explains_itself(error):
+                    raise
+                sys.exit(f"trl-learnalign {command}: {_paragraph(error)}")
         case ["-h" | "--help"]:
             print(usage)
-        case _:
+        case []:
             sys.exit(usage)
+        case [command, *_]:
+            hint = nearest(command, ["select", "report"])
+            sys.exit(f"trl-learnalign: there is no command '{command}'{hint}.\n{usage}")
+
+
+def _explains_itself(error) -> bool:
+    """Whether it was raised on purpose by this package, with the reason and the remedy: a traceback would say no more."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(last.filename).parent == Path(__file__).parent and (last.line or "").startswith("raise ")
+
+
+def _paragraph(error) -> str:
+    return " ".join(str(error).split())
+
+
+def _report(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser("trl-learnalign report", description="Writes report.html and its figures.")
+    parser.add_argument("path", help="output_dir of a run, its learnalign directory, or that of one selection")
+    print(write_report(parser.parse_args(arguments).path))
 
 
 def _select(arguments: list[str]) -> None:
-    # Ahead of TrlParser: `--push_to_hub` of GRPOConfig is a flag and means the model
-    own = argparse.ArgumentParser("trl-learnalign select", add_help=False, allow_abbrev=False)
-    own.add_argument("--dry_run", action="store_true")
-    own.add_argument("--format", choices=["jsonl", "parquet"])
-    own.add_argument("--push_to_hub", metavar="REPO")
-    if {"-h", "--help"} & set(arguments):
-        own.print_help()
-    options, rest = own.parse_known_args(arguments)
-    parser = TrlParser((SelectArguments, GRPOConfig, ModelConfig, LearnAlignConfig), prog="trl-learnalign select")
+    options, rest = _own_parser().parse_known_args(arguments)
+    if options.help or options.help_all:
+        return _help(options.help_all)
+    try:
+        script, config, training_args, model_args, unknown = _parse(options.config, rest)
+        trainer = build_trainer(script, training_args, model_args, config)
+    except (ValueError, OSError, ImportError) as error:  # of TRL, transformers and peft: of what they were given
+        sys.exit(f"{_SELECT}: {_paragraph(error)}")
+    main_process = trainer.accelerator.is_main_process
+    if main_process:
+        for line in (_left_out(unknown), _policy(config, script, model_args)):
+            if line is not None:
+                logger.warning(line)
+    if options.dry_run:
+        plan, learnable = plan_selection(trainer, config)
+        if main_process:
+            if config.warmup_prompts:
+                print(f"before it: a warm-up of {config.warmup_prompts:,} prompts, which is not tried here")
+            print(plan)
+    else:
+        selection = (
+            _after_warmup(trainer, config, script) if config.warmup_prompts else select_prompts(trainer, config)
+        )
+        learnable = len(selection.indices) > 0
+        if main_process and learnable and (options.format or options.push_to_hub):
+            _export(trainer, selection, options, script)
+    trainer.accelerator.end_training()
+    if not learnable:
+        sys.exit(1)
+
+
+# Arguments ---------------------------------------------------------------------------------------------------------
+
+
+def _own_parser() -> argparse.ArgumentParser:
+    """Of what TrlParser must not see: `--push_to_hub` of GRPOConfig is a flag and means the model."""
+    parser = argparse.ArgumentParser(_SELECT, add_help=False, allow_abbrev=False)
+    parser.error = _usage_error
+    parser.add_argument("--help", "-h", action="store_true", help="this list")
+    parser.add_argument("--help-all", "--help_all", action="store_true", help="this list, and the arguments of TRL")
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file of arguments; those of the command line go before it"
+    )
+    parser.add_argument(
+        "--dry_run", "--dry-run", action="store_true", help="try a few prompts, say what all would take"
+    )
+    parser.add_argument(
+        "--format", choices=["jsonl", "parquet"], help="write the chosen rows to a file of this kind, too"
+    )
+    parser.add_argument("--push_to_hub", "--push-to-hub", metavar="REPO", help="push the chosen rows to the Hub, too")
+    return parser
+
+
+def _parse(path, rest):
+    parser = TrlParser(_KINDS, prog=_SELECT)
+    parser.error = _usage_error
+    parser.set_defaults(warmup_prompts=0)  # training's default is no wish to train here
+    if path is not None:
+        _check_config(path)
+        rest = ["--config", path, *rest]
     try:
         *parsed, unknown, misspelt = parser.parse_args_and_config(
             rest, return_remaining_strings=True, separate_remaining_strings=True
         )
-        if misspelt:
-            parser.error(f"unrecognized arguments: {' '.join(misspelt)}")
-        trainer = build_trainer(*parsed[:3])
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"trl-learnalign select: {error}")
-    main_process = trainer.accelerator.is_main_process
-    if unknown and main_process:
-        names = ", ".join(name.removeprefix("--") for name in unknown if name.startswith("--"))
-        logger.warning(f"Of the config file, these are no arguments of `select` and are left out: {names}.")
-    if options.dry_run:
-        plan = plan_selection(trainer, parsed[3])
-        if main_process:
-            print(plan)
-    else:
-        selection = select_prompts(trainer, parsed[3])
-        if main_process and (options.format or options.push_to_hub):
-            rows = selection.to_dataset(trainer.train_dataset, with_scores=True)
-            if options.format:
-                target = Path(trainer.args.output_dir) / "learnalign" / f"selected.{options.format}"
-                print(f"{len(rows)} rows: {write_rows(rows, target)}")
-            if options.push_to_hub:
-                print(push_rows(rows, selection, options.push_to_hub, parsed[0].dataset_name))
-    trainer.accelerator.end_training()
+    except TypeError as error:  # a list where a number is wanted
+        raise ValueError(f"An argument has a value of the wrong kind: {error}.") from error
+    if misspelt:
+        names = [word.partition("=")[0].lstrip("-").replace("-", "_") for word in misspelt if word.startswith("--")]
+        hints = "".join(nearest(name, _names()) for name in names)
+        _usage_error(f"unrecognized arguments: {' '.join(misspelt)}{hints}")
+    script, config, training_args, model_args = parsed
+    return script, config, training_args, model_args, unknown
 
 
-def build_trainer(arguments: SelectArguments, training_args: GRPOConfig, model_args: ModelConfig) -> GRPOTrainer:
-    """A stock trainer as a training script builds it; it is not going to train."""
-    if arguments.dataset_name is None:
-        raise ValueError(
-            "There is nothing to select from. Set `dataset_name` to a dataset of the Hub, a directory or a file."
-        )
-    if not arguments.reward_funcs:
-        raise ValueError(
-            "There is nothing to score rollouts by. Set `reward_funcs`, for example to `rewards.py:correct`."
-        )
-    if model_args.model_name_or_path is None:
-        raise ValueError("There is no policy. Set `model_name_or_path`.")
-    dataset = read_rows(arguments)
-    check_score_columns(dataset)
-    set_seed(training_args.seed)  # a new adapter is the same each time, so that a selection is known again
-    training_args.push_to_hub = False  # of the model, which stays as it is
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
-    return GRPOTrainer(
-        model=model_args.model_name_or_path,
-        reward_funcs=[load_reward(name) for name in arguments.reward_funcs],
-        args=training_args,
-        train_dataset=dataset,
-        peft_config=get_peft_config(model_args),
-        quantization_config=get_quantization_config(model_args),
+def _names() -> list[str]:
+    return ["config", "dry_run", "format", "push_to_hub", *(field.name for kind in _KINDS for field in fields(kind))]
+
+
+def _check_config(path: str) -> None:
+    """
+    Raises:
+        `ValueError`, `FileNotFoundError`: the file is not there, is no YAML, or holds something else than names and values.
+    """
+    try:
+        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"`--config` is '{path}', but there is no such file.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"The config file '{path}' is no YAML: {error}") from error
+    if not isinstance(document, dict):
+        kind = "is empty" if document is None else f"holds a {type(document).__name__}"
+        raise ValueError(f"The config file '{path}' {kind}, but must hold lines of the form `name: value`.")
+
+
+def _usage_error(message):
+    print(f"{_SELECT}: error: {message}\n`{_SELECT} --help` lists the arguments.", file=sys.stderr)
+    sys.exit(2)
+
+
+def _help(everything: bool) -> None:
+    """The package's own arguments, and, if wanted, TRL's after them."""
+    usage = f"{_SELECT} --config run.yaml [arguments]"
+    parser = TrlParser(
+        (SelectArguments, LearnAlignConfig), usage=usage, parents=[_own_parser()], add_help=False, epilog=_EPILOG
     )
+    parser.set_defaults(warmup_prompts=0)
+    for action in parser._actions:  # one spelling each, and no defaults that say nothing
+        action.option_strings = action.option_strings[:1]
+        action.default = action.default if action.default else argparse.SUPPRESS
+    parser.print_help()
+    if everything:
+        print("\nArguments of TRL:")
+        TrlParser((GRPOConfig, ModelConfig), usage=argparse.SUPPRESS, add_help=False).print_help()
 
 
-def read_rows(arguments: ScriptArguments) -> Dataset:
-    """The training split of a dataset of the Hub or of a directory, or the rows of one file."""
-    file = Path(arguments.dataset_name)
-    if file.suffix in _READERS:
-        if not file.is_file():
-            raise FileNotFoundError(f"`dataset_name` is '{file}', but there is no such file.")
-        return load_dataset(_READERS[file.suffix], data_files=str(file), split="train")
-    return load_dataset(arguments.dataset_name, arguments.dataset_config, split=arguments.dataset_train_split)
+def _left_out(unknown) -> str | None:
+    """Names in the YAML file that mean nothing here."""
+    if not unknown:
+        return None
+    names = [word.removeprefix("--") for word in unknown[::2]]
+    hints = ", ".join(f"{name}{nearest(name, _names())}" for name in names)
+    return f"Of the config file, these are no arguments of `select` and are left out: {hints}."
 
 
-def load_reward(name: str):
-    """A reward function by `file.py:function`, by a dotted path, or by its name in `trl.rewards`."""
-    if ":" in name:
-        file, _, function = name.rpartition(":")
-        if not Path(file).is_file():
-            raise FileNotFoundError(
-                f"The reward function '{name}' is to be found in '{file}', but there is no such file."
-            )
-        spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-    else:
-        sys.path.insert(0, os.getcwd())
-        path, _, function = name.rpartition(".")
-        try:
-            module = importlib.import_module(path or "trl.rewards")
-        except ModuleNotFoundError as error:
+def _policy(config, script, model_args) -> str | None:
+    """What the ranking is worth without a warm-up."""
+    if config.warmup_prompts or script.adapter or config.score == "random":
+        return None
+    line = (
+        "Neither `warmup_prompts` nor `adapter` is set, so the prompts are ranked for the policy as it is before training. "
+        "Training changes the policy, and such a ranking may not last."
+    )
+    if model_args.use_peft and config.score != "learnability":
+        line += " A new LoRA adapter has B = 0, so the gradients are those of B alone."
+    return line
+
+
+# A warm-up ---------------------------------------------------------------------------------------------------------
+
+
+class _SelectOnce(LearnAlignCallback):
+    """Ends the training where its first selection is due, and makes that selection."""
+
+    def __init__(self, trainer, config, adapter):
+        super().__init__(trainer, LearnAlignSampler(replace(config, after_warmup="continue")))
+        self.adapter = adapter
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if len(self.sampler.log) > 1:
             raise ValueError(
-                f"The reward function '{name}' could not be imported ({error}). Give `file.py:function`, a dotted path, or "
-                "the name of a function of `trl.rewards`."
-            ) from error
-    if not callable(getattr(module, function, None)):
-        raise ValueError(f"There is no function '{function}' in {module.__name__}, which `reward_funcs` names.")
-    return getattr(module, function)
+                f"The checkpoint '{args.resume_from_checkpoint}' was saved after a selection, so the warm-up is over there. "
+                "Pass the one that was saved at the end of the warm-up, or leave out `resume_from_checkpoint`."
+            )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not self.selections:  # a run resumed into the selection trains for one step more, for nothing
+            super().on_step_end(args, state, control, **kwargs)
+
+    def _select(self, state):
+        self._pending = None
+        self.trainer.control.should_training_stop = True
+        if self.adapter is not None:
+            self.trainer.save_model(self.adapter)
+        self.selections.append(select_at_stage(self.trainer, self.config, 0))
+
+
+def _after_warmup(trainer: GRPOTrainer, config: LearnAlignConfig, script: SelectArguments) -> Selection:
+    """Trains on random prompts as a training run with this configuration would, up to its first selection."""
+    checkpoint = trainer.args.resume_from_checkpoint
+    if isinstance(checkpoint, str) and not Path(checkpoint).is_dir():
+        raise FileNotFoundError(f"`resume_from_checkpoint` is '{checkpoint}', but there is no such directory.")
+    once = _SelectOnce(trainer, config, script.save_adapter)
+    trainer.add_callback(once)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return once.selections[0]
+
+
+# Rows --------------------------------------------------------------------------------------------------------------
+
+
+def _export(trainer, selection, options, script) -> None:
+    rows = selection.to_dataset(trainer.train_dataset, with_scores=True)
+    rows = rows.rename_columns({new: old for old, new in script.renamed().items()})
+    if options.format:
+        target = Path(trainer.args.output_dir) / "learnalign" / f"selected.{options.format}"
+        print(f"{len(rows)} rows: {write_rows(rows, target)}")
+    if options.push_to_hub:
+        print(push_rows(rows, selection, options.push_to_hub, script.dataset_name))
 
 
 def write_rows(rows: Dataset, target: Path) -> Path:

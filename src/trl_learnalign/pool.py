@@ -56,6 +56,11 @@ class Pool:
         columns = (indices, deciding, success_rate, learnability, advantages, lengths)
         return cls(*(column[scorable] for column in columns), unscorable=indices[~scorable].tolist())
 
+    def reward_range(self) -> list[float] | None:
+        """The least and the greatest of the rewards that decide success; `None` without a scorable prompt."""
+        known = self.deciding[~self.deciding.isnan()]
+        return [known.min().item(), known.max().item()] if known.numel() else None
+
     def set_scores(self, indices, scores, alignments, norms) -> None:
         """Scores, alignments and gradient norms of the prompts `indices`; the others score 0."""
         places = torch.searchsorted(self.indices, indices)

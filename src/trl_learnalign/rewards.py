@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
 
@@ -28,9 +29,45 @@ def guarded(functions: list, names: list[str]):
     if failures:
         name, error = failures[0]
         raise RewardError(
-            f"The reward function `{name}` failed in a selection: {type(error).__name__}: {error}. It must return a number "
-            "(or None, where a completion cannot be scored) for every completion. Mend it and run again."
+            f"The reward function `{name}` failed in a selection: {type(error).__name__}: {error}{_place(error)}. It must "
+            "return a number (or None, where a completion cannot be scored) for every completion. Mend it and run again."
         ) from error
+
+
+def _place(error) -> str:
+    """Where in the user's file an error was raised; nothing for one that was raised here."""
+    _, *frames = traceback.extract_tb(error.__traceback__)  # the first is the stand-in's
+    if not frames or frames[0].filename == __file__:
+        return ""
+    return f" ({frames[0].filename}, line {last_line(error, frames[0].filename)})"
+
+
+def last_line(error: BaseException, file: str) -> int | None:
+    """Number of the line of `file` that an error comes from; `None` if it does not come from there."""
+    if isinstance(error, SyntaxError) and error.filename == file:
+        return error.lineno
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return lines[-1] if lines else None
+
+
+def check_success_reward(names: list[str], success_reward: str | None, learnability: str) -> None:
+    """
+    Raises:
+        `ValueError`: it is not clear which of the reward functions `names` decides success.
+    """
+    if success_reward is None:
+        if len(names) > 1 and learnability == "success_rate":
+            raise ValueError(
+                f"The trainer has several reward functions ({', '.join(names)}), and LearnAlign must know which one "
+                "decides success. Set `success_reward` to one of these names, or use `learnability='variance'`, which takes "
+                "the total reward."
+            )
+    elif names.count(success_reward) != 1:
+        times = "not" if success_reward not in names else "more than once"
+        raise ValueError(
+            f"`success_reward` is {success_reward!r}, which is {times} among the trainer's reward functions: "
+            f"{', '.join(names)}."
+        )
 
 
 def _guard(function, name, failures) -> Callable:

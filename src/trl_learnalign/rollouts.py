@@ -24,7 +24,7 @@ from .objective import check_loss
 from .progress import ProgressLines
 from .projection import stable_hash
 from .prompts import check_duplicates, check_prompts
-from .rewards import guarded, source_of
+from .rewards import check_success_reward, guarded, source_of
 
 
 @dataclass
@@ -58,9 +58,8 @@ def check_trainer(trainer: GRPOTrainer, config: LearnAlignConfig) -> None:
     Raises:
         `TypeError`: not a GRPOTrainer.
         `ValueError`: processes that do not know of each other, a streaming dataset, an environment that owns the data,
-        `ValueError`: processes that do not know of each other, a streaming dataset, an environment that owns the data,
-            an unknown or missing reward name, vLLM set up so that TRL mixes completions up; and where gradients are
-            wanted: an unknown loss, a multimodal dataset, sharded weights without an adapter.
+            no column `prompt`, an unknown or missing reward name, vLLM set up so that TRL mixes completions up; and where
+            gradients are wanted: an unknown loss, a multimodal dataset, sharded weights without an adapter.
         [`UnseenParametersError`]: trainable tensors whose gradients would be missed.
     """
     if not isinstance(trainer, GRPOTrainer):
@@ -72,7 +71,7 @@ def check_trainer(trainer: GRPOTrainer, config: LearnAlignConfig) -> None:
             "to the same files. On a machine without a GPU set `use_cpu=True` in GRPOConfig."
         )
     dataset = trainer.train_dataset
-    check_dataset(dataset)
+    check_dataset(dataset, needs_prompt=getattr(trainer, "environment_factories", None) is None)
     if _is_placeholder(dataset):
         raise ValueError(
             "The environment of this trainer supplies the prompts itself, so there are no dataset rows to select. Pass "
@@ -92,19 +91,7 @@ def check_trainer(trainer: GRPOTrainer, config: LearnAlignConfig) -> None:
         )
     if config.score == "random":
         return
-    names = list(trainer.reward_func_names)
-    if config.success_reward is None:
-        if len(names) > 1 and config.learnability == "success_rate":
-            raise ValueError(
-                f"The trainer has several reward functions ({', '.join(names)}), and LearnAlign must know which one "
-                "decides success. Set `success_reward` to one of these names."
-            )
-    elif names.count(config.success_reward) != 1:
-        times = "not" if config.success_reward not in names else "more than once"
-        raise ValueError(
-            f"`success_reward` is {config.success_reward!r}, which is {times} among the trainer's reward functions: "
-            f"{', '.join(names)}."
-        )
+    check_success_reward(list(trainer.reward_func_names), config.success_reward, config.learnability)
     check_vllm(trainer)
     if config.score == "learnability":
         return
@@ -126,8 +113,11 @@ def check_trainer(trainer: GRPOTrainer, config: LearnAlignConfig) -> None:
     check_parameters(model, probe=not has_adapter(trainer))
 
 
-def check_dataset(dataset) -> None:
-    """Raises a `ValueError` for a dataset whose rows cannot be picked by number, or that has none."""
+def check_dataset(dataset, needs_prompt: bool = True) -> None:
+    """
+    Raises a `ValueError` for a dataset whose rows cannot be picked by number, that has none, or that has no column `prompt`
+    although no environment supplies the prompts.
+    """
     if not isinstance(dataset, Dataset):
         raise ValueError(
             f"The training dataset is a {type(dataset).__name__}, which can be read only once and in order, but a "
@@ -135,6 +125,11 @@ def check_dataset(dataset) -> None:
         )
     if len(dataset) == 0:
         raise ValueError("The training dataset is empty, so there is nothing to select.")
+    if needs_prompt and "prompt" not in dataset.column_names:
+        raise ValueError(
+            f"The training dataset has no column `prompt`. Its columns are: {', '.join(dataset.column_names)}. Rename the one "
+            "that holds the prompts with `dataset.rename_column`, or name it with `--prompt_column` on the command line."
+        )
 
 
 def _is_placeholder(dataset):

@@ -65,7 +65,8 @@ class Selection:
             `config`, `seed`, `global_step`, `stage`, `num_rollouts`, `dataset_fingerprint`, `num_rows`, `model`, `versions`,
             `num_processes`, `made` (when, in UTC), `seconds` (of each phase), `unscorable` (indices that no reward function could
             score), with `deduplicate` the `duplicates` (indices left out for a better-ranked row of the same prompt), and, unless
-            prompts were chosen at random, `key` (a hash of all that the selection was made from) and `cost`:
+            prompts were chosen at random, `reward_range` (the least and the greatest reward that decides success), `key`
+            (a hash of all that the selection was made from) and `cost`:
             tokens rolled out, in gradient rows, and computed with padding; `of_rollouts`, the time of gradients and
             scores over that of the rollouts; `floor`, what that ratio would be for a plain forward and backward of
             the gradient rows if generating a token cost one forward (2 x their share of the tokens, 3 x with a KL term).

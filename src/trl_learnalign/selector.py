@@ -3,11 +3,8 @@
 import hashlib
 import json
 import logging
-import math
 import shutil
-import tempfile
 import time
-from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +15,7 @@ from tqdm.auto import tqdm
 from trl import GRPOTrainer
 
 from . import rollouts, scoring
+from .advice import selection_warning
 from .audit import rollouts_table, texts_table
 from .config import FREE_ON_RESUME, LearnAlignConfig
 from .disk import DirectoryLock, scratch
@@ -71,49 +69,10 @@ def select_at_stage(trainer: GRPOTrainer, config: LearnAlignConfig, stage: int) 
             "FSDP and DeepSpeed shard the weights when training starts, so nothing can be selected before. Use "
             "`LearnAlignSampler` with `warmup_prompts=0`, or launch this script with DDP."
         )
-    return _Pass(trainer, config, stage).run()
+    return SelectionRun(trainer, config, stage).run()
 
 
-def plan_selection(trainer: GRPOTrainer, config: LearnAlignConfig) -> str:
-    """
-    What a selection would take, in lines for people: a real one of a batch of prompts per process, or more until they are
-    16, in a temporary directory, and its time in proportion. Every process must call this.
-    """
-    rollouts.check_trainer(trainer, config)
-    whole = _Pass(trainer, config, 0)
-    prompts, world = len(whole.pool), trainer.accelerator.num_processes
-    lines = [f"pool: {prompts:,} prompts x {whole.num_rollouts} rollouts = {prompts * whole.num_rollouts:,}"]
-    if config.score == "random":
-        return "\n".join([*lines, f"{config.num_prompts:,} would be chosen at random: no rollouts, no gradients"])
-    batch = rollouts.prompts_per_batch(trainer, whole.num_rollouts)
-    tried = min(prompts, world * batch * math.ceil(16 / (world * batch)))
-    trial = _Pass(trainer, replace(config, candidate_prompts=tried, num_prompts=tried), 0)
-    with tempfile.TemporaryDirectory() as directory:
-        trial.path = Path(directory) / "learnalign" / "trial"
-        with trial.peers:
-            selection = trial._run()
-    more, learnable = prompts / tried, selection.num_learnable()
-    times = {phase: seconds * more for phase, seconds in selection.provenance["seconds"].items()}
-    dim = config.projection_dim
-    device = trainer.accelerator.device
-    passes = f"about {learnable * more:,.0f} prompts" if learnable else "not known, since none of these was learnable"
-    lines += [
-        f"tried: {tried} prompts on {world} process{'es' * (world > 1)}, of which {learnable} are learnable ({learnable / tried:.0%})",
-        f"at once: {batch * whole.num_rollouts} rollouts a process (per_device_train_batch_size x steps_per_generation); "
-        "more are faster while memory lasts",
-        f"gradient passes: {'none' if config.score == 'learnability' else passes}",
-        "expected time: "
-        + ", ".join(f"{phase} {seconds:,.0f} s" for phase, seconds in times.items())
-        + f"; {sum(times.values()) / 60:,.1f} minutes in all",
-    ]
-    if dim is not None and learnable and config.score != "learnability":
-        lines.append(f"on disk while it runs: about {learnable * more * dim * 4 / 1e9:,.2f} GB of gradient features")
-    if device.type == "cuda":
-        lines.append(f"most memory of the device so far: {torch.cuda.max_memory_allocated(device) / 2**30:,.1f} GiB")
-    return "\n".join([*lines, "Nothing was kept."])
-
-
-class _Pass:
+class SelectionRun:
     """The state of one selection, phase by phase."""
 
     def __init__(self, trainer, config, stage):
@@ -160,8 +119,10 @@ class _Pass:
             if self.reused:
                 tqdm.write(f"Used again: {_REUSED.format(self.path, selection.provenance.get('made', 'unknown'))}")
             tqdm.write(selection.summary())
+            if (warning := selection_warning(selection)) is not None:
+                logger.warning(warning)
             if report is not None:
-                tqdm.write(f"Why each prompt was chosen: {report}")
+                tqdm.write(f"{'Why each prompt was chosen' if selection.indices else 'Report'}: {report}")
         return selection
 
     def _run(self):
@@ -263,7 +224,7 @@ class _Pass:
         gathered = zip(*self.peers.gather(columns), strict=True)
         indices, rewards, lengths = (torch.from_numpy(np.concatenate(parts)) for parts in gathered)
         pool = Pool.of_rewards(indices, rewards, lengths, self.config, self.trainer)
-        self.provenance["unscorable"] = pool.unscorable
+        self.provenance |= {"unscorable": pool.unscorable, "reward_range": pool.reward_range()}
         return pool
 
     # Gradients --------------------------------------------------------------------------------------------------

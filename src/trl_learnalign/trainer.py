@@ -30,7 +30,8 @@ class LearnAlignMixin:
         if train_sampler is not None and not isinstance(train_sampler, LearnAlignSampler):
             raise TypeError(f"`train_sampler` must be a LearnAlignSampler, but is a {type(train_sampler).__name__}.")
         if train_sampler is not None and kwargs.get("train_dataset") is not None:
-            check_dataset(kwargs["train_dataset"])  # before a model is loaded in vain
+            # Before a model is loaded in vain
+            check_dataset(kwargs["train_dataset"], needs_prompt=kwargs.get("environment_factory") is None)
             if kwargs.get("rollout_func") is None:
                 check_prompts(kwargs["train_dataset"])
         super().__init__(*args, **kwargs)

@@ -1,0 +1,85 @@
+"""What the user is told where a selection chose nothing, or less than was asked for."""
+
+import math
+from typing import TYPE_CHECKING
+
+import pyarrow.compute as pc
+
+
+if TYPE_CHECKING:
+    from .selection import Selection
+
+_ROUNDING = 1e-9  # of equal rewards the standard deviation may be as much
+
+
+def selection_warning(selection: "Selection") -> str | None:
+    """One paragraph with the reason and the remedy, or `None` if as many prompts were chosen as were asked for."""
+    config, chosen = selection.provenance["config"], len(selection.indices)
+    wanted = min(config["num_prompts"], selection.provenance["num_rows"])
+    if config["score"] == "random" or chosen >= wanted:
+        return None
+    if chosen:
+        different = "different " * bool(selection.provenance.get("duplicates"))
+        learnable = (
+            f"1 {different}prompt is learnable" if chosen == 1 else f"{chosen:,} {different}prompts are learnable"
+        )
+        return (
+            f"Only {learnable}, fewer than `num_prompts` ({config['num_prompts']:,}), and only these are chosen. To have "
+            "more, raise `num_rollouts`, warm up longer, or add prompts."
+        )
+    if not selection.scores.num_rows:
+        return (
+            f"No prompt could be scored: the rewards of all {len(selection.provenance['unscorable']):,} prompts were None, "
+            "NaN or infinite. Check the reward function."
+        )
+    differ = pc.sum(pc.greater(selection.scores["reward_std"], _ROUNDING)).as_py()
+    if config["learnability"] == "success_rate" and differ:
+        return _graded(selection, config["success_threshold"], differ)
+    return _all_equal(selection, config["learnability"])
+
+
+def plan_warnings(trial: "Selection", learnable: float, wanted: int) -> list[str]:
+    """Of a selection of a few prompts, what it says of the whole: `learnable` prompts are expected and `wanted` asked for."""
+    if not trial.num_learnable():
+        return [f"warning: {selection_warning(trial)}"]
+    if learnable < wanted:
+        return [f"warning: about {learnable:,.0f} prompts will be learnable, fewer than `num_prompts` ({wanted:,})."]
+    return []
+
+
+def _graded(selection, threshold, differ):
+    """Rewards that differ within `differ` groups, but never lie on both sides of the threshold."""
+    least, most = selection.provenance.get("reward_range") or (-math.inf, math.inf)
+    where = "and no prompt has rewards on both sides of it"
+    where = (
+        "which no reward reaches" if most < threshold else "which all rewards reach" if least >= threshold else where
+    )
+    return (
+        f"No prompt is learnable, although the rewards of {differ:,} of {selection.scores.num_rows:,} prompts differ between "
+        f"their rollouts. A success is a reward of at least `success_threshold` ({threshold:g}), {where} "
+        f"({_seen(selection)}). Use `learnability='variance'`, which is for graded rewards, or another `success_threshold`."
+    )
+
+
+def _all_equal(selection, learnability):
+    """The rewards of every prompt are equal."""
+    rate = selection.mean_success_rates()[0]
+    reason, prompts, check = "every prompt was always or never solved", "easier or harder", " and `success_threshold`"
+    if learnability == "variance":
+        reason, check = "the rollouts of every prompt had equal rewards", ""
+    elif rate == 0:
+        reason, prompts = "none was ever solved", "easier"
+    elif rate == 1:
+        reason, prompts = "all were always solved", "harder"
+    return (
+        f"No prompt is learnable: {reason} ({_seen(selection)}). Check the reward function{check}, or use more "
+        f"`num_rollouts`, a longer warm-up (`warmup_prompts`), or {prompts} prompts."
+    )
+
+
+def _seen(selection):
+    """The range of the rewards, which version 0.1.0 did not keep."""
+    if not selection.provenance.get("reward_range"):
+        return "the range of the rewards was not kept"
+    least, most = selection.provenance["reward_range"]
+    return f"all rewards are {least:.4g}" if least == most else f"rewards are between {least:.4g} and {most:.4g}"

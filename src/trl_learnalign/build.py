@@ -1,0 +1,267 @@
+"""What the command line builds of its arguments: rows, reward functions, an adapter, a trainer."""
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset, load_dataset
+from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
+from transformers import AutoConfig, set_seed
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+
+from .config import LearnAlignConfig
+from .rewards import check_success_reward, last_line
+from .rollouts import check_dataset
+from .selection import check_score_columns
+
+
+_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+@dataclass
+class SelectArguments(ScriptArguments):
+    """What `select` needs beside TRL's own arguments and those of LearnAlignConfig."""
+
+    reward_funcs: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Reward functions: `file.py:function`, a dotted path, or the name of one of `trl.rewards`."},
+    )
+    prompt_column: str = field(default="prompt", metadata={"help": "Column of the dataset that holds the prompts."})
+    answer_column: str | None = field(
+        default=None,
+        metadata={"help": "Column that reward functions get as `solution`, as those of `trl.rewards` want it."},
+    )
+    adapter: str | None = field(
+        default=None,
+        metadata={"help": "Directory of a trained PEFT adapter of the model, to select for the policy that it makes."},
+    )
+    save_adapter: str | None = field(
+        default=None, metadata={"help": "Directory to keep the adapter in as it is after the warm-up."}
+    )
+
+    def renamed(self) -> dict[str, str]:
+        """Columns that the trainer gets under another name: the dataset's name -> the trainer's."""
+        pairs = {self.prompt_column: "prompt", self.answer_column: "solution"}
+        return {old: new for old, new in pairs.items() if old not in (None, new)}
+
+
+def build_trainer(
+    arguments: SelectArguments, training_args: GRPOConfig, model_args: ModelConfig, config: LearnAlignConfig
+) -> GRPOTrainer:
+    """A stock trainer as a training script builds it. What can be checked without the model is checked first."""
+    if arguments.dataset_name is None:
+        raise ValueError(
+            "There is nothing to select from. Set `dataset_name` to a dataset of the Hub, a directory or a file."
+        )
+    if not arguments.reward_funcs:
+        raise ValueError(
+            "There is nothing to score rollouts by. Set `reward_funcs`, for example to `rewards.py:correct`."
+        )
+    if model_args.model_name_or_path is None:
+        raise ValueError("There is no policy. Set `model_name_or_path`.")
+    if arguments.save_adapter is not None and not config.warmup_prompts:
+        raise ValueError("`save_adapter` keeps the adapter of a warm-up, but there is none. Set `warmup_prompts`.")
+    if arguments.save_adapter is not None and not (model_args.use_peft or arguments.adapter):
+        raise ValueError(
+            "`save_adapter` keeps an adapter, but the policy has none. Set `use_peft: true`, or find the weights in the "
+            "checkpoint that is saved after the warm-up."
+        )
+    reward_funcs = [load_reward(name) for name in arguments.reward_funcs]
+    names = [getattr(function, "__name__", None) for function in reward_funcs]
+    if config.score != "random" and None not in names:
+        check_success_reward(names, config.success_reward, config.learnability)
+    _check_model(model_args)
+    dataset = read_rows(arguments)
+    check_dataset(dataset)
+    check_score_columns(dataset)
+    peft_config = get_peft_config(model_args)
+    if arguments.adapter is not None:
+        peft_config = PeftConfig.from_pretrained(arguments.adapter)
+        peft_config.inference_mode = False
+    set_seed(training_args.seed)  # a new adapter is the same each time, so that a selection is known again
+    training_args.push_to_hub = False  # of the model, which is not what this is about
+    training_args.eval_strategy, training_args.load_best_model_at_end = "no", False
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    trainer = GRPOTrainer(
+        model=model_args.model_name_or_path,
+        reward_funcs=reward_funcs,
+        args=training_args,
+        train_dataset=dataset,
+        peft_config=peft_config,
+        quantization_config=get_quantization_config(model_args),
+    )
+    if arguments.adapter is not None:
+        load_adapter(trainer, arguments.adapter)
+    return trainer
+
+
+def _check_model(model_args):
+    """Of a model that is no directory, whether the Hub has it: the trainer's own error would not say what was looked for."""
+    name = model_args.model_name_or_path
+    if not Path(name).is_dir():
+        try:
+            AutoConfig.from_pretrained(name, revision=model_args.model_revision)
+        except (ValueError, OSError) as error:
+            raise ValueError(
+                f"`model_name_or_path` is '{name}', which is no directory here and could not be loaded from the Hub: {error}"
+            ) from error
+
+
+def load_adapter(trainer: GRPOTrainer, path: str) -> None:
+    """
+    Puts the weights of a saved adapter in place of the trainer's fresh ones. The trainer makes the adapter itself, so that
+    precision, quantization and the reference policy of a KL term (the model without it) are those of a training run.
+    """
+    weights = load_peft_weights(path, device="cpu")
+    try:
+        result = set_peft_model_state_dict(trainer.model, weights)
+        missing = [name for name in result.missing_keys if ".default." in name]
+        fault = f"{len(missing)} of its tensors are missing" if missing else None
+        if result.unexpected_keys:
+            fault = f"the model has no place for {result.unexpected_keys[0]}"
+    except RuntimeError as error:  # of other shapes
+        fault = str(error)
+    if fault is not None:
+        raise ValueError(
+            f"The adapter in '{path}' does not fit the model: {fault}. Set `model_name_or_path` to the model that it was "
+            "trained on."
+        )
+
+
+# Rows --------------------------------------------------------------------------------------------------------------
+
+
+def read_rows(arguments: SelectArguments) -> Dataset:
+    """The training split of a dataset of the Hub or of a directory, or the rows of one file, with the trainer's names."""
+    file = Path(arguments.dataset_name)
+    if file.suffix in _READERS or file.is_file():
+        dataset = _read_file(file)
+    else:
+        try:
+            dataset = load_dataset(
+                arguments.dataset_name, arguments.dataset_config, split=arguments.dataset_train_split
+            )
+        except (ValueError, OSError) as error:
+            raise ValueError(f"`dataset_name` is '{file}', which could not be loaded: {error}") from error
+    columns = dataset.column_names
+    for old, new in arguments.renamed().items():
+        if old not in columns:
+            raise ValueError(
+                f"The dataset has no column '{old}'{nearest(old, columns)}. It has: {', '.join(columns)}."
+            )
+        if new in columns:
+            raise ValueError(
+                f"The column '{old}' is to be used as `{new}`, but the dataset has a column of that name, too. Remove or "
+                "rename one of them."
+            )
+        dataset = dataset.rename_column(old, new)
+    return dataset
+
+
+def _read_file(file):
+    if file.suffix not in _READERS:
+        raise ValueError(f"`dataset_name` is '{file}', but only files named {', '.join(_READERS)} can be read.")
+    if not file.is_file():
+        raise FileNotFoundError(f"`dataset_name` is '{file}', but there is no such file.")
+    with file.open("rb") as lines:
+        if not any(line.strip() for line in lines):
+            raise ValueError(f"`dataset_name` is '{file}', which is empty.")
+    try:
+        return load_dataset(_READERS[file.suffix], data_files=str(file), split="train")
+    except Exception as error:  # each reader has errors of its own
+        cause = error.__cause__ or error
+        place = _broken_line(file) if _READERS[file.suffix] == "json" else None
+        raise ValueError(
+            f"`dataset_name` is '{file}', which cannot be read: {place or f'{type(cause).__name__}: {cause}'}."
+        ) from error
+
+
+def _broken_line(file) -> str | None:
+    """What is wrong with the first line of a JSON file that is no row."""
+    content = file.read_bytes()
+    if file.suffix == ".json" and content.lstrip().startswith(b"["):  # an array over many lines
+        try:
+            json.loads(content)
+        except ValueError as error:
+            return str(error)
+        return None
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            if line.strip() and not isinstance(json.loads(line), dict):
+                return f'line {number} is no object such as {{"prompt": "..."}}'
+        except ValueError as error:
+            return f"line {number} is no JSON ({error})"
+    return None
+
+
+# Reward functions --------------------------------------------------------------------------------------------------
+
+
+def load_reward(name: str):
+    """A reward function by `file.py:function`, by a dotted path, or by its name in `trl.rewards`."""
+    file, _, function = name.rpartition(":")
+    if name.endswith(".py"):
+        functions = _functions_of(Path(name)) if Path(name).is_file() else []
+        example = f"`{name}:{functions[0] if functions else 'correct'}`"
+        raise ValueError(f"The reward function '{name}' is a file. Name the function in it, too, such as {example}.")
+    if file:
+        if not Path(file).is_file():
+            raise FileNotFoundError(
+                f"The reward function '{name}' is to be found in '{file}', but there is no such file."
+            )
+        spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            place = last_line(error, spec.origin)
+            raise ValueError(
+                f"The file of the reward function '{name}' failed{f' in line {place}' if place else ''}: "
+                f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}."
+            ) from error
+        names = _functions_of(Path(file))
+    else:
+        sys.path.insert(0, os.getcwd())
+        path, _, function = name.rpartition(".")
+        try:
+            module = importlib.import_module(path or "trl.rewards")
+        except Exception as error:
+            raise ValueError(
+                f"The reward function '{name}' could not be imported ({type(error).__name__}: {error}). Give "
+                "`file.py:function`, a dotted path, or the name of a function of `trl.rewards`."
+            ) from error
+        names = dir(module)
+    if not callable(getattr(module, function, None)):
+        raise ValueError(
+            f"There is no function '{function}' in {module.__name__}, which `reward_funcs` names"
+            f"{nearest(function, names)}."
+        )
+    return getattr(module, function)
+
+
+def _functions_of(file) -> list[str]:
+    """Names of the public functions and classes at the top of a Python file."""
+    try:
+        body = ast.parse(file.read_bytes()).body
+    except (SyntaxError, ValueError):
+        return []
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    return [node.name for node in body if isinstance(node, kinds) and not node.name.startswith("_")]
+
+
+def nearest(name: str, known) -> str:
+    """A question that names what `name` was probably meant to be, or nothing."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean '{close[0]}'?)" if close else ""

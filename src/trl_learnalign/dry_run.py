@@ -1,0 +1,54 @@
+"""What a selection would take, from a small one that is not kept."""
+
+import math
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from trl import GRPOTrainer
+
+from . import rollouts
+from .advice import plan_warnings
+from .config import LearnAlignConfig
+from .selector import SelectionRun
+
+
+def plan_selection(trainer: GRPOTrainer, config: LearnAlignConfig) -> tuple[str, bool]:
+    """
+    What a selection would take, in lines for people, and whether a prompt was learnable: a real one of a batch of prompts per
+    process, or more until they are 16, in a temporary directory, and its time in proportion. Every process must call this.
+    """
+    rollouts.check_trainer(trainer, config)
+    whole = SelectionRun(trainer, config, 0)
+    prompts, world = len(whole.pool), trainer.accelerator.num_processes
+    lines = [f"pool: {prompts:,} prompts x {whole.num_rollouts} rollouts = {prompts * whole.num_rollouts:,}"]
+    if config.score == "random":
+        lines.append(f"{config.num_prompts:,} would be chosen at random: no rollouts, no gradients")
+        return "\n".join(lines), True
+    batch = rollouts.prompts_per_batch(trainer, whole.num_rollouts)
+    tried = min(prompts, world * batch * math.ceil(16 / (world * batch)))
+    trial = SelectionRun(trainer, replace(config, candidate_prompts=tried, num_prompts=tried), 0)
+    with tempfile.TemporaryDirectory() as directory:
+        trial.path = Path(directory) / "learnalign" / "trial"
+        with trial.peers:
+            selection = trial._run()
+    more, learnable = prompts / tried, selection.num_learnable()
+    times = {phase: seconds * more for phase, seconds in selection.provenance["seconds"].items()}
+    dim, device = config.projection_dim, trainer.accelerator.device
+    passes = f"about {learnable * more:,.0f} prompts" if learnable else "not known, since none of these was learnable"
+    lines += [
+        f"tried: {tried} prompts on {world} process{'es' * (world > 1)}, of which {learnable} are learnable ({learnable / tried:.0%})",
+        f"at once: {batch * whole.num_rollouts} rollouts a process (per_device_train_batch_size x steps_per_generation); "
+        "more are faster while memory lasts",
+        f"gradient passes: {'none' if config.score == 'learnability' else passes}",
+        "expected time: "
+        + ", ".join(f"{phase} {seconds:,.0f} s" for phase, seconds in times.items())
+        + f"; {sum(times.values()) / 60:,.1f} minutes in all",
+    ]
+    if dim is not None and learnable and config.score != "learnability":
+        lines.append(f"on disk while it runs: about {learnable * more * dim * 4 / 1e9:,.2f} GB of gradient features")
+    if device.type == "cuda":
+        lines.append(f"most memory of the device so far: {torch.cuda.max_memory_allocated(device) / 2**30:,.1f} GiB")
+    lines += plan_warnings(selection, learnable * more, min(config.num_prompts, prompts))
+    return "\n".join([*lines, "Nothing was kept."]), learnable > 0

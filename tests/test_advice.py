@@ -1,0 +1,105 @@
+"""What is said where nothing was chosen, or less than was asked for: the same in Python, in training and on the page."""
+
+import logging
+import re
+
+import pytest
+from tiny import config, make_trainer
+
+from trl_learnalign import select_prompts
+from trl_learnalign.advice import selection_warning
+from trl_learnalign.dry_run import plan_selection
+from trl_learnalign.selection import Selection
+
+
+def constant(value):
+    def reward(completions, **kwargs):
+        return [value] * len(completions)
+
+    return reward
+
+
+def cycle(*values):
+    """Rewards that differ within every group."""
+
+    def reward(completions, **kwargs):
+        return [values[i % len(values)] for i in range(len(completions))]
+
+    return reward
+
+
+def by_row(completions, row, **kwargs):
+    """Always or never solved."""
+    return [float(r % 2) for r in row]
+
+
+def few(completions, row, **kwargs):
+    return [float(i % 2) if r < 3 else 0.0 for i, r in enumerate(row)]
+
+
+GRADED = r"rewards of 24 of 24 prompts differ.*`success_threshold` \({}\), {} \(rewards are between {} and {}\)\. Use `learn"
+CASES = {
+    "graded": (cycle(0, 0.3, 0.7), {}, GRADED.format(1, "which no reward reaches", 0, 0.7)),
+    "graded above": (cycle(2, 3), {}, GRADED.format(1, "which all rewards reach", 2, 3)),
+    "never": (constant(0.0), {}, r"none was ever solved \(all rewards are 0\).*`success_threshold`.* easier prompts"),
+    "always": (constant(1.0), {}, r"all were always solved \(all rewards are 1\).* or harder prompts"),
+    "either": (
+        by_row,
+        {},
+        r"every prompt was always or never solved \(rewards are between 0 and 1\).* easier or harder",
+    ),
+    "equal": (
+        constant(0.1),
+        {"learnability": "variance"},
+        r"rollouts of every prompt had equal rewards \(all.* 0\.1\)",
+    ),
+    "unscorable": (
+        constant(None),
+        {},
+        r"No prompt could be scored: the rewards of all 24 prompts were None, NaN or inf",
+    ),
+    "few": (
+        few,
+        {"num_prompts": 8},
+        r"Only 3 prompts are learnable, fewer than `num_prompts` \(8\).*raise `num_rollouts`",
+    ),
+    "all asked for": (few, {"num_prompts": 3}, None),
+    "variance": (cycle(0, 0.3, 0.7), {"learnability": "variance"}, None),
+    "random": (constant(None), {"score": "random"}, None),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_warning_names_the_reason_and_the_remedy(case, tmp_path, caplog, capsys):
+    reward, changes, words = CASES[case]
+    trainer = make_trainer(tmp_path, reward=reward, max_steps=1)
+    with caplog.at_level(logging.WARNING, "trl_learnalign"):
+        selection = select_prompts(trainer, config(**({"score": "learnability"} | changes)))
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("trl_learnalign")]
+    assert selection_warning(selection) == selection_warning(Selection.load(next(tmp_path.glob("learnalign/step-*"))))
+    assert said == ([] if words is None else [selection_warning(selection)])
+    if words is not None:
+        assert re.search(words, said[0]) and "\n" not in said[0]
+        assert ("`learnability='variance'`" in said[0]) == case.startswith("graded")
+
+
+def test_range_of_a_selection_made_by_an_earlier_version(tmp_path):
+    selection = select_prompts(
+        make_trainer(tmp_path, reward=cycle(0.25, 0.75), max_steps=1), config(score="learnability")
+    )
+    assert "between 0.25 and 0.75" in selection_warning(selection)
+    del selection.provenance["reward_range"]
+    assert "the range of the rewards was not kept" in selection_warning(selection)
+
+
+def test_plan_and_training_say_it_too(tmp_path, caplog):
+    trainer = make_trainer(tmp_path, reward=cycle(0, 0.3, 0.7), max_steps=1)
+    text, learnable = plan_selection(trainer, config())
+    assert not learnable and "warning: No prompt is learnable, although the rewards of 16 of 16 prompts differ" in text
+    text, learnable = plan_selection(make_trainer(tmp_path, reward=few, max_steps=1), config())
+    # 3 of the 16 that are tried, if all of them are among these
+    assert learnable and "prompts will be learnable, fewer than `num_prompts` (8)" in text
+    trainer = make_trainer(tmp_path, config(), reward=cycle(0, 0.3, 0.7), max_steps=6)
+    trainer.train()
+    assert "No prompt is learnable, although the rewards" in caplog.text
+    assert "Training goes on with random prompts" in caplog.text and trainer.state.global_step == 6
