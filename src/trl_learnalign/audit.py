@@ -6,10 +6,9 @@ import json
 import pyarrow as pa
 
 from .rollouts import first_completion, prompt_text
-from .selection import MOST_ROWS
+from .selection import MOST_CHARACTERS, MOST_ROWS
 
 
-MOST_CHARACTERS = 2000  # of a prompt
 _ROLLOUTS_SCHEMA = pa.schema(
     [
         ("index", pa.int64()),
@@ -42,8 +41,13 @@ def rollouts_table(own, pool, peers) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=_ROLLOUTS_SCHEMA)
 
 
+def shortened(text: str) -> str:
+    """The first `MOST_CHARACTERS` of a text, with a mark where it goes on."""
+    return text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + "\u2026"
+
+
 def texts_table(trainer, dataset, selection, own, peers) -> pa.Table | None:
-    """The prompts that a report shows, and a completion of the best and of the last that are learnable; on the main process."""
+    """The prompts that a report shows, and a completion of the highest- and of the lowest-ranked learnable; on the main process."""
     shown = {index for indices in selection.extremes() for index in indices}
     completions = {group.index: first_completion(trainer, group) for group in own if group.index in shown}
     completions = dict(itertools.chain(*(part.items() for part in peers.gather(completions))))
@@ -54,7 +58,7 @@ def texts_table(trainer, dataset, selection, own, peers) -> pa.Table | None:
         indices = indices[: MOST_ROWS // 2] + indices[-MOST_ROWS // 2 :]
     indices = sorted(shown.union(indices))
     prompts = dataset.select(indices)["prompt"]
-    texts = [prompt_text(prompt)[:MOST_CHARACTERS] for prompt in prompts]
+    texts = [shortened(prompt_text(prompt)) for prompt in prompts]
     none = (None, None)
     return pa.table(
         {

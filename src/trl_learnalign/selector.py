@@ -27,7 +27,7 @@ from .peers import Peers
 from .pool import Pool
 from .projection import stable_hash
 from .rollouts import Group, Row
-from .selection import ROLLOUTS_FILE, SCORES_SCHEMA, SELECTION_FILE, Selection, dataset_fingerprint
+from .selection import OUTCOME_LABELS, ROLLOUTS_FILE, SCORES_SCHEMA, SELECTION_FILE, Selection, dataset_fingerprint
 
 
 logger = logging.getLogger(__name__)
@@ -95,6 +95,7 @@ def plan_selection(trainer: GRPOTrainer, config: LearnAlignConfig) -> str:
     passes = f"about {learnable * more:,.0f} prompts" if learnable else "not known, since none of these was learnable"
     lines += [
         f"tried: {tried} prompts on {world} process{'es' * (world > 1)}, of which {learnable} are learnable ({learnable / tried:.0%})",
+        *(f"{OUTCOME_LABELS[name]}: {pool:.3f}" for name, (pool, _) in selection.outcomes().items() if pool == pool),
         f"at once: {batch * whole.num_rollouts} rollouts a process (per_device_train_batch_size x steps_per_generation); "
         "more are faster while memory lasts",
         f"gradient passes: {'none' if config.score == 'learnability' else passes}",
