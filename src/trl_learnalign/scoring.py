@@ -43,7 +43,7 @@ def reward_variance(rewards: torch.Tensor) -> torch.Tensor:
     rewards = rewards.double()
     known = rewards[~rewards.isnan()]
     if known.numel() == 0 or known.max() == known.min():
-        return torch.where(rewards.isnan().all(1), torch.nan, 0.0)
+        return torch.zeros_like(rewards[:, 0]).masked_fill(rewards.isnan().all(1), torch.nan)
     scaled = (rewards - known.min()) / (known.max() - known.min())
     mean = scaled.nanmean(1, keepdim=True)
     return (scaled - mean).square().nanmean(1)
