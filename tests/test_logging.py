@@ -162,6 +162,9 @@ def test_model_card(tmp_path):
     assert "- learnalign" in header and "- grpo" in header
     selection = Selection.load(next((tmp_path / "learnalign").glob("step-*")))
     assert f"- {selection.summary()}" in card and "arXiv:2506.11480" in card
+    trainer.save_model(str(tmp_path / "saved"))  # PEFT's own card
+    header = (tmp_path / "saved/README.md").read_text().split("---")[1]
+    assert "- learnalign" in header and "- grpo" in header and "- lora" in header
     plain = make_trainer(tmp_path / "plain", config())
     plain.create_model_card()  # before anything was selected
     assert "## Prompts" not in (tmp_path / "plain/README.md").read_text()

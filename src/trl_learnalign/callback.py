@@ -64,6 +64,7 @@ class LearnAlignCallback(TrainerCallback):
         self._pending = None  # the start chunk of a selection that is due
         self._lock = None
         trainer._get_train_sampler = self._train_sampler
+        trainer.model.add_model_tags("learnalign")  # for the card that PEFT writes beside an adapter
 
     def _train_sampler(self, dataset=None):
         size = len(self.trainer.train_dataset if dataset is None else dataset)

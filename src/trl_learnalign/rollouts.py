@@ -118,7 +118,7 @@ def check_dataset(dataset) -> None:
     """Raises a `ValueError` for a dataset whose rows cannot be picked by number, or that has none."""
     if not isinstance(dataset, Dataset):
         raise ValueError(
-            f"The training dataset is a {type(dataset).__name__}, which can be read only once and in order, but a "
+            f"The training dataset has the type {type(dataset).__name__}, which can be read only once and in order, but a "
             "selection picks rows. Load it without streaming, or select from `Dataset.from_list(list(stream.take(n)))`."
         )
     if len(dataset) == 0:
