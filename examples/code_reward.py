@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 
 SECONDS, BYTES = 5, 1 << 30
-FENCE = re.compile(r"```(?:python)?\n(.*?)```", re.DOTALL)
+FENCE = re.compile(r"```(?:python3?|py)?[ \t]*\r?\n(.*?)```", re.DOTALL | re.IGNORECASE)
 RUNNER = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_CPU, ({seconds}, {seconds}))

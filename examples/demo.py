@@ -19,7 +19,8 @@ from datasets import Dataset
 from equations import equations_reward, generate_chains, load_gsm8k_equations
 from peft import LoraConfig
 from train_tiny_policy import generate
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback
+from transformers.utils.logging import disable_progress_bar
 from trl import GRPOConfig
 
 from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler, Selection
@@ -74,7 +75,7 @@ def build_trainer(score, pool, arguments, sampler=LearnAlignSampler) -> LearnAli
         dataloader_pin_memory=False,
         seed=arguments.seed,
     )
-    return LearnAlignGRPOTrainer(
+    trainer = LearnAlignGRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(POLICY, dtype=torch.float32),
         reward_funcs=equations_reward,
         args=training_args,
@@ -83,6 +84,16 @@ def build_trainer(score, pool, arguments, sampler=LearnAlignSampler) -> LearnAli
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
         train_sampler=sampler(learnalign),
     )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Bar)
+    return trainer
+
+
+class Bar(ProgressCallback):
+    """The bar of the steps alone, so that all that the demo says fits on one screen."""
+
+    def on_log(self, args, state, control, **kwargs):
+        pass
 
 
 def train(score, pool, test, arguments, sampler=LearnAlignSampler) -> tuple[torch.Tensor, Path, int]:
@@ -98,19 +109,15 @@ def show(selection: Selection, pool: Dataset) -> None:
     """Some prompts of both ends of the ranking, and how the success rate of pool and choice is spread."""
     table = selection.scores.to_pandas().sort_values("rank")
     print("\n  rank  success  V      alignment  prompt")
-    for part in (table.head(5), table[table["learnability"] > 0].tail(2), table.tail(2)):
+    for part in (table.head(5), table[table["learnability"] > 0].tail(2), table.tail(1)):
         for row in part.itertuples(index=False):
             alignment = "-" if row.learnability == 0 else f"{row.alignment:+.2f}"
-            prompt = pool[row[0]]["prompt"]
+            prompt = pool[row[0]]["prompt"][:60]
             print(f"  {row.rank:4d}  {row.success_rate:.3f}    {row.learnability:.3f}  {alignment:9s}  {prompt}")
-    print("\n  successes of 8    pool  chosen")
-    for solved in range(9):
-        counts = [
-            (rates * 8 == solved).sum() for rates in (table["success_rate"], table["success_rate"][table["selected"]])
-        ]
-        print(
-            f"  {solved}               {counts[0]:5d}   {counts[1]:5d}  {'#' * (40 * counts[1] // max(1, len(selection.indices)))}"
-        )
+    print("\n  solved of 8 times " + "".join(f"{solved:6d}" for solved in range(9)))
+    for name, rows in (("pool", table), ("chosen", table[table["selected"]])):
+        counts = [(rows["success_rate"] * 8 == solved).sum() for solved in range(9)]
+        print(f"  {name:18s}" + "".join(f"{count:6d}" for count in counts))
 
 
 def main():
@@ -123,6 +130,7 @@ def main():
     parser.add_argument("--test", type=int, default=400, help="held-out prompts")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    disable_progress_bar()  # of loading weights; training has its own
     started = time.perf_counter()
 
     pool, test, source = load(arguments)
@@ -146,9 +154,9 @@ def main():
     print(
         f"  LearnAlign - random    {gap.mean():+.3f} +- {error:.3f}  (one run each; the error is over held-out prompts only)"
     )
-    print(f"\nScores and provenance: {path}/scores.parquet, {path}/selection.json")
-    print(f"Read them back: trl_learnalign.Selection.load('{path}')")
-    print(f"Total: {time.perf_counter() - started:.0f} s")
+    print(f"\nTotal: {time.perf_counter() - started:.0f} s")
+    print(f"The scores, to be read in Python: Selection.load('{path}')")
+    print(f"Why each prompt was chosen, to be opened in a browser: {path.parent / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -182,7 +182,32 @@ def test_settings_and_commands_of_the_pages_exist(page):
             assert words[0] != "make" or words[1] in targets
             for word in words:
                 assert not word.startswith(("examples/", "benchmarks/")) or (ROOT / word).exists(), word
-                assert not word.startswith("--") or word[2:] in known | {"config", "config_file", "dry_run", "format"}
+                assert not word.startswith("--") or word[2:] in known | {
+                    "config",
+                    "config_file",
+                    "dry_run",
+                    "format",
+                    "index-url",
+                }
+
+
+def test_types_of_the_api_reference_are_links_and_have_no_marks():
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    spec = spec_from_file_location("hooks", ROOT / "docs/hooks.py")
+    hooks = module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    heading = '<h2 id="trl_learnalign.Selection">Selection</h2>'
+    link = '<code><a href="#trl_learnalign.Selection">Selection</a></code>'
+    for written, read in {
+        "<code>`int`, *optional*, defaults to `3`</code>": "<code>int</code>",
+        "<code>[`Selection`], *optional*</code>": link,
+        "[<code>~trl_learnalign.Selection</code>]": link,
+        "<code>[`~trl.GRPOTrainer`]</code>": "<code>GRPOTrainer</code>",
+        "<code>`torch.Tensor` of shape `(n,)`</code>": "<code>torch.Tensor of shape (n,)</code>",
+        "<code>plain</code> [1]": "<code>plain</code> [1]",
+    }.items():
+        assert hooks.on_page_content(heading + written) == heading + read
 
 
 def test_every_page_is_in_the_navigation():

@@ -32,14 +32,14 @@ needs_gsm8k = pytest.mark.skipif(
 )
 
 
-def run(*command, cwd=ROOT):
+def run(*command, cwd=ROOT, apart=False):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
     # Threads of gloo now and then abort a process that has finished, at the shutdown of its interpreter; the tests look
     # for what the script does last
     aborted_at_exit = "terminate called without an active exception" in done.stderr
     assert done.returncode == 0 or aborted_at_exit, done.stderr[-5000:]
-    return done.stdout + done.stderr
+    return (done.stdout, done.stderr) if apart else done.stdout + done.stderr
 
 
 @needs_gsm8k
@@ -233,13 +233,15 @@ def test_dataset_path_without_data(tmp_path, monkeypatch):
 
 
 def test_demo(tmp_path):
-    output = run(
-        *(sys.executable, EXAMPLES / "demo.py", "--output_dir", tmp_path, "--pool", "64", "--num_prompts", "32"),
-        *("--passes", "1", "--test", "20"),
-    )
+    command = [sys.executable, EXAMPLES / "demo.py", "--output_dir", tmp_path, "--pool", "64", "--num_prompts", "32"]
+    output, _ = run(*command, "--passes", "1", "--test", "20", apart=True)
     for line in ("before training", "after random prompts", "after LearnAlign's", "LearnAlign - random", "Total:"):
         assert line in output
     assert Selection.load(re.search(r"Selection.load\('(.*)'\)", output)[1]).indices
+    report = output.splitlines()[-1].partition("in a browser: ")[2]
+    assert Path(report).read_text().startswith("<!doctype html>")
+    # On one screen of lines of 100 columns
+    assert sum(max(1, -(-len(line.replace(str(tmp_path), "runs/demo")) // 100)) for line in output.splitlines()) <= 40
 
 
 def test_accelerate_reads_the_configs():
@@ -267,6 +269,8 @@ def test_code_reward():
     tests = ["assert add(1, 2) == 3", "assert add(0, 0) == 0", "assert add(2, 2) == 5"]
     completions = {
         "Here:\n```python\ndef add(a, b):\n    return a + b\n```": 2 / 3,
+        "```py\ndef add(a, b):\n    return a + b\n```\nthat is all": 2 / 3,
+        "```Python3 \r\ndef add(a, b): return a + b\r\n```": 2 / 3,
         "def add(a, b): return 5": 1 / 3,
         "def add(a, b) return": 0,  # does not compile
         "while True: pass": 0,
@@ -275,7 +279,7 @@ def test_code_reward():
         "open('file', 'wb', 0).write(b'text')\ndef add(a, b): return a + b": 0,
     }
     rewards = passed_tests(
-        [*completions, [{"role": "assistant", "content": "def add(a, b): return a + b"}]], [tests] * 8
+        [*completions, [{"role": "assistant", "content": "def add(a, b): return a + b"}]], [tests] * 10
     )
     assert rewards == pytest.approx([*completions.values(), 2 / 3])
 

@@ -139,7 +139,7 @@ def test_unscorable_prompts_are_out_of_the_pool(tmp_path):
     selection = select_prompts(make_trainer(tmp_path, reward=patchy), config())
     assert selection.provenance["unscorable"] == [0, 1, 2]
     assert selection.scores["index"].to_pylist() == list(range(3, 24))
-    assert "pool 21 (3 unscorable left out)" in selection.summary()
+    assert "pool 24 (3 unscorable: no finite reward)" in selection.summary()
     rate = selection.scores["success_rate"].to_pylist()[2]
     assert 0 <= rate <= 1 and (rate * 4) % 1 == 0  # over the four rollouts that were scored
 

@@ -16,7 +16,8 @@ from types import SimpleNamespace
 
 import pytest
 from huggingface_hub.utils import filter_repo_objects
-from tiny import config, make_trainer
+from PIL import Image
+from tiny import config, make_trainer, parity_reward
 from transformers import TrainerCallback
 
 from trl_learnalign import Selection, select_prompts
@@ -28,15 +29,17 @@ def test_values_reach_tensorboard(tmp_path):
 
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(tmp_path / "logs")
     try:
-        trainer = make_trainer(tmp_path, config(), report_to="tensorboard", num_train_epochs=2)
+        settings = {"report_to": "tensorboard", "num_train_epochs": 3}
+        trainer = make_trainer(tmp_path, config(write_report=True), **settings)
         trainer.train()
     finally:
         del os.environ["TENSORBOARD_LOGGING_DIR"]
-    tags = {}
+    tags, images = {}, {}
     for path in {file.parent for file in tmp_path.rglob("events.out.tfevents.*")}:
         events = EventAccumulator(str(path))
         events.Reload()
         tags |= {tag: events.Scalars(tag)[0] for tag in events.Tags()["scalars"]}
+        images |= {tag: events.Images(tag) for tag in events.Tags()["images"]}
     selection = Selection.load(next((tmp_path / "learnalign").glob("step-*")))
     value = next(event for tag, event in tags.items() if tag.endswith("learnalign/success_rate_pool"))
     assert value.step == 2 and value.value == pytest.approx(selection.mean_success_rates()[0])
@@ -44,18 +47,69 @@ def test_values_reach_tensorboard(tmp_path):
     assert {f"seconds_{phase}" for phase in ("rollouts", "gradients", "scores")} < names
     assert {"learnable_fraction", "alignment_pool", "alignment_selected", "stage"} < names
     # TRL's own share of groups without a gradient: step 1 before the selection; step 2, at which it was made, before it too,
-    # but logged after it; step 3 since then, which the log of step 4 is the first to know
+    # but logged after it; step 3 has the batch that was read ahead; step 4 is the first of the selection, which the log of
+    # step 5 is the first to know
     shares = {e["step"]: e["frac_reward_zero_std"] for e in trainer.state.log_history if "frac_reward_zero_std" in e}
-    for when, step, share in (("before", 2, shares[1]), ("after", 4, shares[3])):
+    for when, step, share in (("before", 2, shares[1]), ("after", 5, shares[4])):
         event = next(event for tag, event in tags.items() if tag.endswith(f"zero_variance_{when}"))
         assert event.step == step and event.value == pytest.approx(share)
+    # The figures of the report, pixel by pixel
+    drawn = {f"learnalign/figures/{file.stem}": file for file in (tmp_path / "learnalign/figures").iterdir()}
+    assert len(drawn) == 4 and images.keys() == drawn.keys()
+    for tag, file in drawn.items():
+        (event,) = images[tag]
+        shown, expected = (
+            Image.open(source).convert("RGB") for source in (io.BytesIO(event.encoded_image_string), file)
+        )
+        assert event.step == 2 and shown.size == expected.size and shown.tobytes() == expected.tobytes()
+
+
+def test_figures_that_cannot_be_drawn_are_no_reason_to_end_a_run(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    monkeypatch.setattr("trl_learnalign.figures.drawings", lambda selections: 1 / 0)
+    trainer = make_trainer(tmp_path, config(write_report=True), report_to="tensorboard")
+    trainer.train()
+    assert trainer.state.global_step == trainer.state.max_steps
+    assert "The table of scores and the figures could not be logged (ZeroDivisionError" in caplog.text
+
+
+@pytest.mark.parametrize("changes", [{}, {"logging_steps": 2}, {"num_iterations": 2}])
+def test_zero_variance_is_that_of_selected_prompts(tmp_path, changes):
+    """Of chunks before the selection takes effect, the one read ahead with them, no group has a gradient; of the others, some have."""
+    shares = []
+
+    def dull_at_first(completions, **kwargs):
+        rewards = parity_reward(completions)
+        if trainer.num_generations == 4:  # not in a selection
+            rewards = [0.0] * 16 if len(shares) < 3 else rewards
+            shares.append(sum(len({*rewards[i : i + 4]}) == 1 for i in range(0, 16, 4)) / 4)
+        return rewards
+
+    settings = {"warmup_prompts": 8, "num_prompts": 8}
+    trainer = make_trainer(tmp_path, config(**settings), reward=dull_at_first, num_train_epochs=4, **changes)
+    trainer.train()
+    start = trainer._learnalign.sampler.log[-1].start_chunk
+    assert start == 3 and shares[:3] == [1.0] * 3 and max(shares[3:]) < 1
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    known, since = [], 0
+    for entry in logged:
+        expected = sum(known) / len(known) if known else None
+        assert entry.get("learnalign/zero_variance_after") == (
+            expected if expected is None else pytest.approx(expected)
+        )
+        steps = range(since, entry["step"])
+        chunks = [step // trainer.num_iterations for step in steps if step % trainer.num_iterations == 0]
+        if chunks and chunks[0] >= start:
+            known.append(sum(shares[chunk] for chunk in chunks) / len(chunks))
+        since = entry["step"]
+    assert known
 
 
 @pytest.mark.parametrize("backend", ["wandb", "trackio"])
 def test_table_of_scores_reaches(tmp_path, backend):
-    """Offline, with the tracker itself; what it has kept is read back from its files."""
+    """Offline, with the tracker itself; what it has kept is read back from its files. The figures come with it."""
     pytest.importorskip(backend, reason=f"{backend} is not installed")
-    run = f"make_trainer({str(tmp_path)!r}, config(), report_to={backend!r}, num_train_epochs=2).train()"
+    run = f"make_trainer({str(tmp_path)!r}, config(write_report=True), report_to={backend!r}, num_train_epochs=2).train()"
     places = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "TRACKIO_DIR": str(tmp_path / "trackio")}
     command = [sys.executable, "-c", f"from tiny import config, make_trainer\n{run}"]
     # A process of its own, since trackio reads its directory when it is imported
@@ -65,6 +119,14 @@ def test_table_of_scores_reaches(tmp_path, backend):
     expected = selection.to_pandas().reset_index()
     assert len(tables) == 1 and [row["index"] for row in tables[0]] == expected["index"].tolist()
     assert [row["score"] for row in tables[0]] == pytest.approx(expected["score"].tolist())
+    report = sorted(_pixels(file) for file in (tmp_path / "learnalign/figures").iterdir())
+    media = [file for file in tmp_path.rglob("*.png") if tmp_path / "learnalign" not in file.parents]
+    assert len(report) == 4 and sorted(map(_pixels, media)) == report
+
+
+def _pixels(file):
+    image = Image.open(file).convert("RGB")
+    return image.size, image.tobytes()
 
 
 def _wandb_tables(path):
@@ -170,6 +232,9 @@ def test_model_card(tmp_path):
     assert "- learnalign" in header and "- grpo" in header
     selection = Selection.load(next((tmp_path / "learnalign").glob("step-*")))
     assert f"- {selection.summary()}" in card and "arXiv:2506.11480" in card
+    trainer.save_model(str(tmp_path / "saved"))  # PEFT's own card
+    header = (tmp_path / "saved/README.md").read_text().split("---")[1]
+    assert "- learnalign" in header and "- grpo" in header and "- lora" in header
     plain = make_trainer(tmp_path / "plain", config())
     plain.create_model_card()  # before anything was selected
     assert "## Prompts" not in (tmp_path / "plain/README.md").read_text()

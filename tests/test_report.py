@@ -10,12 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
-from tiny import config, digit_reward, make_trainer, parity_reward
+from tiny import config, digit_reward, graded_reward, make_trainer, parity_reward
 
 from trl_learnalign import Selection, select_prompts
 from trl_learnalign.report import write_report
 from trl_learnalign.rollouts import prompt_text
 from trl_learnalign.selection import load_run
+from trl_learnalign.selector import plan_selection
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -66,7 +67,7 @@ def test_a_run_leaves_a_report(run):
     assert all(file.read_bytes()[:4] == b"\x89PNG" for file in (run / "figures").iterdir())
 
 
-def test_the_best_and_the_last_come_with_a_completion(run):
+def test_both_ends_of_the_ranking_come_with_a_completion(run):
     step = sorted(run.glob("step-*"))[-1]
     best, last = Selection.load(step).extremes()
     texts = {row["index"]: row for row in pq.read_table(step / "texts.parquet").to_pylist()}
@@ -74,7 +75,8 @@ def test_the_best_and_the_last_come_with_a_completion(run):
     for index, row in texts.items():
         assert (row["completion"] is not None) == (index in best + last) == (row["reward"] is not None)
     page = (run / "report.html").read_text(encoding="utf-8")
-    assert page.count("<td class=text>") == 2 * len(best + last)
+    assert page.count("<td class=text data-label=") == 2 * len(best + last)
+    assert "<h3>Highest-ranked</h3>" in page and "<h3>Lowest-ranked</h3>" in page
 
 
 def test_completions_are_those_of_the_rollouts(tmp_path):
@@ -90,17 +92,21 @@ def test_completions_are_those_of_the_rollouts(tmp_path):
         assert row["reward"] == pytest.approx(first["rewards"][0] + 0.5 * first["rewards"][1])
 
 
-def test_of_many_prompts_the_best_and_the_last(tmp_path, monkeypatch):
-    for room in ("audit", "report"):
-        monkeypatch.setattr(f"trl_learnalign.{room}.MOST_ROWS", 6)
+def test_of_many_prompts_both_ends_and_of_long_ones_the_beginning(tmp_path, monkeypatch):
+    for module in ("audit", "report"):
+        monkeypatch.setattr(f"trl_learnalign.{module}.MOST_ROWS", 6)
+        monkeypatch.setattr(f"trl_learnalign.{module}.MOST_CHARACTERS", 3)
     selection = select_prompts(make_trainer(tmp_path), reported())
     ranked = selection.to_pandas().index.tolist()
     page = (tmp_path / "learnalign/report.html").read_text(encoding="utf-8")
     data = data_of(page)
     place = {column["key"]: number for number, column in enumerate(data["columns"])}
     assert [row[place["index"]] for row in data["rows"]] == ranked[:3] + ranked[-3:]
-    assert all(row[place["prompt"]] for row in data["rows"])
-    assert "The best and the last 3 of 24 prompts" in page
+    assert all(
+        row[place["prompt"]] == f"{i % 10}+{i // 10}\u2026" for row in data["rows"] for i in [row[place["index"]]]
+    )
+    assert "The 3 highest- and the 3 lowest-ranked of 24 prompts" in page
+    assert "Those of more than 3 characters are cut and end with \u201c\u2026\u201d." in page
     texts = set(pq.read_table(tmp_path / "learnalign/step-000000/texts.parquet")["index"].to_pylist())
     best, last = selection.extremes()
     assert texts == {*ranked[:3], *ranked[-3:], *best, *last} and len(texts) < 24
@@ -180,6 +186,62 @@ def test_other_scores(tmp_path, score):
     assert ("chosen at random" in page) == (score == "random")
     keys = [column["key"] for column in data_of(page)["columns"]]
     assert "alignment" not in keys and ("success_rate" in keys) == (score == "learnability")
+    assert ("First of the random order" in page) == ("Some of the prompts" in page) == (score == "random")
+    assert ("Highest-ranked" in page) == ("learnable" in page.partition("<script")[0]) == (score == "learnability")
+    assert " cut and end with" not in page
+
+
+def test_graded_rewards_are_shown_as_rewards(tmp_path):
+    """No reward reaches 1, so that a success rate would be 0: on the page, in the line, in the log and in the dry run."""
+    settings = reported(learnability="variance")
+    trainer = make_trainer(tmp_path, settings, reward=graded_reward, num_train_epochs=2)
+    trainer.train()
+    selection = Selection.load(next((tmp_path / "learnalign").glob("step-*")))
+    table = selection.to_pandas()
+    chosen = table[table["selected"]]
+    assert table["success_rate"].max() == 0 and len(chosen) == 8
+    means = {
+        f"reward_{name}": (table[f"reward_{name}"].mean(), chosen[f"reward_{name}"].mean()) for name in ("mean", "std")
+    }
+    assert selection.outcomes() == {name: pytest.approx(values) for name, values in means.items()}
+    page = (tmp_path / "learnalign/report.html").read_text(encoding="utf-8")
+    visible = page.partition("<script")[0]
+    words = [selection.summary(), repr(selection), plan_selection(trainer, settings)]
+    for text in (*words, visible.replace("prompts have no success rate here", "")):
+        assert "success rate" not in text and "solved" not in text
+    for name, (pool, of_chosen) in means.items():
+        label = {"reward_mean": "mean reward", "reward_std": "mean reward std"}[name]
+        assert f"; {label} {pool:.3f} (pool), {of_chosen:.3f} (chosen)" in words[0]
+        assert f"{name}={pool:.3f} (pool), {of_chosen:.3f} (chosen)" in words[1]
+        assert re.search(rf"^{label}: \d\.\d{{3}}$", words[2], re.M)
+        assert f"<dt>{label}, pool</dt><dd>{pool:.2f}</dd>" in page
+    keys = [column["key"] for column in data_of(page)["columns"]]
+    assert {"reward_mean", "reward_std"} < set(keys) and "success_rate" not in keys
+    assert (tmp_path / "learnalign/figures/rewards.png").is_file()
+    (logged,) = (entry for entry in trainer.state.log_history if "learnalign/stage" in entry)
+    assert not any("success_rate" in name for name in logged)
+    for name, values in means.items():
+        assert (logged[f"learnalign/{name}_pool"], logged[f"learnalign/{name}_selected"]) == pytest.approx(values)
+
+
+@pytest.mark.parametrize(
+    ("reward", "learnability", "reason"),
+    [
+        (None, "success_rate", "no rollout got a reward that is a finite number"),
+        (0.0, "success_rate", "each prompt is either always or never solved"),
+        (0.3, "variance", "the rewards of each prompt are all equal"),
+    ],
+)
+def test_the_page_says_why_nothing_was_chosen(tmp_path, reward, learnability, reason):
+    def constant(completions, **kwargs):
+        return [reward] * len(completions)
+
+    selection = select_prompts(make_trainer(tmp_path, reward=constant), reported(learnability=learnability))
+    page = (tmp_path / "learnalign/report.html").read_text(encoding="utf-8")
+    assert selection.indices == [] and "LearnAlign: 0 of 24 prompts" in page and reason in page
+    assert page.count("Nothing was chosen") == 1 and ("solved" in page) == (reward == 0.0)
+    assert not re.search(r"\bnan\b", selection.summary() + repr(selection) + page.partition("<script")[0])
+    assert ("24 unscorable" in selection.summary()) == (reward is None)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
@@ -241,6 +303,36 @@ def test_in_a_browser(run, tmp_path, scheme):
         assert page.locator("#status").inner_text() == f"51{DASH}100 of 20,000"
         browser.close()
         assert not faults
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_long_prompts_and_narrow_pages(run, tmp_path):
+    """Nothing is cut off at the side, no row is higher than half a page, and every text can be opened."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    step = shutil.copytree(sorted(run.glob("step-*"))[-1], tmp_path / "long")
+    texts = pq.read_table(step / "texts.parquet").to_pylist()
+    kinds = ["word " * 400, "x" * 2000, "\n".join(map(str, range(300))), "<b>" * 600]
+    for number, row in enumerate(texts):
+        row["prompt"] = f"{row['index']}: {kinds[number % 4]}"
+        row["completion"] = row["completion"] and kinds[number % 4]
+    pq.write_table(pa.Table.from_pylist(texts), step / "texts.parquet")
+    page_file = write_report(step)
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.goto(page_file.as_uri())
+        for width in (1200, 800, 400):
+            page.set_viewport_size({"width": width, "height": 900})
+            spare = "[...document.querySelectorAll('html, .wide')].map(e => e.clientWidth - e.scrollWidth)"
+            assert set(page.evaluate(spare)) == {0}
+            assert page.evaluate("Math.max(...[...document.querySelectorAll('tr')].map(e => e.offsetHeight))") < 620
+        for table in ("#table", ".wide:not(:has(#table)) table >> nth=0"):
+            text = page.locator(f"{table} >> details.long").first
+            whole = text.locator("div")
+            assert not whole.is_visible() and text.locator("summary span").inner_text().endswith("\u2026")
+            text.locator("summary").press("Enter")
+            assert whole.is_visible() and len(whole.inner_text()) > 1000
+        browser.close()
 
 
 @pytest.mark.parametrize(

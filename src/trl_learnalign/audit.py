@@ -7,10 +7,9 @@ import pyarrow as pa
 
 from .prompts import prompt_text
 from .rollouts import first_completion
-from .selection import MOST_ROWS
+from .selection import MOST_CHARACTERS, MOST_ROWS
 
 
-MOST_CHARACTERS = 2000  # of a prompt
 _ROLLOUTS_SCHEMA = pa.schema(
     [
         ("index", pa.int64()),
@@ -43,9 +42,15 @@ def rollouts_table(own, pool, peers) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=_ROLLOUTS_SCHEMA)
 
 
+def shortened(text: str) -> str:
+    """The first `MOST_CHARACTERS` of a text, with a mark where it goes on."""
+    return text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + "\u2026"
+
+
 def texts_table(trainer, dataset, selection, own, peers) -> pa.Table | None:
     """
-    The prompts that a report shows, and a completion of the best and of the last that are learnable; on the main process.
+    The prompts that a report shows, and a completion of the highest- and of the lowest-ranked learnable; on
+    the main process.
 
     Rows without a prompt, which an environment supplies, are shown by the prompt of their first rollout, or, where
     nothing was rolled out, by their columns.
@@ -68,7 +73,7 @@ def texts_table(trainer, dataset, selection, own, peers) -> pa.Table | None:
         texts = [prompt_text(prompt) for prompt in rows["prompt"]]
     else:
         texts = [supplied.get(index) or _columns_text(row) for index, row in zip(indices, rows, strict=True)]
-    texts = [text[:MOST_CHARACTERS] for text in texts]
+    texts = [shortened(text) for text in texts]
     none = (None, None)
     return pa.table(
         {

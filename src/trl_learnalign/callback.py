@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 from trl import GRPOTrainer
 
-from . import plan, rollouts
+from . import plan, rollouts, trackers
 from .config import FREE_ON_RESUME
 from .disk import DirectoryLock, digest, make_directory, write_atomically
 from .peers import Peers
 from .sampler import Layout, LearnAlignSampler
-from .selection import MOST_ROWS, Selection, dataset_fingerprint
+from .selection import Selection, dataset_fingerprint
 from .selector import select_at_stage
 
 
@@ -66,6 +66,7 @@ class LearnAlignCallback(TrainerCallback):
         self._pending = None  # the start chunk of a selection that is due
         self._lock = None
         trainer._get_train_sampler = self._train_sampler
+        trainer.model.add_model_tags("learnalign")  # for the card that PEFT writes beside an adapter
 
     def _train_sampler(self, dataset=None):
         size = len(self.trainer.train_dataset if dataset is None else dataset)
@@ -111,12 +112,14 @@ class LearnAlignCallback(TrainerCallback):
         self.unlock()
 
     def with_zero_variance(self, logs: dict[str, float]) -> dict[str, float]:
-        """Log values of training, and the mean share of groups without a gradient since the last selection, once logged."""
-        share = _zero_variance(self.trainer.state)
-        selected = any("learnalign/stage" in entry for entry in self.trainer.state.log_history)
-        if not selected or share is None or "loss" not in logs:
-            return logs
-        return logs | {"learnalign/zero_variance_after": share}
+        """Log values of training, and the mean share of groups without a gradient among those of selected prompts, once logged."""
+        share = self._zero_variance() if self.sampler.log and self.sampler.log[-1].indices else None
+        return logs if share is None or "loss" not in logs else logs | {"learnalign/zero_variance_after": share}
+
+    def _zero_variance(self):
+        """Mean share of groups without a gradient since the last selection took effect, or since the start."""
+        history = self.trainer.state.log_history
+        return trackers.zero_variance(history, self.sampler.layout, self.sampler.log[-1].start_chunk)
 
     def unlock(self) -> None:
         """Lets other runs use the output directory."""
@@ -183,19 +186,19 @@ class LearnAlignCallback(TrainerCallback):
             self._restart()
         if self.trainer.accelerator.is_main_process and not selection.indices:
             logger.warning("Training goes on with random prompts, as no prompt was chosen.")
+        before = self._zero_variance()
         self.sampler.append(start, selection.indices)
         self.selections.append(selection)
         self._record(state)
         # Not `self.trainer.log`, which flushes the metrics of the training batches gathered so far. A log event takes
         # back `should_log`, which the step that just ended may have set for its own values
         due = self.trainer.control.should_log
-        values = _log_values(selection, start * self.sampler.layout.chunk_prompts)
-        before = _zero_variance(state)
+        if self.trainer.accelerator.is_main_process:
+            trackers.log_media(self.trainer, selection)
+        values = trackers.log_values(selection, start * self.sampler.layout.chunk_prompts)
         Trainer.log(self.trainer, values if before is None else values | {"learnalign/zero_variance_before": before})
         self.trainer.control.should_log = due
         self._since = state.global_step, time.perf_counter()
-        if self.trainer.accelerator.is_main_process:
-            _log_table(selection, self.trainer.args.report_to or [])
 
     # What a checkpoint holds ------------------------------------------------------------------------------------
 
@@ -314,55 +317,3 @@ def _layout(trainer, sampler) -> Layout:
         shuffle=trainer.shuffle_dataset,
         seed=args.seed,
     )
-
-
-def _log_values(selection, warmup_prompts) -> dict[str, float]:
-    provenance = selection.provenance
-    values = {
-        "learnalign/stage": provenance["stage"],
-        "learnalign/pool_prompts": selection.scores.num_rows,
-        "learnalign/unscorable_prompts": len(provenance["unscorable"]),
-        "learnalign/selected_prompts": len(selection.indices),
-        "learnalign/prompts_before": warmup_prompts,
-    }
-    if provenance["config"]["score"] != "random":
-        pool_rate, chosen_rate = selection.mean_success_rates()
-        values["learnalign/learnable_prompts"] = selection.num_learnable()
-        values["learnalign/learnable_fraction"] = selection.num_learnable() / max(1, selection.scores.num_rows)
-        values["learnalign/success_rate_pool"] = pool_rate
-        values["learnalign/success_rate_selected"] = chosen_rate
-        table = selection.to_pandas()
-        values["learnalign/alignment_pool"] = table["alignment"].mean()
-        values["learnalign/alignment_selected"] = table.loc[table["selected"], "alignment"].mean()
-    for phase, seconds in provenance["seconds"].items():
-        values[f"learnalign/seconds_{phase}"] = seconds
-    return {name: value for name, value in values.items() if value == value}  # a mean over nothing is NaN
-
-
-def _zero_variance(state):
-    """Mean share of training groups without a gradient since the last selection; None if nothing was logged since."""
-    last = max((entry["step"] for entry in state.log_history if "learnalign/stage" in entry), default=-1)
-    # The values of the step that a selection was made at are logged after it, but belong before it
-    shares = [
-        entry["frac_reward_zero_std"]
-        for entry in state.log_history
-        if "frac_reward_zero_std" in entry and entry["step"] > last
-    ]
-    return sum(shares) / len(shares) if shares else None
-
-
-def _log_table(selection, report_to):
-    """The table of scores, best first, as TRL logs completions. It is on the disk: a failure here is no reason to end a run."""
-    table = selection.to_pandas().reset_index().head(MOST_ROWS)
-    try:
-        if "wandb" in report_to:
-            import wandb
-
-            if wandb.run is not None:
-                wandb.log({"learnalign/scores": wandb.Table(dataframe=table)}, commit=False)
-        if "trackio" in report_to:
-            import trackio
-
-            trackio.log({"learnalign/scores": trackio.Table(dataframe=table)})
-    except Exception as error:
-        logger.warning(f"The table of scores could not be logged ({error!r}). It is in scores.parquet.")

@@ -59,7 +59,7 @@ class LearnAlignConfig:
         save_rollouts (`bool`, *optional*, defaults to `False`):
             Write `rollouts.parquet` beside `scores.parquet`.
         write_report (`bool`, *optional*, defaults to `True`):
-            Write `report.html` and its figures after every selection.
+            Write `report.html` and its figures after every selection, and log the figures where `report_to` says.
         selection_seed (`int`, *optional*):
             Seed of all that is random in a selection. Defaults to the trainer's `seed`.
 

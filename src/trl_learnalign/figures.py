@@ -1,5 +1,6 @@
 """The figures of a selection. Everything that is drawn is drawn here, by matplotlib, for light and dark pages."""
 
+import io
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,12 @@ class Drawing:
             self.draw(figure.add_subplot(), colours)
         return figure
 
+    def png(self, dark: bool = False) -> bytes:
+        """The figure as a file."""
+        buffer = io.BytesIO()
+        self.figure(dark).savefig(buffer, format="png", dpi=144)
+        return buffer.getvalue()
+
 
 def drawings(selections: list["Selection"]) -> list[Drawing]:
     """Those of the last selection, and, with several, how they differ. None of a selection at random."""
@@ -43,7 +50,9 @@ def drawings(selections: list["Selection"]) -> list[Drawing]:
     table = last.scores.to_pandas()
     found = []
     if table["success_rate"].notna().any():
-        found += [_success_rates(table, last), _scatter(table, last), _lengths(table)]
+        graded = "reward_mean" in last.outcomes()
+        first = _rewards(table, last) if graded else _success_rates(table, last)
+        found += [first, _scatter(table, last), _lengths(table)]
     if last.provenance["seconds"]:
         found.append(_seconds(last))
     if len(selections) > 1:
@@ -52,7 +61,7 @@ def drawings(selections: list["Selection"]) -> list[Drawing]:
 
 
 def plot(selection: "Selection", dark: bool = False) -> Figure:
-    """Success rates, scores and lengths of pool and choice, side by side."""
+    """Success rates (or graded rewards), scores and lengths of pool and choice, side by side."""
     import matplotlib.pyplot as plt  # which also tells a notebook how to show figures
 
     panels = [drawing for drawing in drawings([selection]) if drawing.name != "seconds"]
@@ -62,7 +71,9 @@ def plot(selection: "Selection", dark: bool = False) -> Figure:
         for axes, drawing in zip(np.atleast_1d(figure.subplots(1, max(1, len(panels)))), panels, strict=False):
             drawing.draw(axes, colours)
         if not panels:
-            figure.axes[0].text(0.5, 0.5, "chosen at random: nothing was measured", ha="center")
+            random = selection.provenance["config"]["score"] == "random"
+            reason = "chosen at random: nothing was measured" if random else "no prompt could be scored"
+            figure.axes[0].text(0.5, 0.5, reason, ha="center")
             figure.axes[0].set_axis_off()
     plt.close(figure)  # it is returned, and not to be shown a second time
     return figure
@@ -113,6 +124,30 @@ def _success_rates(table, selection) -> Drawing:
     )
 
 
+def _rewards(table, selection) -> Drawing:
+    chosen = table[table["selected"]]
+    least, most = table["reward_mean"].min(), table["reward_mean"].max()
+    edges = np.linspace(least, most if most > least else least + 1.0, 21)
+
+    def draw(axes, colours):
+        width = 0.42 * (edges[1] - edges[0])
+        for rows, label, place in ((table, "pool", -0.5), (chosen, "chosen", 0.5)):
+            shares = np.histogram(rows["reward_mean"].dropna(), bins=edges)[0] / max(1, len(rows))
+            centres = (edges[:-1] + edges[1:]) / 2 + place * width
+            axes.bar(centres, shares, width=width, color=colours[label], label=f"{label} ({len(rows):,})")
+        axes.set(xlabel="mean reward of a prompt", ylabel="share of prompts", title="Rewards")
+        axes.legend()
+
+    words = (
+        f"For {(table['learnability'] == 0).mean():.0%} of the pool all rewards of a prompt are equal. Over the pool the mean "
+        f"reward is {table['reward_mean'].mean():.2f} and the mean standard deviation of a prompt's rewards "
+        f"{table['reward_std'].mean():.2f}."
+    )
+    if not chosen.empty:
+        words += f" Over the chosen they are {chosen['reward_mean'].mean():.2f} and {chosen['reward_std'].mean():.2f}."
+    return Drawing("rewards", "Mean rewards of the pool and of the chosen prompts.", words, draw)
+
+
 def _scatter(table, selection) -> Drawing:
     learnable = table[table["learnability"] > 0]
     aligned = learnable["alignment"].notna().any()
@@ -139,12 +174,18 @@ def _scatter(table, selection) -> Drawing:
         means = learnable.groupby("selected")["alignment"].mean()
         words += f" Mean alignment of the chosen {means[True]:.2f}"
         words += f", of the others {means[False]:.2f}." if False in means else "."
-    ranks = {"learnalign": "their product", "alignment": "alignment"}.get(
-        selection.provenance["config"]["score"], "learnability"
+    # |mean z| is one number for the whole pool: see `scoring.scores_from_mean`
+    score = {
+        "learnalign": "learnability \u00d7 alignment \u00d7 |mean z|",
+        "alignment": "alignment \u00d7 |mean z|",
+    }.get(selection.provenance["config"]["score"], "learnability")
+    constant = (
+        ", where |mean z|, the length of the pool's mean gradient direction, is the same for every prompt"
+        if "z" in score
+        else ""
     )
-    return Drawing(
-        "scores", f"Learnability and {label} of the learnable prompts; {ranks} is what ranks them.", words, draw
-    )
+    caption = f"Learnability and {label} of the learnable prompts. Their score is {score}{constant}."
+    return Drawing("scores", caption, words, draw)
 
 
 def _smallest_gap(values) -> float:
@@ -202,22 +243,25 @@ def overlaps(selections: list["Selection"]) -> list[float | None]:
 
 
 def _stages(selections) -> Drawing:
-    rates = [selection.mean_success_rates() for selection in selections]
+    name = next(iter(selections[-1].outcomes()), "success_rate")
+    rates = [selection.outcomes().get(name, (np.nan, np.nan)) for selection in selections]
+    label = name.replace("_mean", "").replace("_", " ")
     steps = [selection.provenance["global_step"] for selection in selections]
     kept = overlaps(selections)
 
     def draw(axes, colours):
-        axes.plot(steps, [rate[0] for rate in rates], "o-", color=colours["pool"], label="success rate of the pool")
-        axes.plot(
-            steps, [rate[1] for rate in rates], "s-", color=colours["chosen"], label="success rate of the chosen"
-        )
-        shares = [np.nan if share is None else share for share in kept]
-        axes.plot(steps, shares, "^:", color=colours["ink"], label="share chosen before, too")
-        axes.set(xlabel="optimizer step", ylim=(0, 1), title="Selections of this run")
+        axes.plot(steps, [rate[0] for rate in rates], "o-", color=colours["pool"], label=f"{label} of the pool")
+        axes.plot(steps, [rate[1] for rate in rates], "s-", color=colours["chosen"], label=f"{label} of the chosen")
+        axes.set(xlabel="optimizer step", title="Selections of this run")
+        if name == "success_rate":  # rewards may have any scale
+            shares = [np.nan if share is None else share for share in kept]
+            axes.plot(steps, shares, "^:", color=colours["ink"], label="share chosen before, too")
+            axes.set(ylim=(0, 1))
         axes.legend()
 
     words = "; ".join(
-        f"step {step}: pool {rate[0]:.2f}, chosen {rate[1]:.2f}" + ("" if share is None else f", {share:.0%} kept")
+        f"step {step}: mean {label} of the pool {rate[0]:.2f}, of the chosen {rate[1]:.2f}"
+        + ("" if share is None else f", {share:.0%} kept")
         for step, rate, share in zip(steps, rates, kept, strict=True)
     )
     return Drawing("stages", "How the selections of a staged run move.", words + ".", draw)

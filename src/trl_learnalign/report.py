@@ -2,7 +2,6 @@
 
 import base64
 import html
-import io
 import json
 import math
 import os
@@ -12,8 +11,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from . import figures
+from .advice import selection_warning
 from .disk import make_directory, write_atomically
-from .selection import MOST_ROWS, TEXTS_FILE, load_run
+from .selection import MOST_CHARACTERS, MOST_ROWS, OUTCOME_LABELS, TEXTS_FILE, load_run
 
 
 REPORT_FILE = "report.html"
@@ -23,6 +23,8 @@ _COLUMNS = [
     ("selected", "chosen", None, True),
     ("prompt", "prompt", None, False),
     ("success_rate", "success rate", 3, True),
+    ("reward_mean", "mean reward", 3, True),
+    ("reward_std", "reward std", 3, True),
     ("learnability", "learnability", 4, True),
     ("alignment", "alignment", 3, True),
     ("score", "score", 5, True),
@@ -31,6 +33,8 @@ _COLUMNS = [
     ("index", "index", 0, False),
 ]
 _MISSING = "\u2013"
+_TEXTS = ("prompt", "one of its completions")
+_SHOWN_CHARACTERS, _SHOWN_LINES = 240, 5  # of a text that is not opened; also in the template
 
 
 def write_report(path: str | os.PathLike, until: int | None = None) -> Path:
@@ -57,7 +61,7 @@ def write_report(path: str | os.PathLike, until: int | None = None) -> Path:
     make_directory(folder)
     embedded = {}
     for drawing in drawings:
-        light, dark = _png(drawing.figure()), _png(drawing.figure(dark=True))
+        light, dark = drawing.png(), drawing.png(dark=True)
         write_atomically(folder / f"{drawing.name}.png", lambda temporary, data=light: temporary.write_bytes(data))
         embedded[drawing.name] = light, dark
     page = _page(selections, _texts(steps[-1]), drawings, embedded)
@@ -67,16 +71,10 @@ def write_report(path: str | os.PathLike, until: int | None = None) -> Path:
 
 
 def _texts(step: Path) -> dict[int, dict]:
-    """By dataset index: `prompt`, and for the best and the last also `completion` and `reward`."""
+    """By dataset index: `prompt`, and for the highest- and the lowest-ranked also `completion` and `reward`."""
     if not (step / TEXTS_FILE).is_file():
         return {}
     return {row["index"]: row for row in pq.read_table(step / TEXTS_FILE).to_pylist()}
-
-
-def _png(figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=144)
-    return buffer.getvalue()
 
 
 # The page ----------------------------------------------------------------------------------------------------------
@@ -85,26 +83,35 @@ def _png(figure) -> bytes:
 def _page(selections, texts, drawings, embedded) -> str:
     selection = selections[-1]
     provenance = selection.provenance
+    random = provenance["config"]["score"] == "random"
     table = selection.scores.to_pandas().sort_values("rank")
     shown = table if len(table) <= MOST_ROWS else table.iloc[[*range(MOST_ROWS // 2), *range(-MOST_ROWS // 2, 0)]]
+    ends = "first and the last {} of the random order" if random else "{} highest- and the {} lowest-ranked"
     parts = {
-        "title": f"LearnAlign: {len(selection.indices):,} of {len(table):,} prompts",
+        "title": f"LearnAlign: {len(selection.indices):,} of {selection.num_pool():,} prompts",
         "subtitle": f"{provenance['model']}, optimizer step {provenance['global_step']}, "
-        f"ranked by {provenance['config']['score']}",
+        + ("chosen at random" if random else f"ranked by {provenance['config']['score']}"),
         "shown": f"{len(shown):,} prompts."
         if len(shown) == len(table)
-        else f"The best and the last {MOST_ROWS // 2:,} of {len(table):,} prompts; scores.parquet has all.",
+        else f"The {ends.replace('{}', f'{MOST_ROWS // 2:,}')} of {len(table):,} prompts; scores.parquet has all.",
+        "cut": f"Those of more than {MOST_CHARACTERS:,} characters are cut and end with \u201c\u2026\u201d."
+        if any(len(text["prompt"]) > MOST_CHARACTERS for text in texts.values())
+        else "",
+        "why": "Some of the prompts" if random else "The highest- and the lowest-ranked learnable prompts",
     }
     parts = {name: html.escape(text) for name, text in parts.items()}
+    nothing = "The prompts were chosen at random: nothing was measured." if random else "Nothing could be measured."
+    filters = {"all": "all prompts", "chosen": "chosen"}
+    filters |= {"rest": "not chosen"} if random else {"rest": "learnable, not chosen", "unlearnable": "not learnable"}
     parts |= {
         "facts": _facts(selection),
         "notes": _notes(selection),
-        "figures": "\n".join(_figure(drawing, *embedded[drawing.name]) for drawing in drawings)
-        or "<p>The prompts were chosen at random: nothing was measured.</p>",
+        "figures": "\n".join(_figure(drawing, *embedded[drawing.name]) for drawing in drawings) or f"<p>{nothing}</p>",
         "stages": _stages(selections),
         "extremes": _extremes(selection, table, texts),
+        "filters": "".join(f'<option value="{name}">{label}</option>' for name, label in filters.items()),
         "provenance": _provenance(provenance),
-        "data": _data(shown, texts),
+        "data": _data(shown, texts, selection),
     }
     page = resources.files(__package__).joinpath("report_template.html").read_text(encoding="utf-8")
     pieces = page.split("{{")
@@ -116,24 +123,35 @@ def _page(selections, texts, drawings, embedded) -> str:
 
 
 def _facts(selection) -> str:
-    pool_rate, chosen_rate = selection.mean_success_rates()
     seconds = sum(selection.provenance["seconds"].values())
-    facts = {"pool": f"{selection.scores.num_rows:,}", "chosen": f"{len(selection.indices):,}"}
-    if not math.isnan(pool_rate):
+    outcomes = selection.outcomes()
+    facts = {"pool": f"{selection.num_pool():,}", "chosen": f"{len(selection.indices):,}"}
+    if selection.provenance["unscorable"]:
+        facts["unscorable"] = f"{len(selection.provenance['unscorable']):,}"
+    if outcomes:
         facts["learnable"] = f"{selection.num_learnable():,}"
-        facts["success rate, pool"] = f"{pool_rate:.2f}"
-        facts["success rate, chosen"] = _number(chosen_rate, 2)
+    for name, (pool, chosen) in outcomes.items():
+        means = (("pool", pool), ("chosen", chosen))
+        facts |= {f"{OUTCOME_LABELS[name]}, {of}": f"{mean:.2f}" for of, mean in means if not math.isnan(mean)}
+    if outcomes:
         facts["time"] = f"{seconds:,.0f} s"
     return "\n".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items())
 
 
 def _notes(selection) -> str:
     notes = []
-    wanted = selection.provenance["config"]["num_prompts"]
-    if len(selection.indices) < min(wanted, selection.scores.num_rows):
-        notes.append(f"Only {len(selection.indices):,} prompts are learnable, fewer than the {wanted:,} asked for.")
-    if selection.provenance["unscorable"]:
-        notes.append(f"{len(selection.provenance['unscorable']):,} prompts were left out: no rollout could be scored.")
+    unscorable = len(selection.provenance["unscorable"])
+    if "reward_std" in selection.outcomes():
+        notes.append(
+            "Rewards are graded, so prompts have no success rate here. The reward std of a prompt is the standard deviation of "
+            "the rewards of its rollouts; its square, scaled to the range of all rewards, is the prompt's learnability."
+        )
+    if unscorable and selection.scores.num_rows:
+        notes.append(
+            f"{unscorable:,} prompts were left out: none of their rollouts got a reward that is a finite number."
+        )
+    if (warning := selection_warning(selection)) is not None:
+        notes.append(warning)
     return "".join(f"<p>{html.escape(note)}</p>" for note in notes)
 
 
@@ -149,59 +167,85 @@ def _figure(drawing, light, dark) -> str:
     )
 
 
-def _stages(selections) -> str:
-    if len(selections) < 2:
-        return ""
-    rows = []
-    for selection, kept in zip(selections, figures.overlaps(selections), strict=True):
-        pool_rate, chosen_rate = selection.mean_success_rates()
-        cells = [
-            f"{selection.provenance['global_step']:,}",
-            f"{len(selection.indices):,}",
-            f"{selection.num_learnable():,}",
-            _number(pool_rate, 3),
-            _number(chosen_rate, 3),
-            _MISSING if kept is None else f"{kept:.0%}",
-        ]
-        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    names = ("step", "chosen", "learnable", "success rate, pool", "success rate, chosen", "chosen before, too")
-    head = "".join(f'<th scope="col">{name}</th>' for name in names)
+def _table(name, columns, rows, caption="") -> str:
+    """HTML of a table; on a narrow page each cell shows the label of its column. Cells are HTML; `name` is for those who do not see it."""
+    kinds = [" class=text" if column in _TEXTS else "" for column in columns]
+    head = "".join(f"<th scope=col{kind}>{column}</th>" for column, kind in zip(columns, kinds, strict=True))
+    lines = (
+        "".join(
+            f'<td{kind} data-label="{column}">{cell}</td>'
+            for column, kind, cell in zip(columns, kinds, cells, strict=True)
+        )
+        for cells in rows
+    )
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    caption = caption and f"<caption>{caption}</caption>"
     return (
-        '<h2 id="stages">Selections of this run</h2><div class="wide"><table><caption>Oldest first.</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f'<div class="wide" tabindex="0" role="region" aria-label="{name}"><table>{caption}'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
+def _stages(selections) -> str:
+    if len(selections) < 2:
+        return ""
+    outcomes = list(selections[-1].outcomes())
+    rows = []
+    for selection, kept in zip(selections, figures.overlaps(selections), strict=True):
+        counts = (selection.provenance["global_step"], len(selection.indices), selection.num_learnable())
+        means = [_number(mean, 3) for name in outcomes for mean in selection.outcomes()[name]]
+        rows.append([*(f"{count:,}" for count in counts), *means, _MISSING if kept is None else f"{kept:.0%}"])
+    labels = [f"{OUTCOME_LABELS[name]}, {of}" for name in outcomes for of in ("pool", "chosen")]
+    columns = ["step", "chosen", "learnable", *labels, "chosen before, too"]
+    title = "Selections of this run"
+    return f'<h2 id="stages">{title}</h2>' + _table(title, columns, rows, "Oldest first.")
+
+
 def _extremes(selection, table, texts) -> str:
-    """The ten best of the ranking and the ten last that are learnable, with a completion each."""
+    """The ten highest-ranked and the ten lowest-ranked that are learnable, with a completion each; of a random order, its two ends."""
+    ends = selection.extremes()
+    if not ends[0]:
+        return "<p>There is none.</p>"
     if not texts:
         return "<p>The texts of the prompts were not kept.</p>"
-    best, last = selection.extremes()
-    rows_of = table.set_index("index")
+    random = selection.provenance["config"]["score"] == "random"
+    columns = {"rank": ("rank", 0)}
+    columns |= {
+        key: (label, digits)
+        for key, label, digits, _ in _columns(selection, table)
+        if key in ("success_rate", "reward_mean", "reward_std", "alignment", "score")
+    }
+    by_index = table.set_index("index")
     blocks = []
-    for title, indices in (("The best", best), ("The last", last)):
+    titles = (
+        ("First of the random order", "Last of the random order") if random else ("Highest-ranked", "Lowest-ranked")
+    )
+    for title, indices in zip(titles, ends, strict=True):
         if not indices:
             continue
-        lines = []
-        for row in rows_of.loc[indices].itertuples():
-            text = texts.get(row.Index, {})
-            numbers = (row.rank, row.success_rate, row.alignment, row.score)
-            cells = "".join(
-                f"<td>{_number(value, digits)}</td>" for value, digits in zip(numbers, (0, 3, 3, 5), strict=True)
-            )
-            completion = text.get("completion")
-            reward = "" if text.get("reward") is None else f"<br>reward {text['reward']:.3g}"
-            lines.append(
-                f"<tr>{cells}<td class=text>{html.escape(text.get('prompt') or '')}</td>"
-                f"<td class=text>{'' if completion is None else html.escape(completion) + reward}</td></tr>"
-            )
-        head = "".join(f'<th scope="col">{name}</th>' for name in ("rank", "success rate", "alignment", "score"))
-        head += '<th scope="col" class="text">prompt</th><th scope="col" class="text">one of its completions</th>'
-        blocks.append(
-            f'<h3>{title}</h3><div class="wide" tabindex="0" role="region" aria-label="{title} of the learnable prompts">'
-            f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
-        )
+        rows = []
+        for index in indices:
+            text = texts.get(index, {})
+            row = [_number(by_index.loc[index, key], digits) for key, (_, digits) in columns.items()]
+            row.append(_long_text(text.get("prompt") or ""))
+            if not random:
+                reward = "" if text.get("reward") is None else f"<div class=reward>reward {text['reward']:.3g}</div>"
+                row.append(_long_text(text.get("completion") or "") + reward)
+            rows.append(row)
+        names = [*(label for label, _ in columns.values()), *_TEXTS[: 1 if random else 2]]
+        blocks.append(f"<h3>{title}</h3>" + _table(title, names, rows))
     return "\n".join(blocks)
+
+
+def _long_text(text: str) -> str:
+    """HTML of a text, of which only the beginning is shown until it is opened. The template's `longText` does the same."""
+    start = "\n".join(text[:_SHOWN_CHARACTERS].split("\n")[:_SHOWN_LINES])
+    if start == text:
+        return html.escape(text)
+    return (
+        f"<details class=long><summary><span>{html.escape(start)}\u2026</span></summary>"
+        f"<div>{html.escape(text)}</div></details>"
+    )
 
 
 def _number(value, digits) -> str:
@@ -213,12 +257,22 @@ def _provenance(provenance) -> str:
     return f"<details open><summary>Settings, versions and costs</summary><pre>{html.escape(text)}</pre></details>"
 
 
-def _data(table, texts) -> str:
+def _columns(selection, table) -> list[tuple]:
+    """Those of `_COLUMNS` that say something about the selection."""
+    unfit = {"success_rate", "reward_mean", "reward_std"} - selection.outcomes().keys()
+    always = ("rank", "selected", "prompt", "index")
+    return [
+        column
+        for column in _COLUMNS
+        if column[0] in always or (column[0] not in unfit and table[column[0]].notna().any())
+    ]
+
+
+def _data(table, texts, selection) -> str:
     """The rows of the table as JSON that is safe inside a script element."""
     columns = [
         {"key": key, "label": label, "digits": digits, "first": "high" if high else "low", "text": key == "prompt"}
-        for key, label, digits, high in _COLUMNS
-        if key == "prompt" or key in ("rank", "selected", "index") or table[key].notna().any()
+        for key, label, digits, high in _columns(selection, table)
     ]
     values = []
     for column in columns:

@@ -120,7 +120,7 @@ def check_dataset(dataset, needs_prompt: bool = True) -> None:
     """
     if not isinstance(dataset, Dataset):
         raise ValueError(
-            f"The training dataset is a {type(dataset).__name__}, which can be read only once and in order, but a "
+            f"The training dataset has the type {type(dataset).__name__}, which can be read only once and in order, but a "
             "selection picks rows. Load it without streaming, or select from `Dataset.from_list(list(stream.take(n)))`."
         )
     if len(dataset) == 0:

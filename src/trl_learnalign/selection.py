@@ -28,7 +28,10 @@ ROLLOUTS_FILE = "rollouts.parquet"
 TEXTS_FILE = "texts.parquet"
 FORMAT_VERSION = 1
 SCORE_COLUMNS = ("learnalign_score", "success_rate")
-MOST_ROWS = 20_000  # in a report; of more prompts, the best and the last
+MOST_ROWS = 20_000  # in a report; of more prompts, the highest- and the lowest-ranked
+MOST_CHARACTERS = 2000  # of a prompt in a report
+# What `Selection.outcomes` holds, for people
+OUTCOME_LABELS = {"success_rate": "mean success rate", "reward_mean": "mean reward", "reward_std": "mean reward std"}
 
 SCORES_SCHEMA = pa.schema(
     [
@@ -237,7 +240,7 @@ Findings of ACL 2026, [arXiv:2506.11480](https://arxiv.org/abs/2506.11480).
         return replace(self, indices=chosen, scores=scores)
 
     def extremes(self, num: int = 10) -> tuple[list[int], list[int]]:
-        """Dataset indices of the `num` best, and of the `num` last that are learnable (of none twice), by rank."""
+        """Dataset indices of the `num` highest-ranked and of the `num` lowest-ranked that are learnable (of none twice)."""
         table = self.to_pandas()
         ranked = table.index[~(table["learnability"] == 0)].tolist()
         return ranked[:num], ranked[num:][-num:]
@@ -248,10 +251,36 @@ Findings of ACL 2026, [arXiv:2506.11480](https://arxiv.org/abs/2506.11480).
 
         return plot(self, dark)
 
+    def num_pool(self) -> int:
+        """Number of prompts to choose from: those with a score and those that no reward function could score."""
+        return self.scores.num_rows + len(self.provenance.get("unscorable", ()))
+
     def mean_success_rates(self) -> tuple[float, float]:
         """Mean success rate of the pool and of the chosen prompts, in [0, 1]; NaN without rollouts or prompts."""
-        rates, chosen = self.scores["success_rate"], self.scores["selected"]
-        means = pc.mean(rates).as_py(), pc.mean(rates.filter(chosen)).as_py()
+        return self._means("success_rate")
+
+    def outcomes(self) -> dict[str, tuple[float, float]]:
+        """
+        What the rollouts came to, as the mean over the pool and the mean over the chosen prompts (NaN without prompts):
+        of `success_rate`, or, with `learnability="variance"`, where a graded reward need not be a success, of `reward_mean`
+        and `reward_std`, the standard deviation of a prompt's rewards. Empty if prompts were chosen at random.
+        """
+        config = self.provenance.get("config", {})
+        if config.get("score") == "random":
+            return {}
+        graded = config.get("learnability") == "variance"
+        return {name: self._means(name) for name in (("reward_mean", "reward_std") if graded else ("success_rate",))}
+
+    def _outcome_texts(self):
+        return {
+            name: f"{pool:.3f} (pool)" + ("" if math.isnan(chosen) else f", {chosen:.3f} (chosen)")
+            for name, (pool, chosen) in self.outcomes().items()
+            if not math.isnan(pool)
+        }
+
+    def _means(self, name):
+        values, chosen = self.scores[name], self.scores["selected"]
+        means = pc.mean(values).as_py(), pc.mean(values.filter(chosen)).as_py()
         return tuple(math.nan if mean is None else mean for mean in means)
 
     def num_learnable(self) -> int:
@@ -259,18 +288,18 @@ Findings of ACL 2026, [arXiv:2506.11480](https://arxiv.org/abs/2506.11480).
         return pc.sum(pc.greater(self.scores["learnability"], 0)).as_py() or 0
 
     def summary(self) -> str:
-        """One line for people: pool, learnable, chosen, mean success rates, time of each phase, cost of the gradients."""
+        """One line for people: pool, learnable, chosen, mean outcomes, time of each phase, cost of the gradients."""
         random = self.provenance["config"]["score"] == "random"
-        pool = f"pool {self.scores.num_rows}"
+        pool = f"pool {self.num_pool()}"
         if self.provenance["unscorable"]:
-            pool += f" ({len(self.provenance['unscorable'])} unscorable left out)"
+            pool += f" ({len(self.provenance['unscorable'])} unscorable: no finite reward)"
         chosen = f"chosen {len(self.indices)}" + " at random" * random
         if self.provenance.get("duplicates"):
             chosen += f" ({len(self.provenance['duplicates'])} duplicates left out)"
         parts = [pool, chosen]
         if not random:
-            rates = "mean success rate {:.3f} (pool), {:.3f} (chosen)".format(*self.mean_success_rates())
-            parts = [pool, f"learnable {self.num_learnable()}", chosen, rates]
+            outcomes = [f"{OUTCOME_LABELS[name]} {means}" for name, means in self._outcome_texts().items()]
+            parts = [pool, f"learnable {self.num_learnable()}", chosen, *outcomes]
         parts += [f"{phase} {seconds:.1f} s" for phase, seconds in self.provenance["seconds"].items()]
         cost = self.provenance.get("cost", {})
         if "of_rollouts" in cost:
@@ -281,12 +310,12 @@ Findings of ACL 2026, [arXiv:2506.11480](https://arxiv.org/abs/2506.11480).
         return f"LearnAlign, step {self.provenance['global_step']}: " + "; ".join(parts)
 
     def __repr__(self):
-        config, rates = self.provenance.get("config", {}), self.mean_success_rates()
-        parts = [f"{len(self.indices)} of {self.scores.num_rows} prompts", f"score={config.get('score')!r}"]
+        config, outcomes = self.provenance.get("config", {}), self._outcome_texts()
+        parts = [f"{len(self.indices)} of {self.num_pool()} prompts", f"score={config.get('score')!r}"]
         parts.append(f"step={self.provenance.get('global_step')}")
-        if not math.isnan(rates[0]):
+        if outcomes:
             parts.append(f"learnable={self.num_learnable()}")
-            parts.append("success_rate={:.3f} (pool), {:.3f} (chosen)".format(*rates))
+            parts += [f"{name}={means}" for name, means in outcomes.items()]
         return f"Selection({', '.join(parts)})"
 
 
