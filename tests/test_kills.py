@@ -43,7 +43,7 @@ def start_again(path, processes, tally, **environment):
         assert done.returncode != 0 and all(f"'{checkpoint}': " in done.stderr for checkpoint in checkpoints)
         for checkpoint in checkpoints:
             shutil.rmtree(checkpoint)
-        tally["kills that left no whole checkpoint"] += 1
+        tally["runs without a whole checkpoint"] += 1
         done = start(path, processes, **environment)
     return done
 
@@ -119,3 +119,18 @@ def test_a_killed_run_ends_as_one_never_killed(never_killed, tmp_path, seed, tal
     assert not leftovers, leftovers
     for kind in survived:
         tally[f"kills of {processes}: {kind.split(',')[0]}"] += 1
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_its_first_checkpoint_is_refused_and_ends_the_same_when_that_is_deleted(
+    never_killed, tmp_path, tally
+):
+    whole, prompts, _, weights = never_killed(1)
+    path = tmp_path / "run"
+    start(path, 1, KILL_AT=str(whole["events"].index("checkpoint, weights, stage 0")))
+    before = tally["runs without a whole checkpoint"]
+    assert start_again(path, 1, tally).returncode == 0
+    assert tally["runs without a whole checkpoint"] == before + 1
+    ours = outcome(path, 1)
+    assert ours[0]["log"] == whole["log"] and ours[1] == prompts
+    assert all(torch.equal(ours[3][name], weights[name]) for name in weights)
