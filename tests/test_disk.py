@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,10 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import assert_same_weights, config, make_trainer, weights
+import torch
+from tiny import Seen, assert_same_weights, config, digit_reward, make_model, make_trainer, weights
+from transformers import TrainerCallback
 
 from trl_learnalign import select_prompts
-from trl_learnalign.disk import DirectoryLock, damage, whole_checkpoint, write_json
+from trl_learnalign.checkpoints import damage, survey, whole_checkpoint
+from trl_learnalign.disk import DirectoryLock, write_json
 
 
 HOLDER = """
@@ -115,6 +119,10 @@ def copy(source, target):
     return target
 
 
+def resume_from(path):
+    return whole_checkpoint(path, True, [survey(path, True)])
+
+
 FILES = (
     "trainer_state.json",
     "adapter_model.safetensors",
@@ -122,6 +130,7 @@ FILES = (
     "optimizer.pt",
     "scheduler.pt",
     "rng_state.pth",
+    "training_args.bin",
 )
 
 
@@ -131,10 +140,10 @@ def test_a_checkpoint_cut_short_is_passed_over(checkpoints, tmp_path, name, capl
     path = copy(checkpoints[0], tmp_path)
     steps = sorted(int(file.name.split("-")[1]) for file in path.glob("checkpoint-*"))
     last = path / f"checkpoint-{steps[-1]}"
-    assert damage(last) is None and whole_checkpoint(path, True) == str(last)
+    assert damage(last) is None and resume_from(path) == str(last)
     os.truncate(last / name, os.path.getsize(last / name) // 2)
     assert name in damage(last)
-    assert whole_checkpoint(path, True) == str(path / f"checkpoint-{steps[-2]}")
+    assert resume_from(path) == str(path / f"checkpoint-{steps[-2]}")
     assert f"'{last}' is not whole" in caplog.text
     with pytest.raises(ValueError, match=f"The checkpoint '{last}' is not whole: .*{name}"):
         make_trainer(path, config()).train(resume_from_checkpoint=str(last))
@@ -165,13 +174,99 @@ def test_a_run_with_a_checkpoint_cut_short_ends_the_same(checkpoints, tmp_path):
     assert_same_weights(weights(trainer), checkpoints[1])
 
 
+def test_files_of_a_callback_in_a_checkpoint_are_none_of_our_business(tmp_path, caplog):
+    """In formats that Trainer does not write under these endings, and damaged ones."""
+
+    class Samples(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            path = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            (path / "eval_samples.json").write_text('{"prompt": 1}\n{"prompt": 2}\n')
+            torch.save({"ema": torch.ones(3)}, path / "ema.pt", _use_new_zipfile_serialization=False)
+            (path / "ema.safetensors").write_text("not what it seems")
+            (path / "more.bin").write_text("nor this")
+
+    def trained(resume=None):
+        seen = Seen(digit_reward)
+        trainer = make_trainer(
+            tmp_path,
+            config(),
+            reward=seen,
+            num_train_epochs=2,
+            save_strategy="steps",
+            save_steps=1,
+            save_total_limit=2,
+        )
+        trainer.add_callback(Samples())
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer, seen.rows
+
+    def checkpoints():
+        return sorted((int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*")), reverse=True)
+
+    whole, rows = trained()
+    steps = whole.state.max_steps
+    assert checkpoints() == [steps, steps - 1]
+    subprocess.run(["rm", "-r", str(tmp_path / f"checkpoint-{steps}")], check=True)
+    resumed, again = trained(resume=True)
+    assert again == rows[-len(again) :] and len(again) == 16  # one step, of four prompts with four rollouts each
+    assert_same_weights(weights(resumed), weights(whole))
+    assert checkpoints() == [steps, steps - 1]
+    assert "not whole" not in caplog.text
+
+
+def test_where_no_checkpoint_is_whole_nothing_starts_over_in_silence(checkpoints, tmp_path):
+    """And what the error says to do, does it."""
+    path = copy(checkpoints[0], tmp_path)
+    damaged = sorted(path.glob("checkpoint-*"), key=lambda file: -int(file.name.split("-")[1]))
+    for number, file in enumerate(damaged):
+        name = FILES[number]
+        os.truncate(file / name, os.path.getsize(file / name) // 2)
+    before = sorted(path.rglob("*"))
+    kwargs = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2}
+    with pytest.raises(ValueError, match="None of the checkpoints .* is whole .* Delete these directories") as error:
+        make_trainer(path, config(), **kwargs).train(resume_from_checkpoint=True)
+    for number, file in enumerate(damaged):
+        assert re.search(rf"'{file}': {re.escape(FILES[number])} ", str(error.value))
+    assert sorted(path.rglob("*")) == before
+    for file in damaged:
+        subprocess.run(["rm", "-r", str(file)], check=True)
+    trainer = make_trainer(path, config(), **kwargs)
+    trainer.train(resume_from_checkpoint=True)
+    assert_same_weights(weights(trainer), checkpoints[1])
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_from_the_beginning(tmp_path, caplog):
     trainer = make_trainer(tmp_path, config(), num_train_epochs=1)
     with pytest.raises(ValueError, match="No valid checkpoint"):  # nothing was ever started here
         trainer.train(resume_from_checkpoint=True)
     (tmp_path / "learnalign").mkdir()
     make_trainer(tmp_path, config(), num_train_epochs=1).train(resume_from_checkpoint=True)
-    assert "left no whole checkpoint, so it starts from the beginning" in caplog.text
+    assert "left no checkpoint, so it starts from the beginning" in caplog.text
+
+
+def test_a_checkpoint_must_be_whole_on_every_node(tmp_path):
+    """With `save_on_each_node` every node has its own part; one that is whole on one node only is passed over."""
+    last, first = f"{tmp_path}/checkpoint-4", f"{tmp_path}/checkpoint-2"
+    one = {"started": True, "damage": {last: None, first: None}}
+    other = {"started": True, "damage": {last: "optimizer.pt is cut short", first: None}}
+    assert whole_checkpoint(tmp_path, True, [one]) == last
+    assert whole_checkpoint(tmp_path, True, [one, other]) == first
+    with pytest.raises(
+        ValueError, match=r"checkpoint-4': optimizer.pt is cut short; .*checkpoint-2': it is missing on"
+    ):
+        whole_checkpoint(tmp_path, True, [one, other | {"damage": {last: "optimizer.pt is cut short"}}])
+
+
+def test_shards_of_large_weights_are_looked_at(checkpoints, tmp_path):
+    path = copy(checkpoints[0] / "checkpoint-2", tmp_path)
+    make_model().save_pretrained(path, max_shard_size="4KB")
+    shards = sorted(path.glob("model-*.safetensors"))
+    assert len(shards) > 1 and damage(path) is None
+    content = shards[0].read_bytes()
+    shards[0].write_bytes(content[: len(content) // 2])
+    assert damage(path).startswith(f"{shards[0].name} is damaged")
+    shards[0].unlink()
+    assert damage(path) == f"{shards[0].name} is missing"
 
 
 # Writing

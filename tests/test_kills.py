@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,29 @@ def start(path, processes, **environment):
     return subprocess.run(
         [*command, str(SCRIPT), str(path)], env=environment, capture_output=True, text=True, timeout=300
     )
+
+
+def start_again(path, processes, tally, **environment):
+    """With one flag; where no checkpoint is whole, as that error says, once they are deleted."""
+    checkpoints = list(path.glob("checkpoint-*"))
+    unfinished = [checkpoint for checkpoint in checkpoints if not is_json(checkpoint / "trainer_state.json")]
+    done = start(path, processes, **environment)
+    refused = f"None of the checkpoints in '{path}' is whole" in done.stderr
+    assert refused or not checkpoints or len(unfinished) < len(checkpoints), "it started over in silence"
+    if refused:
+        assert done.returncode != 0 and all(f"'{checkpoint}': " in done.stderr for checkpoint in checkpoints)
+        for checkpoint in checkpoints:
+            shutil.rmtree(checkpoint)
+        tally["runs without a whole checkpoint"] += 1
+        done = start(path, processes, **environment)
+    return done
+
+
+def is_json(file):
+    try:
+        return bool(json.loads(file.read_text()))
+    except (OSError, ValueError):
+        return False
 
 
 def outcome(path, processes):
@@ -71,12 +95,12 @@ def test_a_killed_run_ends_as_one_never_killed(never_killed, tmp_path, seed, tal
         kind = draw.choice(kinds)
         moment = draw.choice([n for n, name in enumerate(whole["events"]) if name == kind])
         rank = draw.randrange(processes)
-        killed = start(path, processes, KILL_AT=str(moment), KILL_RANK=str(rank))
+        killed = start_again(path, processes, tally, KILL_AT=str(moment), KILL_RANK=str(rank))
         if (path / "rank-0.json").exists():
             break  # a resumed run, or another rank, has fewer events: it came through
         assert killed.returncode != 0
         survived.append(kind)
-    resumed = start(path, processes)
+    resumed = start_again(path, processes, tally)
     assert resumed.returncode == 0, f"killed at: {kind}\n{resumed.stderr[-4000:]}"
     ours = outcome(path, processes)
     assert ours[0]["log"] == whole["log"] and ours[1] == prompts
@@ -93,3 +117,18 @@ def test_a_killed_run_ends_as_one_never_killed(never_killed, tmp_path, seed, tal
     assert [file.name for file in (path / "_learnalign").iterdir()] == ["lock"]
     for kind in survived:
         tally[f"kills of {processes}: {kind.split(',')[0]}"] += 1
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_its_first_checkpoint_is_refused_and_ends_the_same_when_that_is_deleted(
+    never_killed, tmp_path, tally
+):
+    whole, prompts, _, weights = never_killed(1)
+    path = tmp_path / "run"
+    start(path, 1, KILL_AT=str(whole["events"].index("checkpoint, weights, stage 0")))
+    before = tally["runs without a whole checkpoint"]
+    assert start_again(path, 1, tally).returncode == 0
+    assert tally["runs without a whole checkpoint"] == before + 1
+    ours = outcome(path, 1)
+    assert ours[0]["log"] == whole["log"] and ours[1] == prompts
+    assert all(torch.equal(ours[3][name], weights[name]) for name in weights)

@@ -227,9 +227,9 @@ def test_graded_rewards_are_shown_as_rewards(tmp_path):
 @pytest.mark.parametrize(
     ("reward", "learnability", "reason"),
     [
-        (None, "success_rate", "no rollout got a reward that is a finite number"),
-        (0.0, "success_rate", "each prompt is either always or never solved"),
-        (0.3, "variance", "the rewards of each prompt are all equal"),
+        (None, "success_rate", "the rewards of all 24 prompts were None, NaN or infinite"),
+        (0.0, "success_rate", "none was ever solved"),
+        (0.3, "variance", "the rollouts of every prompt had equal rewards"),
     ],
 )
 def test_the_page_says_why_nothing_was_chosen(tmp_path, reward, learnability, reason):
@@ -239,7 +239,7 @@ def test_the_page_says_why_nothing_was_chosen(tmp_path, reward, learnability, re
     selection = select_prompts(make_trainer(tmp_path, reward=constant), reported(learnability=learnability))
     page = (tmp_path / "learnalign/report.html").read_text(encoding="utf-8")
     assert selection.indices == [] and "LearnAlign: 0 of 24 prompts" in page and reason in page
-    assert page.count("Nothing was chosen") == 1 and ("solved" in page) == (reward == 0.0)
+    assert page.count("No prompt ") == 1 and ("solved" in page) == (reward == 0.0)
     assert not re.search(r"\bnan\b", selection.summary() + repr(selection) + page.partition("<script")[0])
     assert ("24 unscorable" in selection.summary()) == (reward is None)
 

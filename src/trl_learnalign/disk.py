@@ -1,22 +1,17 @@
-"""Whole files only, one run per directory, and the last checkpoint that is whole."""
+"""Whole files only, and one run per directory."""
 
 import hashlib
 import json
-import logging
 import os
-import re
 import shutil
 import socket
-import zipfile
 from pathlib import Path
 from typing import ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-
-logger = logging.getLogger(__name__)
 
 try:
     import fcntl
@@ -169,75 +164,3 @@ def _let_go():
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_let_go)
-
-
-# Checkpoints -------------------------------------------------------------------------------------------------------
-
-
-def damage(checkpoint: Path, shared: bool = True) -> str | None:
-    """
-    What is wrong with a checkpoint of [`~transformers.Trainer`], or `None` if it is whole. A run killed while writing a
-    checkpoint leaves one without `trainer_state.json`, which is written last, or with files cut short. `shared`: whether
-    the processes of all nodes write to the same disk.
-    """
-    state = checkpoint / "trainer_state.json"
-    try:
-        document = json.loads(state.read_text(encoding="utf-8"))
-        step = document["global_step"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"trainer_state.json cannot be read ({error!r})"
-    if type(step) is not int:
-        return f"trainer_state.json names no step, but {step!r}"
-    for file in sorted(checkpoint.iterdir()):  # not what DeepSpeed and FSDP write below, in formats of their own
-        try:
-            if file.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(file):
-                return f"{file.name} is cut short"
-            if file.suffix == ".json":
-                json.loads(file.read_text(encoding="utf-8"))
-            if file.suffix == ".safetensors":
-                with safe_open(file, "pt"):
-                    pass
-        except (OSError, ValueError, SafetensorError) as error:
-            return f"{file.name} is damaged ({error})"
-    states = document.get("stateful_callbacks")
-    ours = states.get("learnalign") if isinstance(states, dict) else None
-    processes = ours.get("num_processes") if isinstance(ours, dict) else None
-    if shared and isinstance(processes, int) and processes > 1:
-        missing = [rank for rank in range(processes) if not (checkpoint / f"rng_state_{rank}.pth").is_file()]
-        if 0 < len(missing) < processes:
-            return f"rng_state_{missing[0]}.pth is missing"
-    return None
-
-
-def whole_checkpoint(output_dir: str, wanted: str | bool, shared: bool = True) -> str | bool | None:
-    """
-    What to resume from: `wanted`, if it names a whole checkpoint; if it is `True`, the last whole one in `output_dir`, or
-    `None` if a run started there that was killed before its first (`True` if there was none).
-
-    Raises:
-        `ValueError`: `wanted` names a checkpoint that is not whole.
-    """
-    if wanted is not True:
-        reason = damage(Path(wanted), shared)
-        if reason is not None:
-            raise ValueError(
-                f"The checkpoint '{wanted}' is not whole: {reason}. Pass `resume_from_checkpoint=True` for the last one "
-                "that is."
-            )
-        return wanted
-    steps = {}
-    for path in Path(output_dir).glob("checkpoint-*"):
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir():
-            steps[int(match[1])] = path
-    for step in sorted(steps, reverse=True):
-        reason = damage(steps[step], shared)
-        if reason is None:
-            return str(steps[step])
-        logger.warning(
-            f"'{steps[step]}' is not whole ({reason}), as the run was probably killed while it wrote it. The one before it "
-            "is used."
-        )
-    if steps or (Path(output_dir) / "learnalign").is_dir():
-        logger.warning(f"The run in '{output_dir}' left no whole checkpoint, so it starts from the beginning.")
-        return None
-    return True

@@ -95,6 +95,7 @@ class FeatureSource:
                 features = self.journal.load_features(window.name, self._shape(window.indices), verify=False)
                 if features is not None:
                     yield window.indices, features
+                self.peers.check()
                 bar.update()
 
     def _without_rows(self):

@@ -1,23 +1,30 @@
-"""What fails on one process fails on all, at once and with its cause, instead of leaving the others in a collective."""
+"""What fails on one process fails on all, at once and with its cause; one that is gone is named, not waited for."""
 
 import itertools
+import math
+import queue
+import threading
 import time
+from concurrent.futures import Future
+from datetime import timedelta
 
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 
-_PASSES = itertools.count()  # equal on all processes, which make passes in step
-_LONGEST_PAUSE = 0.5  # seconds between two looks
+_PASSES = itertools.count()  # equal on all processes, which open their contexts in step
+_LONGEST_PAUSE = 0.5  # seconds between two looks at who has arrived
+_BEAT = 5.0  # seconds between two signs of life
+_SILENCE = 60.0  # seconds without one after which a process is taken for dead
 
 
 class Peers:
     """
-    The other processes of a pass. Used as a context manager, it tells them of an exception.
+    The other processes of a pass. Used as a context manager, it tells them of an exception and of being alive.
 
     They are told through the key-value store that torch.distributed keeps beside its collectives, which can be asked
-    without waiting.
+    without waiting. Outside of the context only the time-out of the collectives guards against a process that is gone.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]): of the trainer.
@@ -25,44 +32,62 @@ class Peers:
 
     def __init__(self, accelerator: Accelerator):
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
-        self.store = None
-        if self.world > 1 and dist.is_initialized():
-            self.store = dist.PrefixStore(f"learnalign-{next(_PASSES)}", dist.distributed_c10d._get_default_store())
-        self._meetings = itertools.count()
+        self._thread = None
+        self._meetings = 0
 
     def __enter__(self):
+        if self.world > 1 and dist.is_initialized():
+            self._meetings = 0
+            self._thread = _StoreThread(self.rank, self.world, f"learnalign-{next(_PASSES)}")
         return self
 
     def __exit__(self, kind, error, traceback):
-        if self.store is not None and error is not None and not isinstance(error, PeerError):
-            self.store.set("failed", f"process {self.rank}: {kind.__name__}: {error}")
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            failure = None if error is None else f"process {self.rank}: {kind.__name__}: {error}"
+            if isinstance(error, PeerError):
+                failure = str(error)
+            thread.close(failure, patient=error is None or isinstance(error, Exception))
 
     def check(self) -> None:
         """
+        Notes that this process gets on with its work.
+
         Raises:
-            [`PeerError`]: another process has failed.
+            [`PeerError`]: another process has failed, or the main process is gone.
         """
-        if self.store is not None and self.store.check(["failed"]):
-            cause = self.store.get("failed").decode(errors="replace")
-            raise PeerError(f"The selection ends here, because it failed on another process. {cause}")
+        if self._thread is not None:
+            self._thread.progress += 1
+            self._thread.check()
 
     def wait(self) -> None:
         """
         Returns when all processes are here. Before a collective, so that none waits in it for one that has failed.
 
         Raises:
-            [`PeerError`]: another process has failed.
+            [`PeerError`]: another process has failed or died, or has made no progress for longer than the time-out of
+                the process group.
         """
-        if self.store is None:
+        thread = self._thread
+        if thread is None:
             return
-        meeting = f"meeting-{next(self._meetings)}"
-        self.store.add(meeting, 1)
+        self.check()
+        self._meetings += 1
+        thread.meeting = self._meetings
+        arrived = thread.ask(thread.arrive)
+        watch = _Watch(thread)
+        looked = time.monotonic()
         pause = 0.001
-        while self.store.add(meeting, 0) < self.world:
-            self.check()
+        while arrived < self._meetings * self.world:
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
-        self.check()
+            arrived = thread.ask(thread.arrived)
+            thread.check()
+            if time.monotonic() - looked >= _BEAT:
+                thread.ask(watch.look)
+                watch.check()
+                looked = time.monotonic()
+        thread.check()
 
     def gather(self, value) -> list:
         """The value of every process, by rank, on every process."""
@@ -76,4 +101,190 @@ class Peers:
 
 
 class PeerError(RuntimeError):
-    """Another process has failed."""
+    """Another process has failed, died or got stuck."""
+
+
+class _StoreThread(threading.Thread):
+    """
+    This process's connection to the store. A thread of its own gives the signs of life, whatever the process computes,
+    and makes all calls, so that a host that does not answer any more holds up that thread alone.
+
+    In the store, under the prefix of a context:
+
+        beat-{rank}   "{beats} {progress} {meeting}"
+        arrived       at all meetings so far, of all processes; at meeting n none is further than n
+        failed        the cause of the first failure
+        told          processes that know of the failure, or need the store no more
+    """
+
+    def __init__(self, rank, world, prefix):
+        super().__init__(name=prefix, daemon=True)
+        self.rank, self.world = rank, world
+        self.progress = self.meeting = 0
+        self.failure = None  # of another process
+        self.error = None  # of the store
+        shared = _default_store()
+        self.timeout = shared.timeout.total_seconds()  # of the process group: `init_process_group` hands it on
+        self.silence = min(_SILENCE, self.timeout)
+        self._shared = shared
+        self._jobs = queue.SimpleQueue()
+        self._beats = 0
+        self._told = False
+        self.start()
+
+    def run(self):
+        future = None
+        try:
+            store = dist.PrefixStore(self.name, _own_connection(self._shared, self.silence))
+            self._beat(store)
+            due = time.monotonic() + _BEAT
+            while True:
+                try:
+                    job, future = self._jobs.get(timeout=max(0.0, due - time.monotonic()))
+                    if job is None:
+                        return
+                    future.set_result(job(store))
+                except queue.Empty:
+                    pass
+                if time.monotonic() >= due:
+                    self._beat(store)
+                    due = time.monotonic() + _BEAT
+        except Exception as error:
+            self.error = error
+            if future is not None and not future.done():
+                future.set_exception(error)
+
+    def _beat(self, store):
+        self._beats += 1
+        store.set(f"beat-{self.rank}", f"{self._beats} {self.progress} {self.meeting}")
+        self._listen(store)
+
+    def _listen(self, store):
+        if self.failure is None and store.check(["failed"]):
+            self.failure = store.get("failed").decode(errors="replace")
+            self._tell(store)
+
+    def _tell(self, store):
+        if not self._told:
+            self._told = True
+            store.add("told", 1)
+
+    def arrive(self, store):
+        self._beat(store)  # so that the others know at once which meeting this process is at
+        return store.add("arrived", 1)
+
+    def arrived(self, store):
+        self._listen(store)
+        return store.add("arrived", 0)
+
+    def ask(self, job):
+        """The result of `job(store)`. In slices, as a process that was suspended finds that all of its time is up."""
+        future = Future()
+        self._jobs.put((job, future))
+        for _ in range(_looks(self.silence)):
+            if self.error is not None:
+                break
+            try:
+                return future.result(_BEAT)
+            except TimeoutError:
+                pass
+            except Exception as error:
+                self.error = error
+        if self.error is None:
+            self.error = TimeoutError(f"no answer for {self.silence:.0f} s")
+        self.check()
+
+    def check(self):
+        if self.failure is not None:
+            raise PeerError(f"The selection ends here, because it failed on another process. {self.failure}")
+        if self.error is not None:
+            raise PeerError(
+                "The key-value store of torch.distributed, which the main process or its launcher keeps, does not answer "
+                f"any more ({str(self.error).splitlines()[0]}): process 0 has ended, was killed, or its node is lost. "
+                "Look at its last output and run again: what was finished is used."
+            ) from self.error
+
+    def close(self, failure, patient):
+        """
+        Tells the others of a `failure`, if there is one. The main process stays until all have heard of it or are done,
+        for the store ends with it where no launcher keeps it; but not for one that does not answer, nor if not `patient`.
+        """
+
+        def leave(store):
+            self._listen(store)
+            if failure is not None and self.failure is None:
+                store.set("failed", failure)
+            self._tell(store)
+
+        try:
+            self.ask(leave)
+            until = time.monotonic() + 2 * _BEAT
+            while self.rank == 0 and patient and self.ask(lambda store: store.add("told", 0)) < self.world:
+                if time.monotonic() >= until:
+                    break
+                time.sleep(0.05)
+        except PeerError:
+            pass  # the store is gone, or another failure was there before
+        self._jobs.put((None, None))
+        self.join(_BEAT)
+
+
+class _Watch:
+    """Of one meeting: how many looks in a row found a process without a new sign of life, or without progress."""
+
+    def __init__(self, thread):
+        self.thread = thread
+        self.states = {}
+        self.silent = dict.fromkeys(set(range(thread.world)) - {thread.rank}, 0)
+        self.idle = dict.fromkeys(self.silent, 0)
+
+    def look(self, store):
+        known = [rank for rank in self.silent if rank in self.states or store.check([f"beat-{rank}"])]
+        keys = [f"beat-{rank}" for rank in known]
+        values = store.multi_get(keys) if keys and store.has_extended_api() else [store.get(key) for key in keys]
+        found = {rank: tuple(map(int, value.split())) for rank, value in zip(known, values, strict=True)}
+        for rank in self.silent:
+            beats, *rest = found.get(rank, (0, 0, 0))
+            old_beats, *old_rest = self.states.get(rank, (0, 0, 0))
+            # One that has not come at all may be late (the main process writes checkpoints), so that it is not yet dead
+            self.silent[rank] = self.silent[rank] + 1 if rank in found and beats == old_beats else 0
+            here = rest[1] >= self.thread.meeting
+            self.idle[rank] = self.idle[rank] + 1 if rest == old_rest and not here else 0
+        self.states = found
+
+    def check(self):
+        dead = [rank for rank, looks in self.silent.items() if looks >= _looks(self.thread.silence)]
+        if dead:
+            raise PeerError(
+                f"Process {_names(dead)} gave no sign of life for {self.thread.silence:.0f} s: it was killed, or its node is "
+                "lost. Look at its last output and run again: what was finished is used."
+            )
+        stuck = [rank for rank, looks in self.idle.items() if looks >= _looks(self.thread.timeout)]
+        if stuck:
+            raise PeerError(
+                f"Process {_names(stuck)} made no progress for {self.thread.timeout:.0f} s, which is the time-out of the "
+                "process group. See what it does (`py-spy dump`), and raise `ddp_timeout` if it only needs longer."
+            )
+
+
+def _looks(seconds):
+    """How many looks make up so many seconds. Counted, as time in which everything was suspended proves nothing."""
+    return max(3, math.ceil(seconds / _BEAT))
+
+
+def _names(ranks):
+    return ", ".join(map(str, ranks))
+
+
+def _default_store():
+    return dist.distributed_c10d._get_default_store()
+
+
+def _own_connection(store, seconds):
+    """A connection may be held by a call that waits for a key, such as those that set up a communicator."""
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    if not isinstance(store, dist.TCPStore):
+        return store  # a file, or memory
+    timeout = timedelta(seconds=seconds)
+    return dist.TCPStore(store.host, store.port, is_master=False, wait_for_workers=False, timeout=timeout)

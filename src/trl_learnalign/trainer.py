@@ -5,7 +5,8 @@ from pathlib import Path
 from trl import GRPOTrainer
 
 from .callback import LearnAlignCallback
-from .disk import whole_checkpoint
+from .checkpoints import survey, whole_checkpoint
+from .peers import Peers
 from .prompts import check_prompts
 from .rollouts import check_dataset
 from .sampler import LearnAlignSampler
@@ -47,17 +48,23 @@ class LearnAlignMixin:
         while it wrote one goes on from the one before it, and a run killed before its first starts from the beginning.
 
         Raises:
-            `ValueError`: the checkpoint that was asked for is not whole.
+            `ValueError`: the checkpoint that was asked for is not whole, or there are checkpoints and none is.
         """
         if self._learnalign is None:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         if resume_from_checkpoint:
-            shared = not self.args.save_on_each_node
-            resume_from_checkpoint = whole_checkpoint(self.args.output_dir, resume_from_checkpoint, shared)
+            resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._learnalign.unlock()
+
+    def _whole_checkpoint(self, wanted):
+        """The same on all processes, or the same error: only those that write checkpoints look at the disk."""
+        path, shared = self.args.output_dir, not self.args.save_on_each_node
+        with Peers(self.accelerator) as peers:
+            surveys = peers.gather(survey(path, wanted, shared) if self.args.should_save else None)
+        return whole_checkpoint(path, wanted, [view for view in surveys if view is not None])
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """As the trainer's, with `learnalign/zero_variance_after` once a selection is in use."""
