@@ -1,5 +1,5 @@
 """
-Writes the tables of README.md and docs/results.md from benchmarks/results/*.json, so that nobody types a number.
+Writes docs/results.md from benchmarks/results/*.json, so that nobody types a number.
 
     python benchmarks/render.py [--check]
 """
@@ -11,7 +11,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 NAMES = {
     "random": "random prompts",
     "filter": "success-rate filter",
@@ -217,8 +216,6 @@ def policy_table(results) -> str:
 
 def documents() -> dict[Path, str]:
     arms, policy = load("demo_arms"), load("tiny_policy")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    start, end = readme.index(BEGIN) + len(BEGIN), readme.index(END)
     page = f"""# Results, and how they were measured
 
 This page is written by `benchmarks/render.py` from `benchmarks/results/`. `make bench DATASET=DIR` measures all of it again,
@@ -260,10 +257,7 @@ Every run: `python benchmarks/demo_arms.py --dataset_path DIR`.
 
 {policy_table(policy)}
 """
-    return {
-        ROOT / "README.md": readme[:start] + "\n" + arms_table(arms) + "\n" + readme[end:],
-        ROOT / "docs" / "results.md": page,
-    }
+    return {ROOT / "docs" / "results.md": page}
 
 
 def main():

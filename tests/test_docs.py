@@ -46,33 +46,49 @@ def test_links_lead_somewhere():
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_quick_start_of_the_readme_runs(tmp_path):
-    """The three-line change of the README, on the tiny policy of the tests in place of the model of the README."""
-    from tiny import digit_reward, grpo_args, lora, make_dataset, make_model, make_tokenizer
+def test_quick_start_of_the_readme_runs(tmp_path, monkeypatch):
+    """As it stands, with rows as GSM8K has them, a tiny policy, short completions, and 8 in place of 300 and of 1,000 prompts."""
+    import datasets
+    from tiny import grpo_args, make_dataset, make_model, make_tokenizer
 
-    block = re.search(r"```python\n(from trl_learnalign.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
-    block = block.replace('"Qwen/Qwen2.5-1.5B-Instruct"', "model, processing_class=tokenizer")
-    block = block.replace("num_prompts=1000, warmup_prompts=300", "num_prompts=8, warmup_prompts=8")
-    names = {
-        "model": make_model(),
-        "tokenizer": make_tokenizer(),
-        "reward": digit_reward,
-        "training_args": grpo_args(tmp_path, num_train_epochs=2),
-        "dataset": make_dataset(),
-        "LoraConfig": lambda **kwargs: lora(**kwargs),
-    }
+    monkeypatch.chdir(tmp_path)
+    make_model().save_pretrained("policy")
+    make_tokenizer().save_pretrained("policy")
+    rows = [
+        {"question": prompt, "answer": f"so it is #### {i % 3}"} for i, prompt in enumerate(make_dataset()["prompt"])
+    ]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, split: datasets.Dataset.from_list(rows))
+    monkeypatch.setattr("trl.GRPOConfig", lambda output_dir: grpo_args(output_dir, num_train_epochs=2))
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    names = {}
+    for old, new in {'"Qwen/Qwen2.5-1.5B-Instruct"': '"policy"', "=1000": "=8", "=300": "=8"}.items():
+        assert old in block
+        block = block.replace(old, new)
     exec(block, names)
     assert names["trainer"].state.global_step == names["trainer"].state.max_steps > 0
-    assert list((tmp_path / "learnalign").glob("step-*"))
+    assert list(Path("runs/first/learnalign").glob("step-*/scores.parquet"))
+    assert names["reward"](["it is 72", "it is", ""], ["48/2=24 #### 72", "#### 3", "#### 3"]) == [1.0, 0.0, 0.0]
+
+
+def test_gains_in_the_readme_are_those_of_the_evidence():
+    gains = re.findall(r"[+-][\d.]+ \[[^]]+\]", (ROOT / "README.md").read_text())
+    evidence = (ROOT / "docs/evidence.md").read_text()
+    assert len(gains) == 3 and all(gain in evidence for gain in gains)
 
 
 def test_lines_that_change_are_counted_honestly():
     """In the quick start: what a script of its own has not."""
-    page = (ROOT / "docs/index.md").read_text()
+    readme, page = (ROOT / "README.md").read_text(), (ROOT / "docs/index.md").read_text()
+    script = re.search(r"```python\n(.*?)```", readme, re.S)[1]
     whole, callback = blocks("index.md", "python")[:2]
     ours = re.compile("learnalign|train_sampler", re.I)
-    for words, block in (("Three lines change", whole), ("add two lines", callback)):
-        assert words in page
+    cases = (
+        (readme, "Three lines change", script),
+        (page, "Three lines change", whole),
+        (page, "add two lines", callback),
+    )
+    for text, words, block in cases:
+        assert words in text
         number = {"Three": 3, "two": 2}[next(word for word in words.split() if word in ("Three", "two"))]
         assert sum(bool(ours.search(line)) for line in block.splitlines()) == number
 

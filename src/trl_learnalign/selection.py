@@ -303,10 +303,7 @@ Findings of ACL 2026, [arXiv:2506.11480](https://arxiv.org/abs/2506.11480).
         parts += [f"{phase} {seconds:.1f} s" for phase, seconds in self.provenance["seconds"].items()]
         cost = self.provenance.get("cost", {})
         if "of_rollouts" in cost:
-            parts.append(
-                f"gradients and scores {cost['of_rollouts']:.2f} x rollouts (a plain backward: {cost['floor']:.2f}, if a "
-                "token is generated as fast as read)"
-            )
+            parts.append(f"gradients and scores took {cost['of_rollouts']:.2f} x the time of the rollouts")
         return f"LearnAlign, step {self.provenance['global_step']}: " + "; ".join(parts)
 
     def __repr__(self):
