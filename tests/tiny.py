@@ -28,9 +28,6 @@ def make_tokenizer():
 class TextProcessor(ProcessorMixin):
     """A processor as vision-language models have it, for text alone."""
 
-    attributes = ["tokenizer"]
-    tokenizer_class = "PreTrainedTokenizerFast"
-
     def __init__(self, tokenizer):
         super().__init__(tokenizer, chat_template=CHAT_TEMPLATE)
 
