@@ -81,6 +81,7 @@ bench: $(VENV)/installed bench-costs evidence-small
 	$(BIN)/python benchmarks/tiny_policy.py --grpo --seeds 0 1 --threads 1 $(if $(DATASET),--dataset_path $(DATASET))
 	$(BIN)/python benchmarks/demo_arms.py $(if $(DATASET),--dataset_path $(DATASET))
 	$(BIN)/python benchmarks/projection.py $(if $(DATASET),--dataset_path $(DATASET))
+	$(BIN)/python benchmarks/loss_types.py $(if $(DATASET),--dataset_path $(DATASET))
 	$(BIN)/python benchmarks/robustness.py
 	$(BIN)/python benchmarks/render.py
 

@@ -189,6 +189,27 @@ def projection_table(results) -> str:
     return "\n".join(lines)
 
 
+def loss_table(results) -> str:
+    lines = [
+        "| ranking | gradient of dapo instead of grpo: Spearman | kept of the top quarter | other rollouts: Spearman | kept of the top quarter |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in results["rows"]:
+        cells = (f"{row[key]['spearman']:.3f} | {100 * row[key]['top_quarter']:.0f} %" for key in ("loss", "rollouts"))
+        lines.append(f"| {NAMES[row['score']]} | {' | '.join(cells)} |")
+    loss, other = (results["rows"][0][key]["learnable"] for key in ("loss", "rollouts"))
+    lines += [
+        "",
+        "Gradients are those of the trainer's loss ([which](how_it_works.md#the-loss)); without a KL term every loss of TRL has "
+        "the direction of `grpo`, a mean over each completion as in the paper, or of `dapo`, a sum over tokens and TRL's default. "
+        "On the left both have the same rollouts, on the right `grpo` has others of the same policy. "
+        f"{results['data'][0].upper() + results['data'][1:]}, a pool of {results['pool']}, {loss} of them learnable ({other} in "
+        f"both draws), completions of {results['completion_length']} tokens on average, exact gradients, after four steps of "
+        f"training; by `benchmarks/loss_types.py`, {results['threads']} thread; {versions_of(results)}.",
+    ]
+    return "\n".join(lines)
+
+
 def policy_table(results) -> str:
     grpo = results["grpo"]
     seeds = ", ".join(f"{run['before']:.3f} to {run['after']:.3f}" for run in grpo["runs"])
@@ -252,6 +273,10 @@ Every run: `python benchmarks/demo_arms.py --dataset_path DIR`.
 ## Projected against exact scores
 
 {projection_table(load("projection"))}
+
+## The gradient by loss
+
+{loss_table(load("loss_types"))}
 
 ## The tiny policy
 

@@ -1,0 +1,97 @@
+"""
+How far the ranking moves with the loss that the gradient is of: TRL's default `dapo`, which sums over tokens, beside `grpo`,
+the mean over each completion of the paper's Eq. 7. On the demo's pool after its warm-up.
+
+    python benchmarks/loss_types.py --dataset_path DIR
+
+DIR holds GSM8K's train.jsonl and test.jsonl; without it generated chains stand in. Both losses score the same rollouts; as a
+yardstick `grpo` also scores other rollouts of the same policy. Without a KL term every other loss of TRL has the direction of one
+of the two.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+import torch
+from demo import build_trainer, load
+from projection import spearman
+
+from trl_learnalign import LearnAlignConfig, rollouts, select_prompts
+
+
+def compared(ours, theirs) -> dict:
+    """Of two tables of scores: rank correlation over the prompts learnable in both, and what their top quarters share."""
+    both = (ours["learnability"] > 0) & (theirs["learnability"] > 0)
+    scores = [table["score"][both] for table in (ours, theirs)]
+    quarter = int(both.sum()) // 4
+    best, other = (set(column.nlargest(quarter).index) for column in scores)
+    correlation = spearman(*(torch.tensor(column.to_numpy()) for column in scores))
+    return {
+        "learnable": int(both.sum()),
+        "spearman": round(correlation, 4),
+        "top_quarter": round(len(best & other) / quarter, 4),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset_path", type=Path)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "loss_types.json")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    settings = {"pool": 600, "num_prompts": 128, "passes": 1, "test": 1, "seed": 0}
+    with tempfile.TemporaryDirectory() as output_dir:
+        run = argparse.Namespace(**settings, output_dir=Path(output_dir), dataset_path=arguments.dataset_path)
+        pool, _, source = load(run)
+        trainer = build_trainer("random", pool, run)
+        trainer.args.max_steps = 4  # the warm-up and two steps, so that no LoRA B is zero
+        trainer.train()
+
+        kept, generate = {}, rollouts.generate_groups
+
+        def once(trainer, dataset, indices, seed):
+            """Every group is rolled out once; the policy stays what it is."""
+            key = seed, *indices
+            if key not in kept:
+                kept[key] = generate(trainer, dataset, indices, seed)
+            return kept[key]
+
+        rollouts.generate_groups = once
+
+        def table(loss_type, score, seed=0):
+            trainer.loss_type = loss_type
+            config = LearnAlignConfig(
+                num_prompts=128, score=score, projection_dim=None, selection_seed=seed, write_report=False
+            )
+            return select_prompts(trainer, config).scores.to_pandas()
+
+        rows = []
+        for score in ("learnalign", "alignment"):
+            grpo, dapo, other = table("grpo", score), table("dapo", score), table("grpo", score, seed=1)
+            assert grpo["success_rate"].equals(dapo["success_rate"])  # the same rollouts
+            rows.append({"score": score, "loss": compared(grpo, dapo), "rollouts": compared(grpo, other)})
+    results = {
+        "data": source,
+        "pool": len(pool),
+        "completion_length": round(float(grpo["completion_length_mean"].mean()), 1),
+        "rows": rows,
+        "threads": arguments.threads,
+        "cpu_count": os.cpu_count(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "trl-learnalign")},
+    }
+    arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
