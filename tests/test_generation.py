@@ -4,23 +4,22 @@ import pytest
 import torch
 from tiny import config, lora, make_tokenizer, make_trainer, parity_reward
 from transformers import OPTConfig, OPTForCausalLM
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
-from trl_learnalign import LearnAlignCallback, LearnAlignSampler, callback
-from trl_learnalign.gradients import PromptGradients
+from trl_learnalign import LearnAlignCallback, LearnAlignSampler, Selection, callback
 
 
 @pytest.fixture
 def selecting(monkeypatch):
-    """Counts the dropouts in a selection, and those that are on; the modes of all modules before and after."""
+    """Counts the dropouts in a selection, and those in train mode; the modes of all modules before and after."""
     seen = {"dropouts": 0, "active": 0, "modes": [], "on": False}
-    select, dropout = callback.select_at_stage, torch.nn.functional.dropout
+    select, forward = callback.select_at_stage, torch.nn.Dropout.forward
 
-    def counted(input, p=0.5, training=True, inplace=False):
+    def counted(module, input):
         if seen["on"]:
             seen["dropouts"] += 1
-            seen["active"] += training and p > 0
-        return dropout(input, p, training, inplace)
+            seen["active"] += module.training and module.p > 0
+        return forward(module, input)
 
     def modes(trainer):
         return {name: module.training for name, module in trainer.model.named_modules()}
@@ -33,7 +32,7 @@ def selecting(monkeypatch):
         return selection
 
     monkeypatch.setattr(callback, "select_at_stage", select_watched)
-    monkeypatch.setattr(torch.nn.functional, "dropout", counted)
+    monkeypatch.setattr(torch.nn.Dropout, "forward", counted)
     return seen
 
 
@@ -45,7 +44,6 @@ WAYS = {
         "transformers_continuous_batching_config": {"num_blocks": 64, "max_batch_tokens": 256},
     },
     "rollout function": {},
-    "layers with dropout of their own": {"gradient_checkpointing": True},
 }
 
 
@@ -71,13 +69,6 @@ class RolloutFunction:
 def test_dropout_is_off_in_a_selection_whatever_generates(tmp_path, selecting, way):
     choice = config(num_prompts=4, warmup_prompts=4, candidate_prompts=8)
     kwargs = {"reward": parity_reward, "peft": lora(lora_dropout=0.2), "max_steps": 3}
-    if way == "layers with dropout of their own":
-        sizes = {"hidden_size": 16, "ffn_dim": 32, "word_embed_proj_dim": 16, "num_attention_heads": 2}
-        vocabulary = {"vocab_size": len(make_tokenizer()), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
-        kwargs["model"] = OPTForCausalLM(
-            OPTConfig(**sizes, **vocabulary, num_hidden_layers=2, max_position_embeddings=64, dropout=0.2)
-        )
-        kwargs["peft"] = lora(lora_dropout=0.2, target_modules=["q_proj", "v_proj"])
     trainer = make_trainer(tmp_path, choice, **kwargs, **WAYS[way])
     if way == "rollout function":
         trainer.rollout_func = RolloutFunction()
@@ -89,24 +80,40 @@ def test_dropout_is_off_in_a_selection_whatever_generates(tmp_path, selecting, w
     assert before == after
 
 
-def test_layers_still_checkpoint_their_activations_in_a_selection(tmp_path, monkeypatch):
-    """Each runs twice for a gradient: once forward, and again in the backward."""
-    runs, collect = [], PromptGradients.collect
-    kwargs = {"reward": parity_reward, "gradient_checkpointing": True, "peft": lora(lora_dropout=0.2)}
-    trainer = make_trainer(tmp_path, config(num_prompts=4, warmup_prompts=4, candidate_prompts=8), max_steps=3, **kwargs)
-    (*_, layer) = (module for module in trainer.model.modules() if isinstance(module, GradientCheckpointingLayer))
+def test_dropout_in_layers_that_checkpoint_their_activations(tmp_path):
+    """They stay in train mode, or they would not checkpoint. The scores are those of a model without dropout."""
+    sizes = {
+        "hidden_size": 16,
+        "ffn_dim": 32,
+        "word_embed_proj_dim": 16,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+    }
+    vocabulary = {"vocab_size": len(make_tokenizer()), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
+    scores = {}
+    for dropout in (0.0, 0.2):
+        torch.manual_seed(0)
+        model = OPTForCausalLM(OPTConfig(**sizes, **vocabulary, max_position_embeddings=64, dropout=dropout))
+        kwargs = {"model": model, "peft": lora(target_modules=["q_proj", "v_proj"]), "reward": parity_reward}
+        choice = config(num_prompts=4, warmup_prompts=0, candidate_prompts=8)
+        path = tmp_path / str(dropout)
+        torch.manual_seed(0)
+        trainer = make_trainer(path, choice, max_steps=1, gradient_checkpointing=True, **kwargs)
+        modes = []
 
-    def collected(*args):
-        count = []
-        hook = layer.register_forward_pre_hook(lambda module, args: count.append(module.training))
-        part = collect(*args)
-        hook.remove()
-        runs.append(count)
-        return part
+        def note(layer, args, modes=modes):
+            modes.append((layer.training, layer.gradient_checkpointing))
 
-    monkeypatch.setattr(PromptGradients, "collect", collected)
-    trainer.train()
-    assert len(runs) >= 2 and all(count == [False, False] for count in runs)
+        for layer in (module for module in model.modules() if isinstance(module, OPTDecoderLayer)):
+            layer.register_forward_pre_hook(note)
+        trainer.train()
+        assert modes.count((True, True)) > 4  # the step of training has two or, where hooks run again, four
+        scores[dropout] = Selection.load(path / "learnalign" / "step-000000").scores.to_pandas()
+    for column in ("success_rate", "alignment", "gradient_norm"):
+        assert scores[0.2][column].tolist() == pytest.approx(scores[0.0][column].tolist(), rel=1e-5, nan_ok=True), (
+            column
+        )
+    assert scores[0.0]["gradient_norm"].notna().any()
 
 
 def test_tools_with_a_vllm_of_several_processes(tmp_path):

@@ -1,14 +1,11 @@
-"""What a selection needs to know of TRL's ways to generate: a vLLM of several processes, images, dropout, random numbers."""
+"""What a selection needs to know of TRL's ways to generate: a vLLM of several processes, images, random numbers."""
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
 import trl
 from packaging.version import Version
-from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import GRPOTrainer
 
 
@@ -73,29 +70,6 @@ def check_images(output: dict) -> None:
             "The rollouts have images (from an environment or a tool), and gradients of multimodal prompts are not "
             "supported. Use `score='learnability'`, which takes no gradients."
         )
-
-
-@contextmanager
-def no_dropout_in_checkpoints(model: torch.nn.Module) -> Iterator[None]:
-    """
-    Layers that checkpoint their activations must be in train mode when they are called. While they run they are not, since
-    some (OPT's, for one) have dropout of their own.
-    """
-
-    def enter(layer, args):
-        layer.training = False
-
-    def leave(layer, args, output):
-        layer.training = layer.gradient_checkpointing
-
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    hooks = [layer.register_forward_pre_hook(enter) for layer in layers]
-    hooks += [layer.register_forward_hook(leave, always_call=True) for layer in layers]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def random_state() -> tuple:

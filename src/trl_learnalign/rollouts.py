@@ -20,7 +20,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import use_adapter
 
 from .config import LearnAlignConfig
-from .generation import check_images, check_vllm, no_dropout_in_checkpoints, random_state, set_random_state
+from .generation import check_images, check_vllm, random_state, set_random_state
 from .gradients import UnseenParametersError, check_parameters, dropout_off, turn_dropout_off, unseen_message
 from .projection import stable_hash
 from .rewards import guarded, source_of
@@ -237,7 +237,7 @@ def left_as_found(trainer: GRPOTrainer, num_rollouts: int) -> Iterator[None]:
     trainer.num_generations = num_rollouts
     trainer.vllm_importance_sampling_correction = False
     try:
-        with dropout_off(trainer.model), no_dropout_in_checkpoints(trainer.model):
+        with dropout_off(trainer.model):
             yield
     finally:
         for name, book in books.items():
