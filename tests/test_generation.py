@@ -1,39 +1,38 @@
-"""TRL's ways to generate, and what they leave behind: modes, images."""
+"""TRL's ways to generate, and what they do to dropout."""
 
 import pytest
 import torch
-from tiny import config, lora, make_trainer, parity_reward
+from tiny import config, lora, make_tokenizer, make_trainer, parity_reward
+from transformers import OPTConfig, OPTForCausalLM
+from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
-from trl_learnalign import callback
+from trl_learnalign import LearnAlignCallback, LearnAlignSampler, Selection, callback
 
 
 @pytest.fixture
 def selecting(monkeypatch):
-    """Notes every dropout that is on in a forward of a selection, and the modes of all modules before and after."""
-    seen = {"forwards": 0, "active": 0, "modes": [], "on": False}
-    select = callback.select_at_stage
+    """Counts the dropouts in a selection, and those in train mode; the modes of all modules before and after."""
+    seen = {"dropouts": 0, "active": 0, "modes": [], "on": False}
+    select, forward = callback.select_at_stage, torch.nn.Dropout.forward
 
-    def watch(module, args, output):
+    def counted(module, input):
         if seen["on"]:
-            seen["forwards"] += 1
-            seen["active"] += module.training
+            seen["dropouts"] += 1
+            seen["active"] += module.training and module.p > 0
+        return forward(module, input)
 
     def modes(trainer):
         return {name: module.training for name, module in trainer.model.named_modules()}
 
     def select_watched(trainer, *args):
-        dropouts = [module for module in trainer.model.modules() if isinstance(module, torch.nn.Dropout)]
-        assert len(dropouts) == 14 and all(module.p == 0.2 for module in dropouts)
-        hooks = [module.register_forward_hook(watch) for module in dropouts]
         before, seen["on"] = modes(trainer), True
         selection = select(trainer, *args)
         seen["on"] = False
         seen["modes"].append((before, modes(trainer)))
-        for hook in hooks:
-            hook.remove()
         return selection
 
     monkeypatch.setattr(callback, "select_at_stage", select_watched)
+    monkeypatch.setattr(torch.nn.Dropout, "forward", counted)
     return seen
 
 
@@ -76,6 +75,52 @@ def test_dropout_is_off_in_a_selection_whatever_generates(tmp_path, selecting, w
     trainer.train()
     (selection,) = (entry for entry in trainer.state.log_history if "learnalign/stage" in entry)
     assert selection["learnalign/selected_prompts"] == 4 and 0 < selection["step"] < 3
-    assert selecting["forwards"] > 14 * 8 and selecting["active"] == 0
+    assert selecting["dropouts"] > 14 * 8 and selecting["active"] == 0
     ((before, after),) = selecting["modes"]
     assert before == after
+
+
+def test_dropout_in_layers_that_checkpoint_their_activations(tmp_path):
+    """They stay in train mode, or they would not checkpoint. The scores are those of a model without dropout."""
+    sizes = {
+        "hidden_size": 16,
+        "ffn_dim": 32,
+        "word_embed_proj_dim": 16,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+    }
+    vocabulary = {"vocab_size": len(make_tokenizer()), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
+    scores = {}
+    for dropout in (0.0, 0.2):
+        torch.manual_seed(0)
+        model = OPTForCausalLM(OPTConfig(**sizes, **vocabulary, max_position_embeddings=64, dropout=dropout))
+        kwargs = {"model": model, "peft": lora(target_modules=["q_proj", "v_proj"]), "reward": parity_reward}
+        choice = config(num_prompts=4, warmup_prompts=0, candidate_prompts=8)
+        path = tmp_path / str(dropout)
+        torch.manual_seed(0)
+        trainer = make_trainer(path, choice, max_steps=1, gradient_checkpointing=True, **kwargs)
+        modes = []
+
+        def note(layer, args, modes=modes):
+            modes.append((layer.training, layer.gradient_checkpointing))
+
+        for layer in (module for module in model.modules() if isinstance(module, OPTDecoderLayer)):
+            layer.register_forward_pre_hook(note)
+        trainer.train()
+        assert modes.count((True, True)) > 4  # the step of training has two or, where hooks run again, four
+        scores[dropout] = Selection.load(path / "learnalign" / "step-000000").scores.to_pandas()
+    for column in ("success_rate", "alignment", "gradient_norm"):
+        assert scores[0.2][column].tolist() == pytest.approx(scores[0.0][column].tolist(), rel=1e-5, nan_ok=True), (
+            column
+        )
+    assert scores[0.0]["gradient_norm"].notna().any()
+
+
+def test_tools_with_a_vllm_of_several_processes(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.use_vllm, trainer.vllm_mode, trainer.vllm_tensor_parallel_size = True, "colocate", 2
+    trainer.tools = [print]
+    with pytest.raises(ValueError, match="`vllm_tensor_parallel_size` is 2, which TRL cannot combine with tools"):
+        LearnAlignCallback(trainer, LearnAlignSampler(config()))
+    trainer.vllm_mode = "server"  # which has a size of its own
+    LearnAlignCallback(trainer, LearnAlignSampler(config()))

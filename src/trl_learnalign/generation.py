@@ -1,4 +1,4 @@
-"""What TRL may generate with: a vLLM of several processes, images, random numbers."""
+"""What a selection needs to know of TRL's ways to generate: a vLLM of several processes, images, random numbers."""
 
 import random
 

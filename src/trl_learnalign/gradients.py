@@ -260,11 +260,17 @@ def turn_dropout_off(model: nn.Module) -> None:
 
 @contextmanager
 def dropout_off(model: nn.Module) -> Iterator[None]:
-    """Calls [`turn_dropout_off`], and puts all modes back on exit."""
+    """
+    Calls [`turn_dropout_off`], and puts all modes back on exit. Meanwhile `nn.functional.dropout` does nothing: layers that
+    checkpoint activations stay in train mode, and some (OPT's, for one) call it themselves.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    dropout = nn.functional.dropout
     turn_dropout_off(model)
+    nn.functional.dropout = lambda input, p=0.5, training=True, inplace=False: input
     try:
         yield
     finally:
+        nn.functional.dropout = dropout
         for module, training in modes:
             module.training = training

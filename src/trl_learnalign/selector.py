@@ -194,13 +194,9 @@ class SelectionRun:
             done = self.journal.load_groups(batch, shape) if mine else None
             if not all(self.peers.gather(done is not None or not mine)):
                 padded = batch + [batch[0]] * (min(size, len(self.pool)) - len(batch))
-                fresh = rollouts.generate_groups(
-                    self.trainer,
-                    self.dataset,
-                    padded,
-                    stable_hash(self.seed, "rollouts", self.step, seed_of[0]),
-                    gradients=self.config.score != "learnability",
-                )[: len(batch)]
+                seed = stable_hash(self.seed, "rollouts", self.step, seed_of[0])
+                gradients = self.config.score != "learnability"
+                fresh = rollouts.generate_groups(self.trainer, self.dataset, padded, seed, gradients)[: len(batch)]
                 if done is None and mine:
                     done = fresh
                     self.journal.save_groups(done)
