@@ -142,6 +142,10 @@ class PromptGradients:
 
     def _tapped_forward(self, tap):
         def forward(x):
+            kind = x.device.type
+            if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
+                # As autocast does inside of `linear`; there it would be too late, the wider x being saved already
+                x = x.to(torch.get_autocast_dtype(kind))
             return _TappedLinear.apply(x, self._anchor, tap, self._report)
 
         return forward
