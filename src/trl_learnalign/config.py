@@ -1,10 +1,14 @@
 """Every knob of a selection, validated as soon as it is set."""
 
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+
+from .choice import QUOTAS, TAKES, Condition
+from .scores import MEASURES, SCORES, find_score, score_name
 
 
-SCORES = ("learnalign", "learnability", "alignment", "random")
+ORDERS = ("shuffle", "ranked", "folding")
 LEARNABILITIES = ("success_rate", "variance")
 GRADIENT_ROLLOUTS = ("all", "one_correct")
 AFTER_WARMUP = ("continue", "restart")
@@ -29,9 +33,13 @@ class LearnAlignConfig:
             first training step. Ignored by [`select_prompts`].
         num_rollouts (`int`, *optional*):
             Rollouts per pool prompt. Defaults to the trainer's `num_generations`.
-        score (`str`, *optional*, defaults to `"learnalign"`):
+        score (`str` or `Callable`, *optional*, defaults to `"learnalign"`):
             What prompts are ranked on: `"learnalign"` (Eq. 8), `"learnability"` (V alone, no gradients are
-            computed), `"alignment"` (Eq. 8 without V) or `"random"` (no rollouts).
+            computed), `"alignment"` (Eq. 8 without V) or `"random"` (no rollouts); `"column:NAME"`, a column of numbers of the
+            dataset (no rollouts); or a function of yours, as it is or as `"file.py:function"`. It takes a
+            `pandas.DataFrame` with a row per prompt and returns a Series, higher is better, NaN never chosen.
+        score_measures (`list[str]`, *optional*):
+            What a function of yours needs: `["rollouts"]`, `["gradients"]` (which need rollouts), or nothing, the default.
         learnability (`str`, *optional*, defaults to `"success_rate"`):
             `"success_rate"`: V = p (1 - p). `"variance"`: V = the variance of a prompt's rewards after the rewards
             of the pool have been scaled to [0, 1], for graded rewards; equal to the former for rewards of 0 and 1.
@@ -56,6 +64,22 @@ class LearnAlignConfig:
         deduplicate (`bool`, *optional*, defaults to `False`):
             Of rows with the same prompt choose only the best-ranked one. Prompts are compared by their text or messages
             (and their images), not by their answers or other columns.
+        where (`str`, *optional*):
+            Choose only prompts for which this holds, a condition on columns of the dataset and of the scores such as
+            `"completion_length_mean < 800 and source != 'forum'"`. If it needs columns of the dataset alone, other prompts are
+            not rolled out.
+        quota_column (`str`, *optional*):
+            A column of the dataset whose values each get a quota of the chosen prompts.
+        quota (`str`, *optional*, defaults to `"proportional"`):
+            `"proportional"` to the share of a value in the pool, or `"equal"`. What a value without enough eligible prompts leaves
+            over goes to the others.
+        take (`str`, *optional*, defaults to `"top"`):
+            `"top"`: the best prompts; `"proportional"`: a draw without replacement in proportion to the scores.
+        prompt_order (`str`, *optional*, defaults to `"shuffle"`):
+            The order of each epoch over the selection: `"shuffle"`, a new permutation; `"ranked"`, best first; `"folding"`,
+            positions 0, L, 2 L, ... of the ranking, then 1, L + 1, ..., with L = `fold` (DELT, arXiv 2506.21545).
+        fold (`int`, *optional*, defaults to `3`):
+            See `prompt_order`.
         save_rollouts (`bool`, *optional*, defaults to `False`):
             Write `rollouts.parquet` beside `scores.parquet`.
         write_report (`bool`, *optional*, defaults to `True`):
@@ -76,7 +100,13 @@ class LearnAlignConfig:
     )
     score: str = field(
         default="learnalign",
-        metadata={"help": "What prompts are ranked on.", "choices": list(SCORES)},
+        metadata={
+            "help": f"What prompts are ranked on: {', '.join(SCORES)}, `column:NAME` for a column of the dataset, or "
+            "`file.py:function` for a function of a table."
+        },
+    )
+    score_measures: list[str] | None = field(
+        default=None, metadata={"help": "What a function in `score` needs: rollouts, gradients, or nothing."}
     )
     learnability: str = field(
         default="success_rate",
@@ -121,6 +151,29 @@ class LearnAlignConfig:
     deduplicate: bool = field(
         default=False, metadata={"help": "Of rows with the same prompt choose only the best-ranked one."}
     )
+    where: str | None = field(
+        default=None,
+        metadata={"help": "Choose only prompts for which this condition on columns of the dataset and the scores holds."},
+    )
+    quota_column: str | None = field(
+        default=None, metadata={"help": "A column of the dataset whose values each get a quota of the chosen prompts."}
+    )
+    quota: str = field(
+        default="proportional",
+        metadata={"help": "A quota in proportion to the pool, or equal ones.", "choices": list(QUOTAS)},
+    )
+    take: str = field(
+        default="top",
+        metadata={"help": "The best prompts, or a draw in proportion to the scores.", "choices": list(TAKES)},
+    )
+    prompt_order: str = field(
+        default="shuffle",
+        metadata={
+            "help": "Order of each epoch over the selection: shuffled, best first, or every `fold`-th of the ranking.",
+            "choices": list(ORDERS),
+        },
+    )
+    fold: int = field(default=3, metadata={"help": "Step through the ranking with `prompt_order='folding'`."})
     save_rollouts: bool = field(default=False, metadata={"help": "Write rollouts.parquet beside scores.parquet."})
     write_report: bool = field(
         default=True, metadata={"help": "Write report.html and its figures after every selection."}
@@ -142,7 +195,9 @@ class LearnAlignConfig:
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name), least, remedy)
         for name, choices in (
-            ("score", SCORES),
+            ("quota", QUOTAS),
+            ("take", TAKES),
+            ("prompt_order", ORDERS),
             ("learnability", LEARNABILITIES),
             ("gradient_rollouts", GRADIENT_ROLLOUTS),
             ("after_warmup", AFTER_WARMUP),
@@ -160,6 +215,13 @@ class LearnAlignConfig:
                 f"`success_reward` must be the name of a reward function, but is {self.success_reward!r}. Use None if there "
                 "is only one."
             )
+        self._check_score()
+        _check_integer("fold", self.fold, 1, "It is the step through the ranking.")
+        for name in ("where", "quota_column"):
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
+                raise ValueError(f"`{name}` must be a text, but is {getattr(self, name)!r}. Use None for none.")
+        if self.where is not None:
+            Condition(self.where)
         for name in ("deduplicate", "save_rollouts", "write_report"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be True or False, but is {getattr(self, name)!r}.")
@@ -177,14 +239,29 @@ class LearnAlignConfig:
                 "so there would be nothing to choose from. Raise the first or lower the second."
             )
 
+    def _check_score(self):
+        if not isinstance(self.score, str | Callable):
+            raise ValueError(
+                f"`score` is {self.score!r}, but must be one of {', '.join(SCORES)}, `column:NAME`, or a function."
+            )
+        measures = self.score_measures
+        if measures is not None and (not isinstance(measures, list | tuple) or set(measures) - set(MEASURES)):
+            raise ValueError(f"`score_measures` must be a list of {', '.join(MEASURES)}, but is {measures!r}.")
+        if measures is not None and isinstance(self.score, str) and (self.score in SCORES or ".py:" not in self.score):
+            raise ValueError(
+                f"`score_measures` is {measures!r}, but is for functions of yours, and `score` is {self.score!r}. Leave it out."
+            )
+        find_score(self.score, measures)
+
     def changes(self, saved: dict) -> dict[str, tuple]:
         """Fields whose values differ from those of `saved`: what they were there (by default what they are if unset) and are."""
         was = {one.name: saved.get(one.name, one.default) for one in fields(self)}
-        return {name: (was[name], value) for name, value in asdict(self).items() if value != was[name]}
+        return {name: (was[name], value) for name, value in self.to_dict().items() if value != was[name]}
 
     def to_dict(self) -> dict:
-        """The fields as a dictionary of plain values."""
-        return asdict(self)
+        """The fields as a dictionary of plain values; a function by its name."""
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        return values | {"score": score_name(self.score)}
 
 
 def _check_integer(name, value, least, remedy):

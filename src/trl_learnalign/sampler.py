@@ -1,6 +1,7 @@
 """The order of the prompts of a run: a pure function of a seed and a short log of selections."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -110,6 +111,15 @@ class Layout:
         return self.batches_trained(step) / self.repeats * self.chunk_prompts
 
 
+@dataclass
+class _Passes:
+    """The passes over one version so far."""
+
+    generator: torch.Generator
+    indices: torch.Tensor
+    orders: list[list[int]] = field(default_factory=list)
+
+
 class LearnAlignSampler(Sampler[int]):
     r"""
     Sampler that trains on random prompts during the warm-up and on the selected prompts afterwards.
@@ -125,7 +135,7 @@ class LearnAlignSampler(Sampler[int]):
                   |
                   a a a b b b   a a a b b b      <- one chunk: each prompt `group_size` times, all `repeats` times
 
-    Within a version, prompts are visited pass by pass, each pass a new permutation; a chunk may straddle two passes,
+    Within a version, prompts are visited pass by pass, each pass a new permutation (or in the order of `prompt_order`); a chunk may straddle two passes,
     so no prompt is ever dropped and two prompts of a version are visited equally often, give or take one.
 
     Args:
@@ -140,7 +150,7 @@ class LearnAlignSampler(Sampler[int]):
         self.log: list[Version] = []
         self.epoch = 0
         self.cursor = 0
-        self._passes: dict[int, tuple[torch.Generator, list[list[int]]]] = {}
+        self._passes: dict[int, _Passes] = {}
 
     def bind(self, layout: Layout) -> None:
         """
@@ -172,7 +182,7 @@ class LearnAlignSampler(Sampler[int]):
 
     def chunk(self, i: int) -> list[int]:
         """Dataset indices of the prompts of chunk `i`, of length `chunk_prompts`."""
-        number = max(n for n, version in enumerate(self.log) if version.start_chunk <= i)
+        number = bisect_right(self.log, i, key=lambda version: version.start_chunk) - 1
         version = self.log[number]
         if not version.indices:  # random prompts: the order of version 0, as if nothing had been selected
             number, version = 0, self.log[0]
@@ -182,20 +192,30 @@ class LearnAlignSampler(Sampler[int]):
         return [self._pass(number, position // size)[position % size] for position in positions]
 
     def _pass(self, number, k):
-        """The k-th pass over version `number`, a permutation of its indices."""
+        """The k-th pass over version `number`: its indices in the order of the pass."""
         if number not in self._passes:
             # Version 0 draws its permutations as TRL's RepeatSampler does
             generator = torch.Generator().manual_seed(self.layout.seed + number * 1_000_003)
-            self._passes[number] = (generator, [])
-        generator, passes = self._passes[number]
-        indices = sorted(self.log[number].indices) if number else range(self.layout.pool_size)
-        while len(passes) <= k:
-            if self.layout.shuffle:
-                order = torch.randperm(len(indices), generator=generator).tolist()
-                passes.append([indices[j] for j in order])
-            else:
-                passes.append(list(indices))
-        return passes[k]
+            self._passes[number] = _Passes(generator, self._indices(number))
+        passes = self._passes[number]
+        while len(passes.orders) <= k:
+            shuffled = self.layout.shuffle and (number == 0 or self.config.prompt_order == "shuffle")
+            order = torch.randperm(len(passes.indices), generator=passes.generator) if shuffled else slice(None)
+            passes.orders.append(passes.indices[order].tolist())
+        return passes.orders[k]
+
+    def _indices(self, number):
+        """Of a version, before they are shuffled: by row, or by rank, or folded."""
+        if not number:
+            return torch.arange(self.layout.pool_size)
+        ranked = torch.tensor(self.log[number].indices, dtype=torch.int64)
+        match self.config.prompt_order:
+            case "ranked":
+                return ranked
+            case "folding":
+                return torch.cat([ranked[first :: self.config.fold] for first in range(self.config.fold)])
+            case _:
+                return ranked.sort().values
 
     def set_epoch(self, epoch: int) -> None:
         """The next iteration yields epoch `epoch`."""

@@ -1,0 +1,117 @@
+"""What prompts are ranked on: functions of what was measured, each with the measures that it needs."""
+
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+
+if TYPE_CHECKING:
+    import pandas
+
+MEASURES = ("rollouts", "gradients")
+
+
+class Alignments(Protocol):
+    """The gradient features of the learnable prompts, where a score needs `"gradients"`."""
+
+    def __call__(self, weights: "pandas.Series") -> "pandas.DataFrame":
+        """
+        Aligns every learnable prompt with the weighted mean of all, mean_j z_j with z_j = w_j phi_j / |phi_j|.
+
+        Args:
+            weights (`pandas.Series` of n numbers): w, by dataset row.
+
+        Returns:
+            `pandas.DataFrame` of n rows: `score` = z_i . mean_j z_j, `alignment` = cos(phi_i, mean_j z_j) and
+            `gradient_norm` = |phi_i|. For prompts with V = 0 the first is 0, the others are NaN.
+        """
+
+
+@dataclass(frozen=True)
+class Score:
+    """
+    Attributes:
+        requires (`tuple[str, ...]`): the measures that it needs: `"rollouts"`, `"gradients"` (which need rollouts), or none.
+        rank (`Callable`):
+            Takes the table of what was measured, a row per prompt by dataset row, and the [`Alignments`] (`None` without
+            gradients). Returns the score of each prompt, higher is better, as a Series, or a DataFrame with the column `score` and
+            others to keep. A prompt with a NaN is never chosen.
+        columns (`tuple[str, ...]`): columns of the dataset that the table must hold; `None` for all that hold numbers or text.
+    """
+
+    requires: tuple[str, ...]
+    rank: Callable[["pandas.DataFrame", Alignments | None], "pandas.Series | pandas.DataFrame"]
+    columns: tuple[str, ...] | None = ()
+
+
+SCORES = {
+    # Eq. 8 of the paper, and without V
+    "learnalign": Score(("rollouts", "gradients"), lambda table, align: align(table["learnability"])),
+    "alignment": Score(("rollouts", "gradients"), lambda table, align: align(table["learnability"] * 0 + 1)),
+    "learnability": Score(("rollouts",), lambda table, align: table["learnability"]),
+    "random": Score((), lambda table, align: table.index.to_series() * 0.0),  # all tied, and ties are in random order
+}
+_COLUMN = "column:"
+
+
+def find_score(score: str | Callable, measures: Sequence[str] | None) -> Score:
+    """
+    The score of a configuration.
+
+    Args:
+        score (`str` or `Callable`): a name of `SCORES`; `"column:NAME"`, a column of numbers of the dataset; or a function of the
+            table, as it is or as `"file.py:function"`.
+        measures (`Sequence[str]`, *optional*): that a function needs.
+
+    Raises:
+        `ValueError`: there is no such score, file or function; or measures that there are not.
+    """
+    if isinstance(score, str) and score in SCORES:
+        return SCORES[score]
+    if isinstance(score, str) and score.startswith(_COLUMN):
+        name = score.removeprefix(_COLUMN)
+        return Score((), lambda table, align: table[name], (name,))
+    function = load_function(score) if isinstance(score, str) else score
+    needs = set(measures or ())
+    if "gradients" in needs:
+        needs.add("rollouts")
+
+    def rank(table, align):
+        if align is None:
+            return function(table)
+        aligned = align(table["learnability"]).drop(columns="score")
+        return aligned.assign(score=function(table.join(aligned)))
+
+    return Score(tuple(name for name in MEASURES if name in needs), rank, None)
+
+
+def score_name(score: str | Callable) -> str:
+    """A score for people and for files."""
+    return score if isinstance(score, str) else f"{score.__module__}.{getattr(score, '__qualname__', score)}"
+
+
+def load_function(name: str) -> Callable:
+    """
+    A function by `file.py:function`.
+
+    Raises:
+        `ValueError`: no such file or function.
+    """
+    file, _, function = name.rpartition(":")
+    if not file.endswith(".py"):
+        raise ValueError(
+            f"`score` is {name!r}, but must be one of {', '.join(SCORES)}, `column:NAME` for a column of the dataset, or "
+            "`file.py:function` for a function of yours."
+        )
+    if not Path(file).is_file():
+        raise ValueError(f"`score` is {name!r}, but there is no file '{file}'. Paths are relative to where you call.")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        raise ValueError(f"`score` is {name!r}, but there is no function '{function}' in '{file}'.")
+    return getattr(module, function)
