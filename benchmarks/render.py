@@ -200,9 +200,9 @@ def loss_table(results) -> str:
     loss, other = (results["rows"][0][key]["learnable"] for key in ("loss", "rollouts"))
     lines += [
         "",
-        "Gradients are those of the trainer's loss ([which](how_it_works.md#the-loss)); without a KL term every loss of TRL has "
+        "Gradients are those of the trainer's loss ([which](how_it_works.md#the-loss)); without a KL term and with all tokens every loss has "
         "the direction of `grpo`, a mean over each completion as in the paper, or of `dapo`, a sum over tokens and TRL's default. "
-        "On the left both have the same rollouts, on the right `grpo` has others of the same policy. "
+        "On the left both have the same rollouts, on the right `grpo` has others of the same policy. Not measured with long completions. "
         f"{results['data'][0].upper() + results['data'][1:]}, a pool of {results['pool']}, {loss} of them learnable ({other} in "
         f"both draws), completions of {results['completion_length']} tokens on average, exact gradients, after four steps of "
         f"training; by `benchmarks/loss_types.py`, {results['threads']} thread; {versions_of(results)}.",
