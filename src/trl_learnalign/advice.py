@@ -16,8 +16,10 @@ def selection_warning(selection: "Selection") -> str | None:
     """One paragraph with the reason and the remedy, or `None` if as many prompts were chosen as were asked for."""
     config, chosen = selection.provenance["config"], len(selection.indices)
     wanted = min(config["num_prompts"], selection.provenance["num_rows"])
-    if config["score"] == "random" or chosen >= wanted:
+    if chosen >= wanted or (config["score"] == "random" and chosen):
         return None
+    if not selection.measures or selection.num_eligible() < selection.num_learnable():
+        return _conditions(selection, chosen, config)
     if chosen:
         different = "different " * bool(selection.provenance.get("duplicates"))
         learnable = (
@@ -36,6 +38,16 @@ def selection_warning(selection: "Selection") -> str | None:
     if config["learnability"] == "success_rate" and differ:
         return _graded(selection, config["success_threshold"], differ)
     return _all_equal(selection, config["learnability"])
+
+
+def _conditions(selection, chosen, config):
+    """Fewer than were asked for, as a condition or missing scores leave prompts out."""
+    reasons = [f"`where` ({config['where']}) holds for" * bool(config.get("where")), "the score has a number for"]
+    return (
+        f"{chosen:,} prompts are chosen, fewer than `num_prompts` ({config['num_prompts']:,}): of {selection.scores.num_rows:,} prompts, "
+        f"{selection.num_eligible():,} are eligible, those that {' and that '.join(filter(None, reasons))}"
+        f"{' and that are learnable' * ('rollouts' in selection.measures)}. Loosen the condition, or add prompts."
+    )
 
 
 def plan_warnings(trial: "Selection", learnable: float, wanted: int) -> list[str]:

@@ -74,7 +74,7 @@ def build_trainer(
         )
     reward_funcs = [load_reward(name) for name in arguments.reward_funcs]
     names = [getattr(function, "__name__", None) for function in reward_funcs]
-    if config.score != "random" and None not in names:
+    if "rollouts" in config.measures and None not in names:
         check_success_reward(names, config.success_reward, config.learnability)
     _check_model(model_args)
     dataset = read_rows(arguments)

@@ -203,13 +203,13 @@ def _left_out(unknown) -> str | None:
 
 def _policy(config, script, model_args) -> str | None:
     """What the ranking is worth without a warm-up."""
-    if config.warmup_prompts or script.adapter or config.score == "random":
+    if config.warmup_prompts or script.adapter or not config.measures:
         return None
     line = (
         "Neither `warmup_prompts` nor `adapter` is set, so the prompts are ranked for the policy as it is before training. "
         "Training changes the policy, and such a ranking may not last."
     )
-    if model_args.use_peft and config.score != "learnability":
+    if model_args.use_peft and "gradients" in config.measures:
         line += " A new LoRA adapter has B = 0, so the gradients are those of B alone."
     return line
 

@@ -153,7 +153,9 @@ class LearnAlignConfig:
     )
     where: str | None = field(
         default=None,
-        metadata={"help": "Choose only prompts for which this condition on columns of the dataset and the scores holds."},
+        metadata={
+            "help": "Choose only prompts for which this condition on columns of the dataset and the scores holds."
+        },
     )
     quota_column: str | None = field(
         default=None, metadata={"help": "A column of the dataset whose values each get a quota of the chosen prompts."}
@@ -252,6 +254,11 @@ class LearnAlignConfig:
                 f"`score_measures` is {measures!r}, but is for functions of yours, and `score` is {self.score!r}. Leave it out."
             )
         find_score(self.score, measures)
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """What the score needs: `"rollouts"`, `"gradients"`, both or nothing."""
+        return find_score(self.score, self.score_measures).requires
 
     def changes(self, saved: dict) -> dict[str, tuple]:
         """Fields whose values differ from those of `saved`: what they were there (by default what they are if unset) and are."""

@@ -11,6 +11,7 @@ from trl import GRPOTrainer
 from . import rollouts
 from .advice import plan_warnings
 from .config import LearnAlignConfig
+from .scores import score_name
 from .selection import OUTCOME_LABELS
 from .selector import SelectionRun
 
@@ -24,9 +25,10 @@ def plan_selection(trainer: GRPOTrainer, config: LearnAlignConfig) -> tuple[str,
     whole = SelectionRun(trainer, config, 0)
     prompts, world = len(whole.pool), trainer.accelerator.num_processes
     lines = [f"pool: {prompts:,} prompts x {whole.num_rollouts} rollouts = {prompts * whole.num_rollouts:,}"]
-    if config.score == "random":
-        lines.append(f"{config.num_prompts:,} would be chosen at random: no rollouts, no gradients")
-        return "\n".join(lines), True
+    if not config.measures:
+        number = min(config.num_prompts, prompts)
+        how = "chosen at random" if config.score == "random" else f"chosen by {score_name(config.score)}"
+        return f"pool: {prompts:,} prompts\n{number:,} would be {how}: no rollouts, no gradients", True
     batch = rollouts.prompts_per_batch(trainer, whole.num_rollouts)
     tried = min(prompts, world * batch * math.ceil(16 / (world * batch)))
     trial = SelectionRun(trainer, replace(config, candidate_prompts=tried, num_prompts=tried), 0)
@@ -43,12 +45,12 @@ def plan_selection(trainer: GRPOTrainer, config: LearnAlignConfig) -> tuple[str,
         *(f"{OUTCOME_LABELS[name]}: {pool:.3f}" for name, (pool, _) in selection.outcomes().items() if pool == pool),
         f"at once: {batch * whole.num_rollouts} rollouts a process (per_device_train_batch_size x steps_per_generation); "
         "more are faster while memory lasts",
-        f"gradient passes: {'none' if config.score == 'learnability' else passes}",
+        f"gradient passes: {passes if 'gradients' in config.measures else 'none'}",
         "expected time: "
         + ", ".join(f"{phase} {seconds:,.0f} s" for phase, seconds in times.items())
         + f"; {sum(times.values()) / 60:,.1f} minutes in all",
     ]
-    if dim is not None and learnable and config.score != "learnability":
+    if dim is not None and learnable and "gradients" in config.measures:
         lines.append(f"on disk while it runs: about {learnable * more * dim * 4 / 1e9:,.2f} GB of gradient features")
     if device.type == "cuda":
         lines.append(f"most memory of the device so far: {torch.cuda.max_memory_allocated(device) / 2**30:,.1f} GiB")

@@ -71,8 +71,8 @@ def plot(selection: "Selection", dark: bool = False) -> Figure:
         for axes, drawing in zip(np.atleast_1d(figure.subplots(1, max(1, len(panels)))), panels, strict=False):
             drawing.draw(axes, colours)
         if not panels:
-            random = selection.provenance["config"]["score"] == "random"
-            reason = "chosen at random: nothing was measured" if random else "no prompt could be scored"
+            nothing = f"chosen {selection.how()}: nothing was measured"
+            reason = "no prompt could be scored" if selection.measures else nothing
             figure.axes[0].text(0.5, 0.5, reason, ha="center")
             figure.axes[0].set_axis_off()
     plt.close(figure)  # it is returned, and not to be shown a second time

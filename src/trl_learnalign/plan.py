@@ -3,6 +3,7 @@
 from .config import LearnAlignConfig
 from .progress import duration
 from .sampler import Layout, Version
+from .scores import score_name
 
 
 _MOST_WARMUP = 1 / 3  # of the steps of a run
@@ -72,14 +73,15 @@ def _training(layout, max_steps, begin, log):
 def _counts(layout, config):
     """Prompts that a selection scores, and rollouts of each."""
     pool = min(config.candidate_prompts or layout.pool_size, layout.pool_size)
-    return pool, 0 if config.score == "random" else config.num_rollouts or layout.group_size
+    return pool, (config.num_rollouts or layout.group_size) if config.measures else 0
 
 
 def rollouts_text(layout: Layout, config: LearnAlignConfig) -> str:
     """How many rollouts a selection makes."""
     pool, each = _counts(layout, config)
     if not each:
-        return f"{min(layout.num_prompts, pool):,} of {pool:,} prompts at random, without rollouts"
+        how = "at random" if config.score == "random" else f"by {score_name(config.score)}"
+        return f"{min(layout.num_prompts, pool):,} of {pool:,} prompts {how}, without rollouts"
     return f"{pool:,} prompts x {each} rollouts = {pool * each:,}"
 
 

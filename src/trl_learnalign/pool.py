@@ -1,13 +1,26 @@
 """What is known of every prompt of a pool: rewards, learnability, score, and the choice that follows."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import pandas as pd
 import pyarrow as pa
 import torch
+from datasets import Dataset, Value
 
 from . import scoring
+from .choice import Condition, draw_order
 from .config import LearnAlignConfig
+from .scores import find_score
 from .selection import SCORES_SCHEMA
+
+
+# Columns that a measure adds to the table
+MEASURED = {
+    "rollouts": ("success_rate", "learnability", "reward_mean", "reward_std", "completion_length_mean"),
+    "gradients": ("alignment", "gradient_norm"),
+}
 
 
 @dataclass
@@ -21,11 +34,6 @@ class Pool:
     advantages: torch.Tensor  # (n, G)
     lengths: torch.Tensor  # (n, G), tokens
     unscorable: list[int]  # indices of the prompts left out
-
-    def __post_init__(self):
-        self.score = self.learnability
-        self.alignment = torch.full_like(self.learnability, torch.nan)  # not computed
-        self.gradient_norm = torch.full_like(self.learnability, torch.nan)
 
     @classmethod
     def of_rewards(cls, indices, rewards, lengths, config: LearnAlignConfig, trainer) -> "Pool":
@@ -61,54 +69,145 @@ class Pool:
         known = self.deciding[~self.deciding.isnan()]
         return [known.min().item(), known.max().item()] if known.numel() else None
 
-    def set_scores(self, indices, scores, alignments, norms) -> None:
-        """Scores, alignments and gradient norms of the prompts `indices`; the others score 0."""
-        places = torch.searchsorted(self.indices, indices)
-        self.score = torch.zeros_like(self.learnability)
-        for column, values in zip(
-            (self.score, self.alignment, self.gradient_norm), (scores, alignments, norms), strict=True
-        ):
-            column[places] = values
-
-    def choose(self, num: int, seed: int) -> tuple[list[int], pa.Table]:
-        """
-        The dataset indices of the `num` best, best first, and the table of all scores. A prompt with V = 0 is never chosen, not
-        even when there are fewer than `num` others; one with V > 0 may be chosen with a negative score. `seed` decides ties.
-        """
-        order = torch.tensor(scoring.ranking(self.score, self.learnability, seed), dtype=torch.int64)
-        chosen = order[: min(num, int((self.learnability > 0).sum()))]
-        rank = torch.empty_like(order)
-        rank[order] = torch.arange(len(order))
+    def table(self) -> pd.DataFrame:
+        """What the rollouts found out, a row per scorable prompt by dataset row: the columns of `scores.parquet` but for the score."""
         mean = self.deciding.double().nanmean(1)
         columns = {
-            "index": self.indices,
             "success_rate": self.success_rate,
             "learnability": self.learnability,
-            "alignment": self.alignment,
-            "score": self.score,
-            "rank": rank,
-            "selected": rank < len(chosen),
             "reward_mean": mean,
             "reward_std": (self.deciding.double() - mean[:, None]).square().nanmean(1).sqrt(),
             "completion_length_mean": self.lengths.mean(1),
-            "gradient_norm": self.gradient_norm,
         }
-        arrays = [pa.array(columns[field.name].numpy(), field.type, from_pandas=True) for field in SCORES_SCHEMA]
-        return self.indices[chosen].tolist(), pa.Table.from_arrays(arrays, schema=SCORES_SCHEMA)
+        columns = {name: values.numpy() for name, values in columns.items()}
+        return pd.DataFrame(columns, index=pd.Index(self.indices.numpy(), name="index"))
 
 
-def draw_pool(num_rows: int, candidates: int | None, seed: int) -> list[int]:
-    """The rows to score: all, or a random part of that size; sorted."""
-    if candidates is None or candidates >= num_rows:
-        return list(range(num_rows))
-    return sorted(torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))[:candidates].tolist())
+def dataset_columns(dataset: Dataset, rows: Sequence[int], names: Sequence[str] | None) -> pd.DataFrame:
+    """Columns of the dataset by dataset row; `None`: all that hold numbers or text."""
+    if names is None:
+        names = [name for name, kind in dataset.features.items() if isinstance(kind, Value)]
+    index = pd.Index(rows, name="index", dtype="int64")
+    if not names:
+        return pd.DataFrame(index=index)
+    return dataset.select_columns(list(names)).select(rows).to_pandas().set_axis(index)
 
 
-def random_choice(pool: list[int], num: int, seed: int) -> tuple[list[int], pa.Table]:
-    """`num` rows of the pool at random, and the table of scores, in which all but the ranks is null."""
-    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed)).tolist()
-    ranks = torch.empty(len(pool), dtype=torch.int64)
-    ranks[order] = torch.arange(len(pool))
-    columns = {name: [None] * len(pool) for name in SCORES_SCHEMA.names}
-    columns |= {"index": pool, "rank": ranks.tolist(), "selected": (ranks < num).tolist()}
-    return [pool[j] for j in order[:num]], pa.Table.from_pydict(columns, schema=SCORES_SCHEMA)
+def check_columns(dataset: Dataset, config: LearnAlignConfig) -> None:
+    """
+    Raises:
+        `ValueError`: `score`, `where` or `quota_column` name a column that there is not, or a score that holds no numbers.
+    """
+    wanted = {"score": find_score(config.score, config.score_measures).columns or ()}
+    known = set(dataset.column_names)
+    if config.quota_column is not None:
+        wanted["quota_column"] = (config.quota_column,)
+    measured = {name for measure in config.measures for name in MEASURED[measure]}
+    if config.where is not None:
+        wanted["where"] = Condition(config.where).columns - measured
+    for knob, names in wanted.items():
+        for name in sorted(set(names) - known):
+            more = f", and measured: {', '.join(sorted(measured))}" if knob == "where" and measured else ""
+            raise ValueError(
+                f"`{knob}` is {getattr(config, knob)!r}, but the training dataset has no column '{name}'. Its columns are: "
+                f"{', '.join(dataset.column_names)}{more}. Correct the name."
+            )
+    for name in wanted["score"]:
+        kind = getattr(dataset.features[name], "dtype", "")
+        if not kind.startswith(("int", "uint", "float", "bool")):
+            raise ValueError(
+                f"`score` is {config.score!r}, but the column '{name}' holds no numbers ({kind or 'nested'})."
+            )
+
+
+def candidate_rows(dataset: Dataset, config: LearnAlignConfig) -> list[int]:
+    """
+    The rows that `where` holds for, as far as it needs columns of the dataset alone; all rows otherwise.
+
+    Raises:
+        `ValueError`: it holds for none.
+    """
+    rows = range(len(dataset))
+    if config.where is None or (condition := Condition(config.where)).columns - set(dataset.column_names):
+        return list(rows)
+    found = np.flatnonzero(condition(dataset_columns(dataset, rows, sorted(condition.columns)))).tolist()
+    if not found:
+        raise ValueError(f"`where` is {config.where!r}, which holds for no row of the training dataset. Correct it.")
+    return found
+
+
+def scores_table(
+    table: pd.DataFrame, ranked: "pd.DataFrame | pd.Series", dataset: Dataset, config: LearnAlignConfig, seed: int
+) -> pa.Table:
+    """
+    The columns of `scores.parquet`, by dataset row, before anything is chosen. A prompt with V = 0 is never eligible, not even when
+    there are fewer others than asked for; one with V > 0 may be chosen with a negative score.
+
+    Args:
+        table (`pandas.DataFrame`): what was measured, by dataset row.
+        ranked (`pandas.DataFrame` or `pandas.Series`): what the [`Score`] returned for it.
+        dataset (`Dataset`): with the columns of `where` and of the quotas.
+        config ([`LearnAlignConfig`]): says what may be chosen.
+        seed (`int`): of ties and draws.
+
+    Raises:
+        `ValueError`: the score is not a number for every prompt of the table.
+    """
+    table = _with_score(table, ranked)
+    eligible = table["score"].notna()
+    if "learnability" in table:
+        eligible &= table["learnability"] > 0
+    if config.where is not None:
+        condition = Condition(config.where)
+        more = dataset_columns(dataset, table.index, sorted(condition.columns - set(table.columns)))
+        eligible &= condition(table.join(more))
+    scores = table["score"].fillna(-np.inf).to_numpy(dtype=float)
+    if config.take == "proportional":
+        order = draw_order(np.where(eligible, scores, -np.inf), seed)
+    else:
+        order = scoring.ranking(torch.from_numpy(scores), torch.from_numpy(eligible.to_numpy(dtype=bool)), seed)
+    rank = np.empty(len(table), dtype=np.int64)
+    rank[order] = np.arange(len(table))
+    table = table.assign(rank=rank, eligible=eligible, selected=False, index=table.index)
+    if config.score == "random":
+        table["score"] = np.nan
+    schema = SCORES_SCHEMA
+    if config.quota_column is not None:
+        values = dataset_columns(dataset, table.index, [config.quota_column])[config.quota_column]
+        table["quota_group"] = values.astype("string")
+        schema = schema.append(pa.field("quota_group", pa.string()))
+    arrays = [
+        pa.array(table[field.name].to_numpy(), field.type, from_pandas=True)
+        if field.name in table
+        else pa.nulls(len(table), field.type)
+        for field in schema
+    ]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _with_score(table, ranked):
+    columns = ranked if isinstance(ranked, pd.DataFrame) else pd.DataFrame({"score": ranked})
+    if len(columns) != len(table):
+        raise ValueError(
+            f"The score returned {len(columns)} values for {len(table)} prompts. Return one for each row of the table."
+        )
+    columns = columns.set_axis(table.index) if not columns.index.equals(table.index) else columns
+    try:
+        score = pd.to_numeric(columns["score"]).astype(float)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"The score is not a number for every prompt ({error}). Return numbers, or NaN to leave one out."
+        ) from error
+    return (
+        table.drop(columns=columns.columns, errors="ignore")
+        .join(columns)
+        .assign(score=score.where(np.isfinite(score)))
+    )
+
+
+def draw_pool(rows: list[int], candidates: int | None, seed: int) -> list[int]:
+    """Of the rows all, or a random part of that size; sorted."""
+    if candidates is None or candidates >= len(rows):
+        return rows
+    places = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:candidates].tolist()
+    return sorted(rows[place] for place in places)

@@ -90,19 +90,24 @@ def _page(selections, texts, drawings, embedded) -> str:
     parts = {
         "title": f"LearnAlign: {len(selection.indices):,} of {selection.num_pool():,} prompts",
         "subtitle": f"{provenance['model']}, optimizer step {provenance['global_step']}, "
-        + ("chosen at random" if random else f"ranked by {provenance['config']['score']}"),
+        + f"{'chosen' if random else 'ranked'} {selection.how()}",
         "shown": f"{len(shown):,} prompts."
         if len(shown) == len(table)
         else f"The {ends.replace('{}', f'{MOST_ROWS // 2:,}')} of {len(table):,} prompts; scores.parquet has all.",
         "cut": f"Those of more than {MOST_CHARACTERS:,} characters are cut and end with \u201c\u2026\u201d."
         if any(len(text["prompt"]) > MOST_CHARACTERS for text in texts.values())
         else "",
-        "why": "Some of the prompts" if random else "The highest- and the lowest-ranked learnable prompts",
+        "why": "Some of the prompts" if random else "The highest- and the lowest-ranked prompts that may be chosen",
     }
     parts = {name: html.escape(text) for name, text in parts.items()}
-    nothing = "The prompts were chosen at random: nothing was measured." if random else "Nothing could be measured."
+    rolled_out = "rollouts" in selection.measures
+    nothing = (
+        "Nothing could be measured." if rolled_out else f"Prompts were chosen {selection.how()}: nothing was measured."
+    )
     filters = {"all": "all prompts", "chosen": "chosen"}
-    filters |= {"rest": "not chosen"} if random else {"rest": "learnable, not chosen", "unlearnable": "not learnable"}
+    filters |= (
+        {"rest": "learnable, not chosen", "unlearnable": "not learnable"} if rolled_out else {"rest": "not chosen"}
+    )
     parts |= {
         "facts": _facts(selection),
         "notes": _notes(selection),

@@ -21,6 +21,7 @@ from .config import LearnAlignConfig
 from .generation import check_images, check_vllm, random_state, set_random_state
 from .gradients import UnseenParametersError, check_parameters, dropout_off, turn_dropout_off, unseen_message
 from .objective import check_loss
+from .pool import check_columns
 from .progress import ProgressLines
 from .projection import stable_hash
 from .prompts import check_duplicates, check_prompts
@@ -89,11 +90,12 @@ def check_trainer(trainer: GRPOTrainer, config: LearnAlignConfig) -> None:
             "prompt will be selected.",
             stacklevel=3,
         )
-    if config.score == "random":
+    check_columns(dataset, config)
+    if not config.measures:
         return
     check_success_reward(list(trainer.reward_func_names), config.success_reward, config.learnability)
     check_vllm(trainer)
-    if config.score == "learnability":
+    if "gradients" not in config.measures:
         return
     check_loss(trainer)
     if {"image", "images"} & set(dataset.column_names):

@@ -14,8 +14,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 
+from .choice import choose
 from .config import FREE_ON_RESUME
 from .disk import digest, make_directory, write_json, write_parquet
+from .scores import SCORES
 
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ SCORES_SCHEMA = pa.schema(
         ("reward_std", pa.float64()),
         ("completion_length_mean", pa.float64()),
         ("gradient_norm", pa.float64()),
+        ("eligible", pa.bool_()),
     ]
 )
 
@@ -199,7 +202,7 @@ Findings of ACL 2026, [arXiv:2506.11480](https://arxiv.org/abs/2506.11480).
         if isinstance(num_prompts, bool) or not isinstance(num_prompts, int) or num_prompts < 1:
             raise ValueError(f"`num_prompts` must be an integer of at least 1, but is {num_prompts!r}.")
         if num_prompts > (most := len(self._eligible())):
-            kind = "" if self.provenance["config"]["score"] == "random" else " learnable"
+            kind = " eligible" if most < self.num_learnable() or not self.measures else " learnable"
             kind += " and different" * bool(self.provenance.get("duplicates"))
             warnings.warn(
                 f"`num_prompts` is {num_prompts:,}, but the pool of {self.scores.num_rows:,} has only {most:,}{kind} prompts, so "
@@ -212,28 +215,37 @@ Findings of ACL 2026, [arXiv:2506.11480](https://arxiv.org/abs/2506.11480).
         provenance["config"] = self.provenance["config"] | {"num_prompts": num_prompts}
         return replace(self._choose(num_prompts), provenance=provenance)
 
-    def without_duplicates(self, equal: list[int]) -> "Selection":
+    def chosen(self, equal: list[int] | None = None) -> "Selection":
         """
-        The choice from the same scores if of rows with equal prompts only the best-ranked may be chosen.
+        The choice that the configuration makes from these scores.
 
         Args:
-            equal (`list[int]`): for each row of the dataset a number that is the same for equal prompts.
+            equal (`list[int]`, *optional*): for each row of the dataset a number that is the same for equal prompts, of which
+                only the best-ranked may be chosen.
         """
-        seen, left_out = set(), []
-        for index in self._eligible():
-            left_out += [index] * (equal[index] in seen)
-            seen.add(equal[index])
-        provenance = self.provenance | {"duplicates": sorted(left_out)}
+        seen, left_out, provenance = set(), [], self.provenance
+        if equal is not None:
+            for index in self._eligible():
+                left_out += [index] * (equal[index] in seen)
+                seen.add(equal[index])
+            provenance = provenance | {"duplicates": sorted(left_out)}
         return replace(self, provenance=provenance)._choose(self.provenance["config"]["num_prompts"])
 
     def _eligible(self) -> list[int]:
         """Dataset indices of the prompts that may be chosen, best first."""
         table, left_out = self.to_pandas(), set(self.provenance.get("duplicates", ()))
-        # V is null where nothing was rolled out: there every prompt may be chosen
-        return [index for index in table.index[~(table["learnability"] == 0)].tolist() if index not in left_out]
+        if "eligible" in table:
+            eligible = table["eligible"]
+        else:  # of version 0.1.0. V is null where nothing was rolled out: there every prompt may be chosen
+            eligible = ~(table["learnability"] == 0)
+        return [index for index in table.index[eligible].tolist() if index not in left_out]
 
     def _choose(self, num_prompts) -> "Selection":
-        chosen = self._eligible()[:num_prompts]
+        table = self.to_pandas()
+        eligible = table.index.isin(self._eligible())
+        groups = table["quota_group"].fillna("").to_numpy(str) if "quota_group" in table else None
+        quota = self.provenance["config"].get("quota", "proportional")
+        chosen = table.index[choose(range(len(table)), eligible, num_prompts, groups, quota)].tolist()
         place = self.scores.column_names.index("selected")
         selected = pc.is_in(self.scores["index"], value_set=pa.array(chosen, pa.int64()))
         scores = self.scores.set_column(place, self.scores.schema.field("selected"), selected)
@@ -241,8 +253,7 @@ Findings of ACL 2026, [arXiv:2506.11480](https://arxiv.org/abs/2506.11480).
 
     def extremes(self, num: int = 10) -> tuple[list[int], list[int]]:
         """Dataset indices of the `num` highest-ranked and of the `num` lowest-ranked that are learnable (of none twice)."""
-        table = self.to_pandas()
-        ranked = table.index[~(table["learnability"] == 0)].tolist()
+        ranked = self._eligible()
         return ranked[:num], ranked[num:][-num:]
 
     def plot(self, dark: bool = False) -> "matplotlib.figure.Figure":
@@ -263,11 +274,11 @@ Findings of ACL 2026, [arXiv:2506.11480](https://arxiv.org/abs/2506.11480).
         """
         What the rollouts came to, as the mean over the pool and the mean over the chosen prompts (NaN without prompts):
         of `success_rate`, or, with `learnability="variance"`, where a graded reward need not be a success, of `reward_mean`
-        and `reward_std`, the standard deviation of a prompt's rewards. Empty if prompts were chosen at random.
+        and `reward_std`, the standard deviation of a prompt's rewards. Empty without rollouts.
         """
-        config = self.provenance.get("config", {})
-        if config.get("score") == "random":
+        if "rollouts" not in self.measures:
             return {}
+        config = self.provenance.get("config", {})
         graded = config.get("learnability") == "variance"
         return {name: self._means(name) for name in (("reward_mean", "reward_std") if graded else ("success_rate",))}
 
@@ -283,21 +294,36 @@ Findings of ACL 2026, [arXiv:2506.11480](https://arxiv.org/abs/2506.11480).
         means = pc.mean(values).as_py(), pc.mean(values.filter(chosen)).as_py()
         return tuple(math.nan if mean is None else mean for mean in means)
 
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """What was measured: `"rollouts"`, `"gradients"`, both or nothing."""
+        score = self.provenance.get("config", {}).get("score")
+        return tuple(self.provenance.get("measures", SCORES[score].requires if score in SCORES else ()))
+
+    def how(self) -> str:
+        """In words, how prompts were chosen."""
+        score = self.provenance["config"]["score"]
+        return "at random" if score == "random" else f"by {score}"
+
+    def num_eligible(self) -> int:
+        """Number of scored prompts that may be chosen."""
+        return len(self._eligible())
+
     def num_learnable(self) -> int:
         """Number of scored prompts with V > 0; 0 without rollouts."""
         return pc.sum(pc.greater(self.scores["learnability"], 0)).as_py() or 0
 
     def summary(self) -> str:
         """One line for people: pool, learnable, chosen, mean outcomes, time of each phase, cost of the gradients."""
-        random = self.provenance["config"]["score"] == "random"
+        how = "" if "rollouts" in self.measures else f" {self.how()}"
         pool = f"pool {self.num_pool()}"
         if self.provenance["unscorable"]:
             pool += f" ({len(self.provenance['unscorable'])} unscorable: no finite reward)"
-        chosen = f"chosen {len(self.indices)}" + " at random" * random
+        chosen = f"chosen {len(self.indices)}" + how
         if self.provenance.get("duplicates"):
             chosen += f" ({len(self.provenance['duplicates'])} duplicates left out)"
         parts = [pool, chosen]
-        if not random:
+        if not how:
             outcomes = [f"{OUTCOME_LABELS[name]} {means}" for name, means in self._outcome_texts().items()]
             parts = [pool, f"learnable {self.num_learnable()}", chosen, *outcomes]
         parts += [f"{phase} {seconds:.1f} s" for phase, seconds in self.provenance["seconds"].items()]

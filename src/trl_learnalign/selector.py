@@ -1,5 +1,6 @@
 """One selection: rollouts, gradients, scores, choice, files."""
 
+import functools
 import hashlib
 import json
 import logging
@@ -10,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from tqdm.auto import tqdm
 from trl import GRPOTrainer
@@ -24,10 +26,12 @@ from .generation import deal, tensor_parallel_size
 from .journal import Journal
 from .objective import Row, counts_without_advantage
 from .peers import Peers
-from .pool import Pool, draw_pool, random_choice
+from .pool import Pool, candidate_rows, dataset_columns, draw_pool, scores_table
 from .projection import stable_hash
 from .prompts import equal_prompts
+from .rewards import source_of
 from .rollouts import Group
+from .scores import find_score, load_function
 from .selection import ROLLOUTS_FILE, SELECTION_FILE, Selection, dataset_fingerprint
 from .weights import weights_digest
 
@@ -83,7 +87,9 @@ class SelectionRun:
         self.seed = config.selection_seed if config.selection_seed is not None else trainer.args.seed
         self.num_rollouts = config.num_rollouts or trainer.num_generations
         self.dataset = rollouts.visible_columns(trainer)
-        self.pool = draw_pool(len(self.dataset), config.candidate_prompts, stable_hash(self.seed, "pool", stage))
+        self.score = find_score(config.score, config.score_measures)
+        rows = candidate_rows(trainer.train_dataset, config)
+        self.pool = draw_pool(rows, config.candidate_prompts, stable_hash(self.seed, "pool", stage))
         self.path = Path(trainer.args.output_dir) / "learnalign" / f"step-{self.step:06d}"
         self.equal = equal_prompts(trainer.train_dataset) if config.deduplicate else None
         self.seconds = {}
@@ -95,6 +101,7 @@ class SelectionRun:
             "global_step": self.step,
             "stage": stage,
             "num_rollouts": self.num_rollouts,
+            "measures": list(self.score.requires),
             "dataset_fingerprint": dataset_fingerprint(trainer.train_dataset),
             "num_rows": len(self.dataset),
             # Not the name of its class, which FSDP2 changes
@@ -126,20 +133,16 @@ class SelectionRun:
         return selection
 
     def _run(self):
-        if self.config.score == "random":
-            selection = self._random()
+        if not self.score.requires:
+            table = pd.DataFrame(index=pd.Index(self.pool, name="index"))
+            self.provenance["unscorable"] = []
+            selection = self._choose(table)
             self._publish(selection, [])
             return selection
         self.provenance["key"] = self._key()
         found = self._finished()
         self.reused = found is not None
         return found if self.reused else self._scored()
-
-    def _random(self):
-        seed = stable_hash(self.seed, "random", self.provenance["stage"])
-        chosen, table = random_choice(self.pool, self.config.num_prompts, seed)
-        selection = Selection(chosen, table, self.provenance | {"seconds": {}, "unscorable": []})
-        return selection.without_duplicates(self.equal) if self.equal else selection
 
     def _finished(self):
         """A selection that a killed run has already finished with the same key."""
@@ -166,9 +169,8 @@ class SelectionRun:
             own = self._roll_out()
             self._clock("rollouts", started)
             pool = self._gather_rewards(own)
-            if self.config.score != "learnability":
-                self._score(own, pool)
-        selection = self._choose(pool)
+            align = functools.partial(self._align, own, pool) if "gradients" in self.score.requires else None
+            selection = self._choose(pool.table(), align)
         saved = rollouts_table(own, pool, self.peers) if self.config.save_rollouts else None
         self._publish(selection, own, saved)
         return selection
@@ -195,7 +197,7 @@ class SelectionRun:
             if not all(self.peers.gather(done is not None or not mine)):
                 padded = batch + [batch[0]] * (min(size, len(self.pool)) - len(batch))
                 seed = stable_hash(self.seed, "rollouts", self.step, seed_of[0])
-                gradients = self.config.score != "learnability"
+                gradients = "gradients" in self.score.requires
                 fresh = rollouts.generate_groups(self.trainer, self.dataset, padded, seed, gradients)[: len(batch)]
                 if done is None and mine:
                     done = fresh
@@ -225,8 +227,8 @@ class SelectionRun:
 
     # Gradients --------------------------------------------------------------------------------------------------
 
-    def _score(self, own, pool):
-        """Fills in score, alignment and gradient norm of the learnable prompts."""
+    def _align(self, own, pool, by_prompt) -> pd.DataFrame:
+        """See [`Alignments`]."""
         started = time.perf_counter()
         position = {index: i for i, index in enumerate(pool.indices.tolist())}
         tasks = {}
@@ -235,9 +237,7 @@ class SelectionRun:
             if i is not None and pool.learnability[i] > 0:
                 tasks[group.index] = self._rows(group, pool.advantages[i], pool.deciding[i])
         weights = torch.zeros(len(self.dataset), dtype=torch.float64)
-        weights[pool.indices] = (
-            torch.ones_like(pool.learnability) if self.config.score == "alignment" else pool.learnability
-        )
+        weights[torch.from_numpy(by_prompt.index.to_numpy())] = torch.from_numpy(by_prompt.to_numpy(dtype=float))
         source = FeatureSource(
             self.trainer,
             self.config.projection_dim,
@@ -262,7 +262,9 @@ class SelectionRun:
                 "disk and run again: what is still there is used."
             )
         self._count_cost(own, source)
-        pool.set_scores(indices, *values)
+        columns = dict(zip(("score", "alignment", "gradient_norm"), (value.numpy() for value in values), strict=True))
+        table = pd.DataFrame(columns, index=indices.numpy()).reindex(by_prompt.index)
+        return table.assign(score=table["score"].fillna(0.0))
 
     def _count_cost(self, own, source):
         """What gradients and scores took against the rollouts, and what a plain backward would."""
@@ -292,12 +294,17 @@ class SelectionRun:
 
     # Choice and files -------------------------------------------------------------------------------------------
 
-    def _choose(self, pool) -> Selection:
-        ties = stable_hash(self.seed, "ties", self.provenance["stage"])
-        indices, table = pool.choose(self.config.num_prompts, ties)
-        selection = Selection(indices, table, self.provenance | {"seconds": dict(self.seconds)})
-        selection = selection.without_duplicates(self.equal) if self.equal else selection
-        return self.peers.broadcast(selection)  # scores may differ in the last bit between processes
+    def _choose(self, table, align=None) -> Selection:
+        dataset, stage = self.trainer.train_dataset, self.provenance["stage"]
+        more = dataset_columns(dataset, table.index, self.score.columns)
+        ranked = self.score.rank(more.drop(columns=table.columns, errors="ignore").join(table), align)
+        # With all scores equal the ties are the choice
+        seed = stable_hash(self.seed, "random" if self.config.score == "random" else "ties", stage)
+        scores = scores_table(table, ranked, dataset, self.config, seed)
+        selection = Selection([], scores, self.provenance | {"seconds": dict(self.seconds)})
+        return self.peers.broadcast(
+            selection.chosen(self.equal)
+        )  # scores may differ in the last bit between processes
 
     def _publish(self, selection, own, saved=None):
         texts = texts_table(self.trainer, self.dataset, selection, own, self.peers)
@@ -338,6 +345,10 @@ class SelectionRun:
         made_from = {name: self.provenance[name] for name in _KEY_FIELDS}
         made_from["config"] = {name: value for name, value in made_from["config"].items() if name not in _NOT_IN_KEY}
         made_from["prompts_per_batch"] = rollouts.prompts_per_batch(self.trainer, self.num_rollouts)
+        if callable(self.config.score) or ".py:" in self.config.score:
+            made_from["score"] = source_of(
+                load_function(self.config.score) if isinstance(self.config.score, str) else self.config.score
+            )
         made_from["generation"] = rollouts.generation_provenance(self.trainer)
         made_from["rewards"] = rollouts.reward_provenance(self.trainer)
         self.peers.wait()  # before the collective operations of sharded weights

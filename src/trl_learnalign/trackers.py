@@ -21,7 +21,7 @@ def log_values(selection, warmup_prompts: int) -> dict[str, float]:
         "learnalign/selected_prompts": len(selection.indices),
         "learnalign/prompts_before": warmup_prompts,
     }
-    if provenance["config"]["score"] != "random":
+    if "rollouts" in selection.measures:
         values["learnalign/learnable_prompts"] = selection.num_learnable()
         values["learnalign/learnable_fraction"] = selection.num_learnable() / max(1, selection.scores.num_rows)
         for name, (pool, chosen) in selection.outcomes().items():
