@@ -247,6 +247,8 @@ def test_the_page_says_why_nothing_was_chosen(tmp_path, reward, learnability, re
     assert page.count("Nothing was chosen") == 1 and ("solved" in page) == (reward == 0.0)
     assert not re.search(r"\bnan\b", selection.summary() + repr(selection) + page.partition("<script")[0])
     assert ("24 unscorable" in selection.summary()) == (reward is None)
+    names = {"seconds"} if reward is None else {"seconds", "lengths", "rewards" if reward else "success_rates"}
+    assert {file.stem for file in (tmp_path / "learnalign/figures").iterdir()} == names
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
