@@ -87,7 +87,7 @@ def measure_sketch(trainer, groups, arguments):
     sizes = {name: p.numel() for name, p in trainer.model.named_parameters() if p.requires_grad}
     device = trainer.accelerator.device
     gradients = {name: torch.randn(len(groups), size, device=device) for name, size in sizes.items()}
-    sketches = {dim: Sketch(sizes, dim, 0, device) for dim in DIMS}
+    sketches = {dim: Sketch(sizes, dim, 0) for dim in DIMS}
 
     def run(dim):
         out = torch.zeros(len(groups), dim, device=device)

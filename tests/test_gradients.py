@@ -447,6 +447,14 @@ def test_fully_sharded_weights(tmp_path):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_layers_on_two_devices(tmp_path):
+    """A selection with half of the model on another device, which has no float64, is that with all of it on the CPU."""
+    command = [sys.executable, str(Path(__file__).with_name("two_devices_run.py")), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert (tmp_path / "done").exists()
+
+
 def test_microbatches_hold_little_padding_and_every_row_once():
     """Lengths like those of GSM8K: prompts of 30 to 230 tokens, completions of 60 to 400 that vary within a group."""
     generator = torch.Generator().manual_seed(0)

@@ -9,7 +9,7 @@ SIZES = {"a.weight": 1000, "b.weight": 37, "c.weight": 4096, "d.weight": 1000}
 
 
 def sketch_all(tensors, dim, seed=0):
-    sketch = Sketch(SIZES, dim, seed, torch.device("cpu"))
+    sketch = Sketch(SIZES, dim, seed)
     out = torch.zeros(len(next(iter(tensors.values()))), dim)
     for name, gradients in tensors.items():
         sketch.add_(out, name, slice(None), gradients)
@@ -21,7 +21,7 @@ def dense(dim, seed=0):
     blocks = []
     for name, size in SIZES.items():
         out = torch.zeros(size, dim)
-        Sketch(SIZES, dim, seed, torch.device("cpu")).add_(out, name, slice(None), torch.eye(size))
+        Sketch(SIZES, dim, seed).add_(out, name, slice(None), torch.eye(size))
         blocks.append(out)
     return torch.cat(blocks)
 

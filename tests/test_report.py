@@ -62,6 +62,11 @@ def test_a_run_leaves_a_report(run):
         assert row["score"] == pytest.approx(table.loc[index, "score"], rel=1e-5)
         assert row["prompt"] == hostile_dataset()[index]["prompt"]
     assert f"<dd>{len(selection.indices)}</dd>" in page and f"<dd>{selection.num_learnable()}</dd>" in page
+    # The caption's formula: score = learnability x alignment x a constant
+    ranked = table[table["alignment"].abs() > 0.01]
+    constants = ranked["score"] / (ranked["learnability"] * ranked["alignment"])
+    assert len(ranked) > 5 and constants.tolist() == pytest.approx([constants.iloc[0]] * len(ranked))
+    assert "Their score is learnability \u00d7 alignment \u00d7 |mean z|, where |mean z|" in page
     names = {file.name for file in (run / "figures").iterdir()}
     assert names == {f"{name}.png" for name in ("success_rates", "scores", "lengths", "seconds", "stages")}
     assert all(file.read_bytes()[:4] == b"\x89PNG" for file in (run / "figures").iterdir())
@@ -242,6 +247,8 @@ def test_the_page_says_why_nothing_was_chosen(tmp_path, reward, learnability, re
     assert page.count("No prompt ") == 1 and ("solved" in page) == (reward == 0.0)
     assert not re.search(r"\bnan\b", selection.summary() + repr(selection) + page.partition("<script")[0])
     assert ("24 unscorable" in selection.summary()) == (reward is None)
+    names = {"seconds"} if reward is None else {"seconds", "lengths", "rewards" if reward else "success_rates"}
+    assert {file.stem for file in (tmp_path / "learnalign/figures").iterdir()} == names
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")

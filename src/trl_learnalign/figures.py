@@ -52,7 +52,8 @@ def drawings(selections: list["Selection"]) -> list[Drawing]:
     if table["success_rate"].notna().any():
         graded = "reward_mean" in last.outcomes()
         first = _rewards(table, last) if graded else _success_rates(table, last)
-        found += [first, _scatter(table, last), _lengths(table)]
+        scatter = [_scatter(table, last)] if last.num_learnable() else []
+        found += [first, *scatter, _lengths(table)]
     if last.provenance["seconds"]:
         found.append(_seconds(last))
     if len(selections) > 1:

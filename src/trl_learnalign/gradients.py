@@ -74,11 +74,11 @@ class PromptGradients:
     def __init__(self, model: nn.Module, dim: int | None, seed: int, probe: bool = False):
         self.model = model
         self.probe = probe
-        device = next(model.parameters()).device
-        self._taps = _probe_taps(model, seed, device) if probe else _lora_taps(model)
+        self._taps = _probe_taps(model, seed) if probe else _lora_taps(model)
         sizes = {tap.name: tap.size for tap in self._taps}
-        self._sink = Concatenation(sizes) if dim is None else Sketch(sizes, dim, seed, device)
-        self._anchor = torch.zeros((), device=device, requires_grad=True)
+        self._sink = Concatenation(sizes) if dim is None else Sketch(sizes, dim, seed)
+        # By device, since the layers may be spread over several, and offloaded weights lie elsewhere than their gradients
+        self._anchors = {}
         self._rows_per_prompt = self._num_tokens = None
         self._out = None
         self._seen = set()
@@ -127,16 +127,19 @@ class PromptGradients:
             objective (`Callable`): returns the scalar whose gradient is wanted, a sum of terms of one row each.
 
         Returns:
-            `torch.Tensor` of shape `(P, feature_dim)`, float32: the (projected) gradient of each prompt's rows.
+            `torch.Tensor` of shape `(P, feature_dim)`, float32: the (projected) gradient of each prompt's rows. On the
+            device of the layers; on the CPU if there are several.
         """
         self._rows_per_prompt, self._num_tokens = rows_per_prompt, num_tokens
-        self._out = torch.zeros(len(rows_per_prompt), self.feature_dim, device=self._anchor.device)
+        self._out = {}
         try:
             if self._checked:
                 objective().backward()
             else:
                 self._checked_backward(objective)
-            return self._out
+            if len(self._out) == 1:
+                return next(iter(self._out.values()))
+            return sum((out.cpu() for out in self._out.values()), torch.zeros(len(rows_per_prompt), self.feature_dim))
         finally:
             self._rows_per_prompt = self._out = None
 
@@ -146,7 +149,9 @@ class PromptGradients:
             if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
                 # As autocast does inside of `linear`; there it would be too late, the wider x being saved already
                 x = x.to(torch.get_autocast_dtype(kind))
-            return _TappedLinear.apply(x, self._anchor, tap, self._report)
+            if x.device not in self._anchors:
+                self._anchors[x.device] = torch.zeros((), device=x.device, requires_grad=True)
+            return _TappedLinear.apply(x, self._anchors[x.device], tap, self._report)
 
         return forward
 
@@ -162,8 +167,12 @@ class PromptGradients:
                 "adapter's `target_modules`, or use `score='learnability'`, which takes no gradients."
             )
         if tap.probe is not None:
+            tap.probe = tap.probe.to(x.device)
             x = x @ tap.probe.to(x.dtype).T
         counts = self._rows_per_prompt
+        if x.device not in self._out:
+            self._out[x.device] = torch.zeros(len(counts), self.feature_dim, device=x.device)
+        out = self._out[x.device]
         if len(set(counts)) == 1:
             blocks = [(slice(0, len(counts)), x.reshape(len(counts), -1, x.shape[2]), grad_output)]
         else:
@@ -175,7 +184,7 @@ class PromptGradients:
         for prompts, inputs, outputs in blocks:
             outputs = outputs.reshape(inputs.shape[0], -1, outputs.shape[2])
             gradients = torch.bmm(outputs.transpose(1, 2), inputs)
-            self._sink.add_(self._out, tap.name, prompts, gradients.flatten(1))
+            self._sink.add_(out, tap.name, prompts, gradients.flatten(1))
         self._seen.add(tap.name)
 
     def _checked_backward(self, objective):
@@ -227,13 +236,13 @@ def _probe_layers(model) -> dict[str, nn.Linear]:
     return layers
 
 
-def _probe_taps(model, seed, device) -> list[_Tap]:
+def _probe_taps(model, seed) -> list[_Tap]:
     taps = []
     for name, module in _probe_layers(model).items():
         generator = torch.Generator().manual_seed(stable_hash("probe", seed, name))
         bound = module.in_features**-0.5  # the range of PEFT's initial A
         probe = torch.empty(PROBE_RANK, module.in_features).uniform_(-bound, bound, generator=generator)
-        taps.append(_Tap(name, module, probe.to(device)))
+        taps.append(_Tap(name, module, probe))
     return taps
 
 

@@ -26,38 +26,44 @@ class Sketch:
         sizes (`dict[str, int]`): number of elements of every tensor, by name.
         dim (`int`): length of the sketch.
         seed (`int`): sketches with the same seed, names and sizes are comparable.
-        device (`torch.device`): where the tensors live.
     """
 
-    def __init__(self, sizes: dict[str, int], dim: int, seed: int, device: torch.device):
+    def __init__(self, sizes: dict[str, int], dim: int, seed: int):
         self.dim = dim
         self.out_dim = dim
-        self._permutations = {}
-        for size in set(sizes.values()):
-            generator = torch.Generator().manual_seed(stable_hash("permutation", seed, size))
-            permutation = torch.randperm(size, generator=generator)
-            self._permutations[size] = permutation.to(device)
-        longest = max(sizes.values())
-        generator = torch.Generator().manual_seed(stable_hash("signs", seed))
-        signs = torch.randint(0, 2, (2 * longest,), generator=generator, dtype=torch.int8) * 2 - 1
-        self._signs = signs.to(device)
-        self._sign_offset = {name: stable_hash("sign", seed, name) % longest for name in sizes}
+        self._seed = seed
+        self._longest = max(sizes.values())
+        self._tables = {}  # made where the first gradients lie that need them
+        self._sign_offset = {name: stable_hash("sign", seed, name) % self._longest for name in sizes}
         self._bucket_offset = {name: stable_hash("bucket", seed, name) % dim for name in sizes}
+
+    def _permutation(self, size, device):
+        if (size, device) not in self._tables:
+            generator = torch.Generator().manual_seed(stable_hash("permutation", self._seed, size))
+            self._tables[size, device] = torch.randperm(size, generator=generator).to(device)
+        return self._tables[size, device]
+
+    def _signs(self, device):
+        if device not in self._tables:
+            generator = torch.Generator().manual_seed(stable_hash("signs", self._seed))
+            signs = torch.randint(0, 2, (2 * self._longest,), generator=generator, dtype=torch.int8) * 2 - 1
+            self._tables[device] = signs.to(device)
+        return self._tables[device]
 
     def add_(self, out: torch.Tensor, name: str, rows: slice, gradients: torch.Tensor) -> None:
         """
         Adds the sketch of one tensor's gradients.
 
         Args:
-            out (`torch.Tensor` of shape `(n, dim)`): sketches under way.
+            out (`torch.Tensor` of shape `(n, dim)`): sketches under way, on the device of `gradients`.
             name (`str`): which tensor.
             rows (`slice`): the rows of `out` that the gradients belong to.
             gradients (`torch.Tensor` of shape `(rows, size)`): a row per prompt.
         """
         size = gradients.shape[1]
         start = self._sign_offset[name]
-        signed = gradients.float() * self._signs[start : start + size]
-        permuted = signed[:, self._permutations[size]]
+        signed = gradients.float() * self._signs(gradients.device)[start : start + size]
+        permuted = signed[:, self._permutation(size, gradients.device)]
         whole = size // self.dim * self.dim
         shift = self._bucket_offset[name]
         if whole:

@@ -20,7 +20,7 @@ from . import rollouts, scoring
 from .advice import selection_warning
 from .audit import rollouts_table, texts_table
 from .config import FREE_ON_RESUME, LearnAlignConfig
-from .disk import DirectoryLock, scratch
+from .disk import DirectoryLock, make_directory, scratch
 from .features import FeatureSource
 from .generation import deal, tensor_parallel_size
 from .journal import Journal
@@ -164,6 +164,7 @@ class SelectionRun:
         for mine in (self.accelerator.is_main_process, self.accelerator.is_local_main_process):
             self.journal = Journal(self._journal_path(), self.provenance["key"], mine)
             self.peers.wait()
+        make_directory(self.journal.path)  # in a dry run, where each process has one
         with rollouts.left_as_found(self.trainer, self.num_rollouts):
             started = time.perf_counter()
             own = self._roll_out()
@@ -249,7 +250,8 @@ class SelectionRun:
         )
         total = source.weighted_sum(weights)
         self.peers.wait()
-        total = self.accelerator.reduce(total.to(self.accelerator.device), "sum").cpu()
+        if self.accelerator.num_processes > 1:  # float64, which not every single device has
+            total = self.accelerator.reduce(total.to(self.accelerator.device), "sum").cpu()
         self._clock("gradients", started)
         started = time.perf_counter()
         scored = scoring.scores_of_batches(source, weights, total / len(pool.indices))
