@@ -83,7 +83,7 @@ def test_scores_that_need_less_leave_nulls(tmp_path, score):
     empty = {name for name in table.column_names if table[name].null_count == table.num_rows}
     gradients = {"alignment", "gradient_norm"}
     assert empty == (
-        gradients if score == "learnability" else set(SCORES_SCHEMA.names) - {"index", "rank", "selected"}
+        gradients if score == "learnability" else set(SCORES_SCHEMA.names) - {"index", "rank", "eligible", "selected"}
     )
 
 

@@ -21,6 +21,7 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser
 
 from .build import SelectArguments, build_trainer, nearest
 from .callback import LearnAlignCallback
+from .cards import dataset_card
 from .config import LearnAlignConfig
 from .dry_run import plan_selection
 from .report import write_report
@@ -282,7 +283,7 @@ def push_rows(rows: Dataset, selection: Selection, repo: str, source: str) -> st
     rows.push_to_hub(repo)
     card = DatasetCard.load(repo)  # with what `datasets` has written about the files
     card.data.tags = ["learnalign", "trl"]
-    card.text = selection.card(source)
+    card.text = dataset_card(selection, source)
     card.push_to_hub(repo)
     return f"https://huggingface.co/datasets/{repo}"
 

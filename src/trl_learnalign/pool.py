@@ -165,7 +165,7 @@ def scores_table(
     if config.take == "proportional":
         order = draw_order(np.where(eligible, scores, -np.inf), seed)
     else:
-        order = scoring.ranking(torch.from_numpy(scores), torch.from_numpy(eligible.to_numpy(dtype=bool)), seed)
+        order = scoring.ranking(torch.tensor(scores), torch.tensor(eligible.to_numpy(dtype=bool)), seed)
     rank = np.empty(len(table), dtype=np.int64)
     rank[order] = np.arange(len(table))
     table = table.assign(rank=rank, eligible=eligible, selected=False, index=table.index)

@@ -164,29 +164,6 @@ class Selection:
             rows = rows.add_column(name, [None if value != value else value for value in table[column].astype(float)])
         return rows
 
-    def card(self, source: str) -> str:
-        """The text of a dataset card: what was chosen of `source`, how, and by what."""
-        config = self.provenance["config"]
-        settings = "\n".join(f"| `{name}` | {value} |" for name, value in config.items())
-        versions = ", ".join(f"{name} {number}" for name, number in self.provenance["versions"].items())
-        return f"""# {len(self.indices):,} prompts of {source}, selected for reinforcement learning
-
-{len(self.indices):,} of {self.scores.num_rows:,} prompts, chosen with trl-learnalign for
-the policy `{self.provenance["model"]}`. {self.summary()}.
-
-Rows are as in the source, best first, with two columns more: `learnalign_score`, what they were ranked on, and
-`success_rate`, of {self.provenance["num_rollouts"]} rollouts. Both are of that policy at that step: select anew for another.
-
-| setting | value |
-| --- | --- |
-{settings}
-
-Seed {self.provenance["seed"]}; {versions}.
-
-The method: Li et al., *LearnAlign: Data Selection for LLM Reinforcement Learning with Improved Gradient Alignment*,
-Findings of ACL 2026, [arXiv:2506.11480](https://arxiv.org/abs/2506.11480).
-"""
-
     def to_pandas(self) -> "pandas.DataFrame":
         """The table of scores, best first, with the dataset's indices as its index."""
         return self.scores.to_pandas().sort_values("rank").set_index("index")
@@ -202,7 +179,8 @@ Findings of ACL 2026, [arXiv:2506.11480](https://arxiv.org/abs/2506.11480).
         if isinstance(num_prompts, bool) or not isinstance(num_prompts, int) or num_prompts < 1:
             raise ValueError(f"`num_prompts` must be an integer of at least 1, but is {num_prompts!r}.")
         if num_prompts > (most := len(self._eligible())):
-            kind = " eligible" if most < self.num_learnable() or not self.measures else " learnable"
+            kind = "" if self.provenance["config"]["score"] == "random" else " eligible"
+            kind = " learnable" if self.measures and most >= self.num_learnable() else kind
             kind += " and different" * bool(self.provenance.get("duplicates"))
             warnings.warn(
                 f"`num_prompts` is {num_prompts:,}, but the pool of {self.scores.num_rows:,} has only {most:,}{kind} prompts, so "

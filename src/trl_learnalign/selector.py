@@ -238,7 +238,7 @@ class SelectionRun:
             if i is not None and pool.learnability[i] > 0:
                 tasks[group.index] = self._rows(group, pool.advantages[i], pool.deciding[i])
         weights = torch.zeros(len(self.dataset), dtype=torch.float64)
-        weights[torch.from_numpy(by_prompt.index.to_numpy())] = torch.from_numpy(by_prompt.to_numpy(dtype=float))
+        weights[by_prompt.index.tolist()] = torch.tensor(by_prompt.to_numpy(dtype=float))
         source = FeatureSource(
             self.trainer,
             self.config.projection_dim,

@@ -5,6 +5,7 @@ from pathlib import Path
 from trl import GRPOTrainer
 
 from .callback import LearnAlignCallback
+from .cards import model_card
 from .checkpoints import survey, whole_checkpoint
 from .peers import Peers
 from .prompts import check_prompts
@@ -85,27 +86,7 @@ class LearnAlignMixin:
             summaries = [selection.summary() for selection in run.values()]
         except (FileNotFoundError, ValueError):  # none yet, or one that was tampered with
             return
-        lines = "\n".join(f"- {summary}" for summary in summaries)
-        card.write_text(card.read_text(encoding="utf-8").rstrip() + _CARD.format(lines=lines), encoding="utf-8")
-
-
-_CARD = """
-
-## Prompts
-
-The prompts of this training were selected with trl-learnalign; `learnalign/` holds the scores of all of them.
-
-{lines}
-
-```bibtex
-@article{{li2025learnalign,
-    title   = {{LearnAlign: Data Selection for LLM Reinforcement Learning with Improved Gradient Alignment}},
-    author  = {{Li, Shipeng and Yang, Zhiqin and Li, Shikun and Xia, Xiaobo and Liu, Hengyu and Zhang, Xinghua and Chen, Gaode and Fang, Dong and Tai, Ying and Peng, Zhe}},
-    journal = {{arXiv preprint arXiv:2506.11480}},
-    year    = {{2025}},
-}}
-```
-"""
+        card.write_text(card.read_text(encoding="utf-8").rstrip() + model_card(summaries), encoding="utf-8")
 
 
 class LearnAlignGRPOTrainer(LearnAlignMixin, GRPOTrainer):

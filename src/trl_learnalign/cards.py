@@ -1,0 +1,51 @@
+"""What model and dataset cards say of a selection."""
+
+from .selection import Selection
+
+
+def dataset_card(selection: Selection, source: str) -> str:
+    """The text of a dataset card: what was chosen of `source`, how, and by what."""
+    config = selection.provenance["config"]
+    settings = "\n".join(f"| `{name}` | {value} |" for name, value in config.items())
+    versions = ", ".join(f"{name} {number}" for name, number in selection.provenance["versions"].items())
+    return f"""# {len(selection.indices):,} prompts of {source}, selected for reinforcement learning
+
+{len(selection.indices):,} of {selection.scores.num_rows:,} prompts, chosen with trl-learnalign for
+the policy `{selection.provenance["model"]}`. {selection.summary()}.
+
+Rows are as in the source, best first, with two columns more: `learnalign_score`, what they were ranked on, and
+`success_rate`, of {selection.provenance["num_rollouts"]} rollouts. Both are of that policy at that step: select anew for another.
+
+| setting | value |
+| --- | --- |
+{settings}
+
+Seed {selection.provenance["seed"]}; {versions}.
+
+The method: Li et al., *LearnAlign: Data Selection for LLM Reinforcement Learning with Improved Gradient Alignment*,
+Findings of ACL 2026, [arXiv:2506.11480](https://arxiv.org/abs/2506.11480).
+"""
+
+
+def model_card(summaries: list[str]) -> str:
+    """The section of a model card about the prompts of a training, with a line for each selection."""
+    return _MODEL_CARD.format(lines="\n".join(f"- {summary}" for summary in summaries))
+
+
+_MODEL_CARD = """
+
+## Prompts
+
+The prompts of this training were selected with trl-learnalign; `learnalign/` holds the scores of all of them.
+
+{lines}
+
+```bibtex
+@article{{li2025learnalign,
+    title   = {{LearnAlign: Data Selection for LLM Reinforcement Learning with Improved Gradient Alignment}},
+    author  = {{Li, Shipeng and Yang, Zhiqin and Li, Shikun and Xia, Xiaobo and Liu, Hengyu and Zhang, Xinghua and Chen, Gaode and Fang, Dong and Tai, Ying and Peng, Zhe}},
+    journal = {{arXiv preprint arXiv:2506.11480}},
+    year    = {{2025}},
+}}
+```
+"""

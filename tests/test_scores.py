@@ -1,0 +1,186 @@
+"""What prompts are ranked on, and taken by: through real selections and real training runs."""
+
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+import pytest
+from tiny import Seen, config, digit_reward, make_dataset, make_trainer
+
+from trl_learnalign import Selection, scores, select_prompts
+from trl_learnalign.cli import main as command
+
+
+ROWS = 24
+
+
+def graded(num=ROWS):
+    """Rows with a grade, a source and a hint of their own; one grade is missing."""
+    dataset = make_dataset(num)
+    dataset = dataset.add_column("grade", [None if i == 5 else float((i * 7) % num) for i in range(num)])
+    return dataset.add_column("source", ["web" if i % 3 == 0 else "book" for i in range(num)])
+
+
+def shortest(table):
+    return -table["completion_length_mean"]
+
+
+def table_of(selection):
+    return selection.scores.to_pandas().set_index("index")
+
+
+def test_a_column_ranks_without_rollouts_and_training_follows(tmp_path):
+    """Through training: the first prompts that are generated for are the chosen ones, the best first."""
+    seen = Seen()
+    settings = config(score="column:grade", warmup_prompts=0, prompt_order="ranked")
+    trainer = make_trainer(tmp_path, settings, reward=seen, dataset=graded(), num_train_epochs=1)
+    trainer.train()
+    grades = pd.Series(trainer.train_dataset["grade"], dtype=float)
+    expected = grades.sort_values(ascending=False).index[:8].tolist()
+    selection = Selection.load(tmp_path / "learnalign/step-000000")
+    assert selection.indices == expected and seen.rows[:: trainer.num_generations] == expected
+    table = table_of(selection)
+    assert table["score"].equals(grades.rename("score").rename_axis("index")) and not table.loc[5, "eligible"]
+    assert table["success_rate"].isna().all() and selection.measures == ()
+    assert "chosen 8 by column:grade" in selection.summary()
+
+
+@pytest.mark.parametrize("score", ["function", "text"])
+def test_a_function_ranks_what_was_measured(tmp_path, score):
+    file = tmp_path / "mine.py"
+    file.write_text("def shortest(table):\n    return -table['completion_length_mean']\n")
+    score = shortest if score == "function" else f"{file}:shortest"
+    trainer = make_trainer(tmp_path, dataset=graded())
+    selection = select_prompts(trainer, config(score=score, score_measures=["rollouts"]))
+    table = table_of(selection)
+    assert (table["score"] == -table["completion_length_mean"]).all()
+    assert (table["eligible"] == (table["learnability"] > 0)).all()
+    best = table[table["eligible"]].sort_values("score", ascending=False)["score"].head(8)
+    assert table.loc[selection.indices, "score"].tolist() == best.tolist()
+    assert selection.measures == ("rollouts",) and table["alignment"].isna().all()
+
+
+def test_a_function_of_gradients_and_columns(tmp_path):
+    """It sees what LearnAlign ranks on, and the dataset's own columns."""
+    names = []
+
+    def most_alike(table):
+        names.extend(table.columns)
+        return table["alignment"] + 10 * (table["source"] == "web")
+
+    kwargs = {"dataset": graded(), "loss_type": "grpo"}
+    trainer = make_trainer(tmp_path / "mine", **kwargs)
+    mine = table_of(select_prompts(trainer, config(score=most_alike, score_measures=["gradients"])))
+    theirs = table_of(select_prompts(make_trainer(tmp_path / "theirs", **kwargs), config()))
+    for column in ("alignment", "gradient_norm", "learnability"):
+        assert mine[column].equals(theirs[column])
+    assert {"grade", "source", "prompt", "success_rate", "alignment"} <= set(names) and "score" not in names
+    web = [i for i in mine.index[mine["selected"]] if i % 3 == 0]
+    assert len(web) == min(8, (mine["eligible"] & (mine.index % 3 == 0)).sum())
+
+
+def test_a_score_from_outside_is_one_entry(tmp_path, monkeypatch):
+    """As a contributor adds one: one function in one dict."""
+    toy = scores.Score(("rollouts",), lambda table, align: -(table["success_rate"] - 0.75).abs())
+    monkeypatch.setitem(scores.SCORES, "toy", toy)
+    table = table_of(select_prompts(make_trainer(tmp_path), config(score="toy")))
+    assert table["score"].tolist() == (-(table["success_rate"] - 0.75).abs()).tolist()
+
+
+def test_a_condition_on_the_dataset_saves_rollouts(tmp_path):
+    seen = Seen(digit_reward)
+    trainer = make_trainer(tmp_path, reward=seen, dataset=graded())
+    selection = select_prompts(trainer, config(score="learnability", where="source == 'web' and grade > 3"))
+    rows = {i for i in range(ROWS) if i % 3 == 0 and (i * 7) % ROWS > 3}
+    assert set(seen.rows) == rows == set(selection.scores["index"].to_pylist())
+    assert set(selection.indices) <= rows
+
+
+def test_a_condition_on_what_was_measured(tmp_path):
+    settings = config(score="learnability", where="success_rate < .5 and source == 'book'", num_prompts=ROWS)
+    with pytest.warns(match="num_prompts"):
+        selection = select_prompts(make_trainer(tmp_path, dataset=graded(20)), settings)
+    table = table_of(selection)
+    expected = (table["learnability"] > 0) & (table["success_rate"] < 0.5) & (table.index % 3 != 0)
+    assert len(table) == 20 and table["eligible"].equals(expected.rename("eligible"))
+    assert set(selection.indices) == set(table.index[expected])
+
+
+@pytest.mark.parametrize("quota", ["proportional", "equal"])
+def test_quotas(tmp_path, quota):
+    settings = config(score="learnability", num_prompts=6, quota_column="source", quota=quota)
+    selection = select_prompts(make_trainer(tmp_path, dataset=graded()), settings)
+    table = table_of(selection)
+    eligible = Counter("web" if i % 3 == 0 else "book" for i in table.index[table["eligible"]])
+    assert min(eligible.values()) >= 4  # else this test shows nothing
+    shares = {"web": 2, "book": 4} if quota == "proportional" else {"web": 3, "book": 3}
+    assert Counter(table.loc[selection.indices, "quota_group"]) == shares
+    for source, number in shares.items():  # the best of each
+        ranked = table[(table["quota_group"] == source) & table["eligible"]].sort_values("rank")
+        assert set(ranked.index[:number]) <= set(selection.indices)
+    smaller = Selection.load(tmp_path / "learnalign/step-000000").select(3)
+    assert len(smaller.indices) == 3 and len(set(table.loc[smaller.indices, "quota_group"])) == 2
+
+
+def test_a_draw_in_proportion(tmp_path):
+    settings = {"score": "learnability", "take": "proportional"}
+    first, again, other = (
+        select_prompts(make_trainer(tmp_path / name), config(**settings, selection_seed=seed))
+        for name, seed in (("0", 3), ("1", 3), ("2", 4))
+    )
+    assert first.indices == again.indices and set(first.indices) != set(other.indices)
+    assert all(table_of(first).loc[i, "learnability"] > 0 for i in first.indices)
+
+
+def test_folding_goes_through_the_ranking_again_and_again(tmp_path):
+    """DELT: positions 0, 3, 6, then 1, 4, 7, then 2, 5 of the ranking, in every epoch."""
+    seen = Seen()
+    settings = config(score="column:grade", warmup_prompts=0, prompt_order="folding", fold=3)
+    trainer = make_trainer(tmp_path, settings, reward=seen, dataset=graded(), num_train_epochs=2)
+    trainer.train()
+    ranked = Selection.load(tmp_path / "learnalign/step-000000").indices
+    folded = [ranked[position] for position in (0, 3, 6, 1, 4, 7, 2, 5)]
+    assert seen.rows[:: trainer.num_generations] == folded * 2
+
+
+def test_rows_of_the_command_line(tmp_path, capsys):
+    from tiny import make_model, make_tokenizer
+
+    make_model().save_pretrained(tmp_path / "policy")
+    make_tokenizer().save_pretrained(tmp_path / "policy")
+    graded().to_json(tmp_path / "rows.jsonl")
+    (tmp_path / "rewards.py").write_text("def zero(completions, **kwargs):\n    return [0.0] * len(completions)\n")
+    command(
+        f"select --dataset_name {tmp_path}/rows.jsonl --model_name_or_path {tmp_path}/policy --reward_funcs "
+        f"{tmp_path}/rewards.py:zero --output_dir {tmp_path}/run --score column:grade --num_prompts 4 --use_cpu "
+        "--bf16 false --report_to none --write_report false --where grade<20".split()
+    )
+    assert Selection.load(tmp_path / "run/learnalign/step-000000").indices == [
+        i
+        for _, i in sorted(((i * 7 % ROWS, i) for i in range(ROWS) if i != 5 and i * 7 % ROWS < 20), reverse=True)[:4]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"score": "column:mark"}, "no column 'mark'. Its columns are: prompt, row, grade, source"),
+        ({"score": "column:source"}, "the column 'source' holds no numbers"),
+        ({"where": "mark > 3"}, "`where` is 'mark > 3', but the training dataset has no column 'mark'"),
+        ({"where": "success_rate > 3", "score": "column:grade"}, "no column 'success_rate'"),
+        ({"where": "grade > 99"}, "holds for no row"),
+        ({"where": "source > 3"}, "cannot be compared"),
+        ({"quota_column": "mark"}, "`quota_column` is 'mark', but .* no column 'mark'"),
+        ({"score": lambda table: [1.0]}, "returned 1 values for 24 prompts"),
+        ({"score": lambda table: table["source"]}, "not a number for every prompt"),
+    ],
+)
+def test_what_cannot_be_is_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        select_prompts(make_trainer(tmp_path, dataset=graded()), config(**{"score": "learnability"} | settings))
+
+
+def test_nothing_eligible_says_why(tmp_path, caplog):
+    nothing = config(score=lambda table: np.full(len(table), np.nan))
+    selection = select_prompts(make_trainer(tmp_path, dataset=graded()), nothing)
+    assert selection.indices == [] and "0 are eligible" in caplog.text
