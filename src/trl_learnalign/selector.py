@@ -22,6 +22,7 @@ from .audit import rollouts_table, texts_table
 from .config import LearnAlignConfig
 from .disk import DirectoryLock, make_directory, scratch
 from .features import FeatureSource
+from .generation import generate_in_parts, rollouts_at_once
 from .journal import Journal
 from .peers import Peers
 from .pool import Pool
@@ -96,7 +97,7 @@ def plan_selection(trainer: GRPOTrainer, config: LearnAlignConfig) -> str:
     passes = f"about {learnable * more:,.0f} prompts" if learnable else "not known, since none of these was learnable"
     lines += [
         f"tried: {tried} prompts on {world} process{'es' * (world > 1)}, of which {learnable} are learnable ({learnable / tried:.0%})",
-        f"at once: {batch * whole.num_rollouts} rollouts a process (per_device_train_batch_size x steps_per_generation); "
+        f"at once: {batch * rollouts_at_once(trainer, whole.num_rollouts)} rollouts a process (per_device_train_batch_size x steps_per_generation); "
         "more are faster while memory lasts",
         f"gradient passes: {'none' if config.score == 'learnability' else passes}",
         "expected time: "
@@ -233,7 +234,7 @@ class _Pass:
             ready = done is not None or mine >= len(batches)
             if not all(self.peers.gather(ready)):
                 padded = batch + [batch[0]] * (min(size, len(self.pool)) - len(batch))
-                fresh = rollouts.generate_groups(
+                fresh = generate_in_parts(
                     self.trainer, self.dataset, padded, stable_hash(self.seed, "rollouts", self.step, batch[0])
                 )[: len(batch)]
                 if done is None and mine < len(batches):
@@ -376,6 +377,7 @@ class _Pass:
         made_from = {name: self.provenance[name] for name in _KEY_FIELDS}
         made_from["config"] = {name: value for name, value in made_from["config"].items() if name != "write_report"}
         made_from["prompts_per_batch"] = rollouts.prompts_per_batch(self.trainer, self.num_rollouts)
+        made_from["rollouts_at_once"] = rollouts_at_once(self.trainer, self.num_rollouts)
         made_from["generation"] = rollouts.generation_provenance(self.trainer)
         made_from["rewards"] = rollouts.reward_provenance(self.trainer)
         self.peers.wait()  # before the collective operations of sharded weights
