@@ -1,6 +1,7 @@
 """The package as it is installed."""
 
 import ast
+import inspect
 import os
 import re
 import subprocess
@@ -9,8 +10,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import trl
+from tiny import config, make_trainer
+from transformers import Trainer
+from trl import GRPOTrainer
 
 import trl_learnalign
+from trl_learnalign import LearnAlignGRPOTrainer
+from trl_learnalign.names import NAMES, NAMES_WITH_VLLM
 
 
 ROOT = Path(__file__).parent.parent
@@ -79,6 +86,39 @@ def test_rooms_are_small_and_know_only_who_they_may():
     private = re.compile(r"trainer\._\w+")
     users = {file.stem for file in (ROOT / "src/trl_learnalign").glob("*.py") if private.search(file.read_text())}
     assert users <= {"objective", "rollouts", "trainer", "callback"}
+
+
+def test_every_undocumented_name_of_the_trainer_is_checked():
+    """What the sources use of a GRPOTrainer, but not of a Trainer."""
+    texts = [file.read_text() for file in (ROOT / "src/trl_learnalign").glob("*.py") if file.stem != "names"]
+    used = {name for text in texts for name in re.findall(r"\btrainer\.(\w+)", text)}
+    rollouts = (ROOT / "src/trl_learnalign/rollouts.py").read_text()
+    used |= set(re.findall(r'"(_[a-z_]+)"', rollouts)) | {"_tag_names"}
+    general = inspect.getsource(Trainer)
+    own = set(re.findall(r"\bself\.(\w+)|def (_\w+)", inspect.getsource(GRPOTrainer)))
+    own = {name for names in own for name in names}
+    missing = {
+        name
+        for name in used & own
+        if name.startswith("_") or (not hasattr(Trainer, name) and not re.search(rf"\bself\.{name}\b", general))
+    }
+    assert missing - {*NAMES, *NAMES_WITH_VLLM} == set() and len(missing) > 15
+
+
+@pytest.mark.parametrize("name", ["_calculate_rewards", "_metrics"])
+def test_a_trainer_that_lacks_a_name_is_refused_when_it_is_built(tmp_path, name):
+    class Newer(LearnAlignGRPOTrainer):
+        """As if TRL had renamed a method, or an attribute."""
+
+        def __getattribute__(self, attribute):
+            if attribute == name:
+                raise AttributeError(attribute)
+            return super().__getattribute__(attribute)
+
+    with pytest.raises(
+        RuntimeError, match=f"Newer has no `{name}`, which LearnAlign needs.* {trl.__version__} is inst"
+    ):
+        make_trainer(tmp_path, config(), cls=Newer)
 
 
 def test_nothing_that_is_read_can_run_code():

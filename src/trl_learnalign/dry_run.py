@@ -11,6 +11,7 @@ from trl import GRPOTrainer
 from . import rollouts
 from .advice import plan_warnings
 from .config import LearnAlignConfig
+from .parts import rollouts_at_once
 from .selection import OUTCOME_LABELS
 from .selector import SelectionRun
 
@@ -41,7 +42,7 @@ def plan_selection(trainer: GRPOTrainer, config: LearnAlignConfig) -> tuple[str,
     lines += [
         f"tried: {tried} prompts on {world} process{'es' * (world > 1)}, of which {learnable} are learnable ({learnable / tried:.0%})",
         *(f"{OUTCOME_LABELS[name]}: {pool:.3f}" for name, (pool, _) in selection.outcomes().items() if pool == pool),
-        f"at once: {batch * whole.num_rollouts} rollouts a process (per_device_train_batch_size x steps_per_generation); "
+        f"at once: {batch * rollouts_at_once(trainer, whole.num_rollouts)} rollouts a process (per_device_train_batch_size x steps_per_generation); "
         "more are faster while memory lasts",
         f"gradient passes: {'none' if config.score == 'learnability' else passes}",
         "expected time: "

@@ -20,6 +20,7 @@ from trl import GRPOTrainer
 from .config import LearnAlignConfig
 from .generation import check_images, check_vllm, random_state, set_random_state
 from .gradients import UnseenParametersError, check_parameters, dropout_off, turn_dropout_off, unseen_message
+from .names import check_names
 from .objective import check_loss
 from .progress import ProgressLines
 from .projection import stable_hash
@@ -57,6 +58,7 @@ def check_trainer(trainer: GRPOTrainer, config: LearnAlignConfig) -> None:
 
     Raises:
         `TypeError`: not a GRPOTrainer.
+        `RuntimeError`: a version of TRL that lacks what is used here.
         `ValueError`: processes that do not know of each other, a streaming dataset, an environment that owns the data,
             no column `prompt`, an unknown or missing reward name, vLLM set up so that TRL mixes completions up; and where
             gradients are wanted: an unknown loss, a multimodal dataset, sharded weights without an adapter.
@@ -64,6 +66,7 @@ def check_trainer(trainer: GRPOTrainer, config: LearnAlignConfig) -> None:
     """
     if not isinstance(trainer, GRPOTrainer):
         raise TypeError(f"LearnAlign works on a trl.GRPOTrainer, but got a {type(trainer).__name__}.")
+    check_names(trainer)
     launched, seen = int(os.environ.get("WORLD_SIZE", 1)), trainer.accelerator.num_processes
     if launched != seen:
         raise ValueError(
@@ -233,7 +236,7 @@ def left_as_found(trainer: GRPOTrainer, num_rollouts: int) -> Iterator[None]:
 
 
 def prompts_per_batch(trainer: GRPOTrainer, num_rollouts: int) -> int:
-    """Prompts that a process generates for at once: as many rollouts as it does in training, whole groups."""
+    """Prompts that a process generates for at once: as many rollouts as it does in training, whole groups, at least one."""
     rows = trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation
     return max(1, rows // num_rollouts)
 
@@ -305,7 +308,7 @@ def generate_groups(
         groups.append(
             Group(
                 index=index,
-                prompt_ids=_shared([prompt_ids[row][prompt_mask[row]] for row in rows]),
+                prompt_ids=shared([prompt_ids[row][prompt_mask[row]] for row in rows]),
                 completion_ids=completion_ids,
                 loss_masks=[loss_mask[row, : len(ids)].copy() for row, ids in zip(rows, completion_ids, strict=True)],
                 completions=[_plain(seen["completions"][row]) for row in rows],
@@ -320,7 +323,7 @@ def _plain(completion):
     return json.loads(json.dumps(completion, default=lambda value: f"[{type(value).__name__}]"))
 
 
-def _shared(arrays: list[np.ndarray]) -> list[np.ndarray]:
+def shared(arrays: list[np.ndarray]) -> list[np.ndarray]:
     """Of equal arrays one, so many times."""
     first = arrays[0]
     return [first] * len(arrays) if all(np.array_equal(first, other) for other in arrays[1:]) else arrays

@@ -23,6 +23,7 @@ from .features import FeatureSource
 from .generation import deal, tensor_parallel_size
 from .journal import Journal
 from .objective import Row, counts_without_advantage
+from .parts import generate_in_parts, rollouts_at_once
 from .peers import Peers
 from .pool import Pool, draw_pool, random_choice
 from .projection import stable_hash
@@ -197,7 +198,7 @@ class SelectionRun:
                 padded = batch + [batch[0]] * (min(size, len(self.pool)) - len(batch))
                 seed = stable_hash(self.seed, "rollouts", self.step, seed_of[0])
                 gradients = self.config.score != "learnability"
-                fresh = rollouts.generate_groups(self.trainer, self.dataset, padded, seed, gradients)[: len(batch)]
+                fresh = generate_in_parts(self.trainer, self.dataset, padded, seed, gradients)[: len(batch)]
                 if done is None and mine:
                     done = fresh
                     self.journal.save_groups(done)
@@ -340,6 +341,7 @@ class SelectionRun:
         made_from = {name: self.provenance[name] for name in _KEY_FIELDS}
         made_from["config"] = {name: value for name, value in made_from["config"].items() if name not in _NOT_IN_KEY}
         made_from["prompts_per_batch"] = rollouts.prompts_per_batch(self.trainer, self.num_rollouts)
+        made_from["rollouts_at_once"] = rollouts_at_once(self.trainer, self.num_rollouts)
         made_from["generation"] = rollouts.generation_provenance(self.trainer)
         made_from["rewards"] = rollouts.reward_provenance(self.trainer)
         self.peers.wait()  # before the collective operations of sharded weights
