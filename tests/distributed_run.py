@@ -190,8 +190,9 @@ def main(task, path):
         "weights": sums,
         "digests": digests[0] if digests else {},
     }
-    Path(path, f"rank-{trainer.accelerator.process_index}.json").write_text(json.dumps(result))
-    return result
+    text = json.dumps(result)
+    Path(path, f"rank-{trainer.accelerator.process_index}.json").write_text(text)
+    return json.loads(text)
 
 
 if __name__ == "__main__":

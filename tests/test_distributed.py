@@ -233,7 +233,7 @@ def test_sharded_weights_make_the_same_run(tmp_path, first, kind):
 def test_shards_of_two_processes_go_on_as_the_weights_of_one(tmp_path):
     """The selection fails on one of two processes in its gradients; one process without FSDP rolls out nothing again."""
     failed = launch("sharded fails", tmp_path, 2, FSDP)
-    assert all("are not finite" in rank["error"] for rank in failed)
+    assert all("are not finite" in rank["error"] for rank in failed), failed
     (again,) = launch("train at once", tmp_path, 1)
     assert "error" not in again and len(again["log"]) == 2
     assert len(again["rows"]) == again["step"] * again["chunk_prompts"] * 4  # training's own

@@ -172,6 +172,7 @@ class FeatureSource:
 
     def _entropies(self, rows):
         """Of each row's tokens; in halves if the memory does not hold it."""
+        self._meet()
         turn_dropout_off(self.trainer.model)  # some ways to generate turn it on
         try:
             return objective.token_entropies(self.trainer, rows)
@@ -241,7 +242,13 @@ class FeatureSource:
             "`score='learnability'`, which takes no gradients."
         )
 
+    def _meet(self):
+        """Where a forward takes all processes, none begins one that another, which has failed, will not join."""
+        if rollouts.is_sharded(self.trainer):
+            self.peers.wait()
+
     def _collect_at_once(self, counts, rows):
+        self._meet()
         turn_dropout_off(self.trainer.model)
         return self.engine.collect(counts, max(map(len, rows)), lambda: objective.policy_objective(self.trainer, rows))
 
