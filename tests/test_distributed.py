@@ -302,7 +302,7 @@ def test_what_fails_on_one_process_ends_all_with_its_cause(first, again, task, c
     assert abs(failed["seconds"] - other["seconds"]) < 10  # of one machine's clock: no time-out was waited for
     journal = path / "_learnalign" / "step-000000"
     assert list(journal.glob("rollouts-*")) and not list(journal.glob(".*.tmp"))
-    # Mended, it goes on: what was finished is still there, as long as the reward function is the same
+    # Once corrected, it goes on: what was finished is still there, as long as the reward function is the same
     assert len(again[task][0]["indices"]) == 8
     tally["failures on one of two processes"] += 1
 

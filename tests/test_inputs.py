@@ -178,7 +178,7 @@ def test_a_reward_function_that_fails_is_named_with_its_cause(tmp_path, answer, 
     trainer = make_trainer(tmp_path, reward=wrapper(broken_reward(answer)))
     functions = list(trainer.reward_funcs)
     with pytest.raises(
-        RewardError, match=rf"`broken` failed in a selection: {cause}.*Mend it and run again"
+        RewardError, match=rf"`broken` failed in a selection: {cause}.*Correct it and run again"
     ) as caught:
         select_prompts(trainer, config())
     assert type(caught.value.__cause__).__name__ in cause

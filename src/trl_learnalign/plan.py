@@ -1,4 +1,4 @@
-"""What a run is going to do, in lines for people."""
+"""The plan of a run and an estimate of a selection's time, in readable lines."""
 
 from .config import LearnAlignConfig
 from .progress import duration

@@ -1,4 +1,4 @@
-"""Rollouts from a GRPOTrainer, which is left as it was found."""
+"""Rollouts from a GRPOTrainer, whose state does not change."""
 
 import copy
 import json
@@ -54,12 +54,12 @@ class Group:
 
 def check_trainer(trainer: GRPOTrainer, config: LearnAlignConfig) -> None:
     """
-    Raises an error for everything about a trainer that would make a selection fail or mean something else.
+    Raises an error for all settings of a trainer with which a selection would fail or be wrong.
 
     Raises:
         `TypeError`: not a GRPOTrainer.
         `RuntimeError`: a version of TRL that lacks what is used here.
-        `ValueError`: processes that do not know of each other, a streaming dataset, an environment that owns the data,
+        `ValueError`: processes that are not connected, a streaming dataset, an environment that owns the data,
             no column `prompt`, an unknown or missing reward name, vLLM set up so that TRL mixes completions up; and where
             gradients are wanted: an unknown loss, a multimodal dataset, sharded weights without an adapter.
         [`UnseenParametersError`]: trainable tensors whose gradients would be missed.
@@ -106,8 +106,8 @@ def check_trainer(trainer: GRPOTrainer, config: LearnAlignConfig) -> None:
         )
     if is_sharded(trainer) and not has_adapter(trainer):
         raise ValueError(
-            "Full fine-tuning with FSDP or DeepSpeed is not supported: the probe that stands for the weights would meet "
-            "shards of them. Train a LoRA adapter (`peft_config`), or use `score='learnability'`, which takes no gradients."
+            "Full fine-tuning with FSDP or DeepSpeed is not supported: the probe would see only shards of the "
+            "weights. Train a LoRA adapter (`peft_config`), or use `score='learnability'`, which takes no gradients."
         )
     model = trainer.accelerator.unwrap_model(trainer.model)
     for adapter in getattr(model, "peft_config", {}).values():
@@ -199,8 +199,8 @@ def is_sharded(trainer: GRPOTrainer) -> bool:
 
 def progress_bar(trainer: GRPOTrainer, phase: str, total: int, unit: str) -> tqdm | ProgressLines:
     """
-    A bar on the main process. Where the trainer shows none (`disable_tqdm`), and in logs that are neither terminals nor
-    notebooks, a few lines take its place, as the trainer's own log values are printed then.
+    A bar on the main process. If the trainer shows none (`disable_tqdm`), or the output is neither a terminal nor a
+    notebook, a few lines are printed instead.
     """
     hidden = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
     if not hidden and not issubclass(tqdm, tqdm_notebook):
@@ -213,8 +213,8 @@ def progress_bar(trainer: GRPOTrainer, phase: str, total: int, unit: str) -> tqd
 @contextmanager
 def left_as_found(trainer: GRPOTrainer, num_rollouts: int) -> Iterator[None]:
     """
-    Lets the trainer generate `num_rollouts` completions a prompt, with dropout off and no log-probabilities computed
-    on the side, and undoes on exit all that a generation changes: metrics, logs, counters, modes, random states.
+    Lets the trainer generate `num_rollouts` completions a prompt, with dropout off and no log-probabilities
+    computed, and undoes on exit all that a generation changes: metrics, logs, counters, modes, random states.
     """
     numbers = trainer.num_generations, trainer.state.num_input_tokens_seen
     books = {name: getattr(trainer, name) for name in ("_metrics", "_logs", "_pending_extra_logs", "_pending_metrics")}
