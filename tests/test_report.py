@@ -13,8 +13,8 @@ from datasets import Dataset
 from tiny import config, digit_reward, graded_reward, make_trainer, parity_reward
 
 from trl_learnalign import Selection, select_prompts
+from trl_learnalign.prompts import prompt_text
 from trl_learnalign.report import write_report
-from trl_learnalign.rollouts import prompt_text
 from trl_learnalign.selection import load_run
 from trl_learnalign.selector import plan_selection
 
