@@ -56,7 +56,9 @@ def success(model, tokenizer, test) -> torch.Tensor:
 
 def build_trainer(score, pool, arguments, sampler=LearnAlignSampler) -> LearnAlignGRPOTrainer:
     """A trainer as in any GRPO script, and a sampler."""
-    learnalign = LearnAlignConfig(num_prompts=arguments.num_prompts, warmup_prompts=64, score=score)
+    learnalign = LearnAlignConfig(
+        num_prompts=arguments.num_prompts, warmup_prompts=64, score=score, write_report=score != "random"
+    )
     training_args = GRPOConfig(
         output_dir=str(arguments.output_dir / score),
         use_cpu=True,

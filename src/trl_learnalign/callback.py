@@ -175,7 +175,7 @@ class LearnAlignCallback(TrainerCallback):
 
     def _select(self, state):
         start, self._pending = self._pending, None
-        if self.trainer.accelerator.is_main_process:
+        if self.trainer.accelerator.is_main_process and self.config.score != "random":
             since, then = self._since
             seconds = time.perf_counter() - then
             line = plan.estimate_line(self.sampler.layout, self.config, state.global_step, since, seconds)
