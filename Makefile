@@ -6,12 +6,12 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 DATASET ?=
 
-# Idle threads sleep instead of spinning, so that a busy machine is not brought to a standstill
+# Idle threads sleep instead of spinning, so that they do not slow down a busy machine
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test test-all lint docs bench bench-costs evidence evidence-small clean
 
-# torch first and pinned: left to choose, pip would take the newest build with all of CUDA
+# torch first and pinned: otherwise pip installs the newest build with all of CUDA
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) torch
@@ -21,7 +21,7 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py $(if $(DATASET),--dataset_path $(DATASET))
 
-# Two workers, a file of tests at a time, as tests of one file share training runs
+# Two workers; each takes a whole file, as the tests of a file share training runs
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/installed
@@ -42,7 +42,7 @@ $(VENV)/docs-installed: $(VENV)/installed
 docs: $(VENV)/docs-installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# The peers that benchmarks/gradients.py compares with live in an environment of their own
+# The other packages that benchmarks/gradients.py compares with, in a separate environment
 $(BENCH)/installed: pyproject.toml $(CONSTRAINTS) benchmarks/requirements.txt
 	$(PYTHON) -m venv $(BENCH)
 	$(BENCH)/bin/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) torch
@@ -56,8 +56,8 @@ bench-costs: $(BENCH)/installed
 	$(BENCH)/bin/python benchmarks/processes.py
 	$(BENCH)/bin/python benchmarks/million.py
 
-# Does the selection help, and against what? Hours on two cores, a night by estimate; started
-# again it goes on where it was stopped.
+# Compares ways to choose prompts, for docs/evidence.md. An estimated night on two cores. Started again, it goes on
+# where it was stopped.
 # DATASET=DIR with GSM8K's train.jsonl and test.jsonl. The allocator keeps its memory, which saves page faults
 EVIDENCE := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gsm8k_equations
 evidence: $(VENV)/installed
@@ -70,7 +70,7 @@ evidence: $(VENV)/installed
 	$(EVIDENCE)/collect.py --dataset_path $(DATASET)
 	$(EVIDENCE)/evidence.py
 
-# The same in small: two seeds, three arms, one number of prompts, a small pool
+# A small version of it: two seeds, three arms, one number of prompts, a small pool
 evidence-small: $(VENV)/installed
 	$(EVIDENCE)/grid.py $(if $(DATASET),--dataset_path $(DATASET)) --output_dir runs/evidence-small --seeds 0 1 \
 		--arms random filter learnalign --sizes 200 --pool 1500 --test 400

@@ -3,7 +3,7 @@ Scores of 1,000,000 prompts from features on disk: memory, and time against read
 
     python benchmarks/million.py [--directory DIR]
 
-DIR needs room for --prompts x --dim x 4 bytes (33 GB) and is left empty. The page cache is told to forget the files
+DIR needs space for --prompts x --dim x 4 bytes (33 GB) and is empty afterwards. The page cache is told to forget the files
 before every reading.
 """
 
@@ -95,7 +95,7 @@ def main():
 
     needed = arguments.prompts * arguments.dim * 4
     if shutil.disk_usage(arguments.directory).free < 1.1 * needed:
-        sys.exit(f"{arguments.directory} has no room for {needed / 1e9:.0f} GB of features. Pass --directory.")
+        sys.exit(f"{arguments.directory} has no space for {needed / 1e9:.0f} GB of features. Pass --directory.")
     with tempfile.TemporaryDirectory(dir=arguments.directory) as scratch:
         path = Path(scratch) / "journal"
         write(path, arguments.prompts, arguments.dim)

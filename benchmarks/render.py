@@ -67,8 +67,8 @@ def cost_table(results) -> str:
             f"| gradients | {gradients:.1f} | {gradients / rollouts:.2f} |",
             f"| scores | {scores:.2f} | {scores / rollouts:.3f} |",
             "",
-            f"The same runs; {100 * share:.0f} % of the pool was learnable. A backward costs about two forwards, so with as "
-            "fast a generation as that of a tiny model on a CPU the gradients weigh; on a GPU it has not been measured.",
+            f"The same runs; {100 * share:.0f} % of the pool was learnable. A backward costs about two forwards. Generation with a "
+            "tiny model on a CPU is fast, so the gradients are a large part of the cost here. On a GPU this has not been measured.",
         ]
     )
 
@@ -89,7 +89,7 @@ def versions_of(results) -> str:
 def gradients_table(results) -> str:
     conditions = results["conditions"]
     lines = [
-        "| way to a microbatch's per-prompt gradients | time | FLOPs | peak memory | numbers a prompt | error of cosines |",
+        "| way to a microbatch's per-prompt gradients | time | FLOPs | peak memory | numbers per prompt | error of cosines |",
         "| --- | --- | --- | --- | --- | --- |",
         "| a plain backward, which gives no per-prompt gradients | 1 | 1 | 1 | | |",
     ]
@@ -105,9 +105,9 @@ def gradients_table(results) -> str:
         "",
         "Ratios to a plain backward of the same microbatch, in the same round, median; rows with gradient checkpointing "
         "are relative to a plain backward with it. The error is the root mean square difference of the prompts' cosines "
-        "from the exact ones. Peers that keep a gradient per row are added up to prompts; bergson generates its "
-        "projections on the CPU here, which a GPU does faster. A loop of one exact backward a prompt costs little on a CPU, "
-        "whose caches like small batches; a dense projection of what it gives is what costs.",
+        "from the exact ones. If a package gives a gradient per row, they are summed per prompt. bergson generates its "
+        "projections on the CPU here; a GPU does this faster. A loop with one exact backward per prompt is cheap on a CPU, "
+        "because small batches fit its caches. The dense projection of its gradients is expensive.",
         "",
         f"{conditions['prompts']} prompts x {conditions['rollouts_per_prompt']} rollouts x {conditions['tokens']} tokens, "
         f"a model of the shape `{conditions['shape']}` with random weights in {conditions['dtype']}, LoRA r = "
@@ -122,7 +122,7 @@ def gradients_table(results) -> str:
 
 def gpu_section() -> str:
     if not (RESULTS / "gradients_cuda.json").is_file():
-        return "Not measured on a GPU yet: `python benchmarks/gradients.py --peers --device cuda --shape qwen2.5-1.5b` does it."
+        return "Not measured on a GPU yet. `python benchmarks/gradients.py --peers --device cuda --shape qwen2.5-1.5b` does this."
     results = load("gradients_cuda")
     plain = results["plain"]
     share = f", {100 * plain['share_of_peak_flops']:.0f} % of the card's peak" if plain["share_of_peak_flops"] else ""
@@ -139,7 +139,7 @@ def scale_table(million, processes) -> str:
             "| --- | --- |",
             f"| scores of {million['prompts']:,} prompts at d = {million['dim']:,} from the disk | "
             f"{million['score_seconds']:.0f} s, {million['ratio']:.2f} x reading the {million['bytes'] / 1e9:.0f} GB once |",
-            f"| memory for that, over the start | {million['resident_bytes'] / 1e6:.0f} MB |",
+            f"| additional memory for that | {million['resident_bytes'] / 1e6:.0f} MB |",
             f"| gradient pass of two processes against one | {processes['speedup']:.2f} x the prompts per second; "
             f"two unconnected processes on this machine: {processes['limit']:.2f} x |",
             "",
@@ -151,7 +151,7 @@ def scale_table(million, processes) -> str:
 
 
 def robustness_table(counts) -> str:
-    lines = ["| what was done to it | on one process | on two |", "| --- | --- | --- |"]
+    lines = ["| fault | on one process | on two processes |", "| --- | --- | --- |"]
     moments = sorted({name.split(": ")[1] for name in counts if name.startswith("kills")})
     for moment in moments:
         one, two = (counts.get(f"kills of {number}: {moment}", 0) for number in (1, 2))
@@ -166,9 +166,10 @@ def robustness_table(counts) -> str:
         [
             *lines,
             "",
-            "Every killed run ended as one never killed, every error on one process ended both with its cause. Bad input "
-            f"tried, each time with a clear error or the right result: {nonsense}. Selections were made on 1, 2 and 4 "
-            "processes from pools that they do not divide. Counted by the tests themselves, in `benchmarks/robustness.py`.",
+            "Every killed run, once resumed, gave the same result as an uninterrupted run. Every error on one process ended "
+            f"both processes, with its cause. Invalid input, each time with a clear error or the right result: {nonsense}. "
+            "Selections were also made on 1, 2 and 4 processes from pools whose size is not a multiple of that. The tests count "
+            "the faults; `benchmarks/robustness.py` collects the counts.",
         ]
     )
 
@@ -202,7 +203,7 @@ def loss_table(results) -> str:
         "",
         "Gradients are those of the trainer's loss ([which](how_it_works.md#the-loss)); without a KL term and with all tokens every loss has "
         "the direction of `grpo`, a mean over each completion as in the paper, or of `dapo`, a sum over tokens and TRL's default. "
-        "On the left both have the same rollouts, on the right `grpo` has others of the same policy. Not measured with long completions. "
+        "On the left both gradients are of the same rollouts; on the right both are of `grpo`, from other rollouts of the same policy. Not measured with long completions. "
         f"{results['data'][0].upper() + results['data'][1:]}, a pool of {results['pool']}, {loss} of them learnable ({other} in "
         f"both draws), completions of {results['completion_length']} tokens on average, exact gradients, after four steps of "
         f"training; by `benchmarks/loss_types.py`, {results['threads']} thread; {versions_of(results)}.",
@@ -252,7 +253,7 @@ Every run: `python benchmarks/demo_arms.py --dataset_path DIR`.
 
 {cost_table(arms)}
 
-## Per-prompt gradients beside their peers
+## Per-prompt gradients, compared with other packages
 
 {gradients_table(load("gradients_cpu"))}
 
@@ -262,7 +263,7 @@ Every run: `python benchmarks/demo_arms.py --dataset_path DIR`.
 
 {scale_table(load("million"), load("processes"))}
 
-## What it survived
+## Fault injection, in numbers
 
 {robustness_table(load("robustness"))}
 

@@ -3,9 +3,9 @@ A reward that runs code: the share of a row's tests that a completion passes.
 
     trl-learnalign select --config run.yaml --reward_funcs examples/code_reward.py:passed_tests
 
-Rows have a column `tests` of lists of assert statements. Each completion runs in a process of its own with limits on time,
-memory and files. That keeps a slip from taking the trainer with it; it is no sandbox against code that means harm, which
-belongs in a container without a network.
+Rows have a column `tests` of lists of assert statements. Each completion runs in a separate process with limits on time,
+memory and files, so that a faulty completion does not stop the trainer. This is no sandbox against malicious code: run such
+code in a container without a network.
 """
 
 import re
@@ -37,7 +37,7 @@ sys.__stdout__.write("{mark}" + str(passed))
 
 
 def passed_tests(completions: list, tests: list[list[str]], **kwargs) -> list[float]:
-    """In [0, 1]; 0 where the code does not run, or not in time. A success, at the default threshold, passes all of them."""
+    """In [0, 1]; 0 if the code fails or takes too long. At the default threshold, a success passes all tests."""
     texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
     with ThreadPoolExecutor() as threads:  # they only wait
         return list(threads.map(_share, texts, tests))

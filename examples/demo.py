@@ -1,9 +1,9 @@
 """
-The main job in miniature, on two CPU cores: does training on LearnAlign's prompts beat training on random ones?
+A small experiment on two CPU cores: is training on LearnAlign's prompts better than training on random ones?
 
     python examples/demo.py [--dataset_path DIR]
 
-A tiny policy solves chains of equations now and then. Two runs start from it, with the same warm-up, the same number of
+A tiny policy solves some chains of equations. Two runs start from it, with the same warm-up, the same number of
 training prompts and the same number of steps; one trains on random prompts, the other on those that LearnAlign selects.
 DIR holds GSM8K's `train.jsonl` and `test.jsonl`, whose equations are then used in place of generated ones.
 """
@@ -34,7 +34,7 @@ SAMPLES = 8
 
 
 def load(arguments) -> tuple[Dataset, Dataset, str]:
-    """A pool to choose from, held-out rows, and where they are from."""
+    """A pool to choose from, held-out rows, and the name of their source."""
     if arguments.dataset_path is None:
         return generate_chains(arguments.pool, seed=11), generate_chains(arguments.test, seed=12), "generated chains"
     pool, _ = load_gsm8k_equations(arguments.dataset_path / "train.jsonl")
@@ -56,7 +56,9 @@ def success(model, tokenizer, test) -> torch.Tensor:
 
 def build_trainer(score, pool, arguments, sampler=LearnAlignSampler) -> LearnAlignGRPOTrainer:
     """A trainer as in any GRPO script, and a sampler."""
-    learnalign = LearnAlignConfig(num_prompts=arguments.num_prompts, warmup_prompts=64, score=score)
+    learnalign = LearnAlignConfig(
+        num_prompts=arguments.num_prompts, warmup_prompts=64, score=score, write_report=score != "random"
+    )
     training_args = GRPOConfig(
         output_dir=str(arguments.output_dir / score),
         use_cpu=True,
@@ -90,7 +92,7 @@ def build_trainer(score, pool, arguments, sampler=LearnAlignSampler) -> LearnAli
 
 
 class Bar(ProgressCallback):
-    """The bar of the steps alone, so that all that the demo says fits on one screen."""
+    """The progress bar without log values, so that the output of the demo fits on one screen."""
 
     def on_log(self, args, state, control, **kwargs):
         pass
@@ -106,7 +108,7 @@ def train(score, pool, test, arguments, sampler=LearnAlignSampler) -> tuple[torc
 
 
 def show(selection: Selection, pool: Dataset) -> None:
-    """Some prompts of both ends of the ranking, and how the success rate of pool and choice is spread."""
+    """Prints some prompts of both ends of the ranking, and histograms of the success rates of pool and choice."""
     table = selection.scores.to_pandas().sort_values("rank")
     print("\n  rank  success  V      alignment  prompt")
     for part in (table.head(5), table[table["learnability"] > 0].tail(2), table.tail(1)):

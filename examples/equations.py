@@ -38,7 +38,7 @@ def _annotated_steps(solution: str) -> list[tuple[str, str]] | None:
 
 
 def load_gsm8k_equations(path: str) -> tuple[Dataset, int]:
-    """Reads a GSM8K JSON-lines file. Returns the usable rows and how many were dropped for want of annotations."""
+    """Reads a GSM8K JSON-lines file. Returns the usable rows and how many were dropped because they have no annotations."""
     with open(path, encoding="utf-8") as file:
         parsed = [_annotated_steps(json.loads(line)["answer"]) for line in file if line.strip()]
     rows = [_row(steps) for steps in parsed if steps is not None]
@@ -158,7 +158,7 @@ class _ChainWriter:
     def _step(self, last: bool) -> tuple[str, float]:
         rng = self.rng
         shape = rng.choices(_SHAPES, _LAST_WEIGHTS if last else _WEIGHTS)[0]
-        # Solutions like to end by putting the loose ends together.
+        # Solutions often end by combining the results that were not used yet.
         if last and 2 <= len(self.unused) <= 6 and rng.random() < 0.25:
             terms = list(self.unused)
             if rng.random() < 0.25:

@@ -1,15 +1,15 @@
 """
 GRPO on the prompts of GSM8K that LearnAlign selects, with the settings of the paper (arXiv 2506.11480).
 
-The real thing, on a GPU:
+The full run, on a GPU:
 
     accelerate launch examples/grpo_gsm8k.py
 
-DAPO-MATH-17K in its place, as in the paper:
+DAPO-MATH-17K instead, as in the paper:
 
     accelerate launch examples/grpo_gsm8k.py --config examples/paper/dapo_math_17k_qwen2.5_7b.yaml
 
-The same path on a CPU, on the equations of the real GSM8K rows, with the tiny policy of this repository:
+The same script on a CPU, on the equations of the real GSM8K rows, with the tiny policy of this repository:
 
     accelerate launch examples/grpo_gsm8k.py --config examples/equations_cpu.yaml --dataset_path DIR
 
@@ -39,10 +39,10 @@ PAPER = Path(__file__).parent / "paper" / "gsm8k_qwen2.5_1.5b.yaml"
 
 @dataclass
 class ExampleArguments(ScriptArguments):
-    """What this script adds to TRL's own arguments."""
+    """Arguments of this script in addition to TRL's own."""
 
     dataset_path: str | None = field(
-        default=None, metadata={"help": "Directory with train.jsonl and test.jsonl, read in place of the Hub."}
+        default=None, metadata={"help": "Directory with train.jsonl and test.jsonl, read instead of the Hub."}
     )
     task: str = field(
         default="gsm8k",

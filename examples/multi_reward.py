@@ -1,5 +1,5 @@
 """
-Two rewards, one of which decides success: right answers, and short ones. On a CPU in a minute or two.
+Two rewards, for right and for short answers. The first decides success. Takes a minute or two on a CPU.
 
     python examples/multi_reward.py [--output_dir runs/multi_reward]
 """

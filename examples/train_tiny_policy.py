@@ -1,9 +1,9 @@
 """Trains the tiny policy of the examples: a Qwen2-shaped character model of under a million parameters, from scratch.
 
 It sees generated chains only, never GSM8K. The first phase learns the arithmetic from clean chains. The second phase
-goes on with chains whose results are wrong, the harder the step the more often: the model then spreads its samples
-over wrong numbers while its best guess stays right. It knows more than it samples, as a base model does before
-reinforcement learning, so that GRPO has something to find.
+goes on with chains that have wrong results, more often for harder steps. The model then samples many wrong numbers, while
+its greedy completions stay right. So its success at temperature 1 is lower than greedy success, as in a base model, and
+GRPO can improve it.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token a character; nothing is added when a prompt is encoded, and decoding joins without spaces.
 
     Byte-pair encoding without merges, since AutoTokenizer of transformers 5 rebuilds the tokenizer of any Qwen2 model
-    as byte-pair encoding, whatever was saved: this way what is saved and what is loaded agree.
+    as byte-pair encoding. So the loaded tokenizer is the saved one.
     """
     vocab = {token: i for i, token in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *CHARACTERS])}
     core = Tokenizer(models.BPE(vocab=vocab, merges=[]))

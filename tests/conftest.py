@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def tally():
-    """What was survived, counted by the tests themselves; written to the file that TALLY names."""
+    """Injected faults, counted by the tests themselves; written to the file that TALLY names."""
     counts = Counter()
     yield counts
     if "TALLY" in os.environ:

@@ -31,6 +31,8 @@ def allow_sharding_on_cpu():
         kind = None
         if fsdp_plugin is not None:
             self.fsdp_plugin, kind = fsdp_plugin, DistributedType.FSDP
+            if isinstance(fsdp_plugin.cpu_offload, fsdp.CPUOffloadPolicy):  # memory can be pinned for a GPU only
+                fsdp_plugin.cpu_offload = fsdp.CPUOffloadPolicy(pin_memory=False)
         elif deepspeed_plugin is not None:
             deepspeed_plugin.set_mixed_precision("no")
             deepspeed_plugin.select(_from_accelerator_state=True)
@@ -114,6 +116,10 @@ def main(task, path):
         case "select":  # a pool that divides neither by the batches nor by the processes
             trainer = make_trainer(path, reward=seen, dataset=make_dataset(23), **kwargs)
             result["indices"] = select_prompts(trainer, config(projection_dim=1024)).indices
+        case "select parts":  # groups of eight, of which a process generates three at once
+            kwargs = {"per_device_train_batch_size": 3, "num_generations": 3}
+            trainer = make_trainer(path, reward=seen, dataset=make_dataset(7), **kwargs)
+            result["indices"] = select_prompts(trainer, config(num_prompts=4)).indices
         case "select few":  # fewer prompts than processes have batches: a rank has no prompt of its own
             trainer = make_trainer(path, reward=seen, dataset=make_dataset(3), per_device_train_batch_size=32)
             result["indices"] = select_prompts(trainer, config(num_prompts=2)).indices
@@ -184,8 +190,9 @@ def main(task, path):
         "weights": sums,
         "digests": digests[0] if digests else {},
     }
-    Path(path, f"rank-{trainer.accelerator.process_index}.json").write_text(json.dumps(result))
-    return result
+    text = json.dumps(result)
+    Path(path, f"rank-{trainer.accelerator.process_index}.json").write_text(text)
+    return json.loads(text)
 
 
 if __name__ == "__main__":

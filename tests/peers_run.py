@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from tiny import config, digit_reward, make_dataset, make_trainer
 
-from trl_learnalign import peers, rollouts, select_prompts
+from trl_learnalign import objective, peers, select_prompts
 from trl_learnalign import trainer as learnalign_trainer
 
 
@@ -17,7 +17,7 @@ task, path, rank = sys.argv[1], sys.argv[2], int(os.environ["RANK"])
 peers._BEAT, peers._SILENCE = (2.0, 60.0) if task == "fails" else (0.2, 4.0)
 dist.init_process_group("gloo", timeout=timedelta(seconds=8 if task == "stuck" else 60))
 microbatches = 0
-objective = rollouts.policy_objective
+original = objective.policy_objective
 
 
 def disturbed(*args):
@@ -35,7 +35,7 @@ def disturbed(*args):
             raise ValueError("the policy is gone")
         case ("stuck", 1, 3):
             time.sleep(600)
-    return objective(*args)
+    return original(*args)
 
 
 def slow_reward(completions, row, **kwargs):
@@ -44,7 +44,7 @@ def slow_reward(completions, row, **kwargs):
     return digit_reward(completions=completions, row=row)
 
 
-rollouts.policy_objective = disturbed
+objective.policy_objective = disturbed
 if task == "main killed":  # before: a run without a whole checkpoint, which only the main process may look at
     if rank == 1:
         learnalign_trainer.survey = None

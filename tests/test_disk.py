@@ -144,8 +144,8 @@ def test_a_checkpoint_cut_short_is_passed_over(checkpoints, tmp_path, name, capl
     os.truncate(last / name, os.path.getsize(last / name) // 2)
     assert name in damage(last)
     assert resume_from(path) == str(path / f"checkpoint-{steps[-2]}")
-    assert f"'{last}' is not whole" in caplog.text
-    with pytest.raises(ValueError, match=f"The checkpoint '{last}' is not whole: .*{name}"):
+    assert f"'{last}' is not complete" in caplog.text
+    with pytest.raises(ValueError, match=f"The checkpoint '{last}' is not complete: .*{name}"):
         make_trainer(path, config()).train(resume_from_checkpoint=str(last))
     (last / name).unlink()
     if name == "trainer_state.json":
@@ -223,7 +223,9 @@ def test_where_no_checkpoint_is_whole_nothing_starts_over_in_silence(checkpoints
         os.truncate(file / name, os.path.getsize(file / name) // 2)
     before = sorted(path.rglob("*"))
     kwargs = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2}
-    with pytest.raises(ValueError, match="None of the checkpoints .* is whole .* Delete these directories") as error:
+    with pytest.raises(
+        ValueError, match="None of the checkpoints .* is complete .* Delete these directories"
+    ) as error:
         make_trainer(path, config(), **kwargs).train(resume_from_checkpoint=True)
     for number, file in enumerate(damaged):
         assert re.search(rf"'{file}': {re.escape(FILES[number])} ", str(error.value))
@@ -245,7 +247,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_from_the_beginning(tmp_
 
 
 def test_a_checkpoint_must_be_whole_on_every_node(tmp_path):
-    """With `save_on_each_node` every node has its own part; one that is whole on one node only is passed over."""
+    """With `save_on_each_node` every node has its own part; one that is complete on one node only is passed over."""
     last, first = f"{tmp_path}/checkpoint-4", f"{tmp_path}/checkpoint-2"
     one = {"started": True, "damage": {last: None, first: None}}
     other = {"started": True, "damage": {last: "optimizer.pt is cut short", first: None}}
@@ -292,6 +294,6 @@ except OSError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert "file.json' could not be written" in done.stdout and "Make room on the disk" in done.stdout
+    assert "file.json' could not be written" in done.stdout and "Free disk space" in done.stdout
     assert [file.name for file in Path(tmp_path).iterdir()] == ["file.json"]
     assert (tmp_path / "file.json").read_text() == '{\n "small": 1\n}\n'

@@ -51,6 +51,7 @@ DEEPSPEED = {
 }
 SHARDED = {
     "FSDP2": FSDP,
+    "FSDP2 with CPU offload": FSDP | {"FSDP_OFFLOAD_PARAMS": "true"},
     "ZeRO-2": DEEPSPEED,
     "ZeRO-3": DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
 }
@@ -83,7 +84,17 @@ def alone(task, path):
 
 
 TASKS = (
-    *("select", "select few", "train", "train workers", "train straddling", "random", "save", "restart"),
+    *(
+        "select",
+        "select few",
+        "select parts",
+        "train",
+        "train workers",
+        "train straddling",
+        "random",
+        "save",
+        "restart",
+    ),
     *("nothing fails", "reward fails", "loss is not a number", "disk is full", "memory is full"),
     "nothing to learn on one",
 )
@@ -125,9 +136,9 @@ def load(path):
     return Selection.load(next((path / "learnalign").glob("step-*")))
 
 
-@pytest.mark.parametrize("task", ["select", "select few"])
+@pytest.mark.parametrize("task", ["select", "select few", "select parts"])
 def test_selection_is_the_same_for_any_number_of_processes(tmp_path, first, on_four, task, tally):
-    runs = {1: (tmp_path, [alone(task, tmp_path)]), 2: first[task], 4: on_four[task]}
+    runs = {1: (tmp_path, [alone(task, tmp_path)]), 2: first[task]} | ({4: on_four[task]} if task in on_four else {})
     one = load(tmp_path)
     for processes, (path, ranks) in runs.items():
         assert all(rank["indices"] == one.indices for rank in ranks)
@@ -138,7 +149,7 @@ def test_selection_is_the_same_for_any_number_of_processes(tmp_path, first, on_f
         rolled_out = Counter(row for rank in ranks for row in rank["rows"])
         assert set(rolled_out) == set(one.scores["index"].to_pylist())
         # a process with no prompt of its own left rolls out another's, and drops the result
-        assert min(rolled_out.values()) == (8 if task == "select" else 8 * processes)
+        assert min(rolled_out.values()) == (8 * processes if task == "select few" else 8)
         tally[f"selections on {processes} processes"] += 1
 
 
@@ -222,7 +233,7 @@ def test_sharded_weights_make_the_same_run(tmp_path, first, kind):
 def test_shards_of_two_processes_go_on_as_the_weights_of_one(tmp_path):
     """The selection fails on one of two processes in its gradients; one process without FSDP rolls out nothing again."""
     failed = launch("sharded fails", tmp_path, 2, FSDP)
-    assert all("are not finite" in rank["error"] for rank in failed)
+    assert all("are not finite" in rank["error"] for rank in failed), failed
     (again,) = launch("train at once", tmp_path, 1)
     assert "error" not in again and len(again["log"]) == 2
     assert len(again["rows"]) == again["step"] * again["chunk_prompts"] * 4  # training's own
@@ -291,7 +302,7 @@ def test_what_fails_on_one_process_ends_all_with_its_cause(first, again, task, c
     assert abs(failed["seconds"] - other["seconds"]) < 10  # of one machine's clock: no time-out was waited for
     journal = path / "_learnalign" / "step-000000"
     assert list(journal.glob("rollouts-*")) and not list(journal.glob(".*.tmp"))
-    # Mended, it goes on: what was finished is still there, as long as the reward function is the same
+    # Once corrected, it goes on: what was finished is still there, as long as the reward function is the same
     assert len(again[task][0]["indices"]) == 8
     tally["failures on one of two processes"] += 1
 

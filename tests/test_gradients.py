@@ -429,7 +429,7 @@ def test_layers_whose_tokens_are_mixed_are_refused(tmp_path):
     adapted = layer.forward
     # As an expert that got six of the ten tokens of two rows
     layer.forward = lambda x: adapted(x.flatten(0, 1)[:6]).sum() + x.new_zeros(*x.shape[:2], 32)
-    with pytest.raises(RuntimeError, match="layers.0.mlp.up_proj.lora_.*cannot be told apart by prompt"):
+    with pytest.raises(RuntimeError, match="layers.0.mlp.up_proj.lora_.*cannot be assigned to prompts"):
         features_of(trainer, {0: [Row([3, 4], [5, 6, 7], [1] * 3, 1.0, 0.5)] * 2}, tmp_path)
 
 

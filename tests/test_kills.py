@@ -31,11 +31,11 @@ def start(path, processes, **environment):
 
 
 def start_again(path, processes, tally, **environment):
-    """With one flag; where no checkpoint is whole, as that error says, once they are deleted."""
+    """With one flag; where no checkpoint is complete, as that error says, once they are deleted."""
     checkpoints = list(path.glob("checkpoint-*"))
     unfinished = [checkpoint for checkpoint in checkpoints if not is_json(checkpoint / "trainer_state.json")]
     done = start(path, processes, **environment)
-    refused = f"None of the checkpoints in '{path}' is whole" in done.stderr
+    refused = f"None of the checkpoints in '{path}' is complete" in done.stderr
     assert refused or not checkpoints or len(unfinished) < len(checkpoints), "it started over in silence"
     if refused:
         assert done.returncode != 0 and all(f"'{checkpoint}': " in done.stderr for checkpoint in checkpoints)

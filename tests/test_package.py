@@ -1,6 +1,7 @@
 """The package as it is installed."""
 
 import ast
+import inspect
 import os
 import re
 import subprocess
@@ -9,8 +10,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import trl
+from tiny import config, make_trainer
+from transformers import Trainer
+from trl import GRPOTrainer
 
 import trl_learnalign
+from trl_learnalign import LearnAlignGRPOTrainer
+from trl_learnalign.names import NAMES, NAMES_WITH_VLLM
 
 
 ROOT = Path(__file__).parent.parent
@@ -67,18 +74,51 @@ def test_version_is_the_same_everywhere():
     assert trl_learnalign.__version__ == project[1] == changelog[1]
 
 
-def test_rooms_are_small_and_know_only_who_they_may():
-    """The architecture: no room over 400 lines, pure rooms free of trl, private names of TRL in four rooms only."""
+def test_modules_are_small_and_import_only_what_they_may():
+    """The architecture: no module over 400 lines, pure modules without trl, private names of TRL in four modules only."""
     imports = {}
     for file in (ROOT / "src/trl_learnalign").glob("*.py"):
         text = file.read_text()
         assert text.count("\n") <= 400, file
         imports[file.stem] = set(re.findall(r"^(?:from|import) (\w+|\.\w*)", text, re.MULTILINE))
-    for room in ("config", "scoring", "projection", "gradients", "selection", "sampler"):
-        assert not {"trl", "transformers", "peft", "accelerate"} & imports[room], room
+    for module in ("config", "scoring", "projection", "choice", "scores", "gradients", "selection", "sampler"):
+        assert not {"trl", "transformers", "peft", "accelerate"} & imports[module], module
     private = re.compile(r"trainer\._\w+")
     users = {file.stem for file in (ROOT / "src/trl_learnalign").glob("*.py") if private.search(file.read_text())}
     assert users <= {"objective", "rollouts", "trainer", "callback"}
+
+
+def test_every_undocumented_name_of_the_trainer_is_checked():
+    """What the sources use of a GRPOTrainer, but not of a Trainer."""
+    texts = [file.read_text() for file in (ROOT / "src/trl_learnalign").glob("*.py") if file.stem != "names"]
+    used = {name for text in texts for name in re.findall(r"\btrainer\.(\w+)", text)}
+    rollouts = (ROOT / "src/trl_learnalign/rollouts.py").read_text()
+    used |= set(re.findall(r'"(_[a-z_]+)"', rollouts)) | {"_tag_names"}
+    general = inspect.getsource(Trainer)
+    own = set(re.findall(r"\bself\.(\w+)|def (_\w+)", inspect.getsource(GRPOTrainer)))
+    own = {name for names in own for name in names}
+    missing = {
+        name
+        for name in used & own
+        if name.startswith("_") or (not hasattr(Trainer, name) and not re.search(rf"\bself\.{name}\b", general))
+    }
+    assert missing - {*NAMES, *NAMES_WITH_VLLM} == set() and len(missing) > 15
+
+
+@pytest.mark.parametrize("name", ["_calculate_rewards", "_metrics"])
+def test_a_trainer_that_lacks_a_name_is_refused_when_it_is_built(tmp_path, name):
+    class Newer(LearnAlignGRPOTrainer):
+        """As if TRL had renamed a method, or an attribute."""
+
+        def __getattribute__(self, attribute):
+            if attribute == name:
+                raise AttributeError(attribute)
+            return super().__getattribute__(attribute)
+
+    with pytest.raises(
+        RuntimeError, match=f"Newer has no `{name}`, which LearnAlign needs.* {trl.__version__} is inst"
+    ):
+        make_trainer(tmp_path, config(), cls=Newer)
 
 
 def test_nothing_that_is_read_can_run_code():
@@ -96,18 +136,18 @@ def test_nothing_that_is_read_can_run_code():
                 assert node.arg != "trust_remote_code", file
 
 
-def test_rooms_import_from_floors_below():
-    """The house as docs/contributing.md draws it, and as it is."""
+def test_modules_import_from_layers_below():
+    """The layers as docs/contributing.md lists them, and the imports as they are."""
     block = (ROOT / "docs/contributing.md").read_text().partition("```text\n")[2].partition("```")[0]
-    rooms = {file.stem: file for file in (ROOT / "src/trl_learnalign").glob("[!_]*.py")}
-    floor = {}
+    modules = {file.stem: file for file in (ROOT / "src/trl_learnalign").glob("[!_]*.py")}
+    layer = {}
     for number, line in enumerate(block.splitlines()):
         if not line.startswith(" "):
-            floor |= dict.fromkeys(re.split(r"\s{2,}", line)[0].split(", "), number)
-    assert set(floor) == set(rooms)
-    for room, file in rooms.items():
+            layer |= dict.fromkeys(re.split(r"\s{2,}", line)[0].split(", "), number)
+    assert set(layer) == set(modules)
+    for module, file in modules.items():
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level == 1:
                 for other in [node.module] if node.module else [name.name for name in node.names]:
-                    only_types = (room, other) == ("figures", "selection")
-                    assert floor[other] > floor[room] or only_types, f"{room} imports {other}"
+                    only_types = (module, other) == ("figures", "selection")
+                    assert layer[other] > layer[module] or only_types, f"{module} imports {other}"

@@ -13,10 +13,10 @@ from datasets import Dataset
 from tiny import config, digit_reward, graded_reward, make_trainer, parity_reward
 
 from trl_learnalign import Selection, select_prompts
+from trl_learnalign.dry_run import plan_selection
+from trl_learnalign.prompts import prompt_text
 from trl_learnalign.report import write_report
-from trl_learnalign.rollouts import prompt_text
 from trl_learnalign.selection import load_run
-from trl_learnalign.selector import plan_selection
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -211,7 +211,7 @@ def test_graded_rewards_are_shown_as_rewards(tmp_path):
     assert selection.outcomes() == {name: pytest.approx(values) for name, values in means.items()}
     page = (tmp_path / "learnalign/report.html").read_text(encoding="utf-8")
     visible = page.partition("<script")[0]
-    words = [selection.summary(), repr(selection), plan_selection(trainer, settings)]
+    words = [selection.summary(), repr(selection), plan_selection(trainer, settings)[0]]
     for text in (*words, visible.replace("prompts have no success rate here", "")):
         assert "success rate" not in text and "solved" not in text
     for name, (pool, of_chosen) in means.items():
@@ -244,7 +244,7 @@ def test_the_page_says_why_nothing_was_chosen(tmp_path, reward, learnability, re
     selection = select_prompts(make_trainer(tmp_path, reward=constant), reported(learnability=learnability))
     page = (tmp_path / "learnalign/report.html").read_text(encoding="utf-8")
     assert selection.indices == [] and "LearnAlign: 0 of 24 prompts" in page and reason in page
-    assert page.count("No prompt ") == 1 and ("solved" in page) == (reward == 0.0)
+    assert page.count("<p>No prompt ") == 1 and ("solved" in page) == (reward == 0.0)
     assert not re.search(r"\bnan\b", selection.summary() + repr(selection) + page.partition("<script")[0])
     assert ("24 unscorable" in selection.summary()) == (reward is None)
     names = {"seconds"} if reward is None else {"seconds", "lengths", "rewards" if reward else "success_rates"}

@@ -135,6 +135,37 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
 
 
+def test_no_more_is_generated_at_once_than_in_training(tmp_path):
+    """A group of ten by fours, as a step of training has four rollouts."""
+    calls = []
+
+    def reward(completions, row, **kwargs):
+        calls.append(row)
+        return digit_reward(completions, row)
+
+    def select(path, **changes):
+        calls.clear()
+        trainer = make_trainer(path, reward=reward, dataset=make_dataset(6), **changes)
+        select_prompts(trainer, config(num_rollouts=10, save_rollouts=True))
+        assert trainer.num_generations == 4
+        return pq.read_table(path / "learnalign/step-000000/rollouts.parquet").to_pandas()
+
+    table = select(tmp_path / "parts", per_device_train_batch_size=4)
+    assert calls == [[index] * size for index in range(6) for size in (4, 4, 2)]
+    for index, group in table.groupby("index"):
+        assert len(group) == 10
+        rewards = group["rewards"].str[0]
+        assert rewards.tolist() == digit_reward(group["completion"].tolist(), [index] * 10)
+        if rewards.std() > 0:  # advantages are those of the whole group
+            expected = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+            assert group["advantage"].tolist() == pytest.approx(expected.tolist(), rel=1e-6)
+    texts = [group["completion"].tolist() for _, group in table.groupby("index")]
+    assert all(part[:4] != part[4:8] for part in texts)  # each part has its own seed
+    assert table.equals(select(tmp_path / "again", per_device_train_batch_size=4))
+    select(tmp_path / "whole", per_device_train_batch_size=12)
+    assert calls == [[index] * 10 for index in range(6)]
+
+
 def test_journal_reads_back_what_was_finished(tmp_path, caplog):
     journal = Journal(tmp_path / "journal", "key", True)
     ids, masks = (

@@ -90,12 +90,18 @@ def warm_up_counted() -> str:
 
 def compared_with(size: int, base: str, arm: str = "learnalign") -> str:
     value = difference(measured(arm, size, steps_of(size)), measured(base, size, steps_of(size)))
-    verdict = "is better than" if value[1] > 0 else "is worse than" if value[2] < 0 else "cannot be told from"
+    verdict = (
+        "is better than"
+        if value[1] > 0
+        else "is worse than"
+        if value[2] < 0
+        else "is not significantly different from"
+    )
     return f"{verdict} {'the ' * (base == 'filter')}{NAMES[base]} ({points(value)})"
 
 
 def verdict() -> str:
-    """The first paragraph: what came out, whatever it is."""
+    """The list of results, one line for each number of prompts."""
     sentences = []
     for size in sizes():
         seeds = len(measured("learnalign", size, steps_of(size)))
@@ -133,12 +139,12 @@ def together() -> str:
     found = {arm: over_sizes(arm) for arm in ("random", "learnalign", "filter", "learnability")}
     gains = {arm: difference(values, found["random"]) for arm, values in found.items()}
     added = difference(found["learnalign"], found["learnability"])
-    matters = "matters" if gains["learnability"][1] > 0 else "cannot be shown to matter"
+    matters = "matters" if gains["learnability"][1] > 0 else "is not shown to matter"
     helps = "does not help" if added[1] <= 0 else "helps"
     return (
         f"All sizes taken together, LearnAlign gains {points(gains['learnalign'])} points over random prompts, the filter "
         f"{points(gains['filter'])}, learnability alone {points(gains['learnability'])}; LearnAlign over the filter is "
-        f"{points(difference(found['learnalign'], found['filter']))}, over learnability alone {points(added)}. That a prompt is learnable {matters} here; how its gradient aligns with the others' {helps}"
+        f"{points(difference(found['learnalign'], found['filter']))}, over learnability alone {points(added)}. Learnability {matters} here; alignment {helps}"
     )
 
 
@@ -168,7 +174,7 @@ def costs() -> str:
 
 
 def same_time() -> str:
-    """What the longest runs on all prompts reach without any selection, beside the runs on 500 chosen ones."""
+    """What the longest runs on all prompts reach without any selection, and the runs on 500 chosen ones."""
     looks, costs = load("looks.parquet"), [one for one in load("runs.json")["costs"] if not one["cold"]]
 
     def minutes(arm, size, phases):
@@ -185,7 +191,7 @@ def same_time() -> str:
 
     size = full_size()
     return (
-        f"All prompts, {steps_of(size)} steps and nothing scored, reach {minutes('full', size, ())}; "
+        f"Training on all prompts for {steps_of(size)} steps, without a selection, reaches {minutes('full', size, ())}; "
         f"{'; '.join(chosen(size) for size in sorted({500, max(sizes())}))}."
     )
 
@@ -208,8 +214,8 @@ def coverage() -> str:
     low, high = np.quantile(means, (0.025, 0.975), axis=1)
     share = np.mean((low <= 0) & (0 <= high))
     return (
-        f"A bootstrap of five values from a normal distribution holds the truth in {share:.0%} of the cases, not in 95 %, so the "
-        "intervals are too narrow; of one seed they say nothing about seeds."
+        f"For five values from a normal distribution, such an interval contains the true mean in {share:.0%} of the cases, not in "
+        "95 %. So the intervals are too narrow. An interval from one seed does not cover the variation between seeds."
     )
 
 
@@ -251,11 +257,11 @@ def beware() -> str:
                 for arm, name in (("filter", "the filter"), ("learnalign", "LearnAlign"))
             )
             sentences.append(
-                f"Not all of the gain over random prompts at {size:,} is learning: {len(seeds)} of {len(measured('random', size, steps_of(size)))} "
-                f"runs on them fell by more than 3 points in their last {WARMUP_STEPS} steps ([limits](#limits-of-this-evidence)), and none of "
-                f"those on chosen ones. Half-way, after {half} steps, the gain is {gaps}."
+                f"Part of the gain over random prompts at {size:,} is due to runs that got worse: {len(seeds)} of {len(measured('random', size, steps_of(size)))} "
+                f"runs on random prompts lost more than 3 points in their last {WARMUP_STEPS} steps ([limits](#limits-of-this-evidence)), and no run on "
+                f"chosen prompts did. Half-way, after {half} steps, the gain is {gaps}."
                 if not any(fallen(arm, size) for arm in ("filter", "learnability", "learnalign"))
-                else f"At {size:,} prompts some runs fell by more than 3 points in their last {WARMUP_STEPS} steps "
+                else f"At {size:,} prompts some runs lost more than 3 points in their last {WARMUP_STEPS} steps "
                 f"([limits](#limits-of-this-evidence)). Half-way, after {half} steps, the gain over random prompts is {gaps}."
             )
     return " ".join(sentences)

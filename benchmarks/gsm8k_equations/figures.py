@@ -54,7 +54,7 @@ def gains(axes, step_of, title):
     axes.set_title(title)
     axes.grid(axis="y", alpha=0.3)
     low, high = axes.get_ylim()
-    axes.set_ylim(low, high + 0.2 * (high - low))  # room for the legend above the intervals
+    axes.set_ylim(low, high + 0.2 * (high - low))  # space for the legend above the intervals
     axes.legend(fontsize=8, ncols=2, loc="upper center")
 
 

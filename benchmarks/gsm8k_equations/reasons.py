@@ -14,7 +14,7 @@ def luck() -> str:
     fresh = (both.before / 8 * (1 - both.before / 8)).mean()
     return (
         f"The {moved.groupby('seed').size().iloc[0]} chosen had a mean learnability of {seen:.3f} when they were scored and of "
-        f"{fresh:.3f} in fresh rollouts of the same policy."
+        f"{fresh:.3f} in new rollouts of the same policy."
     )
 
 
@@ -57,7 +57,7 @@ def reselection() -> str:
         return "whether that helps has not been tested."
     theirs = {name: measured(name, 500, steps_of(500)) for name in ("learnalign", "filter")}
     return (
-        f"with 500 prompts in two stages of 250 it reaches {mean(ours)} % over {len(ours)} seed{'s' * (len(ours) > 1)}: "
+        f"with 500 prompts in two stages of 250 success is {mean(ours)} % over {len(ours)} seed{'s' * (len(ours) > 1)}: "
         f"{points(difference(ours, theirs['learnalign']))} over one selection, {points(difference(ours, theirs['filter']))} over the filter."
     )
 
@@ -72,7 +72,7 @@ def redundancy() -> str:
         "distinct": "LearnAlign, no step twice",
     }
     lines = [
-        "| 500 chosen by | steps a prompt | steps that are distinct | prompts whose last step another has, too | distinct numbers |",
+        "| 500 chosen by | steps a prompt | steps that are distinct | prompts that share their last step with another | distinct numbers |",
         "| --- | --- | --- | --- | --- |",
     ]
     for row in load("redundancy.json"):
@@ -191,12 +191,12 @@ def repeatability() -> str:
     """Of the best by LearnAlign: what other rollouts of the same policy say of them."""
     row = next(row for row in load("sensitivity.json")["rows"] if row["way"] == "another seed")
     return (
-        f"The {load('sensitivity.json')['best']} best had a mean alignment of {row['alignment_of_best']:.2f}; from other rollouts of the "
+        f"The {load('sensitivity.json')['best']} best had a mean alignment of {row['alignment_of_best']:.2f}. With other rollouts of the "
         f"same policy, those of them that are learnable again have {row['alignment_of_best_seen_again']:.2f}, all learnable prompts "
         f"{row['alignment_of_all']:.2f}. The rank correlation of a prompt's alignment with itself is "
         f"{row['spearman_alignment']:.2f}, that of its learnability {row['spearman_learnability']:.2f}. So "
         f"{1 - (row['alignment_of_best_seen_again'] - row['alignment_of_all']) / (row['alignment_of_best'] - row['alignment_of_all']):.0%} of "
-        "what set the best apart was luck of their rollouts."
+        "the lead of the best was due to chance in their rollouts."
     )
 
 

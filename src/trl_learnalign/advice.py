@@ -1,4 +1,4 @@
-"""What the user is told where a selection chose nothing, or less than was asked for."""
+"""Warnings about a selection that chose no prompt, or fewer than were asked for."""
 
 import math
 from typing import TYPE_CHECKING
@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 if TYPE_CHECKING:
     from .selection import Selection
 
-_ROUNDING = 1e-9  # of equal rewards the standard deviation may be as much
+_ROUNDING = 1e-9  # rounding may make the standard deviation of equal rewards this large
 
 
 def selection_warning(selection: "Selection") -> str | None:
@@ -51,7 +51,7 @@ def _conditions(selection, chosen, config):
 
 
 def plan_warnings(trial: "Selection", learnable: float, wanted: int) -> list[str]:
-    """Of a selection of a few prompts, what it says of the whole: `learnable` prompts are expected and `wanted` asked for."""
+    """Warnings of a dry run. `learnable` prompts are expected in the whole pool, `wanted` were asked for."""
     if not trial.num_learnable():
         return [f"warning: {selection_warning(trial)}"]
     if learnable < wanted:
@@ -60,7 +60,7 @@ def plan_warnings(trial: "Selection", learnable: float, wanted: int) -> list[str
 
 
 def _graded(selection, threshold, differ):
-    """Rewards that differ within `differ` groups, but never lie on both sides of the threshold."""
+    """The rewards of `differ` prompts differ, but no prompt has rewards on both sides of the threshold."""
     least, most = selection.provenance.get("reward_range") or (-math.inf, math.inf)
     where = "and no prompt has rewards on both sides of it"
     where = (

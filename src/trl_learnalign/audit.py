@@ -1,4 +1,4 @@
-"""Tables for people: every rollout, and the prompts as text."""
+"""Readable tables: every rollout, and the prompts as text."""
 
 import itertools
 import json
@@ -49,8 +49,8 @@ def shortened(text: str) -> str:
 
 def texts_table(trainer, dataset, selection, own, peers) -> pa.Table | None:
     """
-    The prompts that a report shows, and a completion of the highest- and of the lowest-ranked learnable; on
-    the main process.
+    The prompts that a report shows, with a completion of the highest- and the lowest-ranked learnable ones; `None` on
+    all but the main process.
 
     Rows without a prompt, which an environment supplies, are shown by the prompt of their first rollout, or, where
     nothing was rolled out, by their columns.

@@ -1,4 +1,4 @@
-"""What the command line builds of its arguments: rows, reward functions, an adapter, a trainer."""
+"""Builds rows, reward functions, an adapter and a trainer from command-line arguments."""
 
 import ast
 import difflib
@@ -26,7 +26,7 @@ _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "c
 
 @dataclass
 class SelectArguments(ScriptArguments):
-    """What `select` needs beside TRL's own arguments and those of LearnAlignConfig."""
+    """Arguments of `select` in addition to those of TRL and of LearnAlignConfig."""
 
     reward_funcs: list[str] = field(
         default_factory=list,
@@ -35,14 +35,14 @@ class SelectArguments(ScriptArguments):
     prompt_column: str = field(default="prompt", metadata={"help": "Column of the dataset that holds the prompts."})
     answer_column: str | None = field(
         default=None,
-        metadata={"help": "Column that reward functions get as `solution`, as those of `trl.rewards` want it."},
+        metadata={"help": "Column passed to reward functions as `solution`, the name that `trl.rewards` uses."},
     )
     adapter: str | None = field(
         default=None,
-        metadata={"help": "Directory of a trained PEFT adapter of the model, to select for the policy that it makes."},
+        metadata={"help": "Directory of a PEFT adapter trained on the model, loaded before the selection."},
     )
     save_adapter: str | None = field(
-        default=None, metadata={"help": "Directory to keep the adapter in as it is after the warm-up."}
+        default=None, metadata={"help": "Directory to save the adapter in after the warm-up."}
     )
 
     def renamed(self) -> dict[str, str]:
@@ -54,7 +54,7 @@ class SelectArguments(ScriptArguments):
 def build_trainer(
     arguments: SelectArguments, training_args: GRPOConfig, model_args: ModelConfig, config: LearnAlignConfig
 ) -> GRPOTrainer:
-    """A stock trainer as a training script builds it. What can be checked without the model is checked first."""
+    """A stock trainer, as a training script builds it. All checks that do not need the model come first."""
     if arguments.dataset_name is None:
         raise ValueError(
             "There is nothing to select from. Set `dataset_name` to a dataset of the Hub, a directory or a file."
@@ -66,10 +66,12 @@ def build_trainer(
     if model_args.model_name_or_path is None:
         raise ValueError("There is no policy. Set `model_name_or_path`.")
     if arguments.save_adapter is not None and not config.warmup_prompts:
-        raise ValueError("`save_adapter` keeps the adapter of a warm-up, but there is none. Set `warmup_prompts`.")
+        raise ValueError(
+            "`save_adapter` saves the adapter after a warm-up, but there is no warm-up. Set `warmup_prompts`."
+        )
     if arguments.save_adapter is not None and not (model_args.use_peft or arguments.adapter):
         raise ValueError(
-            "`save_adapter` keeps an adapter, but the policy has none. Set `use_peft: true`, or find the weights in the "
+            "`save_adapter` saves an adapter, but the policy has none. Set `use_peft: true`, or take the weights from the "
             "checkpoint that is saved after the warm-up."
         )
     reward_funcs = [load_reward(name) for name in arguments.reward_funcs]
@@ -84,8 +86,8 @@ def build_trainer(
     if arguments.adapter is not None:
         peft_config = PeftConfig.from_pretrained(arguments.adapter)
         peft_config.inference_mode = False
-    set_seed(training_args.seed)  # a new adapter is the same each time, so that a selection is known again
-    training_args.push_to_hub = False  # of the model, which is not what this is about
+    set_seed(training_args.seed)  # so that a new adapter is the same each time, and a finished selection is recognised
+    training_args.push_to_hub = False  # this would push the model, not the chosen rows
     training_args.eval_strategy, training_args.load_best_model_at_end = "no", False
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -107,7 +109,7 @@ def build_trainer(
 
 
 def _check_model(model_args):
-    """Of a model that is no directory, whether the Hub has it: the trainer's own error would not say what was looked for."""
+    """Raises a clear error if the model is neither a directory nor on the Hub; the trainer's own error does not name it."""
     name = model_args.model_name_or_path
     if not Path(name).is_dir():
         try:
@@ -120,7 +122,7 @@ def _check_model(model_args):
 
 def load_adapter(trainer: GRPOTrainer, path: str) -> None:
     """
-    Puts the weights of a saved adapter in place of the trainer's fresh ones. The trainer makes the adapter itself, so that
+    Replaces the trainer's new adapter weights by those of a saved adapter. The trainer makes the adapter itself, so that
     precision, quantization and the reference policy of a KL term (the model without it) are those of a training run.
     """
     weights = load_peft_weights(path, device="cpu")
@@ -217,9 +219,7 @@ def load_reward(name: str):
         raise ValueError(f"The reward function '{name}' is a file. Name the function in it, too, such as {example}.")
     if file:
         if not Path(file).is_file():
-            raise FileNotFoundError(
-                f"The reward function '{name}' is to be found in '{file}', but there is no such file."
-            )
+            raise FileNotFoundError(f"The reward function '{name}' should be in '{file}', but there is no such file.")
         spec = importlib.util.spec_from_file_location(Path(file).stem, file)
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module

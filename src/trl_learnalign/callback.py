@@ -1,4 +1,4 @@
-"""When to select, what a checkpoint must know of it, and what the reporters are told."""
+"""When to select, what a checkpoint stores about it, and what is logged."""
 
 import logging
 import math
@@ -22,9 +22,9 @@ from .selector import select_at_stage
 
 logger = logging.getLogger(__name__)
 
-# Where the state lives in `TrainerState.stateful_callbacks`, and so in `trainer_state.json`: it is written in one piece
-# with the checkpoint's step, so no checkpoint is ever without it. The name is no callback's, or Trainer would try to
-# build one from it.
+# Key of the state in `TrainerState.stateful_callbacks`, and so in `trainer_state.json`: state and step are written
+# together, so every checkpoint has both. It must not be the name of a callback class, else Trainer would try to
+# build a callback from it.
 STATE_KEY = "learnalign"
 
 
@@ -66,7 +66,7 @@ class LearnAlignCallback(TrainerCallback):
         self._pending = None  # the start chunk of a selection that is due
         self._lock = None
         trainer._get_train_sampler = self._train_sampler
-        trainer.model.add_model_tags("learnalign")  # for the card that PEFT writes beside an adapter
+        trainer.model.add_model_tags("learnalign")  # for the card that PEFT writes with an adapter
 
     def _train_sampler(self, dataset=None):
         size = len(self.trainer.train_dataset if dataset is None else dataset)
@@ -112,7 +112,7 @@ class LearnAlignCallback(TrainerCallback):
         self.unlock()
 
     def with_zero_variance(self, logs: dict[str, float]) -> dict[str, float]:
-        """Log values of training, and the mean share of groups without a gradient among those of selected prompts, once logged."""
+        """`logs` with the mean share of groups of selected prompts that have no gradient, if `logs` are of training."""
         share = self._zero_variance() if self.sampler.log and self.sampler.log[-1].indices else None
         return logs if share is None or "loss" not in logs else logs | {"learnalign/zero_variance_after": share}
 
@@ -145,7 +145,7 @@ class LearnAlignCallback(TrainerCallback):
             self._select(state)
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if self._pending is not None:  # another callback took the checkpoint back
+        if self._pending is not None:  # another callback cancelled the checkpoint
             self._select(state)
 
     def _is_due(self, state):
@@ -175,7 +175,7 @@ class LearnAlignCallback(TrainerCallback):
 
     def _select(self, state):
         start, self._pending = self._pending, None
-        if self.trainer.accelerator.is_main_process:
+        if self.trainer.accelerator.is_main_process and self.config.score != "random":
             since, then = self._since
             seconds = time.perf_counter() - then
             line = plan.estimate_line(self.sampler.layout, self.config, state.global_step, since, seconds)
@@ -190,8 +190,8 @@ class LearnAlignCallback(TrainerCallback):
         self.sampler.append(start, selection.indices)
         self.selections.append(selection)
         self._record(state)
-        # Not `self.trainer.log`, which flushes the metrics of the training batches gathered so far. A log event takes
-        # back `should_log`, which the step that just ended may have set for its own values
+        # Not `self.trainer.log`, which flushes the metrics of the training batches gathered so far. A log event resets
+        # `should_log`, which the step that just ended may have set for its own values
         due = self.trainer.control.should_log
         if self.trainer.accelerator.is_main_process:
             trackers.log_media(self.trainer, selection)
@@ -216,7 +216,7 @@ class LearnAlignCallback(TrainerCallback):
         if args.ignore_data_skip:
             raise ValueError(
                 "`ignore_data_skip=True` starts the epoch over, so the resumed run would train on other prompts than the "
-                "first. Leave it out: skipping costs no generation."
+                "first. Leave it out: skipping data generates nothing."
             )
         saved = state.stateful_callbacks.get(STATE_KEY)
         if not isinstance(saved, dict):

@@ -14,7 +14,7 @@ def dataset_card(selection: Selection, source: str) -> str:
 the policy `{selection.provenance["model"]}`. {selection.summary()}.
 
 Rows are as in the source, best first, with two columns more: `learnalign_score`, what they were ranked on, and
-`success_rate`, of {selection.provenance["num_rollouts"]} rollouts. Both are of that policy at that step: select anew for another.
+`success_rate`, of {selection.provenance["num_rollouts"]} rollouts. Both are of that policy at that step. Select again for another policy.
 
 | setting | value |
 | --- | --- |

@@ -1,4 +1,4 @@
-"""Which checkpoint of [`~transformers.Trainer`] to resume from: the last one that is whole."""
+"""Which checkpoint of [`~transformers.Trainer`] to resume from: the last complete one."""
 
 import json
 import logging
@@ -30,8 +30,8 @@ from transformers.utils import (
 
 logger = logging.getLogger(__name__)
 
-# What Trainer writes into a checkpoint and reads back. Files of callbacks lie beside them, in formats of their own, and
-# so does what FSDP and DeepSpeed write in directories
+# Files that Trainer writes into a checkpoint and reads back. Files of callbacks, and directories of FSDP and DeepSpeed,
+# have other formats and are not checked
 _SAFETENSORS = (SAFE_WEIGHTS_NAME, ADAPTER_SAFE_WEIGHTS_NAME)
 _ZIPPED = (  # by `torch.save`
     WEIGHTS_NAME,
@@ -50,7 +50,7 @@ _INDICES = (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME)
 
 def damage(checkpoint: Path, shared: bool = True) -> str | None:
     """
-    What is wrong with a checkpoint, or `None` if it is whole. A run killed while writing a checkpoint leaves one without
+    What is wrong with a checkpoint, or `None` if it is complete. A run killed while writing a checkpoint leaves one without
     `trainer_state.json`, which Trainer writes last, or with files cut short. `shared`: whether the processes of all nodes
     write to the same disk.
     """
@@ -128,24 +128,24 @@ def survey(output_dir: str, wanted: str | bool, shared: bool = True) -> dict:
 
 def whole_checkpoint(output_dir: str, wanted: str | bool, surveys: list[dict]) -> str | bool | None:
     """
-    What to resume from: `wanted`, if it names a whole checkpoint; if it is `True`, the last whole one in `output_dir`;
-    `None` if a run started there that was killed before its first (`True` if there was none).
+    What to resume from: `wanted`, if it names a complete checkpoint; if it is `True`, the last complete one in `output_dir`.
+    Without any checkpoint `None` if a run started there and was killed before its first, `True` if no run started there.
 
     Args:
         output_dir (`str`): of the run.
         wanted (`str` or `bool`): as [`~transformers.Trainer.train`] takes it.
         surveys (`list[dict]`): [`survey`] of every process that writes checkpoints: the main process, or with
-            `save_on_each_node` one of each node, all of which must hold a whole one.
+            `save_on_each_node` one of each node, all of which must hold a complete one.
 
     Raises:
-        `ValueError`: `wanted` names a checkpoint that is not whole, or there are checkpoints and none is whole.
+        `ValueError`: `wanted` names a checkpoint that is not complete, or there are checkpoints and none is complete.
     """
     first = surveys[0]["damage"]
     reasons = {path: _first(view["damage"].get(path, "it is missing on a node") for view in surveys) for path in first}
     if wanted is not True:
         if reasons[str(wanted)] is not None:
             raise ValueError(
-                f"The checkpoint '{wanted}' is not whole: {reasons[str(wanted)]}. Pass `resume_from_checkpoint=True` for "
+                f"The checkpoint '{wanted}' is not complete: {reasons[str(wanted)]}. Pass `resume_from_checkpoint=True` for "
                 "the last one that is."
             )
         return wanted
@@ -156,12 +156,12 @@ def whole_checkpoint(output_dir: str, wanted: str | bool, surveys: list[dict]) -
                 logger.warning(warning)
             return path
         passed.append(
-            f"'{path}' is not whole ({reason}), as the run was probably killed while it wrote it. The one before it is used."
+            f"'{path}' is not complete ({reason}), as the run was probably killed while it wrote it. The one before it is used."
         )
     if reasons:
         listed = "; ".join(f"'{path}': {reason}" for path, reason in reasons.items())
         raise ValueError(
-            f"None of the checkpoints in '{output_dir}' is whole ({listed}), so there is nothing to resume from. A run that "
+            f"None of the checkpoints in '{output_dir}' is complete ({listed}), so there is nothing to resume from. A run that "
             "was killed while it wrote its first checkpoint leaves this. Delete these directories to start from the "
             "beginning (finished selections are used again), or pass the path of another checkpoint."
         )

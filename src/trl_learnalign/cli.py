@@ -1,5 +1,5 @@
 """
-`trl-learnalign select` and `trl-learnalign report`: a selection without a training script, and the page about one.
+`trl-learnalign select` and `trl-learnalign report`: a selection without a training script, and its report.
 
     trl-learnalign select --config run.yaml --reward_funcs rewards.py:correct [--dry_run] [--format jsonl] [--push_to_hub REPO]
     trl-learnalign report OUTPUT_DIR
@@ -37,7 +37,7 @@ _KINDS = (SelectArguments, LearnAlignConfig, GRPOConfig, ModelConfig)
 _EPILOG = """
 Of TRL's arguments `--model_name_or_path` is needed, and `--output_dir`, `--use_peft`, `--lora_target_modules`,
 `--per_device_train_batch_size`, `--num_generations` and `--max_completion_length` are often wanted; see `--help-all`.
-Everything but `--config`, `--dry_run`, `--format` and `--push_to_hub` may stand in the YAML file instead.
+Everything but `--config`, `--dry_run`, `--format` and `--push_to_hub` can be set in the YAML file instead.
 """
 
 
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _explains_itself(error) -> bool:
-    """Whether it was raised on purpose by this package, with the reason and the remedy: a traceback would say no more."""
+    """Whether this package raised the error on purpose, with reason and remedy, so that a traceback would add nothing."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return Path(last.filename).parent == Path(__file__).parent and (last.line or "").startswith("raise ")
 
@@ -95,7 +95,7 @@ def _select(arguments: list[str]) -> None:
         plan, learnable = plan_selection(trainer, config)
         if main_process:
             if config.warmup_prompts:
-                print(f"before it: a warm-up of {config.warmup_prompts:,} prompts, which is not tried here")
+                print(f"before it: a warm-up of {config.warmup_prompts:,} prompts, which is not part of this dry run")
             print(plan)
     else:
         selection = (
@@ -113,28 +113,29 @@ def _select(arguments: list[str]) -> None:
 
 
 def _own_parser() -> argparse.ArgumentParser:
-    """Of what TrlParser must not see: `--push_to_hub` of GRPOConfig is a flag and means the model."""
+    """Arguments that TrlParser must not see. `--push_to_hub` of GRPOConfig is a flag, and pushes the model."""
     parser = argparse.ArgumentParser(_SELECT, add_help=False, allow_abbrev=False)
     parser.error = _usage_error
     parser.add_argument("--help", "-h", action="store_true", help="this list")
     parser.add_argument("--help-all", "--help_all", action="store_true", help="this list, and the arguments of TRL")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of arguments; the command line overrides it")
     parser.add_argument(
-        "--config", metavar="FILE", help="YAML file of arguments; those of the command line go before it"
+        "--dry_run",
+        "--dry-run",
+        action="store_true",
+        help="score a few prompts, print what the whole selection would need",
     )
     parser.add_argument(
-        "--dry_run", "--dry-run", action="store_true", help="try a few prompts, say what all would take"
+        "--format", choices=["jsonl", "parquet"], help="also write the chosen rows to a file of this kind"
     )
-    parser.add_argument(
-        "--format", choices=["jsonl", "parquet"], help="write the chosen rows to a file of this kind, too"
-    )
-    parser.add_argument("--push_to_hub", "--push-to-hub", metavar="REPO", help="push the chosen rows to the Hub, too")
+    parser.add_argument("--push_to_hub", "--push-to-hub", metavar="REPO", help="also push the chosen rows to the Hub")
     return parser
 
 
 def _parse(path, rest):
     parser = TrlParser(_KINDS, prog=_SELECT)
     parser.error = _usage_error
-    parser.set_defaults(warmup_prompts=0)  # training's default is no wish to train here
+    parser.set_defaults(warmup_prompts=0)  # the default is for training; here a warm-up must be asked for
     if path is not None:
         _check_config(path)
         rest = ["--config", path, *rest]
@@ -159,7 +160,7 @@ def _names() -> list[str]:
 def _check_config(path: str) -> None:
     """
     Raises:
-        `ValueError`, `FileNotFoundError`: the file is not there, is no YAML, or holds something else than names and values.
+        `ValueError`, `FileNotFoundError`: the file does not exist, is no YAML, or is not a mapping of names to values.
     """
     try:
         document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -194,7 +195,7 @@ def _help(everything: bool) -> None:
 
 
 def _left_out(unknown) -> str | None:
-    """Names in the YAML file that mean nothing here."""
+    """A warning about unknown names in the YAML file."""
     if not unknown:
         return None
     names = [word.removeprefix("--") for word in unknown[::2]]
@@ -203,15 +204,15 @@ def _left_out(unknown) -> str | None:
 
 
 def _policy(config, script, model_args) -> str | None:
-    """What the ranking is worth without a warm-up."""
+    """A warning about a ranking without a warm-up."""
     if config.warmup_prompts or script.adapter or not config.measures:
         return None
     line = (
         "Neither `warmup_prompts` nor `adapter` is set, so the prompts are ranked for the policy as it is before training. "
-        "Training changes the policy, and such a ranking may not last."
+        "Training changes the policy, so such a ranking may not be valid for long."
     )
     if model_args.use_peft and "gradients" in config.measures:
-        line += " A new LoRA adapter has B = 0, so the gradients are those of B alone."
+        line += " A new LoRA adapter has B = 0, so only B has a gradient."
     return line
 
 
@@ -234,7 +235,7 @@ class _SelectOnce(LearnAlignCallback):
             )
 
     def on_step_end(self, args, state, control, **kwargs):
-        if not self.selections:  # a run resumed into the selection trains for one step more, for nothing
+        if not self.selections:  # a run resumed into the selection trains one more step, which is not used
             super().on_step_end(args, state, control, **kwargs)
 
     def _select(self, state):

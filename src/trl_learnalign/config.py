@@ -1,4 +1,4 @@
-"""Every knob of a selection, validated as soon as it is set."""
+"""The settings of a selection, validated when they are set."""
 
 import sys
 from collections.abc import Callable
@@ -12,7 +12,7 @@ ORDERS = ("shuffle", "ranked", "folding")
 LEARNABILITIES = ("success_rate", "variance")
 GRADIENT_ROLLOUTS = ("all", "one_correct")
 AFTER_WARMUP = ("continue", "restart")
-# What a resumed run may set anew. The first decides when prompts are selected again, the others nothing about which
+# What a resumed run may change. The first decides when prompts are selected again; none changes what a selection chooses
 FREE_ON_RESUME = ("reselect_every", "max_tokens_per_batch", "save_rollouts", "write_report")
 MAX_PROJECTION_DIM = 1 << 24
 
@@ -52,8 +52,8 @@ class LearnAlignConfig:
         projection_dim (`int`, *optional*, defaults to `32768`):
             Length of a gradient feature. `None` computes the exact score, without projection.
         max_tokens_per_batch (`int`, *optional*):
-            Most tokens of a microbatch of the gradient pass, padding included. By default the trainer's
-            `per_device_train_batch_size` times the longest rollout, which is what a training step holds.
+            Largest number of tokens in a microbatch of the gradient pass, padding included. By default the trainer's
+            `per_device_train_batch_size` times the length of the longest rollout, as in a training step.
         candidate_prompts (`int`, *optional*):
             Score a random part of the dataset of this size. By default all of it.
         reselect_every (`float`, *optional*):
@@ -81,7 +81,7 @@ class LearnAlignConfig:
         fold (`int`, *optional*, defaults to `3`):
             See `prompt_order`.
         save_rollouts (`bool`, *optional*, defaults to `False`):
-            Write `rollouts.parquet` beside `scores.parquet`.
+            Write `rollouts.parquet` next to `scores.parquet`.
         write_report (`bool`, *optional*, defaults to `True`):
             Write `report.html` and its figures after every selection, and log the figures where `report_to` says.
         selection_seed (`int`, *optional*):
@@ -133,7 +133,8 @@ class LearnAlignConfig:
         default=32768, metadata={"help": "Length of a gradient feature. `None`: exact, without projection."}
     )
     max_tokens_per_batch: int | None = field(
-        default=None, metadata={"help": "Most tokens of a microbatch of the gradient pass, padding included."}
+        default=None,
+        metadata={"help": "Largest number of tokens in a microbatch of the gradient pass, padding included."},
     )
     candidate_prompts: int | None = field(
         default=None, metadata={"help": "Score a random part of the dataset of this size."}
@@ -176,7 +177,7 @@ class LearnAlignConfig:
         },
     )
     fold: int = field(default=3, metadata={"help": "Step through the ranking with `prompt_order='folding'`."})
-    save_rollouts: bool = field(default=False, metadata={"help": "Write rollouts.parquet beside scores.parquet."})
+    save_rollouts: bool = field(default=False, metadata={"help": "Write rollouts.parquet next to scores.parquet."})
     write_report: bool = field(
         default=True, metadata={"help": "Write report.html and its figures after every selection."}
     )
@@ -188,7 +189,7 @@ class LearnAlignConfig:
         _check_integer("num_prompts", self.num_prompts, 1, "Set it to the number of prompts to train on.")
         _check_integer("warmup_prompts", self.warmup_prompts, 0, "Set it to 0 for a selection before the first step.")
         for name, least, remedy in (
-            ("num_rollouts", 2, "A success rate that can differ from 0 and 1 takes two rollouts or more."),
+            ("num_rollouts", 2, "A success rate between 0 and 1 needs at least two rollouts."),
             ("projection_dim", 16, "Leave the default, or use None for exact gradients."),
             ("max_tokens_per_batch", 1, "Use None for as many as a training step holds."),
             ("candidate_prompts", 1, "Use None to score the whole dataset."),
@@ -261,7 +262,7 @@ class LearnAlignConfig:
         return find_score(self.score, self.score_measures).requires
 
     def changes(self, saved: dict) -> dict[str, tuple]:
-        """Fields whose values differ from those of `saved`: what they were there (by default what they are if unset) and are."""
+        """Fields whose values differ from `saved`: the old value (the default, if `saved` lacks the field) and the new one."""
         was = {one.name: saved.get(one.name, one.default) for one in fields(self)}
         return {name: (was[name], value) for name, value in self.to_dict().items() if value != was[name]}
 

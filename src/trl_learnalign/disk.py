@@ -1,4 +1,4 @@
-"""Whole files only, and one run per directory."""
+"""Atomic writes, and one run per directory."""
 
 import hashlib
 import json
@@ -24,8 +24,8 @@ except ImportError:  # no such locks on Windows
 
 def write_atomically(path: Path, write) -> None:
     """
-    Calls `write(temporary_path)`, then renames the temporary file to `path`: a reader sees all of it or nothing. The
-    temporary file lies in the [`scratch`] directory of a run, if `path` is in one, else beside `path`.
+    Calls `write(temporary_path)`, then renames the temporary file to `path`: a reader sees the complete file or none. The
+    temporary file is in the [`scratch`] directory of a run, if `path` is in one, else next to `path`.
 
     Raises:
         `OSError`: the disk is full, or the directory cannot be written to. `path` is as it was.
@@ -38,8 +38,8 @@ def write_atomically(path: Path, write) -> None:
         os.replace(temporary, path)
     except (OSError, SafetensorError, pa.ArrowException) as error:
         raise OSError(
-            f"'{path}' could not be written ({error}). Make room on the disk or make the directory writable, and run "
-            "again: what was finished before is there still."
+            f"'{path}' could not be written ({error}). Free disk space or make the directory writable, and run "
+            "again: finished parts are still there."
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -47,8 +47,8 @@ def write_atomically(path: Path, write) -> None:
 
 def scratch(directory: Path) -> Path:
     """
-    Where files lie that are not finished, or do not stay, while `directory` is filled: beside it, since Trainer may be
-    uploading the output directory at the same time, but leaves out all of it that begins with an underscore.
+    Directory of unfinished and temporary files of `directory`, next to it. Trainer may upload the output directory at any
+    time, but leaves out all names that begin with an underscore.
     """
     return directory.with_name(f"_{directory.name}")
 
@@ -99,8 +99,9 @@ class DirectoryLock:
     """
     Keeps a second run out of a directory for as long as this process lives and has not called `release`.
 
-    The lock is the operating system's, so it dies with the process, however that ends; the file that stays behind, in the
-    [`scratch`] directory, locks nothing. Within a process it may be taken again. On file systems without locks, nothing is locked.
+    The lock is the operating system's, so it ends with the process, even if that is killed. The lock file stays in the
+    [`scratch`] directory, but holds no lock then. A process may take the lock again. On file systems without locks,
+    nothing is locked.
 
     Args:
         path (`Path`): the directory.
@@ -144,7 +145,7 @@ class DirectoryLock:
         return descriptor
 
     def release(self) -> None:
-        """Lets others in. May be called twice."""
+        """Releases the lock. May be called twice."""
         if self._released:
             return
         self._released = True

@@ -1,4 +1,4 @@
-"""What a selection would take, from a small one that is not kept."""
+"""Estimates the cost of a selection from a small one that is not kept."""
 
 import math
 import tempfile
@@ -11,6 +11,7 @@ from trl import GRPOTrainer
 from . import rollouts
 from .advice import plan_warnings
 from .config import LearnAlignConfig
+from .parts import rollouts_at_once
 from .scores import score_name
 from .selection import OUTCOME_LABELS
 from .selector import SelectionRun
@@ -18,8 +19,9 @@ from .selector import SelectionRun
 
 def plan_selection(trainer: GRPOTrainer, config: LearnAlignConfig) -> tuple[str, bool]:
     """
-    What a selection would take, in lines for people, and whether a prompt was learnable: a real one of a batch of prompts per
-    process, or more until they are 16, in a temporary directory, and its time in proportion. Every process must call this.
+    A text about the cost of a selection, and whether any prompt was learnable. A small selection is made in a temporary
+    directory, of one batch of prompts per process, or more up to 16 prompts, and its time is scaled to the whole pool.
+    Every process must call this.
     """
     rollouts.check_trainer(trainer, config)
     whole = SelectionRun(trainer, config, 0)
@@ -43,8 +45,8 @@ def plan_selection(trainer: GRPOTrainer, config: LearnAlignConfig) -> tuple[str,
     lines += [
         f"tried: {tried} prompts on {world} process{'es' * (world > 1)}, of which {learnable} are learnable ({learnable / tried:.0%})",
         *(f"{OUTCOME_LABELS[name]}: {pool:.3f}" for name, (pool, _) in selection.outcomes().items() if pool == pool),
-        f"at once: {batch * whole.num_rollouts} rollouts a process (per_device_train_batch_size x steps_per_generation); "
-        "more are faster while memory lasts",
+        f"at once: {batch * rollouts_at_once(trainer, whole.num_rollouts)} rollouts a process (per_device_train_batch_size x steps_per_generation); "
+        "more at once are faster, if memory allows",
         f"gradient passes: {passes if 'gradients' in config.measures else 'none'}",
         "expected time: "
         + ", ".join(f"{phase} {seconds:,.0f} s" for phase, seconds in times.items())

@@ -1,4 +1,4 @@
-"""Gradient features of a process's learnable prompts, computed in microbatches, kept or computed again."""
+"""Gradient features of a process's learnable prompts, computed in microbatches, stored or computed again."""
 
 import itertools
 import logging
@@ -21,7 +21,7 @@ from .scoring import add_unit_features, feature_norms
 
 logger = logging.getLogger(__name__)
 
-# Exact gradients are kept in the journal if those of every process fit, else computed twice
+# Exact gradients are stored in the journal if those of each process take at most this, else computed twice
 EXACT_BYTES = 2 << 30
 # Prompts whose rows are sorted by length together
 WINDOW = 64
@@ -42,7 +42,7 @@ class FeatureSource:
         journal ([`Journal`]): keeps the sketches of finished prompts.
         max_tokens (`int` or `None`): most tokens of a microbatch, padding included; `None`: the trainer's
             `per_device_train_batch_size` times the longest rollout.
-        peers ([`Peers`], *optional*): whose failure ends this pass.
+        peers ([`Peers`], *optional*): a failure of one of them ends this pass.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class FeatureSource:
         if self.trainer.top_entropy_quantile < 1:
             self._mark_high_entropies()
         number = sum(len(window.microbatches) for window in self.windows)
-        # Where a forward takes all processes, all run equally many. They agree on how many before the first
+        # If a forward needs all processes, all must run equally many. They agree on the number before the first
         rounds = max(self.peers.gather(self._missing())) if rollouts.is_sharded(self.trainer) else 0
         collected = 0
         with self.engine, rollouts.progress_bar(self.trainer, "gradients", number, "batches") as bar:
@@ -147,7 +147,7 @@ class FeatureSource:
                 self._collect([1], [objective.filler(self.trainer)])
 
     def _mark_high_entropies(self):
-        """Of the rows of windows to be computed. Before all gradients, as sharded processes walk the layers together."""
+        """Marks the rows of windows to be computed, before all gradients: a sharded forward needs all processes at once."""
         windows = [window for window in self.windows if self._unmarked(window)]
         number = sum(len(window.microbatches) for window in windows)
         rounds = max(self.peers.gather(number)) if rollouts.is_sharded(self.trainer) else 0
@@ -171,7 +171,8 @@ class FeatureSource:
         return self.twice or self.journal.load_features(window.name, self._shape(window.indices)) is None
 
     def _entropies(self, rows):
-        """Of each row's tokens; in halves if the memory does not hold it."""
+        """The entropies of each row's tokens; computed in halves if memory is full."""
+        self._meet()
         turn_dropout_off(self.trainer.model)  # some ways to generate turn it on
         try:
             return objective.token_entropies(self.trainer, rows)
@@ -207,7 +208,7 @@ class FeatureSource:
         return part
 
     def _collect(self, counts, rows):
-        """The gradients of a microbatch; in halves if the memory does not hold it."""
+        """The gradients of a microbatch; computed in halves if memory is full."""
         tokens = len(rows) * max(map(len, rows))
         if len(rows) == 1 or tokens < self.too_many:
             try:
@@ -221,7 +222,7 @@ class FeatureSource:
             # Outside of the handler, whose traceback keeps the tensors of the failed attempt
             logger.warning(
                 f"A microbatch of {tokens} tokens does not fit into the memory, so the gradients are taken in halves. "
-                f"Set `max_tokens_per_batch` below {tokens} to spare the attempt."
+                f"Set `max_tokens_per_batch` below {tokens} to avoid the retry."
             )
             clear_device_cache(garbage_collection=True)
         half = len(rows) // 2
@@ -241,7 +242,13 @@ class FeatureSource:
             "`score='learnability'`, which takes no gradients."
         )
 
+    def _meet(self):
+        """Where a forward takes all processes, none begins one that another, which has failed, will not join."""
+        if rollouts.is_sharded(self.trainer):
+            self.peers.wait()
+
     def _collect_at_once(self, counts, rows):
+        self._meet()
         turn_dropout_off(self.trainer.model)
         return self.engine.collect(counts, max(map(len, rows)), lambda: objective.policy_objective(self.trainer, rows))
 

@@ -1,4 +1,4 @@
-"""The figures of a selection. Everything that is drawn is drawn here, by matplotlib, for light and dark pages."""
+"""The figures of a selection, drawn by matplotlib, for light and dark pages."""
 
 import io
 from collections.abc import Callable
@@ -22,7 +22,7 @@ _DARK = {"ink": "#e7eaee", "page": "#14171a", "pool": "#7f8a96", "chosen": "#ff9
 
 @dataclass
 class Drawing:
-    """A figure to draw: `name` of its file, a caption, what it shows in words for those who do not see it."""
+    """A figure to draw: `name` of its file, a caption, and a description in words."""
 
     name: str
     caption: str
@@ -45,7 +45,7 @@ class Drawing:
 
 
 def drawings(selections: list["Selection"]) -> list[Drawing]:
-    """Those of the last selection, and, with several, how they differ. None of a selection at random."""
+    """Figures of the last selection and, if there are several, of their differences. None of a selection at random."""
     last = selections[-1]
     table = last.scores.to_pandas()
     found = []
@@ -63,7 +63,7 @@ def drawings(selections: list["Selection"]) -> list[Drawing]:
 
 def plot(selection: "Selection", dark: bool = False) -> Figure:
     """Success rates (or graded rewards), scores and lengths of pool and choice, side by side."""
-    import matplotlib.pyplot as plt  # which also tells a notebook how to show figures
+    import matplotlib.pyplot as plt  # this also sets up figures in a notebook
 
     panels = [drawing for drawing in drawings([selection]) if drawing.name != "seconds"]
     colours = _DARK if dark else _LIGHT
@@ -76,7 +76,7 @@ def plot(selection: "Selection", dark: bool = False) -> Figure:
             reason = "no prompt could be scored" if selection.measures else nothing
             figure.axes[0].text(0.5, 0.5, reason, ha="center")
             figure.axes[0].set_axis_off()
-    plt.close(figure)  # it is returned, and not to be shown a second time
+    plt.close(figure)  # it is returned, so it must not be shown a second time
     return figure
 
 
@@ -167,7 +167,7 @@ def _scatter(table, selection) -> Drawing:
                 color=colours["chosen" if selected else "pool"],
                 label=f"{name} ({(learnable['selected'] == selected).sum():,})",
             )
-        axes.set(xlabel="learnability (spread out a little)", ylabel=label, title=f"Learnability and {label}")
+        axes.set(xlabel="learnability (jittered)", ylabel=label, title=f"Learnability and {label}")
         axes.legend(markerscale=3)
 
     words = f"{len(learnable):,} learnable prompts."
@@ -219,7 +219,12 @@ def _lengths(table) -> Drawing:
 
     words = f"Mean completion length {lengths.mean():.1f} tokens in the pool"
     words += "." if chosen.empty else f" and {chosen['completion_length_mean'].mean():.1f} among the chosen."
-    return Drawing("lengths", "Length of the completions of pool and choice; the dashed lines are means.", words, draw)
+    return Drawing(
+        "lengths",
+        "Length of the completions of the pool and of the chosen prompts; dashed lines are means.",
+        words,
+        draw,
+    )
 
 
 def _seconds(selection) -> Drawing:
@@ -233,11 +238,11 @@ def _seconds(selection) -> Drawing:
         axes.margins(x=0.18)
 
     words = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()) + "."
-    return Drawing("seconds", "What the phases of the selection took.", words, draw)
+    return Drawing("seconds", "Time of each phase of the selection.", words, draw)
 
 
 def overlaps(selections: list["Selection"]) -> list[float | None]:
-    """Share of each selection's prompts that the one before it had chosen, too."""
+    """Share of each selection's prompts that the previous selection had also chosen."""
     sets = [set(selection.indices) for selection in selections]
     shares = [len(now & before) / len(now) if now else None for before, now in zip(sets[:-1], sets[1:], strict=True)]
     return [None, *shares]
@@ -256,7 +261,7 @@ def _stages(selections) -> Drawing:
         axes.set(xlabel="optimizer step", title="Selections of this run")
         if name == "success_rate":  # rewards may have any scale
             shares = [np.nan if share is None else share for share in kept]
-            axes.plot(steps, shares, "^:", color=colours["ink"], label="share chosen before, too")
+            axes.plot(steps, shares, "^:", color=colours["ink"], label="share also chosen before")
             axes.set(ylim=(0, 1))
         axes.legend()
 
@@ -265,4 +270,4 @@ def _stages(selections) -> Drawing:
         + ("" if share is None else f", {share:.0%} kept")
         for step, rate, share in zip(steps, rates, kept, strict=True)
     )
-    return Drawing("stages", "How the selections of a staged run move.", words + ".", draw)
+    return Drawing("stages", "How the selections of a staged run differ.", words + ".", draw)

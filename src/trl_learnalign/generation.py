@@ -1,4 +1,4 @@
-"""What a selection needs to know of TRL's ways to generate: a vLLM of several processes, images, random numbers."""
+"""How TRL generates, as far as a selection depends on it: processes that share a vLLM, images, random numbers."""
 
 import random
 
@@ -23,7 +23,7 @@ def tensor_parallel_size(trainer: GRPOTrainer) -> int:
 def deal(batches: list[list[int]], first: int, rank: int, sharing: int) -> tuple[list[int], list[int], bool]:
     """
     What a process does in the round that begins with batch `first`: its batch, the batch whose seed it takes, and whether
-    that is work of its own. One with no batch left repeats another's, since all must generate equally much. `sharing`
+    that is its own work. A process without a batch repeats another's, since all must generate equally often. `sharing`
     processes generate together, and so with the same seed. A batch has the same neighbours, and the same seed, on any
     number of processes:
 
@@ -40,7 +40,7 @@ def deal(batches: list[list[int]], first: int, rank: int, sharing: int) -> tuple
 def check_vllm(trainer: GRPOTrainer) -> None:
     """
     Raises:
-        `ValueError`: vLLM in a way in which TRL's completions are those of other prompts or of another policy.
+        `ValueError`: vLLM is set up so that TRL's completions are those of other prompts or of another policy.
     """
     if tensor_parallel_size(trainer) > 1 and trainer.tools:
         raise ValueError(

@@ -2,11 +2,11 @@
 Per-prompt gradients of LoRA weights from one backward pass.
 
 The forward of every `nn.Linear` that holds a trainable weight is replaced, for the time of a pass, by an autograd
-function whose backward computes the weight gradient of each prompt's rows, hands it to a sketch, and returns the input
-gradient. `weight.grad` is never written, so neither an optimizer nor a reduction hook notices.
+function whose backward computes the weight gradient of each prompt's rows, adds it to a sketch, and returns the input
+gradient. `weight.grad` is never written, so neither optimizers nor reduction hooks are affected.
 
     microbatch   row 0  row 1  row 2 | row 3  row 4 | row 5      <- rows of a prompt are neighbours
-    prompts      ------ prompt 0 ----|-- prompt 1 --|- 2 ->      <- a prompt may go on in the next microbatch
+    prompts      ------ prompt 0 ----|-- prompt 1 --|- 2 ->      <- a prompt may continue in the next microbatch
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ class UnseenParametersError(ValueError):
 
 
 class _Tap:
-    """One linear layer under observation. With a probe, the gradient is that of a LoRA B of zeros beside the layer."""
+    """One observed linear layer. With a probe, the gradient is that of a LoRA B = 0 added to the layer."""
 
     def __init__(self, name: str, module: nn.Linear, probe: torch.Tensor | None):
         self.name = name
@@ -163,7 +163,7 @@ class PromptGradients:
         if x.dim() != 3 or x.shape[0] != num_rows:
             raise RuntimeError(
                 f"The layer `{tap.name}` got an input of shape {tuple(x.shape)} for a microbatch of {num_rows} rows, so "
-                "its tokens cannot be told apart by prompt (routed experts mix them). Leave the layer out of the "
+                "its tokens cannot be assigned to prompts (routed experts mix them). Leave the layer out of the "
                 "adapter's `target_modules`, or use `score='learnability'`, which takes no gradients."
             )
         if tap.probe is not None:
@@ -247,7 +247,7 @@ def _probe_taps(model, seed) -> list[_Tap]:
 
 
 def unseen_message(names: list[str]) -> str:
-    """What an [`UnseenParametersError`] says of these tensors."""
+    """The message of an [`UnseenParametersError`] about these tensors."""
     if not names:
         return (
             "The model has no trainable parameter, so no gradients can be taken. Check that the adapter is active and "

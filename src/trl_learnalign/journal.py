@@ -1,4 +1,4 @@
-"""Finished batches of a selection under way, so that a killed one goes on where it stopped."""
+"""Finished batches of an unfinished selection, so that a killed one goes on where it stopped."""
 
 import json
 import logging
@@ -34,12 +34,12 @@ _GROUPS_SCHEMA = pa.schema(
 
 class Journal:
     """
-    A directory of finished batches of rollouts and of gradient features. A file that is damaged, or does not say that it
-    was made for what is asked of it, counts as not there.
+    A directory of finished batches of rollouts and of gradient features. A file that is damaged, or was made for other
+    prompts or settings, is ignored.
 
     Args:
         path (`Path`): the directory; made if it does not exist.
-        key (`str`): stands for all that the batches depend on. A journal with another key is discarded with a warning.
+        key (`str`): a hash of everything that the batches depend on. A journal with another key is discarded with a warning.
         is_main (`bool`): whether this process may delete and create the directory, one of each disk; the others wait for it
             outside.
     """
@@ -52,7 +52,7 @@ class Journal:
             if path.exists() and self._saved_key() != key:
                 logger.warning(
                     f"'{path}' was made from other weights, data, rewards or settings, so it is discarded and the "
-                    "selection starts anew."
+                    "selection starts again."
                 )
                 shutil.rmtree(path, ignore_errors=True)  # each file has the key as well
             remove_leftovers(path)

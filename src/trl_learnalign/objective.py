@@ -1,4 +1,4 @@
-"""The loss that training takes, as an objective of single rollouts whose gradients can be told apart by prompt."""
+"""The loss of training, as an objective of single rollouts, so that each prompt has its own gradient."""
 
 from dataclasses import dataclass
 
@@ -38,13 +38,13 @@ def check_loss(trainer: GRPOTrainer) -> None:
         value = getattr(trainer, name)
         if value not in known:
             raise ValueError(
-                f"`{name}` is {value!r}, and its gradient is not known here, so it could not be the one that training "
-                f"takes. Use one of {', '.join(known)}, or `score='learnability'`, which takes no gradients."
+                f"`{name}` is {value!r}, and its gradient is not implemented here, so it would differ from that of "
+                f"training. Use one of {', '.join(known)}, or `score='learnability'`, which takes no gradients."
             )
 
 
 def filler(trainer: GRPOTrainer) -> Row:
-    """A row of weight 0. TRL sees to a padding token, whatever its tokenizer or processor has."""
+    """A row of weight 0. TRL makes sure that there is a padding token."""
     token = trainer._tokenizer.pad_token_id
     return Row([token], [token], [1], 0.0, 0.0)
 

@@ -1,4 +1,4 @@
-"""What fails on one process fails on all, at once and with its cause; one that is gone is named, not waited for."""
+"""An error on one process ends all processes, with its cause. A dead process is reported, not waited for."""
 
 import itertools
 import math
@@ -15,16 +15,16 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 _PASSES = itertools.count()  # equal on all processes, which open their contexts in step
 _LONGEST_PAUSE = 0.5  # seconds between two looks at who has arrived
-_BEAT = 5.0  # seconds between two signs of life
-_SILENCE = 60.0  # seconds without one after which a process is taken for dead
+_BEAT = 5.0  # seconds between two heartbeats
+_SILENCE = 60.0  # seconds without a heartbeat after which a process is taken for dead
 
 
 class Peers:
     """
-    The other processes of a pass. Used as a context manager, it tells them of an exception and of being alive.
+    The other processes of a pass. As a context manager, it sends them this process's exceptions and heartbeats.
 
-    They are told through the key-value store that torch.distributed keeps beside its collectives, which can be asked
-    without waiting. Outside of the context only the time-out of the collectives guards against a process that is gone.
+    They communicate through the key-value store of torch.distributed, not through collectives, since the store can be
+    read without waiting. Outside of the context, only the time-out of the collectives helps against a dead process.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]): of the trainer.
@@ -51,10 +51,10 @@ class Peers:
 
     def check(self) -> None:
         """
-        Notes that this process gets on with its work.
+        Records that this process makes progress.
 
         Raises:
-            [`PeerError`]: another process has failed, or the main process is gone.
+            [`PeerError`]: another process has failed, or the main process is dead.
         """
         if self._thread is not None:
             self._thread.progress += 1
@@ -62,7 +62,7 @@ class Peers:
 
     def wait(self) -> None:
         """
-        Returns when all processes are here. Before a collective, so that none waits in it for one that has failed.
+        Returns when all processes have called it. Used before a collective, so that none waits in it for a failed process.
 
         Raises:
             [`PeerError`]: another process has failed or died, or has made no progress for longer than the time-out of
@@ -106,8 +106,8 @@ class PeerError(RuntimeError):
 
 class _StoreThread(threading.Thread):
     """
-    This process's connection to the store. A thread of its own gives the signs of life, whatever the process computes,
-    and makes all calls, so that a host that does not answer any more holds up that thread alone.
+    This process's connection to the store. A separate thread sends the heartbeats, whatever the process computes,
+    and makes all calls, so that a host that no longer answers blocks only that thread.
 
     In the store, under the prefix of a context:
 
@@ -201,13 +201,13 @@ class _StoreThread(threading.Thread):
             raise PeerError(
                 "The key-value store of torch.distributed, which the main process or its launcher keeps, does not answer "
                 f"any more ({str(self.error).splitlines()[0]}): process 0 has ended, was killed, or its node is lost. "
-                "Look at its last output and run again: what was finished is used."
+                "Look at its last output and run again: finished parts are reused."
             ) from self.error
 
     def close(self, failure, patient):
         """
-        Tells the others of a `failure`, if there is one. The main process stays until all have heard of it or are done,
-        for the store ends with it where no launcher keeps it; but not for one that does not answer, nor if not `patient`.
+        Tells the others of a `failure`, if there is one. The main process waits until all have heard of it or are done, since
+        the store may end with it. It does not wait for a process that does not answer, nor if not `patient`.
         """
 
         def leave(store):
@@ -230,7 +230,7 @@ class _StoreThread(threading.Thread):
 
 
 class _Watch:
-    """Of one meeting: how many looks in a row found a process without a new sign of life, or without progress."""
+    """Of one meeting: how many looks in a row found a process without a new heartbeat, or without progress."""
 
     def __init__(self, thread):
         self.thread = thread
@@ -257,7 +257,7 @@ class _Watch:
         if dead:
             raise PeerError(
                 f"Process {_names(dead)} gave no sign of life for {self.thread.silence:.0f} s: it was killed, or its node is "
-                "lost. Look at its last output and run again: what was finished is used."
+                "lost. Look at its last output and run again: finished parts are reused."
             )
         stuck = [rank for rank, looks in self.idle.items() if looks >= _looks(self.thread.timeout)]
         if stuck:

@@ -1,4 +1,4 @@
-"""What a run is going to do, in lines for people."""
+"""The plan of a run and an estimate of a selection's time, in readable lines."""
 
 from .config import LearnAlignConfig
 from .progress import duration
@@ -41,7 +41,7 @@ def _warmup(layout, max_steps, step, end, prompts, warming):
     if not end:
         return "no warm-up."
     more = prompts - layout.warmup_prompts
-    of_them = f" ({layout.warmup_prompts:,}, and {more:,} that are drawn before the selection)" if more else ""
+    of_them = f" ({layout.warmup_prompts:,}, and {more:,} read ahead)" if more else ""
     return f"steps 1 to {end} of {max_steps} warm up on {prompts:,} random prompts{of_them}."
 
 
@@ -64,10 +64,7 @@ def _training(layout, max_steps, begin, log):
         return f"{steps} random prompts, as the selection chose none."
     prompts = len(log[-1].indices) or layout.num_prompts
     passes = (layout.prompts_trained(max_steps) - layout.prompts_trained(begin)) / prompts
-    return (
-        f"{steps} the selected prompts, {passes:.1f} passes over {prompts:,}. `num_train_epochs` counts such passes, not passes "
-        f"over all {layout.pool_size:,} rows."
-    )
+    return f"{steps} {prompts:,} selected prompts: {passes:.1f} epochs over these, which `num_train_epochs` counts."
 
 
 def _counts(layout, config):

@@ -1,4 +1,4 @@
-"""What is known of every prompt of a pool: rewards, learnability, score, and the choice that follows."""
+"""Every prompt of a pool: rewards, learnability, score; and the choice that follows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

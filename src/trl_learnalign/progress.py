@@ -1,4 +1,4 @@
-"""How far a phase is and how long it takes, in a few lines for logs that cannot show a bar."""
+"""Progress of a phase and the time left, in a few lines, for logs that cannot show a bar."""
 
 import time
 from collections.abc import Callable
@@ -55,7 +55,7 @@ class ProgressLines:
 
 
 def duration(seconds: float) -> str:
-    """A rough time for people: `45 s`, `12 min`, `3.4 h`."""
+    """A rough time as text: `45 s`, `12 min`, `3.4 h`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

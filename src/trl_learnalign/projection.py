@@ -1,4 +1,4 @@
-"""From a gradient over many tensors to one short vector whose inner products are nearly the gradient's own."""
+"""Projects a gradient over many tensors to one short vector, nearly preserving inner products."""
 
 import hashlib
 

@@ -74,7 +74,7 @@ def _faults(column: pa.Array) -> dict[str, list[int]]:
 
 
 def _silent(messages: pa.StructArray) -> pa.BooleanArray:
-    """Which messages say nothing: null, or with neither content nor tool calls. An empty text is the template's affair."""
+    """Which messages say nothing: null, or with neither content nor tool calls. Empty text is left to the chat template."""
     names = [field.name for field in messages.type]
     silent = messages.is_null()
     if "content" in names:
@@ -107,14 +107,14 @@ def check_duplicates(dataset: Dataset, deduplicate: bool, warn: bool) -> None:
     rows, distinct = len(dataset), len(set(equal_prompts(dataset)))
     if distinct < rows:
         warnings.warn(
-            f"The training dataset has {rows:,} rows, but only {distinct:,} different prompts, and equal ones may be chosen "
-            "side by side. Set `deduplicate=True` to choose only the best-ranked of each.",
+            f"The training dataset has {rows:,} rows, but only {distinct:,} different prompts, so a prompt may be chosen "
+            "several times. Set `deduplicate=True` to choose only the best-ranked of each.",
             stacklevel=4,
         )
 
 
 def prompt_text(prompt) -> str:
-    """A prompt for people to read: text as it is, messages one after another, and whatever else there may be as Python has it."""
+    """A prompt as readable text: text as it is, messages one after another, anything else as Python prints it."""
     if isinstance(prompt, str):
         return prompt
     if not isinstance(prompt, list) or not all(isinstance(message, dict) for message in prompt):

@@ -43,8 +43,8 @@ def write_report(path: str | os.PathLike, until: int | None = None) -> Path:
 
     Args:
         path: the `output_dir` of a run, its `learnalign` directory, or the directory of one selection. With a run's, the
-            report is about its last selection and how it differs from those before; it is left in `learnalign/`.
-        until: leave out selections made after this optimizer step, which an earlier run left there.
+            report is about its last selection and how it differs from those before; it is written to `learnalign/`.
+        until: leave out selections made after this optimizer step, which are of an earlier run.
 
     Returns:
         `Path`: the HTML file.
@@ -173,7 +173,7 @@ def _figure(drawing, light, dark) -> str:
 
 
 def _table(name, columns, rows, caption="") -> str:
-    """HTML of a table; on a narrow page each cell shows the label of its column. Cells are HTML; `name` is for those who do not see it."""
+    """HTML of a table. On a narrow page each cell shows its column's label. Cells are HTML; `name` is for screen readers."""
     kinds = [" class=text" if column in _TEXTS else "" for column in columns]
     head = "".join(f"<th scope=col{kind}>{column}</th>" for column, kind in zip(columns, kinds, strict=True))
     lines = (
@@ -201,7 +201,7 @@ def _stages(selections) -> str:
         means = [_number(mean, 3) for name in outcomes for mean in selection.outcomes()[name]]
         rows.append([*(f"{count:,}" for count in counts), *means, _MISSING if kept is None else f"{kept:.0%}"])
     labels = [f"{OUTCOME_LABELS[name]}, {of}" for name in outcomes for of in ("pool", "chosen")]
-    columns = ["step", "chosen", "learnable", *labels, "chosen before, too"]
+    columns = ["step", "chosen", "learnable", *labels, "also chosen before"]
     title = "Selections of this run"
     return f'<h2 id="stages">{title}</h2>' + _table(title, columns, rows, "Oldest first.")
 
@@ -210,7 +210,7 @@ def _extremes(selection, table, texts) -> str:
     """The ten highest-ranked and the ten lowest-ranked that are learnable, with a completion each; of a random order, its two ends."""
     ends = selection.extremes()
     if not ends[0]:
-        return "<p>There is none.</p>"
+        return "<p>There are no such prompts.</p>"
     if not texts:
         return "<p>The texts of the prompts were not kept.</p>"
     random = selection.provenance["config"]["score"] == "random"

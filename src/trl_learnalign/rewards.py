@@ -1,4 +1,4 @@
-"""Reward functions that fail with a clear error, on all processes, instead of leaving the others in a collective."""
+"""Reward functions that fail with a clear error on all processes, so that none is left waiting in a collective."""
 
 import functools
 import inspect
@@ -17,7 +17,7 @@ class RewardError(RuntimeError):
 @contextmanager
 def guarded(functions: list, names: list[str]):
     """
-    Yields stand-ins for reward functions that give no reward where the function raises, returns something else than
+    Yields wrappers of reward functions that give no reward if the function raises, returns something else than
     numbers (or `None`), or the wrong number of them, so that the collectives that follow find every process there. On
     exit the first failure is raised. Reward models are left as they are.
 
@@ -30,13 +30,13 @@ def guarded(functions: list, names: list[str]):
         name, error = failures[0]
         raise RewardError(
             f"The reward function `{name}` failed in a selection: {type(error).__name__}: {error}{_place(error)}. It must "
-            "return a number (or None, where a completion cannot be scored) for every completion. Mend it and run again."
+            "return a number (or None, where a completion cannot be scored) for every completion. Correct it and run again."
         ) from error
 
 
 def _place(error) -> str:
     """Where in the user's file an error was raised; nothing for one that was raised here."""
-    _, *frames = traceback.extract_tb(error.__traceback__)  # the first is the stand-in's
+    _, *frames = traceback.extract_tb(error.__traceback__)  # the first is the wrapper's
     if not frames or frames[0].filename == __file__:
         return ""
     return f" ({frames[0].filename}, line {last_line(error, frames[0].filename)})"
@@ -99,8 +99,8 @@ def _guard(function, name, failures) -> Callable:
 
 def source_of(function) -> str:
     """
-    What a function or an object of the user's is told by: its source, or that of its class; of a `functools.partial` the
-    arguments, too. Not what an object holds, which may change with every call.
+    What identifies a function or an object of the user's: its source or that of its class, and the arguments of a
+    `functools.partial`. Not the state of an object, which may change with every call.
     """
     if isinstance(function, functools.partial):
         values = [*function.args, *sorted(function.keywords.items())]

@@ -1,4 +1,4 @@
-"""Rollouts from a GRPOTrainer, which is left as it was found."""
+"""Rollouts from a GRPOTrainer, whose state does not change."""
 
 import copy
 import json
@@ -20,6 +20,7 @@ from trl import GRPOTrainer
 from .config import LearnAlignConfig
 from .generation import check_images, check_vllm, random_state, set_random_state
 from .gradients import UnseenParametersError, check_parameters, dropout_off, turn_dropout_off, unseen_message
+from .names import check_names
 from .objective import check_loss
 from .pool import check_columns
 from .progress import ProgressLines
@@ -54,17 +55,19 @@ class Group:
 
 def check_trainer(trainer: GRPOTrainer, config: LearnAlignConfig) -> None:
     """
-    Raises an error for everything about a trainer that would make a selection fail or mean something else.
+    Raises an error for all settings of a trainer with which a selection would fail or be wrong.
 
     Raises:
         `TypeError`: not a GRPOTrainer.
-        `ValueError`: processes that do not know of each other, a streaming dataset, an environment that owns the data,
+        `RuntimeError`: a version of TRL that lacks what is used here.
+        `ValueError`: processes that are not connected, a streaming dataset, an environment that owns the data,
             no column `prompt`, an unknown or missing reward name, vLLM set up so that TRL mixes completions up; and where
             gradients are wanted: an unknown loss, a multimodal dataset, sharded weights without an adapter.
         [`UnseenParametersError`]: trainable tensors whose gradients would be missed.
     """
     if not isinstance(trainer, GRPOTrainer):
         raise TypeError(f"LearnAlign works on a trl.GRPOTrainer, but got a {type(trainer).__name__}.")
+    check_names(trainer)
     launched, seen = int(os.environ.get("WORLD_SIZE", 1)), trainer.accelerator.num_processes
     if launched != seen:
         raise ValueError(
@@ -105,8 +108,8 @@ def check_trainer(trainer: GRPOTrainer, config: LearnAlignConfig) -> None:
         )
     if is_sharded(trainer) and not has_adapter(trainer):
         raise ValueError(
-            "Full fine-tuning with FSDP or DeepSpeed is not supported: the probe that stands for the weights would meet "
-            "shards of them. Train a LoRA adapter (`peft_config`), or use `score='learnability'`, which takes no gradients."
+            "Full fine-tuning with FSDP or DeepSpeed is not supported: the probe would see only shards of the "
+            "weights. Train a LoRA adapter (`peft_config`), or use `score='learnability'`, which takes no gradients."
         )
     model = trainer.accelerator.unwrap_model(trainer.model)
     for adapter in getattr(model, "peft_config", {}).values():
@@ -198,8 +201,8 @@ def is_sharded(trainer: GRPOTrainer) -> bool:
 
 def progress_bar(trainer: GRPOTrainer, phase: str, total: int, unit: str) -> tqdm | ProgressLines:
     """
-    A bar on the main process. Where the trainer shows none (`disable_tqdm`), and in logs that are neither terminals nor
-    notebooks, a few lines take its place, as the trainer's own log values are printed then.
+    A bar on the main process. If the trainer shows none (`disable_tqdm`), or the output is neither a terminal nor a
+    notebook, a few lines are printed instead.
     """
     hidden = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
     if not hidden and not issubclass(tqdm, tqdm_notebook):
@@ -212,8 +215,8 @@ def progress_bar(trainer: GRPOTrainer, phase: str, total: int, unit: str) -> tqd
 @contextmanager
 def left_as_found(trainer: GRPOTrainer, num_rollouts: int) -> Iterator[None]:
     """
-    Lets the trainer generate `num_rollouts` completions a prompt, with dropout off and no log-probabilities computed
-    on the side, and undoes on exit all that a generation changes: metrics, logs, counters, modes, random states.
+    Lets the trainer generate `num_rollouts` completions a prompt, with dropout off and no log-probabilities
+    computed, and undoes on exit all that a generation changes: metrics, logs, counters, modes, random states.
     """
     numbers = trainer.num_generations, trainer.state.num_input_tokens_seen
     books = {name: getattr(trainer, name) for name in ("_metrics", "_logs", "_pending_extra_logs", "_pending_metrics")}
@@ -235,7 +238,7 @@ def left_as_found(trainer: GRPOTrainer, num_rollouts: int) -> Iterator[None]:
 
 
 def prompts_per_batch(trainer: GRPOTrainer, num_rollouts: int) -> int:
-    """Prompts that a process generates for at once: as many rollouts as it does in training, whole groups."""
+    """Prompts that a process generates for at once: as many rollouts as it does in training, whole groups, at least one."""
     rows = trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation
     return max(1, rows // num_rollouts)
 
@@ -307,7 +310,7 @@ def generate_groups(
         groups.append(
             Group(
                 index=index,
-                prompt_ids=_shared([prompt_ids[row][prompt_mask[row]] for row in rows]),
+                prompt_ids=shared([prompt_ids[row][prompt_mask[row]] for row in rows]),
                 completion_ids=completion_ids,
                 loss_masks=[loss_mask[row, : len(ids)].copy() for row, ids in zip(rows, completion_ids, strict=True)],
                 completions=[_plain(seen["completions"][row]) for row in rows],
@@ -322,7 +325,7 @@ def _plain(completion):
     return json.loads(json.dumps(completion, default=lambda value: f"[{type(value).__name__}]"))
 
 
-def _shared(arrays: list[np.ndarray]) -> list[np.ndarray]:
+def shared(arrays: list[np.ndarray]) -> list[np.ndarray]:
     """Of equal arrays one, so many times."""
     first = arrays[0]
     return [first] * len(arrays) if all(np.array_equal(first, other) for other in arrays[1:]) else arrays

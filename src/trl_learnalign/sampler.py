@@ -135,8 +135,9 @@ class LearnAlignSampler(Sampler[int]):
                   |
                   a a a b b b   a a a b b b      <- one chunk: each prompt `group_size` times, all `repeats` times
 
-    Within a version, prompts are visited pass by pass, each pass a new permutation (or in the order of `prompt_order`); a chunk may straddle two passes,
-    so no prompt is ever dropped and two prompts of a version are visited equally often, give or take one.
+    Within a version, prompts are visited pass by pass, each pass a new permutation, or in the order of
+    `prompt_order`; a chunk may contain the end of one pass and the beginning of the next. So no prompt is dropped, and two prompts of a version are
+    visited equally often, or one of them once more.
 
     Args:
         config ([`LearnAlignConfig`], *optional*): defaults to the paper's settings for GSM8K.

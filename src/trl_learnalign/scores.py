@@ -1,5 +1,6 @@
 """What prompts are ranked on: functions of what was measured, each with the measures that it needs."""
 
+import functools
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
@@ -39,12 +40,14 @@ class Score:
             Takes the table of what was measured, a row per prompt by dataset row, and the [`Alignments`] (`None` without
             gradients). Returns the score of each prompt, higher is better, as a Series, or a DataFrame with the column `score` and
             others to keep. A prompt with a NaN is never chosen.
+        code (`Callable`, *optional*): a function of the user's, whose source a selection depends on.
         columns (`tuple[str, ...]`): columns of the dataset that the table must hold; `None` for all that hold numbers or text.
     """
 
     requires: tuple[str, ...]
     rank: Callable[["pandas.DataFrame", Alignments | None], "pandas.Series | pandas.DataFrame"]
     columns: tuple[str, ...] | None = ()
+    code: Callable | None = None
 
 
 SCORES = {
@@ -85,7 +88,7 @@ def find_score(score: str | Callable, measures: Sequence[str] | None) -> Score:
         aligned = align(table["learnability"]).drop(columns="score")
         return aligned.assign(score=function(table.join(aligned)))
 
-    return Score(tuple(name for name in MEASURES if name in needs), rank, None)
+    return Score(tuple(name for name in MEASURES if name in needs), rank, None, function)
 
 
 def score_name(score: str | Callable) -> str:
@@ -93,6 +96,7 @@ def score_name(score: str | Callable) -> str:
     return score if isinstance(score, str) else f"{score.__module__}.{getattr(score, '__qualname__', score)}"
 
 
+@functools.cache
 def load_function(name: str) -> Callable:
     """
     A function by `file.py:function`.

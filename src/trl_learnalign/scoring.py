@@ -1,4 +1,4 @@
-"""The maths of LearnAlign (arXiv 2506.11480), free of any trainer: rewards and features in, scores out."""
+"""The maths of LearnAlign (arXiv 2506.11480), without a trainer: rewards and features in, scores out."""
 
 from array import array
 from collections.abc import Iterable
@@ -127,8 +127,8 @@ def scores_of_batches(
 
 def ranking(scores: torch.Tensor, learnabilities: torch.Tensor, seed: int) -> list[int]:
     """
-    All n positions, best first: those with V > 0 by falling score, then those with V = 0, which teach nothing. Scores that
-    agree in 12 digits are ties, as rounding alone parts them (1/5 x 4/5 and 4/5 x 1/5); ties are in random order.
+    All n positions, best first: those with V > 0 by falling score, then those with V = 0. Scores that agree in 12
+    digits are ties, as only rounding makes them differ (1/5 x 4/5 and 4/5 x 1/5); ties are in random order.
 
     Args:
         scores (`torch.Tensor` of shape `(n,)`): what to rank on.

@@ -1,4 +1,4 @@
-"""The result of a selection: who was chosen, why, and what it was made from."""
+"""The result of a selection: the chosen prompts, their scores, and what it was made from."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ FORMAT_VERSION = 1
 SCORE_COLUMNS = ("learnalign_score", "success_rate")
 MOST_ROWS = 20_000  # in a report; of more prompts, the highest- and the lowest-ranked
 MOST_CHARACTERS = 2000  # of a prompt in a report
-# What `Selection.outcomes` holds, for people
+# Labels of what `Selection.outcomes` holds
 OUTCOME_LABELS = {"success_rate": "mean success rate", "reward_mean": "mean reward", "reward_std": "mean reward std"}
 
 SCORES_SCHEMA = pa.schema(
@@ -65,8 +65,8 @@ class Selection:
             A row per scored prompt, by dataset index. `success_rate` is the share of successful rollouts in [0, 1];
             `learnability` V in [0, .25]; `alignment` the cosine of the prompt's gradient with the mean of all, in
             [-1, 1]; `score` what was ranked on; `rank` starts at 0; `completion_length_mean` is in tokens;
-            `gradient_norm` is the norm of the gradient feature. A column that the configured score did not need
-            holds nulls; so do `alignment` and `gradient_norm` of a prompt with V = 0, which owes no gradient.
+            `gradient_norm` is the norm of the gradient feature. A column that the configured score does not need is
+            null; so are `alignment` and `gradient_norm` of a prompt with V = 0, whose gradient is not computed.
         provenance (`dict`):
             `config`, `seed`, `global_step`, `stage`, `num_rollouts`, `dataset_fingerprint`, `num_rows`, `model`, `versions`,
             `num_processes`, `made` (when, in UTC), `seconds` (of each phase), `unscorable` (indices that no reward function could
@@ -74,8 +74,9 @@ class Selection:
             prompts were chosen at random, `reward_range` (the least and the greatest reward that decides success), `key`
             (a hash of all that the selection was made from) and `cost`:
             tokens rolled out, in gradient rows, and computed with padding; `of_rollouts`, the time of gradients and
-            scores over that of the rollouts; `floor`, what that ratio would be for a plain forward and backward of
-            the gradient rows if generating a token cost one forward (2 x their share of the tokens, 3 x with a KL term).
+            scores divided by that of the rollouts; `floor`, an estimate of the least that this ratio can be: a plain forward
+            and backward over the gradient rows, if generating a token costs as much as one forward over it (2 x the gradient
+            rows' share of the tokens, 3 x with a KL term).
     """
 
     indices: list[int]
@@ -87,7 +88,7 @@ class Selection:
         Writes `scores.parquet` and `selection.json` (and `rollouts.parquet` and `texts.parquet`) into the directory `path`.
 
         Every file is written under a temporary name and renamed; `selection.json` comes last, so that a directory
-        which has it is whole.
+        which has it is complete.
         """
         path = Path(path)
         make_directory(path)
@@ -170,8 +171,8 @@ class Selection:
 
     def select(self, num_prompts: int) -> "Selection":
         """
-        The choice for another budget, from the same scores: no rollouts, no gradients. Fewer than `num_prompts`, with a
-        warning, if fewer are learnable (or, with `deduplicate`, different).
+        The choice of another number of prompts from the same scores: no rollouts, no gradients. Fewer than `num_prompts`,
+        with a warning, if fewer are learnable (with `deduplicate`, each prompt counts once).
 
         Raises:
             `ValueError`: `num_prompts` is not an integer of at least 1.
@@ -184,7 +185,7 @@ class Selection:
             kind += " and different" * bool(self.provenance.get("duplicates"))
             warnings.warn(
                 f"`num_prompts` is {num_prompts:,}, but the pool of {self.scores.num_rows:,} has only {most:,}{kind} prompts, so "
-                "the selection has no more. A larger pool may have more; so may a policy after a longer warm-up.",
+                "fewer are selected. A larger pool may have more; so may a policy after a longer warm-up.",
                 stacklevel=2,
             )
         provenance = {
@@ -292,7 +293,7 @@ class Selection:
         return pc.sum(pc.greater(self.scores["learnability"], 0)).as_py() or 0
 
     def summary(self) -> str:
-        """One line for people: pool, learnable, chosen, mean outcomes, time of each phase, cost of the gradients."""
+        """One line of text: pool, learnable, chosen, mean outcomes, time of each phase, cost of the gradients."""
         how = "" if "rollouts" in self.measures else f" {self.how()}"
         pool = f"pool {self.num_pool()}"
         if self.provenance["unscorable"]:
@@ -343,8 +344,9 @@ def find_selections(path: str | os.PathLike) -> list[Path]:
 
 def load_run(path: str | os.PathLike, until: int | None = None) -> dict[Path, Selection]:
     """
-    The last of the selections that [`find_selections`] finds, and those before it in the same run: of an earlier stage, with
-    the same configuration, seed and dataset. `until` leaves out what was made after that optimizer step, by another run.
+    The last selection that [`find_selections`] finds, and the earlier ones of the same run: those of an earlier stage with
+    the same configuration, seed and dataset. `until` leaves out selections after that optimizer step, which are of
+    another run.
     """
     found = {step: Selection.load(step) for step in find_selections(path)}
     if until is not None:

@@ -25,13 +25,14 @@ from .features import FeatureSource
 from .generation import deal, tensor_parallel_size
 from .journal import Journal
 from .objective import Row, counts_without_advantage
+from .parts import generate_in_parts, rollouts_at_once
 from .peers import Peers
 from .pool import Pool, candidate_rows, dataset_columns, draw_pool, scores_table
 from .projection import stable_hash
 from .prompts import equal_prompts
 from .rewards import source_of
 from .rollouts import Group
-from .scores import find_score, load_function
+from .scores import find_score
 from .selection import ROLLOUTS_FILE, SELECTION_FILE, Selection, dataset_fingerprint
 from .weights import weights_digest
 
@@ -44,12 +45,12 @@ _PACKAGES = ("trl-learnalign", "trl", "transformers", "peft", "accelerate", "dat
 def select_prompts(trainer: GRPOTrainer, config: LearnAlignConfig | None = None) -> Selection:
     r"""
     Scores the prompts of a trainer's dataset with the policy as it is, and selects the best. Nothing is trained, and
-    the trainer is left as it was found.
+    the trainer's state does not change.
 
     With several processes every process must call this; all get the same selection. One line about it is printed, and
     its files, with a report, are left in `OUTPUT_DIR/learnalign/step-{global_step:06d}/` (see docs/files.md). A selection there that was made
-    from the same weights, data, rewards and settings is read instead of being made again, and one that was
-    interrupted is finished.
+    from the same weights, data, rewards and settings is reused, and an interrupted
+    one is finished.
 
     Args:
         trainer ([`~trl.GRPOTrainer`]): supplies the policy, the prompts, the generation and the rewards.
@@ -145,7 +146,7 @@ class SelectionRun:
         return found if self.reused else self._scored()
 
     def _finished(self):
-        """A selection that a killed run has already finished with the same key."""
+        """A finished selection with the same key."""
         found = None
         if self.accelerator.is_main_process and (self.path / SELECTION_FILE).is_file():
             try:
@@ -160,7 +161,7 @@ class SelectionRun:
         return found
 
     def _scored(self):
-        # The other nodes come second, and find nothing to do unless they have disks of their own
+        # The other nodes come second; they have work only if they have their own disks
         for mine in (self.accelerator.is_main_process, self.accelerator.is_local_main_process):
             self.journal = Journal(self._journal_path(), self.provenance["key"], mine)
             self.peers.wait()
@@ -180,7 +181,7 @@ class SelectionRun:
 
     def _roll_out(self) -> list[Group]:
         """
-        This process's groups. Batches are cut from the pool whatever the number of processes, and each has its own
+        This process's groups. The batches of the pool do not depend on the number of processes, and each has its own
         seed; batch b goes to process b % world. All processes generate in the same rounds, as rewards are gathered.
         """
         size = rollouts.prompts_per_batch(self.trainer, self.num_rollouts)
@@ -199,7 +200,7 @@ class SelectionRun:
                 padded = batch + [batch[0]] * (min(size, len(self.pool)) - len(batch))
                 seed = stable_hash(self.seed, "rollouts", self.step, seed_of[0])
                 gradients = "gradients" in self.score.requires
-                fresh = rollouts.generate_groups(self.trainer, self.dataset, padded, seed, gradients)[: len(batch)]
+                fresh = generate_in_parts(self.trainer, self.dataset, padded, seed, gradients)[: len(batch)]
                 if done is None and mine:
                     done = fresh
                     self.journal.save_groups(done)
@@ -261,7 +262,7 @@ class SelectionRun:
         if missing:  # the same on every process, so all raise
             raise RuntimeError(
                 f"The gradient features of {missing} prompts could not be read back from '{self.journal.path}'. Check the "
-                "disk and run again: what is still there is used."
+                "disk and run again: the features that are still there are reused."
             )
         self._count_cost(own, source)
         columns = dict(zip(("score", "alignment", "gradient_norm"), (value.numpy() for value in values), strict=True))
@@ -269,7 +270,7 @@ class SelectionRun:
         return table.assign(score=table["score"].fillna(0.0))
 
     def _count_cost(self, own, source):
-        """What gradients and scores took against the rollouts, and what a plain backward would."""
+        """The cost of gradients and scores relative to the rollouts, and an estimate of the least that it can be."""
         rolled_out = sum(len(ids) for group in own for ids in (*group.prompt_ids, *group.completion_ids))
         counts = np.sum(self.peers.gather((rolled_out, *source.num_tokens())), axis=0).tolist()
         cost = dict(zip(("rollout_tokens", "gradient_tokens", "computed_tokens"), counts, strict=True))
@@ -311,14 +312,14 @@ class SelectionRun:
     def _publish(self, selection, own, saved=None):
         texts = texts_table(self.trainer, self.dataset, selection, own, self.peers)
         if self.accelerator.is_main_process:
-            if saved is None:  # of a selection that this one replaces
+            if saved is None:  # it is of a selection that this one replaces
                 (self.path / ROLLOUTS_FILE).unlink(missing_ok=True)
             selection.save(self.path, saved, texts)
         self.peers.wait()
         self._tidy_up()
 
     def _report(self) -> Path | None:
-        """The report, if there is one. One that cannot be written is no reason to lose a run."""
+        """The report, if there is one. A failure to write it does not end the run."""
         if not (self.accelerator.is_main_process and self.config.write_report):
             return None
         try:
@@ -327,7 +328,7 @@ class SelectionRun:
             return write_report(self.path.parent, self.step)
         except Exception as error:
             logger.warning(
-                f"The report about the selection could not be written ({error!r}). The selection itself is whole; "
+                f"The report about the selection could not be written ({error!r}). The selection itself is complete; "
                 f"`trl-learnalign report {self.path.parent}` tries again."
             )
 
@@ -335,7 +336,7 @@ class SelectionRun:
         return scratch(self.path.parent) / self.path.name
 
     def _tidy_up(self):
-        """What a finished selection does not need any more, on every node."""
+        """Deletes what a finished selection no longer needs, on every node."""
         if self.accelerator.is_local_main_process:
             shutil.rmtree(self._journal_path(), ignore_errors=True)
         self.peers.wait()
@@ -343,14 +344,12 @@ class SelectionRun:
     # Small things -----------------------------------------------------------------------------------------------
 
     def _key(self) -> str:
-        """Stands for all that a selection is made from: equal keys, equal selections."""
+        """A hash of everything that a selection is made from: equal keys mean equal selections."""
         made_from = {name: self.provenance[name] for name in _KEY_FIELDS}
         made_from["config"] = {name: value for name, value in made_from["config"].items() if name not in _NOT_IN_KEY}
         made_from["prompts_per_batch"] = rollouts.prompts_per_batch(self.trainer, self.num_rollouts)
-        if callable(self.config.score) or ".py:" in self.config.score:
-            made_from["score"] = source_of(
-                load_function(self.config.score) if isinstance(self.config.score, str) else self.config.score
-            )
+        made_from["score"] = None if self.score.code is None else source_of(self.score.code)
+        made_from["rollouts_at_once"] = rollouts_at_once(self.trainer, self.num_rollouts)
         made_from["generation"] = rollouts.generation_provenance(self.trainer)
         made_from["rewards"] = rollouts.reward_provenance(self.trainer)
         self.peers.wait()  # before the collective operations of sharded weights
@@ -363,8 +362,8 @@ class SelectionRun:
 
 
 _REUSED = (
-    "'{}' holds this selection already, from the same weights, data, rewards and settings (made: {}). Its times are those "
-    "of then. To make it anew, delete that directory or pass another `output_dir`."
+    "'{}' holds this selection already, from the same weights, data, rewards and settings (made: {}). Its times are "
+    "from then. To select again, delete that directory or pass another `output_dir`."
 )
 _NOT_IN_KEY = set(FREE_ON_RESUME) - {"save_rollouts"}  # which the files of a selection depend on
 _KEY_FIELDS = ("config", "seed", "global_step", "stage", "num_rollouts", "dataset_fingerprint", "num_rows", "model")

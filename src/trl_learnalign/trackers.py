@@ -1,4 +1,4 @@
-"""What TensorBoard, W&B and trackio are told of a selection: values, the table of scores, and the report's figures."""
+"""What is logged to TensorBoard, W&B and trackio: values, the table of scores, and the figures of the report."""
 
 import io
 import logging
@@ -47,7 +47,7 @@ def zero_variance(history: list[dict], layout, start: int) -> float | None:
     for entry in history:
         if "loss" not in entry:
             continue
-        # A run that was resumed inside a chunk generates the rest of it anew, so the chunk counts that was under way
+        # A run that was resumed inside a chunk generates the rest of it again, so that chunk counts
         first = layout.batches_trained(since) // layout.repeats
         if first >= start and entry.get("frac_reward_zero_std") is not None:
             shares.append(entry["frac_reward_zero_std"])
@@ -58,8 +58,8 @@ def zero_variance(history: list[dict], layout, start: int) -> float | None:
 def log_media(trainer, selection) -> None:
     """
     The table of scores, best first, as TRL logs completions, and the figures of the report. To be called before the
-    values of the selection are logged, which W&B puts into the same step. All of it is on the disk: a failure here is no
-    reason to end a run.
+    values of the selection are logged, which W&B puts into the same step. All of this is also on disk, so a failure here
+    does not end the run.
     """
     used = set(trainer.args.report_to or ()) & {"tensorboard", "wandb", "trackio"}
     if not used:

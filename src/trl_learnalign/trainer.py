@@ -24,15 +24,15 @@ class LearnAlignMixin:
 
     Args:
         train_sampler ([`LearnAlignSampler`], *optional*):
-            Decides which prompts are trained on. Without it the trainer is what it was. All other arguments go on to
-            the trainer.
+            Decides which prompts are trained on. Without it the trainer does not change. All other arguments are passed
+            to the trainer.
     """
 
     def __init__(self, *args, train_sampler: LearnAlignSampler | None = None, **kwargs):
         if train_sampler is not None and not isinstance(train_sampler, LearnAlignSampler):
             raise TypeError(f"`train_sampler` must be a LearnAlignSampler, but is a {type(train_sampler).__name__}.")
         if train_sampler is not None and kwargs.get("train_dataset") is not None:
-            # Before a model is loaded in vain
+            # Checked before the model is loaded
             check_dataset(kwargs["train_dataset"], needs_prompt=kwargs.get("environment_factory") is None)
             if kwargs.get("rollout_func") is None:
                 check_prompts(kwargs["train_dataset"])
@@ -45,11 +45,11 @@ class LearnAlignMixin:
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """
-        As the trainer's, but `resume_from_checkpoint=True` resumes from the last checkpoint that is whole: a run killed
-        while it wrote one goes on from the one before it, and a run killed before its first starts from the beginning.
+        As the trainer's, but `resume_from_checkpoint=True` resumes from the last complete checkpoint: a run killed while
+        writing one goes on from the one before it, and a run killed before its first starts from the beginning.
 
         Raises:
-            `ValueError`: the checkpoint that was asked for is not whole, or there are checkpoints and none is.
+            `ValueError`: the checkpoint that was asked for is not complete, or there are checkpoints and none is.
         """
         if self._learnalign is None:
             return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -74,7 +74,7 @@ class LearnAlignMixin:
         super().log(logs, *args, **kwargs)
 
     def create_model_card(self, *args, **kwargs):
-        """As the trainer's, and what the prompts were: the selections of this run, and the paper."""
+        """As the trainer's, with a section on the prompts: the selections of this run, and the paper."""
         super().create_model_card(*args, **kwargs)
         card = Path(self.args.output_dir) / "README.md"
         if self._learnalign is None or not self.is_world_process_zero() or not card.is_file():

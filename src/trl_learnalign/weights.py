@@ -1,4 +1,4 @@
-"""The trainable weights as a whole, wherever their parts are."""
+"""A digest of the trainable weights, sharded or not."""
 
 import hashlib
 from collections.abc import Iterator

@@ -1,0 +1,50 @@
+"""The names of GRPOTrainer that are used here though they are in no documentation of TRL's, which may drop them."""
+
+import trl
+from trl import GRPOTrainer
+
+
+TRIED = "1.8 to 1.16"  # versions of TRL that the tests run with: the oldest and the newest
+NAMES = (
+    # Methods that are called, wrapped or replaced
+    "_calculate_rewards",
+    "_generate_and_score_completions",
+    "_get_per_token_logps_and_entropies",
+    "_get_train_sampler",
+    "_remove_unused_columns",
+    # What a generation changes, and is put back
+    "_logs",
+    "_metrics",
+    "_pending_extra_logs",
+    "_pending_metrics",
+    "_tag_names",
+    "_tokenizer",
+    "vllm_importance_sampling_correction",
+    # Settings, as the trainer has read them
+    "beta",
+    "multi_objective_aggregation",
+    "num_generations",
+    "num_iterations",
+    "ref_model",
+    "reward_func_names",
+    "reward_funcs",
+    "reward_weights",
+    "scale_rewards",
+    "shuffle_dataset",
+    "use_vllm",
+)
+NAMES_WITH_VLLM = ("_last_loaded_step",)
+
+
+def check_names(trainer: GRPOTrainer) -> None:
+    """
+    Raises:
+        `RuntimeError`: the trainer lacks one of these names, so this version of TRL is not one that can be used.
+    """
+    names = NAMES + (NAMES_WITH_VLLM if getattr(trainer, "use_vllm", False) else ())
+    gone = [name for name in names if not hasattr(trainer, name)]
+    if gone:
+        raise RuntimeError(
+            f"{type(trainer).__name__} has no {', '.join(f'`{name}`' for name in gone)}, which LearnAlign needs and TRL "
+            f"{TRIED} has; {trl.__version__} is installed. Install one of those versions, or a newer trl-learnalign."
+        )
