@@ -75,7 +75,8 @@ def main(path):
     library.fallback(compute, dispatch_key="PrivateUse1")
     for peft in (lora(), False):
         tables = []
-        for model in (make_model(), spread(make_model())):
+        for where in (lambda model: model, spread):
+            model = where(make_model())  # which seeds the adapter, too
             run = f"{path}/{'lora' if peft else 'probe'}-{len(tables)}"
             trainer = make_trainer(run, model=model, peft=peft, generation_kwargs={"use_cache": False})
             tables.append(select_prompts(trainer, config(projection_dim=512)).to_pandas())

@@ -22,6 +22,10 @@ NAMES = (
     "vllm_importance_sampling_correction",
     # Settings, as the trainer has read them
     "beta",
+    "epsilon_high",
+    "importance_sampling_level",
+    "loss_type",
+    "max_completion_length",
     "multi_objective_aggregation",
     "num_generations",
     "num_iterations",
@@ -31,9 +35,11 @@ NAMES = (
     "reward_weights",
     "scale_rewards",
     "shuffle_dataset",
+    "tools",
+    "top_entropy_quantile",
     "use_vllm",
 )
-NAMES_WITH_VLLM = ("_last_loaded_step",)
+NAMES_WITH_VLLM = ("_last_loaded_step", "vllm_mode", "vllm_tensor_parallel_size")
 
 
 def check_names(trainer: GRPOTrainer) -> None:
