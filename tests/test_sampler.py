@@ -174,3 +174,24 @@ def test_loading_is_strict(damage, message):
         bound().load_state_dict(state)
     with pytest.raises(ValueError, match="before the last one"):
         sampler.append(2, [1])
+
+
+def test_drawing_a_chunk_sorts_nothing(monkeypatch):
+    """A version is put in order once, and each pass over it once, however many chunks are drawn or skipped."""
+    sampler, calls = bound(), []
+    indices = sampler._indices
+    monkeypatch.setattr(sampler, "_indices", lambda number: calls.append(number) or indices(number))
+    sampler.append(3, [1, 4, 7, 9, 11])
+    for i in range(60):
+        sampler.chunk(i)
+    assert calls == [0, 1]
+
+
+@pytest.mark.parametrize("order", ["ranked", "folding"])
+def test_ranks_reach_the_stream(order):
+    sampler = LearnAlignSampler(LearnAlignConfig(num_prompts=5, warmup_prompts=6, prompt_order=order, fold=2))
+    sampler.bind(LAYOUT)
+    sampler.append(2, [7, 1, 9, 4, 11])
+    expected = [7, 1, 9, 4, 11] if order == "ranked" else [7, 9, 11, 1, 4]
+    stream = [index for i in range(2, 12) for index in sampler.chunk(i)]
+    assert stream == (expected * 6)[:30]
