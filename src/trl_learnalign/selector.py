@@ -198,7 +198,9 @@ class SelectionRun:
                 padded = batch + [batch[0]] * (min(size, len(self.pool)) - len(batch))
                 seed = stable_hash(self.seed, "rollouts", self.step, seed_of[0])
                 gradients = self.config.score != "learnability"
-                fresh = generate_in_parts(self.trainer, self.dataset, padded, seed, gradients)[: len(batch)]
+                fresh = generate_in_parts(self.trainer, self.dataset, padded, seed, gradients, self.peers)[
+                    : len(batch)
+                ]
                 if done is None and mine:
                     done = fresh
                     self.journal.save_groups(done)
