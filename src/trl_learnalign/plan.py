@@ -63,7 +63,7 @@ def _training(layout, max_steps, begin, log):
         return f"{steps} random prompts, as the selection chose none."
     prompts = len(log[-1].indices) or layout.num_prompts
     passes = (layout.prompts_trained(max_steps) - layout.prompts_trained(begin)) / prompts
-    return f"{steps} {prompts:,} selected prompts: {passes:.1f} epochs over these, which `num_train_epochs` counts."
+    return f"{steps} {prompts:,} selected prompts: {passes:.1f} passes over these, which `num_train_epochs` counts."
 
 
 def _counts(layout, config):
