@@ -98,7 +98,7 @@ def fail(task, original, limits):
 
 def reward_of(task, rank):
     def failing(completions, row, **kwargs):
-        if task == "reward fails" and rank == 1 and 9 in row:
+        if task.startswith("reward fails") and rank == 1 and 9 in row:
             raise ValueError("the grader does not know row 9")
         if task == "nothing to learn on one":  # batches of a prompt each go round: even rows to rank 0
             return [(i % 2) * float(r % 2 == 0) for i, r in enumerate(row)]
@@ -126,12 +126,15 @@ def main(task, path):
         case (
             "nothing fails"
             | "reward fails"
+            | "reward fails in a part"
             | "loss is not a number"
             | "memory is full"
             | "disk is full"
             | "nothing to learn on one"
         ):
             rank = int(os.environ["RANK"])
+            if task == "reward fails in a part":  # the first of three that make a group
+                kwargs = {"per_device_train_batch_size": 3, "num_generations": 3}
             trainer = make_trainer(path, reward=reward_of(task, rank), dataset=make_dataset(23), **kwargs)
             try:
                 with failure(task, rank):

@@ -237,8 +237,12 @@ MISTAKES = [
     # (arguments, exit code, words)
     (["--dataset_name", "empty.jsonl"], 1, "'empty.jsonl', which is empty."),
     (["--dataset_name", "blank.jsonl"], 1, "'blank.jsonl', which is empty."),
-    (["--dataset_name", "broken.jsonl"], 1, "'broken.jsonl', which cannot be read: line 3 is no JSON (Expecting"),
-    (["--dataset_name", "arrays.jsonl"], 1, "'arrays.jsonl', which cannot be read: line 2 is no object"),
+    (
+        ["--dataset_name", "broken.jsonl"],
+        1,
+        "'broken.jsonl', which cannot be read: line 3 is not valid JSON (Expecting",
+    ),
+    (["--dataset_name", "arrays.jsonl"], 1, "'arrays.jsonl', which cannot be read: line 2 is not an object"),
     (
         ["--dataset_name", "broken.json"],
         1,
@@ -286,12 +290,12 @@ MISTAKES = [
         "The config file 'list.yaml' holds a list, but must hold lines of the form `name: value`.",
     ),
     (["--config", "empty.yaml"], 1, "The config file 'empty.yaml' is empty"),
-    (["--config", "broken.yaml"], 1, "The config file 'broken.yaml' is no YAML"),
+    (["--config", "broken.yaml"], 1, "The config file 'broken.yaml' is not valid YAML"),
     (["--config"], 2, "expected one argument"),
     (["--num_promts", "5"], 2, "unrecognized arguments: --num_promts 5 (did you mean 'num_prompts'?)"),
     (["--dryrun"], 2, "unrecognized arguments: --dryrun (did you mean 'dry_run'?)"),
     (["--num_prompts", "many"], 2, "argument --num_prompts/--num-prompts: invalid int value: 'many'"),
-    (["--model_name_or_path", "nowhere"], 1, "`model_name_or_path` is 'nowhere', which is no directory here"),
+    (["--model_name_or_path", "nowhere"], 1, "`model_name_or_path` is 'nowhere', which is not a directory here"),
     (["--adapter", "nowhere"], 1, "adapter_config.json"),
     (["--save_adapter", "kept"], 1, "Set `warmup_prompts`."),
     (
@@ -350,6 +354,8 @@ def test_help_shows_the_own_arguments_first_and_all_on_request(capsys):
         assert own in short and long.index(own) < long.index("--learning_rate")
     assert "--learning_rate" not in short and "--lora_r" in long
     assert short.count("\n") < 110 and long.startswith(short[:2000])
+    assert "--no_" not in short and "ignore_bias_buffers" not in short and "`datasets`" not in short
+    assert "before the first selection. (default: 0)" in " ".join(short.split())
     assert "Number of prompts to select. (default: 1000)" in " ".join(short.split())
 
 
@@ -416,6 +422,8 @@ def test_warmup_is_that_of_training_and_its_adapter_can_be_kept_and_loaded(folde
     warmup = ["--warmup_prompts", "8", "--learning_rate", "1e-2", "--num_train_epochs", "2"]
     code, said = run(*warmup, "--save_adapter", "kept", "--format", "jsonl")
     assert code == 0 and "Neither `warmup_prompts`" not in said
+    assert "LearnAlign plan: the command ends there." in said and "selected prompts" not in said  # it trains on none
+    assert "at the pace of training" in said
     assert len(Path("out/learnalign/selected.jsonl").read_text().splitlines()) == 5
     selection = Selection.load("out/learnalign/step-000004")
     assert [path.name for path in Path("out").glob("checkpoint-*")] == ["checkpoint-4"]

@@ -95,12 +95,20 @@ TASKS = (
         "save",
         "restart",
     ),
-    *("nothing fails", "reward fails", "loss is not a number", "disk is full", "memory is full"),
+    *(
+        "nothing fails",
+        "reward fails",
+        "reward fails in a part",
+        "loss is not a number",
+        "disk is full",
+        "memory is full",
+    ),
     "nothing to learn on one",
 )
 AGAIN = {
     "save": "resume",
     "reward fails": "select",
+    "reward fails in a part": "select",
     "loss is not a number": "nothing fails",
     "disk is full": "nothing fails",
 }
@@ -287,6 +295,7 @@ def test_a_run_killed_in_a_selection_resumes_into_the_same_selection(tmp_path):
     ("task", "cause"),
     [
         ("reward fails", "RewardError: The reward function `failing` failed.*does not know row 9.* / ValueError"),
+        ("reward fails in a part", "RewardError: The reward function `failing` failed.*does not know row 9"),
         ("loss is not a number", "FloatingPointError: The gradients of the training prompts .* are not finite"),
         ("disk is full", "OSError: .*features-.* could not be written.*File too large"),
     ],

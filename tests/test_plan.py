@@ -45,7 +45,7 @@ def test_plan_of_a_new_run():
     assert lines() == [
         "steps 1 to 8 of 29 warm up on 384 random prompts (300, and 84 read ahead).",
         "selection after step 7: 7,473 prompts x 8 rollouts = 59,784.",
-        "steps 9 to 29 train on the 1,000 selected prompts: 1.0 epochs (`num_train_epochs`).",
+        "steps 9 to 29 train on the 1,000 selected prompts: 1.0 passes (`num_train_epochs`).",
     ]
     page = (Path(__file__).parent.parent / "docs/configuration.md").read_text()
     assert "".join(f"LearnAlign plan: {line}\n" for line in lines()) in page
@@ -72,10 +72,10 @@ def test_plan_of_a_resumed_run():
     first, second, third = lines(step=15, log=CHOSEN)
     assert first == "goes on after step 15 of 29, after the warm-up."
     assert second == "selection number 1 was made, of 1,000 prompts."
-    assert third.startswith("steps 16 to 29 train on the 1,000 selected prompts: 0.7 epochs")
+    assert third.startswith("steps 16 to 29 train on the 1,000 selected prompts: 0.7 passes")
     few = [*START, Version(8, tuple(range(100)))]
     assert "and again after every pass over" in lines(step=15, log=few, reselect_every=1)[1]
-    assert "the 100 selected prompts: 6.7 epochs" in lines(step=15, log=few)[2]
+    assert "the 100 selected prompts: 6.7 passes" in lines(step=15, log=few)[2]
     none = lines(step=15, log=[*START, Version(8, ())])
     assert none[2] == "steps 16 to 29 train on random prompts, as the selection chose none."
     assert lines(step=29, log=CHOSEN)[2] == "no step is left. To train longer, raise `max_steps`."
@@ -139,7 +139,7 @@ def test_the_plan_is_what_happens(run):
     step = int(re.search(r"selection after step (\d+)", second)[1])
     made = Selection.load(path / f"learnalign/step-{step:06d}")
     assert f"{made.scores.num_rows} prompts x 8 rollouts = {made.scores.num_rows * 8}." in second
-    assert third.startswith("steps 4 to 8 train on the 8 selected prompts: 2.5 epochs")
+    assert third.startswith("steps 4 to 8 train on the 8 selected prompts: 2.5 passes")
     trained = (
         rows[: 12 * 4] + rows[12 * 4 + 24 * 8 :]
     )  # without the rollouts of the selection, whose next chunk is drawn
@@ -228,7 +228,7 @@ def test_a_finished_run_is_trained_longer_with_max_steps(run, tmp_path, capsys):
         resumed(path, 8, config(), capsys, num_train_epochs=4)
     shutil.copytree(path, tmp_path / "longer")
     longer, text = resumed(tmp_path / "longer", 8, config(), capsys, max_steps=12)
-    assert plans(text)[2].startswith("steps 9 to 12 train on the 8 selected prompts: 2.0 epochs")
+    assert plans(text)[2].startswith("steps 9 to 12 train on the 8 selected prompts: 2.0 passes")
     seen = Seen(digit_reward)
     whole = make_trainer(tmp_path / "whole", config(), reward=seen, **KWARGS, max_steps=12)
     whole.train()

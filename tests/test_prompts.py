@@ -85,7 +85,7 @@ def test_faults_are_those_of_a_look_at_every_row():
 
 
 def test_a_trainer_refuses_them_before_it_loads_a_model(tmp_path):
-    with pytest.raises(ValueError, match=r"nothing can be generated for \(empty: row 1\)"):
+    with pytest.raises(ValueError, match=r"\(empty: row 1\). Correct these rows \(counted from 0\)"):
         LearnAlignGRPOTrainer(
             model="no-such-model",
             reward_funcs=parity_reward,

@@ -18,7 +18,8 @@ def selection_warning(selection: "Selection") -> str | None:
     wanted = min(config["num_prompts"], selection.provenance["num_rows"])
     if chosen >= wanted or (config["score"] == "random" and chosen):
         return None
-    if not selection.measures or selection.num_eligible() < selection.num_learnable():
+    eligible = selection.num_eligible() + len(selection.provenance.get("duplicates", ()))
+    if not selection.measures or eligible < selection.num_learnable():
         return _conditions(selection, chosen, config)
     if chosen:
         different = "different " * bool(selection.provenance.get("duplicates"))

@@ -116,7 +116,7 @@ def _check_model(model_args):
             AutoConfig.from_pretrained(name, revision=model_args.model_revision)
         except (ValueError, OSError) as error:
             raise ValueError(
-                f"`model_name_or_path` is '{name}', which is no directory here and could not be loaded from the Hub: {error}"
+                f"`model_name_or_path` is '{name}', which is not a directory here and could not be loaded from the Hub: {error}"
             ) from error
 
 
@@ -201,9 +201,9 @@ def _broken_line(file) -> str | None:
     for number, line in enumerate(content.splitlines(), 1):
         try:
             if line.strip() and not isinstance(json.loads(line), dict):
-                return f'line {number} is no object such as {{"prompt": "..."}}'
+                return f'line {number} is not an object such as {{"prompt": "..."}}'
         except ValueError as error:
-            return f"line {number} is no JSON ({error})"
+            return f"line {number} is not valid JSON ({error})"
     return None
 
 

@@ -108,6 +108,13 @@ class LearnAlignCallback(TrainerCallback):
         if warning is not None and state.global_step == 0:
             logger.warning(warning)
 
+    def _say_estimate(self, state):
+        if self.trainer.accelerator.is_main_process and self.config.score != "random":
+            since, then = self._since
+            seconds = time.perf_counter() - then
+            line = plan.estimate_line(self.sampler.layout, self.config, state.global_step, since, seconds)
+            print(line, flush=True)
+
     def on_train_end(self, args, state, control, **kwargs):
         self.unlock()
 
@@ -175,11 +182,7 @@ class LearnAlignCallback(TrainerCallback):
 
     def _select(self, state):
         start, self._pending = self._pending, None
-        if self.trainer.accelerator.is_main_process and self.config.score != "random":
-            since, then = self._since
-            seconds = time.perf_counter() - then
-            line = plan.estimate_line(self.sampler.layout, self.config, state.global_step, since, seconds)
-            print(line, flush=True)
+        self._say_estimate(state)
         first = len(self.sampler.log) == 1
         selection = select_at_stage(self.trainer, self.config, len(self.sampler.log) - 1)
         if first and start > 0 and self.config.after_warmup == "restart":

@@ -24,6 +24,7 @@ from .callback import LearnAlignCallback
 from .cards import dataset_card
 from .config import LearnAlignConfig
 from .dry_run import plan_selection
+from .plan import plan_lines
 from .report import write_report
 from .sampler import LearnAlignSampler
 from .selection import Selection
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 _SELECT = "trl-learnalign select"
 _KINDS = (SelectArguments, LearnAlignConfig, GRPOConfig, ModelConfig)
+_UNUSED = ("dataset_test_split", "dataset_streaming", "ignore_bias_buffers")  # fields of TRL's ScriptArguments
 _EPILOG = """
 Of TRL's arguments `--model_name_or_path` is needed, and `--output_dir`, `--use_peft`, `--lora_target_modules`,
 `--per_device_train_batch_size`, `--num_generations` and `--max_completion_length` are often wanted; see `--help-all`.
@@ -160,14 +162,14 @@ def _names() -> list[str]:
 def _check_config(path: str) -> None:
     """
     Raises:
-        `ValueError`, `FileNotFoundError`: the file does not exist, is no YAML, or is not a mapping of names to values.
+        `ValueError`, `FileNotFoundError`: the file does not exist, is not valid YAML, or is not a mapping of names to values.
     """
     try:
         document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"`--config` is '{path}', but there is no such file.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"The config file '{path}' is no YAML: {error}") from error
+        raise ValueError(f"The config file '{path}' is not valid YAML: {error}") from error
     if not isinstance(document, dict):
         kind = "is empty" if document is None else f"holds a {type(document).__name__}"
         raise ValueError(f"The config file '{path}' {kind}, but must hold lines of the form `name: value`.")
@@ -187,7 +189,12 @@ def _help(everything: bool) -> None:
     parser.set_defaults(warmup_prompts=0)
     for action in parser._actions:  # one spelling each, and no defaults that say nothing
         action.option_strings = action.option_strings[:1]
-        action.default = action.default if action.default else argparse.SUPPRESS
+        if action.default is None or action.default is False or action.default == []:
+            action.default = argparse.SUPPRESS
+        if action.dest in _UNUSED or action.option_strings[0].startswith("--no_"):
+            action.help = argparse.SUPPRESS
+        elif action.help:
+            action.help = action.help.replace(" If `datasets` is provided, this will be ignored.", "")
     parser.print_help()
     if everything:
         print("\nArguments of TRL:")
@@ -238,8 +245,17 @@ class _SelectOnce(LearnAlignCallback):
         if not self.selections:  # a run resumed into the selection trains one more step, which is not used
             super().on_step_end(args, state, control, **kwargs)
 
+    def _say_plan(self, state):
+        if self.trainer.accelerator.is_main_process:
+            due = self._pending is not None
+            lines = plan_lines(
+                self.sampler.layout, self.config, state.max_steps, state.global_step, self.sampler.log, due
+            )
+            print(*lines[:2], "LearnAlign plan: the command ends there.", sep="\n", flush=True)
+
     def _select(self, state):
         self._pending = None
+        self._say_estimate(state)
         self.trainer.control.should_training_stop = True
         if self.adapter is not None:
             self.trainer.save_model(self.adapter)

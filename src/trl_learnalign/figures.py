@@ -238,7 +238,7 @@ def _seconds(selection) -> Drawing:
         axes.margins(x=0.18)
 
     words = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()) + "."
-    return Drawing("seconds", "Time of each phase of the selection.", words, draw)
+    return Drawing("seconds", "Time of each phase of the selection:", words, draw)
 
 
 def overlaps(selections: list["Selection"]) -> list[float | None]:

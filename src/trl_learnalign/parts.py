@@ -7,6 +7,7 @@ from datasets import Dataset
 from trl import GRPOTrainer
 
 from . import rollouts
+from .peers import Peers
 from .projection import stable_hash
 from .rollouts import Group
 
@@ -17,14 +18,19 @@ def rollouts_at_once(trainer: GRPOTrainer, num_rollouts: int) -> int:
 
 
 def generate_in_parts(
-    trainer: GRPOTrainer, dataset: Dataset, indices: list[int], seed: int, gradients: bool
+    trainer: GRPOTrainer, dataset: Dataset, indices: list[int], seed: int, gradients: bool, peers: Peers
 ) -> list[Group]:
-    """[`generate_groups`], of a group larger than what training generates at once part after part, each with its own seed."""
+    """
+    [`generate_groups`], of a group larger than what training generates at once part after part, each with its own seed.
+    Before each further part the processes meet, as one on which a part failed does not join the collectives of the next.
+    """
     size = trainer.num_generations
     at_once = rollouts_at_once(trainer, size)
     parts = []
     try:
         for start in range(0, size, at_once):
+            if start:
+                peers.wait()
             trainer.num_generations = min(at_once, size - start)
             part_seed = stable_hash(seed, "part", start) if start else seed
             parts.append(rollouts.generate_groups(trainer, dataset, indices, part_seed, gradients))

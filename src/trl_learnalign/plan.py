@@ -64,7 +64,7 @@ def _training(layout, max_steps, begin, log):
         return f"{steps} random prompts, as the selection chose none."
     prompts = len(log[-1].indices) or layout.num_prompts
     passes = (layout.prompts_trained(max_steps) - layout.prompts_trained(begin)) / prompts
-    return f"{steps} the {prompts:,} selected prompts: {passes:.1f} epochs (`num_train_epochs`)."
+    return f"{steps} the {prompts:,} selected prompts: {passes:.1f} passes (`num_train_epochs`)."
 
 
 def _counts(layout, config):

@@ -31,8 +31,8 @@ def check_prompts(dataset: Dataset) -> None:
     if found:
         reasons = "; ".join(f"{reason}: {_listed(rows)}" for reason, rows in found.items())
         raise ValueError(
-            f"The training dataset has prompts that nothing can be generated for ({reasons}). Correct these rows, or leave "
-            "them out with `dataset.filter` or `dataset.select`."
+            f"The training dataset has prompts that nothing can be generated for ({reasons}). Correct these rows (counted from 0), or "
+            "leave them out with `dataset.filter` or `dataset.select`."
         )
 
 

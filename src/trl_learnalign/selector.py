@@ -200,7 +200,8 @@ class SelectionRun:
                 padded = batch + [batch[0]] * (min(size, len(self.pool)) - len(batch))
                 seed = stable_hash(self.seed, "rollouts", self.step, seed_of[0])
                 gradients = "gradients" in self.score.requires
-                fresh = generate_in_parts(self.trainer, self.dataset, padded, seed, gradients)[: len(batch)]
+                fresh = generate_in_parts(self.trainer, self.dataset, padded, seed, gradients, self.peers)
+                fresh = fresh[: len(batch)]
                 if done is None and mine:
                     done = fresh
                     self.journal.save_groups(done)

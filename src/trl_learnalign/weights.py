@@ -64,4 +64,4 @@ def _of_fsdp1(root):
         with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
             for name, parameter in unit.named_parameters():
                 if parameter.requires_grad and parameter not in inner:
-                    yield f"{prefixes[unit]}.{name}", parameter
+                    yield f"{prefixes[unit]}.{name}".lstrip("."), parameter  # the root has no name
