@@ -298,6 +298,7 @@ MISTAKES = [
     (["--model_name_or_path", "nowhere"], 1, "`model_name_or_path` is 'nowhere', which is not a directory here"),
     (["--adapter", "nowhere"], 1, "adapter_config.json"),
     (["--save_adapter", "kept"], 1, "Set `warmup_prompts`."),
+    (["--adapter", "nowhere"], 1, "`adapter` is 'nowhere', but that is not a directory with an"),
     (
         ["--save_adapter", "kept", "--warmup_prompts", "8", "--use_peft", "false"],
         1,
