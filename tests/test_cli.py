@@ -296,8 +296,8 @@ MISTAKES = [
     (["--dryrun"], 2, "unrecognized arguments: --dryrun (did you mean 'dry_run'?)"),
     (["--num_prompts", "many"], 2, "argument --num_prompts/--num-prompts: invalid int value: 'many'"),
     (["--model_name_or_path", "nowhere"], 1, "`model_name_or_path` is 'nowhere', which is not a directory here"),
-    (["--adapter", "nowhere"], 1, "adapter_config.json"),
     (["--save_adapter", "kept"], 1, "Set `warmup_prompts`."),
+    (["--adapter", "nowhere"], 1, "`adapter` is 'nowhere', but that is not a directory with an"),
     (
         ["--save_adapter", "kept", "--warmup_prompts", "8", "--use_peft", "false"],
         1,

@@ -74,6 +74,11 @@ def test_gains_in_the_readme_are_those_of_the_evidence():
     gains = re.findall(r"[+-][\d.]+ \[[^]]+\]", (ROOT / "README.md").read_text())
     evidence = (ROOT / "docs/evidence.md").read_text()
     assert len(gains) == 3 and all(gain in evidence for gain in gains)
+    took = re.search(
+        r"took (\d+) s of rollouts.* and (\d+) s of gradients.* took (\d+) s", (ROOT / "README.md").read_text()
+    )
+    rows = ("rollouts of a selection", "gradients of a selection", "training on 1,000 prompts, 125 steps")
+    assert all(f"| {row} | {seconds} |" in evidence for row, seconds in zip(rows, took.groups(), strict=True))
 
 
 def test_lines_that_change_are_counted_honestly():

@@ -259,3 +259,6 @@ def test_a_finished_selection_that_is_used_again_says_so(tmp_path, capsys):
         UserWarning, match=rf"is 500, but the pool of 24 has only {first.num_learnable()} learnable prompts"
     ):
         assert len(first.select(500).indices) == first.num_learnable()
+    select_prompts(make_trainer(tmp_path), config(score="learnability", num_rollouts=3))
+    out = capsys.readouterr().out
+    assert f"Will be replaced: '{path}' holds a selection from other" in out and "Used again" not in out

@@ -74,6 +74,11 @@ def build_trainer(
             "`save_adapter` saves an adapter, but the policy has none. Set `use_peft: true`, or take the weights from the "
             "checkpoint that is saved after the warm-up."
         )
+    if arguments.adapter is not None and not (Path(arguments.adapter) / "adapter_config.json").is_file():
+        raise FileNotFoundError(
+            f"`adapter` is '{arguments.adapter}', but that is not a directory with an `adapter_config.json`. Pass the directory of "
+            "`--save_adapter`, or a checkpoint of a training run with an adapter."
+        )
     reward_funcs = [load_reward(name) for name in arguments.reward_funcs]
     names = [getattr(function, "__name__", None) for function in reward_funcs]
     if "rollouts" in config.measures and None not in names:

@@ -154,6 +154,7 @@ class SelectionRun:
             except (OSError, ValueError):
                 found = None
             if found is not None and found.provenance.get("key") != self.provenance["key"]:
+                tqdm.write(f"Will be replaced: {_REPLACED.format(self.path, found.provenance.get('made', 'unknown'))}")
                 found = None
         found = self.peers.broadcast(found)
         if found is not None:
@@ -365,6 +366,10 @@ class SelectionRun:
 _REUSED = (
     "'{}' holds this selection already, from the same weights, data, rewards and settings (made: {}). Its times are "
     "from then. To select again, delete that directory or pass another `output_dir`."
+)
+_REPLACED = (
+    "'{}' holds a selection from other weights, data, rewards or settings (made: {}). To keep it, stop here and move that "
+    "directory, or pass another `output_dir`."
 )
 _NOT_IN_KEY = set(FREE_ON_RESUME) - {"save_rollouts"}  # which the files of a selection depend on
 _KEY_FIELDS = ("config", "seed", "global_step", "stage", "num_rollouts", "dataset_fingerprint", "num_rows", "model")
