@@ -4,13 +4,12 @@ import ast
 import difflib
 import importlib
 import importlib.util
-import json
 import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
 from transformers import AutoConfig, set_seed
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
@@ -18,10 +17,8 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, get_peft_
 from .config import LearnAlignConfig
 from .rewards import check_success_reward, last_line
 from .rollouts import check_dataset
+from .rows import read_dataset
 from .selection import check_score_columns
-
-
-_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 @dataclass
@@ -151,16 +148,9 @@ def load_adapter(trainer: GRPOTrainer, path: str) -> None:
 
 def read_rows(arguments: SelectArguments) -> Dataset:
     """The training split of a dataset of the Hub or of a directory, or the rows of one file, with the trainer's names."""
-    file = Path(arguments.dataset_name)
-    if file.suffix in _READERS or file.is_file():
-        dataset = _read_file(file)
-    else:
-        try:
-            dataset = load_dataset(
-                arguments.dataset_name, arguments.dataset_config, split=arguments.dataset_train_split
-            )
-        except (ValueError, OSError) as error:
-            raise ValueError(f"`dataset_name` is '{file}', which could not be loaded: {error}") from error
+    dataset = read_dataset(
+        arguments.dataset_name, "dataset_name", arguments.dataset_config, arguments.dataset_train_split
+    )
     columns = dataset.column_names
     for old, new in arguments.renamed().items():
         if old not in columns:
@@ -174,42 +164,6 @@ def read_rows(arguments: SelectArguments) -> Dataset:
             )
         dataset = dataset.rename_column(old, new)
     return dataset
-
-
-def _read_file(file):
-    if file.suffix not in _READERS:
-        raise ValueError(f"`dataset_name` is '{file}', but only files named {', '.join(_READERS)} can be read.")
-    if not file.is_file():
-        raise FileNotFoundError(f"`dataset_name` is '{file}', but there is no such file.")
-    with file.open("rb") as lines:
-        if not any(line.strip() for line in lines):
-            raise ValueError(f"`dataset_name` is '{file}', which is empty.")
-    try:
-        return load_dataset(_READERS[file.suffix], data_files=str(file), split="train")
-    except Exception as error:  # each reader has errors of its own
-        cause = error.__cause__ or error
-        place = _broken_line(file) if _READERS[file.suffix] == "json" else None
-        raise ValueError(
-            f"`dataset_name` is '{file}', which cannot be read: {place or f'{type(cause).__name__}: {cause}'}."
-        ) from error
-
-
-def _broken_line(file) -> str | None:
-    """What is wrong with the first line of a JSON file that is no row."""
-    content = file.read_bytes()
-    if file.suffix == ".json" and content.lstrip().startswith(b"["):  # an array over many lines
-        try:
-            json.loads(content)
-        except ValueError as error:
-            return str(error)
-        return None
-    for number, line in enumerate(content.splitlines(), 1):
-        try:
-            if line.strip() and not isinstance(json.loads(line), dict):
-                return f'line {number} is not an object such as {{"prompt": "..."}}'
-        except ValueError as error:
-            return f"line {number} is not valid JSON ({error})"
-    return None
 
 
 # Reward functions --------------------------------------------------------------------------------------------------

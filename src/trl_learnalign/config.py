@@ -4,8 +4,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
+from datasets import Dataset
+
 from .choice import QUOTAS, TAKES, Condition
-from .scores import MEASURES, SCORES, find_score, score_name
+from .scores import OWN_MEASURES, SCORES, find_score, score_name
 
 
 ORDERS = ("shuffle", "ranked", "folding")
@@ -64,6 +66,12 @@ class LearnAlignConfig:
         deduplicate (`bool`, *optional*, defaults to `False`):
             Of rows with the same prompt choose only the best-ranked one. Prompts are compared by their text or messages
             (and their images), not by their answers or other columns.
+        target_dataset (`str` or `Dataset`, *optional*):
+            Prompts of what the policy is to become good at, with the columns of the training dataset: a file, a name of the Hub, or
+            a `datasets.Dataset`. Required by `score="target"` (V times the alignment with the target's mean gradient, the largest
+            over subtasks: LESS, arXiv 2402.04333) and `"target_alignment"` (the same without V).
+        target_column (`str`, *optional*):
+            A column of the target dataset that names the subtask of each row. Without it there is one.
         where (`str`, *optional*):
             Choose only prompts for which this holds, a condition on columns of the dataset and of the scores such as
             `"completion_length_mean < 800 and source != 'forum'"`. If it needs columns of the dataset alone, other prompts are
@@ -152,6 +160,13 @@ class LearnAlignConfig:
     deduplicate: bool = field(
         default=False, metadata={"help": "Of rows with the same prompt choose only the best-ranked one."}
     )
+    target_dataset: str | None = field(
+        default=None,
+        metadata={"help": "Prompts of what the policy is to become good at: a file or a name of the Hub."},
+    )
+    target_column: str | None = field(
+        default=None, metadata={"help": "A column of the target dataset that names the subtask of each row."}
+    )
     where: str | None = field(
         default=None,
         metadata={
@@ -220,7 +235,8 @@ class LearnAlignConfig:
             )
         self._check_score()
         _check_integer("fold", self.fold, 1, "It is the step through the ranking.")
-        for name in ("where", "quota_column"):
+        self._check_target()
+        for name in ("target_column", "where", "quota_column"):
             if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
                 raise ValueError(f"`{name}` must be a text, but is {getattr(self, name)!r}. Use None for none.")
         if self.where is not None:
@@ -248,13 +264,29 @@ class LearnAlignConfig:
                 f"`score` is {self.score!r}, but must be one of {', '.join(SCORES)}, `column:NAME`, or a function."
             )
         measures = self.score_measures
-        if measures is not None and (not isinstance(measures, list | tuple) or set(measures) - set(MEASURES)):
-            raise ValueError(f"`score_measures` must be a list of {', '.join(MEASURES)}, but is {measures!r}.")
+        if measures is not None and (not isinstance(measures, list | tuple) or set(measures) - set(OWN_MEASURES)):
+            raise ValueError(f"`score_measures` must be a list of {', '.join(OWN_MEASURES)}, but is {measures!r}.")
         if measures is not None and isinstance(self.score, str) and (self.score in SCORES or ".py:" not in self.score):
             raise ValueError(
                 f"`score_measures` is {measures!r}, but is for functions of yours, and `score` is {self.score!r}. Leave it out."
             )
         find_score(self.score, measures)
+
+    def _check_target(self):
+        if self.target_dataset is not None and not isinstance(self.target_dataset, str | Dataset):
+            raise ValueError(
+                f"`target_dataset` must be a path, a name of the Hub or a Dataset, but is a {type(self.target_dataset).__name__}."
+            )
+        if ("target" in self.measures) != (self.target_dataset is not None):
+            have = "is not set" if self.target_dataset is None else "is set"
+            raise ValueError(
+                f"`score` is {score_name(self.score)!r}, but `target_dataset` {have}. The scores `target` and `target_alignment` need it, "
+                "the others do not use it."
+            )
+        if self.target_column is not None and self.target_dataset is None:
+            raise ValueError(
+                "`target_column` is a column of the target dataset, but there is none. Set `target_dataset`."
+            )
 
     @property
     def measures(self) -> tuple[str, ...]:
@@ -269,6 +301,9 @@ class LearnAlignConfig:
     def to_dict(self) -> dict:
         """The fields as a dictionary of plain values; a function by its name."""
         values = {one.name: getattr(self, one.name) for one in fields(self)}
+        target = self.target_dataset
+        if isinstance(target, Dataset):
+            values["target_dataset"] = f"Dataset of {len(target)} rows"
         return values | {"score": score_name(self.score)}
 
 

@@ -85,6 +85,12 @@ class FeatureSource:
             del features  # may be as large as the LoRA
         return total
 
+    def compute(self) -> None:
+        """Computes the features of all prompts, so that they can be read. All processes must call this."""
+        if not self.twice:
+            for _ in self._computed():
+                pass
+
     def __iter__(self) -> Iterator[Batch]:
         if self.twice:
             yield from self._computed()

@@ -12,6 +12,7 @@ from datasets import Dataset, Value
 from . import scoring
 from .choice import Condition, draw_order
 from .config import LearnAlignConfig
+from .rows import read_dataset
 from .scores import find_score
 from .selection import SCORES_SCHEMA
 
@@ -20,6 +21,7 @@ from .selection import SCORES_SCHEMA
 MEASURED = {
     "rollouts": ("success_rate", "learnability", "reward_mean", "reward_std", "completion_length_mean"),
     "gradients": ("alignment", "gradient_norm"),
+    "target": (),
 }
 
 
@@ -134,6 +136,29 @@ def candidate_rows(dataset: Dataset, config: LearnAlignConfig) -> list[int]:
     if not found:
         raise ValueError(f"`where` is {config.where!r}, which holds for no row of the training dataset. Correct it.")
     return found
+
+
+def load_target(dataset: Dataset, config: LearnAlignConfig) -> Dataset | None:
+    """
+    The rows of the target; `None` without one. `dataset` is the training dataset, whose columns it must have.
+
+    Raises:
+        `ValueError`: it cannot be read, is empty, or lacks a column.
+    """
+    if config.target_dataset is None:
+        return None
+    target = config.target_dataset
+    target = read_dataset(target, "target_dataset") if isinstance(target, str) else target
+    if not len(target):
+        raise ValueError("`target_dataset` is empty. It needs prompts of what the policy is to become good at.")
+    needed = set(dataset.column_names) if config.target_column is None else {config.target_column}
+    missing = sorted(({"prompt"} & set(dataset.column_names) | needed) - set(target.column_names))
+    if missing:
+        raise ValueError(
+            f"`target_dataset` has no column {', '.join(map(repr, missing))}. Its columns are: {', '.join(target.column_names)}. "
+            "It needs those of the training dataset, which its prompts and the reward functions are made of, and `target_column`."
+        )
+    return target
 
 
 def scores_table(

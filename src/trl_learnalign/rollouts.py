@@ -22,7 +22,7 @@ from .generation import check_images, check_vllm, random_state, set_random_state
 from .gradients import UnseenParametersError, check_parameters, dropout_off, turn_dropout_off, unseen_message
 from .names import check_names
 from .objective import check_loss
-from .pool import check_columns
+from .pool import check_columns, load_target
 from .progress import ProgressLines
 from .projection import stable_hash
 from .prompts import check_duplicates, check_prompts
@@ -94,6 +94,7 @@ def check_trainer(trainer: GRPOTrainer, config: LearnAlignConfig) -> None:
             stacklevel=3,
         )
     check_columns(dataset, config)
+    load_target(dataset, config)
     if not config.measures:
         return
     check_success_reward(list(trainer.reward_func_names), config.success_reward, config.learnability)
@@ -143,9 +144,10 @@ def _is_placeholder(dataset):
     return dataset.column_names == ["prompt"] and all(prompt == empty for prompt in dataset[:10]["prompt"])
 
 
-def visible_columns(trainer: GRPOTrainer) -> Dataset:
-    """The training dataset with the columns that the trainer's dataloader would leave in it."""
-    return trainer._remove_unused_columns(trainer.train_dataset, description="selection")
+def visible_columns(trainer: GRPOTrainer, dataset: Dataset | None = None) -> Dataset:
+    """The dataset, by default the training dataset, with the columns that the trainer's dataloader would leave in it."""
+    dataset = trainer.train_dataset if dataset is None else dataset
+    return trainer._remove_unused_columns(dataset, description="selection")
 
 
 def first_completion(trainer: GRPOTrainer, group: Group) -> tuple[str, float]:

@@ -12,11 +12,21 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import pandas
 
-MEASURES = ("rollouts", "gradients")
+MEASURES = ("rollouts", "gradients", "target")
+OWN_MEASURES = MEASURES[:2]  # that a function of the user's can ask for
 
 
 class Alignments(Protocol):
     """The gradient features of the learnable prompts, where a score needs `"gradients"`."""
+
+    def target(self) -> "pandas.DataFrame":
+        """
+        Aligns every learnable prompt with the target, where a score needs `"target"`: max_s cos(phi_i, g_s), with g_s the mean of
+        phi_j / |phi_j| over the learnable target prompts j of subtask s (LESS, arXiv 2402.04333, section 4.2).
+
+        Returns:
+            `pandas.DataFrame` of n rows: `alignment` and `gradient_norm` = |phi_i|; NaN for prompts with V = 0.
+        """
 
     def __call__(self, weights: "pandas.Series") -> "pandas.DataFrame":
         """
@@ -35,7 +45,8 @@ class Alignments(Protocol):
 class Score:
     """
     Attributes:
-        requires (`tuple[str, ...]`): the measures that it needs: `"rollouts"`, `"gradients"` (which need rollouts), or none.
+        requires (`tuple[str, ...]`): the measures that it needs: `"rollouts"`, `"gradients"` (which need rollouts), `"target"` (which
+            needs both), or none.
         rank (`Callable`):
             Takes the table of what was measured, a row per prompt by dataset row, and the [`Alignments`] (`None` without
             gradients). Returns the score of each prompt, higher is better, as a Series, or a DataFrame with the column `score` and
@@ -50,11 +61,19 @@ class Score:
     code: Callable | None = None
 
 
+def _to_target(table, align, weights):
+    aligned = align.target()
+    return aligned.assign(score=(weights * aligned["alignment"]).where(table["learnability"] > 0, 0.0))
+
+
+_TARGET = ("rollouts", "gradients", "target")
 SCORES = {
     # Eq. 8 of the paper, and without V
     "learnalign": Score(("rollouts", "gradients"), lambda table, align: align(table["learnability"])),
     "alignment": Score(("rollouts", "gradients"), lambda table, align: align(table["learnability"] * 0 + 1)),
     "learnability": Score(("rollouts",), lambda table, align: table["learnability"]),
+    "target": Score(_TARGET, lambda table, align: _to_target(table, align, table["learnability"])),
+    "target_alignment": Score(_TARGET, lambda table, align: _to_target(table, align, 1.0)),
     "random": Score((), lambda table, align: table.index.to_series() * 0.0),  # all tied, and ties are in random order
 }
 _COLUMN = "column:"

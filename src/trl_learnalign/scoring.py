@@ -125,6 +125,35 @@ def scores_of_batches(
     return tuple(torch.tensor(column, dtype=dtype) for column, dtype in zip(columns, dtypes, strict=True))
 
 
+def largest_cosines(
+    batches: Iterable[tuple[list[int], torch.Tensor]], directions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    max_s cos(phi_i, g_s) of features that are read batch by batch, once.
+
+    Args:
+        batches (`Iterable`): of k dataset indices and features phi of shape `(k, d)`.
+        directions (`torch.Tensor` of shape `(S, d)`): g, float64. A feature or a direction of norm 0 has a cosine of 0.
+
+    Returns:
+        three `torch.Tensor` of shape `(n,)`: dataset indices (int64); the largest cosines and |phi_i| (float64).
+    """
+    columns = array("q"), array("d"), array("d")
+    lengths = directions.norm(dim=1)
+    for indices, features in batches:
+        products = torch.zeros(len(features), len(directions), dtype=torch.float64)
+        for part, part_of_directions in zip(features.split(_COLUMNS, 1), directions.split(_COLUMNS, 1), strict=True):
+            products += part.double() @ part_of_directions.T
+        norms = feature_norms(features)
+        scale = norms[:, None] * lengths
+        cosines = torch.where(scale > 0, products / scale, 0.0).max(1).values
+        for column, entries in zip(columns, (indices, cosines.tolist(), norms.tolist()), strict=True):
+            column.extend(entries)
+        del features, part  # may be as large as a LoRA
+    dtypes = torch.int64, torch.float64, torch.float64
+    return tuple(torch.tensor(column, dtype=dtype) for column, dtype in zip(columns, dtypes, strict=True))
+
+
 def ranking(scores: torch.Tensor, learnabilities: torch.Tensor, seed: int) -> list[int]:
     """
     All n positions, best first: those with V > 0 by falling score, then those with V = 0. Scores that agree in 12

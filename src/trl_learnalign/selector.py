@@ -1,6 +1,5 @@
 """One selection: rollouts, gradients, scores, choice, files."""
 
-import functools
 import hashlib
 import json
 import logging
@@ -13,21 +12,21 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from datasets import Dataset
 from tqdm.auto import tqdm
 from trl import GRPOTrainer
 
-from . import rollouts, scoring
+from . import rollouts
 from .advice import selection_warning
+from .alignments import GradientAlignments
 from .audit import rollouts_table, texts_table
 from .config import FREE_ON_RESUME, LearnAlignConfig
 from .disk import DirectoryLock, make_directory, scratch
-from .features import FeatureSource
 from .generation import deal, tensor_parallel_size
 from .journal import Journal
-from .objective import Row, counts_without_advantage
 from .parts import generate_in_parts, rollouts_at_once
 from .peers import Peers
-from .pool import Pool, candidate_rows, dataset_columns, draw_pool, scores_table
+from .pool import Pool, candidate_rows, dataset_columns, draw_pool, load_target, scores_table
 from .projection import stable_hash
 from .prompts import equal_prompts
 from .rewards import source_of
@@ -92,6 +91,7 @@ class SelectionRun:
         rows = candidate_rows(trainer.train_dataset, config)
         self.pool = draw_pool(rows, config.candidate_prompts, stable_hash(self.seed, "pool", stage))
         self.path = Path(trainer.args.output_dir) / "learnalign" / f"step-{self.step:06d}"
+        self.target = load_target(trainer.train_dataset, config)
         self.equal = equal_prompts(trainer.train_dataset) if config.deduplicate else None
         self.seconds = {}
         self.reused = False
@@ -166,13 +166,14 @@ class SelectionRun:
         for mine in (self.accelerator.is_main_process, self.accelerator.is_local_main_process):
             self.journal = Journal(self._journal_path(), self.provenance["key"], mine)
             self.peers.wait()
-        make_directory(self.journal.path)  # in a dry run, where each process has one
+        make_directory(self.journal.path / "target")  # also in a dry run, where each process has one
         with rollouts.left_as_found(self.trainer, self.num_rollouts):
             started = time.perf_counter()
-            own = self._roll_out()
-            self._clock("rollouts", started)
-            pool = self._gather_rewards(own)
-            align = functools.partial(self._align, own, pool) if "gradients" in self.score.requires else None
+            own = self.roll_out(self.dataset, self.pool, self.journal)
+            self.clock("rollouts", started)
+            pool = self.gather_rewards(own)
+            self.provenance |= {"unscorable": pool.unscorable, "reward_range": pool.reward_range()}
+            align = GradientAlignments(self, own, pool) if "gradients" in self.score.requires else None
             selection = self._choose(pool.table(), align)
         saved = rollouts_table(own, pool, self.peers) if self.config.save_rollouts else None
         self._publish(selection, own, saved)
@@ -180,32 +181,32 @@ class SelectionRun:
 
     # Rollouts ---------------------------------------------------------------------------------------------------
 
-    def _roll_out(self) -> list[Group]:
+    def roll_out(self, dataset: Dataset, rows: list[int], journal: Journal, phase: str = "rollouts") -> list[Group]:
         """
-        This process's groups. The batches of the pool do not depend on the number of processes, and each has its own
+        This process's groups of these rows of a dataset. The batches do not depend on the number of processes, and each has its own
         seed; batch b goes to process b % world. All processes generate in the same rounds, as rewards are gathered.
         """
         size = rollouts.prompts_per_batch(self.trainer, self.num_rollouts)
-        batches = [self.pool[start : start + size] for start in range(0, len(self.pool), size)]
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         sharing = tensor_parallel_size(self.trainer)
         groups = []
-        bar = rollouts.progress_bar(self.trainer, "rollouts", len(self.pool), "prompts")
+        bar = rollouts.progress_bar(self.trainer, phase, len(rows), "prompts")
         for first in range(0, len(batches), world):
             # Rewards are gathered, so every process must bring equally many prompts; the last batch is filled up even on
             # one process, so that its rollouts do not depend on the number of processes
             batch, seed_of, mine = deal(batches, first, rank, sharing)
             shape = self.num_rollouts, len(self.trainer.reward_funcs)
-            done = self.journal.load_groups(batch, shape) if mine else None
+            done = journal.load_groups(batch, shape) if mine else None
             if not all(self.peers.gather(done is not None or not mine)):
-                padded = batch + [batch[0]] * (min(size, len(self.pool)) - len(batch))
-                seed = stable_hash(self.seed, "rollouts", self.step, seed_of[0])
+                padded = batch + [batch[0]] * (min(size, len(rows)) - len(batch))
+                seed = stable_hash(self.seed, phase, self.step, seed_of[0])
                 gradients = "gradients" in self.score.requires
-                fresh = generate_in_parts(self.trainer, self.dataset, padded, seed, gradients, self.peers)
+                fresh = generate_in_parts(self.trainer, dataset, padded, seed, gradients, self.peers)
                 fresh = fresh[: len(batch)]
                 if done is None and mine:
                     done = fresh
-                    self.journal.save_groups(done)
+                    journal.save_groups(done)
             if mine:
                 if not self.config.save_rollouts:
                     for group in done:
@@ -215,8 +216,8 @@ class SelectionRun:
         bar.close()
         return groups
 
-    def _gather_rewards(self, own) -> Pool:
-        """The whole pool, on every process."""
+    def gather_rewards(self, own: list[Group]) -> Pool:
+        """What the rollouts of all processes found out, on every process."""
         num_rewards = len(self.trainer.reward_funcs)
         columns = (
             np.array([group.index for group in own], dtype=np.int64),
@@ -225,77 +226,7 @@ class SelectionRun:
         )
         gathered = zip(*self.peers.gather(columns), strict=True)
         indices, rewards, lengths = (torch.from_numpy(np.concatenate(parts)) for parts in gathered)
-        pool = Pool.of_rewards(indices, rewards, lengths, self.config, self.trainer)
-        self.provenance |= {"unscorable": pool.unscorable, "reward_range": pool.reward_range()}
-        return pool
-
-    # Gradients --------------------------------------------------------------------------------------------------
-
-    def _align(self, own, pool, by_prompt) -> pd.DataFrame:
-        """See [`Alignments`]."""
-        started = time.perf_counter()
-        position = {index: i for i, index in enumerate(pool.indices.tolist())}
-        tasks = {}
-        for group in own:
-            i = position.get(group.index)
-            if i is not None and pool.learnability[i] > 0:
-                tasks[group.index] = self._rows(group, pool.advantages[i], pool.deciding[i])
-        weights = torch.zeros(len(self.dataset), dtype=torch.float64)
-        weights[by_prompt.index.tolist()] = torch.tensor(by_prompt.to_numpy(dtype=float))
-        source = FeatureSource(
-            self.trainer,
-            self.config.projection_dim,
-            self.seed,
-            tasks,
-            self.journal,
-            self.config.max_tokens_per_batch,
-            self.peers,
-        )
-        total = source.weighted_sum(weights)
-        self.peers.wait()
-        if self.accelerator.num_processes > 1:  # float64, which not every single device has
-            total = self.accelerator.reduce(total.to(self.accelerator.device), "sum").cpu()
-        self._clock("gradients", started)
-        started = time.perf_counter()
-        scored = scoring.scores_of_batches(source, weights, total / len(pool.indices))
-        indices, *values = (torch.cat(parts) for parts in zip(*self.peers.gather(scored), strict=True))
-        self._clock("scores", started)
-        missing = int((pool.learnability > 0).sum()) - len(indices)
-        if missing:  # the same on every process, so all raise
-            raise RuntimeError(
-                f"The gradient features of {missing} prompts could not be read back from '{self.journal.path}'. Check the "
-                "disk and run again: the features that are still there are reused."
-            )
-        self._count_cost(own, source)
-        columns = dict(zip(("score", "alignment", "gradient_norm"), (value.numpy() for value in values), strict=True))
-        table = pd.DataFrame(columns, index=indices.numpy()).reindex(by_prompt.index)
-        return table.assign(score=table["score"].fillna(0.0))
-
-    def _count_cost(self, own, source):
-        """The cost of gradients and scores relative to the rollouts, and an estimate of the least that it can be."""
-        rolled_out = sum(len(ids) for group in own for ids in (*group.prompt_ids, *group.completion_ids))
-        counts = np.sum(self.peers.gather((rolled_out, *source.num_tokens())), axis=0).tolist()
-        cost = dict(zip(("rollout_tokens", "gradient_tokens", "computed_tokens"), counts, strict=True))
-        # Forward and backward through a LoRA cost two forwards; the reference policy of the KL term one more
-        passes = 2 if self.trainer.beta == 0.0 else 3
-        cost["floor"] = passes * cost["gradient_tokens"] / cost["rollout_tokens"]
-        if not self.journal.resumed:  # else the rollouts' time is not known
-            spent = self.seconds["gradients"] + self.seconds["scores"]
-            cost["of_rollouts"] = spent / max(self.seconds["rollouts"], 1e-3)
-        self.provenance["cost"] = cost
-
-    def _rows(self, group, advantages, deciding) -> list[Row]:
-        """The rollouts of a group that carry a gradient."""
-        chosen = range(len(group.completion_ids))
-        if self.config.gradient_rollouts == "one_correct":
-            successes = (deciding >= self.config.success_threshold).nonzero().flatten().tolist()
-            chosen = [successes[0] if successes else int(deciding.nan_to_num(-torch.inf).argmax())]
-        rollouts = zip(group.prompt_ids, group.completion_ids, group.loss_masks, advantages.tolist(), strict=True)
-        return [
-            Row(prompt_ids, completion_ids, loss_mask, advantage, 1 / len(chosen))
-            for g, (prompt_ids, completion_ids, loss_mask, advantage) in enumerate(rollouts)
-            if g in chosen and any(loss_mask) and (advantage != 0 or counts_without_advantage(self.trainer))
-        ]
+        return Pool.of_rewards(indices, rewards, lengths, self.config, self.trainer)
 
     # Choice and files -------------------------------------------------------------------------------------------
 
@@ -350,6 +281,8 @@ class SelectionRun:
         made_from = {name: self.provenance[name] for name in _KEY_FIELDS}
         made_from["config"] = {name: value for name, value in made_from["config"].items() if name not in _NOT_IN_KEY}
         made_from["prompts_per_batch"] = rollouts.prompts_per_batch(self.trainer, self.num_rollouts)
+        if self.target is not None:
+            made_from["target"] = dataset_fingerprint(self.target)
         made_from["score"] = None if self.score.code is None else source_of(self.score.code)
         made_from["rollouts_at_once"] = rollouts_at_once(self.trainer, self.num_rollouts)
         made_from["generation"] = rollouts.generation_provenance(self.trainer)
@@ -359,7 +292,8 @@ class SelectionRun:
         digest = hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()
         return self.peers.broadcast(digest)
 
-    def _clock(self, phase, started):
+    def clock(self, phase: str, started: float) -> None:
+        """Notes the seconds that a phase took."""
         self.seconds[phase] = round(time.perf_counter() - started, 3)
 
 

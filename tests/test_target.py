@@ -1,0 +1,117 @@
+"""Alignment with a target set, against a slow way to the same: exact gradients of every group by plain loops."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from tiny import Seen, config, make_dataset, make_trainer, parity_reward
+
+from trl_learnalign import Selection, alignments, select_prompts
+
+
+def target_rows(num=6):
+    rows = [{"prompt": f"{i}=", "row": 100 + i, "task": "ab"[i % 2]} for i in range(num)]
+    return Dataset.from_list(rows)
+
+
+def table_of(selection):
+    return selection.scores.to_pandas().set_index("index")
+
+
+def select(path, monkeypatch=None, **settings):
+    """A selection with exact gradients; and the features of the pool and of the target, by row."""
+    features = {"pool": {}, "target": {}}
+    if monkeypatch is not None:
+        original = alignments.GradientAlignments._source
+
+        def seen(self, own, pool, journal):
+            source = original(self, own, pool, journal)
+            kind = "target" if journal.path.name == "target" else "pool"
+            computed = source._computed
+
+            def noted():
+                for indices, part in computed():
+                    features[kind].update(zip(indices, part.double().clone(), strict=True))
+                    yield indices, part
+
+            source._computed = noted
+            return source
+
+        monkeypatch.setattr(alignments.GradientAlignments, "_source", seen)
+    trainer = make_trainer(path, reward=parity_reward, dataset=make_dataset(12))
+    return select_prompts(trainer, config(projection_dim=None, **settings)), features
+
+
+@pytest.mark.parametrize("score", ["target", "target_alignment"])
+@pytest.mark.parametrize("column", [None, "task"])
+def test_scores_are_the_largest_cosines_with_the_mean_of_a_subtask(tmp_path, monkeypatch, score, column):
+    target = target_rows()
+    selection, features = select(tmp_path, monkeypatch, score=score, target_dataset=target, target_column=column)
+    table = table_of(selection)
+    subtasks = {}
+    for index, phi in features["target"].items():
+        name = "all" if column is None else target[index]["task"]
+        subtasks.setdefault(name, []).append(phi / phi.norm())
+    means = [torch.stack(units).mean(0) for units in subtasks.values()]
+    assert len(means) == (1 if column is None else 2) and len(features["pool"]) >= 8
+    for index, phi in features["pool"].items():
+        cosine = max((phi @ mean / (phi.norm() * mean.norm())).item() for mean in means)
+        weight = table.loc[index, "learnability"] if score == "target" else 1.0
+        assert table.loc[index, "alignment"] == pytest.approx(cosine, abs=1e-6)
+        assert table.loc[index, "score"] == pytest.approx(weight * cosine, abs=1e-6)
+        assert table.loc[index, "gradient_norm"] == pytest.approx(phi.norm().item(), rel=1e-5)
+    assert selection.indices == table[table["eligible"]].sort_values("rank").index[:8].tolist()
+    assert selection.provenance["target"]["num_rows"] == 6
+
+
+def test_a_target_in_training_and_from_a_file(tmp_path):
+    """Through training: the target is rolled out once, and never trained on."""
+    target_rows().to_json(tmp_path / "target.jsonl")
+    seen = Seen()
+    settings = config(score="target", target_dataset=str(tmp_path / "target.jsonl"), warmup_prompts=0)
+    trainer = make_trainer(tmp_path, settings, reward=seen, dataset=make_dataset(12), max_steps=3)
+    trainer.train()
+    of_target = [row for row in seen.rows if row >= 100]
+    assert sorted(set(of_target)) == list(range(100, 106)) and all(row < 100 for row in seen.rows[-3 * 16 :])
+    selection = Selection.load(tmp_path / "learnalign/step-000000")
+    assert set(trainer._get_train_sampler().log[1].indices) == set(selection.indices) <= set(range(12))
+    assert {"target rollouts", "target gradients"} <= set(selection.provenance["seconds"])
+
+
+def test_a_target_is_part_of_what_a_selection_is_known_by(tmp_path, capsys):
+    first, _ = select(tmp_path, score="target", target_dataset=target_rows())
+    again, _ = select(tmp_path, score="target", target_dataset=target_rows())
+    assert "Used again" in capsys.readouterr().out and again.scores.equals(first.scores)
+    other, _ = select(tmp_path, score="target", target_dataset=target_rows(4))
+    assert "Used again" not in capsys.readouterr().out
+    assert not np.allclose(table_of(other)["score"], table_of(first)["score"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"score": "target"}, "`target_dataset` is not set"),
+        ({"score": "learnalign", "target_dataset": "rows.jsonl"}, "`target_dataset` is set"),
+        ({"score": "learnalign", "target_column": "task"}, "`target_column` is a column of the target dataset"),
+        ({"score": "target", "target_dataset": 3}, "must be a path, a name of the Hub or a Dataset, but is a int"),
+        (
+            {"score": "target", "target_dataset": "nowhere.jsonl"},
+            "`target_dataset` is 'nowhere.jsonl', but there is no",
+        ),
+        ({"score": "target", "target_dataset": target_rows().remove_columns("row")}, "has no column 'row'"),
+        ({"score": "target", "target_dataset": target_rows(), "target_column": "kind"}, "has no column 'kind'"),
+        ({"score": "target", "target_dataset": target_rows().select([])}, "`target_dataset` is empty"),
+    ],
+)
+def test_targets_that_cannot_be_are_refused(tmp_path, settings, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        select(tmp_path, **settings)
+
+
+def test_a_target_that_nothing_can_be_learned_from(tmp_path):
+    def never_for_the_target(completions, row, **kwargs):
+        return [0.0 if i >= 100 else r for i, r in zip(row, parity_reward(completions), strict=True)]
+
+    trainer = make_trainer(tmp_path, reward=never_for_the_target, dataset=make_dataset(12))
+    with pytest.raises(RuntimeError, match="No prompt of `target_dataset` is learnable: all 6"):
+        select_prompts(trainer, config(score="target", target_dataset=target_rows()))
