@@ -257,6 +257,12 @@ def test_a_checkpoint_must_be_whole_on_every_node(tmp_path):
         ValueError, match=r"checkpoint-4': optimizer.pt is cut short; .*checkpoint-2': it is missing on"
     ):
         whole_checkpoint(tmp_path, True, [one, other | {"damage": {last: "optimizer.pt is cut short"}}])
+    replaced = {"started": False, "damage": {}}  # a new disk
+    for surveys in ([replaced, one], [one, replaced]):
+        with pytest.raises(
+            ValueError, match=r"checkpoint-4': it is missing on a node; .*checkpoint-2': it is missing"
+        ):
+            whole_checkpoint(tmp_path, True, surveys)
 
 
 def test_shards_of_large_weights_are_looked_at(checkpoints, tmp_path):

@@ -140,8 +140,10 @@ def whole_checkpoint(output_dir: str, wanted: str | bool, surveys: list[dict]) -
     Raises:
         `ValueError`: `wanted` names a checkpoint that is not complete, or there are checkpoints and none is complete.
     """
-    first = surveys[0]["damage"]
-    reasons = {path: _first(view["damage"].get(path, "it is missing on a node") for view in surveys) for path in first}
+    paths = dict.fromkeys(path for view in surveys for path in view["damage"])
+    if wanted is True:
+        paths = sorted(paths, key=lambda path: int(path.rpartition("-")[2]), reverse=True)
+    reasons = {path: _first(view["damage"].get(path, "it is missing on a node") for view in surveys) for path in paths}
     if wanted is not True:
         if reasons[str(wanted)] is not None:
             raise ValueError(
@@ -165,7 +167,7 @@ def whole_checkpoint(output_dir: str, wanted: str | bool, surveys: list[dict]) -
             "was killed while it wrote its first checkpoint leaves this. Delete these directories to start from the "
             "beginning (finished selections are used again), or pass the path of another checkpoint."
         )
-    if not surveys[0]["started"]:
+    if not any(view["started"] for view in surveys):
         return True
     logger.warning(f"The run in '{output_dir}' left no checkpoint, so it starts from the beginning.")
     return None
