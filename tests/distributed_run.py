@@ -116,6 +116,11 @@ def main(task, path):
         case "select":  # a pool that divides neither by the batches nor by the processes
             trainer = make_trainer(path, reward=seen, dataset=make_dataset(23), **kwargs)
             result["indices"] = select_prompts(trainer, config(projection_dim=1024)).indices
+        case "select for a target":  # which is rolled out by all processes, too
+            trainer = make_trainer(path, reward=seen, dataset=make_dataset(23), **kwargs)
+            target = make_dataset(23).select(range(1, 20, 3)).add_column("task", list("abcabca"))
+            choice = config(score="target", target_dataset=target, target_column="task", quota_column="row")
+            result["indices"] = select_prompts(trainer, choice).indices
         case "select parts":  # groups of eight, of which a process generates three at once
             kwargs = {"per_device_train_batch_size": 3, "num_generations": 3}
             trainer = make_trainer(path, reward=seen, dataset=make_dataset(7), **kwargs)

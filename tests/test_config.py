@@ -26,7 +26,7 @@ OTHERS = (ScriptArguments, GRPOConfig, ModelConfig)
         ("candidate_prompts", 0, "`candidate_prompts` is 0"),
         ("candidate_prompts", 999, "smaller than `num_prompts` \\(1000\\)"),
         ("selection_seed", -1, "`selection_seed` is -1"),
-        ("score", "learn", "`score` is .learn., but must be one of learnalign, alignment, learnability, random"),
+        ("score", "learn", "`score` is .learn., but must be one of learnalign, alignment, learnability, target"),
         ("learnability", "std", "must be one of success_rate, variance"),
         ("gradient_rollouts", "some", "must be one of all, one_correct"),
         ("after_warmup", "stop", "must be one of continue, restart"),

@@ -1,7 +1,6 @@
 """The gradients of a selection's prompts, aligned with the mean of all or with a target."""
 
 import time
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -15,10 +14,6 @@ from .pool import Pool
 from .rollouts import Group
 
 
-if TYPE_CHECKING:
-    from .selector import SelectionRun
-
-
 class GradientAlignments:
     """
     Implements [`Alignments`] on all processes of a selection.
@@ -29,7 +24,7 @@ class GradientAlignments:
         pool ([`Pool`]): what all rollouts found out.
     """
 
-    def __init__(self, run: "SelectionRun", own: list[Group], pool: Pool):
+    def __init__(self, run, own: list[Group], pool: Pool):
         self.run, self.own, self.pool = run, own, pool
         self.config, self.trainer, self.peers = run.config, run.trainer, run.peers
 
