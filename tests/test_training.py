@@ -11,6 +11,7 @@ from tiny import (
     config,
     digit_reward,
     graded_reward,
+    lora,
     make_dataset,
     make_trainer,
     parity_reward,
@@ -80,7 +81,6 @@ def test_a_selection_leaves_no_trace(tmp_path, score):
 
 def test_a_selection_in_mid_run_leaves_no_trace(tmp_path):
     """After a warm-up, with LoRA dropout, gradient checkpointing and a KL term, which all keep state of their own."""
-    from tiny import lora
 
     kwargs = {"reward": parity_reward, "num_train_epochs": 2, "beta": 0.1, "peft": lora(lora_dropout=0.2)}
     kwargs |= {"gradient_checkpointing": True, "logging_steps": 3}
@@ -288,6 +288,7 @@ def shifted_by(shift):
         ({"reward": shifted_by(0)}, {"reward": shifted_by(3)}),
         ({}, {"mask_truncated_completions": True}),
         ({}, {"temperature": 0.9}),
+        ({}, {"peft": lora(lora_alpha=16)}),  # the weights are the same numbers, and another policy
     ],
 )
 def test_a_selection_is_made_again_where_it_would_be_another(tmp_path, first, second):
@@ -508,7 +509,6 @@ def test_ties_are_drawn_from_the_whole_dataset(tmp_path):
 
 
 def test_dora_with_the_score_that_takes_no_gradients(tmp_path):
-    from tiny import lora
 
     peft = lora(use_dora=True, init_lora_weights=True)
     trainer = make_trainer(tmp_path, config(score="learnability"), peft=peft, num_train_epochs=2)

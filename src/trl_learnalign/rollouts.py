@@ -167,11 +167,14 @@ def generation_provenance(trainer: GRPOTrainer) -> dict:
     settings = {name: getattr(trainer, name, None) for name in _SETTINGS}
     settings |= {name: getattr(trainer.args, name) for name in _ARGUMENTS}
     settings |= {"scale_rewards": trainer.scale_rewards, "reward_weights": trainer.reward_weights.tolist()}
+    adapters = getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {})
+    settings["adapters"] = {name: [getattr(one, field, None) for field in _SCALING] for name, one in adapters.items()}
     factories = getattr(trainer, "environment_factories", None) or {}
     code = [*(getattr(trainer, "tools", None) or ()), *factories.values(), getattr(trainer, "rollout_func", None)]
     return settings | {"code": [source_of(part) for part in code if part is not None]}
 
 
+_SCALING = ("peft_type", "r", "lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern")  # of an adapter's weights
 _SETTINGS = (
     "max_completion_length",
     "temperature",
@@ -188,7 +191,7 @@ _SETTINGS = (
     "top_entropy_quantile",
     "epsilon_high",
 )
-_ARGUMENTS = ("generation_kwargs", "chat_template_kwargs", "use_bias_correction_kl", "delta")
+_ARGUMENTS = ("bf16", "fp16", "generation_kwargs", "chat_template_kwargs", "use_bias_correction_kl", "delta")
 
 
 def has_adapter(trainer: GRPOTrainer) -> bool:
