@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -601,3 +602,23 @@ def test_the_same_inputs_give_the_same_bits_on_a_gpu(tmp_path, monkeypatch):
     for index in tasks:
         assert torch.equal(first[index], second[index])
         torch.testing.assert_close(first[index], cpu[index], rtol=1e-3, atol=1e-5)
+
+
+def test_groups_of_one_size_are_computed_together(tmp_path):
+    """As they are packed, a layer takes one product per number of rows, not one per prompt."""
+
+    def row(g, length):
+        return Row(np.full(4, 3, np.int32), np.full(length, 5 + g, np.int32), np.ones(length, np.int8), 1.0, 1.0)
+
+    tasks = {index: [row(g, 6 + index % 2) for g in range(1 + index % 3)] for index in range(12)}
+    trainer = make_trainer(tmp_path)
+    engine = PromptGradients(trainer.model, 64, seed=0)
+    (window,) = pack(tasks, max_tokens=10**6)
+    ((counts, rows),) = window.microbatches
+    assert sorted(counts.values()) == list(counts.values()) == [1] * 4 + [2] * 4 + [3] * 4
+    calls = []
+    add = engine._sink.add_
+    engine._sink.add_ = lambda *args: calls.append(args) or add(*args)
+    with engine:
+        engine.collect(list(counts.values()), max(map(len, rows)), lambda: policy_objective(trainer, rows))
+    assert len(calls) == 3 * len(engine._taps)

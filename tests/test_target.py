@@ -115,3 +115,14 @@ def test_a_target_that_nothing_can_be_learned_from(tmp_path):
     trainer = make_trainer(tmp_path, reward=never_for_the_target, dataset=make_dataset(12))
     with pytest.raises(RuntimeError, match="No prompt of `target_dataset` is learnable: all 6"):
         select_prompts(trainer, config(score="target", target_dataset=target_rows()))
+
+
+def test_a_pool_without_a_reward_is_told_so(tmp_path, caplog):
+    """Only the target's rollouts can be scored."""
+
+    def rewards_of_the_target(completions, row, **kwargs):
+        return [r if i >= 100 else None for i, r in zip(row, parity_reward(completions), strict=True)]
+
+    trainer = make_trainer(tmp_path, reward=rewards_of_the_target, dataset=make_dataset(12))
+    selection = select_prompts(trainer, config(score="target", target_dataset=target_rows()))
+    assert selection.indices == [] and "No prompt could be scored" in caplog.text

@@ -32,7 +32,7 @@ class GradientAlignments:
         """See [`Alignments`]."""
         started = time.perf_counter()
         source = self._source(self.own, self.pool, self.run.journal)
-        by_row = torch.zeros(int(self.pool.indices.max()) + 1, dtype=torch.float64)
+        by_row = torch.zeros(len(self.run.dataset), dtype=torch.float64)
         by_row[weights.index.tolist()] = torch.tensor(weights.to_numpy(dtype=float))
         total = self._sum(source, by_row)
         self.run.clock("gradients", started)

@@ -1,5 +1,6 @@
 """Gradient features of a process's learnable prompts, computed in microbatches, stored or computed again."""
 
+import collections
 import itertools
 import logging
 import math
@@ -290,11 +291,11 @@ def pack(tasks: dict[int, list[Row]], max_tokens: int, size: int = WINDOW) -> li
         while queue:
             # From the long end, where the last row tells the padding
             count = min(len(queue), max(1, max_tokens // len(queue[-1][1])))
-            batch = sorted(queue[-count:], key=lambda entry: entry[0])
+            numbers = collections.Counter(index for index, _ in queue[-count:])
+            # Prompts with equally many rows are neighbours: their gradients are computed at once
+            batch = sorted(queue[-count:], key=lambda entry: (numbers[entry[0]], entry[0]))
             del queue[-count:]
-            counts: dict[int, int] = {}
-            for index, _ in batch:
-                counts[index] = counts.get(index, 0) + 1
+            counts = {index: numbers[index] for index, _ in batch}
             microbatches.append((counts, [row for _, row in batch]))
         lengths = [(index, [len(row) for row in tasks[index]]) for index in indices]
         windows.append(Window(indices, microbatches, f"{stable_hash(max_tokens, lengths):016x}"))

@@ -9,6 +9,7 @@ gradient. `weight.grad` is never written, so neither optimizers nor reduction ho
     prompts      ------ prompt 0 ----|-- prompt 1 --|- 2 ->      <- a prompt may continue in the next microbatch
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -173,18 +174,14 @@ class PromptGradients:
         if x.device not in self._out:
             self._out[x.device] = torch.zeros(len(counts), self.feature_dim, device=x.device)
         out = self._out[x.device]
-        if len(set(counts)) == 1:
-            blocks = [(slice(0, len(counts)), x.reshape(len(counts), -1, x.shape[2]), grad_output)]
-        else:
-            blocks, start = [], 0
-            for prompt, count in enumerate(counts):
-                rows = slice(start, start + count)
-                blocks.append((slice(prompt, prompt + 1), x[rows].reshape(1, -1, x.shape[2]), grad_output[rows]))
-                start += count
-        for prompts, inputs, outputs in blocks:
-            outputs = outputs.reshape(inputs.shape[0], -1, outputs.shape[2])
+        first = start = 0
+        for count, run in itertools.groupby(counts):  # neighbouring prompts with equally many rows at once
+            prompts = len(list(run))
+            rows = slice(start, start + prompts * count)
+            inputs, outputs = (part[rows].reshape(prompts, -1, part.shape[2]) for part in (x, grad_output))
             gradients = torch.bmm(outputs.transpose(1, 2), inputs)
-            self._sink.add_(out, tap.name, prompts, gradients.flatten(1))
+            self._sink.add_(out, tap.name, slice(first, first + prompts), gradients.flatten(1))
+            first, start = first + prompts, rows.stop
         self._seen.add(tap.name)
 
     def _checked_backward(self, objective):
