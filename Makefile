@@ -53,6 +53,7 @@ $(BENCH)/installed: pyproject.toml $(CONSTRAINTS) benchmarks/requirements.txt
 # What a selection costs: half an hour, and 33 GB in the temporary directory for some minutes
 bench-costs: $(BENCH)/installed
 	$(BENCH)/bin/python benchmarks/gradients.py --peers
+	$(BENCH)/bin/python benchmarks/unequal.py
 	$(BENCH)/bin/python benchmarks/processes.py
 	$(BENCH)/bin/python benchmarks/million.py
 

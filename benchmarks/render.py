@@ -120,6 +120,19 @@ def gradients_table(results) -> str:
     return "\n".join(lines)
 
 
+def unequal_table(results) -> str:
+    conditions = results["conditions"]
+    lines = ["| rows of a microbatch | time relative to a plain backward | peak memory |", "| --- | --- | --- |"]
+    lines += [f"| {name} | {row['time']:.2f} | {row['memory']:.2f} |" for name, row in results["ways"].items()]
+    lines += [
+        "",
+        f"Medians of {conditions['rounds']} rounds; {conditions['prompts']} groups with {conditions['rows']} rows of "
+        f"{conditions['tokens']} tokens (and {conditions['rows'] // 8} of 8), the same model; {conditions['machine']}, 1 thread; "
+        f"{versions_of(conditions)}. Measured by `benchmarks/unequal.py`.",
+    ]
+    return "\n".join(lines)
+
+
 def gpu_section() -> str:
     if not (RESULTS / "gradients_cuda.json").is_file():
         return "Not measured on a GPU yet. `python benchmarks/gradients.py --peers --device cuda --shape qwen2.5-1.5b` does this."
@@ -256,6 +269,8 @@ Every run: `python benchmarks/demo_arms.py --dataset_path DIR`.
 ## Per-prompt gradients, compared with other packages
 
 {gradients_table(load("gradients_cpu"))}
+
+{unequal_table(load("unequal_cpu"))}
 
 {gpu_section()}
 
