@@ -161,6 +161,24 @@ def test_rows_of_the_command_line(tmp_path, capsys):
     ]
 
 
+@pytest.mark.parametrize("form", ["series", "frame", "list"])
+def test_scores_are_matched_by_row_whatever_their_order(tmp_path, form):
+    """A Series that was sorted on the way belongs to the rows that its index names; a list is in the order of the table."""
+
+    def by_grade(table):
+        grades = table["grade"]
+        if form == "list":
+            return grades.tolist()
+        turned = grades.sort_values(ascending=False)
+        return turned if form == "series" else turned.to_frame("score")
+
+    trainer = make_trainer(tmp_path, dataset=graded())
+    table = table_of(select_prompts(trainer, config(score=by_grade, where="source == 'book'")))
+    assert len(table) == 16  # so that the rows are not numbered from 0
+    grades = pd.Series(trainer.train_dataset["grade"], dtype=float)
+    assert table["score"].dropna().tolist() == grades[table.index].dropna().tolist()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -99,6 +99,10 @@ def test_a_target_is_part_of_what_a_selection_is_known_by(tmp_path, capsys):
             "`target_dataset` is 'nowhere.jsonl', but there is no",
         ),
         ({"score": "target", "target_dataset": target_rows().remove_columns("row")}, "has no column 'row'"),
+        (
+            {"score": "target", "target_dataset": target_rows().remove_columns("row"), "target_column": "task"},
+            "has no column 'row'",
+        ),
         ({"score": "target", "target_dataset": target_rows(), "target_column": "kind"}, "has no column 'kind'"),
         ({"score": "target", "target_dataset": target_rows().select([])}, "`target_dataset` is empty"),
     ],
@@ -126,3 +130,16 @@ def test_a_pool_without_a_reward_is_told_so(tmp_path, caplog):
     trainer = make_trainer(tmp_path, reward=rewards_of_the_target, dataset=make_dataset(12))
     selection = select_prompts(trainer, config(score="target", target_dataset=target_rows()))
     assert selection.indices == [] and "No prompt could be scored" in caplog.text
+
+
+def test_a_subtask_without_a_gradient_is_named(tmp_path, caplog):
+    def never_for_the_second(completions, row, **kwargs):
+        return [0.0 if i == 101 else r for i, r in zip(row, parity_reward(completions), strict=True)]
+
+    trainer = make_trainer(tmp_path, reward=never_for_the_second, dataset=make_dataset(12))
+    settings = {"score": "target", "target_dataset": target_rows(2), "target_column": "task"}
+    selection = select_prompts(trainer, config(**settings))
+    assert (
+        selection.provenance["target"]["without"] == ["b"] and "subtasks of the target are left out: b" in caplog.text
+    )
+    assert "is discarded" not in caplog.text  # its journal is new

@@ -1,5 +1,6 @@
 """The gradients of a selection's prompts, aligned with the mean of all or with a target."""
 
+import logging
 import time
 
 import numpy as np
@@ -8,10 +9,12 @@ import torch
 
 from . import rollouts, scoring
 from .features import FeatureSource
-from .journal import Journal
 from .objective import Row, counts_without_advantage
 from .pool import Pool
 from .rollouts import Group
+
+
+logger = logging.getLogger(__name__)
 
 
 class GradientAlignments:
@@ -45,8 +48,8 @@ class GradientAlignments:
 
     def target(self) -> pd.DataFrame:
         """See [`Alignments`]."""
-        started = time.perf_counter()
         directions = self._directions()
+        started = time.perf_counter()
         source = self._source(self.own, self.pool, self.run.journal)
         source.compute()
         self.run.clock("gradients", started)
@@ -60,8 +63,7 @@ class GradientAlignments:
         """g_s of each subtask s that has a learnable prompt, of shape `(S, d)`, float64."""
         run, target = self.run, self.run.target
         started = time.perf_counter()
-        journal = Journal(run.journal.path / "target", run.journal.key, run.accelerator.is_local_main_process)
-        self.peers.wait()
+        journal = run.open_journal(run.journal.path / "target")
         dataset = rollouts.visible_columns(self.trainer, target)
         own = run.roll_out(dataset, list(range(len(target))), journal, "target rollouts")
         found = run.gather_rewards(own)
@@ -84,6 +86,11 @@ class GradientAlignments:
         if not directions:
             raise RuntimeError(
                 f"No prompt of `target_dataset` is learnable: all {len(target)} were always or never solved, so the target has no "
+                "gradient. Warm up longer, use more `num_rollouts`, or other target prompts."
+            )
+        if without and run.accelerator.is_main_process:
+            logger.warning(
+                f"These subtasks of the target are left out: {', '.join(without)}. None of their prompts is learnable, so they have no "
                 "gradient. Warm up longer, use more `num_rollouts`, or other target prompts."
             )
         return torch.stack(directions)

@@ -151,8 +151,8 @@ def load_target(dataset: Dataset, config: LearnAlignConfig) -> Dataset | None:
     target = read_dataset(target, "target_dataset") if isinstance(target, str) else target
     if not len(target):
         raise ValueError("`target_dataset` is empty. It needs prompts of what the policy is to become good at.")
-    needed = set(dataset.column_names) if config.target_column is None else {config.target_column}
-    missing = sorted(({"prompt"} & set(dataset.column_names) | needed) - set(target.column_names))
+    needed = {*dataset.column_names} | ({config.target_column} - {None})
+    missing = sorted(needed - set(target.column_names))
     if missing:
         raise ValueError(
             f"`target_dataset` has no column {', '.join(map(repr, missing))}. Its columns are: {', '.join(target.column_names)}. "
@@ -216,7 +216,10 @@ def _with_score(table, ranked):
         raise ValueError(
             f"The score returned {len(columns)} values for {len(table)} prompts. Return one for each row of the table."
         )
-    columns = columns.set_axis(table.index) if not columns.index.equals(table.index) else columns
+    if isinstance(ranked, pd.Series | pd.DataFrame) and set(columns.index) == set(table.index):
+        columns = columns.reindex(table.index)  # by row, whatever the order
+    else:
+        columns = columns.set_axis(table.index)
     try:
         score = pd.to_numeric(columns["score"]).astype(float)
     except (TypeError, ValueError) as error:

@@ -162,11 +162,7 @@ class SelectionRun:
         return found
 
     def _scored(self):
-        # The other nodes come second; they have work only if they have their own disks
-        for mine in (self.accelerator.is_main_process, self.accelerator.is_local_main_process):
-            self.journal = Journal(self._journal_path(), self.provenance["key"], mine)
-            self.peers.wait()
-        make_directory(self.journal.path / "target")  # also in a dry run, where each process has one
+        self.journal = self.open_journal(self._journal_path())
         with rollouts.left_as_found(self.trainer, self.num_rollouts):
             started = time.perf_counter()
             own = self.roll_out(self.dataset, self.pool, self.journal)
@@ -178,6 +174,15 @@ class SelectionRun:
         saved = rollouts_table(own, pool, self.peers) if self.config.save_rollouts else None
         self._publish(selection, own, saved)
         return selection
+
+    def open_journal(self, path: Path) -> Journal:
+        """The journal in a directory, which is made where it is missing. All processes must call this."""
+        # The other nodes come second; they have work only if they have their own disks
+        for mine in (self.accelerator.is_main_process, self.accelerator.is_local_main_process):
+            journal = Journal(path, self.provenance["key"], mine)
+            self.peers.wait()
+        make_directory(path)  # in a dry run, where each process has one
+        return journal
 
     # Rollouts ---------------------------------------------------------------------------------------------------
 
