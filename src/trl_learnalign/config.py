@@ -14,6 +14,29 @@ from .choice import QUOTAS, TAKES, Condition
 from .scores import OWN_MEASURES, SCORES, find_score, score_name
 
 
+SCHEDULE_NAMES = ("staged", "online")
+# What the online schedule does not look at: it chooses from the rewards of training, so nothing is selected before
+_STAGED_ONLY = (
+    "num_prompts",
+    "warmup_prompts",
+    "num_rollouts",
+    "score_measures",
+    "gradient_rollouts",
+    "projection_dim",
+    "max_tokens_per_batch",
+    "candidate_prompts",
+    "reselect_every",
+    "after_warmup",
+    "target_dataset",
+    "target_column",
+    "quota_column",
+    "quota",
+    "take",
+    "prompt_order",
+    "fold",
+    "save_rollouts",
+)
+_ONLINE_ONLY = ("prompt_features", "group_column", "pass_rate_column")
 # What a resumed run may change. The first decides when prompts are selected again; none changes what a selection chooses
 FREE_ON_RESUME = ("reselect_every", "max_tokens_per_batch", "save_rollouts", "write_report")
 MAX_PROJECTION_DIM = 1 << 24
@@ -114,6 +137,17 @@ class LearnAlignConfig:
         selection_seed (`int`, *optional*):
             Seed of all that is random in a selection: rollouts, projection, probe, candidates, ties, the random score.
             By default the trainer's `seed`.
+        schedule (`str`, *optional*, defaults to `"staged"`):
+            Which prompt comes when. `"staged"`: random prompts as a warm-up, then those of a selection. `"online"`: every
+            chunk is chosen by the learnability that the rewards of training so far predict; no rollout is made for it, and
+            the settings of a selection do not apply.
+        prompt_features (`bool`, *optional*, defaults to `True`):
+            Online: predict the success of prompts not yet seen from the policy's hidden states of the prompt, too: one
+            forward over the pool when training begins. Images and prompts that an environment supplies have none.
+        group_column (`str`, *optional*):
+            Online: a column of the dataset, such as a source or a kind, whose values are told apart in the prediction.
+        pass_rate_column (`str`, *optional*):
+            Online: a column with success rates in [0, 1], such as another model's, that the prediction may use.
 
     Raises:
         `ValueError`: a field has a value out of its range.
@@ -145,6 +179,10 @@ class LearnAlignConfig:
     save_rollouts: bool = False
     write_report: bool = True
     selection_seed: int | None = None
+    schedule: str = field(default="staged", metadata={"choices": list(SCHEDULE_NAMES)})
+    prompt_features: bool = True
+    group_column: str | None = None
+    pass_rate_column: str | None = None
 
     def __post_init__(self):
         for one in fields(self):
@@ -156,6 +194,7 @@ class LearnAlignConfig:
             )
         self._check_score()
         self._check_target()
+        self._check_schedule()
         if self.where is not None:
             Condition(self.where)
         if self.reselect_every is not None and self.reselect_every <= 0:
@@ -183,6 +222,22 @@ class LearnAlignConfig:
                 "out."
             )
         find_score(self.score, measures)
+
+    def _check_schedule(self):
+        """A setting of the other schedule would be ignored without a word."""
+        online = self.schedule == "online"
+        changed = [one for one in fields(self) if getattr(self, one.name) != one.default]
+        for one in changed:
+            if one.name in (_STAGED_ONLY if online else _ONLINE_ONLY):
+                raise ValueError(
+                    f"`{one.name}` is {getattr(self, one.name)!r}, but has no effect with `schedule={self.schedule!r}`. Leave it "
+                    f"out, or set `schedule={'staged' if online else 'online'!r}`."
+                )
+        if online and self.score not in ("learnalign", "learnability"):
+            raise ValueError(
+                f"`score` is {score_name(self.score)!r}, but `schedule='online'` chooses by predicted learnability. Leave "
+                "`score` out, or train online on the rows of a selection that was made with that score before."
+            )
 
     def _check_target(self):
         if self.target_dataset is not None and not isinstance(self.target_dataset, str | Dataset):
