@@ -5,11 +5,14 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm.auto import tqdm
+import torch
 
+from ..rewards import check_success_reward
 from .base import RandomOrder, Schedule
 from .history import History
+from .online_report import write_online_report
 from .predictor import SuccessPredictor, all_fail, expected_learnability, live_probability
+from .prompt_features import check_online, eligible_rows, prompt_features
 
 
 logger = logging.getLogger(__name__)
@@ -60,17 +63,25 @@ class OnlineSchedule(Schedule):
     def __init__(self, config):
         super().__init__(config)
         self.predictor: SuccessPredictor | None = None
-        self.pool = np.zeros(0, np.int32)
+        self.pool = np.zeros(0, np.int32)  # rows that may be trained on
+        self.features: np.ndarray | None = None
+        self.features_key: str | None = None  # of the hidden states among them
+        self.host = None
 
     # Setting up -------------------------------------------------------------------------------------------------
 
+    def check(self, host):
+        """See [`Schedule`]."""
+        check_success_reward(host.reward_names, self.config.success_reward, self.config.learnability)
+        check_online(host.dataset, self.config)
+        self.pool = eligible_rows(host.dataset, self.config)
+
     def prepare(self, host, state, peers):
         """See [`Schedule`]."""
-        from .prompt_features import prompt_features
-
-        self.pool = np.asarray(host.candidate_rows(), dtype=np.int32)
-        self.deciding = host.deciding_rewards
-        self.set_features(prompt_features(host, self.config, peers, resumed=state is not None))
+        self.host = host
+        key = None if state is None else state.get("features_key")
+        features, self.features_key = prompt_features(host, self.config, peers, key)
+        self.set_features(features)
         super().prepare(host, state, peers)
 
     def set_features(self, features: np.ndarray) -> None:
@@ -82,7 +93,7 @@ class OnlineSchedule(Schedule):
 
     def start(self):
         """See [`Schedule`]."""
-        if self.layout is None or getattr(self, "features", None) is None:
+        if self.features is None:  # `prepare` comes later
             return
         size = self.layout.pool_size
         self.predictor = SuccessPredictor(self.features)
@@ -205,7 +216,7 @@ class OnlineSchedule(Schedule):
         if chunk < self.observed or chunk not in self.drawn:
             return
         drawn = self.drawn[chunk]
-        deciding, total = self.deciding(rewards)
+        deciding, total = self._rewards(rewards)
         known = np.isfinite(deciding)
         trials = known.sum(1)
         outcomes = np.where(known, self._outcomes(deciding, known), 0.0)
@@ -223,6 +234,11 @@ class OnlineSchedule(Schedule):
         self.observed = chunk + 1
         self.drawn = {number: one for number, one in self.drawn.items() if number >= chunk}
         self._record(chunk, drawn, live, seen, observed)
+
+    def _rewards(self, rewards):
+        """Of `(n, G, F)` rewards the one that decides success and the total, `(n, G)` each; NaN for none."""
+        rewards = torch.from_numpy(rewards)
+        return self.host.deciding(rewards, self.config).numpy(), self.host.total(rewards).numpy()
 
     def _outcomes(self, deciding, known):
         """1 for a success, else 0; or, for graded rewards, the reward scaled to the range of all so far."""
@@ -300,6 +316,38 @@ class OnlineSchedule(Schedule):
         values = {name: latest[name] for name in names if name in latest}
         return values | {"suspects": float(len(self.suspects()[0]))}
 
+    # What is said -----------------------------------------------------------------------------------------------
+
+    def plan(self, step, max_steps, due):
+        """See [`Schedule`]."""
+        prompts, pool = self.layout.prompts_trained(max_steps), len(self.pool)
+        by = ["length"] * (self.features.shape[1] > 1) + [
+            name for name in (self.config.group_column, self.config.pass_rate_column) if name
+        ]
+        by += ["hidden states"] * (self.features_key is not None)
+        return [
+            f"steps {step + 1} to {max_steps} train on prompts chosen online, {UNIFORM:.0%} of them at random.",
+            f"{prompts:,.0f} prompts in all from a pool of {pool:,}: {prompts / pool:.2f} visits per prompt.",
+            f"success is predicted from what was seen of a prompt, and from {', '.join(by) or 'nothing else'}.",
+        ]
+
+    def warning(self, max_steps):
+        """See [`Schedule`]."""
+        visits = self.layout.prompts_trained(max_steps) / len(self.pool)
+        known = self.features_key or self.config.group_column or self.config.pass_rate_column
+        if known or visits >= 1:
+            return None
+        return (
+            f"The run has room for {visits:.2f} visits per prompt, so most prompts are seen once at most, and nothing but the length tells "
+            "about those not seen: choosing online can hardly help. Set `prompt_features=True`, name a `group_column` or a "
+            "`pass_rate_column`, or take a smaller pool."
+        )
+
+    def report(self, host, directory):
+        """See [`Schedule`]."""
+        if host.accelerator.is_main_process and self.observed:
+            write_online_report(self, host, directory)
+
     # Checkpoints ------------------------------------------------------------------------------------------------
 
     def state_dict(self):
@@ -312,6 +360,7 @@ class OnlineSchedule(Schedule):
             "skill_sums": self.skill_sums,
             "drawn_chunks": np.array([chunk for chunk, _ in drawn], dtype=np.int64),
             **{f"drawn_{name}": _stacked([getattr(one, name) for _, one in drawn]) for name in _DRAWN},
+            "features_key": self.features_key,
             "reward_range": [None if math.isinf(end) else float(end) for end in self.reward_range],
             **{name: getattr(self, name) for name in _NUMBERS},
         }
