@@ -15,7 +15,7 @@ from ..config import LearnAlignConfig
 from ..gradients import dropout_off
 from ..groups import Group, Row
 from ..rewards import source_of
-from . import generation
+from . import generation, taps
 from .checks import check_trainer
 from .generation import NoLogps
 from .names import check_names
@@ -251,6 +251,14 @@ class Host(ABC):
     def replace_sampler(self, make: Callable[[Dataset | None], Sampler]) -> None:
         """From now on `make(dataset)` makes the sampler of training; `None` stands for the training dataset."""
         self.trainer._get_train_sampler = make
+
+    def on_rewards(self, observer: taps.RewardObserver) -> taps.Undo:
+        """See [`~trl_learnalign.host.taps.observe_rewards`]."""
+        return taps.observe_rewards(self.trainer, observer)
+
+    def before_checkpoint(self, write: taps.CheckpointWriter) -> taps.Undo:
+        """See [`~trl_learnalign.host.taps.write_before_checkpoints`]."""
+        return taps.write_before_checkpoints(self.trainer, write)
 
     def add_tag(self, tag: str) -> None:
         """For the cards that the trainer and PEFT write."""
