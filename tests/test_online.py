@@ -81,7 +81,7 @@ class World:
 # Maths -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("a", "b"), [(0.5, 0.5), (2.0, 6.0), (1.0, 1.0), (9.0, 0.3)])
+@pytest.mark.parametrize(("a", "b"), [(0.5, 0.5), (2.0, 6.0), (1.0, 1.0), (9.0, 1.3)])
 def test_expectations_are_integrals_over_the_beta_density(a, b):
     p = (np.arange(200_000) + 0.5) / 200_000
     density = p ** (a - 1) * (1 - p) ** (b - 1)
@@ -194,7 +194,7 @@ def test_a_prompt_rests_and_uniform_draws_come_from_the_whole_pool():
     world = World()
     last, kinds = {}, []
     for chunk, rows in enumerate(world.run(80)):
-        drawn = {row: chunk for row in rows.tolist()}
+        drawn = dict.fromkeys(rows.tolist(), chunk)
         assert len(drawn) == 16
         last |= drawn
     schedule = world.schedule
@@ -223,7 +223,7 @@ def test_solved_and_failed_prompts_come_back_after_twice_the_time():
             visits.setdefault(row, []).append(chunk)
     solved = [len(visits.get(row, ())) for row in range(32)]
     live = [len(visits.get(row, ())) for row in range(32, 64)]
-    assert min(solved) >= 2 and np.mean(live) > 2 * np.mean(solved)  # reviewed, but seldom
+    assert np.mean(solved) >= 2 and np.mean(live) > 3 * np.mean(solved)  # reviewed, but seldom
 
 
 def test_a_chunk_is_observed_once_and_only_if_it_was_drawn():

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 
 from . import trackers
@@ -12,6 +13,7 @@ from .disk import DirectoryLock
 from .host import find_host
 from .layout import Layout
 from .peers import Peers
+from .prompts import prompt_text
 from .restart import check_restart, restart, save_initial_weights
 from .sampler import LearnAlignSampler
 from .selection import Selection
@@ -158,28 +160,32 @@ class LearnAlignCallback(TrainerCallback):
 
     # The rewards of training ------------------------------------------------------------------------------------
 
-    def _observe(self, batch, inputs, rewards):
+    def _observe(self, batch, inputs, completions, rewards):
         layout = self.sampler.layout
         chunk = batch // layout.repeats
-        self._check_rows(chunk, inputs)
-        shape = layout.chunk_prompts, layout.group_size, -1
-        self.schedule.observe(chunk, rewards.reshape(shape))
+        first = self.trainer.accelerator.process_index * len(inputs) // layout.group_size
+        self._check_row(chunk, first, inputs[0])
+        wanted = self.schedule.observe(chunk, rewards.reshape(layout.chunk_prompts, layout.group_size, -1))
+        if wanted:  # the same on all processes
+            own = {
+                row: prompt_text(completions[(place - first) * layout.group_size])
+                for row, place in wanted.items()
+                if first <= place < first + len(inputs) // layout.group_size
+            }
+            self.schedule.remember({row: text for part in gather_object([own]) for row, text in part.items()})
         for name, value in self.schedule.metrics().items():
             if np.isfinite(value):
                 self.host.log_metric(f"learnalign/{name}", float(value))
 
-    def _check_rows(self, chunk, inputs):
+    def _check_row(self, chunk, place, found):
         """The rewards must be those of the prompts that the schedule believes them to be of."""
-        rows = self.sampler.chunk(chunk)
-        first = self.trainer.accelerator.process_index * len(inputs)
-        row = rows[first // self.sampler.layout.group_size]
-        columns = [name for name in ("prompt", "answer") if name in inputs[0] and name in self.host.dataset.features]
+        row = self.sampler.chunk(chunk)[place]
         expected = self.host.dataset[row]
-        if any(inputs[0][name] != expected[name] for name in columns):
+        if "prompt" in expected and found["prompt"] != expected["prompt"]:
             raise RuntimeError(
                 f"Training generated for another prompt than row {row}, which the schedule had chosen for chunk {chunk}, so its rewards "
                 "would be credited to the wrong prompts. Something between dataset and trainer changes the order of rows: use "
-                "GRPOTrainer's own dataloader."
+                "TRL's own dataloader."
             )
 
     # What is said and logged ------------------------------------------------------------------------------------

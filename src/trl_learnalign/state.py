@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 
 import numpy as np
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -94,6 +95,11 @@ class CheckpointState:
     def __init__(self, host, sampler):
         self.host, self.sampler, self.config = host, sampler, sampler.config
         self._fingerprint = dataset_fingerprint(host.dataset)
+        self._directory: Path | None = None  # of the checkpoint that the run was resumed from
+        host.on_resume(self._note)
+
+    def _note(self, directory):
+        self._directory = directory
 
     def write(self, directory: Path, is_writer: bool, pending: int | None) -> None:
         """
@@ -103,10 +109,20 @@ class CheckpointState:
             directory (`Path`): the checkpoint.
             is_writer (`bool`): whether this process writes what all have in common.
             pending (`int`, *optional*): the start chunk of a selection that is due.
+
+        Raises:
+            `RuntimeError`: the processes have different states.
         """
         values, arrays = split({"sampler": self.sampler.state_dict()})
+        entry = write_arrays(directory, arrays, is_writer)
+        found = gather_object([digest([values, entry])])
+        if len(set(found)) > 1:  # the same on all processes, so all raise
+            raise RuntimeError(
+                "The processes have come to different schedules: each would train on other prompts. Their processors or libraries may "
+                f"round differently (digests: {', '.join(one[:8] for one in found)}). Resume from the last checkpoint on equal machines."
+            )
         content = values | {
-            "arrays": write_arrays(directory, arrays, is_writer),
+            "arrays": entry,
             "pending": pending,
             "dataset_fingerprint": self._fingerprint,
             "num_processes": self.host.accelerator.num_processes,
@@ -141,7 +157,7 @@ class CheckpointState:
                 f"The LearnAlign state in the checkpoint of step {state.global_step} is damaged: it does not agree with its "
                 "checksum. Resume from an earlier checkpoint."
             )
-        arrays = read_arrays(self.host.resumed_from, saved.get("arrays"))
+        arrays = read_arrays(self._directory, saved.get("arrays"))
         whole = join({"sampler": saved["sampler"]}, arrays)
         schedule_state = self.sampler.schedule_state(whole["sampler"])
         if saved["dataset_fingerprint"] != self._fingerprint:

@@ -99,7 +99,7 @@ class Schedule:
             indices (`Sequence[int]`): the chosen dataset rows, best first; empty if no prompt is learnable.
         """
 
-    def observe(self, chunk: int, rewards: np.ndarray) -> None:
+    def observe(self, chunk: int, rewards: np.ndarray) -> dict[int, int] | None:
         """
         Sees the rewards that training has paid for. A chunk may be observed twice, where a resumed run generates it again.
 
@@ -107,7 +107,13 @@ class Schedule:
             chunk (`int`): the chunk.
             rewards (`np.ndarray` of shape `(n, G, F)`): of its n prompts, G rollouts each, by F reward functions; NaN where one gave
                 none.
+
+        Returns:
+            dataset rows whose first completion `remember` is to be given, with their place in the chunk; nothing by default.
         """
+
+    def remember(self, completions: dict[int, str]) -> None:
+        """Takes the completions that `observe` asked for, by dataset row."""
 
     @property
     def stage(self) -> int:

@@ -27,7 +27,7 @@ TRIED = 32  # uniform draws before the predictor is judged
 LEAST_SKILL = 0.05
 LEAST_HEADROOM = 1.1
 PATIENCE = 20  # chunks without headroom before draws are uniform
-SUSPICION = 0.05  # probability of failing so often, below which a prompt is a suspect
+SUSPICION = 0.1  # probability of failing so often, below which a prompt is a suspect
 MOST_SUSPECTS = 1000
 MEMORY = 0.995  # of the sums over uniform draws, per draw: the last 200 count
 RETIRED_AFTER = 2  # visits in a row with all rollouts right, or none
@@ -104,6 +104,8 @@ class OnlineSchedule(Schedule):
         self.due = np.zeros(size, np.int32)  # the chunk from which on a prompt may come again
         self.solved = np.zeros(size, np.uint8)  # visits in a row in which all rollouts succeeded
         self.failed = np.zeros(size, np.uint8)  # visits in a row in which none did
+        self.surprise = np.zeros(size, np.float32)  # -log of the probability of failures only, as was predicted; 0 once solved
+        self.completions: dict[int, str] = {}  # of suspects, by row
         self.reward_range = [math.inf, -math.inf]
         self.drawn: dict[int, _Drawn] = {}
         self.observed = 0  # chunks before this one were observed
@@ -214,7 +216,7 @@ class OnlineSchedule(Schedule):
     def observe(self, chunk, rewards):
         """See [`Schedule`]. A chunk that was observed before, or never drawn, changes nothing."""
         if chunk < self.observed or chunk not in self.drawn:
-            return
+            return None
         drawn = self.drawn[chunk]
         deciding, total = self._rewards(rewards)
         known = np.isfinite(deciding)
@@ -228,12 +230,27 @@ class OnlineSchedule(Schedule):
             drawn.predicted[seen], observed, drawn.uniform[seen], live[seen], self.visits[drawn.rows[seen]]
         )
         self._measure(drawn, seen, observed)
+        self._suspect(chunk, drawn.rows, successes, trials)
         self.predictor.observe(chunk, drawn.rows, successes, trials)
         for places in _distinct(drawn.rows):  # a pool smaller than a chunk has a row twice
             self._update(chunk, drawn.rows[places], successes[places], trials[places])
         self.observed = chunk + 1
         self.drawn = {number: one for number, one in self.drawn.items() if number >= chunk}
         self._record(chunk, drawn, live, seen, observed)
+        return self._suspicious(drawn.rows)
+
+    def _suspicious(self, rows) -> dict[int, int]:
+        """Suspects among these rows whose completion is not known yet, with their places."""
+        chance = np.exp(-self.surprise[rows].astype(np.float64))
+        return {
+            row: place
+            for place, row in enumerate(rows.tolist())
+            if chance[place] < SUSPICION and row not in self.completions and len(self.completions) < 2 * MOST_SUSPECTS
+        }
+
+    def remember(self, completions):
+        """See [`Schedule`]."""
+        self.completions |= completions
 
     def _rewards(self, rewards):
         """Of `(n, G, F)` rewards the one that decides success and the total, `(n, G)` each; NaN for none."""
@@ -262,6 +279,13 @@ class OnlineSchedule(Schedule):
             errors[:2] = ((predicted - y) ** 2).sum(), ((mean - y) ** 2).sum()
         self.skill_sums = self.skill_sums * MEMORY ** len(y) + errors
 
+    def _suspect(self, chunk, rows, successes, trials):
+        """Adds to the surprise of prompts that failed in all rollouts; a success ends it."""
+        a, b = self.posterior(rows, chunk)
+        failed = (trials > 0) & (successes <= 0)
+        self.surprise[rows[failed]] -= np.log(all_fail(a, b, trials)[failed]).astype(np.float32)
+        self.surprise[rows[successes > 0]] = 0
+
     def _update(self, chunk, rows, successes, trials):
         faded = 0.5 ** ((chunk - self.last[rows]) / HALF_LIFE)
         self.successes[rows] = faded * self.successes[rows] + successes
@@ -271,7 +295,7 @@ class OnlineSchedule(Schedule):
         solved, failed = (trials > 0) & (successes >= trials), (trials > 0) & (successes <= 0)
         self.solved[rows] = np.where(solved, np.minimum(self.solved[rows], 254) + 1, 0)
         self.failed[rows] = np.where(failed, np.minimum(self.failed[rows], 254) + 1, 0)
-        rests = np.minimum(np.maximum(self.solved[rows], self.failed[rows]), LONGEST_REST)
+        rests = np.minimum(np.maximum(self.solved[rows], self.failed[rows]), LONGEST_REST).astype(np.int32)
         self.due[rows] = chunk + self.cooldown * 2**rests
 
     def _record(self, chunk, drawn, live, seen, observed):
@@ -298,16 +322,10 @@ class OnlineSchedule(Schedule):
         Rows of prompts that were never solved though the predictor is sure that they would be, most suspicious first, and how
         probable so many failures are for each.
         """
-        rows = np.flatnonzero((self.failed > 0) & (self.failed == np.minimum(self.visits, 255)))
-        if not len(rows):
-            return rows, np.zeros(0)
-        prior = self.predictor.predict(rows)
-        strength = self.predictor.concentration
-        faded = 0.5 ** ((self.observed - self.last[rows]) / HALF_LIFE)
-        chance = all_fail(strength * prior, strength * (1 - prior), faded * self.failures[rows])
-        order = np.lexsort((rows, np.round(chance, 9)))
-        order = order[chance[order] < SUSPICION][:MOST_SUSPECTS]
-        return rows[order], chance[order]
+        chance = np.exp(-self.surprise.astype(np.float64))
+        rows = np.flatnonzero(chance < SUSPICION)
+        rows = rows[np.lexsort((rows, chance[rows]))][:MOST_SUSPECTS]
+        return rows, chance[rows]
 
     def metrics(self):
         """See [`Schedule`]."""
@@ -351,7 +369,7 @@ class OnlineSchedule(Schedule):
     # Checkpoints ------------------------------------------------------------------------------------------------
 
     def state_dict(self):
-        """See [`Schedule`]: 22 bytes a prompt, and what was observed last."""
+        """See [`Schedule`]: 26 bytes a prompt, and what was observed last."""
         drawn = sorted(self.drawn.items())
         return {
             **{name: getattr(self, name) for name in _PER_PROMPT},
@@ -392,7 +410,7 @@ class OnlineSchedule(Schedule):
             ) from error
 
 
-_PER_PROMPT = "successes", "failures", "last", "visits", "due", "solved", "failed"
+_PER_PROMPT = "successes", "failures", "last", "visits", "due", "solved", "failed", "surprise"
 _DRAWN = "rows", "uniform", "predicted", "live"
 _NUMBERS = "observed", "position", "choosing", "without_headroom", "headroom"
 
