@@ -192,7 +192,7 @@ def test_headroom_that_is_gone_ends_the_choice():
 
 def test_a_prompt_rests_and_uniform_draws_come_from_the_whole_pool():
     world = World()
-    last, kinds = {}, []
+    last = {}
     for chunk, rows in enumerate(world.run(80)):
         drawn = dict.fromkeys(rows.tolist(), chunk)
         assert len(drawn) == 16
