@@ -19,6 +19,9 @@ from torch.distributed import fsdp
 from transformers import TrainerCallback
 
 from trl_learnalign import objective, select_prompts
+from trl_learnalign.host import find_host
+from trl_learnalign.measures import hidden_states
+from trl_learnalign.peers import Peers
 from trl_learnalign.weights import weights_digest
 
 
@@ -58,6 +61,22 @@ class Digests(TrainerCallback):
         self.by_step[state.global_step] = weights_digest(self.trainer)
 
     on_train_begin = on_step_end
+
+
+class HiddenStates(TrainerCallback):
+    """The features of the prompts when training begins, and the forwards that they took."""
+
+    def __init__(self, trainer, path):
+        self.trainer, self.path, self.found = trainer, path, {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        forwards = []
+        host = find_host(self.trainer)
+        with Peers(self.trainer.accelerator) as peers:
+            hook = host.policy.register_forward_pre_hook(lambda *args: forwards.append(1))
+            values = hidden_states.hidden_states(host, Path(self.path), peers).values
+            hook.remove()
+        self.found = {"features": values.tolist(), "forwards": len(forwards)}
 
 
 def train(path, seen, **changes):
@@ -178,6 +197,13 @@ def main(task, path):
                     trainer.train()
                 except (FloatingPointError, RuntimeError) as error:
                     result["error"] = str(error)
+        case "hidden states":
+            hidden_states.SAMPLE, hidden_states.WINDOW = 10, 4
+            trainer = make_trainer(path, reward=seen, dataset=make_dataset(23), max_steps=1, **kwargs)
+            callback = HiddenStates(trainer, path)
+            trainer.add_callback(callback)
+            trainer.train()
+            result |= callback.found
         case "random":
             trainer = train(path, seen, config={"score": "random", "warmup_prompts": 0}, **kwargs)
             trainer.train()
