@@ -67,7 +67,7 @@ class Counter:
 
 
 @pytest.mark.parametrize("conversational", [False, True])
-@pytest.mark.parametrize("sizes", [(2048, 512), (30, 7)], ids=["one window", "a sample and windows"])
+@pytest.mark.parametrize("sizes", [(2048, 1024), (30, 7)], ids=["one window", "a sample and windows"])
 def test_they_are_those_of_one_forward_for_each_prompt(tmp_path, monkeypatch, sizes, conversational):
     monkeypatch.setattr(measure, "SAMPLE", sizes[0])
     monkeypatch.setattr(measure, "WINDOW", sizes[1])
