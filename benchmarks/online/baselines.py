@@ -1,14 +1,13 @@
 """
 What others do with the rewards of training, on the same path as the online schedule: one class a method, with the constants of
-its authors' code. None of them makes a rollout of its own, but for `refilling`.
+its authors' code. None of them makes a rollout of its own, but for `RefillingTrainer`.
 
-- `Uniform`: every prompt once an epoch, in random order.
 - `BetaMean`, `MoPPS` (arXiv 2507.04632): a Beta posterior for each prompt; of 16 times as many random candidates those whose mean,
   or whose draw from the posterior, is nearest to one half.
 - `GRESO` (2506.02177): epochs in random order; a prompt whose last visits had all rewards equal is skipped with a probability
   that grows with their number and is tuned to a target.
 - `Pools` (prime-rl): drawn in proportion to a weight, which the last success rate decides: hard, normal, easy.
-- `refilling` (DAPO, 2503.14476): groups without a gradient are replaced by fresh ones, generated at once, a bounded number of times.
+- `RefillingTrainer` (DAPO, 2503.14476): groups without a gradient are replaced by fresh ones, generated at once, a bounded number of times.
 """
 
 import numpy as np
@@ -52,24 +51,6 @@ class _Baseline(Schedule):
         """That of `group_size` rollouts of each of these rows so many have succeeded."""
 
 
-class Uniform(_Baseline):
-    """Every prompt once an epoch, in random order."""
-
-    def begin(self):
-        self._orders = []
-
-    def position(self, place):
-        """The row at a place in the endless order."""
-        epoch, offset = divmod(place, self.size)
-        while len(self._orders) <= epoch:
-            generator = np.random.Generator(np.random.Philox(key=[self.layout.seed, 2**32 + len(self._orders)]))
-            self._orders.append(generator.permutation(self.size))
-        return int(self._orders[epoch][offset])
-
-    def choose(self, chunk, generator):
-        return [self.position(chunk * self.number + i) for i in range(self.number)]
-
-
 class BetaMean(_Baseline):
     """The posterior begins as Beta(1, 1) and forgets nothing, as in the authors' runs on MATH."""
 
@@ -101,16 +82,22 @@ class MoPPS(BetaMean):
 DEAD_TARGETS = {"easy": 1 / 12, "hard": 1 / 6}  # of GRESO: shares of a chunk without a gradient
 
 
-class GRESO(Uniform):
+class GRESO(_Baseline):
     """`keep` is the probability that one more visit without a gradient leaves a prompt with, of always and of never solved prompts."""
 
     LEAST, STEP, BOUNDS = 0.01, 0.01, (0.05, 0.95)
 
     def begin(self):
-        super().begin()
-        self.place = 0
+        self.place, self.orders = 0, []
         self.keep = {"easy": 0.5, "hard": 0.5}
         self.streak = {kind: np.zeros(self.size, int) for kind in self.keep}
+
+    def position(self, place):
+        """The row at a place in the endless order."""
+        epoch, offset = divmod(place, self.size)
+        while len(self.orders) <= epoch:
+            self.orders.append(self.generator(2**32 + len(self.orders)).permutation(self.size))
+        return int(self.orders[epoch][offset])
 
     def choose(self, chunk, generator):
         rows = []
@@ -144,7 +131,7 @@ class Pools(_Baseline):
         self.weights[rows] = np.where((rates > 0.25) & (rates <= 0.75), 1.0, 0.2)
 
 
-SCHEDULES = {"uniform": Uniform, "beta mean": BetaMean, "mopps": MoPPS, "greso": GRESO, "pools": Pools}
+SCHEDULES = {"beta mean": BetaMean, "mopps": MoPPS, "greso": GRESO, "pools": Pools}
 
 
 class RefillingTrainer(GRPOTrainer):

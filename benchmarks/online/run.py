@@ -7,7 +7,7 @@ writes runs/online/POOL/ARM-SEED.json; a run that is there already is left out, 
 --pools and --seeds take several, one after another; another call beside it takes other runs. DIR holds GSM8K's
 train.jsonl and test.jsonl. Without it generated chains stand in.
 
-The policy trains as benchmarks/gsm8k_equations/grid.py trains it: LoRA, 16 prompts x 8 rollouts a step. On the pools `clean` and
+`uniform` is stock GRPOTrainer, `refill` and the other methods are those of baselines.py. The policy trains as benchmarks/gsm8k_equations/grid.py trains it: LoRA, 16 prompts x 8 rollouts a step. On the pools `clean` and
 `clean-wrong` it is warmed up first, on 300 random prompts, the same for all arms.
 """
 
@@ -42,7 +42,7 @@ from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSa
 
 CHUNK, GROUP, SAMPLES, WARMUP_STEPS = 16, 8, 8, 19
 ONLINE = {"online": {}, "online without features": {"prompt_features": False}}
-ARMS = (*SCHEDULES, "refill", *ONLINE)
+ARMS = ("uniform", *SCHEDULES, "refill", *ONLINE)
 WARM_POOLS = ("clean", "clean-wrong")
 
 
@@ -145,7 +145,7 @@ def build_trainer(arm, adapter, rows, reward, steps, seed, folder, learning_rate
     elif arm in ONLINE:
         config = LearnAlignConfig(schedule="online", write_report=False, **ONLINE[arm])
         kwargs["train_sampler"] = LearnAlignSampler(config)
-    kind = {"refill": RefillingTrainer, "warm-up": GRPOTrainer}.get(arm, LearnAlignGRPOTrainer)
+    kind = LearnAlignGRPOTrainer if kwargs else RefillingTrainer if arm == "refill" else GRPOTrainer
     trainer = kind(
         model=model,
         reward_funcs=reward,
@@ -185,7 +185,7 @@ def warm_up(seed, rows, arguments) -> Path:
         if not (path / "adapter_config.json").is_file():
             with TemporaryDirectory() as folder:
                 recorder = Recorder()
-                trainer = build_trainer("warm-up", None, rows, recorder, WARMUP_STEPS, seed, folder, 1e-3, [])
+                trainer = build_trainer("uniform", None, rows, recorder, WARMUP_STEPS, seed, folder, 1e-3, [])
                 trainer.train()
                 trainer.model.save_pretrained(path)
     return path
