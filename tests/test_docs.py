@@ -103,7 +103,7 @@ def literal(node):
 def test_every_error_is_in_the_troubleshooting_page():
     page = (ROOT / "docs/troubleshooting.md").read_text().replace("`", "").replace('"', "'")
     messages = [unseen_message([]), unseen_message(["name"])]
-    for file in sorted((ROOT / "src/trl_learnalign").glob("*.py")):
+    for file in sorted((ROOT / "src/trl_learnalign").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
                 assert node.exc.args, f"{file.name}: an error without a message"

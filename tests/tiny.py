@@ -154,6 +154,12 @@ def config(**changes):
     return LearnAlignConfig(**(settings | changes))
 
 
+def online(**changes):
+    """Chunks chosen from the rewards of training; what is known of a prompt beforehand is its length."""
+    settings = {"schedule": "online", "prompt_features": False, "write_report": False}
+    return LearnAlignConfig(**(settings | changes))
+
+
 def weights(trainer):
     model = trainer.accelerator.unwrap_model(trainer.model)
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
