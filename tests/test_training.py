@@ -388,7 +388,11 @@ def test_callback_and_mixin_choose_as_the_trainer_does(tmp_path):
     stock = make_trainer(tmp_path / "c", **kwargs)
     stock.add_callback(LearnAlignCallback(stock, LearnAlignSampler(config())))
     stock.train()
-    assert ours._get_train_sampler().schedule.log == mixed._get_train_sampler().schedule.log == stock._get_train_sampler().schedule.log
+    assert (
+        ours._get_train_sampler().schedule.log
+        == mixed._get_train_sampler().schedule.log
+        == stock._get_train_sampler().schedule.log
+    )
     assert_same_weights(weights(ours), weights(mixed))
     assert_same_weights(weights(ours), weights(stock))
 
