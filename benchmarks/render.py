@@ -150,7 +150,7 @@ def gpu_section() -> str:
     )
 
 
-def scale_table(million, processes) -> str:
+def scale_table(million, processes, report) -> str:
     return "\n".join(
         [
             "| what | measured |",
@@ -158,11 +158,15 @@ def scale_table(million, processes) -> str:
             f"| scores of {million['prompts']:,} prompts at d = {million['dim']:,} from the disk | "
             f"{million['score_seconds']:.0f} s, {million['ratio']:.2f} x reading the {million['bytes'] / 1e9:.0f} GB once |",
             f"| additional memory for that | {million['resident_bytes'] / 1e6:.0f} MB |",
+            f"| report of {report['prompts']:,} prompts of {report['characters']:,} characters, opened in Chromium {report['chromium']} | "
+            f"{report['open_seconds']:.1f} s until the table is shown, {report['search_seconds']:.1f} s to search it; "
+            f"a page of {report['page_bytes'] / 1e6:.0f} MB |",
+            f"| writing that report | {report['write_seconds']:.0f} s, {report['resident_bytes'] / 1e6:.0f} MB of memory |",
             f"| gradient pass of two processes against one | {processes['speedup']:.2f} x the prompts per second; "
             f"two unconnected processes on this machine: {processes['limit']:.2f} x |",
             "",
-            f"By `benchmarks/million.py` (median of {million['rounds']} rounds, page cache emptied) and "
-            f"`benchmarks/processes.py` (median of {processes['rounds']} rounds, a thread each); {processes['machine']}; "
+            f"By `benchmarks/million.py` (median of {million['rounds']} rounds, page cache emptied), `benchmarks/report_million.py` "
+            f"(median of {report['rounds']} rounds, a new browser each, written once) and `benchmarks/processes.py` (median of {processes['rounds']} rounds, a thread each); {processes['machine']}; "
             f"{versions_of(processes)}.",
         ]
     )
@@ -294,7 +298,7 @@ Every run: `python benchmarks/demo_arms.py --dataset_path DIR`.
 
 ## Large pools, several processes
 
-{scale_table(load("million"), load("processes"))}
+{scale_table(load("million"), load("processes"), load("report_million"))}
 
 ## Fault injection, in numbers
 

@@ -13,8 +13,8 @@ from .advice import plan_warnings
 from .config import LearnAlignConfig
 from .parts import rollouts_at_once
 from .scores import score_name
-from .selection import OUTCOME_LABELS
 from .selector import SelectionRun
+from .summaries import OUTCOME_LABELS
 
 
 def plan_selection(trainer: GRPOTrainer, config: LearnAlignConfig) -> tuple[str, bool]:
