@@ -11,7 +11,8 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from trl_learnalign.config import LearnAlignConfig, explanations
+from trl_learnalign import LearnAlignConfig
+from trl_learnalign.knobs import explanations
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -261,7 +262,7 @@ def policy_table(results) -> str:
 def configuration_page() -> str:
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     rows = ["| field | default | meaning |", "| --- | --- | --- |"]
-    texts = explanations()
+    texts = explanations(LearnAlignConfig)
     for one in fields(LearnAlignConfig):
         default = f'"{one.default}"' if isinstance(one.default, str) else one.default
         rows.append(f"| `{one.name}` | `{default}` | {texts[one.name].replace('|', '&#124;')} |")
