@@ -21,12 +21,15 @@ def table(head, rows) -> str:
 
 
 def fill(template: str, names: dict) -> str:
-    """The template with each `{{...}}` replaced by what it stands for in `names`."""
+    """The template with each `{{...}}` replaced by what it stands for in `names`; a function is called once."""
+    called = {}
 
     def value(match):
         path, _, form = match[1].partition(":")
         first, *steps = path.split(".")
-        found = names[first]() if callable(names[first]) else names[first]
+        found = names[first]
+        if callable(found):
+            found = called[first] = called[first] if first in called else found()
         for step in steps:
             found = found[int(step) if isinstance(found, list) else step]
         if form == "Aa":
