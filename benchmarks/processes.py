@@ -21,8 +21,8 @@ import torch
 from workload import ROOT, build_trainer, draw_groups, installed, machine
 
 from trl_learnalign.features import FeatureSource
+from trl_learnalign.host import find_host
 from trl_learnalign.journal import Journal
-from trl_learnalign.rollouts import left_as_found
 
 
 SETTINGS = {"shape": "small", "device": "cpu", "dtype": "float32", "rank": 8, "prompts": 32, "tokens": 64}
@@ -40,8 +40,8 @@ def work(output):
         tasks = {index: groups[index] for index in share}
         seconds = []
         for name in ("first", "measured"):
-            with left_as_found(trainer, 8):
-                source = FeatureSource(trainer, 32768, 0, tasks, Journal(Path(scratch) / name, name, True))
+            with find_host(trainer).left_as_found(8):
+                source = FeatureSource(find_host(trainer), 32768, 0, tasks, Journal(Path(scratch) / name, name, True))
                 accelerator.wait_for_everyone()
                 started = time.perf_counter()
                 source.weighted_sum(torch.ones(len(groups)))

@@ -18,8 +18,11 @@ from tiny import Seen, config, digit_reward, make_dataset, make_trainer, weights
 from torch.distributed import fsdp
 from transformers import TrainerCallback
 
-from trl_learnalign import objective, select_prompts
-from trl_learnalign.weights import weights_digest
+from trl_learnalign import select_prompts
+from trl_learnalign.host import find_host, objective
+from trl_learnalign.host.weights import weights_digest
+from trl_learnalign.measures import hidden_states
+from trl_learnalign.peers import Peers
 
 
 def allow_sharding_on_cpu():
@@ -58,6 +61,22 @@ class Digests(TrainerCallback):
         self.by_step[state.global_step] = weights_digest(self.trainer)
 
     on_train_begin = on_step_end
+
+
+class HiddenStates(TrainerCallback):
+    """The features of the prompts when training begins, and the forwards that they took."""
+
+    def __init__(self, trainer, path):
+        self.trainer, self.path, self.found = trainer, path, {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        forwards = []
+        host = find_host(self.trainer)
+        with Peers(self.trainer.accelerator) as peers:
+            hook = host.policy.register_forward_pre_hook(lambda *args: forwards.append(1))
+            values = hidden_states.hidden_states(host, Path(self.path), peers).values
+            hook.remove()
+        self.found = {"features": values.tolist(), "forwards": len(forwards)}
 
 
 def train(path, seen, **changes):
@@ -178,6 +197,34 @@ def main(task, path):
                     trainer.train()
                 except (FloatingPointError, RuntimeError) as error:
                     result["error"] = str(error)
+        case "hidden states":
+            hidden_states.SAMPLE, hidden_states.WINDOW = 10, 4
+            trainer = make_trainer(path, reward=seen, dataset=make_dataset(23), max_steps=1, **kwargs)
+            callback = HiddenStates(trainer, path)
+            trainer.add_callback(callback)
+            trainer.train()
+            result |= callback.found
+        case "taps" | "checkpoint fails":
+            trainer = train(path, seen, config={"score": "random"}, save_strategy="steps", save_steps=2, **kwargs)
+            result |= {"rewards": [], "inputs": [], "writers": []}
+
+            def observer(batch, inputs, completions, rewards):
+                result["rewards"].append([batch, rewards.tolist()])
+                result["inputs"] += [row["row"] for row in inputs]
+
+            def write(directory, is_writer):
+                result["writers"].append(is_writer)
+                assert directory.is_dir() and not (directory / "trainer_state.json").exists()
+                if task == "checkpoint fails" and os.environ["RANK"] == "1":
+                    raise OSError("no space left")
+
+            host = find_host(trainer)
+            host.on_rewards(observer)
+            host.before_checkpoint(write)
+            try:
+                trainer.train()
+            except (OSError, RuntimeError) as error:
+                result["error"] = f"{type(error).__name__}: {error}"
         case "random":
             trainer = train(path, seen, config={"score": "random", "warmup_prompts": 0}, **kwargs)
             trainer.train()

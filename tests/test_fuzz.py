@@ -18,8 +18,8 @@ from tiny import config, digit_reward, make_dataset, make_trainer
 from transformers import TrainerState
 
 from trl_learnalign import LearnAlignConfig, Selection, select_prompts
+from trl_learnalign.groups import Group
 from trl_learnalign.journal import Journal
-from trl_learnalign.rollouts import Group
 
 
 FIELDS = {field.name: field.default for field in dataclasses.fields(LearnAlignConfig)}
@@ -122,6 +122,7 @@ def test_journal(tally, data):
         loss_masks=[np.array([1], np.int8), np.array([1, 0], np.int8)],
         completions=["a", [{"role": "assistant", "content": "b"}]],
         rewards=np.array([[1.0], [0.0]], np.float32),
+        penalties=np.array([0.0, 0.5], np.float32),
     )
     features = torch.randn(2, 8)
     with tempfile.TemporaryDirectory() as directory:
@@ -153,10 +154,10 @@ def test_a_file_of_another_batch_is_not_read(tmp_path):
     other._features_file("0a").rename(journal._features_file("0a"))
     assert journal.load_features("0a", (2, 8)) is None
     ids, mask = np.array([6], np.int32), np.array([1], np.int8)
-    other.save_groups([Group(3, [ids], [ids], [mask], ["a"], np.ones((1, 1), np.float32))])
+    other.save_groups([Group(3, [ids], [ids], [mask], ["a"], np.ones((1, 1), np.float32), np.ones(1, np.float32))])
     other._groups_file([3]).rename(journal._groups_file([3]))
     assert journal.load_groups([3], (1, 1)) is None
-    journal.save_groups([Group(3, [ids], [ids], [mask], ["a"], np.ones((1, 1), np.float32))])
+    journal.save_groups([Group(3, [ids], [ids], [mask], ["a"], np.ones((1, 1), np.float32), np.ones(1, np.float32))])
     assert journal.load_groups([3], (1, 1)) is not None
 
 

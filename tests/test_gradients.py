@@ -15,11 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 from workload import peak_bytes
 
-from trl_learnalign import LearnAlignConfig, objective, select_prompts
+from trl_learnalign import LearnAlignConfig, select_prompts
 from trl_learnalign.features import WINDOW, FeatureSource, pack
 from trl_learnalign.gradients import PROBE_RANK, PromptGradients, UnseenParametersError, dropout_off
+from trl_learnalign.groups import Row
+from trl_learnalign.host import find_host, objective
+from trl_learnalign.host.objective import policy_objective
 from trl_learnalign.journal import Journal
-from trl_learnalign.objective import Row, policy_objective
 from trl_learnalign.projection import stable_hash
 from trl_learnalign.scoring import scores_of_batches
 
@@ -83,7 +85,7 @@ def oracle(trainer, rows):
 
 def features_of(trainer, tasks, tmp_path, dim=None, max_tokens=None):
     journal = Journal(tmp_path / "journal", f"{dim} {max_tokens}", True)
-    source = FeatureSource(trainer, dim, 0, tasks, journal, max_tokens)
+    source = FeatureSource(find_host(trainer), dim, 0, tasks, journal, max_tokens)
     with dropout_off(trainer.model):
         source.weighted_sum(torch.ones(max(tasks) + 1))
         return {
@@ -185,7 +187,9 @@ def test_memory_of_large_exact_gradients_does_not_grow_with_the_pool(tmp_path, m
         trainer.model.zero_grad()
 
     def ours(num):
-        source = FeatureSource(trainer, None, 0, dict.fromkeys(range(num), rows), Journal(tmp_path / "j", "", True))
+        source = FeatureSource(
+            find_host(trainer), None, 0, dict.fromkeys(range(num), rows), Journal(tmp_path / "j", "", True)
+        )
         mean = source.weighted_sum(torch.ones(num))
         indices, *_ = scores_of_batches(source, torch.ones(num), mean)
         assert indices.tolist() == list(range(num))

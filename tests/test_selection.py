@@ -9,8 +9,8 @@ import torch
 from tiny import config, digit_reward, make_dataset, make_trainer
 
 from trl_learnalign import Selection, select_prompts
+from trl_learnalign.groups import Group
 from trl_learnalign.journal import Journal
-from trl_learnalign.rollouts import Group
 from trl_learnalign.samples import extremes
 from trl_learnalign.selection import SCORES_SCHEMA
 
@@ -175,8 +175,12 @@ def test_journal_reads_back_what_was_finished(tmp_path, caplog):
     )
     completions = ["a", [{"role": "assistant", "content": "b"}]]
     rewards = np.array([[1.0, np.nan], [0.0, 2.5]], np.float32)
-    group = Group(3, [np.array([4, 5], np.int32)] * 2, ids, masks, completions, rewards)
-    other = Group(5, ids, ids, masks, completions, rewards)  # every rollout with a prompt of its own
+    group = Group(
+        3, [np.array([4, 5], np.int32)] * 2, ids, masks, completions, rewards, np.array([0.0, 0.5], np.float32)
+    )
+    other = Group(
+        5, ids, ids, masks, completions, rewards, np.zeros(2, np.float32)
+    )  # every rollout with a prompt of its own
     journal.save_groups([group, other])
     features = torch.stack([torch.arange(4.0), torch.ones(4)])
     journal.save_features("0a", features)

@@ -7,11 +7,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from . import rollouts, scoring
+from . import scoring
 from .features import FeatureSource
-from .objective import Row, counts_without_advantage
+from .groups import Group, Row
 from .pool import Pool
-from .rollouts import Group
 
 
 logger = logging.getLogger(__name__)
@@ -22,14 +21,14 @@ class GradientAlignments:
     Implements [`Alignments`] on all processes of a selection.
 
     Args:
-        run ([`SelectionRun`]): the selection, inside [`left_as_found`].
+        run ([`SelectionRun`]): the selection, inside [`Host.left_as_found`].
         own (`list[Group]`): this process's rollouts of the pool.
         pool ([`Pool`]): what all rollouts found out.
     """
 
     def __init__(self, run, own: list[Group], pool: Pool):
         self.run, self.own, self.pool = run, own, pool
-        self.config, self.trainer, self.peers = run.config, run.trainer, run.peers
+        self.config, self.host, self.peers = run.config, run.host, run.peers
 
     def __call__(self, weights: pd.Series) -> pd.DataFrame:
         """See [`Alignments`]."""
@@ -64,7 +63,7 @@ class GradientAlignments:
         run, target = self.run, self.run.target
         started = time.perf_counter()
         journal = run.open_journal(run.journal.path / "target")
-        dataset = rollouts.visible_columns(self.trainer, target)
+        dataset = self.host.visible(target)
         own = run.roll_out(dataset, list(range(len(target))), journal, "target rollouts")
         found = run.gather_rewards(own)
         run.clock("target rollouts", started)
@@ -103,7 +102,7 @@ class GradientAlignments:
             if i is not None and pool.learnability[i] > 0:
                 tasks[group.index] = self._rows(group, pool.advantages[i], pool.deciding[i])
         dim, budget = self.config.projection_dim, self.config.max_tokens_per_batch
-        return FeatureSource(self.trainer, dim, self.run.seed, tasks, journal, budget, self.peers)
+        return FeatureSource(self.host, dim, self.run.seed, tasks, journal, budget, self.peers)
 
     def _sum(self, source, weights):
         """The weighted sum over the prompts of all processes."""
@@ -135,7 +134,7 @@ class GradientAlignments:
         counts = np.sum(self.peers.gather((rolled_out, *source.num_tokens())), axis=0).tolist()
         cost = dict(zip(("rollout_tokens", "gradient_tokens", "computed_tokens"), counts, strict=True))
         # Forward and backward through a LoRA cost two forwards; the reference policy of the KL term one more
-        passes = 2 if self.trainer.beta == 0.0 else 3
+        passes = 3 if self.host.runs_reference else 2
         cost["floor"] = passes * cost["gradient_tokens"] / cost["rollout_tokens"]
         if not self.run.journal.resumed:  # else the rollouts' time is not known
             spent = self.run.seconds["gradients"] + self.run.seconds["scores"]
@@ -152,5 +151,5 @@ class GradientAlignments:
         return [
             Row(prompt_ids, completion_ids, loss_mask, advantage, 1 / len(chosen))
             for g, (prompt_ids, completion_ids, loss_mask, advantage) in enumerate(rollouts)
-            if g in chosen and any(loss_mask) and (advantage != 0 or counts_without_advantage(self.trainer))
+            if g in chosen and any(loss_mask) and (advantage != 0 or self.host.counts_without_advantage)
         ]

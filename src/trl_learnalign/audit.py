@@ -4,9 +4,9 @@ import itertools
 import json
 
 import pyarrow as pa
+import torch
 
 from .prompts import prompt_text
-from .rollouts import first_completion
 from .samples import extremes, shortened, shown
 
 
@@ -42,7 +42,7 @@ def rollouts_table(own, pool, peers) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=_ROLLOUTS_SCHEMA)
 
 
-def texts_table(trainer, dataset, selection, own, peers) -> pa.Table | None:
+def texts_table(host, dataset, selection, own, peers) -> pa.Table | None:
     """
     The prompts that a report shows, with a completion of the highest- and the lowest-ranked learnable ones; `None` on
     all but the main process.
@@ -53,8 +53,8 @@ def texts_table(trainer, dataset, selection, own, peers) -> pa.Table | None:
     ends = {index for indices in extremes(selection) for index in indices}
     listed = ends.union(shown(selection))
     named = "prompt" in dataset.column_names
-    completions = {group.index: first_completion(trainer, group) for group in own if group.index in ends}
-    supplied = {} if named else {group.index: _first_prompt(trainer, group) for group in own if group.index in listed}
+    completions = {group.index: _first_completion(host, group) for group in own if group.index in ends}
+    supplied = {} if named else {group.index: host.text(group.prompt_ids[0]) for group in own if group.index in listed}
     gathered = zip(*peers.gather((completions, supplied)), strict=True)
     completions, supplied = (dict(itertools.chain(*(part.items() for part in parts))) for parts in gathered)
     if peers.rank != 0:
@@ -77,8 +77,10 @@ def texts_table(trainer, dataset, selection, own, peers) -> pa.Table | None:
     )
 
 
-def _first_prompt(trainer, group) -> str:
-    return trainer.processing_class.decode(group.prompt_ids[0], skip_special_tokens=True)
+def _first_completion(host, group) -> tuple[str, float]:
+    """Of a group, the first completion as text and its total reward."""
+    reward = host.total(torch.tensor(group.rewards[0], dtype=torch.float64))
+    return host.text(group.completion_ids[0]), reward.nan_to_num(0.0).item()
 
 
 def _columns_text(row) -> str:

@@ -6,34 +6,35 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from trl import GRPOTrainer
+from transformers import Trainer
 
-from . import rollouts
 from .advice import plan_warnings
 from .config import LearnAlignConfig
-from .parts import rollouts_at_once
+from .host import find_host
+from .parts import prompts_per_batch, rollouts_at_once
 from .scores import score_name
 from .selector import SelectionRun
 from .summaries import OUTCOME_LABELS
 
 
-def plan_selection(trainer: GRPOTrainer, config: LearnAlignConfig) -> tuple[str, bool]:
+def plan_selection(trainer: Trainer, config: LearnAlignConfig) -> tuple[str, bool]:
     """
     A text about the cost of a selection, and whether any prompt was learnable. A small selection is made in a temporary
     directory, of one batch of prompts per process, or more up to 16 prompts, and its time is scaled to the whole pool.
     Every process must call this.
     """
-    rollouts.check_trainer(trainer, config)
-    whole = SelectionRun(trainer, config, 0)
+    host = find_host(trainer)
+    host.check(config)
+    whole = SelectionRun(host, config, 0)
     prompts, world = len(whole.pool), trainer.accelerator.num_processes
     lines = [f"pool: {prompts:,} prompts x {whole.num_rollouts} rollouts = {prompts * whole.num_rollouts:,}"]
     if not config.measures:
         number = min(config.num_prompts, prompts)
         how = "chosen at random" if config.score == "random" else f"chosen by {score_name(config.score)}"
         return f"pool: {prompts:,} prompts\n{number:,} would be {how}: no rollouts, no gradients", True
-    batch = rollouts.prompts_per_batch(trainer, whole.num_rollouts)
+    batch = prompts_per_batch(host, whole.num_rollouts)
     tried = min(prompts, world * batch * math.ceil(16 / (world * batch)))
-    trial = SelectionRun(trainer, replace(config, candidate_prompts=tried, num_prompts=tried), 0)
+    trial = SelectionRun(host, replace(config, candidate_prompts=tried, num_prompts=tried), 0)
     with tempfile.TemporaryDirectory() as directory:
         trial.path = Path(directory) / "learnalign" / "trial"
         with trial.peers:
@@ -45,7 +46,7 @@ def plan_selection(trainer: GRPOTrainer, config: LearnAlignConfig) -> tuple[str,
     lines += [
         f"tried: {tried} prompts on {world} process{'es' * (world > 1)}, of which {learnable} are learnable ({learnable / tried:.0%})",
         *(f"{OUTCOME_LABELS[name]}: {pool:.3f}" for name, (pool, _) in selection.outcomes().items() if pool == pool),
-        f"at once: {batch * rollouts_at_once(trainer, whole.num_rollouts)} rollouts a process (per_device_train_batch_size x steps_per_generation); "
+        f"at once: {batch * rollouts_at_once(host, whole.num_rollouts)} rollouts a process (per_device_train_batch_size x steps_per_generation); "
         "more at once are faster, if memory allows",
         f"gradient passes: {passes if 'gradients' in config.measures else 'none'}",
         "expected time: "

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from trl import GRPOTrainer
 
-from . import objective, rollouts
 from .gradients import PromptGradients, turn_dropout_off
+from .groups import Row
+from .host import Host
 from .journal import Journal
-from .objective import Row
 from .peers import Peers
+from .progress import progress_bar
 from .projection import stable_hash
 from .scoring import add_unit_features, feature_norms
 
@@ -36,7 +36,7 @@ class FeatureSource:
     `(k, d)` in float32. Sketches are read back from the journal, so that memory does not grow with the pool.
 
     Args:
-        trainer ([`~trl.GRPOTrainer`]): inside [`left_as_found`].
+        host ([`Host`]): inside [`Host.left_as_found`].
         dim (`int` or `None`): length of a feature; `None`: exact gradients.
         seed (`int`): of the projection.
         tasks (`dict[int, list[Row]]`): the rows that make each prompt's gradient.
@@ -48,7 +48,7 @@ class FeatureSource:
 
     def __init__(
         self,
-        trainer: GRPOTrainer,
+        host: Host,
         dim: int | None,
         seed: int,
         tasks: dict[int, list[Row]],
@@ -56,14 +56,14 @@ class FeatureSource:
         max_tokens: int | None = None,
         peers: Peers | None = None,
     ):
-        self.peers = peers if peers is not None else Peers(trainer.accelerator)
-        self.trainer = trainer
+        self.peers = peers if peers is not None else Peers(host.accelerator)
+        self.host = host
         self.tasks = tasks
         self.journal = journal
         # As many tokens as a training step of the longest rollouts has
         longest = max((len(row) for rows in tasks.values() for row in rows), default=0)
-        self.max_tokens = max_tokens or trainer.args.per_device_train_batch_size * longest
-        self.engine = PromptGradients(objective.policy(trainer), dim, seed, probe=not rollouts.has_adapter(trainer))
+        self.max_tokens = max_tokens or host.args.per_device_train_batch_size * longest
+        self.engine = PromptGradients(host.policy, dim, seed, probe=not host.has_adapter)
         most = max(self.peers.gather(len(tasks)))
         self.twice = dim is None and most * self.engine.feature_dim * 4 > EXACT_BYTES
         self.too_many = math.inf  # tokens of the smallest microbatch that did not fit into the memory
@@ -97,7 +97,7 @@ class FeatureSource:
             yield from self._computed()
             return
         yield from self._without_rows()
-        with rollouts.progress_bar(self.trainer, "scores", len(self.windows), "batches") as bar:
+        with progress_bar(self.host, "scores", len(self.windows), "batches") as bar:
             for window in self.windows:
                 features = self.journal.load_features(window.name, self._shape(window.indices), verify=False)
                 if features is not None:
@@ -117,13 +117,13 @@ class FeatureSource:
     def _computed(self):
         """Every prompt once, window by window, in an order that does not depend on what was in the journal."""
         yield from self._without_rows()
-        if self.trainer.top_entropy_quantile < 1:
+        if self.host.entropy_share < 1:
             self._mark_high_entropies()
         number = sum(len(window.microbatches) for window in self.windows)
         # If a forward needs all processes, all must run equally many. They agree on the number before the first
-        rounds = max(self.peers.gather(self._missing())) if rollouts.is_sharded(self.trainer) else 0
+        rounds = max(self.peers.gather(self._missing())) if self.host.is_sharded else 0
         collected = 0
-        with self.engine, rollouts.progress_bar(self.trainer, "gradients", number, "batches") as bar:
+        with self.engine, progress_bar(self.host, "gradients", number, "batches") as bar:
             for window in self.windows:
                 features = None if self.twice else self.journal.load_features(window.name, self._shape(window.indices))
                 if features is None:
@@ -151,14 +151,14 @@ class FeatureSource:
                 yield window.indices, features
                 del features
             for _ in range(rounds - collected):
-                self._collect([1], [objective.filler(self.trainer)])
+                self._collect([1], [self.host.filler()])
 
     def _mark_high_entropies(self):
         """Marks the rows of windows to be computed, before all gradients: a sharded forward needs all processes at once."""
         windows = [window for window in self.windows if self._unmarked(window)]
         number = sum(len(window.microbatches) for window in windows)
-        rounds = max(self.peers.gather(number)) if rollouts.is_sharded(self.trainer) else 0
-        with rollouts.progress_bar(self.trainer, "entropies", number, "batches") as bar:
+        rounds = max(self.peers.gather(number)) if self.host.is_sharded else 0
+        with progress_bar(self.host, "entropies", number, "batches") as bar:
             for window in windows:
                 entropies = {}
                 for _, rows in window.microbatches:
@@ -168,9 +168,9 @@ class FeatureSource:
                 for index in window.indices:
                     rows = self.tasks[index]
                     own = [entropies[id(row)] for row in rows]
-                    objective.mark_high_entropies(rows, own, self.trainer.top_entropy_quantile)
+                    self.host.mark_high_entropies(rows, own)
         for _ in range(rounds - number):
-            self._entropies([objective.filler(self.trainer)])
+            self._entropies([self.host.filler()])
 
     def _unmarked(self, window):
         if self.tasks[window.indices[0]][0].entropy_mask is not None:
@@ -180,13 +180,13 @@ class FeatureSource:
     def _entropies(self, rows):
         """The entropies of each row's tokens; computed in halves if memory is full."""
         self._meet()
-        turn_dropout_off(self.trainer.model)  # some ways to generate turn it on
+        turn_dropout_off(self.host.model)  # some ways to generate turn it on
         try:
-            return objective.token_entropies(self.trainer, rows)
+            return self.host.entropies(rows)
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
-            if len(rows) == 1 or rollouts.is_sharded(self.trainer):
+            if len(rows) == 1 or self.host.is_sharded:
                 raise self._too_large(rows, error) from error
         clear_device_cache(garbage_collection=True)
         half = len(rows) // 2
@@ -223,7 +223,7 @@ class FeatureSource:
             except RuntimeError as error:
                 if not should_reduce_batch_size(error):
                     raise
-                if len(rows) == 1 or rollouts.is_sharded(self.trainer):
+                if len(rows) == 1 or self.host.is_sharded:
                     raise self._too_large(rows, error) from error
                 self.too_many = tokens
             # Outside of the handler, whose traceback keeps the tensors of the failed attempt
@@ -251,13 +251,13 @@ class FeatureSource:
 
     def _meet(self):
         """Where a forward takes all processes, none begins one that another, which has failed, will not join."""
-        if rollouts.is_sharded(self.trainer):
+        if self.host.is_sharded:
             self.peers.wait()
 
     def _collect_at_once(self, counts, rows):
         self._meet()
-        turn_dropout_off(self.trainer.model)
-        return self.engine.collect(counts, max(map(len, rows)), lambda: objective.policy_objective(self.trainer, rows))
+        turn_dropout_off(self.host.model)
+        return self.engine.collect(counts, max(map(len, rows)), lambda: self.host.objective(rows))
 
 
 @dataclass

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .disk import make_directory, remove_leftovers, write_atomically, write_json, write_parquet
-from .rollouts import Group
+from .groups import Group
 
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ _GROUPS_SCHEMA = pa.schema(
         ("loss_masks", pa.list_(pa.list_(pa.int8()))),
         ("completions", pa.list_(pa.string())),
         ("rewards", pa.list_(pa.list_(pa.float32()))),
+        ("penalties", pa.list_(pa.float32())),
     ]
 )
 
@@ -166,6 +167,7 @@ def _groups(table) -> list[Group]:
             loss_masks=arrays("loss_masks", row),
             completions=[json.loads(text) for text in columns["completions"][row].as_py()],
             rewards=np.stack(arrays("rewards", row)),
+            penalties=columns["penalties"][row].values.to_numpy(),
         )
         for row in range(table.num_rows)
     ]

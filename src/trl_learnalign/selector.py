@@ -14,26 +14,25 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
-from trl import GRPOTrainer
+from transformers import Trainer
 
-from . import rollouts
 from .advice import selection_warning
 from .alignments import GradientAlignments
 from .audit import rollouts_table, texts_table
 from .config import FREE_ON_RESUME, LearnAlignConfig
 from .disk import DirectoryLock, make_directory, scratch
-from .generation import deal, tensor_parallel_size
+from .groups import Group, deal
+from .host import Host, find_host
 from .journal import Journal
-from .parts import generate_in_parts, rollouts_at_once
+from .parts import generate_in_parts, prompts_per_batch, rollouts_at_once
 from .peers import Peers
 from .pool import Pool, candidate_rows, dataset_columns, draw_pool, load_target, scores_table
+from .progress import progress_bar
 from .projection import stable_hash
 from .prompts import equal_prompts
 from .rewards import source_of
-from .rollouts import Group
 from .scores import find_score
 from .selection import ROLLOUTS_FILE, SELECTION_FILE, Selection, dataset_fingerprint
-from .weights import weights_digest
 
 
 logger = logging.getLogger(__name__)
@@ -41,7 +40,7 @@ logger = logging.getLogger(__name__)
 _PACKAGES = ("trl-learnalign", "trl", "transformers", "peft", "accelerate", "datasets", "torch")
 
 
-def select_prompts(trainer: GRPOTrainer, config: LearnAlignConfig | None = None) -> Selection:
+def select_prompts(trainer: Trainer, config: LearnAlignConfig | None = None) -> Selection:
     r"""
     Scores the prompts of a trainer's dataset with the policy as it is, and selects the best. Nothing is trained, and
     the trainer's state does not change.
@@ -52,47 +51,49 @@ def select_prompts(trainer: GRPOTrainer, config: LearnAlignConfig | None = None)
     one is finished.
 
     Args:
-        trainer ([`~trl.GRPOTrainer`]): supplies the policy, the prompts, the generation and the rewards.
+        trainer ([`~trl.GRPOTrainer`] or [`~trl.RLOOTrainer`]): supplies the policy, the prompts, the generation and the rewards.
         config ([`LearnAlignConfig`], *optional*): defaults to the paper's settings.
 
     Returns:
-        [`Selection`]: `trainer.train_dataset.select(selection.indices)` are the chosen prompts. Empty if no prompt
+        [`Selection`]: `host.dataset.select(selection.indices)` are the chosen prompts. Empty if no prompt
         is learnable.
 
     Raises:
-        `ValueError`: see [`check_trainer`] and [`UnseenParametersError`]; or weights sharded before training.
+        `ValueError`: see [`Host.check`] and [`UnseenParametersError`]; or weights sharded before training.
     """
     return select_at_stage(trainer, config if config is not None else LearnAlignConfig(), stage=0)
 
 
-def select_at_stage(trainer: GRPOTrainer, config: LearnAlignConfig, stage: int) -> Selection:
+def select_at_stage(trainer: Trainer, config: LearnAlignConfig, stage: int) -> Selection:
     """[`select_prompts`], with the number of selections before this one in a staged run."""
-    rollouts.check_trainer(trainer, config)
-    if rollouts.is_sharded(trainer) and trainer.optimizer is None:
+    host = find_host(trainer)
+    host.check(config)
+    if host.is_sharded and trainer.optimizer is None:
         raise ValueError(
             "FSDP and DeepSpeed shard the weights when training starts, so nothing can be selected before. Use "
             "`LearnAlignSampler` with `warmup_prompts=0`, or launch this script with DDP."
         )
-    return SelectionRun(trainer, config, stage).run()
+    return SelectionRun(host, config, stage).run()
 
 
 class SelectionRun:
     """The state of one selection, phase by phase."""
 
-    def __init__(self, trainer, config, stage):
-        self.trainer = trainer
+    def __init__(self, host: Host, config, stage):
+        trainer = host.trainer
+        self.host = host
         self.config = config
-        self.accelerator = trainer.accelerator
+        self.accelerator = host.accelerator
         self.step = trainer.state.global_step
         self.seed = config.selection_seed if config.selection_seed is not None else trainer.args.seed
-        self.num_rollouts = config.num_rollouts or trainer.num_generations
-        self.dataset = rollouts.visible_columns(trainer)
+        self.num_rollouts = config.num_rollouts or host.group_size
+        self.dataset = host.visible()
         self.score = find_score(config.score, config.score_measures)
-        rows = candidate_rows(trainer.train_dataset, config)
+        rows = candidate_rows(host.dataset, config)
         self.pool = draw_pool(rows, config.candidate_prompts, stable_hash(self.seed, "pool", stage))
         self.path = Path(trainer.args.output_dir) / "learnalign" / f"step-{self.step:06d}"
-        self.target = load_target(trainer.train_dataset, config)
-        self.equal = equal_prompts(trainer.train_dataset) if config.deduplicate else None
+        self.target = load_target(host.dataset, config)
+        self.equal = equal_prompts(host.dataset) if config.deduplicate else None
         self.seconds = {}
         self.reused = False
         self.peers = Peers(self.accelerator)
@@ -103,7 +104,7 @@ class SelectionRun:
             "stage": stage,
             "num_rollouts": self.num_rollouts,
             "measures": list(self.score.requires),
-            "dataset_fingerprint": dataset_fingerprint(trainer.train_dataset),
+            "dataset_fingerprint": dataset_fingerprint(host.dataset),
             "num_rows": len(self.dataset),
             # Not the name of its class, which FSDP2 changes
             "model": trainer.model.config._name_or_path or trainer.model.config.model_type,
@@ -163,7 +164,7 @@ class SelectionRun:
 
     def _scored(self):
         self.journal = self.open_journal(self._journal_path())
-        with rollouts.left_as_found(self.trainer, self.num_rollouts):
+        with self.host.left_as_found(self.num_rollouts):
             started = time.perf_counter()
             own = self.roll_out(self.dataset, self.pool, self.journal)
             self.clock("rollouts", started)
@@ -191,23 +192,23 @@ class SelectionRun:
         This process's groups of these rows of a dataset. The batches do not depend on the number of processes, and each has its own
         seed; batch b goes to process b % world. All processes generate in the same rounds, as rewards are gathered.
         """
-        size = rollouts.prompts_per_batch(self.trainer, self.num_rollouts)
+        size = prompts_per_batch(self.host, self.num_rollouts)
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        sharing = tensor_parallel_size(self.trainer)
+        sharing = self.host.sharing
         groups = []
-        bar = rollouts.progress_bar(self.trainer, phase, len(rows), "prompts")
+        bar = progress_bar(self.host, phase, len(rows), "prompts")
         for first in range(0, len(batches), world):
             # Rewards are gathered, so every process must bring equally many prompts; the last batch is filled up even on
             # one process, so that its rollouts do not depend on the number of processes
             batch, seed_of, mine = deal(batches, first, rank, sharing)
-            shape = self.num_rollouts, len(self.trainer.reward_funcs)
+            shape = self.num_rollouts, len(self.host.reward_names)
             done = journal.load_groups(batch, shape) if mine else None
             if not all(self.peers.gather(done is not None or not mine)):
                 padded = batch + [batch[0]] * (min(size, len(rows)) - len(batch))
                 seed = stable_hash(self.seed, phase, self.step, seed_of[0])
                 gradients = "gradients" in self.score.requires
-                fresh = generate_in_parts(self.trainer, dataset, padded, seed, gradients, self.peers)
+                fresh = generate_in_parts(self.host, dataset, padded, seed, gradients, self.peers)
                 fresh = fresh[: len(batch)]
                 if done is None and mine:
                     done = fresh
@@ -223,20 +224,21 @@ class SelectionRun:
 
     def gather_rewards(self, own: list[Group]) -> Pool:
         """What the rollouts of all processes found out, on every process."""
-        num_rewards = len(self.trainer.reward_funcs)
+        num_rewards = len(self.host.reward_names)
         columns = (
             np.array([group.index for group in own], dtype=np.int64),
             np.array([group.rewards for group in own], np.float32).reshape(-1, self.num_rollouts, num_rewards),
+            np.array([group.penalties for group in own], np.float32).reshape(-1, self.num_rollouts),
             np.array([[len(ids) for ids in group.completion_ids] for group in own]).reshape(-1, self.num_rollouts),
         )
         gathered = zip(*self.peers.gather(columns), strict=True)
-        indices, rewards, lengths = (torch.from_numpy(np.concatenate(parts)) for parts in gathered)
-        return Pool.of_rewards(indices, rewards, lengths, self.config, self.trainer)
+        indices, rewards, penalties, lengths = (torch.from_numpy(np.concatenate(parts)) for parts in gathered)
+        return Pool.of_rewards(indices, rewards, penalties, lengths, self.config, self.host)
 
     # Choice and files -------------------------------------------------------------------------------------------
 
     def _choose(self, table, align=None) -> Selection:
-        dataset, stage = self.trainer.train_dataset, self.provenance["stage"]
+        dataset, stage = self.host.dataset, self.provenance["stage"]
         more = dataset_columns(dataset, table.index, self.score.columns)
         ranked = self.score.rank(more.drop(columns=table.columns, errors="ignore").join(table), align)
         # With all scores equal the ties are the choice
@@ -248,7 +250,7 @@ class SelectionRun:
         )  # scores may differ in the last bit between processes
 
     def _publish(self, selection, own, saved=None):
-        texts = texts_table(self.trainer, self.dataset, selection, own, self.peers)
+        texts = texts_table(self.host, self.dataset, selection, own, self.peers)
         if self.accelerator.is_main_process:
             if saved is None:  # it is of a selection that this one replaces
                 (self.path / ROLLOUTS_FILE).unlink(missing_ok=True)
@@ -285,15 +287,14 @@ class SelectionRun:
         """A hash of everything that a selection is made from: equal keys mean equal selections."""
         made_from = {name: self.provenance[name] for name in _KEY_FIELDS}
         made_from["config"] = {name: value for name, value in made_from["config"].items() if name not in _NOT_IN_KEY}
-        made_from["prompts_per_batch"] = rollouts.prompts_per_batch(self.trainer, self.num_rollouts)
+        made_from["prompts_per_batch"] = prompts_per_batch(self.host, self.num_rollouts)
         if self.target is not None:
             made_from["target"] = dataset_fingerprint(self.target)
         made_from["score"] = None if self.score.code is None else source_of(self.score.code)
-        made_from["rollouts_at_once"] = rollouts_at_once(self.trainer, self.num_rollouts)
-        made_from["generation"] = rollouts.generation_provenance(self.trainer)
-        made_from["rewards"] = rollouts.reward_provenance(self.trainer)
+        made_from["rollouts_at_once"] = rollouts_at_once(self.host, self.num_rollouts)
+        made_from |= self.host.identity()
         self.peers.wait()  # before the collective operations of sharded weights
-        made_from["weights"] = weights_digest(self.trainer)
+        made_from["weights"] = self.host.weights_digest()
         digest = hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()
         return self.peers.broadcast(digest)
 
