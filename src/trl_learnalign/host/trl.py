@@ -145,8 +145,16 @@ class Host(ABC):
     def prompt_ids(self, rows: list[dict]) -> list[list[int]]:
         """
         The prompt tokens of rows of the dataset, as training makes them: with the chat template, and the tools in it. Not
-        what an environment adds when it begins, nor what a `rollout_func` makes of a prompt.
+        what an environment adds when it begins, nor what a `rollout_func` makes of a prompt; of images nothing.
+
+        Raises:
+            `ValueError`: the rows have no prompt, which an environment supplies.
         """
+        if not all("prompt" in row for row in rows):
+            raise ValueError(
+                "There are no prompt tokens before the environment begins: the training dataset has no column `prompt`. Give it "
+                "one, or do without features of the prompts."
+            )
         return [list(ids) for ids in self.trainer._tokenize_prompts([row["prompt"] for row in rows])[0]]
 
     @contextmanager
