@@ -1,13 +1,18 @@
 """The stream of prompts: TRL's order, a pure function of the log, nothing dropped, nothing visited more often."""
 
+import json
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from trl.trainer.utils import RepeatSampler
 
 from trl_learnalign import LearnAlignConfig, LearnAlignSampler
-from trl_learnalign.sampler import Layout
+from trl_learnalign.layout import Layout
+from trl_learnalign.state import join, split
 
 
 LAYOUT = Layout(
@@ -60,8 +65,8 @@ def test_order_is_that_of_repeat_sampler_when_nothing_is_selected(shuffle):
 
 def test_stream_is_a_pure_function_of_the_log():
     sampler = bound()
-    sampler.append(3, [1, 4, 7, 9, 11])
-    sampler.append(8, [0, 2])
+    sampler.schedule.accept(3, [1, 4, 7, 9, 11])
+    sampler.schedule.accept(8, [0, 2])
     forward = [sampler.chunk(i) for i in range(40)]
     again = bound()
     again.load_state_dict(sampler.state_dict())
@@ -71,8 +76,8 @@ def test_stream_is_a_pure_function_of_the_log():
 
 def test_versions_start_where_the_log_says_and_visit_equally_often():
     sampler = bound()
-    sampler.append(3, [1, 4, 7, 9, 11])
-    sampler.append(10, [0, 2, 5, 8])
+    sampler.schedule.accept(3, [1, 4, 7, 9, 11])
+    sampler.schedule.accept(10, [0, 2, 5, 8])
     for first, last, chosen in ((3, 10, {1, 4, 7, 9, 11}), (10, 33, {0, 2, 5, 8})):
         counts = Counter(index for i in range(first, last) for index in sampler.chunk(i))
         assert set(counts) == chosen and max(counts.values()) - min(counts.values()) <= 1
@@ -89,20 +94,20 @@ def test_a_pass_straddles_chunks_and_drops_no_prompt():
 
 def test_chunk_larger_than_the_selection():
     sampler = bound()
-    sampler.append(3, [8, 9])
+    sampler.schedule.accept(3, [8, 9])
     assert sorted(sampler.chunk(3) + sampler.chunk(4)) == [8, 8, 8, 9, 9, 9]
 
 
 def test_an_empty_version_goes_on_as_if_nothing_had_been_selected():
     plain, empty = bound(), bound()
-    empty.append(4, [])
+    empty.schedule.accept(4, [])
     assert [empty.chunk(i) for i in range(20)] == [plain.chunk(i) for i in range(20)]
 
 
 def test_the_last_version_of_a_chunk_wins():
     sampler = bound()
-    sampler.append(0, [1, 2, 3])
-    sampler.append(0, [4, 5, 6])
+    sampler.schedule.accept(0, [1, 2, 3])
+    sampler.schedule.accept(0, [4, 5, 6])
     assert sorted(sampler.chunk(0)) == [4, 5, 6]
 
 
@@ -154,34 +159,67 @@ def test_unbound_sampler_says_what_to_do():
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda s: s.pop("log"), "damaged.*log"),
+        (lambda s: s["state"].pop("starts"), "damaged.*starts"),
         (lambda s: s.update(state_version=99), "version 99"),
         (lambda s: s["layout"].update(pool_size=13), "pool_size was 13 and is 12.*number of processes"),
         (lambda s: s["layout"].pop("seed"), "seed was None and is 3"),
-        (lambda s: s["log"].append({"start_chunk": 2, "indices": [1]}), "damaged"),
-        (lambda s: s["log"].append({"start_chunk": 5, "indices": [12]}), "names row 12.*12 rows"),
-        (lambda s: s["log"].append({"start_chunk": 5, "indices": ["1"]}), "damaged"),
-        (lambda s: s["log"].clear(), "damaged"),
-        (lambda s: s.update(log="x"), "damaged"),
+        (lambda s: s["state"].update(starts=[0, -1]), "damaged"),
+        (lambda s: s["state"].update(starts=[1, 3]), "damaged: versions start at"),
+        (lambda s: s["state"].update(starts=[3, 0]), "damaged: versions start at"),
+        (lambda s: s["state"].update(lengths=[0, 3]), "damaged"),
+        (lambda s: s["state"].update(indices=np.array([1, 12])), "names row 12.*12 rows"),
+        (lambda s: s["state"].update(indices=np.array([1.5, 2.0])), "damaged"),
+        (lambda s: s["state"].update(starts=[], lengths=[], indices=np.zeros(0, np.int64)), "damaged"),
+        (lambda s: s.update(state="x"), "damaged"),
+        (
+            lambda s: s.update(schedule="OnlineSchedule"),
+            "schedule OnlineSchedule, but this sampler has StagedSchedule",
+        ),
+        (lambda s: s.pop("schedule"), "damaged.*schedule"),
     ],
 )
 def test_loading_is_strict(damage, message):
     sampler = bound()
-    sampler.append(3, [1, 2])
+    sampler.schedule.accept(3, [1, 2])
     state = sampler.state_dict()
     damage(state)
     with pytest.raises(ValueError, match=message):
         bound().load_state_dict(state)
     with pytest.raises(ValueError, match="before the last one"):
-        sampler.append(2, [1])
+        sampler.schedule.accept(2, [1])
+
+
+def test_the_state_of_version_0_1_is_read():
+    sampler = bound()
+    sampler.schedule.accept(3, [1, 4, 7, 9, 11])
+    log = [{"start_chunk": 0, "indices": []}, {"start_chunk": 3, "indices": [1, 4, 7, 9, 11]}]
+    saved = {"state_version": 1, "layout": sampler.state_dict()["layout"], "log": log}
+    again = bound()
+    again.load_state_dict(saved)
+    assert [again.chunk(i) for i in range(20)] == [sampler.chunk(i) for i in range(20)]
+    for damage in ({"log": [{"start_chunk": 0}]}, {"log": "x"}, {"log": [{"start_chunk": 0, "indices": ["1"]}]}):
+        with pytest.raises(ValueError, match="damaged"):
+            bound().load_state_dict(saved | damage)
+
+
+@given(
+    st.recursive(st.integers() | st.none(), lambda inner: st.dictionaries(st.sampled_from("abc"), inner), max_leaves=8)
+)
+def test_a_state_is_the_same_after_it_was_split(state):
+    state = {"values": state, "more": {"x": np.arange(3), "deep": {"y": np.zeros((2, 0))}, "z": 1}}
+    values, arrays = split(state)
+    assert set(arrays) == {"more/x", "more/deep/y"} and json.loads(json.dumps(values)) == values
+    again = join(values, arrays)
+    np.testing.assert_equal(again, state)
 
 
 def test_drawing_a_chunk_sorts_nothing(monkeypatch):
     """A version is put in order once, and each pass over it once, however many chunks are drawn or skipped."""
     sampler, calls = bound(), []
-    indices = sampler._indices
-    monkeypatch.setattr(sampler, "_indices", lambda number: calls.append(number) or indices(number))
-    sampler.append(3, [1, 4, 7, 9, 11])
+    schedule = sampler.schedule
+    indices = schedule._indices
+    monkeypatch.setattr(schedule, "_indices", lambda number: calls.append(number) or indices(number))
+    sampler.schedule.accept(3, [1, 4, 7, 9, 11])
     for i in range(60):
         sampler.chunk(i)
     assert calls == [0, 1]
@@ -191,7 +229,7 @@ def test_drawing_a_chunk_sorts_nothing(monkeypatch):
 def test_ranks_reach_the_stream(order):
     sampler = LearnAlignSampler(LearnAlignConfig(num_prompts=5, warmup_prompts=6, prompt_order=order, fold=2))
     sampler.bind(LAYOUT)
-    sampler.append(2, [7, 1, 9, 4, 11])
+    sampler.schedule.accept(2, [7, 1, 9, 4, 11])
     expected = [7, 1, 9, 4, 11] if order == "ranked" else [7, 9, 11, 1, 4]
     stream = [index for i in range(2, 12) for index in sampler.chunk(i)]
     assert stream == (expected * 6)[:30]

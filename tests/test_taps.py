@@ -42,7 +42,7 @@ def observed(trainer):
     """A list that grows with every observation."""
     seen = []
 
-    def observer(batch, inputs, rewards):
+    def observer(batch, inputs, completions, rewards):
         assert rewards.dtype == np.float64
         seen.append((batch, [row["row"] for row in inputs], rewards.copy()))
 
@@ -163,7 +163,7 @@ def test_methods_that_the_user_has_patched(tmp_path):
 
     trainer._calculate_rewards = own
     before = dict(vars(trainer))
-    end = find_host(trainer).on_rewards(lambda batch, inputs, rewards: numbers.extend(rewards.ravel()))
+    end = find_host(trainer).on_rewards(lambda batch, inputs, completions, rewards: numbers.extend(rewards.ravel()))
     trainer.train()
     assert calls == ["own"] and set(numbers) <= {1.0, 2.0}
     end()

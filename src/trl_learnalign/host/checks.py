@@ -16,13 +16,10 @@ from .generation import is_colocated
 
 def check_trainer(host, config: LearnAlignConfig) -> None:
     """
-    Raises an error for all settings of a trainer with which a selection would fail or be wrong.
+    Raises an error for all settings of a trainer with which no prompts can be chosen.
 
     Raises:
-        `ValueError`: processes that are not connected, a streaming dataset, an environment that owns the data,
-            no column `prompt`, an unknown or missing reward name, vLLM set up so that TRL mixes completions up; and where
-            gradients are wanted: an unknown loss, a multimodal dataset, sharded weights without an adapter.
-        [`UnseenParametersError`]: trainable tensors whose gradients would be missed.
+        `ValueError`: processes that are not connected, a streaming dataset, an environment that owns the data, no column `prompt`.
     """
     trainer = host.trainer
     launched, seen = int(os.environ.get("WORLD_SIZE", 1)), trainer.accelerator.num_processes
@@ -32,18 +29,30 @@ def check_trainer(host, config: LearnAlignConfig) -> None:
             f"to the same files. On a machine without a GPU set `use_cpu=True` in {type(trainer.args).__name__}."
         )
     dataset = trainer.train_dataset
-    check_dataset(dataset, needs_prompt=getattr(trainer, "environment_factories", None) is None)
+    check_dataset(dataset, needs_prompt=host.environments is None)
     if _is_placeholder(dataset):
         raise ValueError(
             "The environment of this trainer supplies the prompts itself, so there are no dataset rows to select. Pass "
             "a `train_dataset` with the prompts to choose from."
         )
-    own_rollouts = getattr(trainer, "rollout_func", None) is not None
+    own_rollouts = host.rollout_func is not None
     if not own_rollouts:  # which may need no prompt
         check_prompts(dataset)
     # With an environment or a `rollout_func` equal prompts may be different tasks
-    equal_tasks = not own_rollouts and not getattr(trainer, "environment_factories", None)
+    equal_tasks = not own_rollouts and not host.environments
     check_duplicates(dataset, config.deduplicate, warn=equal_tasks and trainer.accelerator.is_main_process)
+
+
+def check_selection(host, config: LearnAlignConfig) -> None:
+    """
+    Raises an error for all settings of a trainer with which a selection would fail or be wrong.
+
+    Raises:
+        `ValueError`: an unknown column, an unknown or missing reward name, vLLM set up so that TRL mixes completions up; and where
+            gradients are wanted: an unknown loss, a multimodal dataset, sharded weights without an adapter.
+        [`UnseenParametersError`]: trainable tensors whose gradients would be missed.
+    """
+    dataset = host.dataset
     if config.num_prompts > len(dataset):
         warnings.warn(
             f"`num_prompts` is {config.num_prompts}, but the training dataset has {len(dataset)} rows: every learnable "

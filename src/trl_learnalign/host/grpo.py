@@ -40,7 +40,7 @@ class GRPOHost(Host):
 
     def prompt_ids(self, rows: list[dict]) -> list[list[int]]:
         trainer = self.trainer
-        if getattr(trainer, "environment_factories", None) is None:
+        if self.environments is None:
             return super().prompt_ids(rows)
         # Each row's tools are those of its environment, which is told by what the last generation left here
         before = getattr(trainer, _ENVIRONMENTS, None)

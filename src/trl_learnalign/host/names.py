@@ -12,6 +12,7 @@ COMMON = (
     "_get_output_dir",
     "_get_per_token_logps_and_entropies",
     "_get_train_sampler",
+    "_load_optimizer_and_scheduler",
     "_remove_unused_columns",
     "_save_checkpoint",
     "_tokenize_prompts",

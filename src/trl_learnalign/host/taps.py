@@ -13,18 +13,19 @@ from .generation import SELECTING
 
 
 Undo = Callable[[], None]
-RewardObserver = Callable[[int, list[dict], np.ndarray], None]
+RewardObserver = Callable[[int, list[dict], list, np.ndarray], None]
 CheckpointWriter = Callable[[Path, bool], None]
 
 
 def observe_rewards(trainer: Trainer, observer: RewardObserver) -> Undo:
     """
-    Calls `observer(batch_in_run, inputs, rewards)` after every generation for training, on every process; not of an evaluation, nor
+    Calls `observer(batch_in_run, inputs, completions, rewards)` after every generation for training, on every process; not of an evaluation, nor
     of a selection. A batch is what one backward takes; a chunk is generated for at once and makes several.
 
     - `batch_in_run` (`int`): training batches before this one in the whole run, also those before the checkpoint that it was resumed
       from. After a resume inside a chunk the rest of that chunk is generated again, with the number of its first batch left.
     - `inputs` (`list[dict]`): the rows of this process.
+    - `completions` (`list`): of these rows, as the reward functions got them.
     - `rewards` (`np.ndarray` of shape `(rows of all processes, F)`, float64): in the order of the chunk; NaN where a reward
       function gave none, or an infinite one.
 
@@ -48,11 +49,11 @@ def observe_rewards(trainer: Trainer, observer: RewardObserver) -> Undo:
         finally:
             batch = before
 
-    def reward(inner, inputs, *args, **kwargs):
-        rewards = inner(inputs, *args, **kwargs)
+    def reward(inner, inputs, prompts, completions, *args, **kwargs):
+        rewards = inner(inputs, prompts, completions, *args, **kwargs)
         if batch is not None:
             seen = rewards.detach().cpu().double()
-            observer(batch, inputs, seen.masked_fill(~seen.isfinite(), torch.nan).numpy())
+            observer(batch, inputs, completions, seen.masked_fill(~seen.isfinite(), torch.nan).numpy())
         return rewards
 
     methods = {"training_step": train, "_generate_and_score_completions": generate, "_calculate_rewards": reward}
@@ -85,6 +86,22 @@ def write_before_checkpoints(trainer: Trainer, write: CheckpointWriter) -> Undo:
         return inner(model, trial, *args, **kwargs)
 
     return wrap(trainer, "_save_checkpoint", save)
+
+
+def read_on_resume(trainer: Trainer, read: Callable[[Path], None]) -> Undo:
+    """
+    Calls `read(directory)` on every process when a run is resumed from the checkpoint in `directory`, before training begins.
+
+    Returns:
+        a function that ends it.
+    """
+
+    def load(inner, checkpoint, *args, **kwargs):
+        if checkpoint is not None:
+            read(Path(checkpoint))
+        return inner(checkpoint, *args, **kwargs)
+
+    return wrap(trainer, "_load_optimizer_and_scheduler", load)
 
 
 def wrap(trainer: Trainer, name: str, around: Callable) -> Undo:

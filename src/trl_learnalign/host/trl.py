@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from accelerate.utils import DistributedType
@@ -16,7 +17,7 @@ from ..gradients import dropout_off
 from ..groups import Group, Row
 from ..rewards import source_of
 from . import generation, taps
-from .checks import check_trainer
+from .checks import check_selection, check_trainer
 from .generation import NoLogps
 from .names import check_names
 from .objective import policy
@@ -117,9 +118,8 @@ class Host(ABC):
         settings["adapters"] = {
             name: [getattr(one, field, None) for field in _SCALING] for name, one in adapters.items()
         }
-        factories = getattr(self.trainer, "environment_factories", None) or {}
-        rollout_func = getattr(self.trainer, "rollout_func", None)
-        code = [*(getattr(self.trainer, "tools", None) or ()), *factories.values(), rollout_func]
+        tools = getattr(self.trainer, "tools", None) or ()
+        code = [*tools, *(self.environments or {}).values(), self.rollout_func]
         settings["code"] = [source_of(part) for part in code if part is not None]
         rewards = dict(zip(self.reward_names, map(source_of, self.trainer.reward_funcs), strict=True))
         return {"generation": settings, "rewards": rewards}
@@ -128,15 +128,27 @@ class Host(ABC):
         """See [`~trl_learnalign.host.weights.weights_digest`]."""
         return weights_digest(self.trainer)
 
-    def check(self, config: LearnAlignConfig) -> None:
-        """See [`~trl_learnalign.host.checks.check_trainer`]."""
+    def check(self, config: LearnAlignConfig, selects: bool = True) -> None:
+        """See [`~trl_learnalign.host.checks.check_trainer`], and, if a selection is made, `check_selection`."""
         check_trainer(self, config)
+        if selects:
+            check_selection(self, config)
 
     @abstractmethod
     def check_loss(self) -> None:
         """Raises a `ValueError` for a loss whose gradient [`objective`] does not know."""
 
     # Prompts and rollouts ---------------------------------------------------------------------------------------
+
+    @property
+    def environments(self) -> dict | None:
+        """The user's factories of environments by name, `None` without; they add to a prompt when they begin."""
+        return getattr(self.trainer, "environment_factories", None)
+
+    @property
+    def rollout_func(self) -> Callable | None:
+        """A function of the user's that makes of prompts what it likes, completions included."""
+        return getattr(self.trainer, "rollout_func", None)
 
     def text(self, ids: Sequence[int]) -> str:
         """Tokens as text."""
@@ -267,6 +279,14 @@ class Host(ABC):
     def before_checkpoint(self, write: taps.CheckpointWriter) -> taps.Undo:
         """See [`~trl_learnalign.host.taps.write_before_checkpoints`]."""
         return taps.write_before_checkpoints(self.trainer, write)
+
+    def on_resume(self, read: Callable[[Path], None]) -> taps.Undo:
+        """See [`~trl_learnalign.host.taps.read_on_resume`]."""
+        return taps.read_on_resume(self.trainer, read)
+
+    def log_metric(self, name: str, value: float) -> None:
+        """Adds a value to those whose mean the next entry of the training's log shows."""
+        self.trainer._metrics["train"][name].append(value)
 
     def add_tag(self, tag: str) -> None:
         """For the cards that the trainer and PEFT write."""
