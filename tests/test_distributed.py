@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from trl_learnalign import Selection
+from trl_learnalign.store import Log
 
 
 SCRIPT = Path(__file__).with_name("distributed_run.py")
@@ -267,6 +268,13 @@ def test_restart_is_the_same_on_both_ranks(first):
     assert ranks[0]["weights"] == ranks[1]["weights"] and ranks[0]["log"] == ranks[1]["log"]
 
 
+def batches_in(path):
+    """Finished batches of rollouts of a selection under way, of a prompt each."""
+    for manifest in path.glob("_learnalign/*/rollouts/manifest.json"):
+        return len(Log(manifest.parent, json.loads(manifest.read_text())["key"], 0))
+    return 0
+
+
 def test_a_run_killed_in_a_selection_resumes_into_the_same_selection(tmp_path):
     """SIGKILL, as soon as some batches of rollouts are in the journal; then one flag."""
     whole = alone("save", tmp_path / "whole")
@@ -276,13 +284,13 @@ def test_a_run_killed_in_a_selection_resumes_into_the_same_selection(tmp_path):
         [sys.executable, str(SCRIPT), "save", str(path)], env=ENVIRONMENT, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 120
-    while len(list(path.glob("_learnalign/*/rollouts-*.parquet"))) < 5:
+    while batches_in(path) < 5:
         assert process.poll() is None and time.monotonic() < deadline, "the selection was never seen under way"
         time.sleep(0.002)
     process.kill()
     process.wait()
     assert not list(path.glob("learnalign/*/selection.json"))
-    done = len(list(path.glob("_learnalign/*/rollouts-*.parquet")))
+    done = batches_in(path)
     resumed = alone("resume last", path)
     assert resumed["log"] == whole["log"] and resumed["weights"] == whole["weights"]
     assert load(path).scores.equals(load(tmp_path / "whole").scores)
@@ -298,7 +306,7 @@ def test_a_run_killed_in_a_selection_resumes_into_the_same_selection(tmp_path):
         ("reward fails", "RewardError: The reward function `failing` failed.*does not know row 9.* / ValueError"),
         ("reward fails in a part", "RewardError: The reward function `failing` failed.*does not know row 9"),
         ("loss is not a number", "FloatingPointError: The gradients of the training prompts .* are not finite"),
-        ("disk is full", "OSError: .*features-.* could not be written.*File too large"),
+        ("disk is full", "OSError: .*gradients/.* could not be written.*File too large"),
     ],
 )
 def test_what_fails_on_one_process_ends_all_with_its_cause(first, again, task, cause, tally):
@@ -310,8 +318,8 @@ def test_what_fails_on_one_process_ends_all_with_its_cause(first, again, task, c
     )
     assert re.search(cause.split(" / ")[0], other["error"])
     assert abs(failed["seconds"] - other["seconds"]) < 10  # of one machine's clock: no time-out was waited for
-    journal = path / "_learnalign" / "step-000000"
-    assert list(journal.glob("rollouts-*")) and not list(journal.glob(".*.tmp"))
+    measures = path / "_learnalign" / "step-000000"
+    assert list(measures.glob("rollouts/*.log")) and not list(measures.rglob(".*.tmp"))
     # Once corrected, it goes on: what was finished is still there, as long as the reward function is the same
     assert len(again[task][0]["indices"]) == 8
     tally["failures on one of two processes"] += 1
@@ -335,13 +343,16 @@ def test_nodes_with_disks_of_their_own(tmp_path):
         assert [node.returncode for node in nodes] == [0, 0], logs
         return logs
 
+    keys = {}
     launch_nodes("loss is not a number")
     for rank in "01":
-        journal = tmp_path / rank / "_learnalign" / "step-000000"
-        assert (journal / "manifest.json").is_file() and list(journal.glob("rollouts-*"))
+        log = tmp_path / rank / "_learnalign" / "step-000000" / "rollouts"
+        assert [file.name for file in sorted(log.iterdir())] == [f"0000{rank}-00000.log", "manifest.json"]
+        keys[rank] = json.loads((log / "manifest.json").read_text())["key"]
     assert all("is discarded" in log for log in launch_nodes("select"))  # of other settings
     for rank in "01":
-        assert not (tmp_path / rank / "_learnalign" / "step-000000").exists()
+        log = tmp_path / rank / "_learnalign" / "step-000000" / "rollouts"
+        assert json.loads((log / "manifest.json").read_text())["key"] != keys[rank]
 
 
 def test_a_reward_that_fails_in_training_ends_all_processes(tmp_path):

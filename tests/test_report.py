@@ -98,7 +98,7 @@ def test_completions_are_those_of_the_rollouts(tmp_path):
 
 
 def test_of_many_prompts_both_ends_and_of_long_ones_the_beginning(tmp_path, monkeypatch):
-    for module in ("audit", "report"):
+    for module in ("texts", "report"):
         monkeypatch.setattr(f"trl_learnalign.{module}.MOST_ROWS", 6)
         monkeypatch.setattr(f"trl_learnalign.{module}.MOST_CHARACTERS", 3)
     selection = select_prompts(make_trainer(tmp_path), reported())

@@ -35,6 +35,10 @@ class LearnAlignConfig:
             first training step. Ignored by [`select_prompts`].
         num_rollouts (`int`, *optional*):
             Rollouts per pool prompt. Defaults to the trainer's `num_generations`.
+        rollout_batch_prompts (`int`, *optional*):
+            Prompts that a process generates for at once in a selection. By default as many as in training, doubled while the pool
+            has 64 such batches and at most 64 times. More at once are faster: all processes wait for the longest completion
+            of each round. The rollouts depend on it.
         score (`str` or `Callable`, *optional*, defaults to `"learnalign"`):
             What prompts are ranked on: `"learnalign"` (Eq. 8), `"learnability"` (V alone, no gradients are
             computed), `"alignment"` (Eq. 8 without V) or `"random"` (no rollouts); `"column:NAME"`, a column of numbers of the
@@ -105,6 +109,12 @@ class LearnAlignConfig:
     )
     num_rollouts: int | None = field(
         default=None, metadata={"help": "Rollouts per pool prompt. Defaults to the trainer's `num_generations`."}
+    )
+    rollout_batch_prompts: int | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts that a process generates for at once in a selection. By default more than in training."
+        },
     )
     score: str = field(
         default="learnalign",
@@ -205,6 +215,7 @@ class LearnAlignConfig:
         _check_integer("warmup_prompts", self.warmup_prompts, 0, "Set it to 0 for a selection before the first step.")
         for name, least, remedy in (
             ("num_rollouts", 2, "A success rate between 0 and 1 needs at least two rollouts."),
+            ("rollout_batch_prompts", 1, "Use None for as many as the pool allows."),
             ("projection_dim", 16, "Leave the default, or use None for exact gradients."),
             ("max_tokens_per_batch", 1, "Use None for as many as a training step holds."),
             ("candidate_prompts", 1, "Use None to score the whole dataset."),

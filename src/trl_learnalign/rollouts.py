@@ -20,9 +20,10 @@ from trl import GRPOTrainer
 from .config import LearnAlignConfig
 from .generation import check_images, check_vllm, random_state, set_random_state
 from .gradients import UnseenParametersError, check_parameters, dropout_off, turn_dropout_off, unseen_message
+from .measures.columns import check_columns
 from .names import check_names
 from .objective import check_loss
-from .pool import check_columns, load_target
+from .pool import load_target
 from .progress import ProgressLines
 from .projection import stable_hash
 from .prompts import check_duplicates, check_prompts

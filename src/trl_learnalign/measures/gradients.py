@@ -1,49 +1,48 @@
 """Gradient features of a process's learnable prompts, computed in microbatches, stored or computed again."""
 
-import collections
 import itertools
 import logging
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 
+import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from trl import GRPOTrainer
 
-from . import objective, rollouts
-from .gradients import PromptGradients, turn_dropout_off
-from .journal import Journal
-from .objective import Row
-from .peers import Peers
-from .projection import stable_hash
-from .scoring import add_unit_features, feature_norms
+from .. import objective, rollouts
+from ..gradients import PromptGradients, turn_dropout_off
+from ..objective import Row
+from ..peers import Peers
+from ..scoring import add_unit_features, feature_norms
+from ..store import Log
+from .packing import WINDOW, pack
 
 
 logger = logging.getLogger(__name__)
 
-# Exact gradients are stored in the journal if those of each process take at most this, else computed twice
+# Exact gradients are kept if those of each process take at most this, else computed each time that they are needed
 EXACT_BYTES = 2 << 30
-# Prompts whose rows are sorted by length together
-WINDOW = 64
 
 Batch = tuple[list[int], torch.Tensor]
 
 
-class FeatureSource:
+class GradientFeatures:
     """
     Iterates over `(dataset indices, features)` of this process's prompts, in batches of a few, features of shape
-    `(k, d)` in float32. Sketches are read back from the journal, so that memory does not grow with the pool.
+    `(k, d)` in float32. They are read back from the log, and rows are read when their microbatch is computed, so that memory does
+    not grow with the pool.
 
     Args:
         trainer ([`~trl.GRPOTrainer`]): inside [`left_as_found`].
         dim (`int` or `None`): length of a feature; `None`: exact gradients.
         seed (`int`): of the projection.
-        tasks (`dict[int, list[Row]]`): the rows that make each prompt's gradient.
-        journal ([`Journal`]): keeps the sketches of finished prompts.
+        lengths (`Mapping[int, np.ndarray]`): tokens of the rows that make each prompt's gradient.
+        rows (`Callable[[int], list[Row]]`): the rows of a prompt, as many as it has lengths.
+        log ([`Log`]): keeps the features of finished windows of prompts.
         max_tokens (`int` or `None`): most tokens of a microbatch, padding included; `None`: the trainer's
             `per_device_train_batch_size` times the longest rollout.
-        peers ([`Peers`], *optional*): a failure of one of them ends this pass.
+        peers ([`Peers`], *optional*): a failure of one of them ends the computation.
     """
 
     def __init__(
@@ -51,30 +50,35 @@ class FeatureSource:
         trainer: GRPOTrainer,
         dim: int | None,
         seed: int,
-        tasks: dict[int, list[Row]],
-        journal: Journal,
+        lengths: Mapping[int, np.ndarray],
+        rows: Callable[[int], list[Row]],
+        log: Log,
         max_tokens: int | None = None,
         peers: Peers | None = None,
     ):
         self.peers = peers if peers is not None else Peers(trainer.accelerator)
         self.trainer = trainer
-        self.tasks = tasks
-        self.journal = journal
+        self.lengths, self.rows = lengths, rows
+        self.log, self.parts = log, log.inside("parts")  # parts: finished microbatches of a window under way
         # As many tokens as a training step of the longest rollouts has
-        longest = max((len(row) for rows in tasks.values() for row in rows), default=0)
+        longest = max((int(own.max()) for own in lengths.values() if len(own)), default=0)
         self.max_tokens = max_tokens or trainer.args.per_device_train_batch_size * longest
         self.engine = PromptGradients(objective.policy(trainer), dim, seed, probe=not rollouts.has_adapter(trainer))
-        most = max(self.peers.gather(len(tasks)))
-        self.twice = dim is None and most * self.engine.feature_dim * 4 > EXACT_BYTES
-        self.too_many = math.inf  # tokens of the smallest microbatch that did not fit into the memory
+        most = max(self.peers.gather(len(lengths)))
+        self.kept = dim is not None or most * self.engine.feature_dim * 4 <= EXACT_BYTES
+        self.did_not_fit = math.inf  # tokens of the smallest microbatch that was too large for the memory
+        self.entropy_masks = {}  # by prompt, a bit for each token of its rows
         # Exact gradients too large to be kept are made one prompt at a time, so that only a few are in memory
-        self.windows = pack(tasks, self.max_tokens, 1 if self.twice else WINDOW)
+        self.windows = pack(lengths, self.max_tokens, WINDOW if self.kept else 1)
 
     def num_tokens(self) -> tuple[int, int]:
         """Tokens of the rows of this process's prompts: their own, and with the padding of the microbatches."""
-        rows = [rows for window in self.windows for _, rows in window.microbatches]
-        own = sum(len(row) for microbatch in rows for row in microbatch)
-        return own, sum(len(microbatch) * max(map(len, microbatch)) for microbatch in rows)
+        own = padded = 0
+        for window in self.windows:
+            for _, places in window.microbatches():
+                sizes = [int(self.lengths[index][row]) for index, row in places]
+                own, padded = own + sum(sizes), padded + len(sizes) * max(sizes)
+        return own, padded
 
     def weighted_sum(self, weights: torch.Tensor) -> torch.Tensor:
         """
@@ -88,18 +92,18 @@ class FeatureSource:
 
     def compute(self) -> None:
         """Computes the features of all prompts, so that they can be read. All processes must call this."""
-        if not self.twice:
+        if self.kept:
             for _ in self._computed():
                 pass
 
     def __iter__(self) -> Iterator[Batch]:
-        if self.twice:
+        if not self.kept:
             yield from self._computed()
             return
         yield from self._without_rows()
         with rollouts.progress_bar(self.trainer, "scores", len(self.windows), "batches") as bar:
             for window in self.windows:
-                features = self.journal.load_features(window.name, self._shape(window.indices), verify=False)
+                features = self._load(self.log, window.name, window.indices, verify=False)
                 if features is not None:
                     yield window.indices, features
                 self.peers.check()
@@ -107,75 +111,104 @@ class FeatureSource:
 
     def _without_rows(self):
         """V > 0, but no token that the policy is trained on."""
-        empty = [index for index, rows in self.tasks.items() if not rows]
+        empty = [index for index, own in self.lengths.items() if not len(own)]
         if empty:
             yield empty, torch.zeros(self._shape(empty))
 
     def _shape(self, indices):
         return len(indices), self.engine.feature_dim
 
+    def _load(self, log, name, indices, verify=True):
+        """What a log keeps of these prompts, mapped from its file; `None` if there is nothing, or features are not kept."""
+        payload = log.map(name, verify) if self.kept else None
+        k, d = self._shape(indices)
+        if payload is None or len(payload) != 4 * k * d:
+            return None
+        return torch.frombuffer(payload, dtype=torch.float32).view(k, d)
+
     def _computed(self):
-        """Every prompt once, window by window, in an order that does not depend on what was in the journal."""
+        """Every prompt once, window by window, in an order that does not depend on what was in the log."""
         yield from self._without_rows()
+        missing = [window for window in self.windows if self._load(self.log, window.name, window.indices) is None]
         if self.trainer.top_entropy_quantile < 1:
-            self._mark_high_entropies()
-        number = sum(len(window.microbatches) for window in self.windows)
+            self._mark_high_entropies(missing)
+        number = sum(len(window.microbatches()) for window in self.windows)
         # If a forward needs all processes, all must run equally many. They agree on the number before the first
-        rounds = max(self.peers.gather(self._missing())) if rollouts.is_sharded(self.trainer) else 0
-        collected = 0
+        sharded = rollouts.is_sharded(self.trainer)
+        rounds = max(self.peers.gather(sum(map(self._missing_parts, missing)))) if sharded else 0
+        missing = set(map(id, missing))
+        self.collected = 0
         with self.engine, rollouts.progress_bar(self.trainer, "gradients", number, "batches") as bar:
             for window in self.windows:
-                features = None if self.twice else self.journal.load_features(window.name, self._shape(window.indices))
-                if features is None:
-                    features = torch.zeros(self._shape(window.indices))
-                    places = {index: place for place, index in enumerate(window.indices)}
-                    for n, (counts, rows) in enumerate(window.microbatches):
-                        name = f"{window.name}-{n:04d}"
-                        part = None if self.twice else self.journal.load_features(name, self._shape(counts))
-                        if part is None:
-                            part = self._finite(self._collect(list(counts.values()), rows).cpu(), counts)
-                            collected += 1
-                            if not self.twice and len(window.microbatches) > 1:
-                                self.journal.save_features(name, part)
-                        for index, feature in zip(counts, part, strict=True):
-                            features[places[index]] += feature
-                        del part, feature
-                        self.peers.check()
-                        bar.update()
-                    if not self.twice:
-                        self.journal.save_features(window.name, features)
-                        for n in range(len(window.microbatches)):
-                            self.journal.remove_features(f"{window.name}-{n:04d}")
+                if id(window) in missing:
+                    features = self._window(window, bar)
                 else:
-                    bar.update(len(window.microbatches))
+                    features = self._load(self.log, window.name, window.indices, verify=False)
+                    bar.update(len(window.microbatches()))
                 yield window.indices, features
                 del features
-            for _ in range(rounds - collected):
+            for _ in range(rounds - self.collected):
                 self._collect([1], [objective.filler(self.trainer)])
 
-    def _mark_high_entropies(self):
-        """Marks the rows of windows to be computed, before all gradients: a sharded forward needs all processes at once."""
-        windows = [window for window in self.windows if self._unmarked(window)]
-        number = sum(len(window.microbatches) for window in windows)
+    def _window(self, window, bar):
+        """The features of a window, which are kept when all of its microbatches are done."""
+        features = torch.zeros(self._shape(window.indices))
+        places = {index: place for place, index in enumerate(window.indices)}
+        microbatches = window.microbatches()
+        rows = None
+        for number, (counts, chosen) in enumerate(microbatches):
+            part = self._load(self.parts, window.part(number), counts)
+            if part is None:
+                rows = rows if rows is not None else {index: self._marked_rows(index) for index in window.indices}
+                batch = [rows[index][row] for index, row in chosen]
+                part = self._finite(self._collect(list(counts.values()), batch).cpu(), counts)
+                self.collected += 1
+                if self.kept and len(microbatches) > 1:
+                    self.parts.append([(window.part(number), part.contiguous().numpy())], durable=False)
+            for index, feature in zip(counts, part, strict=True):
+                features[places[index]] += feature
+            del part, feature
+            self.peers.check()
+            bar.update()
+        if self.kept:
+            self.log.append([(window.name, features.numpy())])
+            self.parts.discard([window.part(number) for number in range(len(microbatches))])
+        return features
+
+    def _missing_parts(self, window):
+        """How many microbatches of a window are to be computed."""
+        return sum(
+            self._load(self.parts, window.part(number), counts) is None
+            for number, (counts, _) in enumerate(window.microbatches())
+        )
+
+    def _mark_high_entropies(self, missing):
+        """Finds the tokens of high entropy, before all gradients: a sharded forward needs all processes at once."""
+        windows = [window for window in missing if window.indices[0] not in self.entropy_masks]
+        number = sum(len(window.microbatches()) for window in windows)
         rounds = max(self.peers.gather(number)) if rollouts.is_sharded(self.trainer) else 0
         with rollouts.progress_bar(self.trainer, "entropies", number, "batches") as bar:
             for window in windows:
+                rows = {index: self.rows(index) for index in window.indices}
                 entropies = {}
-                for _, rows in window.microbatches:
-                    entropies |= zip(map(id, rows), self._entropies(rows), strict=True)
+                for _, places in window.microbatches():
+                    found = self._entropies([rows[index][row] for index, row in places])
+                    entropies |= zip(places, found, strict=True)
                     self.peers.check()
                     bar.update()
                 for index in window.indices:
-                    rows = self.tasks[index]
-                    own = [entropies[id(row)] for row in rows]
-                    objective.mark_high_entropies(rows, own, self.trainer.top_entropy_quantile)
+                    own = [entropies[index, row] for row in range(len(rows[index]))]
+                    objective.mark_high_entropies(rows[index], own, self.trainer.top_entropy_quantile)
+                    self.entropy_masks[index] = [np.packbits(row.entropy_mask) for row in rows[index]]
         for _ in range(rounds - number):
             self._entropies([objective.filler(self.trainer)])
 
-    def _unmarked(self, window):
-        if self.tasks[window.indices[0]][0].entropy_mask is not None:
-            return False
-        return self.twice or self.journal.load_features(window.name, self._shape(window.indices)) is None
+    def _marked_rows(self, index):
+        """The rows of a prompt, with the tokens of high entropy if only these count."""
+        rows = self.rows(index)
+        for row, mask in zip(rows, self.entropy_masks.get(index, ()), strict=False):
+            row.entropy_mask = np.unpackbits(mask, count=len(row.completion_ids)).view(np.int8)
+        return rows
 
     def _entropies(self, rows):
         """The entropies of each row's tokens; computed in halves if memory is full."""
@@ -192,17 +225,6 @@ class FeatureSource:
         half = len(rows) // 2
         return self._entropies(rows[:half]) + self._entropies(rows[half:])
 
-    def _missing(self):
-        """Microbatches that are not in the journal."""
-        if self.twice:
-            return sum(len(window.microbatches) for window in self.windows)
-        return sum(
-            self.journal.load_features(f"{window.name}-{n:04d}", self._shape(counts)) is None
-            for window in self.windows
-            if self.journal.load_features(window.name, self._shape(window.indices)) is None
-            for n, (counts, _) in enumerate(window.microbatches)
-        )
-
     def _finite(self, part, counts):
         finite = feature_norms(part).isfinite().tolist()
         if not all(finite):
@@ -217,7 +239,7 @@ class FeatureSource:
     def _collect(self, counts, rows):
         """The gradients of a microbatch; computed in halves if memory is full."""
         tokens = len(rows) * max(map(len, rows))
-        if len(rows) == 1 or tokens < self.too_many:
+        if len(rows) == 1 or tokens < self.did_not_fit:
             try:
                 return self._collect_at_once(counts, rows)
             except RuntimeError as error:
@@ -225,7 +247,7 @@ class FeatureSource:
                     raise
                 if len(rows) == 1 or rollouts.is_sharded(self.trainer):
                     raise self._too_large(rows, error) from error
-                self.too_many = tokens
+                self.did_not_fit = tokens
             # Outside of the handler, whose traceback keeps the tensors of the failed attempt
             logger.warning(
                 f"A microbatch of {tokens} tokens does not fit into the memory, so the gradients are taken in halves. "
@@ -258,45 +280,3 @@ class FeatureSource:
         self._meet()
         turn_dropout_off(self.trainer.model)
         return self.engine.collect(counts, max(map(len, rows)), lambda: objective.policy_objective(self.trainer, rows))
-
-
-@dataclass
-class Window:
-    """Prompts whose rows are sorted by length together, and the microbatches that this makes."""
-
-    indices: list[int]
-    microbatches: list[tuple[dict[int, int], list[Row]]]  # how many rows each prompt has in it; those of one together
-    name: str  # stands for the prompts, their rows' lengths and the token budget
-
-
-def pack(tasks: dict[int, list[Row]], max_tokens: int, size: int = WINDOW) -> list[Window]:
-    """
-    Microbatches of rows of nearly equal length, each of at most `max_tokens` tokens with its padding (or of one row).
-
-    Prompts are taken window by window, by length, and the rows of a window are sorted by length: a group is spread over
-    microbatches of its window only, so that few groups are under way at a time.
-
-    Args:
-        tasks (`dict[int, list[Row]]`): the rows of each prompt; prompts without rows are left out.
-        max_tokens (`int`): number of rows times the length of the longest.
-        size (`int`, *optional*): prompts of a window.
-    """
-    order = sorted((index for index in tasks if tasks[index]), key=lambda index: (sum(map(len, tasks[index])), index))
-    windows = []
-    for start in range(0, len(order), size):
-        indices = order[start : start + size]
-        queue = [(index, row) for index in indices for row in tasks[index]]
-        queue.sort(key=lambda entry: len(entry[1]))
-        microbatches = []
-        while queue:
-            # From the long end, where the last row tells the padding
-            count = min(len(queue), max(1, max_tokens // len(queue[-1][1])))
-            numbers = collections.Counter(index for index, _ in queue[-count:])
-            # Prompts with equally many rows are neighbours: their gradients are computed at once
-            batch = sorted(queue[-count:], key=lambda entry: (numbers[entry[0]], entry[0]))
-            del queue[-count:]
-            counts = {index: numbers[index] for index, _ in batch}
-            microbatches.append((counts, [row for _, row in batch]))
-        lengths = [(index, [len(row) for row in tasks[index]]) for index in indices]
-        windows.append(Window(indices, microbatches, f"{stable_hash(max_tokens, lengths):016x}"))
-    return windows

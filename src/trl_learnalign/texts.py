@@ -1,45 +1,12 @@
-"""Readable tables: every rollout, and the prompts as text."""
+"""The prompts as text, for the report."""
 
 import itertools
-import json
 
 import pyarrow as pa
 
 from .prompts import prompt_text
 from .rollouts import first_completion
 from .selection import MOST_CHARACTERS, MOST_ROWS
-
-
-_ROLLOUTS_SCHEMA = pa.schema(
-    [
-        ("index", pa.int64()),
-        ("completion_ids", pa.list_(pa.int32())),
-        ("completion", pa.string()),
-        ("rewards", pa.list_(pa.float32())),
-        ("advantage", pa.float64()),
-    ]
-)
-
-
-def rollouts_table(own, pool, peers) -> pa.Table:
-    """A row per rollout of all processes, by dataset index: what `rollouts.parquet` holds."""
-    position = {index: i for i, index in enumerate(pool.indices.tolist())}
-    rows = []
-    for group in own:
-        i = position.get(group.index)
-        for g, ids in enumerate(group.completion_ids):
-            completion = group.completions[g]
-            rows.append(
-                {
-                    "index": group.index,
-                    "completion_ids": ids,
-                    "completion": completion if isinstance(completion, str) else json.dumps(completion),
-                    "rewards": group.rewards[g],
-                    "advantage": None if i is None else float(pool.advantages[i, g]),
-                }
-            )
-    rows = sorted(itertools.chain(*peers.gather(rows)), key=lambda row: row["index"])
-    return pa.Table.from_pylist(rows, schema=_ROLLOUTS_SCHEMA)
 
 
 def shortened(text: str) -> str:
@@ -52,6 +19,9 @@ def texts_table(trainer, dataset, selection, own, peers) -> pa.Table | None:
     The prompts that a report shows, with a completion of the highest- and the lowest-ranked learnable ones; `None` on
     all but the main process.
 
+    Args:
+        own ([`Rollouts`] or `None`): this process's.
+
     Rows without a prompt, which an environment supplies, are shown by the prompt of their first rollout, or, where
     nothing was rolled out, by their columns.
     """
@@ -61,8 +31,9 @@ def texts_table(trainer, dataset, selection, own, peers) -> pa.Table | None:
         indices = indices[: MOST_ROWS // 2] + indices[-MOST_ROWS // 2 :]
     listed = shown.union(indices)
     named = "prompt" in dataset.column_names
-    completions = {group.index: first_completion(trainer, group) for group in own if group.index in shown}
-    supplied = {} if named else {group.index: _first_prompt(trainer, group) for group in own if group.index in listed}
+    rolled_out = [row for row in sorted(listed) if own is not None and row in own]
+    completions = {row: first_completion(trainer, own.group(row)) for row in rolled_out if row in shown}
+    supplied = {} if named else {row: _first_prompt(trainer, own.group(row)) for row in rolled_out}
     gathered = zip(*peers.gather((completions, supplied)), strict=True)
     completions, supplied = (dict(itertools.chain(*(part.items() for part in parts))) for parts in gathered)
     if peers.rank != 0:

@@ -1,0 +1,1 @@
+"""What can be found out about prompts, one module for each measure."""
