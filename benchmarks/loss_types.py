@@ -25,7 +25,8 @@ import torch
 from demo import build_trainer, load
 from projection import spearman
 
-from trl_learnalign import LearnAlignConfig, rollouts, select_prompts
+from trl_learnalign import LearnAlignConfig, select_prompts
+from trl_learnalign.host import generation
 
 
 def compared(ours, theirs) -> dict:
@@ -57,16 +58,16 @@ def main():
         trainer.args.max_steps = 4  # the warm-up and two steps, so that no LoRA B is zero
         trainer.train()
 
-        kept, generate = {}, rollouts.generate_groups
+        kept, generate = {}, generation.generate_groups
 
-        def once(trainer, dataset, indices, seed):
+        def once(host, dataset, indices, seed, gradients):
             """Every group is rolled out once; the policy stays what it is."""
             key = seed, *indices
             if key not in kept:
-                kept[key] = generate(trainer, dataset, indices, seed)
+                kept[key] = generate(host, dataset, indices, seed, gradients)
             return kept[key]
 
-        rollouts.generate_groups = once
+        generation.generate_groups = once
 
         def table(loss_type, score, seed=0):
             trainer.loss_type = loss_type

@@ -10,7 +10,7 @@ from datasets import Dataset
 from workload import GROUP
 
 from trl_learnalign.gradients import PromptGradients
-from trl_learnalign.objective import policy_objective
+from trl_learnalign.host.objective import policy_objective
 
 
 LESS_DIM, BERGSON_SIDE, DIM = 8192, 16, 32768

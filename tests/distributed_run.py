@@ -18,8 +18,9 @@ from tiny import Seen, config, digit_reward, make_dataset, make_trainer, weights
 from torch.distributed import fsdp
 from transformers import TrainerCallback
 
-from trl_learnalign import objective, select_prompts
-from trl_learnalign.weights import weights_digest
+from trl_learnalign import select_prompts
+from trl_learnalign.host import objective
+from trl_learnalign.host.weights import weights_digest
 
 
 def allow_sharding_on_cpu():

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from tiny import config, digit_reward, make_dataset, make_trainer, weights
 from transformers import Trainer, TrainerState
 
-from trl_learnalign import disk, rollouts, scoring, store
+from trl_learnalign import disk, scoring, store
 from trl_learnalign.gradients import PromptGradients
+from trl_learnalign.host import generation
 from trl_learnalign.sampler import LearnAlignSampler
 
 
@@ -48,7 +49,7 @@ def before(owner, attribute, name):
     setattr(owner, attribute, wrapper)
 
 
-def select_groups(*args, original=rollouts.generate_groups):
+def select_groups(*args, original=generation.generate_groups):
     global selecting
     event("rollouts")
     selecting = True
@@ -95,7 +96,7 @@ def reward(completions, row, **kwargs):
     return digit_reward(completions=completions, row=row)
 
 
-rollouts.generate_groups = select_groups
+generation.generate_groups = select_groups
 os.replace = replace
 disk.os.replace = replace
 store._write = append

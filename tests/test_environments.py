@@ -13,7 +13,8 @@ from packaging.version import Version
 from tiny import config, grpo_args, lora, make_model, make_tokenizer, parity_reward
 from tokenizers import decoders
 
-from trl_learnalign import LearnAlignGRPOTrainer, LearnAlignSampler, alignments, rollouts
+from trl_learnalign import LearnAlignGRPOTrainer, LearnAlignSampler, alignments
+from trl_learnalign.host import generation
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # TRL's, of experimental features
@@ -61,7 +62,7 @@ def chat_tokenizer():
 def train(path, monkeypatch, rewards=parity_reward, dataset=None, score="learnalign", **kwargs):
     """A run of two steps; the groups of its selection, and the rows of each that entered the gradient pass."""
     groups, rows = [], {}
-    generate, take = rollouts.generate_groups, alignments.GradientAlignments._rows
+    generate, take = generation.generate_groups, alignments.GradientAlignments._rows
 
     def generated(*args):
         made = generate(*args)
@@ -72,7 +73,7 @@ def train(path, monkeypatch, rewards=parity_reward, dataset=None, score="learnal
         rows[group.index] = take(self, group, advantages, deciding)
         return rows[group.index]
 
-    monkeypatch.setattr(rollouts, "generate_groups", generated)
+    monkeypatch.setattr(generation, "generate_groups", generated)
     monkeypatch.setattr(alignments.GradientAlignments, "_rows", taken)
     texts = [f"{i % 10}+{i // 10}=" for i in range(12)]
     prompts = Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in texts]})

@@ -18,8 +18,8 @@ from tiny import config, digit_reward, make_dataset, make_trainer
 from transformers import TrainerState
 
 from trl_learnalign import LearnAlignConfig, Selection, select_prompts
+from trl_learnalign.groups import Group
 from trl_learnalign.measures.records import decode, encode
-from trl_learnalign.rollouts import Group
 from trl_learnalign.store import Log, prepare
 
 
@@ -126,6 +126,7 @@ def test_logs(tally, data):
             loss_masks=[np.array([1], np.int8), np.array([1, index % 2], np.int8)],
             completions=["a", [{"role": "assistant", "content": "b"}]],
             rewards=np.array([[1.0], [index]], np.float32),
+            penalties=np.array([0.0, 0.5], np.float32),
         )
         for index in (3, 4, 5)
     ]

@@ -15,11 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 from workload import peak_bytes
 
-from trl_learnalign import LearnAlignConfig, objective, select_prompts
+from trl_learnalign import LearnAlignConfig, select_prompts
 from trl_learnalign.gradients import PROBE_RANK, PromptGradients, UnseenParametersError, dropout_off
+from trl_learnalign.groups import Row
+from trl_learnalign.host import find_host, objective
+from trl_learnalign.host.objective import policy_objective
 from trl_learnalign.measures.gradients import GradientFeatures
 from trl_learnalign.measures.packing import WINDOW, pack
-from trl_learnalign.objective import Row, policy_objective
 from trl_learnalign.projection import stable_hash
 from trl_learnalign.scoring import scores_of_batches
 from trl_learnalign.store import Log, prepare
@@ -89,7 +91,7 @@ def lengths_of(tasks):
 def source_of(trainer, dim, tasks, path, max_tokens=None):
     prepare(path, key := f"{dim} {max_tokens}")
     log = Log(path, key, trainer.accelerator.process_index)
-    return GradientFeatures(trainer, dim, 0, lengths_of(tasks), tasks.__getitem__, log, max_tokens)
+    return GradientFeatures(find_host(trainer), dim, 0, lengths_of(tasks), tasks.__getitem__, log, max_tokens)
 
 
 def features_of(trainer, tasks, tmp_path, dim=None, max_tokens=None):

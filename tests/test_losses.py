@@ -9,8 +9,10 @@ from test_gradients import features_of
 from tiny import config, make_dataset, make_trainer
 from trl import GRPOTrainer
 
-from trl_learnalign import objective, select_prompts
-from trl_learnalign.objective import LOSS_TYPES, Row
+from trl_learnalign import select_prompts
+from trl_learnalign.groups import Row
+from trl_learnalign.host import objective
+from trl_learnalign.host.objective import LOSS_TYPES
 
 
 SOURCE = inspect.getsource(GRPOTrainer._compute_loss)

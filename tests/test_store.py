@@ -12,8 +12,8 @@ import torch
 from tiny import config, make_dataset, make_trainer, parity_reward
 
 from trl_learnalign import select_prompts, store
+from trl_learnalign.groups import Group
 from trl_learnalign.measures.records import decode, encode
-from trl_learnalign.rollouts import Group
 from trl_learnalign.store import Log, prepare
 
 
@@ -33,7 +33,7 @@ def a_group(index=3, own_prompts=False, masked=True, size=2):
     completions = ["a", [{"role": "assistant", "content": "b\u2028"}]] * (size // 2)
     rewards = generator.normal(size=(size, 2)).astype(np.float32)
     rewards[0, 1] = np.nan
-    return Group(index, prompts, ids, masks, completions, rewards)
+    return Group(index, prompts, ids, masks, completions, rewards, rewards[:, 0] / 3, has_images=size > 2)
 
 
 @pytest.mark.parametrize("own_prompts", [False, True])

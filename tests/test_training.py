@@ -183,7 +183,8 @@ class Killed(Exception):
 
 def killed_at(point, monkeypatch):
     """Makes a run stop as if killed: in the rollouts, before the gradients, or after the files are written."""
-    from trl_learnalign import rollouts, selector
+    from trl_learnalign import selector
+    from trl_learnalign.host import generation
 
     calls = {"left": 2}
 
@@ -198,7 +199,7 @@ def killed_at(point, monkeypatch):
 
     match point:
         case "rollouts":
-            monkeypatch.setattr(rollouts, "generate_groups", after(rollouts.generate_groups))
+            monkeypatch.setattr(generation, "generate_groups", after(generation.generate_groups))
         case "gradients":
             monkeypatch.setattr(gradients.GradientFeatures, "_collect", after(gradients.GradientFeatures._collect))
         case "after":
@@ -455,7 +456,7 @@ def test_conversational_prompts_and_extra_columns(tmp_path, conversational):
 
 @pytest.mark.parametrize("gradient_rollouts", ["all", "one_correct"])
 def test_one_correct_rollout_has_the_gradient_of_the_first_success(tmp_path, monkeypatch, gradient_rollouts):
-    from trl_learnalign import objective
+    from trl_learnalign.host import objective
 
     rows = []
     original = objective.policy_objective
@@ -524,18 +525,18 @@ def test_full_fine_tuning(tmp_path):
 
 def test_a_processor_in_place_of_a_tokenizer(tmp_path):
     """As vision-language models have it, with prompts of text. tests/sharded_run.py has it where filler rows are made."""
-    from trl_learnalign.objective import filler
-    from trl_learnalign.rollouts import first_completion, generate_groups, left_as_found
+    from trl_learnalign.host import find_host
 
     trainer = make_trainer(tmp_path, config(), processor=True, num_train_epochs=2)
     assert not hasattr(trainer.processing_class, "eos_token_id")
     trainer.train()
     table = Selection.load(next((tmp_path / "learnalign").glob("step-*"))).scores.to_pandas()
     assert (table["gradient_norm"] > 0).sum() == (table["learnability"] > 0).sum() > 8
-    with left_as_found(trainer, 4):
-        (group,) = generate_groups(trainer, trainer.train_dataset, [3], 0)
-    text, _ = first_completion(trainer, group)
+    host = find_host(trainer)
+    with host.left_as_found(4):
+        (group,) = host.generate(trainer.train_dataset, [3], 0)
+    text = host.text(group.completion_ids[0])
     assert text == trainer.processing_class.tokenizer.decode(group.completion_ids[0], skip_special_tokens=True)
     trainer._tokenizer.eos_token = None
-    row = filler(trainer)
+    row = host.filler()
     assert row.prompt_ids == row.completion_ids == [trainer._tokenizer.pad_token_id] and row.weight == 0

@@ -15,7 +15,7 @@ from tiny import digit_reward, make_dataset, make_model, make_tokenizer
 from torch.testing import assert_close
 
 from trl_learnalign import Selection
-from trl_learnalign.generation import deal
+from trl_learnalign.groups import deal
 
 
 HERE = Path(__file__).parent

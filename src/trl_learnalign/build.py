@@ -15,8 +15,8 @@ from transformers import AutoConfig, set_seed
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from .config import LearnAlignConfig
+from .prompts import check_dataset
 from .rewards import check_success_reward, last_line
-from .rollouts import check_dataset
 from .rows import read_dataset
 from .selection import check_score_columns
 

@@ -9,11 +9,11 @@ import torch
 from accelerate.utils import broadcast
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
-from trl import GRPOTrainer
 
-from . import plan, rollouts, trackers
+from . import plan, trackers
 from .config import FREE_ON_RESUME
 from .disk import DirectoryLock, digest, make_directory, write_atomically
+from .host import find_host
 from .peers import Peers
 from .sampler import Layout, LearnAlignSampler
 from .selection import Selection, dataset_fingerprint
@@ -41,32 +41,33 @@ class LearnAlignCallback(TrainerCallback):
     trainer saves checkpoints, one is saved first: a run killed in a selection resumes into the same selection.
 
     Args:
-        trainer ([`~trl.GRPOTrainer`]): the trainer. Its `_get_train_sampler` is replaced.
+        trainer ([`~trl.GRPOTrainer`] or [`~trl.RLOOTrainer`]): the trainer. Its `_get_train_sampler` is replaced.
         sampler ([`LearnAlignSampler`]): a sampler of no other trainer.
 
     Raises:
         `ValueError`: the sampler has a trainer already, or see [`select_prompts`].
     """
 
-    def __init__(self, trainer: GRPOTrainer, sampler: LearnAlignSampler):
+    def __init__(self, trainer: Trainer, sampler: LearnAlignSampler):
         if not isinstance(sampler, LearnAlignSampler):
             raise TypeError(f"`sampler` must be a LearnAlignSampler, but is a {type(sampler).__name__}.")
-        rollouts.check_trainer(trainer, sampler.config)
+        self.host = find_host(trainer)
+        self.host.check(sampler.config)
         self.config = sampler.config
-        if self.config.after_warmup == "restart" and rollouts.is_sharded(trainer):
+        if self.config.after_warmup == "restart" and self.host.is_sharded:
             raise ValueError(
                 "`after_warmup='restart'` is not supported with FSDP or DeepSpeed, which keep weights of their own. Use "
                 "`after_warmup='continue'`."
             )
-        sampler.bind(_layout(trainer, sampler))
+        sampler.bind(_layout(self.host, sampler.config))
         self._fingerprint = dataset_fingerprint(trainer.train_dataset)
         self.trainer = trainer
         self.sampler = sampler
         self.selections: list[Selection] = []
         self._pending = None  # the start chunk of a selection that is due
         self._lock = None
-        trainer._get_train_sampler = self._train_sampler
-        trainer.model.add_model_tags("learnalign")  # for the card that PEFT writes with an adapter
+        self.host.replace_sampler(self._train_sampler)
+        self.host.add_tag("learnalign")
 
     def _train_sampler(self, dataset=None):
         size = len(self.trainer.train_dataset if dataset is None else dataset)
@@ -267,8 +268,7 @@ class LearnAlignCallback(TrainerCallback):
         return self._directory() / "initial.safetensors"
 
     def _trainable(self):
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        return {name: parameter for name, parameter in self.host.model.named_parameters() if parameter.requires_grad}
 
     def _save_initial_weights(self):
         if self.trainer.optimizer.optimizer.state:
@@ -299,24 +299,10 @@ class LearnAlignCallback(TrainerCallback):
                     parameter.copy_(saved[name])
                 broadcast(parameter.data)
         self.trainer.optimizer.optimizer.state.clear()
-        if self.trainer.use_vllm:
-            self.trainer._last_loaded_step = -1  # vLLM still holds the warmed-up weights
+        self.host.weights_were_set()
 
 
-def _layout(trainer, sampler) -> Layout:
-    args = trainer.args
-    prefetched = args.dataloader_num_workers * (args.dataloader_prefetch_factor or 2)
-    pool_size = len(trainer.train_dataset)
-    return Layout(
-        pool_size=pool_size,
-        num_prompts=min(sampler.config.num_prompts, pool_size),
-        warmup_prompts=sampler.config.warmup_prompts,
-        chunk_prompts=args.generation_batch_size // trainer.num_generations,
-        repeats=args.steps_per_generation * trainer.num_iterations,
-        group_size=trainer.num_generations,
-        accumulation=args.gradient_accumulation_steps,
-        read_ahead=1 + prefetched,
-        epochs=args.num_train_epochs,
-        shuffle=trainer.shuffle_dataset,
-        seed=args.seed,
-    )
+def _layout(host, config) -> Layout:
+    read = host.layout()
+    prompts = min(config.num_prompts, read["pool_size"])
+    return Layout(**read, num_prompts=prompts, warmup_prompts=config.warmup_prompts)

@@ -6,25 +6,26 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from trl import GRPOTrainer
+from transformers import Trainer
 
-from . import rollouts
 from .advice import plan_warnings
 from .config import LearnAlignConfig
+from .host import find_host
 from .parts import rollouts_at_once
 from .scores import score_name
 from .selection import OUTCOME_LABELS
 from .selector import SelectionRun
 
 
-def plan_selection(trainer: GRPOTrainer, config: LearnAlignConfig) -> tuple[str, bool]:
+def plan_selection(trainer: Trainer, config: LearnAlignConfig) -> tuple[str, bool]:
     """
     A text about the cost of a selection, and whether any prompt was learnable. A small selection is made in a temporary
     directory, of one batch of prompts per process, or more up to 16 prompts, and its time is scaled to the whole pool.
     Every process must call this.
     """
-    rollouts.check_trainer(trainer, config)
-    whole = SelectionRun(trainer, config, 0)
+    host = find_host(trainer)
+    host.check(config)
+    whole = SelectionRun(host, config, 0)
     prompts, world = len(whole.pool), trainer.accelerator.num_processes
     lines = [f"pool: {prompts:,} prompts x {whole.num_rollouts} rollouts = {prompts * whole.num_rollouts:,}"]
     if not config.measures:
@@ -34,7 +35,7 @@ def plan_selection(trainer: GRPOTrainer, config: LearnAlignConfig) -> tuple[str,
     batch = whole.prompts_at_once
     tried = min(prompts, world * batch * math.ceil(16 / (world * batch)))
     trial = SelectionRun(
-        trainer, replace(config, candidate_prompts=tried, num_prompts=tried, rollout_batch_prompts=batch), 0
+        host, replace(config, candidate_prompts=tried, num_prompts=tried, rollout_batch_prompts=batch), 0
     )
     with tempfile.TemporaryDirectory() as directory:
         trial.path = Path(directory) / "learnalign" / "trial"
@@ -49,7 +50,7 @@ def plan_selection(trainer: GRPOTrainer, config: LearnAlignConfig) -> tuple[str,
     lines += [
         f"tried: {tried} prompts on {world} process{'es' * (world > 1)}, of which {learnable} are learnable ({learnable / tried:.0%})",
         *(f"{OUTCOME_LABELS[name]}: {pool:.3f}" for name, (pool, _) in selection.outcomes().items() if pool == pool),
-        f"at once: {batch * rollouts_at_once(trainer, whole.num_rollouts)} rollouts a process; "
+        f"at once: {batch * rollouts_at_once(host, whole.num_rollouts)} rollouts a process; "
         "more at once (rollout_batch_prompts) are faster, if memory allows",
         f"gradients: {gradients if 'gradients' in config.measures else 'none'}",
         "expected time: "

@@ -4,38 +4,42 @@ from dataclasses import replace
 
 import numpy as np
 from datasets import Dataset
-from trl import GRPOTrainer
 
-from . import rollouts
+from .groups import Group, shared
+from .host import Host
 from .peers import Peers
 from .projection import stable_hash
-from .rollouts import Group
 
 
-def rollouts_at_once(trainer: GRPOTrainer, num_rollouts: int) -> int:
+def prompts_per_batch(host: Host, num_rollouts: int) -> int:
+    """Prompts that a process generates for at once: as many rollouts as it does in training, whole groups, at least one."""
+    return max(1, host.rows_at_once // num_rollouts)
+
+
+def rollouts_at_once(host: Host, num_rollouts: int) -> int:
     """Rollouts of a prompt that a process generates at once: all, unless training generates fewer per process."""
-    return min(num_rollouts, trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation)
+    return min(num_rollouts, host.rows_at_once)
 
 
 def generate_in_parts(
-    trainer: GRPOTrainer, dataset: Dataset, indices: list[int], seed: int, gradients: bool, peers: Peers
+    host: Host, dataset: Dataset, indices: list[int], seed: int, gradients: bool, peers: Peers
 ) -> list[Group]:
     """
-    [`generate_groups`], of a group larger than what training generates at once part after part, each with its own seed.
+    [`Host.generate`], of a group larger than what training generates at once part after part, each with its own seed.
     Before each further part the processes meet, as one on which a part failed does not join the collectives of the next.
     """
-    size = trainer.num_generations
-    at_once = rollouts_at_once(trainer, size)
+    size = host.group_size
+    at_once = rollouts_at_once(host, size)
     parts = []
     try:
         for start in range(0, size, at_once):
             if start:
                 peers.wait()
-            trainer.num_generations = min(at_once, size - start)
+            host.group_size = min(at_once, size - start)
             part_seed = stable_hash(seed, "part", start) if start else seed
-            parts.append(rollouts.generate_groups(trainer, dataset, indices, part_seed, gradients))
+            parts.append(host.generate(dataset, indices, part_seed, gradients))
     finally:
-        trainer.num_generations = size
+        host.group_size = size
     return [_joined(groups) for groups in zip(*parts, strict=True)]
 
 
@@ -45,5 +49,6 @@ def _joined(parts: list[Group]) -> Group:
         return parts[0]
     names = ("prompt_ids", "completion_ids", "loss_masks", "completions")
     columns = {name: [entry for part in parts for entry in getattr(part, name)] for name in names}
-    columns["prompt_ids"] = rollouts.shared(columns["prompt_ids"])
-    return replace(parts[0], **columns, rewards=np.concatenate([part.rewards for part in parts]))
+    columns["prompt_ids"] = shared(columns["prompt_ids"])
+    columns |= {name: np.concatenate([getattr(part, name) for part in parts]) for name in ("rewards", "penalties")}
+    return replace(parts[0], **columns)

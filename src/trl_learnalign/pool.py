@@ -10,8 +10,8 @@ from datasets import Dataset
 
 from . import scoring
 from .choice import Condition, draw_order
+from .columns import dataset_columns
 from .config import LearnAlignConfig
-from .measures.columns import dataset_columns
 from .rows import read_dataset
 from .selection import SCORES_SCHEMA
 
@@ -29,31 +29,28 @@ class Pool:
     unscorable: list[int]  # indices of the prompts left out
 
     @classmethod
-    def of_rewards(cls, indices, rewards, lengths, config: LearnAlignConfig, trainer) -> "Pool":
+    def of_rewards(cls, indices, rewards, penalties, lengths, config: LearnAlignConfig, host) -> "Pool":
         """
         Args:
             indices (`torch.Tensor` of shape `(n,)`): dataset indices in any order.
             rewards (`torch.Tensor` of shape `(n, G, F)`): NaN where a reward function gave none.
+            penalties (`torch.Tensor` of shape `(n, G)`): see [`Group`].
             lengths (`torch.Tensor` of shape `(n, G)`): tokens of the completions.
             config ([`LearnAlignConfig`]): says what success and learnability are.
-            trainer ([`~trl.GRPOTrainer`]): says how rewards become advantages.
+            host ([`Host`]): says how rewards become advantages.
         """
         order = indices.argsort()
-        indices, rewards, lengths = indices[order], rewards[order], lengths[order].double()
-        weights = trainer.reward_weights.cpu()
-        if config.success_reward is not None:
-            deciding = rewards[:, :, trainer.reward_func_names.index(config.success_reward)]
-        elif rewards.shape[2] == 1:
-            deciding = rewards[:, :, 0]
-        else:  # `learnability="variance"` of the total reward
-            deciding = (rewards * weights).nansum(2).masked_fill(rewards.isnan().all(2), torch.nan)
+        indices, rewards, penalties, lengths = (
+            part[order] for part in (indices, rewards, penalties, lengths.double())
+        )
+        deciding = host.deciding(rewards, config)
         scorable = ~deciding.isnan().all(1)
         success_rate = scoring.success_rates(deciding, config.success_threshold)
         if config.learnability == "variance":
             learnability = scoring.reward_variance(deciding)
         else:
             learnability = scoring.learnability(success_rate)
-        advantages = scoring.advantages(rewards, weights, trainer.scale_rewards, trainer.multi_objective_aggregation)
+        advantages = host.advantages(rewards, penalties)
         columns = (indices, deciding, success_rate, learnability, advantages, lengths)
         return cls(*(column[scorable] for column in columns), unscorable=indices[~scorable].tolist())
 

@@ -3,6 +3,9 @@
 import time
 from collections.abc import Callable
 
+from tqdm.auto import tqdm
+from tqdm.notebook import tqdm_notebook
+
 
 _LEAST_SHARE = 0.05  # of the whole between two lines, so there are 20 at most
 _LEAST_SECONDS = 30.0
@@ -52,6 +55,19 @@ class ProgressLines:
 
     def __exit__(self, *error):
         self.close()
+
+
+def progress_bar(host, phase: str, total: int, unit: str) -> tqdm | ProgressLines:
+    """
+    A bar on the main process. If the trainer shows none (`disable_tqdm`), or the output is neither a terminal nor a
+    notebook, a few lines are printed instead.
+    """
+    hidden = host.args.disable_tqdm or not host.accelerator.is_main_process
+    if not hidden and not issubclass(tqdm, tqdm_notebook):
+        hidden = None  # for tqdm: where its output is no terminal
+    title = f"LearnAlign {phase}"
+    bar = tqdm(total=total, desc=title, unit=f" {unit}", disable=hidden, leave=False)
+    return ProgressLines(title, total, unit) if bar.disable and host.accelerator.is_main_process else bar
 
 
 def duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""The prompts of a dataset: rows that nothing can be generated for, rows with equal prompts, and a prompt as text."""
+"""The prompts of a dataset: datasets and rows that nothing can be generated for, rows with equal prompts, and a prompt as text."""
 
 import hashlib
 import warnings
@@ -11,6 +11,25 @@ from datasets import Dataset
 _SHOWN = 10  # rows that an error names
 _BATCH = 1000
 _WHAT_IS_ASKED = ("prompt", "image", "images")  # columns that GRPOTrainer makes a prompt from
+
+
+def check_dataset(dataset, needs_prompt: bool = True) -> None:
+    """
+    Raises a `ValueError` for a dataset whose rows cannot be picked by number, that has none, or that has no column `prompt`
+    although no environment supplies the prompts.
+    """
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"The training dataset has the type {type(dataset).__name__}, which can be read only once and in order, but a "
+            "selection picks rows. Load it without streaming, or select from `Dataset.from_list(list(stream.take(n)))`."
+        )
+    if len(dataset) == 0:
+        raise ValueError("The training dataset is empty, so there is nothing to select.")
+    if needs_prompt and "prompt" not in dataset.column_names:
+        raise ValueError(
+            f"The training dataset has no column `prompt`. Its columns are: {', '.join(dataset.column_names)}. Rename the one "
+            "that holds the prompts with `dataset.rename_column`, or name it with `--prompt_column` on the command line."
+        )
 
 
 def check_prompts(dataset: Dataset) -> None:

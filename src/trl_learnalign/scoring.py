@@ -1,7 +1,7 @@
 """The maths of LearnAlign (arXiv 2506.11480), without a trainer: rewards and features in, scores out."""
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -198,6 +198,38 @@ def advantages(
     elif scale == "group":
         centred = centred / (_nanstd(total)[:, None] + 1e-4)
     return centred.nan_to_num(0.0)
+
+
+def advantages_leave_one_out(
+    rewards: torch.Tensor,
+    weights: torch.Tensor,
+    penalties: torch.Tensor,
+    clip: Sequence[float] | None = None,
+    normalize: bool = False,
+) -> torch.Tensor:
+    """
+    Advantages of the rollouts of a pool, as RLOOTrainer computes them, with the pool in place of the batch: each total reward
+    minus the mean of the others of its group.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(n, G, F)`): rewards of n groups by F reward functions; NaN if unscorable.
+        weights (`torch.Tensor` of shape `(F,)`): the trainer's reward weights.
+        penalties (`torch.Tensor` of shape `(n, G)`): taken off the total rewards, after clipping.
+        clip (`Sequence[float]`, *optional*): the trainer's `reward_clip_range`.
+        normalize (`bool`): the trainer's `normalize_advantages`.
+
+    Returns:
+        `torch.Tensor` of shape `(n, G)`, float64; 0 for a rollout that no reward function scored.
+    """
+    total = (rewards.double() * weights.double()).nansum(2).masked_fill(rewards.isnan().all(2), torch.nan)
+    if clip:
+        total = total.clamp(*clip)
+    total = total - penalties.double()
+    others = (~total.isnan()).sum(1, keepdim=True) - 1
+    found = total - (total.nansum(1, keepdim=True) - total) / others
+    if normalize:
+        found = (found - found.nanmean()) / (_nanstd(found.view(1, -1)) + 1e-4)
+    return found.nan_to_num(0.0)
 
 
 def _nanstd(values):

@@ -13,14 +13,14 @@ import numpy as np
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
-from trl import GRPOTrainer
+from transformers import Trainer
 
-from . import rollouts
 from .advice import selection_warning
+from .columns import candidate_rows, dataset_columns
 from .config import FREE_ON_RESUME, LearnAlignConfig
 from .disk import DirectoryLock, make_directory, scratch
+from .host import Host, find_host
 from .measures.alignments import GradientAlignments
-from .measures.columns import candidate_rows, dataset_columns
 from .measures.rollouts import Rollouts, prompts_at_once, roll_out, save_shard
 from .parts import rollouts_at_once
 from .peers import Peers
@@ -32,7 +32,6 @@ from .scores import find_score
 from .selection import SELECTION_FILE, Selection, dataset_fingerprint
 from .store import Log, prepare
 from .texts import texts_table
-from .weights import weights_digest
 
 
 logger = logging.getLogger(__name__)
@@ -40,7 +39,7 @@ logger = logging.getLogger(__name__)
 _PACKAGES = ("trl-learnalign", "trl", "transformers", "peft", "accelerate", "datasets", "torch")
 
 
-def select_prompts(trainer: GRPOTrainer, config: LearnAlignConfig | None = None) -> Selection:
+def select_prompts(trainer: Trainer, config: LearnAlignConfig | None = None) -> Selection:
     r"""
     Scores the prompts of a trainer's dataset with the policy as it is, and selects the best. Nothing is trained, and
     the trainer's state does not change.
@@ -52,7 +51,7 @@ def select_prompts(trainer: GRPOTrainer, config: LearnAlignConfig | None = None)
     needs besides.
 
     Args:
-        trainer ([`~trl.GRPOTrainer`]): supplies the policy, the prompts, the generation and the rewards.
+        trainer ([`~trl.GRPOTrainer`] or [`~trl.RLOOTrainer`]): supplies the policy, the prompts, the generation and the rewards.
         config ([`LearnAlignConfig`], *optional*): defaults to the paper's settings.
 
     Returns:
@@ -60,46 +59,46 @@ def select_prompts(trainer: GRPOTrainer, config: LearnAlignConfig | None = None)
         is learnable.
 
     Raises:
-        `ValueError`: see [`check_trainer`] and [`UnseenParametersError`]; or weights sharded before training.
+        `ValueError`: see [`Host.check`] and [`UnseenParametersError`]; or weights sharded before training.
     """
     return select_at_stage(trainer, config if config is not None else LearnAlignConfig(), stage=0, keep_measures=True)
 
 
-def select_at_stage(
-    trainer: GRPOTrainer, config: LearnAlignConfig, stage: int, keep_measures: bool = False
-) -> Selection:
+def select_at_stage(trainer: Trainer, config: LearnAlignConfig, stage: int, keep_measures: bool = False) -> Selection:
     """
     [`select_prompts`], with the number of selections before this one in a staged run. In training nothing that was measured is kept, as
     the next step changes the weights.
     """
-    rollouts.check_trainer(trainer, config)
-    if rollouts.is_sharded(trainer) and trainer.optimizer is None:
+    host = find_host(trainer)
+    host.check(config)
+    if host.is_sharded and trainer.optimizer is None:
         raise ValueError(
             "FSDP and DeepSpeed shard the weights when training starts, so nothing can be selected before. Use "
             "`LearnAlignSampler` with `warmup_prompts=0`, or launch this script with DDP."
         )
-    return SelectionRun(trainer, config, stage, keep_measures).run()
+    return SelectionRun(host, config, stage, keep_measures).run()
 
 
 class SelectionRun:
     """The state of one selection, phase by phase."""
 
-    def __init__(self, trainer, config, stage, keep_measures=False):
-        self.trainer = trainer
+    def __init__(self, host: Host, config, stage, keep_measures=False):
+        trainer = host.trainer
+        self.host = host
         self.config = config
-        self.accelerator = trainer.accelerator
+        self.accelerator = host.accelerator
         self.step = trainer.state.global_step
         self.seed = config.selection_seed if config.selection_seed is not None else trainer.args.seed
-        self.num_rollouts = config.num_rollouts or trainer.num_generations
+        self.num_rollouts = config.num_rollouts or host.group_size
         self.keep_measures = keep_measures
-        self.dataset = rollouts.visible_columns(trainer)
+        self.dataset = host.visible()
         self.score = find_score(config.score, config.score_measures)
-        rows = candidate_rows(trainer.train_dataset, config)
+        rows = candidate_rows(host.dataset, config)
         self.pool = draw_pool(rows, config.candidate_prompts, stable_hash(self.seed, "pool", stage))
-        self.prompts_at_once = prompts_at_once(trainer, config, self.num_rollouts, len(self.pool))
+        self.prompts_at_once = prompts_at_once(host, config, self.num_rollouts, len(self.pool))
         self.path = Path(trainer.args.output_dir) / "learnalign" / f"step-{self.step:06d}"
-        self.target = load_target(trainer.train_dataset, config)
-        self.equal = equal_prompts(trainer.train_dataset) if config.deduplicate else None
+        self.target = load_target(host.dataset, config)
+        self.equal = equal_prompts(host.dataset) if config.deduplicate else None
         self.seconds = {}
         self.reused = False
         self.peers = Peers(self.accelerator)
@@ -110,7 +109,7 @@ class SelectionRun:
             "stage": stage,
             "num_rollouts": self.num_rollouts,
             "measures": list(self.score.requires),
-            "dataset_fingerprint": dataset_fingerprint(trainer.train_dataset),
+            "dataset_fingerprint": dataset_fingerprint(host.dataset),
             "num_rows": len(self.dataset),
             # Not the name of its class, which FSDP2 changes
             "model": trainer.model.config._name_or_path or trainer.model.config.model_type,
@@ -172,7 +171,7 @@ class SelectionRun:
     def _scored(self):
         self._make_room()
         log = self.open_log("rollouts")
-        with rollouts.left_as_found(self.trainer, self.num_rollouts):
+        with self.host.left_as_found(self.num_rollouts):
             started = time.perf_counter()
             own = roll_out(self, self.dataset, self.pool, log)
             self.clock("rollouts", started)
@@ -211,15 +210,15 @@ class SelectionRun:
 
     def gather_rewards(self, own: Rollouts) -> Pool:
         """What the rollouts of all processes found out, on every process."""
-        columns = own.rows, own.rewards, own.lengths
+        columns = own.rows, own.rewards, own.penalties, own.lengths
         gathered = zip(*self.peers.gather(columns), strict=True)
-        indices, rewards, lengths = (torch.from_numpy(np.concatenate(parts)) for parts in gathered)
-        return Pool.of_rewards(indices, rewards, lengths, self.config, self.trainer)
+        indices, rewards, penalties, lengths = (torch.from_numpy(np.concatenate(parts)) for parts in gathered)
+        return Pool.of_rewards(indices, rewards, penalties, lengths, self.config, self.host)
 
     # Choice and files -------------------------------------------------------------------------------------------
 
     def _choose(self, table, align=None) -> Selection:
-        dataset, stage = self.trainer.train_dataset, self.provenance["stage"]
+        dataset, stage = self.host.dataset, self.provenance["stage"]
         more = dataset_columns(dataset, table.index, self.score.columns)
         ranked = self.score.rank(more.drop(columns=table.columns, errors="ignore").join(table), align)
         # With all scores equal the ties are the choice
@@ -231,7 +230,7 @@ class SelectionRun:
         )  # scores may differ in the last bit between processes
 
     def _publish(self, selection, own=None, pool=None):
-        texts = texts_table(self.trainer, self.dataset, selection, own, self.peers)
+        texts = texts_table(self.host, self.dataset, selection, own, self.peers)
         self._save_rollouts(own, pool)
         if self.accelerator.is_main_process:
             selection.save(self.path, texts)
@@ -280,11 +279,11 @@ class SelectionRun:
         """
         rolled_out = {name: self.provenance[name] for name in _KEY_FIELDS}
         rolled_out["prompts_at_once"] = self.prompts_at_once
-        rolled_out["rollouts_at_once"] = rollouts_at_once(self.trainer, self.num_rollouts)
-        rolled_out["generation"] = rollouts.generation_provenance(self.trainer)
-        rolled_out["rewards"] = rollouts.reward_provenance(self.trainer)
+        rolled_out["rollouts_at_once"] = rollouts_at_once(self.host, self.num_rollouts)
+        rolled_out["penalties"] = self.host.has_penalties and "gradients" in self.score.requires
+        rolled_out |= self.host.identity()
         self.peers.wait()  # before the collective operations of sharded weights
-        rolled_out["weights"] = weights_digest(self.trainer)
+        rolled_out["weights"] = self.host.weights_digest()
         config = self.provenance["config"]
         features = {name: config[name] for name in _KEY_OF_GRADIENTS}
         target = {"target": dataset_fingerprint(self.target)} if self.target is not None else {}

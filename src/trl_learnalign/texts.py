@@ -3,9 +3,9 @@
 import itertools
 
 import pyarrow as pa
+import torch
 
 from .prompts import prompt_text
-from .rollouts import first_completion
 from .selection import MOST_CHARACTERS, MOST_ROWS
 
 
@@ -14,7 +14,7 @@ def shortened(text: str) -> str:
     return text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + "\u2026"
 
 
-def texts_table(trainer, dataset, selection, own, peers) -> pa.Table | None:
+def texts_table(host, dataset, selection, own, peers) -> pa.Table | None:
     """
     The prompts that a report shows, with a completion of the highest- and the lowest-ranked learnable ones; `None` on
     all but the main process.
@@ -32,8 +32,8 @@ def texts_table(trainer, dataset, selection, own, peers) -> pa.Table | None:
     listed = shown.union(indices)
     named = "prompt" in dataset.column_names
     rolled_out = [row for row in sorted(listed) if own is not None and row in own]
-    completions = {row: first_completion(trainer, own.group(row)) for row in rolled_out if row in shown}
-    supplied = {} if named else {row: _first_prompt(trainer, own.group(row)) for row in rolled_out}
+    completions = {row: _first_completion(host, own.group(row)) for row in rolled_out if row in shown}
+    supplied = {} if named else {row: host.text(own.group(row).prompt_ids[0]) for row in rolled_out}
     gathered = zip(*peers.gather((completions, supplied)), strict=True)
     completions, supplied = (dict(itertools.chain(*(part.items() for part in parts))) for parts in gathered)
     if peers.rank != 0:
@@ -56,8 +56,10 @@ def texts_table(trainer, dataset, selection, own, peers) -> pa.Table | None:
     )
 
 
-def _first_prompt(trainer, group) -> str:
-    return trainer.processing_class.decode(group.prompt_ids[0], skip_special_tokens=True)
+def _first_completion(host, group) -> tuple[str, float]:
+    """Of a group, the first completion as text and its total reward."""
+    reward = host.total(torch.tensor(group.rewards[0], dtype=torch.float64))
+    return host.text(group.completion_ids[0]), reward.nan_to_num(0.0).item()
 
 
 def _columns_text(row) -> str:

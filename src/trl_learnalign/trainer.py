@@ -1,4 +1,4 @@
-"""GRPOTrainer with a `train_sampler`."""
+"""GRPOTrainer, or RLOOTrainer, with a `train_sampler`."""
 
 from pathlib import Path
 
@@ -7,19 +7,19 @@ from trl import GRPOTrainer
 from .callback import LearnAlignCallback
 from .cards import model_card
 from .checkpoints import survey, whole_checkpoint
+from .host import check_kind
 from .peers import Peers
-from .prompts import check_prompts
-from .rollouts import check_dataset
+from .prompts import check_dataset, check_prompts
 from .sampler import LearnAlignSampler
 from .selection import load_run
 
 
 class LearnAlignMixin:
     r"""
-    Gives a GRPOTrainer (or a subclass of yours) the argument `train_sampler`:
+    Gives a GRPOTrainer or an RLOOTrainer (or a subclass of yours) the argument `train_sampler`:
 
     ```python
-    class MyTrainer(LearnAlignMixin, MyGRPOTrainer): ...
+    class MyTrainer(LearnAlignMixin, RLOOTrainer): ...
     ```
 
     Args:
@@ -31,8 +31,9 @@ class LearnAlignMixin:
     def __init__(self, *args, train_sampler: LearnAlignSampler | None = None, **kwargs):
         if train_sampler is not None and not isinstance(train_sampler, LearnAlignSampler):
             raise TypeError(f"`train_sampler` must be a LearnAlignSampler, but is a {type(train_sampler).__name__}.")
+        if train_sampler is not None:
+            check_kind(type(self))  # before the model is loaded, as what follows
         if train_sampler is not None and kwargs.get("train_dataset") is not None:
-            # Checked before the model is loaded
             check_dataset(kwargs["train_dataset"], needs_prompt=kwargs.get("environment_factory") is None)
             if kwargs.get("rollout_func") is None:
                 check_prompts(kwargs["train_dataset"])
@@ -41,7 +42,6 @@ class LearnAlignMixin:
         if train_sampler is not None:
             self._learnalign = LearnAlignCallback(self, train_sampler)
             self.add_callback(self._learnalign)
-            self._tag_names = [*self._tag_names, "learnalign"]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .. import rollouts, scoring
-from ..objective import Row, counts_without_advantage
+from .. import scoring
+from ..groups import Row
 from ..pool import Pool
 from ..store import Log
 from .gradients import GradientFeatures
@@ -23,14 +23,14 @@ class GradientAlignments:
     Implements [`Alignments`] on all processes of a selection.
 
     Args:
-        run ([`SelectionRun`]): the selection, inside [`left_as_found`].
+        run ([`SelectionRun`]): the selection, inside [`Host.left_as_found`].
         own ([`Rollouts`]): this process's, of the pool.
         pool ([`Pool`]): what all rollouts found out.
     """
 
     def __init__(self, run, own: Rollouts, pool: Pool):
         self.run, self.own, self.pool = run, own, pool
-        self.config, self.trainer, self.peers = run.config, run.trainer, run.peers
+        self.config, self.host, self.peers = run.config, run.host, run.peers
 
     def __call__(self, weights: pd.Series) -> pd.DataFrame:
         """See [`Alignments`]."""
@@ -64,7 +64,7 @@ class GradientAlignments:
         """g_s of each subtask s that has a learnable prompt, of shape `(S, d)`, float64."""
         run, target = self.run, self.run.target
         started = time.perf_counter()
-        dataset = rollouts.visible_columns(self.trainer, target)
+        dataset = self.host.visible(target)
         own = roll_out(run, dataset, list(range(len(target))), run.open_log("target-rollouts"), "target rollouts")
         found = run.gather_rewards(own)
         run.clock("target rollouts", started)
@@ -118,7 +118,7 @@ class GradientAlignments:
             ]
 
         dim, budget = self.config.projection_dim, self.config.max_tokens_per_batch
-        return GradientFeatures(self.trainer, dim, self.run.seed, lengths, rows, log, budget, self.peers)
+        return GradientFeatures(self.host, dim, self.run.seed, lengths, rows, log, budget, self.peers)
 
     def _chosen(self, own, index, advantages, deciding):
         """Which rollouts of a group carry a gradient."""
@@ -128,7 +128,7 @@ class GradientAlignments:
             first = successes[0] if successes else int(deciding.nan_to_num(-torch.inf).argmax())
             chosen = chosen[first : first + 1]
         counts = own.trained[own.place(index)] > 0
-        if not counts_without_advantage(self.trainer):
+        if not self.host.counts_without_advantage:
             counts &= advantages.numpy() != 0
         return chosen[counts[chosen]]
 
@@ -162,7 +162,7 @@ class GradientAlignments:
         counts = np.sum(self.peers.gather((rolled_out, *source.num_tokens())), axis=0).tolist()
         cost = dict(zip(("rollout_tokens", "gradient_tokens", "computed_tokens"), counts, strict=True))
         # Forward and backward through a LoRA cost two forwards; the reference policy of the KL term one more
-        forwards = 2 if self.trainer.beta == 0.0 else 3
+        forwards = 3 if self.host.runs_reference else 2
         cost["floor"] = forwards * cost["gradient_tokens"] / cost["rollout_tokens"]
         if not self.own.found:  # else the rollouts' time is not known
             spent = self.run.seconds["gradients"] + self.run.seconds["scores"]

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from trl import GRPOTrainer
 
-from .. import objective, rollouts
 from ..gradients import PromptGradients, turn_dropout_off
-from ..objective import Row
+from ..groups import Row
+from ..host import Host
 from ..peers import Peers
+from ..progress import progress_bar
 from ..scoring import add_unit_features, feature_norms
 from ..store import Log
 from .packing import WINDOW, pack
@@ -34,7 +34,7 @@ class GradientFeatures:
     not grow with the pool.
 
     Args:
-        trainer ([`~trl.GRPOTrainer`]): inside [`left_as_found`].
+        host ([`Host`]): inside [`Host.left_as_found`].
         dim (`int` or `None`): length of a feature; `None`: exact gradients.
         seed (`int`): of the projection.
         lengths (`Mapping[int, np.ndarray]`): tokens of the rows that make each prompt's gradient.
@@ -47,7 +47,7 @@ class GradientFeatures:
 
     def __init__(
         self,
-        trainer: GRPOTrainer,
+        host: Host,
         dim: int | None,
         seed: int,
         lengths: Mapping[int, np.ndarray],
@@ -56,14 +56,14 @@ class GradientFeatures:
         max_tokens: int | None = None,
         peers: Peers | None = None,
     ):
-        self.peers = peers if peers is not None else Peers(trainer.accelerator)
-        self.trainer = trainer
+        self.peers = peers if peers is not None else Peers(host.accelerator)
+        self.host = host
         self.lengths, self.rows = lengths, rows
         self.log, self.parts = log, log.inside("parts")  # parts: finished microbatches of a window under way
         # As many tokens as a training step of the longest rollouts has
         longest = max((int(own.max()) for own in lengths.values() if len(own)), default=0)
-        self.max_tokens = max_tokens or trainer.args.per_device_train_batch_size * longest
-        self.engine = PromptGradients(objective.policy(trainer), dim, seed, probe=not rollouts.has_adapter(trainer))
+        self.max_tokens = max_tokens or host.args.per_device_train_batch_size * longest
+        self.engine = PromptGradients(host.policy, dim, seed, probe=not host.has_adapter)
         most = max(self.peers.gather(len(lengths)))
         self.kept = dim is not None or most * self.engine.feature_dim * 4 <= EXACT_BYTES
         self.did_not_fit = math.inf  # tokens of the smallest microbatch that was too large for the memory
@@ -101,7 +101,7 @@ class GradientFeatures:
             yield from self._computed()
             return
         yield from self._without_rows()
-        with rollouts.progress_bar(self.trainer, "scores", len(self.windows), "batches") as bar:
+        with progress_bar(self.host, "scores", len(self.windows), "batches") as bar:
             for window in self.windows:
                 features = self._load(self.log, window.name, window.indices, verify=False)
                 if features is not None:
@@ -130,15 +130,15 @@ class GradientFeatures:
         """Every prompt once, window by window, in an order that does not depend on what was in the log."""
         yield from self._without_rows()
         missing = [window for window in self.windows if self._load(self.log, window.name, window.indices) is None]
-        if self.trainer.top_entropy_quantile < 1:
+        if self.host.entropy_share < 1:
             self._mark_high_entropies(missing)
         number = sum(len(window.microbatches()) for window in self.windows)
         # If a forward needs all processes, all must run equally many. They agree on the number before the first
-        sharded = rollouts.is_sharded(self.trainer)
+        sharded = self.host.is_sharded
         rounds = max(self.peers.gather(sum(map(self._missing_parts, missing)))) if sharded else 0
         missing = set(map(id, missing))
         self.collected = 0
-        with self.engine, rollouts.progress_bar(self.trainer, "gradients", number, "batches") as bar:
+        with self.engine, progress_bar(self.host, "gradients", number, "batches") as bar:
             for window in self.windows:
                 if id(window) in missing:
                     features = self._window(window, bar)
@@ -148,7 +148,7 @@ class GradientFeatures:
                 yield window.indices, features
                 del features
             for _ in range(rounds - self.collected):
-                self._collect([1], [objective.filler(self.trainer)])
+                self._collect([1], [self.host.filler()])
 
     def _window(self, window, bar):
         """The features of a window, which are kept when all of its microbatches are done."""
@@ -186,8 +186,8 @@ class GradientFeatures:
         """Finds the tokens of high entropy, before all gradients: a sharded forward needs all processes at once."""
         windows = [window for window in missing if window.indices[0] not in self.entropy_masks]
         number = sum(len(window.microbatches()) for window in windows)
-        rounds = max(self.peers.gather(number)) if rollouts.is_sharded(self.trainer) else 0
-        with rollouts.progress_bar(self.trainer, "entropies", number, "batches") as bar:
+        rounds = max(self.peers.gather(number)) if self.host.is_sharded else 0
+        with progress_bar(self.host, "entropies", number, "batches") as bar:
             for window in windows:
                 rows = {index: self.rows(index) for index in window.indices}
                 entropies = {}
@@ -198,10 +198,10 @@ class GradientFeatures:
                     bar.update()
                 for index in window.indices:
                     own = [entropies[index, row] for row in range(len(rows[index]))]
-                    objective.mark_high_entropies(rows[index], own, self.trainer.top_entropy_quantile)
+                    self.host.mark_high_entropies(rows[index], own)
                     self.entropy_masks[index] = [np.packbits(row.entropy_mask) for row in rows[index]]
         for _ in range(rounds - number):
-            self._entropies([objective.filler(self.trainer)])
+            self._entropies([self.host.filler()])
 
     def _marked_rows(self, index):
         """The rows of a prompt, with the tokens of high entropy if only these count."""
@@ -213,13 +213,13 @@ class GradientFeatures:
     def _entropies(self, rows):
         """The entropies of each row's tokens; computed in halves if memory is full."""
         self._meet()
-        turn_dropout_off(self.trainer.model)  # some ways to generate turn it on
+        turn_dropout_off(self.host.model)  # some ways to generate turn it on
         try:
-            return objective.token_entropies(self.trainer, rows)
+            return self.host.entropies(rows)
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
-            if len(rows) == 1 or rollouts.is_sharded(self.trainer):
+            if len(rows) == 1 or self.host.is_sharded:
                 raise self._too_large(rows, error) from error
         clear_device_cache(garbage_collection=True)
         half = len(rows) // 2
@@ -245,7 +245,7 @@ class GradientFeatures:
             except RuntimeError as error:
                 if not should_reduce_batch_size(error):
                     raise
-                if len(rows) == 1 or rollouts.is_sharded(self.trainer):
+                if len(rows) == 1 or self.host.is_sharded:
                     raise self._too_large(rows, error) from error
                 self.did_not_fit = tokens
             # Outside of the handler, whose traceback keeps the tensors of the failed attempt
@@ -273,10 +273,10 @@ class GradientFeatures:
 
     def _meet(self):
         """Where a forward takes all processes, none begins one that another, which has failed, will not join."""
-        if rollouts.is_sharded(self.trainer):
+        if self.host.is_sharded:
             self.peers.wait()
 
     def _collect_at_once(self, counts, rows):
         self._meet()
-        turn_dropout_off(self.trainer.model)
-        return self.engine.collect(counts, max(map(len, rows)), lambda: objective.policy_objective(self.trainer, rows))
+        turn_dropout_off(self.host.model)
+        return self.engine.collect(counts, max(map(len, rows)), lambda: self.host.objective(rows))

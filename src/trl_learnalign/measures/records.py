@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from ..rollouts import Group
+from ..groups import Group
 
 
 _COUNTS = (
@@ -14,13 +14,13 @@ _COUNTS = (
 
 def encode(group: Group) -> bytes:
     """
-    The bytes of a group: its counts (int64), the lengths of its prompts and completions, their tokens (int32), its rewards (float32),
-    its loss masks unless all tokens count (a bit each), and its completions (JSON).
+    The bytes of a group: its counts (int64), the lengths of its prompts and completions, their tokens (int32), its rewards and
+    penalties (float32), its loss masks unless all tokens count (a bit each), and its completions (JSON).
     """
     prompts = group.prompt_ids[:1] if all(ids is group.prompt_ids[0] for ids in group.prompt_ids) else group.prompt_ids
     masks = np.concatenate(group.loss_masks)
     partial = not masks.all()
-    counts = [group.index, *group.rewards.shape, len(prompts), partial, False]
+    counts = [group.index, *group.rewards.shape, len(prompts), partial, group.has_images]
     tokens = [*prompts, *group.completion_ids]
     return b"".join(
         [
@@ -28,6 +28,7 @@ def encode(group: Group) -> bytes:
             np.array([len(ids) for ids in tokens], np.int32).tobytes(),
             np.concatenate(tokens).astype(np.int32).tobytes(),
             group.rewards.astype(np.float32).tobytes(),
+            group.penalties.astype(np.float32).tobytes(),
             np.packbits(masks).tobytes() if partial else b"",
             json.dumps(group.completions).encode(),
         ]
@@ -44,10 +45,11 @@ def decode(payload: bytes, completions: bool = False) -> Group:
         place += array.nbytes
         return array
 
-    index, size, rewards, prompts, partial, _ = take(np.int64, _COUNTS).tolist()
+    index, size, rewards, prompts, partial, has_images = take(np.int64, _COUNTS).tolist()
     lengths = take(np.int32, prompts + size)
     ids = [take(np.int32, length) for length in lengths]
     rewards = take(np.float32, size * rewards).reshape(size, rewards)
+    penalties = take(np.float32, size)
     total = int(lengths[prompts:].sum())
     masks = np.unpackbits(take(np.uint8, -(-total // 8)), count=total) if partial else np.ones(total, np.uint8)
     return Group(
@@ -57,4 +59,6 @@ def decode(payload: bytes, completions: bool = False) -> Group:
         loss_masks=np.split(masks.view(np.int8), np.cumsum(lengths[prompts:-1])),
         completions=json.loads(payload[place:]) if completions else [],
         rewards=rewards,
+        penalties=penalties,
+        has_images=bool(has_images),
     )

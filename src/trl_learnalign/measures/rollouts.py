@@ -8,12 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from .. import rollouts
 from ..disk import write_atomically
-from ..generation import deal, tensor_parallel_size
-from ..parts import generate_in_parts
+from ..groups import Group, deal
+from ..host import Host
+from ..parts import generate_in_parts, prompts_per_batch
+from ..progress import progress_bar
 from ..projection import stable_hash
-from ..rollouts import Group
 from ..store import Log
 from .records import decode, encode
 
@@ -23,7 +23,7 @@ LEAST_BATCHES = 64
 MOST_FOLD = 64  # and a batch is at most so many times training's
 
 
-def prompts_at_once(trainer, config, num_rollouts: int, pool: int) -> int:
+def prompts_at_once(host: Host, config, num_rollouts: int, pool: int) -> int:
     """
     Prompts of a batch, which one process generates for at once: `rollout_batch_prompts`, or training's batch, doubled while the pool
     of `pool` prompts has `LEAST_BATCHES` of them and at most `MOST_FOLD` times. It does not depend on the number of processes, since
@@ -31,7 +31,7 @@ def prompts_at_once(trainer, config, num_rollouts: int, pool: int) -> int:
     """
     if config.rollout_batch_prompts is not None:
         return config.rollout_batch_prompts
-    size = least = rollouts.prompts_per_batch(trainer, num_rollouts)
+    size = least = prompts_per_batch(host, num_rollouts)
     while size < MOST_FOLD * least and 2 * size * LEAST_BATCHES <= pool:
         size *= 2
     return size
@@ -45,6 +45,7 @@ class Rollouts:
     Attributes:
         rows (`np.ndarray` of shape `(n,)`): dataset rows, in the order of the batches.
         rewards (`np.ndarray` of shape `(n, G, F)`): float32, NaN where a reward function gave none.
+        penalties (`np.ndarray` of shape `(n, G)`): float32, see [`Group`].
         lengths, prompt_lengths, trained (`np.ndarray` of shape `(n, G)`): tokens of completions and of prompts, and how many tokens
             of the completion count in the loss; int32.
         found (`bool`): whether some had been finished before.
@@ -54,7 +55,7 @@ class Rollouts:
         self.log = log
         self.found = False
         self._shape = num_rollouts, num_rewards
-        self._columns = [], [], [], [], []
+        self._columns = [], [], [], [], [], []
         self._place = {}
 
     def add(self, groups: list[Group]) -> None:
@@ -63,6 +64,7 @@ class Rollouts:
             values = (
                 group.index,
                 group.rewards.copy(),  # else all of the record stays in memory
+                group.penalties.copy(),
                 [len(ids) for ids in group.completion_ids],
                 [len(ids) for ids in group.prompt_ids],
                 [int(mask.sum()) for mask in group.loss_masks],
@@ -72,10 +74,11 @@ class Rollouts:
 
     def close(self) -> None:
         """All groups are there."""
-        rows, rewards, *counts = self._columns
+        rows, rewards, penalties, *counts = self._columns
         size, num_rewards = self._shape
         self.rows = np.array(rows, np.int64)
         self.rewards = np.array(rewards, np.float32).reshape(-1, size, num_rewards)
+        self.penalties = np.array(penalties, np.float32).reshape(-1, size)
         self.lengths, self.prompt_lengths, self.trained = (np.array(one, np.int32).reshape(-1, size) for one in counts)
         self._place = {row: place for place, row in enumerate(rows)}
         self._columns = None
@@ -113,40 +116,50 @@ def roll_out(run, dataset: Dataset, rows: list[int], log: Log, phase: str = "rol
     at once, and nothing but its rewards and lengths stays in memory.
 
     Args:
-        run ([`SelectionRun`]): inside [`left_as_found`]. All processes must call this.
+        run ([`SelectionRun`]): inside [`Host.left_as_found`]. All processes must call this.
         dataset (`Dataset`): with the columns that the trainer would see.
         rows (`list[int]`): of the dataset.
         log ([`Log`]): keeps finished batches.
         phase (`str`, *optional*): for the progress bar; part of the seed.
+
+    Raises:
+        `ValueError`: a rollout has an image, and the score needs gradients.
     """
-    trainer, peers = run.trainer, run.peers
+    host, peers = run.host, run.peers
     size = run.prompts_at_once
     batches = [rows[start : start + size] for start in range(0, len(rows), size)]
     world, rank = run.accelerator.num_processes, run.accelerator.process_index
-    sharing = tensor_parallel_size(trainer)
-    found = Rollouts(log, run.num_rollouts, len(trainer.reward_funcs))
-    with rollouts.progress_bar(trainer, phase, len(rows), "prompts") as bar:
+    gradients = "gradients" in run.score.requires
+    found = Rollouts(log, run.num_rollouts, len(host.reward_names))
+    with progress_bar(host, phase, len(rows), "prompts") as bar:
         for first in range(0, len(batches), world):
             # Rewards are gathered, so every process must bring equally many prompts; the last batch is filled up even on
             # one process, so that its rollouts do not depend on the number of processes
-            batch, seed_of, mine = deal(batches, first, rank, sharing)
+            batch, seed_of, mine = deal(batches, first, rank, host.sharing)
             done = _finished(log, batch) if mine else None
             if mine and done is not None:
                 found.found = True
             if not all(peers.gather(done is not None or not mine)):
                 padded = batch + [batch[0]] * (min(size, len(rows)) - len(batch))
                 seed = stable_hash(run.seed, phase, run.step, seed_of[0])
-                gradients = "gradients" in run.score.requires
-                fresh = generate_in_parts(trainer, dataset, padded, seed, gradients, peers)
+                fresh = generate_in_parts(host, dataset, padded, seed, gradients, peers)
                 if done is None and mine:
                     done = fresh[: len(batch)]
                     log.append([(group.index, encode(group)) for group in done])
             if mine:
+                if gradients and any(group.has_images for group in done):
+                    raise ValueError(_IMAGES)
                 found.add(done)
             bar.update(sum(len(batch) for batch in batches[first : first + world]))
     log.close()
     found.close()
     return found
+
+
+_IMAGES = (
+    "The rollouts have images (from an environment or a tool), and gradients of multimodal prompts are not supported. Use "
+    "`score='learnability'`, which takes no gradients."
+)
 
 
 def _finished(log, batch):

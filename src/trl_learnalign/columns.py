@@ -1,4 +1,4 @@
-"""Columns of the dataset as measures: what they cost is nothing."""
+"""Columns of the dataset: measures that cost nothing."""
 
 from collections.abc import Sequence
 
@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset, Value
 
-from ..choice import Condition
-from ..config import LearnAlignConfig
-from ..scores import find_score
+from .choice import Condition
+from .config import LearnAlignConfig
+from .scores import find_score
 
 
 # Columns that a measure adds to the table

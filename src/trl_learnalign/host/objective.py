@@ -1,35 +1,18 @@
-"""The loss of training, as an objective of single rollouts, so that each prompt has its own gradient."""
-
-from dataclasses import dataclass
+"""GRPOTrainer's loss, as an objective of single rollouts, so that each prompt has its own gradient."""
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import Trainer
 from trl import GRPOTrainer
 from trl.trainer.utils import use_adapter
+
+from ..groups import Row
 
 
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 LOSS_TYPES = (*CLIPPED, "cispo", "sapo", "vespo")
 LEVELS = ("token", "sequence")
-
-
-@dataclass
-class Row:
-    """
-    One rollout as it enters a gradient: its tokens, its loss mask, its advantage, its weight in the group mean; and, if
-    `top_entropy_quantile` is less than 1, a mask of the tokens whose entropy is high (see [`mark_high_entropies`]).
-    """
-
-    prompt_ids: np.ndarray
-    completion_ids: np.ndarray
-    loss_mask: np.ndarray
-    advantage: float
-    weight: float
-    entropy_mask: np.ndarray | None = None
-
-    def __len__(self):
-        return len(self.prompt_ids) + len(self.completion_ids)
 
 
 def check_loss(trainer: GRPOTrainer) -> None:
@@ -43,18 +26,7 @@ def check_loss(trainer: GRPOTrainer) -> None:
             )
 
 
-def filler(trainer: GRPOTrainer) -> Row:
-    """A row of weight 0. TRL makes sure that there is a padding token."""
-    token = trainer._tokenizer.pad_token_id
-    return Row([token], [token], [1], 0.0, 0.0)
-
-
-def counts_without_advantage(trainer: GRPOTrainer) -> bool:
-    """Whether a row of advantage 0 matters to a gradient: by its KL term, or by entropies that others are compared with."""
-    return trainer.beta != 0.0 or trainer.top_entropy_quantile < 1
-
-
-def policy(trainer: GRPOTrainer) -> torch.nn.Module:
+def policy(trainer: Trainer) -> torch.nn.Module:
     """
     The policy to run. It is wrapped only under FSDP, where the wrapper has part of the weights: DDP's and DeepSpeed's would
     reduce gradients after every backward. DeepSpeed's ZeRO-3 gathers its weights in hooks of the layers themselves.
@@ -95,12 +67,12 @@ def policy_objective(trainer: GRPOTrainer, rows: list[Row]) -> torch.Tensor:
     With `loss_type="grpo"` and `use_bias_correction_kl=False` this is Eq. 7 of the paper as printed. The entropy bonus
     (`entropy_coef`) and the router's auxiliary loss, which do not depend on rewards, are left out.
     """
-    arguments = _arguments(trainer, rows)
-    mask = _of_completions(arguments, rows, [row.loss_mask for row in rows])
+    arguments = arguments_of(trainer, rows)
+    mask = of_completions(arguments, rows, [row.loss_mask for row in rows])
     entropy_mask = None
     if any(row.entropy_mask is not None for row in rows):
         entropy_masks = [row.loss_mask if row.entropy_mask is None else row.entropy_mask for row in rows]
-        entropy_mask = _of_completions(arguments, rows, entropy_masks)
+        entropy_mask = of_completions(arguments, rows, entropy_masks)
     advantages = torch.tensor([row.advantage for row in rows], device=mask.device)[:, None]
     weights = torch.tensor([row.weight for row in rows], device=mask.device)[:, None]
     reference = None
@@ -112,7 +84,7 @@ def policy_objective(trainer: GRPOTrainer, rows: list[Row]) -> torch.Tensor:
     return (weights / _divisor(trainer, mask) * coefficients * logps * mask).sum()
 
 
-def _arguments(trainer, rows):
+def arguments_of(trainer: Trainer, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Of TRL's forward: token ids, attention mask, and the number of last columns that hold all completions."""
     device = trainer.accelerator.device
     ids = [torch.from_numpy(np.concatenate([row.prompt_ids, row.completion_ids])).long() for row in rows]
@@ -122,8 +94,8 @@ def _arguments(trainer, rows):
     return input_ids, attention_mask, input_ids.shape[1] - min(len(row.prompt_ids) for row in rows)
 
 
-def _of_completions(arguments, rows, values):
-    """A value for each completion token of each row, where [`_arguments`] puts them; 0 elsewhere."""
+def of_completions(arguments: tuple, rows: list[Row], values: list) -> torch.Tensor:
+    """A value for each completion token of each row, where [`arguments_of`] puts them; 0 elsewhere."""
     input_ids, _, keep = arguments
     values = [torch.from_numpy(np.pad(own, (len(row.prompt_ids), 0))) for row, own in zip(rows, values, strict=True)]
     return pad_sequence(values, True, 0).to(input_ids.device)[:, -keep:]
@@ -176,7 +148,7 @@ def _reference_logps(trainer, arguments):
 @torch.no_grad()
 def token_entropies(trainer: GRPOTrainer, rows: list[Row]) -> list[torch.Tensor]:
     """Entropies in nats of the policy where it drew the completion tokens of each row, of shape `(tokens,)`, float32."""
-    arguments = input_ids, _, keep = _arguments(trainer, rows)
+    arguments = input_ids, _, keep = arguments_of(trainer, rows)
     entropies = trainer._get_per_token_logps_and_entropies(policy(trainer), *arguments, compute_entropy=True)[1]
     entropies = entropies.float().cpu()
     starts = [len(row.prompt_ids) - (input_ids.shape[1] - keep) for row in rows]

@@ -1,17 +1,18 @@
-"""The names of GRPOTrainer that are used here though they are in no documentation of TRL's, which may drop them."""
+"""The names of TRL's trainers that are used here though they are in no documentation of TRL's, which may drop them."""
 
 import trl
-from trl import GRPOTrainer
+from transformers import Trainer
 
 
 TRIED = "1.8 to 1.16"  # versions of TRL that the tests run with: the oldest and the newest
-NAMES = (
+COMMON = (
     # Methods that are called, wrapped or replaced
     "_calculate_rewards",
     "_generate_and_score_completions",
     "_get_per_token_logps_and_entropies",
     "_get_train_sampler",
     "_remove_unused_columns",
+    "_tokenize_prompts",
     # What a generation changes, and is put back
     "_logs",
     "_metrics",
@@ -19,35 +20,38 @@ NAMES = (
     "_pending_metrics",
     "_tag_names",
     "_tokenizer",
-    "vllm_importance_sampling_correction",
     # Settings, as the trainer has read them
     "beta",
     "epsilon_high",
-    "importance_sampling_level",
-    "loss_type",
     "max_completion_length",
-    "multi_objective_aggregation",
     "num_generations",
     "num_iterations",
     "ref_model",
     "reward_func_names",
     "reward_funcs",
     "reward_weights",
-    "scale_rewards",
     "shuffle_dataset",
-    "tools",
-    "top_entropy_quantile",
     "use_vllm",
 )
-NAMES_WITH_VLLM = ("_last_loaded_step", "vllm_mode", "vllm_tensor_parallel_size")
+GRPO = (
+    "importance_sampling_level",
+    "loss_type",
+    "multi_objective_aggregation",
+    "scale_rewards",
+    "tools",
+    "top_entropy_quantile",
+    "vllm_importance_sampling_correction",
+)
+RLOO = ("normalize_advantages", "reward_clip_range")
+WITH_VLLM = ("_last_loaded_step", "vllm_mode", "vllm_tensor_parallel_size")
 
 
-def check_names(trainer: GRPOTrainer) -> None:
+def check_names(trainer: Trainer, names: tuple[str, ...]) -> None:
     """
     Raises:
         `RuntimeError`: the trainer lacks one of these names, so this version of TRL is not one that can be used.
     """
-    names = NAMES + (NAMES_WITH_VLLM if getattr(trainer, "use_vllm", False) else ())
+    names += WITH_VLLM if getattr(trainer, "use_vllm", False) else ()
     gone = [name for name in names if not hasattr(trainer, name)]
     if gone:
         raise RuntimeError(

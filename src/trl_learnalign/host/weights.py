@@ -4,12 +4,12 @@ import hashlib
 from collections.abc import Iterator
 
 import torch
-from trl import GRPOTrainer
+from transformers import Trainer
 
-from .gradients import clean_name
+from ..gradients import clean_name
 
 
-def weights_digest(trainer: GRPOTrainer) -> str:
+def weights_digest(trainer: Trainer) -> str:
     """
     SHA-256 of the names, types, shapes and bytes of the trainable weights: the same for any number of processes, and
     whether or not the weights are sharded. All processes must call this; the main process gets the digest, the others

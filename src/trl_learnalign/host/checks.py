@@ -1,0 +1,103 @@
+"""What is refused before anything is generated."""
+
+import os
+import warnings
+
+import trl
+from packaging.version import Version
+
+from ..columns import check_columns
+from ..config import LearnAlignConfig
+from ..gradients import UnseenParametersError, check_parameters, unseen_message
+from ..pool import load_target
+from ..prompts import check_dataset, check_duplicates, check_prompts
+from ..rewards import check_success_reward
+from .generation import is_colocated
+
+
+def check_trainer(host, config: LearnAlignConfig) -> None:
+    """
+    Raises an error for all settings of a trainer with which a selection would fail or be wrong.
+
+    Raises:
+        `ValueError`: processes that are not connected, a streaming dataset, an environment that owns the data,
+            no column `prompt`, an unknown or missing reward name, vLLM set up so that TRL mixes completions up; and where
+            gradients are wanted: an unknown loss, a multimodal dataset, sharded weights without an adapter.
+        [`UnseenParametersError`]: trainable tensors whose gradients would be missed.
+    """
+    trainer = host.trainer
+    launched, seen = int(os.environ.get("WORLD_SIZE", 1)), trainer.accelerator.num_processes
+    if launched != seen:
+        raise ValueError(
+            f"The launcher started {launched} processes, but the trainer sees {seen}: each would train by itself and write "
+            f"to the same files. On a machine without a GPU set `use_cpu=True` in {type(trainer.args).__name__}."
+        )
+    dataset = trainer.train_dataset
+    check_dataset(dataset, needs_prompt=getattr(trainer, "environment_factories", None) is None)
+    if _is_placeholder(dataset):
+        raise ValueError(
+            "The environment of this trainer supplies the prompts itself, so there are no dataset rows to select. Pass "
+            "a `train_dataset` with the prompts to choose from."
+        )
+    own_rollouts = getattr(trainer, "rollout_func", None) is not None
+    if not own_rollouts:  # which may need no prompt
+        check_prompts(dataset)
+    # With an environment or a `rollout_func` equal prompts may be different tasks
+    equal_tasks = not own_rollouts and not getattr(trainer, "environment_factories", None)
+    check_duplicates(dataset, config.deduplicate, warn=equal_tasks and trainer.accelerator.is_main_process)
+    if config.num_prompts > len(dataset):
+        warnings.warn(
+            f"`num_prompts` is {config.num_prompts}, but the training dataset has {len(dataset)} rows: every learnable "
+            "prompt will be selected.",
+            stacklevel=4,
+        )
+    check_columns(dataset, config)
+    load_target(dataset, config)
+    if not config.measures:
+        return
+    check_success_reward(host.reward_names, config.success_reward, config.learnability)
+    check_vllm(host)
+    if "gradients" not in config.measures:
+        return
+    host.check_loss()
+    if {"image", "images"} & set(dataset.column_names):
+        raise ValueError(
+            "The training dataset has images, and gradients of multimodal prompts are not supported. Use "
+            "`score='learnability'`, which takes no gradients."
+        )
+    if host.is_sharded and not host.has_adapter:
+        raise ValueError(
+            "Full fine-tuning with FSDP or DeepSpeed is not supported: the probe would see only shards of the "
+            "weights. Train a LoRA adapter (`peft_config`), or use `score='learnability'`, which takes no gradients."
+        )
+    model = host.model
+    for adapter in getattr(model, "peft_config", {}).values():
+        if getattr(adapter, "target_parameters", None):  # their A and B are multiplied without their layers' forward
+            raise UnseenParametersError(unseen_message([f"target_parameters={adapter.target_parameters}"]))
+    check_parameters(model, probe=not host.has_adapter)
+
+
+def _is_placeholder(dataset):
+    """GRPOTrainer makes such a dataset when it is given none and an environment supplies the prompts."""
+    empty = [{"role": "user", "content": ""}]
+    return dataset.column_names == ["prompt"] and all(prompt == empty for prompt in dataset[:10]["prompt"])
+
+
+def check_vllm(host) -> None:
+    """
+    Raises:
+        `ValueError`: vLLM is set up so that TRL's completions are those of other prompts or of another policy.
+    """
+    trainer = host.trainer
+    if host.sharing > 1 and getattr(trainer, "tools", None):
+        raise ValueError(
+            f"`vllm_tensor_parallel_size` is {trainer.vllm_tensor_parallel_size}, which TRL cannot combine with tools: once "
+            "the processes that share a vLLM have different numbers of calls to answer, they wait for each other or get each "
+            "other's completions. Use `vllm_tensor_parallel_size=1`."
+        )
+    sleeps = is_colocated(trainer) and trainer.args.vllm_enable_sleep_mode
+    if sleeps and Version(trl.__version__) < Version("1.10"):
+        raise ValueError(
+            f"`vllm_enable_sleep_mode=True` with TRL {trl.__version__} generates with the weights that vLLM reads from the "
+            "disk, not with those being trained (huggingface/trl#5312). Upgrade to TRL 1.10 or later, or switch it off."
+        )

@@ -1,0 +1,58 @@
+"""GRPOTrainer."""
+
+import torch
+
+from .. import scoring
+from ..groups import Row
+from . import objective
+from .names import COMMON, GRPO
+from .trl import Host
+
+
+class GRPOHost(Host):
+    """[`~trl.GRPOTrainer`]: advantages by group, a loss by `loss_type`, the KL term in the loss."""
+
+    names = COMMON + GRPO
+    settings = (
+        "max_completion_length",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "beta",
+        "multi_objective_aggregation",
+        "mask_truncated_completions",
+        "max_tool_calling_iterations",
+        "loss_type",
+        "importance_sampling_level",
+        "top_entropy_quantile",
+        "epsilon_high",
+        "scale_rewards",
+    )
+    arguments = ("bf16", "fp16", "generation_kwargs", "chat_template_kwargs", "use_bias_correction_kl", "delta")
+
+    def check_loss(self) -> None:
+        objective.check_loss(self.trainer)
+
+    def advantages(self, rewards: torch.Tensor, penalties: torch.Tensor) -> torch.Tensor:
+        trainer = self.trainer
+        weights = trainer.reward_weights.cpu()
+        return scoring.advantages(rewards, weights, trainer.scale_rewards, trainer.multi_objective_aggregation)
+
+    def objective(self, rows: list[Row]) -> torch.Tensor:
+        return objective.policy_objective(self.trainer, rows)
+
+    @property
+    def runs_reference(self) -> bool:
+        return self.trainer.beta != 0.0
+
+    @property
+    def entropy_share(self) -> float:
+        return self.trainer.top_entropy_quantile
+
+    def entropies(self, rows: list[Row]) -> list[torch.Tensor]:
+        return objective.token_entropies(self.trainer, rows)
+
+    def mark_high_entropies(self, rows: list[Row], entropies: list[torch.Tensor]) -> None:
+        objective.mark_high_entropies(rows, entropies, self.entropy_share)
