@@ -1,12 +1,17 @@
 """
-Writes docs/results.md from benchmarks/results/*.json, so that nobody types a number.
+Writes docs/results.md from benchmarks/results/*.json, so that nobody types a number, and the table of docs/configuration.md
+from the docstring of LearnAlignConfig.
 
     python benchmarks/render.py [--check]
 """
 
 import json
+import re
 import sys
+from dataclasses import fields
 from pathlib import Path
+
+from trl_learnalign.config import LearnAlignConfig, explanations
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -249,6 +254,19 @@ def policy_table(results) -> str:
     return "\n".join(lines)
 
 
+def configuration_page() -> str:
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    rows = ["| field | default | meaning |", "| --- | --- | --- |"]
+    texts = explanations()
+    for one in fields(LearnAlignConfig):
+        default = f'"{one.default}"' if isinstance(one.default, str) else one.default
+        rows.append(f"| `{one.name}` | `{default}` | {texts[one.name].replace('|', '&#124;')} |")
+    table = "\n".join(rows)
+    return re.sub(
+        r"(<!-- fields.*-->\n).*(<!-- end)", lambda marks: f"{marks[1]}\n{table}\n\n{marks[2]}", page, flags=re.S
+    )
+
+
 def documents() -> dict[Path, str]:
     arms, policy = load("demo_arms"), load("tiny_policy")
     page = f"""# Results, and how they were measured
@@ -298,7 +316,7 @@ Every run: `python benchmarks/demo_arms.py --dataset_path DIR`.
 
 {policy_table(policy)}
 """
-    return {ROOT / "docs" / "results.md": page}
+    return {ROOT / "docs" / "results.md": page, ROOT / "docs" / "configuration.md": configuration_page()}
 
 
 def main():
@@ -307,7 +325,9 @@ def main():
     ]
     if "--check" in sys.argv:
         if stale:
-            sys.exit(f"Not what the results say: {', '.join(path.name for path in stale)}. Run benchmarks/render.py.")
+            sys.exit(
+                f"Not what the results and the docstring say: {', '.join(path.name for path in stale)}. Run benchmarks/render.py."
+            )
         return
     for path in stale:
         path.write_text(documents()[path], encoding="utf-8")

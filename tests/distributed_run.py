@@ -184,7 +184,7 @@ def main(task, path):
             trainer.train()
     sampler = trainer._get_train_sampler()
     if hasattr(sampler, "log"):
-        result["log"] = [[version.start_chunk, list(version.indices)] for version in sampler.log]
+        result["log"] = [[version.start_chunk, list(version.indices)] for version in sampler.schedule.log]
         result["chunks"] = [sampler.chunk(i) for i in range(40)]
         result["chunk_prompts"] = sampler.layout.chunk_prompts
     digests = [callback.by_step for callback in trainer.callback_handler.callbacks if isinstance(callback, Digests)]

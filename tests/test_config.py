@@ -1,11 +1,15 @@
 """The configuration: what it refuses, and that it parses beside TRL's own."""
 
 import dataclasses
+import inspect
+import re
+import typing
 
 import pytest
 from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
 
 from trl_learnalign import LearnAlignConfig
+from trl_learnalign.config import explain, explanations
 
 
 OTHERS = (ScriptArguments, GRPOConfig, ModelConfig)
@@ -41,10 +45,31 @@ def test_bad_values_are_refused_at_once(field, value, message):
         LearnAlignConfig(**{field: value})
 
 
-def test_every_field_has_help_and_documentation():
-    for field in dataclasses.fields(LearnAlignConfig):
-        assert field.metadata["help"] and "%" not in field.metadata["help"]
-        assert f"        {field.name} (`" in LearnAlignConfig.__doc__
+def test_every_field_is_explained_once_with_its_type_and_default():
+    """In the docstring of the class, of which help and docs/configuration.md (see test_docs.py) are made."""
+    parameters = inspect.getdoc(LearnAlignConfig).partition("Parameters:\n")[2].partition("\nRaises:")[0]
+    heads = re.findall(r"^    (\w+) \((.*), \*optional\*(?:, defaults to `(.*)`)?\):\n        \S", parameters, re.M)
+    fields = dataclasses.fields(LearnAlignConfig)
+    assert [name for name, *_ in heads] == [field.name for field in fields] == list(explanations())
+    for field, (name, kinds, default) in zip(fields, heads, strict=True):
+        assert eval(default or "None") == field.default, name
+        annotation = LearnAlignConfig.__annotations__[name]  # a TrlParser overwrites `field.type`
+        kind = (typing.get_args(annotation) or (annotation,))[0]
+        assert kinds.startswith(f"`{kind.__name__ if isinstance(kind, type) else kind}`"), name
+        assert (
+            field.metadata["help"] % {} == explanations()[name].replace("%%", "%") and len(explanations()[name]) > 20
+        )
+
+
+def test_help_is_that_explanation_and_a_percent_sign_does_no_harm(capsys):
+    shown = dataclasses.make_dataclass("Shown", [("share", int, dataclasses.field(default=1))])
+    shown.__doc__ = "\n\n    Parameters:\n        share (`int`):\n            90 % of\n            all, |or| none.\n"
+    explain(shown)
+    with pytest.raises(SystemExit):
+        TrlParser((shown, LearnAlignConfig)).parse_args_and_config(["-h"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "90 % of all, |or| none. (default: 1)" in printed
+    assert f"{explanations()['warmup_prompts']} (default: 300)" in printed
 
 
 def test_no_field_collides_with_those_of_trl():

@@ -89,7 +89,7 @@ def train(path, monkeypatch, rewards=parity_reward, dataset=None, score="learnal
         **kwargs,
     )
     trainer.train()
-    assert len(sampler.log[-1].indices) == 4 and len(groups) == (0 if score == "random" else 12)
+    assert len(sampler.schedule.log[-1].indices) == 4 and len(groups) == (0 if score == "random" else 12)
     return trainer, groups, rows
 
 

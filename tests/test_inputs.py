@@ -89,7 +89,7 @@ def test_no_learnable_prompt_at_all(tmp_path, caplog):
     assert "No prompt is learnable" in caplog.text and "success_threshold" in caplog.text
     assert trainer.state.global_step == trainer.state.max_steps
     sampler = trainer._get_train_sampler()
-    assert sampler.log[1].indices == ()
+    assert sampler.schedule.log[1].indices == ()
     random = LearnAlignSampler(config())
     random.bind(sampler.layout)
     steps = trainer.state.global_step

@@ -16,7 +16,7 @@ from tiny import Seen, assert_same_weights, config, digit_reward, make_trainer, 
 from trl_learnalign import LearnAlignConfig, Selection, select_prompts
 from trl_learnalign.disk import digest
 from trl_learnalign.plan import estimate_line, plan_lines, rollouts_text, warmup_warning
-from trl_learnalign.sampler import Version
+from trl_learnalign.schedules.staged import Version
 from trl_learnalign.selection import load_run
 
 
@@ -223,7 +223,7 @@ def test_a_finished_run_is_trained_longer_with_max_steps(run, tmp_path, capsys):
     """The same as one that was that long from the start."""
     _, path, *_ = run
     with pytest.raises(
-        ValueError, match="epochs was 2 and is 4.*keep `num_train_epochs=2`.*`max_steps=12` are 4 passes"
+        ValueError, match="epochs was 2 and is 4.*keep `num_train_epochs=2`.*`max_steps=12` are 4 epochs"
     ):
         resumed(path, 8, config(), capsys, num_train_epochs=4)
     shutil.copytree(path, tmp_path / "longer")

@@ -7,7 +7,7 @@ import pytest
 from trl.trainer.utils import RepeatSampler
 
 from trl_learnalign import LearnAlignConfig, LearnAlignSampler
-from trl_learnalign.sampler import Layout
+from trl_learnalign.layout import Layout
 
 
 LAYOUT = Layout(
@@ -60,8 +60,8 @@ def test_order_is_that_of_repeat_sampler_when_nothing_is_selected(shuffle):
 
 def test_stream_is_a_pure_function_of_the_log():
     sampler = bound()
-    sampler.append(3, [1, 4, 7, 9, 11])
-    sampler.append(8, [0, 2])
+    sampler.schedule.accept(3, [1, 4, 7, 9, 11])
+    sampler.schedule.accept(8, [0, 2])
     forward = [sampler.chunk(i) for i in range(40)]
     again = bound()
     again.load_state_dict(sampler.state_dict())
@@ -71,8 +71,8 @@ def test_stream_is_a_pure_function_of_the_log():
 
 def test_versions_start_where_the_log_says_and_visit_equally_often():
     sampler = bound()
-    sampler.append(3, [1, 4, 7, 9, 11])
-    sampler.append(10, [0, 2, 5, 8])
+    sampler.schedule.accept(3, [1, 4, 7, 9, 11])
+    sampler.schedule.accept(10, [0, 2, 5, 8])
     for first, last, chosen in ((3, 10, {1, 4, 7, 9, 11}), (10, 33, {0, 2, 5, 8})):
         counts = Counter(index for i in range(first, last) for index in sampler.chunk(i))
         assert set(counts) == chosen and max(counts.values()) - min(counts.values()) <= 1
@@ -89,20 +89,20 @@ def test_a_pass_straddles_chunks_and_drops_no_prompt():
 
 def test_chunk_larger_than_the_selection():
     sampler = bound()
-    sampler.append(3, [8, 9])
+    sampler.schedule.accept(3, [8, 9])
     assert sorted(sampler.chunk(3) + sampler.chunk(4)) == [8, 8, 8, 9, 9, 9]
 
 
 def test_an_empty_version_goes_on_as_if_nothing_had_been_selected():
     plain, empty = bound(), bound()
-    empty.append(4, [])
+    empty.schedule.accept(4, [])
     assert [empty.chunk(i) for i in range(20)] == [plain.chunk(i) for i in range(20)]
 
 
 def test_the_last_version_of_a_chunk_wins():
     sampler = bound()
-    sampler.append(0, [1, 2, 3])
-    sampler.append(0, [4, 5, 6])
+    sampler.schedule.accept(0, [1, 2, 3])
+    sampler.schedule.accept(0, [4, 5, 6])
     assert sorted(sampler.chunk(0)) == [4, 5, 6]
 
 
@@ -167,21 +167,22 @@ def test_unbound_sampler_says_what_to_do():
 )
 def test_loading_is_strict(damage, message):
     sampler = bound()
-    sampler.append(3, [1, 2])
+    sampler.schedule.accept(3, [1, 2])
     state = sampler.state_dict()
     damage(state)
     with pytest.raises(ValueError, match=message):
         bound().load_state_dict(state)
     with pytest.raises(ValueError, match="before the last one"):
-        sampler.append(2, [1])
+        sampler.schedule.accept(2, [1])
 
 
 def test_drawing_a_chunk_sorts_nothing(monkeypatch):
     """A version is put in order once, and each pass over it once, however many chunks are drawn or skipped."""
     sampler, calls = bound(), []
-    indices = sampler._indices
-    monkeypatch.setattr(sampler, "_indices", lambda number: calls.append(number) or indices(number))
-    sampler.append(3, [1, 4, 7, 9, 11])
+    schedule = sampler.schedule
+    indices = schedule._indices
+    monkeypatch.setattr(schedule, "_indices", lambda number: calls.append(number) or indices(number))
+    sampler.schedule.accept(3, [1, 4, 7, 9, 11])
     for i in range(60):
         sampler.chunk(i)
     assert calls == [0, 1]
@@ -191,7 +192,7 @@ def test_drawing_a_chunk_sorts_nothing(monkeypatch):
 def test_ranks_reach_the_stream(order):
     sampler = LearnAlignSampler(LearnAlignConfig(num_prompts=5, warmup_prompts=6, prompt_order=order, fold=2))
     sampler.bind(LAYOUT)
-    sampler.append(2, [7, 1, 9, 4, 11])
+    sampler.schedule.accept(2, [7, 1, 9, 4, 11])
     expected = [7, 1, 9, 4, 11] if order == "ranked" else [7, 9, 11, 1, 4]
     stream = [index for i in range(2, 12) for index in sampler.chunk(i)]
     assert stream == (expected * 6)[:30]

@@ -159,13 +159,13 @@ def test_prompts_that_reach_the_reward_function(tmp_path, shape):
     assert Counter(rolled_out[0]) == dict.fromkeys(range(24), 8)
     trained = seen.rows[:: layout.group_size]
     assert seen.rows == [row for row in trained for _ in range(layout.group_size)]
-    assert layout.first_selection == (selection.provenance["global_step"], sampler.log[1].start_chunk)
-    start = sampler.log[1].start_chunk * layout.chunk_prompts
+    assert layout.first_selection == (selection.provenance["global_step"], sampler.schedule.log[1].start_chunk)
+    start = sampler.schedule.log[1].start_chunk * layout.chunk_prompts
     assert sampler.config.warmup_prompts <= start <= layout.warmup_end * layout.chunk_prompts
     assert trained == [row for i in range(len(trained) // layout.chunk_prompts) for row in sampler.chunk(i)]
     assert len(set(trained[:start])) == start  # the warm-up visits no prompt twice
     counts = Counter(trained[start:])
-    assert set(counts) == set(selection.indices) == set(sampler.log[1].indices)
+    assert set(counts) == set(selection.indices) == set(sampler.schedule.log[1].indices)
     assert max(counts.values()) - min(counts.values()) <= 1
     if "max_steps" not in changes:
         assert min(counts.values()) >= changes["num_train_epochs"]

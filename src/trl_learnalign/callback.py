@@ -14,8 +14,9 @@ from . import plan, trackers
 from .config import FREE_ON_RESUME
 from .disk import DirectoryLock, digest, make_directory, write_atomically
 from .host import find_host
+from .layout import Layout
 from .peers import Peers
-from .sampler import Layout, LearnAlignSampler
+from .sampler import LearnAlignSampler
 from .selection import Selection, dataset_fingerprint
 from .selector import select_at_stage
 
@@ -103,7 +104,9 @@ class LearnAlignCallback(TrainerCallback):
         if not self.trainer.accelerator.is_main_process:
             return
         layout, due = self.sampler.layout, self._pending is not None
-        lines = plan.plan_lines(layout, self.config, state.max_steps, state.global_step, self.sampler.log, due)
+        lines = plan.plan_lines(
+            layout, self.config, state.max_steps, state.global_step, self.sampler.schedule.log, due
+        )
         print("\n".join(lines), flush=True)
         warning = plan.warmup_warning(layout, state.max_steps)
         if warning is not None and state.global_step == 0:
@@ -121,13 +124,13 @@ class LearnAlignCallback(TrainerCallback):
 
     def with_zero_variance(self, logs: dict[str, float]) -> dict[str, float]:
         """`logs` with the mean share of groups of selected prompts that have no gradient, if `logs` are of training."""
-        share = self._zero_variance() if self.sampler.log and self.sampler.log[-1].indices else None
+        share = self._zero_variance() if self.sampler.schedule.log and self.sampler.schedule.log[-1].indices else None
         return logs if share is None or "loss" not in logs else logs | {"learnalign/zero_variance_after": share}
 
     def _zero_variance(self):
         """Mean share of groups without a gradient since the last selection took effect, or since the start."""
         history = self.trainer.state.log_history
-        return trackers.zero_variance(history, self.sampler.layout, self.sampler.log[-1].start_chunk)
+        return trackers.zero_variance(history, self.sampler.layout, self.sampler.schedule.log[-1].start_chunk)
 
     def unlock(self) -> None:
         """Lets other runs use the output directory."""
@@ -157,8 +160,8 @@ class LearnAlignCallback(TrainerCallback):
             self._select(state)
 
     def _is_due(self, state):
-        layout, last = self.sampler.layout, self.sampler.log[-1]
-        if len(self.sampler.log) == 1:
+        layout, last = self.sampler.layout, self.sampler.schedule.log[-1]
+        if len(self.sampler.schedule.log) == 1:
             target = layout.warmup_chunks
         elif self.config.reselect_every is not None:
             prompts = self.config.reselect_every * (len(last.indices) or layout.num_prompts)
@@ -184,8 +187,8 @@ class LearnAlignCallback(TrainerCallback):
     def _select(self, state):
         start, self._pending = self._pending, None
         self._say_estimate(state)
-        first = len(self.sampler.log) == 1
-        selection = select_at_stage(self.trainer, self.config, len(self.sampler.log) - 1)
+        first = len(self.sampler.schedule.log) == 1
+        selection = select_at_stage(self.trainer, self.config, len(self.sampler.schedule.log) - 1)
         if first and start > 0 and self.config.after_warmup == "restart":
             self._restart()
         if self.trainer.accelerator.is_main_process and not selection.indices:

@@ -235,7 +235,7 @@ class _SelectOnce(LearnAlignCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        if len(self.sampler.log) > 1:
+        if len(self.sampler.schedule.log) > 1:
             raise ValueError(
                 f"The checkpoint '{args.resume_from_checkpoint}' was saved after a selection, so the warm-up is over there. "
                 "Pass the one that was saved at the end of the warm-up, or leave out `resume_from_checkpoint`."
@@ -249,7 +249,7 @@ class _SelectOnce(LearnAlignCallback):
         if self.trainer.accelerator.is_main_process:
             due = self._pending is not None
             lines = plan_lines(
-                self.sampler.layout, self.config, state.max_steps, state.global_step, self.sampler.log, due
+                self.sampler.layout, self.config, state.max_steps, state.global_step, self.sampler.schedule.log, due
             )
             print(*lines[:2], "LearnAlign plan: the command ends there.", sep="\n", flush=True)
 

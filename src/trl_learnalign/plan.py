@@ -1,8 +1,9 @@
 """The plan of a run and an estimate of a selection's time, in readable lines."""
 
 from .config import LearnAlignConfig
+from .layout import Layout
 from .progress import duration
-from .sampler import Layout, Version
+from .schedules.staged import Version
 from .scores import score_name
 
 

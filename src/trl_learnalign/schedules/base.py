@@ -1,0 +1,141 @@
+"""What a schedule is: which prompt comes when."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ..layout import Layout
+
+
+if TYPE_CHECKING:
+    from ..config import LearnAlignConfig
+    from ..peers import Peers
+
+
+class Schedule:
+    """
+    Which prompt comes when. A schedule of yours overrides [`~Schedule.prompts`], and what else it needs:
+
+    ```python
+    class EveryOther(Schedule):
+        def prompts(self, chunk):
+            n = self.layout.chunk_prompts
+            return [2 * i % self.layout.pool_size for i in range(chunk * n, (chunk + 1) * n)]
+
+    sampler = LearnAlignSampler(config, schedule=EveryOther(config))
+    ```
+
+    Every process has one, and calls it with the same values in the same order. It must come to the same results on all of
+    them, so random numbers come from a generator with a fixed seed.
+
+    Args:
+        config ([`LearnAlignConfig`]): the configuration of the sampler.
+    """
+
+    def __init__(self, config: "LearnAlignConfig"):
+        self.config = config
+        self.layout: Layout | None = None
+
+    def prompts_per_epoch(self, pool_size: int, chunk_prompts: int) -> tuple[int, int]:
+        """Prompts of an epoch, and random prompts before the first one. By default all whole chunks of the pool, and none."""
+        return max(pool_size // chunk_prompts, 1) * chunk_prompts, 0
+
+    def bind(self, layout: Layout) -> None:
+        """Ties the schedule to a run. `start` follows."""
+        self.layout = layout
+
+    def prepare(self, host, state: dict | None, peers: "Peers") -> None:
+        """
+        Called once when training begins, on all processes, inside the context of `peers`.
+
+        Args:
+            host ([`Host`]): the trainer, as far as a schedule may see it.
+            state (`dict`, *optional*): what `state_dict` returned, where a run is resumed; `None` for a new run.
+            peers ([`Peers`]): the other processes.
+        """
+        if state is None:
+            self.start()
+        else:
+            self.load_state_dict(state)
+
+    def start(self) -> None:
+        """A new run begins: forgets all."""
+
+    def prompts(self, chunk: int) -> Sequence[int]:
+        """
+        Dataset rows of the prompts of a chunk, `layout.chunk_prompts` of them. Chunks are asked for in their order; where a run is
+        resumed, those of the epoch that were drawn before are asked for again, and must be the same.
+        """
+        raise NotImplementedError
+
+    def due(self, step: int, max_steps: int, drawn: int) -> bool:
+        """
+        Whether a selection is due.
+
+        Args:
+            step (`int`): the optimizer step that just ended; 0 before the first.
+            max_steps (`int`): optimizer steps of the run.
+            drawn (`int`): chunks that the dataloader has drawn.
+        """
+        return False
+
+    def accept(self, start: int, indices: Sequence[int]) -> None:
+        """
+        Takes the result of a selection that was due.
+
+        Args:
+            start (`int`): the first chunk that it can take effect with.
+            indices (`Sequence[int]`): the chosen dataset rows, best first; empty if no prompt is learnable.
+        """
+
+    def observe(self, chunk: int, rewards: np.ndarray) -> None:
+        """
+        Sees the rewards that training has paid for. A chunk may be observed twice, where a resumed run generates it again.
+
+        Args:
+            chunk (`int`): the chunk.
+            rewards (`np.ndarray` of shape `(n, G, F)`): of its n prompts, G rollouts each, by F reward functions; NaN where one gave
+                none.
+        """
+
+    def metrics(self) -> dict[str, float]:
+        """Values for the log after each chunk that was observed."""
+        return {}
+
+    def state_dict(self) -> dict:
+        """The state for a checkpoint: values for JSON, and NumPy arrays."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """
+        Restores what [`~Schedule.state_dict`] returned.
+
+        Raises:
+            `ValueError`: it is damaged or of another run.
+        """
+
+
+class RandomOrder:
+    """
+    The pool in random order, pass by pass, as TRL's `RepeatSampler` draws it from the same seed.
+
+    Args:
+        size (`int`): number of rows.
+        seed (`int`): of the permutations.
+        shuffle (`bool`): whether to shuffle at all.
+    """
+
+    def __init__(self, size: int, seed: int, shuffle: bool = True):
+        self.size, self.shuffle = size, shuffle
+        self._generator = torch.Generator().manual_seed(seed)
+        self._orders: list[np.ndarray] = []
+
+    def __getitem__(self, position: int) -> int:
+        number, place = divmod(position, self.size)
+        if not self.shuffle:
+            return place
+        while len(self._orders) <= number:
+            self._orders.append(torch.randperm(self.size, generator=self._generator).numpy().astype(np.int32))
+        return int(self._orders[number][place])

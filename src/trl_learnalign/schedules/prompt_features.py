@@ -1,0 +1,107 @@
+"""What the online schedule knows of a prompt before it was seen: a row of numbers for each row of the dataset."""
+
+import logging
+
+import numpy as np
+import pandas as pd
+from datasets import Dataset
+
+from ..choice import Condition
+from ..pool import dataset_columns
+from ..prompts import equal_prompts, prompt_text
+
+
+logger = logging.getLogger(__name__)
+
+MOST_GROUPS = 256
+_NUMBERS = ("int", "uint", "float", "bool")
+
+
+def check_online(dataset: Dataset, config) -> None:
+    """
+    Raises:
+        `ValueError`: `group_column` or `pass_rate_column` name a column that there is not or that does not fit; or `where` needs more
+            than columns of the dataset.
+    """
+    for knob in ("group_column", "pass_rate_column"):
+        name = getattr(config, knob)
+        if name is not None and name not in dataset.column_names:
+            raise ValueError(
+                f"`{knob}` is {name!r}, but the training dataset has no column '{name}'. Its columns are: "
+                f"{', '.join(dataset.column_names)}. Correct the name."
+            )
+    if config.pass_rate_column is not None:
+        kind = getattr(dataset.features[config.pass_rate_column], "dtype", "")
+        if not kind.startswith(_NUMBERS):
+            raise ValueError(
+                f"`pass_rate_column` is {config.pass_rate_column!r}, but that column holds no numbers ({kind or 'nested'})."
+            )
+        rates = _column(dataset, config.pass_rate_column).astype(float)
+        outside = rates[(rates < 0) | (rates > 1)]
+        if len(outside):
+            raise ValueError(
+                f"`pass_rate_column` is {config.pass_rate_column!r}, but success rates are between 0 and 1, and row "
+                f"{outside.index[0]} has {outside.iloc[0]:g}. Divide it, or leave the column out."
+            )
+    if config.group_column is not None:
+        kind = getattr(dataset.features[config.group_column], "dtype", "")
+        number = _column(dataset, config.group_column).nunique() if kind else 0
+        if not kind or number > MOST_GROUPS:
+            what = f"has {number:,} different values" if kind else "is nested"
+            raise ValueError(
+                f"`group_column` is {config.group_column!r}, which {what}; at most {MOST_GROUPS} can be told apart. Use a column of "
+                "sources or kinds."
+            )
+    if config.where is not None:
+        missing = Condition(config.where).columns - set(dataset.column_names)
+        if missing:
+            raise ValueError(
+                f"`where` is {config.where!r}, but `schedule='online'` knows only columns of the dataset, which has no column "
+                f"{', '.join(map(repr, sorted(missing)))}. Its columns are: {', '.join(dataset.column_names)}."
+            )
+
+
+def eligible_rows(dataset: Dataset, config) -> np.ndarray:
+    """The rows that may be trained on: those that `where` holds for, and with `deduplicate` the first of equal prompts, int32."""
+    keep = np.ones(len(dataset), dtype=bool)
+    if config.where is not None:
+        condition = Condition(config.where)
+        keep &= condition(dataset_columns(dataset, range(len(dataset)), sorted(condition.columns)))
+        if not keep.any():
+            raise ValueError(f"`where` is {config.where!r}, which holds for no row of the training dataset. Correct it.")
+    if config.deduplicate:
+        keep &= np.asarray(equal_prompts(dataset)) == np.arange(len(dataset))
+    return np.flatnonzero(keep).astype(np.int32)
+
+
+def column_features(dataset: Dataset, config) -> np.ndarray:
+    """
+    Features that need no policy, of shape `(N, D)`, float16: a constant, the logarithm of the prompt's length in characters (where
+    there is a prompt), an indicator of each group, the logit of the pass rate. All but the first have mean 0 and variance 1 at most.
+    """
+    columns = [np.ones(len(dataset))]
+    if "prompt" in dataset.column_names:
+        columns.append(_standard(np.log1p(_lengths(dataset))))
+    if config.group_column is not None:
+        codes, names = pd.factorize(_column(dataset, config.group_column), use_na_sentinel=False)
+        columns += [(codes == code).astype(float) for code in range(len(names))] if len(names) > 1 else []
+    if config.pass_rate_column is not None:
+        rates = _column(dataset, config.pass_rate_column).astype(float)
+        rates = rates.fillna(rates.mean()).clip(0.02, 0.98)
+        columns.append(_standard(np.log(rates / (1 - rates)).to_numpy()))
+    return np.stack(columns, axis=1).astype(np.float16)
+
+
+def _lengths(dataset):
+    lengths = []
+    for batch in dataset.select_columns(["prompt"]).iter(batch_size=1000):
+        lengths += [len(prompt_text(prompt)) for prompt in batch["prompt"]]
+    return np.array(lengths, dtype=float)
+
+
+def _column(dataset, name) -> pd.Series:
+    return dataset_columns(dataset, range(len(dataset)), [name])[name]
+
+
+def _standard(values):
+    return (values - values.mean()) / max(values.std(), 1e-9)

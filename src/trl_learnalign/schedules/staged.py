@@ -1,0 +1,173 @@
+"""Random prompts, then those of a selection; again and again if wanted."""
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from .base import Schedule
+
+
+@dataclass(frozen=True)
+class Version:
+    """From chunk `start_chunk` on the stream visits `indices`, or goes on with random prompts if they are empty."""
+
+    start_chunk: int
+    indices: tuple[int, ...]
+
+
+@dataclass
+class _Passes:
+    """The passes over one version so far."""
+
+    generator: torch.Generator
+    indices: torch.Tensor
+    orders: list[list[int]] = field(default_factory=list)
+
+
+class StagedSchedule(Schedule):
+    """
+    Random prompts during the warm-up, then those of a selection, in `prompt_order`; a new selection after every `reselect_every`
+    passes. `prompts(i)` is a pure function of the layout, the log of versions and i:
+
+        chunk     0    1    2    3    4    5    6    7    8
+        version   0    0    0    1    1    1    1    2    2
+        log       (0, random)    (3, selection 1)    (7, selection 2)
+
+    Within a version, prompts are visited pass by pass; a chunk may contain the end of one pass and the beginning of the next. So
+    no prompt is dropped, and two prompts of a version are visited equally often, or one of them once more.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.log: list[Version] = []
+        self._passes: dict[int, _Passes] = {}
+
+    def prompts_per_epoch(self, pool_size, chunk_prompts):
+        """See [`Schedule`]."""
+        return min(self.config.num_prompts, pool_size), self.config.warmup_prompts
+
+    def start(self):
+        """Forgets all selections."""
+        self.log = [Version(0, ())]
+        self._passes = {}
+
+    def accept(self, start: int, indices: Sequence[int]) -> None:
+        """Adds a version to the log: from chunk `start` on, train on `indices` (empty: random prompts)."""
+        last = self.log[-1].start_chunk
+        if start < last:
+            raise ValueError(f"A version cannot start at chunk {start}, before the last one, at {last}.")
+        self.log.append(Version(start, tuple(indices)))
+
+    def due(self, step: int, max_steps: int, drawn: int) -> bool:
+        """See [`Schedule`]."""
+        layout, last = self.layout, self.log[-1]
+        if len(self.log) == 1:
+            target = layout.warmup_chunks
+        elif self.config.reselect_every is not None and step:
+            prompts = self.config.reselect_every * (len(last.indices) or layout.num_prompts)
+            target = last.start_chunk + max(1, math.ceil(prompts / layout.chunk_prompts))
+        else:
+            return False
+        used = drawn * layout.repeats < layout.batches_trained(max_steps)
+        return used and layout.chunks_trained(step) >= target
+
+    def prompts(self, chunk: int) -> list[int]:
+        """See [`Schedule`]."""
+        number = bisect_right(self.log, chunk, key=lambda version: version.start_chunk) - 1
+        version = self.log[number]
+        if not version.indices:  # random prompts: the order of version 0, as if nothing had been selected
+            number, version = 0, self.log[0]
+        size = len(version.indices) if number else self.layout.pool_size
+        first = (chunk - version.start_chunk) * self.layout.chunk_prompts
+        positions = range(first, first + self.layout.chunk_prompts)
+        return [self._pass(number, position // size)[position % size] for position in positions]
+
+    def _pass(self, number, k):
+        """The k-th pass over version `number`: its indices in the order of the pass."""
+        if number not in self._passes:
+            # Version 0 draws its permutations as TRL's RepeatSampler does
+            generator = torch.Generator().manual_seed(self.layout.seed + number * 1_000_003)
+            self._passes[number] = _Passes(generator, self._indices(number))
+        passes = self._passes[number]
+        while len(passes.orders) <= k:
+            shuffled = self.layout.shuffle and (number == 0 or self.config.prompt_order == "shuffle")
+            order = torch.randperm(len(passes.indices), generator=passes.generator) if shuffled else slice(None)
+            passes.orders.append(passes.indices[order].tolist())
+        return passes.orders[k]
+
+    def _indices(self, number):
+        """Of a version, before they are shuffled: by row, or by rank, or folded."""
+        if not number:
+            return torch.arange(self.layout.pool_size)
+        ranked = torch.tensor(self.log[number].indices, dtype=torch.int64)
+        match self.config.prompt_order:
+            case "ranked":
+                return ranked
+            case "folding":
+                return torch.cat([ranked[first :: self.config.fold] for first in range(self.config.fold)])
+            case _:
+                return ranked.sort().values
+
+    def state_dict(self) -> dict:
+        """The log: where each version starts, how many prompts it has, and all of their rows in a row."""
+        return {
+            "starts": [version.start_chunk for version in self.log],
+            "lengths": [len(version.indices) for version in self.log],
+            "indices": np.array([index for version in self.log for index in version.indices], dtype=np.int64),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """
+        Restores the log.
+
+        Raises:
+            `ValueError`: the state is damaged, or names rows that the dataset does not have.
+        """
+        log = _log_of_0_1(state) if "log" in state else _log(state)
+        starts = [version.start_chunk for version in log]
+        if not starts or starts[0] != 0 or starts != sorted(starts):
+            raise ValueError(f"The sampler state in the checkpoint is damaged: versions start at {starts[:10]}.")
+        highest = max((index for version in log for index in version.indices), default=0)
+        if highest >= self.layout.pool_size:
+            raise ValueError(
+                f"The sampler state in the checkpoint names row {highest}, but the training dataset has "
+                f"{self.layout.pool_size} rows."
+            )
+        self.log = log
+        self._passes = {}
+
+
+def _log(state) -> list[Version]:
+    try:
+        starts, lengths, indices = state["starts"], state["lengths"], state["indices"]
+        ends = np.cumsum([0, *lengths]).tolist()
+        log = [
+            Version(start, tuple(indices[first:last].tolist()))
+            for start, first, last in zip(starts, ends[:-1], ends[1:], strict=True)
+        ]
+        if ends[-1] != len(indices):
+            raise ValueError(f"{len(indices)} rows for {ends[-1]}")
+        _check(log)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"The sampler state in the checkpoint is damaged: {error!r}.") from error
+    return log
+
+
+def _log_of_0_1(state) -> list[Version]:
+    """Version 0.1 wrote the rows of each version into a list."""
+    try:
+        log = [Version(entry["start_chunk"], tuple(entry["indices"])) for entry in state["log"]]
+        _check(log)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"The sampler state in the checkpoint is damaged: {error!r}.") from error
+    return log
+
+
+def _check(log):
+    numbers = [number for version in log for number in (version.start_chunk, *version.indices)]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError("a start or a row is no whole number")

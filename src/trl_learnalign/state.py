@@ -1,0 +1,74 @@
+"""What a checkpoint holds of a schedule: values in trainer_state.json, arrays in a file beside it."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from .disk import write_atomically
+
+
+STATE_FILE = "learnalign_state.safetensors"
+_KEY = "arrays"
+
+
+def split(state: dict) -> tuple[dict, dict[str, np.ndarray]]:
+    """The values of a nested state, and its arrays by their place in it, such as `"sampler/state/indices"`."""
+    values, arrays = {}, {}
+    for name, value in state.items():
+        if isinstance(value, dict):
+            values[name], inner = split(value)
+            arrays |= {f"{name}/{path}": array for path, array in inner.items()}
+        elif isinstance(value, np.ndarray):
+            arrays[name] = np.ascontiguousarray(value)
+        else:
+            values[name] = value
+    return values, arrays
+
+
+def join(values: dict, arrays: dict[str, np.ndarray]) -> dict:
+    """What was [`split`]."""
+    state = {name: join(value, {}) if isinstance(value, dict) else value for name, value in values.items()}
+    for path, array in arrays.items():
+        *outer, name = path.split("/")
+        place = state
+        for step in outer:
+            place = place[step]
+        place[name] = array
+    return state
+
+
+def write_arrays(directory: Path, arrays: dict[str, np.ndarray], is_writer: bool) -> dict | None:
+    """
+    Writes the arrays into a checkpoint, where there are any. Returns what trainer_state.json is to say of them: the name of the
+    file and its SHA-256.
+    """
+    if not arrays:
+        return None
+    content = save({name: array for name, array in sorted(arrays.items())})
+    if is_writer:
+        write_atomically(directory / STATE_FILE, lambda temporary: temporary.write_bytes(content))
+    return {"file": STATE_FILE, "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def read_arrays(directory: Path, entry: dict | None) -> dict[str, np.ndarray]:
+    """
+    The arrays that [`write_arrays`] wrote, by its entry.
+
+    Raises:
+        `ValueError`: the file is missing or damaged.
+    """
+    if entry is None:
+        return {}
+    path = directory / STATE_FILE
+    try:
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+            raise ValueError("it does not agree with its checksum")
+        return load(content)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(
+            f"'{path}', the state of the schedule in this checkpoint, cannot be used: {error}. Resume from an earlier checkpoint."
+        ) from error
