@@ -93,6 +93,21 @@ def test_a_torn_tail_is_cut_off(tmp_path):
     assert [file.name for file in log.path.glob("*.log")] == ["00000-00000.log"]
 
 
+def test_behind_a_damaged_header_the_others_are_found(tmp_path):
+    log = opened(tmp_path / "log")
+    for index in range(5):
+        log.append([(index, encode(a_group(index)))])
+    content = bytearray(log._files[0].read_bytes())
+    size = len(content) // 5
+    for place in (size + 10, 3 * size + 70):  # the header of the second, the payload of the fourth
+        content[place] ^= 1
+    log._files[0].write_bytes(content)
+    again = opened(tmp_path / "log")
+    assert [again.read(index) is not None for index in range(5)] == [True, False, True, False, True]
+    again.append([(1, b"new")])
+    assert opened(tmp_path / "log").read(1) == b"new" and opened(tmp_path / "log").read(4) == encode(a_group(4))
+
+
 def test_a_process_killed_while_it_appends_leaves_whole_records_only(tmp_path):
     script = """
 import os, sys

@@ -36,8 +36,8 @@ class Log:
         00000-00001.log   process 0 goes on here once its first file has reached `SEGMENT_BYTES`
         00001-00000.log
 
-    A record that is damaged, cut off or was made under another key is as if it had never been written. In a file, nothing is found
-    behind a damaged header; a process cuts that off before it appends to the file.
+    A record that is damaged, cut off or was made under another key is as if it had never been written. What is left of a torn one at
+    the end of a file is cut off before the process that the file belongs to appends to it.
 
     Args:
         path (`Path`): the directory, prepared by [`prepare`].
@@ -60,16 +60,18 @@ class Log:
     def _scan(self, file):
         """Notes where the records of a file begin. Their payloads are looked at when they are read."""
         self._files.append(file)
-        found, end = [], 0
+        found, offset, end = [], 0, 0
         with open(file, "rb", buffering=0) as stream:
             size = os.fstat(stream.fileno()).st_size
-            while (header := _unpacked(os.pread(stream.fileno(), _HEADER.size, end))) is not None:
+            while offset < size:
+                header = _unpacked(os.pread(stream.fileno(), _HEADER.size, offset))
+                if header is None or offset + _HEADER.size + header[2] > size:
+                    offset += _ALIGNED  # damaged: the next one is somewhere behind it
+                    continue
                 name, key, length, _ = header
-                if end + _HEADER.size + length > size:
-                    break
                 if key == self._key:
-                    found.append((name, end))
-                end += _HEADER.size + _padded(length)
+                    found.append((name, offset))
+                offset = end = offset + _HEADER.size + _padded(length)
         self._index.add(found, len(self._files) - 1)
         if file.name.startswith(f"{self._rank:05d}-"):
             self._end = end

@@ -18,6 +18,7 @@ from ..rewards import source_of
 from . import generation
 from .checks import check_trainer
 from .generation import NoLogps
+from .memory import Halving
 from .names import check_names
 from .objective import policy
 from .weights import weights_digest
@@ -32,6 +33,7 @@ class Host(ABC):
 
     Attributes:
         trainer: as it was passed.
+        halving ([`Halving`]): how many rollouts fit into the memory at once.
         names (`tuple[str, ...]`): undocumented names of the trainer that are used here.
         settings (`tuple[str, ...]`): attributes that rollouts and gradients depend on.
         arguments (`tuple[str, ...]`): fields of `args` that they depend on.
@@ -44,6 +46,7 @@ class Host(ABC):
     def __init__(self, trainer: Trainer):
         check_names(trainer, self.names)
         self.trainer = trainer
+        self.halving = Halving()
 
     # What it is -------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """Rollouts of a pool, in rounds of all processes; they stay on the disk and are read back prompt by prompt."""
 
 import json
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -21,6 +22,8 @@ from .records import decode, encode
 # By default a pool is cut into at least so many batches, so that as many processes have work
 LEAST_BATCHES = 64
 MOST_FOLD = 64  # and a batch is at most so many times training's
+
+_FITTING = 1 << 63  # and the rank of a process: the name of the record of how many rollouts fit into its memory
 
 
 def prompts_at_once(host: Host, config, num_rollouts: int, pool: int) -> int:
@@ -130,6 +133,10 @@ def roll_out(run, dataset: Dataset, rows: list[int], log: Log, phase: str = "rol
     batches = [rows[start : start + size] for start in range(0, len(rows), size)]
     world, rank = run.accelerator.num_processes, run.accelerator.process_index
     gradients = "gradients" in run.score.requires
+    if (rows_that_fit := log.read(_FITTING + rank)) is not None:
+        host.halving.rows = int.from_bytes(
+            rows_that_fit, "big"
+        )  # or the rollouts would be others than without the interruption
     found = Rollouts(log, run.num_rollouts, len(host.reward_names))
     with progress_bar(host, phase, len(rows), "prompts") as bar:
         for first in range(0, len(batches), world):
@@ -145,7 +152,10 @@ def roll_out(run, dataset: Dataset, rows: list[int], log: Log, phase: str = "rol
                 fresh = generate_in_parts(host, dataset, padded, seed, gradients, peers)
                 if done is None and mine:
                     done = fresh[: len(batch)]
-                    log.append([(group.index, encode(group)) for group in done])
+                    records = [(group.index, encode(group)) for group in done]
+                    if host.halving.rows < math.inf:
+                        records.append((_FITTING + rank, int(host.halving.rows).to_bytes(8, "big")))
+                    log.append(records)
             if mine:
                 if gradients and any(group.has_images for group in done):
                     raise ValueError(_IMAGES)
