@@ -100,9 +100,7 @@ class OnlineSchedule(Schedule):
         self.choosing = False
         self.headroom = 1.0
         self.without_headroom = 0
-        self.skill_sums = np.zeros(
-            4
-        )  # of uniform draws: squared errors of the predictor and of the mean, successes, draws
+        self.skill_sums = np.zeros(4)  # of uniform draws: squared errors of the predictor and of the mean, successes, draws
         self.history = History()
         self._random = RandomOrder(len(self.pool), self.layout.seed, self.layout.shuffle)
         seed = self.config.selection_seed
@@ -298,15 +296,7 @@ class OnlineSchedule(Schedule):
     def metrics(self):
         """See [`Schedule`]."""
         latest = self.history.latest()
-        names = (
-            "live_fraction",
-            "predicted_success",
-            "observed_success",
-            "pool_success",
-            "skill",
-            "headroom",
-            "retired",
-        )
+        names = "live_fraction", "predicted_success", "observed_success", "pool_success", "skill", "headroom", "retired"
         values = {name: latest[name] for name in names if name in latest}
         return values | {"suspects": float(len(self.suspects()[0]))}
 
