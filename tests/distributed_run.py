@@ -19,7 +19,7 @@ from torch.distributed import fsdp
 from transformers import TrainerCallback
 
 from trl_learnalign import select_prompts
-from trl_learnalign.host import objective
+from trl_learnalign.host import find_host, objective
 from trl_learnalign.host.weights import weights_digest
 
 
@@ -179,6 +179,27 @@ def main(task, path):
                     trainer.train()
                 except (FloatingPointError, RuntimeError) as error:
                     result["error"] = str(error)
+        case "taps" | "checkpoint fails":
+            trainer = train(path, seen, config={"score": "random"}, save_strategy="steps", save_steps=2, **kwargs)
+            result |= {"rewards": [], "inputs": [], "writers": []}
+
+            def observer(batch, inputs, completions, rewards):
+                result["rewards"].append([batch, rewards.tolist()])
+                result["inputs"] += [row["row"] for row in inputs]
+
+            def write(directory, is_writer):
+                result["writers"].append(is_writer)
+                assert directory.is_dir() and not (directory / "trainer_state.json").exists()
+                if task == "checkpoint fails" and os.environ["RANK"] == "1":
+                    raise OSError("no space left")
+
+            host = find_host(trainer)
+            host.on_rewards(observer)
+            host.before_checkpoint(write)
+            try:
+                trainer.train()
+            except (OSError, RuntimeError) as error:
+                result["error"] = f"{type(error).__name__}: {error}"
         case "random":
             trainer = train(path, seen, config={"score": "random", "warmup_prompts": 0}, **kwargs)
             trainer.train()

@@ -105,7 +105,7 @@ TASKS = (
         "disk is full",
         "memory is full",
     ),
-    "nothing to learn on one",
+    *("nothing to learn on one", "taps", "checkpoint fails"),
 )
 AGAIN = {
     "save": "resume",
@@ -392,3 +392,21 @@ def test_resume_on_fewer_processes_is_exact_or_refused(tmp_path, first):
     size = resumed["chunk_prompts"]
     chunks = resumed["chunks"][resumed["step"] - 2 : resumed["step"]]
     assert resumed["rows"][-2 * size * 4 :] == [row for chunk in chunks for row in chunk for _ in range(4)]
+
+
+def test_rewards_of_training_are_those_of_all_processes(first):
+    """In the order of the chunk, the same on every process; the rows are each process's own."""
+    path, (one, two) = first["taps"]
+    assert one["rewards"] == two["rewards"] and [batch for batch, _ in one["rewards"]] == list(range(one["step"]))
+    for rank in (one, two):
+        assert rank["inputs"] == rank["rows"] and len(rank["rows"]) == 8 * one["step"]
+    assert one["rows"] != two["rows"] and all(len(rewards) == 16 for _, rewards in one["rewards"])
+    checkpoints = len(list(path.glob("checkpoint-*")))
+    assert one["writers"] == [True] * checkpoints and two["writers"] == [False] * checkpoints and checkpoints > 2
+
+
+def test_a_checkpoint_that_one_process_cannot_write_ends_all(first):
+    path, (one, two) = first["checkpoint fails"]
+    assert "no space left" in two["error"] and two["error"].startswith("OSError")
+    assert one["error"].startswith("PeerError") and "process 1: OSError: no space left" in one["error"]
+    assert one["step"] == two["step"] == 2 and not (path / "checkpoint-2" / "trainer_state.json").exists()

@@ -1,13 +1,18 @@
 """The stream of prompts: TRL's order, a pure function of the log, nothing dropped, nothing visited more often."""
 
+import json
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from trl.trainer.utils import RepeatSampler
 
 from trl_learnalign import LearnAlignConfig, LearnAlignSampler
 from trl_learnalign.layout import Layout
+from trl_learnalign.state import join, split
 
 
 LAYOUT = Layout(
@@ -154,15 +159,20 @@ def test_unbound_sampler_says_what_to_do():
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda s: s.pop("log"), "damaged.*log"),
+        (lambda s: s["state"].pop("starts"), "damaged.*starts"),
         (lambda s: s.update(state_version=99), "version 99"),
         (lambda s: s["layout"].update(pool_size=13), "pool_size was 13 and is 12.*number of processes"),
         (lambda s: s["layout"].pop("seed"), "seed was None and is 3"),
-        (lambda s: s["log"].append({"start_chunk": 2, "indices": [1]}), "damaged"),
-        (lambda s: s["log"].append({"start_chunk": 5, "indices": [12]}), "names row 12.*12 rows"),
-        (lambda s: s["log"].append({"start_chunk": 5, "indices": ["1"]}), "damaged"),
-        (lambda s: s["log"].clear(), "damaged"),
-        (lambda s: s.update(log="x"), "damaged"),
+        (lambda s: s["state"].update(starts=[0, -1]), "damaged"),
+        (lambda s: s["state"].update(starts=[1, 3]), "damaged: versions start at"),
+        (lambda s: s["state"].update(starts=[3, 0]), "damaged: versions start at"),
+        (lambda s: s["state"].update(lengths=[0, 3]), "damaged"),
+        (lambda s: s["state"].update(indices=np.array([1, 12])), "names row 12.*12 rows"),
+        (lambda s: s["state"].update(indices=np.array([1.5, 2.0])), "damaged"),
+        (lambda s: s["state"].update(starts=[], lengths=[], indices=np.zeros(0, np.int64)), "damaged"),
+        (lambda s: s.update(state="x"), "damaged"),
+        (lambda s: s.update(schedule="OnlineSchedule"), "schedule OnlineSchedule, but this sampler has StagedSchedule"),
+        (lambda s: s.pop("schedule"), "damaged.*schedule"),
     ],
 )
 def test_loading_is_strict(damage, message):
@@ -174,6 +184,28 @@ def test_loading_is_strict(damage, message):
         bound().load_state_dict(state)
     with pytest.raises(ValueError, match="before the last one"):
         sampler.schedule.accept(2, [1])
+
+
+def test_the_state_of_version_0_1_is_read():
+    sampler = bound()
+    sampler.schedule.accept(3, [1, 4, 7, 9, 11])
+    log = [{"start_chunk": 0, "indices": []}, {"start_chunk": 3, "indices": [1, 4, 7, 9, 11]}]
+    saved = {"state_version": 1, "layout": sampler.state_dict()["layout"], "log": log}
+    again = bound()
+    again.load_state_dict(saved)
+    assert [again.chunk(i) for i in range(20)] == [sampler.chunk(i) for i in range(20)]
+    for damage in ({"log": [{"start_chunk": 0}]}, {"log": "x"}, {"log": [{"start_chunk": 0, "indices": ["1"]}]}):
+        with pytest.raises(ValueError, match="damaged"):
+            bound().load_state_dict(saved | damage)
+
+
+@given(st.recursive(st.integers() | st.none(), lambda inner: st.dictionaries(st.sampled_from("abc"), inner), max_leaves=8))
+def test_a_state_is_the_same_after_it_was_split(state):
+    state = {"values": state, "more": {"x": np.arange(3), "deep": {"y": np.zeros((2, 0))}, "z": 1}}
+    values, arrays = split(state)
+    assert set(arrays) == {"more/x", "more/deep/y"} and json.loads(json.dumps(values)) == values
+    again = join(values, arrays)
+    np.testing.assert_equal(again, state)
 
 
 def test_drawing_a_chunk_sorts_nothing(monkeypatch):

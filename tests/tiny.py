@@ -5,7 +5,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ProcessorMixin, Qwen2Config, Qwen2ForCausalLM
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler
 
@@ -99,7 +99,7 @@ class Seen:
         return self.reward(completions=completions, row=row, **kwargs)
 
 
-def grpo_args(path, **changes):
+def grpo_args(path, kind=GRPOConfig, **changes):
     settings = {
         "output_dir": str(path),
         "use_cpu": True,
@@ -115,18 +115,29 @@ def grpo_args(path, **changes):
         "bf16": False,
         "seed": 7,
     }
-    return GRPOConfig(**(settings | changes))
+    return kind(**(settings | changes))
 
 
 def make_trainer(
-    path, config=None, cls=None, reward=digit_reward, dataset=None, peft=True, model=None, processor=False, **changes
+    path,
+    config=None,
+    cls=None,
+    reward=digit_reward,
+    dataset=None,
+    peft=True,
+    model=None,
+    processor=False,
+    eval_dataset=None,
+    **changes,
 ):
-    """A LearnAlignGRPOTrainer if `config` is given, else a stock GRPOTrainer; `changes` go to GRPOConfig."""
+    """A LearnAlignGRPOTrainer if `config` is given, else a stock GRPOTrainer; `changes` go to GRPOConfig or RLOOConfig."""
+    kind = RLOOConfig if cls is not None and issubclass(cls, RLOOTrainer) else GRPOConfig
     kwargs = {
         "model": model if model is not None else make_model(),
         "reward_funcs": reward,
-        "args": grpo_args(path, **changes),
+        "args": grpo_args(path, kind, **changes),
         "train_dataset": dataset if dataset is not None else make_dataset(),
+        "eval_dataset": eval_dataset,
         "processing_class": TextProcessor(make_tokenizer()) if processor else make_tokenizer(),
         "peft_config": lora() if peft is True else (peft or None),
     }

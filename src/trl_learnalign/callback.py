@@ -1,45 +1,42 @@
-"""When to select, what a checkpoint stores about it, and what is logged."""
+"""When to select, what the schedule is told, and what is logged."""
 
 import logging
-import math
 import time
 from pathlib import Path
 
-import torch
-from accelerate.utils import broadcast
-from safetensors.torch import load_file, save_file
+import numpy as np
+from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 
-from . import plan, trackers
-from .config import FREE_ON_RESUME
-from .disk import DirectoryLock, digest, make_directory, write_atomically
+from . import trackers
+from .disk import DirectoryLock
 from .host import find_host
 from .layout import Layout
 from .peers import Peers
+from .prompts import prompt_text
+from .restart import check_restart, restart, save_initial_weights
 from .sampler import LearnAlignSampler
-from .selection import Selection, dataset_fingerprint
+from .selection import Selection
 from .selector import select_at_stage
+from .state import CheckpointState
 
 
 logger = logging.getLogger(__name__)
 
-# Key of the state in `TrainerState.stateful_callbacks`, and so in `trainer_state.json`: state and step are written
-# together, so every checkpoint has both. It must not be the name of a callback class, else Trainer would try to
-# build a callback from it.
-STATE_KEY = "learnalign"
-
 
 class LearnAlignCallback(TrainerCallback):
     r"""
-    Makes a trainer already built train on the prompts that LearnAlign selects.
+    Makes a trainer already built train on the prompts that a schedule chooses.
 
     ```python
     trainer.add_callback(LearnAlignCallback(trainer, LearnAlignSampler(config)))
     ```
 
-    A selection is due after the optimizer step that ends the warm-up, and again after every `reselect_every` passes.
-    The dataloader has then drawn some batches already, so the new prompts start with the next undrawn chunk. If the
-    trainer saves checkpoints, one is saved first: a run killed in a selection resumes into the same selection.
+    With `schedule="staged"` a selection is due after the optimizer step that ends the warm-up, and again after every
+    `reselect_every` passes. The dataloader has then drawn some batches already, so the new prompts start with the next undrawn
+    chunk. If the trainer saves checkpoints, one is saved first: a run killed in a selection resumes into the same selection.
+
+    With `schedule="online"` there is no selection: the schedule sees the rewards of training and chooses chunk by chunk.
 
     Args:
         trainer ([`~trl.GRPOTrainer`] or [`~trl.RLOOTrainer`]): the trainer. Its `_get_train_sampler` is replaced.
@@ -53,21 +50,23 @@ class LearnAlignCallback(TrainerCallback):
         if not isinstance(sampler, LearnAlignSampler):
             raise TypeError(f"`sampler` must be a LearnAlignSampler, but is a {type(sampler).__name__}.")
         self.host = find_host(trainer)
-        self.host.check(sampler.config)
-        self.config = sampler.config
-        if self.config.after_warmup == "restart" and self.host.is_sharded:
-            raise ValueError(
-                "`after_warmup='restart'` is not supported with FSDP or DeepSpeed, which keep weights of their own. Use "
-                "`after_warmup='continue'`."
-            )
-        sampler.bind(_layout(self.host, sampler.config))
-        self._fingerprint = dataset_fingerprint(trainer.train_dataset)
+        self.config, self.schedule = sampler.config, sampler.schedule
+        self.host.check(self.config, self.schedule.selects)
+        self.schedule.check(self.host)
+        if self.config.after_warmup == "restart":
+            check_restart(self.host)
+        read = self.host.layout()
+        prompts, warmup = self.schedule.prompts_per_epoch(read["pool_size"], read["chunk_prompts"])
+        sampler.bind(Layout(**read, num_prompts=prompts, warmup_prompts=warmup))
         self.trainer = trainer
         self.sampler = sampler
         self.selections: list[Selection] = []
         self._pending = None  # the start chunk of a selection that is due
         self._lock = None
+        self._checkpoints = CheckpointState(self.host, sampler)
         self.host.replace_sampler(self._train_sampler)
+        self.host.on_rewards(self._observe)
+        self.host.before_checkpoint(lambda *where: self._checkpoints.write(*where, self._pending))
         self.host.add_tag("learnalign")
 
     def _train_sampler(self, dataset=None):
@@ -79,79 +78,45 @@ class LearnAlignCallback(TrainerCallback):
             )
         return self.sampler
 
+    # The events of a run ----------------------------------------------------------------------------------------
+
     def on_train_begin(self, args, state, control, **kwargs):
         self._pending = None
         with Peers(self.trainer.accelerator) as peers:
             if self.trainer.accelerator.is_main_process and self._lock is None:
                 self._lock = DirectoryLock(self._directory())
+            saved = None
             if state.global_step > 0:
-                self._resume(args, state)
+                saved, self._pending = self._checkpoints.read(state)
             else:
-                self._check_warmup(state)
                 self.sampler.reset()
-                if self.config.warmup_prompts == 0:
+                self.schedule.check_length(state.max_steps)
+            self.schedule.prepare(self.host, saved, peers)
+            if saved is None:
+                if self.schedule.due(0, state.max_steps, 0):
                     self._pending = 0
                 elif self.config.after_warmup == "restart":
-                    self._save_initial_weights()
+                    save_initial_weights(self.host, self._initial_file())
             peers.wait()
-        self._record(state)
         self._say_plan(state)
         self._since = state.global_step, time.perf_counter()
         if self._pending is not None:
             self._select(state)
-
-    def _say_plan(self, state):
-        if not self.trainer.accelerator.is_main_process:
-            return
-        layout, due = self.sampler.layout, self._pending is not None
-        lines = plan.plan_lines(
-            layout, self.config, state.max_steps, state.global_step, self.sampler.schedule.log, due
-        )
-        print("\n".join(lines), flush=True)
-        warning = plan.warmup_warning(layout, state.max_steps)
-        if warning is not None and state.global_step == 0:
-            logger.warning(warning)
-
-    def _say_estimate(self, state):
-        if self.trainer.accelerator.is_main_process and self.config.score != "random":
-            since, then = self._since
-            seconds = time.perf_counter() - then
-            line = plan.estimate_line(self.sampler.layout, self.config, state.global_step, since, seconds)
-            print(line, flush=True)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.unlock()
-
-    def with_zero_variance(self, logs: dict[str, float]) -> dict[str, float]:
-        """`logs` with the mean share of groups of selected prompts that have no gradient, if `logs` are of training."""
-        share = self._zero_variance() if self.sampler.schedule.log and self.sampler.schedule.log[-1].indices else None
-        return logs if share is None or "loss" not in logs else logs | {"learnalign/zero_variance_after": share}
-
-    def _zero_variance(self):
-        """Mean share of groups without a gradient since the last selection took effect, or since the start."""
-        history = self.trainer.state.log_history
-        return trackers.zero_variance(history, self.sampler.layout, self.sampler.schedule.log[-1].start_chunk)
-
-    def unlock(self) -> None:
-        """Lets other runs use the output directory."""
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # Accelerate's `set_epoch` does not reach the sampler of a resumed epoch
         self.sampler.set_epoch(state.global_step // self.sampler.layout.epoch_steps)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self._pending is None and self._is_due(state):
+        if self._pending is None and self.schedule.due(state.global_step, state.max_steps, self.sampler.cursor):
             self._pending = self.sampler.cursor
-            self._record(state)
             if args.save_strategy == "no":
                 self._select(state)
             else:
                 control.should_save = True
 
     def on_save(self, args, state, control, **kwargs):
+        self._report()
         if self._pending is not None:
             self._select(state)
 
@@ -159,44 +124,30 @@ class LearnAlignCallback(TrainerCallback):
         if self._pending is not None:  # another callback cancelled the checkpoint
             self._select(state)
 
-    def _is_due(self, state):
-        layout, last = self.sampler.layout, self.sampler.schedule.log[-1]
-        if len(self.sampler.schedule.log) == 1:
-            target = layout.warmup_chunks
-        elif self.config.reselect_every is not None:
-            prompts = self.config.reselect_every * (len(last.indices) or layout.num_prompts)
-            target = last.start_chunk + max(1, math.ceil(prompts / layout.chunk_prompts))
-        else:
-            return False
-        used = self.sampler.cursor * layout.repeats < layout.batches_trained(state.max_steps)
-        return used and layout.chunks_trained(state.global_step) >= target
+    def on_train_end(self, args, state, control, **kwargs):
+        self._report()
+        self.unlock()
 
-    def _check_warmup(self, state):
-        layout = self.sampler.layout
-        if layout.warmup_prompts == 0:
-            return
-        if layout.warmup_end * layout.repeats >= layout.batches_trained(state.max_steps):
-            prompts = layout.batches_trained(state.max_steps) / layout.repeats * layout.chunk_prompts
-            raise ValueError(
-                f"The warm-up of {layout.warmup_prompts} prompts takes {layout.warmup_end * layout.chunk_prompts} with "
-                f"what the dataloader reads ahead, but the whole run of {state.max_steps} steps holds {prompts:.0f}: "
-                "nothing would be left for the selection. Lower `warmup_prompts` or raise `max_steps` (or "
-                "`num_train_epochs`)."
-            )
+    def unlock(self) -> None:
+        """Lets other runs use the output directory."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    # Selections -------------------------------------------------------------------------------------------------
 
     def _select(self, state):
         start, self._pending = self._pending, None
         self._say_estimate(state)
-        first = len(self.sampler.schedule.log) == 1
-        selection = select_at_stage(self.trainer, self.config, len(self.sampler.schedule.log) - 1)
-        if first and start > 0 and self.config.after_warmup == "restart":
-            self._restart()
+        stage = self.schedule.stage
+        selection = select_at_stage(self.trainer, self.config, stage)
+        if stage == 0 and start > 0 and self.config.after_warmup == "restart":
+            restart(self.host, self._initial_file())
         if self.trainer.accelerator.is_main_process and not selection.indices:
             logger.warning("Training goes on with random prompts, as no prompt was chosen.")
         before = self._zero_variance()
-        self.sampler.append(start, selection.indices)
+        self.schedule.accept(start, selection.indices)
         self.selections.append(selection)
-        self._record(state)
         # Not `self.trainer.log`, which flushes the metrics of the training batches gathered so far. A log event resets
         # `should_log`, which the step that just ended may have set for its own values
         due = self.trainer.control.should_log
@@ -207,105 +158,73 @@ class LearnAlignCallback(TrainerCallback):
         self.trainer.control.should_log = due
         self._since = state.global_step, time.perf_counter()
 
-    # What a checkpoint holds ------------------------------------------------------------------------------------
+    # The rewards of training ------------------------------------------------------------------------------------
 
-    def _record(self, state):
-        content = {
-            "sampler": self.sampler.state_dict(),
-            "pending": self._pending,
-            "dataset_fingerprint": self._fingerprint,
-            "num_processes": self.trainer.accelerator.num_processes,
-            "config": self.config.to_dict(),
-        }
-        state.stateful_callbacks[STATE_KEY] = content | {"sha256": digest(content)}
+    def _observe(self, batch, inputs, completions, rewards):
+        layout = self.sampler.layout
+        chunk = batch // layout.repeats
+        first = self.trainer.accelerator.process_index * len(inputs) // layout.group_size
+        self._check_row(chunk, first, inputs[0])
+        wanted = self.schedule.observe(chunk, rewards.reshape(layout.chunk_prompts, layout.group_size, -1))
+        if wanted:  # the same on all processes
+            own = {
+                row: prompt_text(completions[(place - first) * layout.group_size])
+                for row, place in wanted.items()
+                if first <= place < first + len(inputs) // layout.group_size
+            }
+            self.schedule.remember({row: text for part in gather_object([own]) for row, text in part.items()})
+        for name, value in self.schedule.metrics().items():
+            if np.isfinite(value):
+                self.host.log_metric(f"learnalign/{name}", float(value))
 
-    def _resume(self, args, state):
-        if args.ignore_data_skip:
-            raise ValueError(
-                "`ignore_data_skip=True` starts the epoch over, so the resumed run would train on other prompts than the "
-                "first. Leave it out: skipping data generates nothing."
+    def _check_row(self, chunk, place, found):
+        """The rewards must be those of the prompts that the schedule believes them to be of."""
+        row = self.sampler.chunk(chunk)[place]
+        expected = self.host.dataset[row]
+        if "prompt" in expected and found["prompt"] != expected["prompt"]:
+            raise RuntimeError(
+                f"Training generated for another prompt than row {row}, which the schedule had chosen for chunk {chunk}, so its rewards "
+                "would be credited to the wrong prompts. Something between dataset and trainer changes the order of rows: use "
+                "TRL's own dataloader."
             )
-        saved = state.stateful_callbacks.get(STATE_KEY)
-        if not isinstance(saved, dict):
-            raise ValueError(
-                f"The checkpoint of step {state.global_step} holds no LearnAlign state, so it was written by a run "
-                "without LearnAlign. Resume without the sampler, or start a new run from its weights."
-            )
-        content = {name: value for name, value in saved.items() if name != "sha256"}
-        if saved.get("sha256") != digest(content) or not {"sampler", "pending", "dataset_fingerprint"} <= saved.keys():
-            raise ValueError(
-                f"The LearnAlign state in the checkpoint of step {state.global_step} is damaged: it does not agree with its "
-                "checksum. Resume from an earlier checkpoint."
-            )
-        self.sampler.load_state_dict(saved["sampler"])
-        if saved["dataset_fingerprint"] != self._fingerprint:
-            raise ValueError(
-                "The training dataset has other rows, or the same in another order, than when the checkpoint was written, "
-                "so its selection would name the wrong prompts. Resume with the same dataset, or start a new run."
-            )
-        self._check_config(saved.get("config", self.config.to_dict()))  # version 0.1.0 did not record it
-        self._pending = saved["pending"]
 
-    def _check_config(self, saved):
-        changes = {
-            name: f"`{name}` was {was!r} and is {now!r}"
-            for name, (was, now) in self.config.changes(saved).items()
-            if name not in ("num_prompts", "warmup_prompts")  # the sampler compares them
-        }
-        refused = [text for name, text in changes.items() if name not in FREE_ON_RESUME]
-        if refused:
-            raise ValueError(
-                f"The LearnAlignConfig is not that of the checkpoint: {'; '.join(refused)}. The selections so far were made with "
-                "the old values. Resume with these, or start a new run in another `output_dir` (with the weights of this one, "
-                f"if you like). On resuming, only {', '.join(f'`{name}`' for name in FREE_ON_RESUME)} may change."
-            )
-        if "reselect_every" in changes and self.trainer.accelerator.is_main_process:
-            logger.warning(f"{changes['reselect_every']}: the selections to come follow the new value.")
+    # What is said and logged ------------------------------------------------------------------------------------
 
-    # Going back to the start ------------------------------------------------------------------------------------
+    def _say_plan(self, state):
+        if self.trainer.accelerator.is_main_process:
+            for line in self.schedule.plan(state.global_step, state.max_steps, self._pending is not None):
+                print(f"LearnAlign plan: {line}", flush=True)
+            warning = self.schedule.warning(state.max_steps)
+            if warning is not None and state.global_step == 0:
+                logger.warning(warning)
+
+    def _say_estimate(self, state):
+        since, then = self._since
+        line = self.schedule.estimate(state.global_step, since, time.perf_counter() - then)
+        if line is not None and self.trainer.accelerator.is_main_process:
+            print(line, flush=True)
+
+    def with_zero_variance(self, logs: dict[str, float]) -> dict[str, float]:
+        """`logs` with the mean share of groups of selected prompts that have no gradient, if `logs` are of training."""
+        share = self._zero_variance() if self.schedule.in_use_from else None
+        return logs if share is None or "loss" not in logs else logs | {"learnalign/zero_variance_after": share}
+
+    def _zero_variance(self):
+        """Mean share of groups without a gradient since the last selection took effect, or since the start."""
+        history = self.trainer.state.log_history
+        return trackers.zero_variance(history, self.sampler.layout, self.schedule.in_use_from or 0)
+
+    def _report(self):
+        """A schedule's own report is not worth a run."""
+        if not self.config.write_report:
+            return
+        try:
+            self.schedule.report(self.host, self._directory())
+        except Exception as error:
+            logger.warning(f"The report of the schedule could not be written ({error!r}). Training goes on.")
 
     def _directory(self):
         return Path(self.trainer.args.output_dir) / "learnalign"
 
     def _initial_file(self):
         return self._directory() / "initial.safetensors"
-
-    def _trainable(self):
-        return {name: parameter for name, parameter in self.host.model.named_parameters() if parameter.requires_grad}
-
-    def _save_initial_weights(self):
-        if self.trainer.optimizer.optimizer.state:
-            raise ValueError(
-                "`after_warmup='restart'` starts over with a fresh optimizer, but the optimizer given to the trainer "
-                "has a state already. Pass a fresh one, or use `after_warmup='continue'`."
-            )
-        if self.trainer.accelerator.is_main_process:
-            make_directory(self._directory())
-            tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in self._trainable().items()}
-            write_atomically(self._initial_file(), lambda temporary: save_file(tensors, temporary))
-
-    def _restart(self):
-        """The weights and the (empty) optimizer state of the first step. The learning rate goes on by its schedule."""
-        saved = {}
-        with Peers(self.trainer.accelerator) as peers:
-            if self.trainer.accelerator.is_main_process:
-                if not self._initial_file().is_file():
-                    raise FileNotFoundError(
-                        f"'{self._initial_file()}' is missing, which holds the weights that `after_warmup='restart'` goes "
-                        "back to. Put it back, or start a new run."
-                    )
-                saved = load_file(self._initial_file())
-            peers.wait()
-        with torch.no_grad():
-            for name, parameter in self._trainable().items():
-                if saved:
-                    parameter.copy_(saved[name])
-                broadcast(parameter.data)
-        self.trainer.optimizer.optimizer.state.clear()
-        self.host.weights_were_set()
-
-
-def _layout(host, config) -> Layout:
-    read = host.layout()
-    prompts = min(config.num_prompts, read["pool_size"])
-    return Layout(**read, num_prompts=prompts, warmup_prompts=config.warmup_prompts)

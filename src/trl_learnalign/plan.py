@@ -1,17 +1,22 @@
 """The plan of a run and an estimate of a selection's time, in readable lines."""
 
+from typing import TYPE_CHECKING
+
 from .config import LearnAlignConfig
 from .layout import Layout
 from .progress import duration
-from .schedules.staged import Version
 from .scores import score_name
+
+
+if TYPE_CHECKING:
+    from .schedules.staged import Version
 
 
 _MOST_WARMUP = 1 / 3  # of the steps of a run
 
 
 def plan_lines(
-    layout: Layout, config: LearnAlignConfig, max_steps: int, step: int, log: list[Version], due: bool
+    layout: Layout, config: LearnAlignConfig, max_steps: int, step: int, log: "list[Version]", due: bool
 ) -> list[str]:
     """
     Three lines: the warm-up, the selection, and the training on it.
@@ -32,7 +37,7 @@ def plan_lines(
         _selection(layout, config, log, due, warming),
         _training(layout, max_steps, max(end, step), log),
     ]
-    return [f"LearnAlign plan: {line}" for line in lines]
+    return lines
 
 
 def _warmup(layout, max_steps, step, end, prompts, warming):

@@ -1,17 +1,26 @@
 """What a checkpoint holds of a schedule: values in trainer_state.json, arrays in a file beside it."""
 
 import hashlib
+import logging
 from pathlib import Path
 
 import numpy as np
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from .disk import write_atomically
+from .config import FREE_ON_RESUME
+from .disk import digest, write_atomically
+from .selection import dataset_fingerprint
 
 
+logger = logging.getLogger(__name__)
+
+# Key of the state in `TrainerState.stateful_callbacks`, and so in `trainer_state.json`: state and step are written
+# together, so every checkpoint has both. It must not be the name of a callback class, else Trainer would try to
+# build a callback from it.
+STATE_KEY = "learnalign"
 STATE_FILE = "learnalign_state.safetensors"
-_KEY = "arrays"
 
 
 def split(state: dict) -> tuple[dict, dict[str, np.ndarray]]:
@@ -47,7 +56,7 @@ def write_arrays(directory: Path, arrays: dict[str, np.ndarray], is_writer: bool
     """
     if not arrays:
         return None
-    content = save({name: array for name, array in sorted(arrays.items())})
+    content = save(dict(sorted(arrays.items())))
     if is_writer:
         write_atomically(directory / STATE_FILE, lambda temporary: temporary.write_bytes(content))
     return {"file": STATE_FILE, "sha256": hashlib.sha256(content).hexdigest()}
@@ -72,3 +81,105 @@ def read_arrays(directory: Path, entry: dict | None) -> dict[str, np.ndarray]:
         raise ValueError(
             f"'{path}', the state of the schedule in this checkpoint, cannot be used: {error}. Resume from an earlier checkpoint."
         ) from error
+
+
+class CheckpointState:
+    """
+    Writes the state of a run into its checkpoints, and reads it back, strictly.
+
+    Args:
+        host ([`Host`]): the trainer.
+        sampler ([`LearnAlignSampler`]): bound to it.
+    """
+
+    def __init__(self, host, sampler):
+        self.host, self.sampler, self.config = host, sampler, sampler.config
+        self._fingerprint = dataset_fingerprint(host.dataset)
+        self._directory: Path | None = None  # of the checkpoint that the run was resumed from
+        host.on_resume(self._note)
+
+    def _note(self, directory):
+        self._directory = directory
+
+    def write(self, directory: Path, is_writer: bool, pending: int | None) -> None:
+        """
+        Puts the state into the trainer's, which the checkpoint in `directory` will hold, and its arrays into a file there.
+
+        Args:
+            directory (`Path`): the checkpoint.
+            is_writer (`bool`): whether this process writes what all have in common.
+            pending (`int`, *optional*): the start chunk of a selection that is due.
+
+        Raises:
+            `RuntimeError`: the processes have different states.
+        """
+        values, arrays = split({"sampler": self.sampler.state_dict()})
+        entry = write_arrays(directory, arrays, is_writer)
+        found = gather_object([digest([values, entry])])
+        if len(set(found)) > 1:  # the same on all processes, so all raise
+            raise RuntimeError(
+                "The processes have come to different schedules: each would train on other prompts. Their processors or libraries may "
+                f"round differently (digests: {', '.join(one[:8] for one in found)}). Resume from the last checkpoint on equal machines."
+            )
+        content = values | {
+            "arrays": entry,
+            "pending": pending,
+            "dataset_fingerprint": self._fingerprint,
+            "num_processes": self.host.accelerator.num_processes,
+            "config": self.config.to_dict(),
+        }
+        self.host.trainer.state.stateful_callbacks[STATE_KEY] = content | {"sha256": digest(content)}
+
+    def read(self, state) -> tuple[dict, int | None]:
+        """
+        The state of the schedule, and the start chunk of a selection that was due.
+
+        Args:
+            state ([`~transformers.TrainerState`]): as read from the checkpoint.
+
+        Raises:
+            `ValueError`: there is none, it is damaged, or it is of another dataset, stream or configuration.
+        """
+        if self.host.args.ignore_data_skip:
+            raise ValueError(
+                "`ignore_data_skip=True` starts the epoch over, so the resumed run would train on other prompts than the "
+                "first. Leave it out: skipping data generates nothing."
+            )
+        saved = state.stateful_callbacks.get(STATE_KEY)
+        if not isinstance(saved, dict):
+            raise ValueError(
+                f"The checkpoint of step {state.global_step} holds no LearnAlign state, so it was written by a run "
+                "without LearnAlign. Resume without the sampler, or start a new run from its weights."
+            )
+        content = {name: value for name, value in saved.items() if name != "sha256"}
+        if saved.get("sha256") != digest(content) or not {"sampler", "pending", "dataset_fingerprint"} <= saved.keys():
+            raise ValueError(
+                f"The LearnAlign state in the checkpoint of step {state.global_step} is damaged: it does not agree with its "
+                "checksum. Resume from an earlier checkpoint."
+            )
+        arrays = read_arrays(self._directory, saved.get("arrays"))
+        whole = join({"sampler": saved["sampler"]}, arrays)
+        schedule_state = self.sampler.schedule_state(whole["sampler"])
+        if saved["dataset_fingerprint"] != self._fingerprint:
+            raise ValueError(
+                "The training dataset has other rows, or the same in another order, than when the checkpoint was written, "
+                "so its selection would name the wrong prompts. Resume with the same dataset, or start a new run."
+            )
+        self._check_config(saved.get("config", self.config.to_dict()))  # version 0.1.0 did not record it
+        return schedule_state, saved["pending"]
+
+    def _check_config(self, saved):
+        changes = {
+            name: f"`{name}` was {was!r} and is {now!r}"
+            for name, (was, now) in self.config.changes(saved).items()
+            if name not in ("num_prompts", "warmup_prompts", "schedule")  # the sampler compares them
+        }
+        refused = [text for name, text in changes.items() if name not in FREE_ON_RESUME]
+        if refused:
+            raise ValueError(
+                f"The LearnAlignConfig is not that of the checkpoint: {'; '.join(refused)}. The selections so far were made with "
+                "the old values. Resume with these, or start a new run in another `output_dir` (with the weights of this one, "
+                f"if you like). On resuming, only {', '.join(f'`{name}`' for name in FREE_ON_RESUME)} may change."
+            )
+        if "reselect_every" in changes and self.host.accelerator.is_main_process:
+            logger.warning(f"{changes['reselect_every']}: the selections to come follow the new value.")

@@ -17,13 +17,10 @@ from .generation import is_colocated
 
 def check_trainer(host, config: LearnAlignConfig) -> None:
     """
-    Raises an error for all settings of a trainer with which a selection would fail or be wrong.
+    Raises an error for all settings of a trainer with which no prompts can be chosen.
 
     Raises:
-        `ValueError`: processes that are not connected, a streaming dataset, an environment that owns the data,
-            no column `prompt`, an unknown or missing reward name, vLLM set up so that TRL mixes completions up; and where
-            gradients are wanted: an unknown loss, a multimodal dataset, sharded weights without an adapter.
-        [`UnseenParametersError`]: trainable tensors whose gradients would be missed.
+        `ValueError`: processes that are not connected, a streaming dataset, an environment that owns the data, no column `prompt`.
     """
     trainer = host.trainer
     launched, seen = int(os.environ.get("WORLD_SIZE", 1)), trainer.accelerator.num_processes
@@ -45,6 +42,18 @@ def check_trainer(host, config: LearnAlignConfig) -> None:
     # With an environment or a `rollout_func` equal prompts may be different tasks
     equal_tasks = not own_rollouts and not getattr(trainer, "environment_factories", None)
     check_duplicates(dataset, config.deduplicate, warn=equal_tasks and trainer.accelerator.is_main_process)
+
+
+def check_selection(host, config: LearnAlignConfig) -> None:
+    """
+    Raises an error for all settings of a trainer with which a selection would fail or be wrong.
+
+    Raises:
+        `ValueError`: an unknown column, an unknown or missing reward name, vLLM set up so that TRL mixes completions up; and where
+            gradients are wanted: an unknown loss, a multimodal dataset, sharded weights without an adapter.
+        [`UnseenParametersError`]: trainable tensors whose gradients would be missed.
+    """
+    dataset = host.dataset
     if config.num_prompts > len(dataset):
         warnings.warn(
             f"`num_prompts` is {config.num_prompts}, but the training dataset has {len(dataset)} rows: every learnable "

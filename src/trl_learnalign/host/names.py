@@ -9,9 +9,12 @@ COMMON = (
     # Methods that are called, wrapped or replaced
     "_calculate_rewards",
     "_generate_and_score_completions",
+    "_get_output_dir",
     "_get_per_token_logps_and_entropies",
     "_get_train_sampler",
+    "_load_optimizer_and_scheduler",
     "_remove_unused_columns",
+    "_save_checkpoint",
     "_tokenize_prompts",
     # What a generation changes, and is put back
     "_logs",

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from accelerate.utils import DistributedType
@@ -15,8 +16,8 @@ from ..config import LearnAlignConfig
 from ..gradients import dropout_off
 from ..groups import Group, Row
 from ..rewards import source_of
-from . import generation
-from .checks import check_trainer
+from . import generation, taps
+from .checks import check_selection, check_trainer
 from .generation import NoLogps
 from .memory import Halving
 from .names import check_names
@@ -131,9 +132,11 @@ class Host(ABC):
         """See [`~trl_learnalign.host.weights.weights_digest`]."""
         return weights_digest(self.trainer)
 
-    def check(self, config: LearnAlignConfig) -> None:
-        """See [`~trl_learnalign.host.checks.check_trainer`]."""
+    def check(self, config: LearnAlignConfig, selects: bool = True) -> None:
+        """See [`~trl_learnalign.host.checks.check_trainer`], and, if a selection is made, `check_selection`."""
         check_trainer(self, config)
+        if selects:
+            check_selection(self, config)
 
     @abstractmethod
     def check_loss(self) -> None:
@@ -259,6 +262,22 @@ class Host(ABC):
     def replace_sampler(self, make: Callable[[Dataset | None], Sampler]) -> None:
         """From now on `make(dataset)` makes the sampler of training; `None` stands for the training dataset."""
         self.trainer._get_train_sampler = make
+
+    def on_rewards(self, observer: taps.RewardObserver) -> taps.Undo:
+        """See [`~trl_learnalign.host.taps.observe_rewards`]."""
+        return taps.observe_rewards(self.trainer, observer)
+
+    def before_checkpoint(self, write: taps.CheckpointWriter) -> taps.Undo:
+        """See [`~trl_learnalign.host.taps.write_before_checkpoints`]."""
+        return taps.write_before_checkpoints(self.trainer, write)
+
+    def on_resume(self, read: Callable[[Path], None]) -> taps.Undo:
+        """See [`~trl_learnalign.host.taps.read_on_resume`]."""
+        return taps.read_on_resume(self.trainer, read)
+
+    def log_metric(self, name: str, value: float) -> None:
+        """Adds a value to those whose mean the next entry of the training's log shows."""
+        self.trainer._metrics["train"][name].append(value)
 
     def add_tag(self, tag: str) -> None:
         """For the cards that the trainer and PEFT write."""

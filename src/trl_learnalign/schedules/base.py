@@ -1,6 +1,7 @@
 """What a schedule is: which prompt comes when."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,6 +35,8 @@ class Schedule:
         config ([`LearnAlignConfig`]): the configuration of the sampler.
     """
 
+    selects = False  # whether selections are made for it
+
     def __init__(self, config: "LearnAlignConfig"):
         self.config = config
         self.layout: Layout | None = None
@@ -41,6 +44,12 @@ class Schedule:
     def prompts_per_epoch(self, pool_size: int, chunk_prompts: int) -> tuple[int, int]:
         """Prompts of an epoch, and random prompts before the first one. By default all whole chunks of the pool, and none."""
         return max(pool_size // chunk_prompts, 1) * chunk_prompts, 0
+
+    def check(self, host) -> None:
+        """Raises an error for a trainer that the schedule cannot serve; called when the trainer is built."""
+
+    def check_length(self, max_steps: int) -> None:
+        """Raises an error if a run of so many optimizer steps is too short."""
 
     def bind(self, layout: Layout) -> None:
         """Ties the schedule to a run. `start` follows."""
@@ -90,7 +99,7 @@ class Schedule:
             indices (`Sequence[int]`): the chosen dataset rows, best first; empty if no prompt is learnable.
         """
 
-    def observe(self, chunk: int, rewards: np.ndarray) -> None:
+    def observe(self, chunk: int, rewards: np.ndarray) -> dict[int, int] | None:
         """
         Sees the rewards that training has paid for. A chunk may be observed twice, where a resumed run generates it again.
 
@@ -98,7 +107,45 @@ class Schedule:
             chunk (`int`): the chunk.
             rewards (`np.ndarray` of shape `(n, G, F)`): of its n prompts, G rollouts each, by F reward functions; NaN where one gave
                 none.
+
+        Returns:
+            dataset rows whose first completion `remember` is to be given, with their place in the chunk; nothing by default.
         """
+
+    def remember(self, completions: dict[int, str]) -> None:
+        """Takes the completions that `observe` asked for, by dataset row."""
+
+    @property
+    def stage(self) -> int:
+        """Selections so far."""
+        return 0
+
+    @property
+    def in_use_from(self) -> int | None:
+        """The chunk from which on the last selection is trained on; `None` where random prompts are."""
+        return None
+
+    def plan(self, step: int, max_steps: int, due: bool) -> list[str]:
+        """
+        The plan of the run in a few lines, printed at its start.
+
+        Args:
+            step (`int`): the optimizer step that a resumed run goes on after; 0 for a new run.
+            max_steps (`int`): optimizer steps of the run.
+            due (`bool`): whether a selection is made before the next step.
+        """
+        return [f"steps {step + 1} to {max_steps} train on what {type(self).__name__} chooses."]
+
+    def warning(self, max_steps: int) -> str | None:
+        """What a new run of so many steps should be warned of."""
+        return None
+
+    def estimate(self, step: int, since: int, seconds: float) -> str | None:
+        """A line about the selection after a step, with `seconds` that training took since step `since`."""
+        return None
+
+    def report(self, host, directory: Path) -> None:
+        """Writes what it has to tell into a directory, whenever a checkpoint was saved and at the end. On all processes."""
 
     def metrics(self) -> dict[str, float]:
         """Values for the log after each chunk that was observed."""

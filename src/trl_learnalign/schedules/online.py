@@ -5,11 +5,14 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm.auto import tqdm
+import torch
 
+from ..rewards import check_success_reward
 from .base import RandomOrder, Schedule
 from .history import History
+from .online_report import write_online_report
 from .predictor import SuccessPredictor, all_fail, expected_learnability, live_probability
+from .prompt_features import check_online, eligible_rows, prompt_features
 
 
 logger = logging.getLogger(__name__)
@@ -24,7 +27,7 @@ TRIED = 32  # uniform draws before the predictor is judged
 LEAST_SKILL = 0.05
 LEAST_HEADROOM = 1.1
 PATIENCE = 20  # chunks without headroom before draws are uniform
-SUSPICION = 0.05  # probability of failing so often, below which a prompt is a suspect
+SUSPICION = 0.1  # probability of failing so often, below which a prompt is a suspect
 MOST_SUSPECTS = 1000
 MEMORY = 0.995  # of the sums over uniform draws, per draw: the last 200 count
 RETIRED_AFTER = 2  # visits in a row with all rollouts right, or none
@@ -60,17 +63,25 @@ class OnlineSchedule(Schedule):
     def __init__(self, config):
         super().__init__(config)
         self.predictor: SuccessPredictor | None = None
-        self.pool = np.zeros(0, np.int32)
+        self.pool = np.zeros(0, np.int32)  # rows that may be trained on
+        self.features: np.ndarray | None = None
+        self.features_key: str | None = None  # of the hidden states among them
+        self.host = None
 
     # Setting up -------------------------------------------------------------------------------------------------
 
+    def check(self, host):
+        """See [`Schedule`]."""
+        check_success_reward(host.reward_names, self.config.success_reward, self.config.learnability)
+        check_online(host.dataset, self.config)
+        self.pool = eligible_rows(host.dataset, self.config)
+
     def prepare(self, host, state, peers):
         """See [`Schedule`]."""
-        from .prompt_features import prompt_features
-
-        self.pool = np.asarray(host.candidate_rows(), dtype=np.int32)
-        self.deciding = host.deciding_rewards
-        self.set_features(prompt_features(host, self.config, peers, resumed=state is not None))
+        self.host = host
+        key = None if state is None else state.get("features_key")
+        features, self.features_key = prompt_features(host, self.config, peers, key)
+        self.set_features(features)
         super().prepare(host, state, peers)
 
     def set_features(self, features: np.ndarray) -> None:
@@ -82,7 +93,7 @@ class OnlineSchedule(Schedule):
 
     def start(self):
         """See [`Schedule`]."""
-        if self.layout is None or getattr(self, "features", None) is None:
+        if self.features is None:  # `prepare` comes later
             return
         size = self.layout.pool_size
         self.predictor = SuccessPredictor(self.features)
@@ -93,6 +104,8 @@ class OnlineSchedule(Schedule):
         self.due = np.zeros(size, np.int32)  # the chunk from which on a prompt may come again
         self.solved = np.zeros(size, np.uint8)  # visits in a row in which all rollouts succeeded
         self.failed = np.zeros(size, np.uint8)  # visits in a row in which none did
+        self.surprise = np.zeros(size, np.float32)  # -log of the probability of failures only, as was predicted; 0 once solved
+        self.completions: dict[int, str] = {}  # of suspects, by row
         self.reward_range = [math.inf, -math.inf]
         self.drawn: dict[int, _Drawn] = {}
         self.observed = 0  # chunks before this one were observed
@@ -203,9 +216,9 @@ class OnlineSchedule(Schedule):
     def observe(self, chunk, rewards):
         """See [`Schedule`]. A chunk that was observed before, or never drawn, changes nothing."""
         if chunk < self.observed or chunk not in self.drawn:
-            return
+            return None
         drawn = self.drawn[chunk]
-        deciding, total = self.deciding(rewards)
+        deciding, total = self._rewards(rewards)
         known = np.isfinite(deciding)
         trials = known.sum(1)
         outcomes = np.where(known, self._outcomes(deciding, known), 0.0)
@@ -217,12 +230,32 @@ class OnlineSchedule(Schedule):
             drawn.predicted[seen], observed, drawn.uniform[seen], live[seen], self.visits[drawn.rows[seen]]
         )
         self._measure(drawn, seen, observed)
+        self._suspect(chunk, drawn.rows, successes, trials)
         self.predictor.observe(chunk, drawn.rows, successes, trials)
         for places in _distinct(drawn.rows):  # a pool smaller than a chunk has a row twice
             self._update(chunk, drawn.rows[places], successes[places], trials[places])
         self.observed = chunk + 1
         self.drawn = {number: one for number, one in self.drawn.items() if number >= chunk}
         self._record(chunk, drawn, live, seen, observed)
+        return self._suspicious(drawn.rows)
+
+    def _suspicious(self, rows) -> dict[int, int]:
+        """Suspects among these rows whose completion is not known yet, with their places."""
+        chance = np.exp(-self.surprise[rows].astype(np.float64))
+        return {
+            row: place
+            for place, row in enumerate(rows.tolist())
+            if chance[place] < SUSPICION and row not in self.completions and len(self.completions) < 2 * MOST_SUSPECTS
+        }
+
+    def remember(self, completions):
+        """See [`Schedule`]."""
+        self.completions |= completions
+
+    def _rewards(self, rewards):
+        """Of `(n, G, F)` rewards the one that decides success and the total, `(n, G)` each; NaN for none."""
+        rewards = torch.from_numpy(rewards)
+        return self.host.deciding(rewards, self.config).numpy(), self.host.total(rewards).numpy()
 
     def _outcomes(self, deciding, known):
         """1 for a success, else 0; or, for graded rewards, the reward scaled to the range of all so far."""
@@ -246,6 +279,13 @@ class OnlineSchedule(Schedule):
             errors[:2] = ((predicted - y) ** 2).sum(), ((mean - y) ** 2).sum()
         self.skill_sums = self.skill_sums * MEMORY ** len(y) + errors
 
+    def _suspect(self, chunk, rows, successes, trials):
+        """Adds to the surprise of prompts that failed in all rollouts; a success ends it."""
+        a, b = self.posterior(rows, chunk)
+        failed = (trials > 0) & (successes <= 0)
+        self.surprise[rows[failed]] -= np.log(all_fail(a, b, trials)[failed]).astype(np.float32)
+        self.surprise[rows[successes > 0]] = 0
+
     def _update(self, chunk, rows, successes, trials):
         faded = 0.5 ** ((chunk - self.last[rows]) / HALF_LIFE)
         self.successes[rows] = faded * self.successes[rows] + successes
@@ -255,7 +295,7 @@ class OnlineSchedule(Schedule):
         solved, failed = (trials > 0) & (successes >= trials), (trials > 0) & (successes <= 0)
         self.solved[rows] = np.where(solved, np.minimum(self.solved[rows], 254) + 1, 0)
         self.failed[rows] = np.where(failed, np.minimum(self.failed[rows], 254) + 1, 0)
-        rests = np.minimum(np.maximum(self.solved[rows], self.failed[rows]), LONGEST_REST)
+        rests = np.minimum(np.maximum(self.solved[rows], self.failed[rows]), LONGEST_REST).astype(np.int32)
         self.due[rows] = chunk + self.cooldown * 2**rests
 
     def _record(self, chunk, drawn, live, seen, observed):
@@ -282,16 +322,10 @@ class OnlineSchedule(Schedule):
         Rows of prompts that were never solved though the predictor is sure that they would be, most suspicious first, and how
         probable so many failures are for each.
         """
-        rows = np.flatnonzero((self.failed > 0) & (self.failed == np.minimum(self.visits, 255)))
-        if not len(rows):
-            return rows, np.zeros(0)
-        prior = self.predictor.predict(rows)
-        strength = self.predictor.concentration
-        faded = 0.5 ** ((self.observed - self.last[rows]) / HALF_LIFE)
-        chance = all_fail(strength * prior, strength * (1 - prior), faded * self.failures[rows])
-        order = np.lexsort((rows, np.round(chance, 9)))
-        order = order[chance[order] < SUSPICION][:MOST_SUSPECTS]
-        return rows[order], chance[order]
+        chance = np.exp(-self.surprise.astype(np.float64))
+        rows = np.flatnonzero(chance < SUSPICION)
+        rows = rows[np.lexsort((rows, chance[rows]))][:MOST_SUSPECTS]
+        return rows, chance[rows]
 
     def metrics(self):
         """See [`Schedule`]."""
@@ -300,10 +334,42 @@ class OnlineSchedule(Schedule):
         values = {name: latest[name] for name in names if name in latest}
         return values | {"suspects": float(len(self.suspects()[0]))}
 
+    # What is said -----------------------------------------------------------------------------------------------
+
+    def plan(self, step, max_steps, due):
+        """See [`Schedule`]."""
+        prompts, pool = self.layout.prompts_trained(max_steps), len(self.pool)
+        by = ["length"] * (self.features.shape[1] > 1) + [
+            name for name in (self.config.group_column, self.config.pass_rate_column) if name
+        ]
+        by += ["hidden states"] * (self.features_key is not None)
+        return [
+            f"steps {step + 1} to {max_steps} train on prompts chosen online, {UNIFORM:.0%} of them at random.",
+            f"{prompts:,.0f} prompts in all from a pool of {pool:,}: {prompts / pool:.2f} visits per prompt.",
+            f"success is predicted from what was seen of a prompt, and from {', '.join(by) or 'nothing else'}.",
+        ]
+
+    def warning(self, max_steps):
+        """See [`Schedule`]."""
+        visits = self.layout.prompts_trained(max_steps) / len(self.pool)
+        known = self.features_key or self.config.group_column or self.config.pass_rate_column
+        if known or visits >= 1:
+            return None
+        return (
+            f"The run has room for {visits:.2f} visits per prompt, so most prompts are seen once at most, and nothing but the length tells "
+            "about those not seen: choosing online can hardly help. Set `prompt_features=True`, name a `group_column` or a "
+            "`pass_rate_column`, or take a smaller pool."
+        )
+
+    def report(self, host, directory):
+        """See [`Schedule`]."""
+        if host.accelerator.is_main_process and self.observed:
+            write_online_report(self, host, directory)
+
     # Checkpoints ------------------------------------------------------------------------------------------------
 
     def state_dict(self):
-        """See [`Schedule`]: 22 bytes a prompt, and what was observed last."""
+        """See [`Schedule`]: 26 bytes a prompt, and what was observed last."""
         drawn = sorted(self.drawn.items())
         return {
             **{name: getattr(self, name) for name in _PER_PROMPT},
@@ -312,6 +378,7 @@ class OnlineSchedule(Schedule):
             "skill_sums": self.skill_sums,
             "drawn_chunks": np.array([chunk for chunk, _ in drawn], dtype=np.int64),
             **{f"drawn_{name}": _stacked([getattr(one, name) for _, one in drawn]) for name in _DRAWN},
+            "features_key": self.features_key,
             "reward_range": [None if math.isinf(end) else float(end) for end in self.reward_range],
             **{name: getattr(self, name) for name in _NUMBERS},
         }
@@ -343,7 +410,7 @@ class OnlineSchedule(Schedule):
             ) from error
 
 
-_PER_PROMPT = "successes", "failures", "last", "visits", "due", "solved", "failed"
+_PER_PROMPT = "successes", "failures", "last", "visits", "due", "solved", "failed", "surprise"
 _DRAWN = "rows", "uniform", "predicted", "live"
 _NUMBERS = "observed", "position", "choosing", "without_headroom", "headroom"
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 
-RIDGE = 1.0  # precision of the Gaussian prior of a weight; features have about unit variance
+RIDGE = 3.0  # precision of the Gaussian prior of a weight; features have standard deviation 1 at most
 GROUP_WEIGHT = 3.0  # rollouts that a group counts for: those of one prompt are alike
 HALF_LIFE = 50.0  # chunks after which an observation counts half, as the policy moves on
 WINDOW = 4096  # observations that are kept

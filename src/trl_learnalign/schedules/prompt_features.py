@@ -1,12 +1,14 @@
 """What the online schedule knows of a prompt before it was seen: a row of numbers for each row of the dataset."""
 
 import logging
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from datasets import Dataset
 
 from ..choice import Condition
+from ..measures.hidden_states import hidden_states, reason_against
 from ..pool import dataset_columns
 from ..prompts import equal_prompts, prompt_text
 
@@ -105,3 +107,26 @@ def _column(dataset, name) -> pd.Series:
 
 def _standard(values):
     return (values - values.mean()) / max(values.std(), 1e-9)
+
+
+def prompt_features(host, config, peers, key: str | None = None) -> tuple[np.ndarray, str | None]:
+    """
+    Features of every row of the training dataset, equal on all processes, and the key of the hidden states among them.
+
+    Args:
+        host ([`Host`]): of the trainer.
+        config ([`LearnAlignConfig`]): says which features.
+        peers ([`Peers`]): an open context.
+        key (`str`, *optional*): of the hidden states that a resumed run began with.
+
+    Returns:
+        `np.ndarray` of shape `(N, D)`, float16, and the key; `None` without hidden states.
+    """
+    columns = column_features(host.dataset, config)
+    reason = reason_against(host) if config.prompt_features else "`prompt_features=False`"
+    if reason is not None:
+        if config.prompt_features and host.accelerator.is_main_process:
+            logger.warning(f"Success is predicted without hidden states of the prompts, as {reason}.")
+        return columns, None
+    found = hidden_states(host, Path(host.args.output_dir) / "learnalign", peers, key)
+    return np.concatenate([columns, found.values], axis=1), found.key

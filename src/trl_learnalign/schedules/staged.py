@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from .. import plan
 from .base import Schedule
 
 
@@ -40,6 +41,8 @@ class StagedSchedule(Schedule):
     Within a version, prompts are visited pass by pass; a chunk may contain the end of one pass and the beginning of the next. So
     no prompt is dropped, and two prompts of a version are visited equally often, or one of them once more.
     """
+
+    selects = True
 
     def __init__(self, config):
         super().__init__(config)
@@ -74,6 +77,45 @@ class StagedSchedule(Schedule):
             return False
         used = drawn * layout.repeats < layout.batches_trained(max_steps)
         return used and layout.chunks_trained(step) >= target
+
+    def check_length(self, max_steps: int) -> None:
+        """
+        Raises:
+            `ValueError`: nothing would be left for the selection.
+        """
+        layout = self.layout
+        if layout.warmup_prompts and layout.warmup_end * layout.repeats >= layout.batches_trained(max_steps):
+            prompts = layout.batches_trained(max_steps) / layout.repeats * layout.chunk_prompts
+            raise ValueError(
+                f"The warm-up of {layout.warmup_prompts} prompts takes {layout.warmup_end * layout.chunk_prompts} with "
+                f"what the dataloader reads ahead, but the whole run of {max_steps} steps holds {prompts:.0f}: "
+                "nothing would be left for the selection. Lower `warmup_prompts` or raise `max_steps` (or "
+                "`num_train_epochs`)."
+            )
+
+    @property
+    def stage(self):
+        """See [`Schedule`]."""
+        return len(self.log) - 1
+
+    @property
+    def in_use_from(self):
+        """See [`Schedule`]."""
+        return self.log[-1].start_chunk if self.log[-1].indices else None
+
+    def plan(self, step, max_steps, due):
+        """See [`Schedule`]."""
+        return plan.plan_lines(self.layout, self.config, max_steps, step, self.log, due)
+
+    def warning(self, max_steps):
+        """See [`Schedule`]."""
+        return plan.warmup_warning(self.layout, max_steps)
+
+    def estimate(self, step, since, seconds):
+        """See [`Schedule`]."""
+        if self.config.score == "random":
+            return None
+        return plan.estimate_line(self.layout, self.config, step, since, seconds)
 
     def prompts(self, chunk: int) -> list[int]:
         """See [`Schedule`]."""
@@ -127,7 +169,7 @@ class StagedSchedule(Schedule):
         Raises:
             `ValueError`: the state is damaged, or names rows that the dataset does not have.
         """
-        log = _log_of_0_1(state) if "log" in state else _log(state)
+        log = _log_of_0_1(state) if isinstance(state, dict) and "log" in state else _log(state)
         starts = [version.start_chunk for version in log]
         if not starts or starts[0] != 0 or starts != sorted(starts):
             raise ValueError(f"The sampler state in the checkpoint is damaged: versions start at {starts[:10]}.")

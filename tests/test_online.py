@@ -1,0 +1,341 @@
+"""The online schedule on simulated policies, against plain loops, and through trainer.train()."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from trl.trainer.utils import RepeatSampler
+
+from trl_learnalign import LearnAlignConfig, LearnAlignSampler
+from trl_learnalign.layout import Layout
+from trl_learnalign.schedules import online, predictor
+from trl_learnalign.schedules.predictor import SuccessPredictor, expected_learnability, live_probability
+from trl_learnalign.state import join, split
+
+
+GROUP = 8
+
+
+def host(names=("reward",), weights=None):
+    """As far as the schedule's arithmetic needs a trainer; the runs below have a real one."""
+    weights = torch.tensor(weights or [1.0] * len(names))
+
+    def deciding(rewards, config):
+        if config.success_reward is not None:
+            return rewards[:, :, names.index(config.success_reward)]
+        return rewards[:, :, 0] if rewards.shape[2] == 1 else total(rewards)
+
+    def total(rewards):
+        return (rewards * weights).nansum(-1).masked_fill(rewards.isnan().all(-1), torch.nan)
+
+    return SimpleNamespace(deciding=deciding, total=total)
+
+
+class World:
+    """A pool whose prompts have true success rates, of which features tell something."""
+
+    def __init__(self, size=2000, chunk=16, mean=-3.0, spread=3.0, noise=0.7, seed=0, informed=True, **config):
+        self.random = np.random.default_rng(seed)
+        x = self.random.normal(size=(size, 4))
+        self.logits = mean + spread * x[:, 0] + noise * self.random.normal(size=size)
+        features = np.concatenate([np.ones((size, 1)), x if informed else self.random.normal(size=(size, 4))], axis=1)
+        self.sampler = LearnAlignSampler(LearnAlignConfig(schedule="online", **config))
+        layout = Layout(
+            pool_size=size,
+            num_prompts=max(size // chunk, 1) * chunk,
+            warmup_prompts=0,
+            chunk_prompts=chunk,
+            repeats=1,
+            group_size=GROUP,
+            accumulation=1,
+            read_ahead=1,
+            epochs=1.0,
+            shuffle=True,
+            seed=seed,
+        )
+        self.sampler.bind(layout)
+        self.schedule = self.sampler.schedule
+        self.schedule.host = host()
+        self.schedule.set_features(features.astype(np.float16))
+
+    def rewards(self, rows):
+        p = 1 / (1 + np.exp(-self.logits[rows]))
+        return (self.random.random((len(rows), GROUP, 1)) < p[:, None, None]).astype(float)
+
+    def run(self, chunks, first=0, drift=0.0):
+        """The rows of each chunk; each is drawn before the one before it was observed, as a dataloader does."""
+        rows = [np.array(self.schedule.prompts(first))]
+        for chunk in range(first, first + chunks):
+            rows.append(np.array(self.schedule.prompts(chunk + 1)))
+            self.schedule.observe(chunk, self.rewards(rows[-2]))
+            self.logits = self.logits + drift
+        return rows[:-1]
+
+    def live(self, rows):
+        p = 1 / (1 + np.exp(-self.logits[np.concatenate(rows)]))
+        return (1 - p**GROUP - (1 - p) ** GROUP).mean()
+
+
+# Maths -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("a", "b"), [(0.5, 0.5), (2.0, 6.0), (1.0, 1.0), (9.0, 1.3)])
+def test_expectations_are_integrals_over_the_beta_density(a, b):
+    p = (np.arange(200_000) + 0.5) / 200_000
+    density = p ** (a - 1) * (1 - p) ** (b - 1)
+    density /= density.sum()
+    ends = np.array([a]), np.array([b])
+    assert expected_learnability(*ends)[0] == pytest.approx((density * p * (1 - p)).sum(), rel=2e-3)
+    live = (density * (1 - p**GROUP - (1 - p) ** GROUP)).sum()
+    assert live_probability(*ends, GROUP)[0] == pytest.approx(live, rel=2e-3)
+
+
+def test_the_regression_is_the_minimum_of_its_loss():
+    """Against plain gradient descent on the penalised likelihood."""
+    random = np.random.default_rng(0)
+    x = np.concatenate([np.ones((60, 1)), random.normal(size=(60, 3))], axis=1).astype(np.float32)
+    model = SuccessPredictor(x)
+    chunks = np.repeat(np.arange(6), 10)
+    successes = random.integers(0, GROUP + 1, 60)
+    for chunk in range(6):
+        rows = np.flatnonzero(chunks == chunk)
+        model.observe(chunk, rows, successes[rows], np.full(10, float(GROUP)))
+    for _ in range(20):  # to convergence
+        model._fit(5)
+    w = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    counts = torch.tensor(predictor.GROUP_WEIGHT * 0.5 ** ((5 - chunks) / predictor.HALF_LIFE))
+    y = torch.tensor(successes / GROUP)
+    for _ in range(20_000):
+        logits = torch.tensor(x, dtype=torch.float64) @ w
+        loss = (counts * torch.nn.functional.binary_cross_entropy_with_logits(logits, y, reduction="none")).sum()
+        loss = loss + predictor.RIDGE / 2 * w.square().sum()
+        (gradient,) = torch.autograd.grad(loss, w)
+        w.data -= 0.005 * gradient
+    np.testing.assert_allclose(model.weights, w.detach().numpy(), atol=1e-6)
+
+
+def test_concentration_is_that_of_the_prompts():
+    """Success rates drawn from Beta(kappa q, kappa (1 - q)) around what is predicted give kappa back."""
+    random = np.random.default_rng(1)
+    for kappa in (1.0, 4.0, 20.0):
+        model = SuccessPredictor(np.ones((4000, 1), np.float32))
+        p = random.beta(kappa * 0.3, kappa * 0.7, 4000)
+        for chunk in range(40):
+            rows = np.arange(chunk * 100, chunk * 100 + 100)
+            model.observe(chunk, rows, random.binomial(GROUP, p[rows]), np.full(100, float(GROUP)))
+        assert model.concentration == pytest.approx(kappa, rel=0.35)
+
+
+def test_posteriors_and_rests_are_those_of_a_loop_over_prompts():
+    world = World(size=60, chunk=4)
+    schedule = world.schedule
+    seen = {}
+    rows = [np.array(schedule.prompts(0))]
+    for chunk in range(40):
+        rows.append(np.array(schedule.prompts(chunk + 1)))
+        rewards = world.rewards(rows[chunk])
+        schedule.observe(chunk, rewards)
+        for row, own in zip(rows[chunk].tolist(), rewards[:, :, 0].sum(1), strict=True):
+            seen.setdefault(row, []).append((chunk, own))
+    assert np.count_nonzero(schedule.visits) == len(seen)
+    for row, visits in seen.items():
+        half = [0.5 ** ((41 - chunk) / online.HALF_LIFE) for chunk, _ in visits]
+        kappa, q = schedule.predictor.concentration, schedule.predictor.predict(np.array([row]))[0]
+        a, b = schedule.posterior(np.array([row]), 41)
+        assert a[0] == pytest.approx(kappa * q + sum(f * own for f, (_, own) in zip(half, visits, strict=True)), rel=1e-5)
+        wrong = sum(f * (GROUP - own) for f, (_, own) in zip(half, visits, strict=True))
+        assert b[0] == pytest.approx(kappa * (1 - q) + wrong, rel=1e-5)
+        right_streak = failed_streak = 0
+        for _, own in visits:
+            right_streak = right_streak + 1 if own == GROUP else 0
+            failed_streak = failed_streak + 1 if own == 0 else 0
+        assert (schedule.solved[row], schedule.failed[row], schedule.visits[row]) == (
+            right_streak,
+            failed_streak,
+            len(visits),
+        )
+        rest = schedule.cooldown * 2 ** min(max(right_streak, failed_streak), online.LONGEST_REST)
+        drawn_again = 40 if row in rows[40] else None  # not yet observed
+        assert schedule.due[row] == (visits[-1][0] + rest if drawn_again is None else 40 + schedule.cooldown)
+
+
+# Choice ------------------------------------------------------------------------------------------------------------
+
+
+def test_where_features_tell_most_chunks_are_live_and_elsewhere_draws_are_uniform():
+    informed, blind = World(), World(informed=False, noise=3.0)
+    rows, others = informed.run(100), blind.run(100)
+    pool = informed.live([np.arange(2000)])
+    assert informed.live(rows[20:]) > 2.2 * pool and informed.schedule.skill > 0.3
+    assert np.mean(blind.schedule.history.chunks[:20, 8]) <= 0.2  # `choosing`
+    assert blind.live(others) > 0.8 * blind.live([np.arange(2000)])
+
+
+def test_where_every_prompt_is_live_the_order_is_that_of_trl():
+    world = World(mean=0.0, spread=0.3, noise=0.2, size=320)
+    rows = np.concatenate(world.run(60)).tolist()
+    theirs = RepeatSampler(range(320), mini_repeat_count=1, batch_size=16, repeat_count=1, shuffle=True, seed=0)
+    assert rows[:640] == [*theirs, *theirs]
+    assert world.schedule.headroom < online.LEAST_HEADROOM and not world.schedule.choosing
+
+
+def test_headroom_that_is_gone_ends_the_choice():
+    world = World()
+    world.run(60)
+    assert world.schedule.choosing
+    world.logits = np.zeros(2000)  # from now on everything is live
+    world.run(300, first=60)
+    assert not world.schedule.choosing and world.schedule.headroom < online.LEAST_HEADROOM
+
+
+def test_a_prompt_rests_and_uniform_draws_come_from_the_whole_pool():
+    world = World()
+    last, kinds = {}, []
+    for chunk, rows in enumerate(world.run(80)):
+        drawn = dict.fromkeys(rows.tolist(), chunk)
+        assert len(drawn) == 16
+        last |= drawn
+    schedule = world.schedule
+    assert schedule.cooldown == 12
+    share = schedule.history.calibration[1, :, 0].sum() / schedule.history.calibration[:, :, 0].sum()
+    choosing = schedule.history.chunks[:, 8].mean()
+    assert share == pytest.approx(1 - choosing * (1 - online.UNIFORM), abs=0.03)
+    rests = World()
+    rests.schedule._judge = lambda *args: setattr(rests.schedule, "choosing", True)
+    seen = {}
+    for chunk, rows in enumerate(rests.run(60)):
+        uniform = set(rows[: round(16 * 0.1)].tolist())
+        for row in set(rows.tolist()) - uniform:
+            assert chunk - seen.get(row, -100) >= rests.schedule.cooldown
+        seen |= dict.fromkeys(rows.tolist(), chunk)
+
+
+def test_solved_and_failed_prompts_come_back_after_twice_the_time():
+    world = World(size=64, chunk=8, mean=0.0, spread=0.0, noise=0.0)
+    world.logits[:32] = 30.0  # always solved
+    schedule = world.schedule
+    schedule._judge = lambda *args: setattr(schedule, "choosing", True)
+    visits = {}
+    for chunk, rows in enumerate(world.run(200)):
+        for row in rows.tolist():
+            visits.setdefault(row, []).append(chunk)
+    solved = [len(visits.get(row, ())) for row in range(32)]
+    live = [len(visits.get(row, ())) for row in range(32, 64)]
+    assert np.mean(solved) >= 2 and np.mean(live) > 3 * np.mean(solved)  # reviewed, but seldom
+
+
+def test_a_chunk_is_observed_once_and_only_if_it_was_drawn():
+    world = World()
+    world.run(5)
+    before = split(world.schedule.state_dict())[1]
+    world.schedule.observe(4, np.ones((16, GROUP, 1)))
+    world.schedule.observe(99, np.ones((16, GROUP, 1)))
+    for name, array in split(world.schedule.state_dict())[1].items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+@pytest.mark.parametrize("stop", [1, 7, 30])
+def test_a_state_goes_on_as_the_run_would_have(stop):
+    whole, part = World(), World()
+    part.run(stop)
+    state = join(*split(part.schedule.state_dict()))
+    again = World()
+    again.schedule.load_state_dict(state)
+    again.random = part.random
+    assert [again.schedule.prompts(i) for i in range(stop, stop + 1)] == [part.schedule.prompts(stop)]
+    assert len(again.schedule.prompts(0)) == 16  # an epoch is skipped through from its start
+    expected = [rows.tolist() for rows in whole.run(stop + 20)[stop:]]
+    assert [rows.tolist() for rows in again.run(20, first=stop)] == expected
+
+
+def test_the_state_takes_at_most_40_bytes_a_prompt():
+    world = World(size=50_000)
+    world.run(10)
+    arrays = split(world.schedule.state_dict())[1]
+    assert sum(array.nbytes for array in arrays.values() if len(array) == 50_000) <= 40 * 50_000
+    assert sum(array.nbytes for array in arrays.values() if len(array) != 50_000) < 200_000
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda s: s.pop("due"),
+        lambda s: s.update(due=s["due"][:-1]),
+        lambda s: s.update(visits=s["visits"].astype(np.int64)),
+        lambda s: s["predictor"].update(weights=np.zeros(3)),
+        lambda s: s.update(reward_range=[]),
+        lambda s: s.update(drawn_chunks=np.array([1, 2, 3, 4, 5])),
+        lambda s: s["history"].update(calibration=np.zeros(3)),
+        lambda s: s.update(observed="x"),
+    ],
+)
+def test_loading_is_strict(damage):
+    world = World()
+    world.run(3)
+    state = world.schedule.state_dict()
+    damage(state)
+    with pytest.raises(ValueError, match="damaged or of other data"):
+        World().schedule.load_state_dict(state)
+
+
+def test_a_pool_smaller_than_a_chunk():
+    world = World(size=5, chunk=8)
+    for rows in world.run(30):
+        assert len(rows) == 8 and set(rows.tolist()) == set(range(5))
+
+
+# Rewards -----------------------------------------------------------------------------------------------------------
+
+
+def test_rewards_that_are_missing_count_for_nothing():
+    world = World()
+    first = world.schedule.prompts(0)
+    rewards = world.rewards(np.array(first))
+    rewards[0] = np.nan
+    rewards[1, :3] = np.nan
+    world.schedule.observe(0, rewards)
+    assert world.schedule.successes[first[0]] == world.schedule.failures[first[0]] == 0
+    assert world.schedule.successes[first[1]] + world.schedule.failures[first[1]] == 5
+    world.schedule.prompts(1)
+    world.schedule.observe(1, np.full((16, GROUP, 1), np.nan))
+    assert math.isfinite(world.schedule.skill)
+
+
+def test_the_success_reward_decides_and_any_difference_is_live():
+    world = World(success_reward="right", success_threshold=0.5)
+    world.schedule.host = host(("form", "right"), [1.0, 1.0])
+    rows = world.schedule.prompts(0)
+    rewards = np.zeros((16, GROUP, 2))
+    rewards[:, :, 1] = 1.0
+    rewards[0, 0, 0] = 1.0
+    world.schedule.observe(0, rewards)
+    assert (world.schedule.successes[rows] == GROUP).all()
+    assert world.schedule.metrics()["live_fraction"] == 1 / 16
+
+
+def test_graded_rewards_are_scaled_to_their_range_and_the_greatest_variance_is_chosen():
+    world = World(learnability="variance", mean=0.0, spread=3.0)
+    mean = 1 / (1 + np.exp(-world.logits))
+    world.rewards = lambda rows: -5 + 10 * world.random.beta(
+        *(np.broadcast_to(3 * side[rows][:, None, None], (len(rows), GROUP, 1)) for side in (mean, 1 - mean))
+    )
+    rows = world.run(80)
+    chosen = np.concatenate(rows[30:])
+    variance = mean * (1 - mean) / 4
+    assert variance[chosen].mean() > 1.15 * variance.mean()
+    least, greatest = world.schedule.reward_range
+    assert -5 <= least < -4.5 and 4.5 < greatest <= 5
+
+
+def test_wrong_labels_are_suspects_and_get_no_more_rollouts():
+    world = World(mean=0.5, spread=2.5, noise=0.5)
+    wrong = world.random.permutation(2000)[:200]
+    world.logits[wrong] = -30.0
+    rows = np.concatenate(world.run(250))
+    assert np.isin(rows, wrong).mean() <= 0.12
+    suspects, chances = world.schedule.suspects()
+    seen = np.intersect1d(rows, wrong)
+    assert np.isin(suspects[: len(seen)], wrong).sum() >= 0.5 * len(seen)
+    assert (np.diff(chances) >= -1e-8).all()
