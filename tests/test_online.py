@@ -158,7 +158,7 @@ def test_posteriors_and_rests_are_those_of_a_loop_over_prompts():
         )
         rest = schedule.cooldown * 2 ** min(max(right_streak, failed_streak), online.LONGEST_REST)
         drawn_again = 40 if row in rows[40] else None  # not yet observed
-        assert schedule.due[row] == (visits[-1][0] + rest if drawn_again is None else 40 + schedule.cooldown)
+        assert schedule.ready[row] == (visits[-1][0] + rest if drawn_again is None else 40 + schedule.cooldown)
 
 
 # Choice ------------------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def test_headroom_that_is_gone_ends_the_choice():
 
 def test_a_prompt_rests_and_uniform_draws_come_from_the_whole_pool():
     world = World()
-    last, kinds = {}, []
+    last = {}
     for chunk, rows in enumerate(world.run(80)):
         drawn = dict.fromkeys(rows.tolist(), chunk)
         assert len(drawn) == 16
@@ -261,8 +261,8 @@ def test_the_state_takes_at_most_40_bytes_a_prompt():
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda s: s.pop("due"),
-        lambda s: s.update(due=s["due"][:-1]),
+        lambda s: s.pop("ready"),
+        lambda s: s.update(ready=s["ready"][:-1]),
         lambda s: s.update(visits=s["visits"].astype(np.int64)),
         lambda s: s["predictor"].update(weights=np.zeros(3)),
         lambda s: s.update(reward_range=[]),
