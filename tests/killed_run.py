@@ -65,11 +65,11 @@ def replace(source, target, original=os.replace):
     event(f"written {kind}")
 
 
-def append(descriptor, data, original=store._write):
+def append(stream, data, original=store._write):
     """Records in a log. A kill leaves the half of them, with one that is torn."""
-    kind = Path(os.readlink(f"/proc/self/fd/{descriptor}")).parent.name
-    event(f"writing {kind}", halve=lambda: original(descriptor, data[: len(data) // 2]))
-    original(descriptor, data)
+    kind = Path(stream.name).parent.name
+    event(f"writing {kind}", halve=lambda: original(stream, data[: len(data) // 2]))
+    original(stream, data)
     event(f"written {kind}")
 
 

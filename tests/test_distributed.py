@@ -12,11 +12,13 @@ from collections import Counter
 from pathlib import Path
 
 import distributed_run
+import pandas
 import pytest
 from safetensors.torch import load_file
+from tiny import Seen, config, digit_reward, make_dataset, make_trainer
 from torch.testing import assert_close
 
-from trl_learnalign import Selection
+from trl_learnalign import Selection, select_prompts
 from trl_learnalign.store import Log
 
 
@@ -161,6 +163,28 @@ def test_selection_is_the_same_for_any_number_of_processes(tmp_path, first, on_f
         # a process with no prompt of its own left rolls out another's, and drops the result
         assert min(rolled_out.values()) == (8 * processes if task == "select few" else 8)
         tally[f"selections on {processes} processes"] += 1
+        if task == "select":
+            files, table = rollouts_of(path)
+            shards = [f"rollouts-{rank:05d}-of-{processes:05d}.parquet" for rank in range(processes)]
+            assert files == (shards if processes > 1 else ["rollouts.parquet"])
+            pandas.testing.assert_frame_equal(table, rollouts_of(tmp_path)[1])
+
+
+def rollouts_of(path):
+    files = sorted(path.glob("learnalign/*/rollouts*.parquet"))
+    table = pandas.concat(map(pandas.read_parquet, files)).sort_values("index", kind="stable")
+    return [file.name for file in files], table.reset_index(drop=True)
+
+
+def test_measures_of_two_processes_serve_one(tmp_path, first):
+    path = shutil.copytree(first["select"][0], tmp_path / "copy")
+    for score in ("learnability", "alignment"):
+        seen = Seen(digit_reward)
+        trainer = make_trainer(path, reward=seen, dataset=make_dataset(23), per_device_train_batch_size=8)
+        selection = select_prompts(trainer, config(projection_dim=1024, score=score))
+        assert seen.rows == [] and load(first["select"][0]).scores["learnability"].equals(
+            selection.scores["learnability"]
+        )
 
 
 @pytest.mark.parametrize("task", ["train", "train workers", "random"])
@@ -353,6 +377,8 @@ def test_nodes_with_disks_of_their_own(tmp_path):
     for rank in "01":
         log = tmp_path / rank / "_learnalign" / "step-000000" / "rollouts"
         assert json.loads((log / "manifest.json").read_text())["key"] != keys[rank]
+        shards = [file.name for file in (tmp_path / rank).glob("learnalign/*/rollouts*.parquet")]
+        assert shards == [f"rollouts-0000{rank}-of-00002.parquet"]
 
 
 def test_a_reward_that_fails_in_training_ends_all_processes(tmp_path):

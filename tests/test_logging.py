@@ -321,10 +321,10 @@ def test_what_an_upload_finds_while_a_selection_runs(tmp_path, monkeypatch):
             renamed.append((Path(source).relative_to(tmp_path), Path(target).relative_to(tmp_path)))
         original(source, target)
 
-    def write(descriptor, data, original=store._write):
+    def write(stream, data, original=store._write):
         client.look()
         appended.append(len(data))
-        original(descriptor, data)
+        original(stream, data)
 
     class Over(TrainerCallback):
         def on_save(self, args, state, control, **kwargs):  # after the selection

@@ -195,9 +195,9 @@ def test_one_write_and_one_fsync_for_a_round(tmp_path, monkeypatch):
         synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
         original(descriptor)
 
-    def write(descriptor, data, original=store._write):
-        written.append(os.readlink(f"/proc/self/fd/{descriptor}"))
-        original(descriptor, data)
+    def write(stream, data, original=store._write):
+        written.append(str(stream.name))
+        original(stream, data)
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(store, "_write", write)

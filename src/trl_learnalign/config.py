@@ -73,7 +73,7 @@ class LearnAlignConfig:
             Rollouts per pool prompt, at least 2. By default the trainer's `num_generations`.
         rollout_batch_prompts (`int`, *optional*):
             Prompts that a process generates for at once in a selection, at least 1. By default as many as in training, doubled
-            up to six times while the pool has 64 such batches. Where memory is full, they are generated in halves. In every
+            up to six times while the pool has 64 such batches; not with a reward model. Where memory is full, they are generated in halves. In every
             round all processes wait for the longest completion, so fewer rounds are faster. Other batches have other rollouts.
         score (`str` or `Callable`, *optional*, defaults to `"learnalign"`):
             What prompts are ranked on: `"learnalign"` (Eq. 8), `"learnability"` (V alone; no gradients), `"alignment"`

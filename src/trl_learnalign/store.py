@@ -52,7 +52,7 @@ class Log:
         self._rank = rank
         self._files: list[Path] = []
         self._index = _Index()
-        self._descriptor = None  # of the file that this process appends to
+        self._stream = None  # the file that this process appends to
         self._end = 0  # of that file, or of what is whole in the one to go on with
         for file in sorted(path.glob("*.log")):
             self._scan(file)
@@ -64,7 +64,7 @@ class Log:
         with open(file, "rb", buffering=0) as stream:
             size = os.fstat(stream.fileno()).st_size
             while offset < size:
-                header = _unpacked(os.pread(stream.fileno(), _HEADER.size, offset))
+                header = _unpacked(_read(stream, offset, _HEADER.size))
                 if header is None or offset + _HEADER.size + header[2] > size:
                     offset += _ALIGNED  # damaged: the next one is somewhere behind it
                     continue
@@ -94,7 +94,7 @@ class Log:
         Raises:
             `OSError`: the disk is full, or the directory cannot be written to. What was finished before is still there.
         """
-        if self._descriptor is None or self._end >= SEGMENT_BYTES:
+        if self._stream is None or self._end >= SEGMENT_BYTES:
             self._next_file()
         parts, found, start = [], [], self._end
         for name, payload in records:
@@ -105,11 +105,11 @@ class Log:
             start += _HEADER.size + _padded(len(payload))
         try:
             for part in [b"".join(parts)] if start - self._end <= _JOINED else parts:
-                _write(self._descriptor, part)
+                _write(self._stream, part)
             if durable:
-                os.fsync(self._descriptor)
+                os.fsync(self._stream.fileno())
         except OSError as error:
-            os.ftruncate(self._descriptor, self._end)
+            self._stream.truncate(self._end)
             raise OSError(
                 f"'{self._files[self._current]}' could not be written ({error}). Free disk space or make the directory writable, "
                 "and run again: finished parts are still there."
@@ -120,17 +120,17 @@ class Log:
     def _next_file(self):
         """Goes on in the last file of this process, from the end of what is whole, or begins another."""
         own = [place for place, file in enumerate(self._files) if file.name.startswith(f"{self._rank:05d}-")]
-        go_on = self._descriptor is None and own and self._end < SEGMENT_BYTES
+        go_on = self._stream is None and own and self._end < SEGMENT_BYTES
         self.close()
         try:
             if go_on:
                 self._current = own[-1]
-                self._descriptor = os.open(self._files[self._current], os.O_WRONLY | os.O_APPEND)
-                os.ftruncate(self._descriptor, self._end)
+                self._stream = open(self._files[self._current], "ab", buffering=0)
+                self._stream.truncate(self._end)
             else:
                 number = 1 + int(self._files[own[-1]].stem.split("-")[1]) if own else 0
                 file = self.path / f"{self._rank:05d}-{number:05d}.log"
-                self._descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o644)
+                self._stream = open(file, "ab", buffering=0)
                 self._files.append(file)
                 self._current, self._end = len(self._files) - 1, 0
         except OSError as error:
@@ -141,8 +141,8 @@ class Log:
     def discard(self, names: Iterable[int]) -> None:
         """Forgets records. Once there are no others, the file of this process is emptied."""
         self._index.remove(names)
-        if self._descriptor is not None and not len(self._index):
-            os.ftruncate(self._descriptor, 0)
+        if self._stream is not None and not len(self._index):
+            self._stream.truncate(0)
             self._end = 0
 
     def read(self, name: int) -> bytes | None:
@@ -152,7 +152,7 @@ class Log:
             return None
         with found[0] as stream:
             _, start, length, checksum = found
-            payload = os.pread(stream.fileno(), length, start)
+            payload = _read(stream, start, length)
         return payload if len(payload) == length and zlib.crc32(payload) == checksum else None
 
     def map(self, name: int, verify: bool = True) -> memoryview | None:
@@ -181,7 +181,7 @@ class Log:
             stream = open(self._files[place], "rb", buffering=0)
         except OSError:
             return None
-        header = _unpacked(os.pread(stream.fileno(), _HEADER.size, offset))
+        header = _unpacked(_read(stream, offset, _HEADER.size))
         if header is None or header[:2] != (name, self._key):
             stream.close()
             return None
@@ -194,9 +194,9 @@ class Log:
 
     def close(self) -> None:
         """Closes the file that is appended to. The log can still be read, and appended to again."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
 
 
 class _Index:
@@ -284,7 +284,16 @@ def _padded(length):
     return -(-length // _ALIGNED) * _ALIGNED
 
 
-def _write(descriptor, data):
+def _read(stream, start, length):
+    stream.seek(start)
+    parts = []
+    while length and (part := stream.read(length)):  # a system may give less than it is asked for
+        parts.append(part)
+        length -= len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _write(stream, data):
     data = memoryview(data)
     while data:
-        data = data[os.write(descriptor, data) :]
+        data = data[stream.write(data) :]

@@ -184,6 +184,11 @@ class Host(ABC):
         """Of the reward functions, in their order."""
         return list(self.trainer.reward_func_names)
 
+    @property
+    def has_reward_model(self) -> bool:
+        """Whether a reward function is a model, which scores all rollouts that were generated at once."""
+        return any(isinstance(function, nn.Module) for function in self.trainer.reward_funcs)
+
     def total(self, rewards: torch.Tensor) -> torch.Tensor:
         """Rewards of shape `(..., F)`, weighted and summed over the functions; NaN where none gave one."""
         weights = self.trainer.reward_weights.cpu()

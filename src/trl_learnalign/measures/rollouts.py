@@ -30,12 +30,12 @@ def prompts_at_once(host: Host, config, num_rollouts: int, pool: int) -> int:
     """
     Prompts of a batch, which one process generates for at once: `rollout_batch_prompts`, or training's batch, doubled while the pool
     of `pool` prompts has `LEAST_BATCHES` of them and at most `MOST_FOLD` times. It does not depend on the number of processes, since
-    the rollouts depend on it.
+    the rollouts depend on it. A reward model scores all rollouts of a batch at once, and cannot do so in halves: there it is training's.
     """
     if config.rollout_batch_prompts is not None:
         return config.rollout_batch_prompts
     size = least = prompts_per_batch(host, num_rollouts)
-    while size < MOST_FOLD * least and 2 * size * LEAST_BATCHES <= pool:
+    while not host.has_reward_model and size < MOST_FOLD * least and 2 * size * LEAST_BATCHES <= pool:
         size *= 2
     return size
 
@@ -57,34 +57,34 @@ class Rollouts:
     def __init__(self, log: Log, num_rollouts: int, num_rewards: int):
         self.log = log
         self.found = False
-        self._shape = num_rollouts, num_rewards
-        self._columns = [], [], [], [], [], []
+        self._batches = [
+            (
+                np.empty(0, np.int64),
+                np.empty((0, num_rollouts, num_rewards), np.float32),
+                np.empty((0, num_rollouts), np.float32),
+                *(np.empty((0, num_rollouts), np.int32) for _ in range(3)),
+            )
+        ]
         self._place = {}
 
     def add(self, groups: list[Group]) -> None:
         """Notes groups whose records are in the log."""
-        for group in groups:
-            values = (
-                group.index,
-                group.rewards.copy(),  # else all of the record stays in memory
-                group.penalties.copy(),
-                [len(ids) for ids in group.completion_ids],
-                [len(ids) for ids in group.prompt_ids],
-                [int(mask.sum()) for mask in group.loss_masks],
-            )
-            for column, value in zip(self._columns, values, strict=True):
-                column.append(value)
+        values = (
+            np.array([group.index for group in groups], np.int64),
+            np.stack([group.rewards for group in groups]),
+            np.stack([group.penalties for group in groups]),
+            np.array([[len(ids) for ids in group.completion_ids] for group in groups], np.int32),
+            np.array([[len(ids) for ids in group.prompt_ids] for group in groups], np.int32),
+            np.array([[mask.sum() for mask in group.loss_masks] for group in groups], np.int32),
+        )
+        self._batches.append(values)
 
     def close(self) -> None:
         """All groups are there."""
-        rows, rewards, penalties, *counts = self._columns
-        size, num_rewards = self._shape
-        self.rows = np.array(rows, np.int64)
-        self.rewards = np.array(rewards, np.float32).reshape(-1, size, num_rewards)
-        self.penalties = np.array(penalties, np.float32).reshape(-1, size)
-        self.lengths, self.prompt_lengths, self.trained = (np.array(one, np.int32).reshape(-1, size) for one in counts)
-        self._place = {row: place for place, row in enumerate(rows)}
-        self._columns = None
+        columns = [np.concatenate(parts) for parts in zip(*self._batches, strict=True)]
+        self.rows, self.rewards, self.penalties, self.lengths, self.prompt_lengths, self.trained = columns
+        self._place = {row: place for place, row in enumerate(self.rows.tolist())}
+        self._batches = None
 
     def __contains__(self, row: int) -> bool:
         return row in self._place
