@@ -133,7 +133,7 @@ def test_dry_run(folder, processes, tried):
     assert output.count("pool: 24 prompts x 8 rollouts = 192") == 1
     learnable = int(re.search(f"tried: {tried}, of which (\\d+) are learnable", output)[1])
     more = 24 / int(tried.split()[0])
-    assert f"gradient passes: about {learnable * more:.0f} prompts" in output and learnable > 0
+    assert f"gradients: about {learnable * more:.0f} prompts" in output and learnable > 0
     assert f"about {learnable * more * 32768 * 4 / 1e9:.2f} GB" in output
     assert "expected time: rollouts" in output and "Nothing was kept." in output
     assert not (folder / "out/learnalign").exists()
@@ -355,8 +355,8 @@ def test_help_shows_the_own_arguments_first_and_all_on_request(capsys):
     assert "--learning_rate" not in short and "--lora_r" in long
     assert short.count("\n") < 200 and long.startswith(short[:2000])
     assert "--no_" not in short and "ignore_bias_buffers" not in short and "`datasets`" not in short
-    assert "before the first selection. (default: 0)" in " ".join(short.split())
-    assert "Number of prompts to select. (default: 1000)" in " ".join(short.split())
+    assert re.search(r"--warmup_prompts [^-]* before the first selection[^-]*\(default: 0\)", " ".join(short.split()))
+    assert "with a warning. (default: 1000)" in " ".join(short.split())
 
 
 def test_command_that_does_not_exist(capsys):
