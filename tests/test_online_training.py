@@ -17,6 +17,8 @@ from tiny import (
     choose_at_once,
     config,
     digit_reward,
+    drawn,
+    fixed_reward,
     graded_reward,
     grpo_args,
     lora,
@@ -78,11 +80,6 @@ class Paid:
         return [row[::4] for row, _ in self.calls]
 
 
-def fixed_reward(completions, row, **kwargs):
-    """Depends on the prompt and on the place in its group, whatever the policy writes."""
-    return [float((7 * r + place % 4) % 5 < r % 5) for place, r in enumerate(row)]
-
-
 def expected(calls, size):
     """Successes, failures and visits of each prompt, by a loop over the rewards that were paid for."""
     successes, failures, last, visits = np.zeros(size), np.zeros(size), np.full(size, -1), np.zeros(size, int)
@@ -102,19 +99,6 @@ def check_counts(schedule, calls, size=24):
     np.testing.assert_allclose(schedule.failures, failures, rtol=1e-5)
     np.testing.assert_array_equal(schedule.visits, visits)
     assert schedule.observed == len(calls)
-
-
-def drawn(trainer):
-    """The rows of every chunk that the sampler was asked for, by chunk."""
-    sampler = trainer._get_train_sampler()
-    chunks, ask = {}, sampler.chunk
-
-    def chunk(i):
-        chunks.setdefault(i, ask(i))
-        return ask(i)
-
-    sampler.chunk = chunk
-    return chunks
 
 
 def logged(trainer):
