@@ -21,6 +21,8 @@ from transformers import TrainerCallback
 from trl_learnalign import select_prompts
 from trl_learnalign.host import find_host, objective
 from trl_learnalign.host.weights import weights_digest
+from trl_learnalign.measures import hidden_states
+from trl_learnalign.peers import Peers
 
 
 def allow_sharding_on_cpu():
@@ -59,6 +61,22 @@ class Digests(TrainerCallback):
         self.by_step[state.global_step] = weights_digest(self.trainer)
 
     on_train_begin = on_step_end
+
+
+class HiddenStates(TrainerCallback):
+    """The features of the prompts when training begins, and the forwards that they took."""
+
+    def __init__(self, trainer, path):
+        self.trainer, self.path, self.found = trainer, path, {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        forwards = []
+        host = find_host(self.trainer)
+        with Peers(self.trainer.accelerator) as peers:
+            hook = host.policy.register_forward_pre_hook(lambda *args: forwards.append(1))
+            values = hidden_states.hidden_states(host, Path(self.path), peers).values
+            hook.remove()
+        self.found = {"features": values.tolist(), "forwards": len(forwards)}
 
 
 def train(path, seen, **changes):
@@ -179,6 +197,13 @@ def main(task, path):
                     trainer.train()
                 except (FloatingPointError, RuntimeError) as error:
                     result["error"] = str(error)
+        case "hidden states":
+            hidden_states.SAMPLE, hidden_states.WINDOW = 10, 4
+            trainer = make_trainer(path, reward=seen, dataset=make_dataset(23), max_steps=1, **kwargs)
+            callback = HiddenStates(trainer, path)
+            trainer.add_callback(callback)
+            trainer.train()
+            result |= callback.found
         case "taps" | "checkpoint fails":
             trainer = train(path, seen, config={"score": "random"}, save_strategy="steps", save_steps=2, **kwargs)
             result |= {"rewards": [], "inputs": [], "writers": []}

@@ -160,7 +160,7 @@ def test_posteriors_and_rests_are_those_of_a_loop_over_prompts():
         )
         rest = schedule.cooldown * 2 ** min(max(right_streak, failed_streak), online.LONGEST_REST)
         drawn_again = 40 if row in rows[40] else None  # not yet observed
-        assert schedule.due[row] == (visits[-1][0] + rest if drawn_again is None else 40 + schedule.cooldown)
+        assert schedule.ready[row] == (visits[-1][0] + rest if drawn_again is None else 40 + schedule.cooldown)
 
 
 # Choice ------------------------------------------------------------------------------------------------------------
@@ -263,8 +263,8 @@ def test_the_state_takes_at_most_40_bytes_a_prompt():
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda s: s.pop("due"),
-        lambda s: s.update(due=s["due"][:-1]),
+        lambda s: s.pop("ready"),
+        lambda s: s.update(ready=s["ready"][:-1]),
         lambda s: s.update(visits=s["visits"].astype(np.int64)),
         lambda s: s["predictor"].update(weights=np.zeros(3)),
         lambda s: s.update(reward_range=[]),

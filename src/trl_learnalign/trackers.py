@@ -5,7 +5,8 @@ import logging
 
 import numpy as np
 
-from .selection import MOST_ROWS, load_run
+from .runs import load_run
+from .samples import rows_of, shown
 
 
 logger = logging.getLogger(__name__)
@@ -63,13 +64,12 @@ def log_media(trainer, selection) -> None:
     """
 
     def media():
-        step = selection.provenance["global_step"]
-        drawings = []
+        step, drawings = selection.provenance["global_step"], []
         if selection.provenance["config"]["write_report"]:
             from . import figures
 
-            drawings = figures.drawings(list(load_run(trainer.args.output_dir, until=step).values()))
-        return {"learnalign/scores": selection.to_pandas().reset_index().head(MOST_ROWS)}, drawings, step
+            drawings = figures.drawings(selection, load_run(trainer.args.output_dir, until=step))
+        return {"learnalign/scores": rows_of(selection, shown(selection))}, drawings, step
 
     _log(trainer, "table of scores and the figures", media)
 

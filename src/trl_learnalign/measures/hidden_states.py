@@ -27,7 +27,7 @@ from ..selection import dataset_fingerprint
 FILE = "prompt_features.safetensors"
 COMPONENTS = 64  # of a prompt, less where the hidden states of the pool have fewer dimensions
 SAMPLE = 2048  # prompts that the components are found with
-WINDOW = 512  # prompts that a process tokenises at once, and sorts by length
+WINDOW = 1024  # prompts that a process tokenises at once, and sorts by length
 MOST_TOKENS = 16_384  # of a forward: more would not make it faster
 _FORMAT = 1
 _FLAT = 1e-4  # of the largest: a dimension that varies less is as good as constant
@@ -49,9 +49,9 @@ class PromptFeatures:
 
 def reason_against(host: Host) -> str | None:
     """Why the prompts of this trainer have no hidden states that could be computed beforehand; `None` if they have."""
-    if getattr(host.trainer, "rollout_func", None) is not None:
+    if host.rollout_func is not None:
         return "a `rollout_func` makes of a prompt what only it knows"
-    if getattr(host.trainer, "environment_factories", None):
+    if host.environments:
         return "an environment adds to a prompt when it begins"
     if "prompt" not in host.dataset.column_names:
         return "the training dataset has no column `prompt`"

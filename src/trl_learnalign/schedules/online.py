@@ -113,7 +113,7 @@ class OnlineSchedule(Schedule):
         self.failures = np.zeros(size, np.float32)
         self.last = np.full(size, -1, np.int32)  # chunk of the last visit
         self.visits = np.zeros(size, np.int32)
-        self.due = np.zeros(size, np.int32)  # the chunk from which on a prompt may come again
+        self.ready = np.zeros(size, np.int32)  # the chunk from which on a prompt may come again
         self.solved = np.zeros(size, np.uint8)  # visits in a row in which all rollouts succeeded
         self.failed = np.zeros(size, np.uint8)  # visits in a row in which none did
         self.surprise = np.zeros(
@@ -156,7 +156,7 @@ class OnlineSchedule(Schedule):
         a, b = self.posterior(candidates, chunk)
         utility = np.round(expected_learnability(a, b), 9)
         ranked = np.lexsort((generator.random(len(candidates)), -utility))
-        rested = self.due[candidates] <= chunk
+        rested = self.ready[candidates] <= chunk
         self._judge(a, b, ranked, rested)
         if self.switched and self.host.accelerator.is_main_process:
             tqdm.write(switch_line(chunk, self, self.able, PATIENCE))
@@ -167,11 +167,13 @@ class OnlineSchedule(Schedule):
             unseen = ~np.isin(candidates, rows)
             resting = (self.solved[candidates] > 0) | (self.failed[candidates] > 0)
             review = np.flatnonzero(rested & resting & unseen)
-            review = review[np.lexsort((review, self.due[candidates[review]]))][: _rounded(REVIEW * number, generator)]
+            review = review[np.lexsort((review, self.ready[candidates[review]]))][
+                : _rounded(REVIEW * number, generator)
+            ]
             best = ranked[(rested & unseen)[ranked]]
             # Where too few have rested, those that have rested longest
             others = np.flatnonzero(unseen & ~rested)
-            others = others[np.argsort(self.due[candidates[others]], kind="stable")]
+            others = others[np.argsort(self.ready[candidates[others]], kind="stable")]
             for place in (*review, *best, *others):
                 row = int(candidates[place])
                 if len(rows) == number:
@@ -182,7 +184,7 @@ class OnlineSchedule(Schedule):
         rows += self._uniform(number - len(rows))  # a pool smaller than a chunk
         rows = np.array(rows, dtype=np.int32)
         a, b = self.posterior(rows, chunk)
-        self.due[rows] = chunk + self.cooldown
+        self.ready[rows] = chunk + self.cooldown
         is_uniform = np.arange(number) < uniform
         return _Drawn(rows, is_uniform, a / (a + b), live_probability(a, b, self.layout.group_size))
 
@@ -326,7 +328,7 @@ class OnlineSchedule(Schedule):
         self.solved[rows] = np.where(solved, np.minimum(self.solved[rows], 254) + 1, 0)
         self.failed[rows] = np.where(failed, np.minimum(self.failed[rows], 254) + 1, 0)
         rests = np.minimum(np.maximum(self.solved[rows], self.failed[rows]), LONGEST_REST).astype(np.int32)
-        self.due[rows] = chunk + self.cooldown * 2**rests
+        self.ready[rows] = chunk + self.cooldown * 2**rests
 
     def _record(self, chunk, drawn, live, seen, observed):
         uniform = drawn.uniform & seen
@@ -464,7 +466,7 @@ class OnlineSchedule(Schedule):
             ) from error
 
 
-_PER_PROMPT = "successes", "failures", "last", "visits", "due", "solved", "failed", "surprise"
+_PER_PROMPT = "successes", "failures", "last", "visits", "ready", "solved", "failed", "surprise"
 _DRAWN = "rows", "uniform", "predicted", "live"
 _NUMBERS = "observed", "position", "choosing", "without_headroom", "headroom"
 

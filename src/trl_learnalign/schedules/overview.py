@@ -46,7 +46,7 @@ def prompt_columns(schedule: "OnlineSchedule", retired_after: int) -> dict[str, 
         "predicted_success": (a / (a + b)).astype(np.float32),
         "utility": expected_learnability(a, b).astype(np.float32),
         "last_chunk": schedule.last[rows],
-        "due_chunk": schedule.due[rows],
+        "ready_chunk": schedule.ready[rows],
         "state": np.array(STATES)[np.select(list(conditions.values()), places, STATES.index("new"))],
     }
 

@@ -1,0 +1,194 @@
+"""
+Pools of prompts on which choosing online is tried: most of a pool as nobody curated it, and those where nothing can be won.
+
+    python benchmarks/online/pools.py --dataset_path DIR [--pools hard clean]
+
+prints what each pool is made of, and the share of its groups that are live at the start. DIR holds GSM8K's train.jsonl and
+test.jsonl. Without it generated chains stand in.
+
+`hard` is 2,000 equations of GSM8K, 4,800 chains far too hard for the tiny policy, and 1,200 trivial ones; `clean` is all
+equations; `live` those whose success rate under the first policy is well inside (0, 1). `hard-wrong` and `clean-wrong` have a
+wrong answer in every tenth row.
+"""
+
+import argparse
+import os
+import random
+import sys
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+from demo import POLICY
+from equations import equations_reward, generate_chains, load_gsm8k_equations, random_chain
+from train_tiny_policy import corrupt, generate
+
+
+POOLS = ("hard", "clean", "live", "hard-wrong", "clean-wrong")
+EQUATION, HARD, TRIVIAL = KINDS = (0, 1, 2)
+SIZES = {EQUATION: 2000, HARD: 4800, TRIVIAL: 1200}
+WRONG_SHARE = 0.1
+LIVE_BETWEEN = (0.3, 0.7)  # success rates of the pool `live`, of `LIVE_SAMPLES` rollouts
+LIVE_SAMPLES = 16
+MAX_PROMPT, MAX_COMPLETION = 96, 56  # characters, each a token: of the longest equation 88 and 53
+
+
+@dataclass(frozen=True)
+class Pool:
+    """`rows` is what a trainer gets (`prompt`, `answer`). `kind` and `wrong` tell what each row is, to the judge alone."""
+
+    rows: Dataset
+    kind: np.ndarray  # (N,) of KINDS
+    wrong: np.ndarray  # (N,) of booleans: the answer is not the right one
+
+
+def read_equations(dataset_path: Path | None) -> tuple[Dataset, Dataset]:
+    """The equations to train on and those held out."""
+    if dataset_path is None:
+        return generate_chains(7378, seed=11), generate_chains(1301, seed=12)
+    return tuple(load_gsm8k_equations(dataset_path / f"{split}.jsonl")[0] for split in ("train", "test"))
+
+
+def make_pool(name: str, dataset_path: Path | None, seed: int = 0, cache: Path | None = None) -> Pool:
+    """
+    The pool `name`, equal for equal `seed`. `live` needs rollouts of all equations, kept in the folder `cache`.
+    """
+    equations = read_equations(dataset_path)[0]
+    if name.startswith("hard"):
+        pool = _hard(equations, seed)
+    else:
+        pool = _all(equations)
+    if name == "live":
+        rates = first_successes(equations, LIVE_SAMPLES, cache, f"equations-{dataset_path is None}") / LIVE_SAMPLES
+        rows = np.flatnonzero((rates >= LIVE_BETWEEN[0]) & (rates <= LIVE_BETWEEN[1]))
+        pool = Pool(pool.rows.select(rows), pool.kind[rows], pool.wrong[rows])
+    return _mislabelled(pool, seed) if name.endswith("-wrong") else pool
+
+
+def _all(equations: Dataset) -> Pool:
+    rows = equations.select_columns(["prompt", "answer"])
+    return Pool(rows, np.full(len(rows), EQUATION, np.int8), np.zeros(len(rows), bool))
+
+
+def _hard(equations: Dataset, seed: int) -> Pool:
+    rng = random.Random(seed)
+    taken = rng.sample(range(len(equations)), SIZES[EQUATION])
+    rows = [(equations[i]["prompt"], equations[i]["answer"], EQUATION) for i in taken]
+    rows += [(*too_hard(rng), HARD) for _ in range(SIZES[HARD])]
+    rows += [(*row, TRIVIAL) for row in rng.choices(trivial(), k=SIZES[TRIVIAL])]
+    rng.shuffle(rows)
+    prompts, answers, kinds = zip(*rows, strict=True)
+    dataset = Dataset.from_dict({"prompt": prompts, "answer": answers})
+    return Pool(dataset, np.array(kinds, np.int8), np.zeros(len(rows), bool))
+
+
+def too_hard(rng: random.Random) -> tuple[str, str]:
+    """
+    A chain like the equations but for its last step, which has more digits than the policy can keep. The steps before it are as
+    many as an equation has, so that the length alone does not tell.
+    """
+    before = [left for left, _ in random_chain(rng)[:-1]]
+    numbers = [rng.choice(range(low + 1, 10 * low)) for low in rng.choices((100, 1000), k=2)]
+    kind = rng.choice(("product", "sum", "difference", "money"))
+    if kind == "product":
+        last, value = f"{numbers[0]}*{numbers[1]}", numbers[0] * numbers[1]
+    elif kind == "money":
+        last, value = f"{numbers[0] / 100:.2f}*{numbers[1]}", Decimal(numbers[0]) / 100 * numbers[1]
+    else:
+        numbers = [rng.randint(10_001, 99_999) for _ in range(rng.choice((2, 2, 3)))]
+        sign = 1 if kind == "sum" else -1
+        value = numbers[0] + sign * sum(numbers[1:])
+        last = ("+" if kind == "sum" else "-").join(map(str, numbers))
+    prompt, answer = ";".join([*before, last]) + "=", f"{value}"
+    # A number that no completion can write, or a prompt too long for the policy, is drawn again.
+    return (prompt, answer) if value > 0 and len(prompt) <= MAX_PROMPT else too_hard(rng)
+
+
+def trivial() -> list[tuple[str, str]]:
+    """All sums, products and differences of two digits, such as `3+4=`."""
+    rows = []
+    for a in range(1, 10):
+        for b in range(1, 10):
+            rows += [(f"{a}+{b}=", str(a + b)), (f"{a}*{b}=", str(a * b))]
+            rows += [(f"{a}-{b}=", str(a - b))] if a > b else []
+    return rows
+
+
+def _mislabelled(pool: Pool, seed: int) -> Pool:
+    rng = random.Random(seed + 1)
+    wrong = np.zeros(len(pool.rows), bool)
+    wrong[rng.sample(range(len(wrong)), round(WRONG_SHARE * len(wrong)))] = True
+    answers = [_wrong(row["answer"], rng) if bad else row["answer"] for row, bad in zip(pool.rows, wrong, strict=True)]
+    rows = Dataset.from_dict({"prompt": pool.rows["prompt"], "answer": answers})
+    return Pool(rows, pool.kind, wrong)
+
+
+def _wrong(answer: str, rng: random.Random) -> str:
+    """Another number, of the kind that the policy writes by mistake."""
+    sign, digits = ("-", answer[1:]) if answer.startswith("-") else ("", answer)
+    while True:
+        other = sign + corrupt(digits, rng)
+        if Decimal(other) != Decimal(answer):  # 1.5 is no wrong answer for 1.50
+            return other
+
+
+def load_policy():
+    model = AutoModelForCausalLM.from_pretrained(POLICY, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(POLICY)
+
+
+def count_successes(model, tokenizer, rows: Dataset, samples: int, seed: int = 0) -> np.ndarray:
+    """Of every row, how many of `samples` completions at temperature 1 succeed, shape (N,)."""
+    torch.manual_seed(seed)
+    prompts = [prompt for prompt in rows["prompt"] for _ in range(samples)]
+    answers = [answer for answer in rows["answer"] for _ in range(samples)]
+    with torch.inference_mode():
+        completions = generate(model, tokenizer, prompts, do_sample=True, batch_size=256)
+    return np.array(equations_reward(completions, answers), np.int16).reshape(-1, samples).sum(1)
+
+
+def first_successes(rows: Dataset, samples: int, cache: Path | None, name: str) -> np.ndarray:
+    """Successes under the first policy, shape (N,), read from `cache` where it holds them."""
+    file = None if cache is None else cache / f"{name}-{len(rows)}x{samples}.npy"
+    if file is not None and file.is_file():
+        return np.load(file)
+    counts = count_successes(*load_policy(), rows, samples)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f"{os.getpid()}-{file.name}")
+        np.save(temporary, counts)
+        temporary.replace(file)
+    return counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset_path", type=Path)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/online"))
+    parser.add_argument("--pools", nargs="+", choices=POOLS, default=["hard", "clean"])
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    for name in arguments.pools:
+        pool = make_pool(name, arguments.dataset_path, arguments.seed, arguments.output_dir / "pools")
+        counts = count_successes(*load_policy(), pool.rows, 8)
+        lengths = np.array([len(prompt) for prompt in pool.rows["prompt"]])
+        print(f"{name}: {len(counts)} prompts, {(pool.wrong).mean():.2f} with wrong answers", flush=True)
+        for label, chosen in [("all", counts >= 0)] + [(kind, pool.kind == kind) for kind in set(pool.kind.tolist())]:
+            live, length = (counts[chosen] % 8 > 0).mean(), np.percentile(lengths[chosen], (5, 50, 95))
+            print(
+                f"  kind {label}: {chosen.sum()}, success {counts[chosen].mean() / 8:.3f}, live {live:.3f}, {length}"
+            )
+
+
+if __name__ == "__main__":
+    main()

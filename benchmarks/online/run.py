@@ -1,0 +1,282 @@
+"""
+One run of training: a schedule, a pool, a seed. What it reached on equations held out, and what it spent.
+
+    python benchmarks/online/run.py --dataset_path DIR --arm online --pool hard --seed 0
+
+writes runs/online/POOL/ARM-SEED.json; a run that is there already is left out, and one that was stopped begins again. --arms,
+--pools and --seeds take several, one after another; another call beside it takes other runs. DIR holds GSM8K's
+train.jsonl and test.jsonl. Without it generated chains stand in.
+
+`uniform` is stock GRPOTrainer, `refill` and the other methods are those of baselines.py. The policy trains as benchmarks/gsm8k_equations/grid.py trains it: LoRA, 16 prompts x 8 rollouts a step. On the pools `clean` and
+`clean-wrong` it is warmed up first, on 300 random prompts, the same for all arms.
+"""
+
+import argparse
+import copy
+import fcntl
+import json
+import os
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import PrinterCallback, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+from baselines import SCHEDULES, RefillingTrainer
+from equations import equations_reward
+from pools import MAX_COMPLETION, POOLS, load_policy, make_pool, read_equations
+from train_tiny_policy import generate
+
+from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler
+
+
+CHUNK, GROUP, SAMPLES, WARMUP_STEPS = 16, 8, 8, 19
+ONLINE = {"online": {}, "online without features": {"prompt_features": False}}
+ARMS = ("uniform", *SCHEDULES, "refill", *ONLINE)
+WARM_POOLS = ("clean", "clean-wrong")
+
+
+class Recorder:
+    """The reward, and the rows and successes of every group it was asked for: of training, all that was rolled out."""
+
+    __name__ = "equations_reward"
+
+    def __init__(self):
+        self.rows, self.successes, self.lengths, self.calls = [], [], [], []
+
+    def __call__(self, completions, answer, row, **kwargs):
+        rewards = equations_reward(completions, answer)
+        self.rows += row[::GROUP]
+        self.successes += np.array(rewards, int).reshape(-1, GROUP).sum(1).tolist()
+        self.lengths += np.array([len(text) for text in completions]).reshape(-1, GROUP).sum(1).tolist()
+        self.calls.append(len(self.rows))
+        return rewards
+
+    def rollouts(self):
+        return GROUP * len(self.rows)
+
+
+def look(model, tokenizer, rows) -> dict:
+    """Success on rows held out: greedy, at temperature 1, and of at least one of 8; mean length in tokens."""
+    if isinstance(model, PeftModel):
+        model = copy.deepcopy(model).merge_and_unload()  # faster; the copy leaves the one in training as it is
+    modes, state = model.training, torch.get_rng_state()
+    torch.manual_seed(0)
+    prompts, answers = list(rows["prompt"]), list(rows["answer"])
+    with torch.no_grad():
+        texts = generate(model, tokenizer, [prompt for prompt in prompts for _ in range(SAMPLES)], do_sample=True)
+        greedy = generate(model, tokenizer, prompts, do_sample=False)
+    sampled = np.array(equations_reward(texts, [answer for answer in answers for _ in range(SAMPLES)]))
+    sampled = sampled.reshape(-1, SAMPLES)
+    torch.set_rng_state(state)
+    model.train(modes)
+    return {
+        "sampled": round(float(sampled.mean()), 4),
+        "greedy": round(float(np.mean(equations_reward(greedy, answers))), 4),
+        f"pass@{SAMPLES}": round(float((sampled.max(1) > 0).mean()), 4),
+        "length": round(float(np.mean([len(text) + 1 for text in texts])), 2),  # with the end token
+    }
+
+
+class Looks(TrainerCallback):
+    """Looks after some steps, and ends training where the rollouts of the budget are spent."""
+
+    def __init__(self, tokenizer, rows, recorder, steps, budget):
+        self.tokenizer, self.rows, self.recorder, self.steps, self.budget = tokenizer, rows, recorder, steps, budget
+        self.looks, self.away, self.started = [], 0.0, time.perf_counter()
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.started = time.perf_counter()
+        self.look(0, model)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        spent = self.recorder.rollouts() >= self.budget
+        if state.global_step in self.steps or spent:
+            self.look(state.global_step, model)
+        control.should_training_stop |= spent
+
+    def look(self, step, model):
+        now = time.perf_counter()
+        seconds = round(now - self.started - self.away, 1)
+        measured = look(model, self.tokenizer, self.rows)
+        self.looks.append({"step": step, "rollouts": self.recorder.rollouts(), "seconds": seconds, **measured})
+        self.away += time.perf_counter() - now
+
+
+def build_trainer(arm, adapter, rows, reward, steps, seed, folder, learning_rate, callbacks):
+    model, tokenizer = load_policy()
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    if adapter is not None:
+        model, lora = PeftModel.from_pretrained(model, adapter, is_trainable=True), None
+    args = GRPOConfig(
+        output_dir=str(folder),
+        use_cpu=not torch.cuda.is_available(),
+        bf16=False,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=GROUP * CHUNK,
+        num_generations=GROUP,
+        max_completion_length=MAX_COMPLETION,
+        learning_rate=learning_rate,
+        lr_scheduler_type="constant",
+        beta=0.0,
+        max_steps=steps,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+        dataloader_pin_memory=False,
+        seed=seed,
+    )
+    kwargs = {}
+    if arm in SCHEDULES:
+        config = LearnAlignConfig(write_report=False)
+        kwargs["train_sampler"] = LearnAlignSampler(config, schedule=SCHEDULES[arm](config))
+    elif arm in ONLINE:
+        config = LearnAlignConfig(schedule="online", write_report=False, **ONLINE[arm])
+        kwargs["train_sampler"] = LearnAlignSampler(config)
+    kind = LearnAlignGRPOTrainer if kwargs else RefillingTrainer if arm == "refill" else GRPOTrainer
+    trainer = kind(
+        model=model,
+        reward_funcs=reward,
+        args=args,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=lora,
+        callbacks=callbacks,
+        **kwargs,
+    )
+    trainer.remove_callback(PrinterCallback)
+    if arm == "refill":
+        trainer.fresh = fresh_rows(rows, seed)
+    return trainer
+
+
+def fresh_rows(rows, seed):
+    """Prompts that training has not drawn: from the other end of the same kind of random order."""
+    order = np.random.default_rng(seed).permutation(len(rows))
+    place = 0
+
+    def fresh(number):
+        nonlocal place
+        chosen = [rows[int(order[(place + i) % len(order)])] for i in range(number)]
+        place += number
+        return chosen
+
+    return fresh
+
+
+def warm_up(seed, rows, arguments) -> Path:
+    """The adapter after the warm-up. Of several processes that need it one makes it, and the others wait."""
+    path = arguments.output_dir / f"warm-{seed}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (path / "adapter_config.json").is_file():
+            with TemporaryDirectory() as folder:
+                recorder = Recorder()
+                trainer = build_trainer("uniform", None, rows, recorder, WARMUP_STEPS, seed, folder, 1e-3, [])
+                trainer.train()
+                trainer.model.save_pretrained(path)
+    return path
+
+
+def run(arm, name, seed, arguments) -> dict:
+    pool = make_pool(name, arguments.dataset_path, seed, arguments.output_dir / "pools")
+    test = read_equations(arguments.dataset_path)[1]
+    test = test.select(range(min(arguments.test, len(test))))
+    rows = pool.rows.add_column("row", list(range(len(pool.rows))))
+    adapter = None
+    if name in WARM_POOLS:
+        clean = make_pool("clean", arguments.dataset_path, seed).rows
+        adapter = warm_up(seed, clean.add_column("row", list(range(len(clean)))), arguments)
+    steps, recorder = arguments.steps, Recorder()
+    looks = Looks(
+        load_policy()[1], test, recorder, {round(steps * i / 4) for i in (1, 2, 3, 4)}, steps * CHUNK * GROUP
+    )
+    with TemporaryDirectory() as folder:
+        trainer = build_trainer(arm, adapter, rows, recorder, steps, seed, folder, arguments.learning_rate, [looks])
+        trainer.train()
+        logs = trainer.state.log_history
+        result = {"suspects": suspects(trainer, pool)} if arm in ONLINE and pool.wrong.any() else {}
+    successes, trained = np.array(recorder.successes), np.array(recorder.rows)
+    live = (successes > 0) & (successes < GROUP)
+    names = sorted({key for log in logs for key in log if key.startswith("learnalign/")})
+    return (
+        result
+        | {
+            "looks": looks.looks,
+            "live": [
+                int(part.sum()) for part in np.split(live, recorder.calls[:-1])
+            ],  # groups, of each batch generated
+            "groups": [len(part) for part in np.split(live, recorder.calls[:-1])],
+            "live_share": round(float(live.mean()), 4),
+            "distinct": len(set(trained.tolist())),
+            "rollouts": recorder.rollouts(),
+            "kinds": [int((pool.kind[trained] == kind).sum()) for kind in (0, 1, 2)],
+            "wrong": int(pool.wrong[trained].sum()),
+            "completion_length": round(sum(recorder.lengths) / recorder.rollouts(), 2),
+            "logged": {key: [log[key] for log in logs if key in log] for key in names},
+        }
+    )
+
+
+def suspects(trainer, pool) -> dict:
+    """Of the prompts that the schedule suspects, most suspicious first: how many have wrong answers."""
+    rows = trainer._learnalign.sampler.schedule.suspects()[0]
+    return {str(first): int(pool.wrong[rows[:first]].sum()) for first in sorted({10, 30, 100, 300, len(rows)})}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset_path", type=Path)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/online"))
+    parser.add_argument("--arms", "--arm", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--pools", "--pool", nargs="+", choices=POOLS, default=["hard"])
+    parser.add_argument("--seeds", "--seed", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--steps", type=int, default=125)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--test", type=int, default=1301, help="only the first rows of the test")
+    arguments = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    conditions = {
+        "data": "generated chains" if arguments.dataset_path is None else "equations of GSM8K",
+        "steps": arguments.steps,
+        "learning_rate": arguments.learning_rate,
+        "test": arguments.test,
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")},
+    }
+    for name, seed, arm in [(n, s, a) for n in arguments.pools for s in arguments.seeds for a in arguments.arms]:
+        file = arguments.output_dir / name / f"{arm.replace(' ', '-')}-{seed}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file.with_suffix(".lock"), "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue  # another process has it
+            if file.is_file():
+                if json.loads(file.read_text())["conditions"] != conditions:
+                    sys.exit(f"'{file}' was made under other conditions. Pass another --output_dir, or move it away.")
+                continue
+            result = {"arm": arm, "pool": name, "seed": seed, "conditions": conditions} | run(
+                arm, name, seed, arguments
+            )
+            temporary = file.with_suffix(f".{os.getpid()}.tmp")
+            temporary.write_text(json.dumps(result) + "\n")
+            temporary.replace(file)
+        last = result["looks"][-1]
+        print(f"{name}, {arm}, seed {seed}: {last['sampled']:.4f}, live {result['live_share']:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
