@@ -152,6 +152,13 @@ class Host(ABC):
         """
         return [list(ids) for ids in self.trainer._tokenize_prompts([row["prompt"] for row in rows])[0]]
 
+    @property
+    def changes_prompts(self) -> str | None:
+        """What makes of the prompt of a row something that only a rollout shows; `None` where nothing does."""
+        if getattr(self.trainer, "rollout_func", None) is not None:
+            return "a `rollout_func` makes of a prompt what only it knows"
+        return "an environment begins every rollout" if getattr(self.trainer, "environment_factories", None) else None
+
     @contextmanager
     def left_as_found(self, num_rollouts: int) -> Iterator[None]:
         """
