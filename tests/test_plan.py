@@ -16,8 +16,8 @@ from tiny import Seen, assert_same_weights, config, digit_reward, make_trainer, 
 from trl_learnalign import LearnAlignConfig, Selection, select_prompts
 from trl_learnalign.disk import digest
 from trl_learnalign.plan import estimate_line, plan_lines, rollouts_text, warmup_warning
+from trl_learnalign.runs import load_run
 from trl_learnalign.schedules.staged import Version
-from trl_learnalign.selection import load_run
 
 
 GSM8K = replace(
@@ -241,7 +241,7 @@ def test_a_finished_run_is_trained_longer_with_max_steps(run, tmp_path, capsys):
 def test_a_staged_run_whose_reselect_every_changed_is_one_run(run, tmp_path, capsys):
     shutil.copytree(run[1], tmp_path / "run")
     trainer, text = resumed(tmp_path / "run", 4, config(reselect_every=1), capsys)
-    stages = [one.provenance["stage"] for one in load_run(tmp_path / "run").values()]
+    stages = [one.provenance["stage"] for one in load_run(tmp_path / "run")]
     assert stages == list(range(len(trainer._get_train_sampler().log) - 1)) and len(stages) > 1
     assert "LearnAlign, step 5: selecting" in text
 

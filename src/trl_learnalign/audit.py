@@ -7,7 +7,7 @@ import pyarrow as pa
 import torch
 
 from .prompts import prompt_text
-from .selection import MOST_CHARACTERS, MOST_ROWS
+from .samples import extremes, shortened, shown
 
 
 _ROLLOUTS_SCHEMA = pa.schema(
@@ -42,11 +42,6 @@ def rollouts_table(own, pool, peers) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=_ROLLOUTS_SCHEMA)
 
 
-def shortened(text: str) -> str:
-    """The first `MOST_CHARACTERS` of a text, with a mark where it goes on."""
-    return text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + "\u2026"
-
-
 def texts_table(host, dataset, selection, own, peers) -> pa.Table | None:
     """
     The prompts that a report shows, with a completion of the highest- and the lowest-ranked learnable ones; `None` on
@@ -55,13 +50,10 @@ def texts_table(host, dataset, selection, own, peers) -> pa.Table | None:
     Rows without a prompt, which an environment supplies, are shown by the prompt of their first rollout, or, where
     nothing was rolled out, by their columns.
     """
-    shown = {index for indices in selection.extremes() for index in indices}
-    indices = selection.to_pandas().index.tolist()
-    if len(indices) > MOST_ROWS:
-        indices = indices[: MOST_ROWS // 2] + indices[-MOST_ROWS // 2 :]
-    listed = shown.union(indices)
+    ends = {index for indices in extremes(selection) for index in indices}
+    listed = ends.union(shown(selection))
     named = "prompt" in dataset.column_names
-    completions = {group.index: _first_completion(host, group) for group in own if group.index in shown}
+    completions = {group.index: _first_completion(host, group) for group in own if group.index in ends}
     supplied = {} if named else {group.index: host.text(group.prompt_ids[0]) for group in own if group.index in listed}
     gathered = zip(*peers.gather((completions, supplied)), strict=True)
     completions, supplied = (dict(itertools.chain(*(part.items() for part in parts))) for parts in gathered)

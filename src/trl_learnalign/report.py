@@ -13,7 +13,10 @@ import pyarrow.parquet as pq
 from . import figures
 from .advice import selection_warning
 from .disk import make_directory, write_atomically
-from .selection import MOST_CHARACTERS, MOST_ROWS, OUTCOME_LABELS, TEXTS_FILE, load_run
+from .runs import load_last
+from .samples import extremes, most_characters, rows_of, shares, shortened, shown
+from .selection import TEXTS_FILE
+from .summaries import OUTCOME_LABELS, how
 
 
 REPORT_FILE = "report.html"
@@ -53,10 +56,10 @@ def write_report(path: str | os.PathLike, until: int | None = None) -> Path:
         `FileNotFoundError`: no finished selection is there.
         `ValueError`: one of them is damaged.
     """
-    run = load_run(path, until)
-    steps, selections = list(run), list(run.values())
-    directory = Path(path) if steps[0] == Path(path) else steps[0].parent
-    drawings = figures.drawings(selections)
+    selection, stages = load_last(path, until)
+    step = stages[-1].path
+    directory = step if step == Path(path) else step.parent
+    drawings = figures.drawings(selection, stages)
     folder = directory / "figures"
     make_directory(folder)
     embedded = {}
@@ -64,7 +67,7 @@ def write_report(path: str | os.PathLike, until: int | None = None) -> Path:
         light, dark = drawing.png(), drawing.png(dark=True)
         write_atomically(folder / f"{drawing.name}.png", lambda temporary, data=light: temporary.write_bytes(data))
         embedded[drawing.name] = light, dark
-    page = _page(selections, _texts(steps[-1]), drawings, embedded)
+    page = _page(selection, stages, _texts(step), drawings, embedded)
     target = directory / REPORT_FILE
     write_atomically(target, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     return target
@@ -80,29 +83,25 @@ def _texts(step: Path) -> dict[int, dict]:
 # The page ----------------------------------------------------------------------------------------------------------
 
 
-def _page(selections, texts, drawings, embedded) -> str:
-    selection = selections[-1]
+def _page(selection, stages, texts, drawings, embedded) -> str:
     provenance = selection.provenance
     random = provenance["config"]["score"] == "random"
-    table = selection.scores.to_pandas().sort_values("rank")
-    shown = table if len(table) <= MOST_ROWS else table.iloc[[*range(MOST_ROWS // 2), *range(-MOST_ROWS // 2, 0)]]
-    ends = "first and the last {} of the random order" if random else "{} highest- and the {} lowest-ranked"
+    table = rows_of(selection, shown(selection))
+    characters = most_characters(len(table))
     parts = {
         "title": f"LearnAlign: {len(selection.indices):,} of {selection.num_pool():,} prompts",
         "subtitle": f"{provenance['model']}, optimizer step {provenance['global_step']}, "
-        + f"{'chosen' if random else 'ranked'} {selection.how()}",
-        "shown": f"{len(shown):,} prompts."
-        if len(shown) == len(table)
-        else f"The {ends.replace('{}', f'{MOST_ROWS // 2:,}')} of {len(table):,} prompts; scores.parquet has all.",
-        "cut": f"Those of more than {MOST_CHARACTERS:,} characters are cut and end with \u201c\u2026\u201d."
-        if any(len(text["prompt"]) > MOST_CHARACTERS for text in texts.values())
+        + f"{'chosen' if random else 'ranked'} {how(selection)}",
+        "shown": _shown(selection, len(table)),
+        "cut": f"Those of more than {characters:,} characters are cut and end with \u201c\u2026\u201d."
+        if any(len(text["prompt"]) > characters for text in texts.values())
         else "",
         "why": "Some of the prompts" if random else "The highest- and the lowest-ranked prompts that may be chosen",
     }
     parts = {name: html.escape(text) for name, text in parts.items()}
     rolled_out = "rollouts" in selection.measures
     nothing = (
-        "Nothing could be measured." if rolled_out else f"Prompts were chosen {selection.how()}: nothing was measured."
+        "Nothing could be measured." if rolled_out else f"Prompts were chosen {how(selection)}: nothing was measured."
     )
     filters = {"all": "all prompts", "chosen": "chosen"}
     filters |= (
@@ -112,11 +111,11 @@ def _page(selections, texts, drawings, embedded) -> str:
         "facts": _facts(selection),
         "notes": _notes(selection),
         "figures": "\n".join(_figure(drawing, *embedded[drawing.name]) for drawing in drawings) or f"<p>{nothing}</p>",
-        "stages": _stages(selections),
-        "extremes": _extremes(selection, table, texts),
+        "stages": _stages(stages),
+        "extremes": _extremes(selection, texts),
         "filters": "".join(f'<option value="{name}">{label}</option>' for name, label in filters.items()),
         "provenance": _provenance(provenance),
-        "data": _data(shown, texts, selection),
+        "data": _data(table, texts, selection, characters),
     }
     page = resources.files(__package__).joinpath("report_template.html").read_text(encoding="utf-8")
     pieces = page.split("{{")
@@ -125,6 +124,18 @@ def _page(selections, texts, drawings, embedded) -> str:
         name, rest = piece.split("}}", 1)
         filled += [parts[name], rest]
     return "".join(filled)
+
+
+def _shown(selection, num_rows) -> str:
+    """Which prompts the page holds."""
+    if num_rows == selection.scores.num_rows:
+        return f"{num_rows:,} prompts."
+    (most, end), chosen = shares(), len(selection.indices)
+    first = f"first {most:,} of the {chosen:,}" if chosen > most else f"{chosen:,}"
+    return (
+        f"A sample of {num_rows:,} of {selection.scores.num_rows:,} prompts: the {first} chosen, the {end:,} highest- and the "
+        f"{end:,} lowest-ranked that may be chosen, and a random part of the others. scores.parquet has all."
+    )
 
 
 def _facts(selection) -> str:
@@ -191,14 +202,14 @@ def _table(name, columns, rows, caption="") -> str:
     )
 
 
-def _stages(selections) -> str:
-    if len(selections) < 2:
+def _stages(stages) -> str:
+    if len(stages) < 2:
         return ""
-    outcomes = list(selections[-1].outcomes())
+    outcomes = list(stages[-1].outcomes)
     rows = []
-    for selection, kept in zip(selections, figures.overlaps(selections), strict=True):
-        counts = (selection.provenance["global_step"], len(selection.indices), selection.num_learnable())
-        means = [_number(mean, 3) for name in outcomes for mean in selection.outcomes()[name]]
+    for stage, kept in zip(stages, figures.overlaps(stages), strict=True):
+        counts = (stage.provenance["global_step"], len(stage.indices), stage.num_learnable)
+        means = [_number(mean, 3) for name in outcomes for mean in stage.outcomes[name]]
         rows.append([*(f"{count:,}" for count in counts), *means, _MISSING if kept is None else f"{kept:.0%}"])
     labels = [f"{OUTCOME_LABELS[name]}, {of}" for name in outcomes for of in ("pool", "chosen")]
     columns = ["step", "chosen", "learnable", *labels, "also chosen before"]
@@ -206,14 +217,15 @@ def _stages(selections) -> str:
     return f'<h2 id="stages">{title}</h2>' + _table(title, columns, rows, "Oldest first.")
 
 
-def _extremes(selection, table, texts) -> str:
+def _extremes(selection, texts) -> str:
     """The ten highest-ranked and the ten lowest-ranked that are learnable, with a completion each; of a random order, its two ends."""
-    ends = selection.extremes()
+    ends = extremes(selection)
     if not ends[0]:
         return "<p>There are no such prompts.</p>"
     if not texts:
         return "<p>The texts of the prompts were not kept.</p>"
     random = selection.provenance["config"]["score"] == "random"
+    table = rows_of(selection, [*ends[0], *ends[1]])
     columns = {"rank": ("rank", 0)}
     columns |= {
         key: (label, digits)
@@ -273,7 +285,7 @@ def _columns(selection, table) -> list[tuple]:
     ]
 
 
-def _data(table, texts, selection) -> str:
+def _data(table, texts, selection, characters) -> str:
     """The rows of the table as JSON that is safe inside a script element."""
     columns = [
         {"key": key, "label": label, "digits": digits, "first": "high" if high else "low", "text": key == "prompt"}
@@ -282,7 +294,8 @@ def _data(table, texts, selection) -> str:
     values = []
     for column in columns:
         if column["key"] == "prompt":
-            values.append([texts.get(index, {}).get("prompt") for index in table["index"]])
+            prompts = (texts[index]["prompt"] if index in texts else None for index in table["index"])
+            values.append([text if text is None else shortened(text, characters) for text in prompts])
         else:
             cells = table[column["key"]].tolist()
             values.append([None if cell is None or cell != cell else _short(cell) for cell in cells])

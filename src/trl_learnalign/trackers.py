@@ -5,7 +5,8 @@ import logging
 
 import numpy as np
 
-from .selection import MOST_ROWS, load_run
+from .runs import load_run
+from .samples import rows_of, shown
 
 
 logger = logging.getLogger(__name__)
@@ -66,8 +67,8 @@ def log_media(trainer, selection) -> None:
         return
     step = selection.provenance["global_step"]
     try:
-        images = _images(trainer.args.output_dir, step) if selection.provenance["config"]["write_report"] else {}
-        table = selection.to_pandas().reset_index().head(MOST_ROWS)
+        images = _images(trainer.args.output_dir, selection) if selection.provenance["config"]["write_report"] else {}
+        table = rows_of(selection, shown(selection))
         for name, log in (("tensorboard", _to_tensorboard), ("wandb", _to_wandb), ("trackio", _to_trackio)):
             if name in used:
                 log(trainer, table, images, step)
@@ -78,16 +79,16 @@ def log_media(trainer, selection) -> None:
         )
 
 
-def _images(output_dir, step) -> dict:
+def _images(output_dir, selection) -> dict:
     """The figures of the run so far as PIL images, by name."""
     from PIL import Image  # which comes with matplotlib
 
     from .figures import drawings
 
-    selections = list(load_run(output_dir, until=step).values())
+    stages = load_run(output_dir, until=selection.provenance["global_step"])
     return {
         f"learnalign/figures/{drawing.name}": Image.open(io.BytesIO(drawing.png())).convert("RGB")
-        for drawing in drawings(selections)
+        for drawing in drawings(selection, stages)
     }
 
 

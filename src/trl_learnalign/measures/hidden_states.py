@@ -49,8 +49,10 @@ class PromptFeatures:
 
 def reason_against(host: Host) -> str | None:
     """Why the prompts of this trainer have no hidden states that could be computed beforehand; `None` if they have."""
-    if host.changes_prompts is not None:
-        return host.changes_prompts
+    if host.rollout_func is not None:
+        return "a `rollout_func` makes of a prompt what only it knows"
+    if host.environments:
+        return "an environment adds to a prompt when it begins"
     if "prompt" not in host.dataset.column_names:
         return "the training dataset has no column `prompt`"
     if {"image", "images"} & set(host.dataset.column_names):

@@ -51,7 +51,9 @@ class History:
     def count(self, predicted, observed, uniform, live, visits) -> None:
         """Counts the groups of a chunk, all arguments of shape `(n,)`; `visits` before this one."""
         bins = np.minimum((predicted * BINS).astype(int), BINS - 1)
-        np.add.at(self.calibration, (uniform.astype(int), bins), np.stack([np.ones(len(bins)), predicted, observed], 1))
+        np.add.at(
+            self.calibration, (uniform.astype(int), bins), np.stack([np.ones(len(bins)), predicted, observed], 1)
+        )
         places = np.minimum(visits, VISITS - 1)
         np.add.at(self.by_visit, places, np.stack([np.ones(len(places)), observed, live], 1))
 

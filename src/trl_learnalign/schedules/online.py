@@ -104,7 +104,9 @@ class OnlineSchedule(Schedule):
         self.ready = np.zeros(size, np.int32)  # the chunk from which on a prompt may come again
         self.solved = np.zeros(size, np.uint8)  # visits in a row in which all rollouts succeeded
         self.failed = np.zeros(size, np.uint8)  # visits in a row in which none did
-        self.surprise = np.zeros(size, np.float32)  # -log of the probability of failures only, as was predicted; 0 once solved
+        self.surprise = np.zeros(
+            size, np.float32
+        )  # -log of the probability of failures only, as was predicted; 0 once solved
         self.completions: dict[int, str] = {}  # of suspects, by row
         self.reward_range = [math.inf, -math.inf]
         self.drawn: dict[int, _Drawn] = {}
@@ -113,7 +115,9 @@ class OnlineSchedule(Schedule):
         self.choosing = False
         self.headroom = 1.0
         self.without_headroom = 0
-        self.skill_sums = np.zeros(4)  # of uniform draws: squared errors of the predictor and of the mean, successes, draws
+        self.skill_sums = np.zeros(
+            4
+        )  # of uniform draws: squared errors of the predictor and of the mean, successes, draws
         self.history = History()
         self._random = RandomOrder(len(self.pool), self.layout.seed, self.layout.shuffle)
         seed = self.config.selection_seed
@@ -147,7 +151,9 @@ class OnlineSchedule(Schedule):
             unseen = ~np.isin(candidates, rows)
             resting = (self.solved[candidates] > 0) | (self.failed[candidates] > 0)
             review = np.flatnonzero(rested & resting & unseen)
-            review = review[np.lexsort((review, self.ready[candidates[review]]))][: _rounded(REVIEW * number, generator)]
+            review = review[np.lexsort((review, self.ready[candidates[review]]))][
+                : _rounded(REVIEW * number, generator)
+            ]
             best = ranked[(rested & unseen)[ranked]]
             # Where too few have rested, those that have rested longest
             others = np.flatnonzero(unseen & ~rested)
@@ -330,7 +336,15 @@ class OnlineSchedule(Schedule):
     def metrics(self):
         """See [`Schedule`]."""
         latest = self.history.latest()
-        names = "live_fraction", "predicted_success", "observed_success", "pool_success", "skill", "headroom", "retired"
+        names = (
+            "live_fraction",
+            "predicted_success",
+            "observed_success",
+            "pool_success",
+            "skill",
+            "headroom",
+            "retired",
+        )
         values = {name: latest[name] for name in names if name in latest}
         return values | {"suspects": float(len(self.suspects()[0]))}
 
