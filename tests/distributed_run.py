@@ -134,7 +134,7 @@ def main(task, path):
     match task:
         case "select":  # a pool that divides neither by the batches nor by the processes
             trainer = make_trainer(path, reward=seen, dataset=make_dataset(23), **kwargs)
-            result["indices"] = select_prompts(trainer, config(projection_dim=1024)).indices
+            result["indices"] = select_prompts(trainer, config(projection_dim=1024, save_rollouts=True)).indices
         case "select for a target":  # which is rolled out by all processes, too
             trainer = make_trainer(path, reward=seen, dataset=make_dataset(23), **kwargs)
             target = make_dataset(23).select(range(1, 20, 3)).add_column("task", list("abcabca"))

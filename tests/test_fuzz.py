@@ -19,7 +19,8 @@ from transformers import TrainerState
 
 from trl_learnalign import LearnAlignConfig, Selection, select_prompts
 from trl_learnalign.groups import Group
-from trl_learnalign.journal import Journal
+from trl_learnalign.measures.records import decode, encode
+from trl_learnalign.store import Log, prepare
 
 
 FIELDS = {field.name: field.default for field in dataclasses.fields(LearnAlignConfig)}
@@ -113,52 +114,45 @@ PROMPTS = [np.array([4, 5], np.int32)] * 2, [np.array([4], np.int32), np.array([
 
 @QUIET
 @given(st.data())
-def test_journal(tally, data):
-    tally["nonsense: files of journals"] += 1
-    group = Group(
-        index=3,
-        prompt_ids=data.draw(st.sampled_from(PROMPTS)),
-        completion_ids=[np.array([6], np.int32), np.array([7, 8], np.int32)],
-        loss_masks=[np.array([1], np.int8), np.array([1, 0], np.int8)],
-        completions=["a", [{"role": "assistant", "content": "b"}]],
-        rewards=np.array([[1.0], [0.0]], np.float32),
-        penalties=np.array([0.0, 0.5], np.float32),
-    )
+def test_logs(tally, data):
+    """Of a damaged file nothing but whole originals is ever read, and what is appended afterwards is there."""
+    tally["nonsense: files of measures"] += 1
+    prompt = data.draw(st.sampled_from(PROMPTS))
+    groups = [
+        Group(
+            index=index,
+            prompt_ids=prompt,
+            completion_ids=[np.array([6], np.int32), np.array([7, 8], np.int32)],
+            loss_masks=[np.array([1], np.int8), np.array([1, index % 2], np.int8)],
+            completions=["a", [{"role": "assistant", "content": "b"}]],
+            rewards=np.array([[1.0], [index]], np.float32),
+            penalties=np.array([0.0, 0.5], np.float32),
+        )
+        for index in (3, 4, 5)
+    ]
     features = torch.randn(2, 8)
     with tempfile.TemporaryDirectory() as directory:
-        journal = Journal(Path(directory) / "journal", "key", True)
-        journal.save_groups([group])
-        journal.save_features("0a", features)
-        file = data.draw(st.sampled_from(sorted(journal.path.iterdir())))
+        prepare(path := Path(directory) / "log", "key")
+        log = Log(path, "key", 0)
+        log.append([(group.index, encode(group)) for group in groups])
+        log.append([(99, features.numpy())])
+        log.close()
+        file = data.draw(st.sampled_from(sorted(path.iterdir())))
         content = file.read_bytes()
         file.write_bytes(damaged(data, content))
-        if file.name != "manifest.json":
-            # Either way nothing but the whole original is ever read
-            groups, read = journal.load_groups([3], (2, 1)), journal.load_features("0a", (2, 8))
-            if groups is not None:
-                np.testing.assert_equal(vars(groups[0]), vars(group))
-            assert read is None or torch.equal(read, features)
-        elif file.read_bytes() != content:
-            again = Journal(Path(directory) / "journal", "key", True)
-            if again.load_groups([3], (2, 1)) is not None:
-                assert json.loads((journal.path / "manifest.json").read_text())["key"] == "key"
-
-
-def test_a_file_of_another_batch_is_not_read(tmp_path):
-    journal = Journal(tmp_path / "journal", "key", True)
-    journal.save_features("0a", torch.ones(2, 8))
-    journal._features_file("0a").rename(journal._features_file("0b"))
-    assert journal.load_features("0b", (2, 8)) is None
-    other = Journal(tmp_path / "other", "another key", True)
-    other.save_features("0a", torch.ones(2, 8))
-    other._features_file("0a").rename(journal._features_file("0a"))
-    assert journal.load_features("0a", (2, 8)) is None
-    ids, mask = np.array([6], np.int32), np.array([1], np.int8)
-    other.save_groups([Group(3, [ids], [ids], [mask], ["a"], np.ones((1, 1), np.float32), np.ones(1, np.float32))])
-    other._groups_file([3]).rename(journal._groups_file([3]))
-    assert journal.load_groups([3], (1, 1)) is None
-    journal.save_groups([Group(3, [ids], [ids], [mask], ["a"], np.ones((1, 1), np.float32), np.ones(1, np.float32))])
-    assert journal.load_groups([3], (1, 1)) is not None
+        prepare(path, "key")
+        again = Log(path, "key", 0)
+        for reader in (log, again):  # one that was open before, and one that looks anew
+            for group in groups:
+                payload = reader.read(group.index)
+                if payload is not None:
+                    np.testing.assert_equal(vars(decode(payload, completions=True)), vars(group))
+            mapped = reader.map(99)
+            assert mapped is None or torch.equal(torch.frombuffer(mapped, dtype=torch.float32), features.flatten())
+        again.append([(group.index, encode(group)) for group in groups])
+        for reader in (again, Log(path, "key", 1)):
+            for group in groups:
+                np.testing.assert_equal(vars(decode(reader.read(group.index), completions=True)), vars(group))
 
 
 JSON = st.recursive(

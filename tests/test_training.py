@@ -21,6 +21,7 @@ from torch.utils.data import Sampler
 from trl import GRPOTrainer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignMixin, LearnAlignSampler, Selection, select_prompts
+from trl_learnalign.measures import gradients
 
 
 class Fixed(Sampler):
@@ -182,7 +183,7 @@ class Killed(Exception):
 
 def killed_at(point, monkeypatch):
     """Makes a run stop as if killed: in the rollouts, before the gradients, or after the files are written."""
-    from trl_learnalign import features, selector
+    from trl_learnalign import selector
     from trl_learnalign.host import generation
 
     calls = {"left": 2}
@@ -200,7 +201,7 @@ def killed_at(point, monkeypatch):
         case "rollouts":
             monkeypatch.setattr(generation, "generate_groups", after(generation.generate_groups))
         case "gradients":
-            monkeypatch.setattr(features.FeatureSource, "_collect", after(features.FeatureSource._collect))
+            monkeypatch.setattr(gradients.GradientFeatures, "_collect", after(gradients.GradientFeatures._collect))
         case "after":
             publish = selector.SelectionRun._publish
 
@@ -305,18 +306,16 @@ def test_a_selection_is_made_again_where_it_would_be_another(tmp_path, first, se
     assert not (step / "rollouts.parquet").exists()  # those of the selection that was replaced
 
 
-def test_features_lost_between_the_passes_are_an_error_not_a_score(tmp_path, monkeypatch):
-    from trl_learnalign.features import FeatureSource
-
-    weighted_sum = FeatureSource.weighted_sum
+def test_features_lost_between_sum_and_scores_are_an_error_not_a_score(tmp_path, monkeypatch):
+    weighted_sum = gradients.GradientFeatures.weighted_sum
 
     def lose_one(self, weights):
         total = weighted_sum(self, weights)
-        next(self.journal.path.glob("features-*")).write_bytes(b"")
+        next(self.log.path.glob("*.log")).write_bytes(b"")
         return total
 
     with monkeypatch.context() as patch:
-        patch.setattr(FeatureSource, "weighted_sum", lose_one)
+        patch.setattr(gradients.GradientFeatures, "weighted_sum", lose_one)
         with pytest.raises(RuntimeError, match="features of .* prompts could not be read back"):
             select_prompts(make_trainer(tmp_path), config())
     assert not list(tmp_path.glob("learnalign/*/selection.json"))

@@ -259,7 +259,7 @@ class _SelectOnce(LearnAlignCallback):
         self.trainer.control.should_training_stop = True
         if self.adapter is not None:
             self.trainer.save_model(self.adapter)
-        self.selections.append(select_at_stage(self.trainer, self.config, 0))
+        self.selections.append(select_at_stage(self.trainer, self.config, 0, keep_measures=True))
 
 
 def _after_warmup(trainer: GRPOTrainer, config: LearnAlignConfig, script: SelectArguments) -> Selection:

@@ -19,6 +19,7 @@ from ..rewards import source_of
 from . import generation, taps
 from .checks import check_selection, check_trainer
 from .generation import NoLogps
+from .memory import Halving
 from .names import check_names
 from .objective import policy
 from .weights import weights_digest
@@ -33,6 +34,7 @@ class Host(ABC):
 
     Attributes:
         trainer: as it was passed.
+        halving ([`Halving`]): how many rollouts fit into the memory at once.
         names (`tuple[str, ...]`): undocumented names of the trainer that are used here.
         settings (`tuple[str, ...]`): attributes that rollouts and gradients depend on.
         arguments (`tuple[str, ...]`): fields of `args` that they depend on.
@@ -45,6 +47,7 @@ class Host(ABC):
     def __init__(self, trainer: Trainer):
         check_names(trainer, self.names)
         self.trainer = trainer
+        self.halving = Halving()
 
     # What it is -------------------------------------------------------------------------------------------------
 
@@ -118,9 +121,8 @@ class Host(ABC):
         settings["adapters"] = {
             name: [getattr(one, field, None) for field in _SCALING] for name, one in adapters.items()
         }
-        factories = getattr(self.trainer, "environment_factories", None) or {}
-        rollout_func = getattr(self.trainer, "rollout_func", None)
-        code = [*(getattr(self.trainer, "tools", None) or ()), *factories.values(), rollout_func]
+        tools = getattr(self.trainer, "tools", None) or ()
+        code = [*tools, *(self.environments or {}).values(), self.rollout_func]
         settings["code"] = [source_of(part) for part in code if part is not None]
         rewards = dict(zip(self.reward_names, map(source_of, self.trainer.reward_funcs), strict=True))
         return {"generation": settings, "rewards": rewards}
@@ -141,6 +143,16 @@ class Host(ABC):
 
     # Prompts and rollouts ---------------------------------------------------------------------------------------
 
+    @property
+    def environments(self) -> dict | None:
+        """The user's factories of environments by name, `None` without; they add to a prompt when they begin."""
+        return getattr(self.trainer, "environment_factories", None)
+
+    @property
+    def rollout_func(self) -> Callable | None:
+        """A function of the user's that makes of prompts what it likes, completions included."""
+        return getattr(self.trainer, "rollout_func", None)
+
     def text(self, ids: Sequence[int]) -> str:
         """Tokens as text."""
         return self.trainer._tokenizer.decode(ids, skip_special_tokens=True)
@@ -148,8 +160,16 @@ class Host(ABC):
     def prompt_ids(self, rows: list[dict]) -> list[list[int]]:
         """
         The prompt tokens of rows of the dataset, as training makes them: with the chat template, and the tools in it. Not
-        what an environment adds when it begins, nor what a `rollout_func` makes of a prompt.
+        what an environment adds when it begins, nor what a `rollout_func` makes of a prompt; of images nothing.
+
+        Raises:
+            `ValueError`: the rows have no prompt, which an environment supplies.
         """
+        if not all("prompt" in row for row in rows):
+            raise ValueError(
+                "There are no prompt tokens before the environment begins: the training dataset has no column `prompt`. Give it "
+                "one, or do without features of the prompts."
+            )
         return [list(ids) for ids in self.trainer._tokenize_prompts([row["prompt"] for row in rows])[0]]
 
     @contextmanager
@@ -165,6 +185,11 @@ class Host(ABC):
         """See [`~trl_learnalign.host.generation.generate_groups`]."""
         return generation.generate_groups(self, dataset, rows, seed, gradients)
 
+    @property
+    def has_penalties(self) -> bool:
+        """Whether [`Group`] has penalties where gradients will be taken, and only there."""
+        return False
+
     def stand_in(self, gradients: bool) -> NoLogps:
         """Takes the place of the log-probabilities that the trainer computes after generating."""
         return NoLogps()
@@ -175,6 +200,11 @@ class Host(ABC):
     def reward_names(self) -> list[str]:
         """Of the reward functions, in their order."""
         return list(self.trainer.reward_func_names)
+
+    @property
+    def has_reward_model(self) -> bool:
+        """Whether a reward function is a model, which scores all rollouts that were generated at once."""
+        return any(isinstance(function, nn.Module) for function in self.trainer.reward_funcs)
 
     def total(self, rewards: torch.Tensor) -> torch.Tensor:
         """Rewards of shape `(..., F)`, weighted and summed over the functions; NaN where none gave one."""
