@@ -193,3 +193,17 @@ def assert_same_weights(a, b):
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), f"{name} differs by {(a[name] - b[name]).abs().max()}"
+
+
+def tool_calls(name, opens):
+    """How a tokenizer finds calls of the tool `name` in a completion: by a pattern with the group `number`."""
+    call = {"type": "function", "function": {"name": name, "arguments": {"number": "{number}"}}}
+    found = {
+        "open_pattern": opens,
+        "close_pattern": r"\+|<eos>",
+        "repeats": True,
+        "content": "text",
+        "transform": call,
+    }
+    fields = {"tool_calls": found, "content": {"close_pattern": "<eos>", "content": "text"}}
+    return {"defaults": {"role": "assistant"}, "start_anchor": "a:", "fields": fields}

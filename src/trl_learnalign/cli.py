@@ -24,6 +24,7 @@ from .callback import LearnAlignCallback
 from .cards import dataset_card
 from .config import LearnAlignConfig
 from .dry_run import plan_selection
+from .online_report import rewrite_online_report
 from .report import write_report
 from .sampler import LearnAlignSampler
 from .selection import Selection
@@ -75,7 +76,8 @@ def _paragraph(error) -> str:
 def _report(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser("trl-learnalign report", description="Writes report.html and its figures.")
     parser.add_argument("path", help="output_dir of a run, its learnalign directory, or that of one selection")
-    print(write_report(parser.parse_args(arguments).path))
+    path = parser.parse_args(arguments).path
+    print(rewrite_online_report(path) or write_report(path))
 
 
 def _select(arguments: list[str]) -> None:

@@ -32,22 +32,12 @@ TEXTS_FILE = "texts.parquet"
 FORMAT_VERSION = 1
 SCORE_COLUMNS = ("learnalign_score", "success_rate")
 
-SCORES_SCHEMA = pa.schema(
-    [
-        ("index", pa.int64()),
-        ("success_rate", pa.float64()),
-        ("learnability", pa.float64()),
-        ("alignment", pa.float64()),
-        ("score", pa.float64()),
-        ("rank", pa.int64()),
-        ("selected", pa.bool_()),
-        ("reward_mean", pa.float64()),
-        ("reward_std", pa.float64()),
-        ("completion_length_mean", pa.float64()),
-        ("gradient_norm", pa.float64()),
-        ("eligible", pa.bool_()),
-    ]
+_KINDS = {"index": pa.int64(), "rank": pa.int64(), "selected": pa.bool_(), "eligible": pa.bool_()}
+_COLUMNS = (
+    *("index", "success_rate", "learnability", "alignment", "score", "rank", "selected", "reward_mean", "reward_std"),
+    *("completion_length_mean", "gradient_norm", "eligible"),
 )
+SCORES_SCHEMA = pa.schema([(name, _KINDS.get(name, pa.float64())) for name in _COLUMNS])
 
 
 @dataclass
