@@ -81,7 +81,7 @@ def at_size(size, chunks):
     pool = Pool(size)
     for _ in range(WINDOW // CHUNK + 1):
         pool.step()
-    assert pool.schedule.choosing, "the pool is made so that choosing pays"
+    assert pool.schedule.judge.choosing, "the pool is made so that choosing pays"
     measured = [pool.step() for _ in range(chunks)]
     choose, observe, log = (1000 * statistics.median(column) for column in zip(*measured, strict=True))
     found = {"prompts": size, "choose_ms": choose, "observe_ms": observe, "log_ms": log}

@@ -95,9 +95,9 @@ def expected(calls, size):
 
 def check_counts(schedule, calls, size=24):
     successes, failures, visits = expected(calls, size)
-    np.testing.assert_allclose(schedule.successes, successes, rtol=1e-5)
-    np.testing.assert_allclose(schedule.failures, failures, rtol=1e-5)
-    np.testing.assert_array_equal(schedule.visits, visits)
+    np.testing.assert_allclose(schedule.memory.successes, successes, rtol=1e-5)
+    np.testing.assert_allclose(schedule.memory.failures, failures, rtol=1e-5)
+    np.testing.assert_array_equal(schedule.memory.visits, visits)
     assert schedule.observed == len(calls)
 
 
@@ -405,7 +405,11 @@ def test_rewards_that_are_missing_are_neither_successes_nor_failures(tmp_path):
     trainer = make_trainer(tmp_path, online(), reward=paid, num_train_epochs=2)
     trainer.train()
     check_counts(trainer._learnalign.schedule, paid.calls)
-    assert trainer._learnalign.schedule.successes[::3].sum() == trainer._learnalign.schedule.failures[::3].sum() == 0
+    assert (
+        trainer._learnalign.schedule.memory.successes[::3].sum()
+        == trainer._learnalign.schedule.memory.failures[::3].sum()
+        == 0
+    )
     assert trainer.state.global_step == 12
 
 
@@ -434,7 +438,9 @@ def test_graded_rewards(tmp_path):
     schedule = trainer._learnalign.schedule
     rewards = [reward for _, given in calls for reward in given]
     assert schedule.reward_range == pytest.approx([min(rewards), max(rewards)])
-    assert (schedule.successes + schedule.failures).sum() == pytest.approx(len(rewards), rel=0.2)  # some have faded
+    assert (schedule.memory.successes + schedule.memory.failures).sum() == pytest.approx(
+        len(rewards), rel=0.2
+    )  # some have faded
     assert all(0 <= entry["learnalign/observed_success"] <= 1 for entry in logged(trainer))
 
 
@@ -499,7 +505,7 @@ def test_tools(tmp_path):
     trainer = chat_trainer(tmp_path, last_parity, chats(), tools=[double])
     trainer.train()
     schedule = trainer._learnalign.schedule
-    assert schedule.observed == 4 and schedule.visits.sum() == 16 and schedule.features_key is not None
+    assert schedule.observed == 4 and schedule.memory.visits.sum() == 16 and schedule.features_key is not None
     again = chat_trainer(tmp_path, last_parity, chats(), tools=[double])
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_same_weights(weights(again), weights(trainer))
@@ -516,7 +522,7 @@ def test_environments(tmp_path, caplog, prompts):
     trainer = chat_trainer(tmp_path, None, rows, environment_factory=factory)
     trainer.train()
     schedule = trainer._learnalign.schedule
-    assert schedule.observed == 4 and schedule.visits.sum() == 16 and schedule.features_key is None
+    assert schedule.observed == 4 and schedule.memory.visits.sum() == 16 and schedule.features_key is None
     assert schedule.features.shape == (12, 1 + prompts)
     assert "Success is predicted without hidden states of the prompts, as an environment adds" in caplog.text
     assert all(0 <= entry["learnalign/observed_success"] <= 1 for entry in logged(trainer))
