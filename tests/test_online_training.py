@@ -32,9 +32,9 @@ from tiny import (
 from transformers import TrainerCallback
 from trl import GRPOTrainer, RLOOTrainer
 
-from trl_learnalign import LearnAlignCallback, LearnAlignGRPOTrainer, LearnAlignMixin, LearnAlignSampler
+from trl_learnalign import LearnAlignCallback, LearnAlignGRPOTrainer, LearnAlignMixin, LearnAlignSampler, online_report
 from trl_learnalign.measures.hidden_states import FILE
-from trl_learnalign.schedules import online as schedule_module
+from trl_learnalign.schedules import judge, memory
 from trl_learnalign.state import STATE_FILE, split
 
 
@@ -86,7 +86,7 @@ def expected(calls, size):
     for chunk, (rows, rewards) in enumerate(calls):
         for first in range(0, len(rows), 4):
             row, own = rows[first], [r for r in rewards[first : first + 4] if r is not None and math.isfinite(r)]
-            faded = 0.5 ** ((chunk - last[row]) / schedule_module.HALF_LIFE)
+            faded = 0.5 ** ((chunk - last[row]) / memory.HALF_LIFE)
             successes[row] = successes[row] * faded + sum(r >= 1 for r in own)
             failures[row] = failures[row] * faded + sum(r < 1 for r in own)
             last[row], visits[row] = chunk, visits[row] + 1
@@ -214,7 +214,7 @@ def test_an_epoch_is_as_long_as_a_stock_trainer_makes_it(tmp_path, rows, setting
 
 def test_without_skill_the_run_is_that_of_a_stock_trainer(tmp_path, monkeypatch):
     """Bit for bit: prompts, rewards, weights."""
-    monkeypatch.setattr(schedule_module, "LEAST_SKILL", 2.0)
+    monkeypatch.setattr(judge, "LEAST_SKILL", 2.0)
     ours, theirs = Paid(), Paid()
     trainer = make_trainer(tmp_path / "ours", online(), reward=ours, num_train_epochs=2)
     trainer.train()
@@ -619,7 +619,7 @@ def test_a_report_that_cannot_be_written_is_no_reason_to_end_a_run(tmp_path, mon
     def broken(*args):
         raise ZeroDivisionError("no report")
 
-    monkeypatch.setattr(schedule_module, "write_online_report", broken)
+    monkeypatch.setattr(online_report, "write_online_report", broken)
     trainer = make_trainer(tmp_path, online(write_report=True), max_steps=2, **EVERY_STEP)
     with caplog.at_level(logging.WARNING):
         trainer.train()

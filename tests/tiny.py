@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast, ProcessorMixin, Qwen2Config, Q
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler
-from trl_learnalign.schedules import online as online_schedule
+from trl_learnalign.schedules import judge
 
 
 ALPHABET = "0123456789+=:ausert\n"
@@ -169,7 +169,7 @@ def online(**changes):
 def choose_at_once(set):
     """Runs of a few steps prove no skill: `set(module, name, value)` lets the online schedule choose without."""
     for name, value in {"TRIED": 4, "LEAST_SKILL": -1e9, "LEAST_HEADROOM": 0.0}.items():
-        set(online_schedule, name, value)
+        set(judge, name, value)
 
 
 def drawn(trainer):

@@ -5,7 +5,6 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import vllm
 from tiny import Seen, config, digit_reward, make_dataset, make_trainer, online, weights
@@ -53,7 +52,7 @@ def run(path, choice, cls=None, pool=23, **changes):
         "events": list(vllm.EVENTS),
         "log": [[one.start_chunk, list(one.indices)] for one in getattr(trainer._learnalign.schedule, "log", [])],
         "rows": reward.rows,
-        "visits": getattr(trainer._learnalign.schedule, "visits", np.zeros(0)).tolist(),
+        "visits": [] if choice.schedule == "staged" else trainer._learnalign.schedule.memory.visits.tolist(),
         "weights": {name: tensor.flatten().tolist() for name, tensor in weights(trainer).items()},
         "ratios": [entry.get("sampling/importance_sampling_ratio/mean") for entry in logs],
         "correction": trainer.vllm_importance_sampling_correction,
