@@ -1,25 +1,17 @@
 """The pools and the other methods that choosing online is measured against."""
 
-import sys
 from decimal import Decimal
 from functools import reduce
 from operator import add, mul, sub
-from pathlib import Path
 
+import baselines
 import numpy as np
+import pools
 import pytest
 from tiny import Seen, config, make_dataset, make_trainer
 from transformers import AutoTokenizer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignSampler
-
-
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-sys.path[:0] = [str(BENCHMARKS / "online"), str(BENCHMARKS.parent / "examples")]
-
-import baselines
-import pools
-from demo import POLICY
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +30,7 @@ def test_the_hard_pool_is_what_it_says(hard):
     assert [int((hard.kind == kind).sum()) for kind in pools.KINDS] == [2000, 4800, 1200]
     rows = [hard.rows[int(i)] for kind in (1, 2) for i in np.flatnonzero(hard.kind == kind)[:300]]
     assert all(value(row["prompt"]) == Decimal(row["answer"]) for row in rows)
-    tokenizer = AutoTokenizer.from_pretrained(POLICY)
+    tokenizer = AutoTokenizer.from_pretrained(pools.POLICY)
     ids = tokenizer(list(hard.rows["prompt"]))["input_ids"]
     assert tokenizer.unk_token_id not in {token for prompt in ids for token in prompt}
     assert max(map(len, ids)) + pools.MAX_COMPLETION <= 256
