@@ -150,7 +150,7 @@ def gpu_section() -> str:
     )
 
 
-def scale_table(million, processes) -> str:
+def scale_table(million, processes, rollouts) -> str:
     return "\n".join(
         [
             "| what | measured |",
@@ -158,10 +158,14 @@ def scale_table(million, processes) -> str:
             f"| scores of {million['prompts']:,} prompts at d = {million['dim']:,} from the disk | "
             f"{million['score_seconds']:.0f} s, {million['ratio']:.2f} x reading the {million['bytes'] / 1e9:.0f} GB once |",
             f"| additional memory for that | {million['resident_bytes'] / 1e6:.0f} MB |",
-            f"| gradient pass of two processes against one | {processes['speedup']:.2f} x the prompts per second; "
+            f"| memory of one process with the rollouts of {rollouts['prompts']:,} prompts, {rollouts['rollouts']} of {rollouts['tokens']:,} "
+            f"tokens each, up to the rows of their gradients | {rollouts['resident_bytes'] / 1e6:.0f} MB over the start |",
+            f"| on the disk for that | {rollouts['bytes'] / 1e9:.1f} GB in {rollouts['files']} files, by {rollouts['fsyncs']:,} fsyncs, one for "
+            f"{rollouts['batch']} prompts |",
+            f"| gradients on two processes against one | {processes['speedup']:.2f} x the prompts per second; "
             f"two unconnected processes on this machine: {processes['limit']:.2f} x |",
             "",
-            f"By `benchmarks/million.py` (median of {million['rounds']} rounds, page cache emptied) and "
+            f"By `benchmarks/million.py` (median of {million['rounds']} rounds, page cache emptied), `benchmarks/rollout_memory.py` and "
             f"`benchmarks/processes.py` (median of {processes['rounds']} rounds, a thread each); {processes['machine']}; "
             f"{versions_of(processes)}.",
         ]
@@ -294,7 +298,7 @@ Every run: `python benchmarks/demo_arms.py --dataset_path DIR`.
 
 ## Large pools, several processes
 
-{scale_table(load("million"), load("processes"))}
+{scale_table(load("million"), load("processes"), load("rollout_memory"))}
 
 ## Fault injection, in numbers
 
