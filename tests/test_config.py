@@ -9,7 +9,7 @@ import pytest
 from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
 
 from trl_learnalign import LearnAlignConfig
-from trl_learnalign.config import explain, explanations
+from trl_learnalign.knobs import explain, explanations
 
 
 OTHERS = (ScriptArguments, GRPOConfig, ModelConfig)
@@ -50,14 +50,15 @@ def test_every_field_is_explained_once_with_its_type_and_default():
     parameters = inspect.getdoc(LearnAlignConfig).partition("Parameters:\n")[2].partition("\nRaises:")[0]
     heads = re.findall(r"^    (\w+) \((.*), \*optional\*(?:, defaults to `(.*)`)?\):\n        \S", parameters, re.M)
     fields = dataclasses.fields(LearnAlignConfig)
-    assert [name for name, *_ in heads] == [field.name for field in fields] == list(explanations())
+    assert [name for name, *_ in heads] == [field.name for field in fields] == list(explanations(LearnAlignConfig))
     for field, (name, kinds, default) in zip(fields, heads, strict=True):
         assert eval(default or "None") == field.default, name
         annotation = LearnAlignConfig.__annotations__[name]  # a TrlParser overwrites `field.type`
         kind = (typing.get_args(annotation) or (annotation,))[0]
         assert kinds.startswith(f"`{kind.__name__ if isinstance(kind, type) else kind}`"), name
         assert (
-            field.metadata["help"] % {} == explanations()[name].replace("%%", "%") and len(explanations()[name]) > 20
+            field.metadata["help"] % {} == explanations(LearnAlignConfig)[name].replace("%%", "%")
+            and len(explanations(LearnAlignConfig)[name]) > 20
         )
 
 
@@ -69,7 +70,7 @@ def test_help_is_that_explanation_and_a_percent_sign_does_no_harm(capsys):
         TrlParser((shown, LearnAlignConfig)).parse_args_and_config(["-h"])
     printed = " ".join(capsys.readouterr().out.split())
     assert "90 % of all, |or| none. (default: 1)" in printed
-    assert f"{explanations()['warmup_prompts']} (default: 300)" in printed
+    assert f"{explanations(LearnAlignConfig)['warmup_prompts']} (default: 300)" in printed
 
 
 def test_no_field_collides_with_those_of_trl():

@@ -1,6 +1,7 @@
 """The docs tell the truth: fields and defaults, results, and code that runs."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -103,7 +104,7 @@ def literal(node):
 def test_every_error_is_in_the_troubleshooting_page():
     page = (ROOT / "docs/troubleshooting.md").read_text().replace("`", "").replace('"', "'")
     messages = [unseen_message([]), unseen_message(["name"])]
-    for file in sorted((ROOT / "src/trl_learnalign").glob("*.py")):
+    for file in sorted((ROOT / "src/trl_learnalign").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
                 assert node.exc.args, f"{file.name}: an error without a message"
@@ -126,6 +127,7 @@ def test_code_of_the_pages_runs(page, tmp_path, monkeypatch):
     from datasets import Dataset
     from peft import LoraConfig
     from tiny import grpo_args, make_dataset, make_model, make_tokenizer, parity_reward
+    from trl import RLOOConfig
 
     import trl_learnalign
 
@@ -146,10 +148,12 @@ def test_code_of_the_pages_runs(page, tmp_path, monkeypatch):
     names = {name: getattr(trl_learnalign, name) for name in trl_learnalign.__all__}
     names |= {"reward": parity_reward, "dataset": dataset, "LoraConfig": LoraConfig}
     names |= {"small_args": small_args, "small_config": small_config}
+    names |= {"small_rloo_args": functools.partial(small_args, kind=RLOOConfig)}
     replaced = {
         '"Qwen/Qwen2.5-1.5B-Instruct"': '"policy"',
         " GRPOConfig(": " small_args(",
         "=GRPOConfig(": "=small_args(",
+        "=RLOOConfig(": "=small_rloo_args(",
     }
     replaced |= {"LearnAlignConfig(": "small_config(", '"OUTPUT_DIR': '"runs/first', "step-000038": "step-000002"}
 

@@ -10,11 +10,11 @@ import torch
 import trl
 from datasets import Dataset
 from packaging.version import Version
-from tiny import config, grpo_args, lora, make_model, make_tokenizer, parity_reward
+from tiny import config, grpo_args, lora, make_model, make_tokenizer, parity_reward, tool_calls
 from tokenizers import decoders
 
 from trl_learnalign import LearnAlignGRPOTrainer, LearnAlignSampler, alignments
-from trl_learnalign.host import generation
+from trl_learnalign.host import find_host, generation
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # TRL's, of experimental features
@@ -25,21 +25,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}a:{% endif %}"
 )
 # "u" and a digit is a call of `double`, which a random policy writes now and then
-CALL = {"type": "function", "function": {"name": "double", "arguments": {"number": "{number}"}}}
-RESPONSES = {
-    "defaults": {"role": "assistant"},
-    "start_anchor": "a:",
-    "fields": {
-        "tool_calls": {
-            "open_pattern": "u(?P<number>[0-9])",
-            "close_pattern": r"\+|<eos>",
-            "repeats": True,
-            "content": "text",
-            "transform": CALL,
-        },
-        "content": {"close_pattern": "<eos>", "content": "text"},
-    },
-}
+RESPONSES = tool_calls("double", "u(?P<number>[0-9])")
 
 
 def double(number: str) -> str:
@@ -149,6 +135,9 @@ def test_an_environment_may_begin_every_rollout_differently(tmp_path, monkeypatc
     texts = [f"{group.index % 10}+{group.index // 10}=" for group in groups for _ in range(8)]
     assert prompts == [f"u:{text}:{digits}+a:" for text, digits in zip(texts, shown, strict=True)]
     assert len(rows) > 4
+    # What is known before the environment begins
+    ids = find_host(trainer).prompt_ids([trainer.train_dataset[row] for row in (3, 11)])
+    assert [decode(tokens) for tokens in ids] == ["u:3+0=+a:", "u:1+1=+a:"]
     for group in groups:
         if group.index in rows:
             expected = {(tuple(p), tuple(c)) for p, c in zip(group.prompt_ids, group.completion_ids, strict=True)}
@@ -173,6 +162,8 @@ def test_rows_without_a_prompt(tmp_path, monkeypatch, score):
         expected = [trainer.processing_class.decode(group.prompt_ids[0]) for group in groups]
         assert all(f"u::{SHOWN[8 * i]}+a:" == text for i, text in enumerate(expected))
     assert texts["index"].tolist() == list(range(12)) and texts["prompt"].tolist() == expected
+    with pytest.raises(ValueError, match="There are no prompt tokens before the environment begins"):
+        find_host(trainer).prompt_ids([rows[0]])
 
 
 def test_a_rollout_function(tmp_path, monkeypatch):

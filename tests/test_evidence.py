@@ -47,6 +47,7 @@ def test_page_is_made_from_the_results():
     subprocess.run([sys.executable, FOLDER / "evidence.py", "--check"], check=True)
 
 
+@pytest.mark.slow
 def test_arms_and_what_they_train_on(arguments, short, pool, monkeypatch):
     test = generate_chains(6, seed=2)
     table = grid.scores(0, False, pool, arguments).scores.to_pandas()
@@ -96,6 +97,7 @@ def test_cells_of_the_slow_arms():
     assert list(grid.cells(arguments)) == [(100, 0, "random"), (500, 0, "random"), (500, 0, "random slow")]
 
 
+@pytest.mark.slow
 def test_persistence_of_a_ranking(arguments, short, pool, monkeypatch):
     monkeypatch.setattr(persistence, "PROMPTS", 24)
     monkeypatch.setattr(persistence, "STEPS", (1, 2))
@@ -165,6 +167,7 @@ def test_redundancy_of_the_best():
     assert rows["distinct"]["steps"] == 1.0 and rows["distinct"]["distinct_steps"] == 1.0
 
 
+@pytest.mark.slow
 def test_looking_leaves_the_policy_as_it_is(arguments, short):
     pool, test = generate_chains(16, seed=1), generate_chains(12, seed=2)
     trainer = grid.build_trainer(None, pool, 1, 0, arguments)
@@ -185,6 +188,7 @@ def test_looking_leaves_the_policy_as_it_is(arguments, short):
     assert looked["sampled"] == rewards.int().tolist()
 
 
+@pytest.mark.slow
 def test_runs_are_kept_and_left_out(arguments, short, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(collect, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(grid, "RESULTS", tmp_path / "results")

@@ -66,7 +66,7 @@ def test_values_reach_tensorboard(tmp_path):
 
 def test_figures_that_cannot_be_drawn_are_no_reason_to_end_a_run(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
-    monkeypatch.setattr("trl_learnalign.figures.drawings", lambda selections: 1 / 0)
+    monkeypatch.setattr("trl_learnalign.figures.drawings", lambda *args: 1 / 0)
     trainer = make_trainer(tmp_path, config(write_report=True), report_to="tensorboard")
     trainer.train()
     assert trainer.state.global_step == trainer.state.max_steps

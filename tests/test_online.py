@@ -30,7 +30,7 @@ def host(names=("reward",), weights=None):
     def total(rewards):
         return (rewards * weights).nansum(-1).masked_fill(rewards.isnan().all(-1), torch.nan)
 
-    return SimpleNamespace(deciding=deciding, total=total)
+    return SimpleNamespace(deciding=deciding, total=total, accelerator=SimpleNamespace(is_main_process=False))
 
 
 class World:
@@ -144,7 +144,9 @@ def test_posteriors_and_rests_are_those_of_a_loop_over_prompts():
         half = [0.5 ** ((41 - chunk) / online.HALF_LIFE) for chunk, _ in visits]
         kappa, q = schedule.predictor.concentration, schedule.predictor.predict(np.array([row]))[0]
         a, b = schedule.posterior(np.array([row]), 41)
-        assert a[0] == pytest.approx(kappa * q + sum(f * own for f, (_, own) in zip(half, visits, strict=True)), rel=1e-5)
+        assert a[0] == pytest.approx(
+            kappa * q + sum(f * own for f, (_, own) in zip(half, visits, strict=True)), rel=1e-5
+        )
         wrong = sum(f * (GROUP - own) for f, (_, own) in zip(half, visits, strict=True))
         assert b[0] == pytest.approx(kappa * (1 - q) + wrong, rel=1e-5)
         right_streak = failed_streak = 0
@@ -318,8 +320,12 @@ def test_the_success_reward_decides_and_any_difference_is_live():
 def test_graded_rewards_are_scaled_to_their_range_and_the_greatest_variance_is_chosen():
     world = World(learnability="variance", mean=0.0, spread=3.0)
     mean = 1 / (1 + np.exp(-world.logits))
-    world.rewards = lambda rows: -5 + 10 * world.random.beta(
-        *(np.broadcast_to(3 * side[rows][:, None, None], (len(rows), GROUP, 1)) for side in (mean, 1 - mean))
+    world.rewards = lambda rows: (
+        -5
+        + 10
+        * world.random.beta(
+            *(np.broadcast_to(3 * side[rows][:, None, None], (len(rows), GROUP, 1)) for side in (mean, 1 - mean))
+        )
     )
     rows = world.run(80)
     chosen = np.concatenate(rows[30:])

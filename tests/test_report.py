@@ -2,9 +2,12 @@
 
 import html
 import json
+import os
 import re
 import shutil
+import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +19,12 @@ from trl_learnalign import Selection, select_prompts
 from trl_learnalign.dry_run import plan_selection
 from trl_learnalign.prompts import prompt_text
 from trl_learnalign.report import write_report
-from trl_learnalign.selection import load_run
+from trl_learnalign.runs import load_run
+from trl_learnalign.samples import extremes
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import report_million
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -74,7 +82,7 @@ def test_a_run_leaves_a_report(run):
 
 def test_both_ends_of_the_ranking_come_with_a_completion(run):
     step = sorted(run.glob("step-*"))[-1]
-    best, last = Selection.load(step).extremes()
+    best, last = extremes(Selection.load(step))
     texts = {row["index"]: row for row in pq.read_table(step / "texts.parquet").to_pylist()}
     assert len(best) == 10 and not set(best) & set(last)
     for index, row in texts.items():
@@ -97,24 +105,82 @@ def test_completions_are_those_of_the_rollouts(tmp_path):
         assert row["reward"] == pytest.approx(first["rewards"][0] + 0.5 * first["rewards"][1])
 
 
-def test_of_many_prompts_both_ends_and_of_long_ones_the_beginning(tmp_path, monkeypatch):
-    for module in ("texts", "report"):
-        monkeypatch.setattr(f"trl_learnalign.{module}.MOST_ROWS", 6)
-        monkeypatch.setattr(f"trl_learnalign.{module}.MOST_CHARACTERS", 3)
-    selection = select_prompts(make_trainer(tmp_path), reported())
-    ranked = selection.to_pandas().index.tolist()
-    page = (tmp_path / "learnalign/report.html").read_text(encoding="utf-8")
+def rows_on(page):
     data = data_of(page)
-    place = {column["key"]: number for number, column in enumerate(data["columns"])}
-    assert [row[place["index"]] for row in data["rows"]] == ranked[:3] + ranked[-3:]
-    assert all(
-        row[place["prompt"]] == f"{i % 10}+{i // 10}\u2026" for row in data["rows"] for i in [row[place["index"]]]
+    return [dict(zip((column["key"] for column in data["columns"]), row, strict=True)) for row in data["rows"]]
+
+
+def test_a_large_pool_is_shown_by_a_sample_and_the_page_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("trl_learnalign.samples.MOST_ROWS", 8)
+    monkeypatch.setattr("trl_learnalign.samples.MOST_CHARACTERS", 3)
+    selection = select_prompts(make_trainer(tmp_path), reported())
+    page = (tmp_path / "learnalign/report.html").read_text(encoding="utf-8")
+    rows = rows_on(page)
+    ranked = selection.eligible().tolist()
+    assert len(rows) == 8 and {*selection.indices[:4], ranked[0], ranked[-1]} < {row["index"] for row in rows}
+    assert [row["rank"] for row in rows] == sorted(row["rank"] for row in rows)
+    assert all(row["prompt"] == f"{row['index'] % 10}+{row['index'] // 10}\u2026" for row in rows)
+    assert (
+        "A sample of 8 of 24 prompts: the first 4 of the 8 chosen, the 1 highest- and the 1 lowest-ranked that may be chosen, "
+        "and a random part of the others. scores.parquet has all." in page
     )
-    assert "The 3 highest- and the 3 lowest-ranked of 24 prompts" in page
     assert "Those of more than 3 characters are cut and end with \u201c\u2026\u201d." in page
     texts = set(pq.read_table(tmp_path / "learnalign/step-000000/texts.parquet")["index"].to_pylist())
-    best, last = selection.extremes()
-    assert texts == {*ranked[:3], *ranked[-3:], *best, *last} and len(texts) < 24
+    best, last = extremes(selection)
+    assert texts == {*best, *last, *(row["index"] for row in rows)} and len(texts) < 24
+
+
+def test_size_of_the_page_is_bounded(tmp_path):
+    """50,000 long prompts, of which 1,000 are chosen, through the code of the benchmark."""
+    run = report_million.save(tmp_path, 50_000, 2_000)
+    text = write_report(run).read_text(encoding="utf-8")
+    rows, selection = rows_on(text), Selection.load(run / "step-000038")
+    assert len(rows) == 20_000 < selection.scores.num_rows
+    indices = {row["index"] for row in rows}
+    ranked, table = selection.eligible(), selection.to_pandas()
+    assert indices >= {*selection.indices, *ranked[:2500].tolist(), *ranked[-2500:].tolist()}
+    others = table[~table.index.isin([*ranked[:2500], *ranked[-2500:]])]
+    shown = others.index.isin(indices)  # a random part: as a draw of that many would be
+    share = shown.mean()
+    for half in (others["rank"] < others["rank"].median(), others.index < 25_000, others["learnability"] == 0):
+        assert abs(shown[half].mean() - share) < 5 * (share / half.sum()) ** 0.5
+    assert sum(len(row["prompt"]) for row in rows) <= 20_000 * (500 + 1)
+    data = re.search(r'id="data">(.*?)</script>', text, re.S)[1]
+    assert len(data) < 13_000_000 and len(text) - len(data) < 1_000_000
+    assert "the 1,000 chosen, the 2,500 highest- and the 2,500 lowest-ranked" in text
+    assert "Those of more than 500 characters are cut" in text
+
+
+def test_only_what_changed_is_read_again(tmp_path, monkeypatch):
+    """By reports, logged figures and model cards of a staged run with a checkpoint, and so a card, at every step."""
+    read = []
+    load = Selection.load
+    monkeypatch.setattr(Selection, "load", lambda path: read.append(path.name) or load(path))
+    settings = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 1, "report_to": "tensorboard"}
+    trainer = make_trainer(tmp_path, reported(reselect_every=1), **settings)
+    trainer.train()
+    steps = sorted((tmp_path / "learnalign").glob("step-*"))
+    assert len(steps) >= 2 and trainer.state.global_step > len(steps)
+    assert read == [step.name for step in steps]
+    for _ in range(3):
+        trainer.create_model_card()
+    assert len(read) == len(steps)
+    lines = [f"- {load(step).summary()}" for step in steps]
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert all(line in card for line in lines)
+    # Another selection in the same place, as large as before and of the same time
+    file = steps[0] / "selection.json"
+    before = file.stat()
+    changed = load(steps[0])
+    changed.provenance["seconds"] = {name: 9 - value for name, value in changed.provenance["seconds"].items()}
+    changed.save(steps[0])
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    trainer.create_model_card()
+    assert read[len(steps) :] == [steps[0].name]
+    assert f"- {changed.summary()}" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    # A report needs all of the last one, and no more
+    write_report(tmp_path)
+    assert read[len(steps) + 1 :] == [steps[-1].name]
 
 
 def test_nothing_is_fetched_and_no_markup_of_a_row_survives(run, tmp_path):
@@ -181,7 +247,8 @@ def test_selections_of_an_earlier_run_stay_out_of_it(tmp_path):
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "chosen 5" in card and "chosen 7" not in card
-    assert list(load_run(tmp_path, until=0)) == [new] and list(load_run(tmp_path)) == [old]
+    runs = load_run(tmp_path, until=0), load_run(tmp_path)
+    assert [[stage.path for stage in run] for run in runs] == [[new], [old]]
 
 
 @pytest.mark.parametrize("score", ["random", "learnability"])

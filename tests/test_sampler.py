@@ -171,7 +171,10 @@ def test_unbound_sampler_says_what_to_do():
         (lambda s: s["state"].update(indices=np.array([1.5, 2.0])), "damaged"),
         (lambda s: s["state"].update(starts=[], lengths=[], indices=np.zeros(0, np.int64)), "damaged"),
         (lambda s: s.update(state="x"), "damaged"),
-        (lambda s: s.update(schedule="OnlineSchedule"), "schedule OnlineSchedule, but this sampler has StagedSchedule"),
+        (
+            lambda s: s.update(schedule="OnlineSchedule"),
+            "schedule OnlineSchedule, but this sampler has StagedSchedule",
+        ),
         (lambda s: s.pop("schedule"), "damaged.*schedule"),
     ],
 )
@@ -199,7 +202,9 @@ def test_the_state_of_version_0_1_is_read():
             bound().load_state_dict(saved | damage)
 
 
-@given(st.recursive(st.integers() | st.none(), lambda inner: st.dictionaries(st.sampled_from("abc"), inner), max_leaves=8))
+@given(
+    st.recursive(st.integers() | st.none(), lambda inner: st.dictionaries(st.sampled_from("abc"), inner), max_leaves=8)
+)
 def test_a_state_is_the_same_after_it_was_split(state):
     state = {"values": state, "more": {"x": np.arange(3), "deep": {"y": np.zeros((2, 0))}, "z": 1}}
     values, arrays = split(state)

@@ -7,6 +7,7 @@ import pytest
 from tiny import config, digit_reward, make_dataset, make_trainer
 
 from trl_learnalign import Selection, select_prompts
+from trl_learnalign.samples import extremes
 from trl_learnalign.selection import SCORES_SCHEMA
 
 
@@ -175,7 +176,7 @@ def test_another_budget_without_new_rollouts(tmp_path):
     assert Selection.load(path).indices == derived.indices
     everything = large.select(10**6)
     assert set(everything.indices) == set(large.to_pandas().query("learnability > 0").index)
-    assert [index for indices in large.extremes(3) for index in indices] == everything.indices[
+    assert [index for indices in extremes(large, 3) for index in indices] == everything.indices[
         :3
     ] + everything.indices[-3:]
     for wrong in (0, -1, 2.5, True, "5"):

@@ -7,7 +7,6 @@ The words are in evidence.md.in; `{{name}}` there stands for what the function `
 reasons.py returns.
 """
 
-import re
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from measures import (
     WARMUP_STEPS,
     difference,
     full_size,
+    gap,
     load,
     mean,
     measured,
@@ -30,74 +30,63 @@ from measures import (
 
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from pages import fill, publish, table
+
+
 PAGE = ROOT / "docs" / "evidence.md"
 
 
 def arms_table(size: int, step: int) -> str:
-    lines = [
-        "| trained on | seeds | success, % | greedy, % | over random prompts | over the filter |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    base, simple = measured("random", size, step), measured("filter", size, step)
-    rows = [
-        (arm, measured(arm, size, step), measured(arm, size, step, "greedy"))
-        for arm in (*COMPARED, "learnalign distinct", "staged")
-    ]
-    rows.append(("full", measured("full", full_size(), step), measured("full", full_size(), step, "greedy")))
-    for arm, sampled, greedy in rows:
+    rows = []
+    for arm in (*COMPARED, "learnalign distinct", "staged", "full"):
+        of = full_size() if arm == "full" else size
+        sampled, greedy = measured(arm, of, step), measured(arm, of, step, "greedy")
         if sampled:
-            gaps = [
-                "" if arm == name else points(difference(sampled, theirs))
-                for name, theirs in (("random", base), ("filter", simple))
-            ]
-            lines.append(
-                f"| {NAMES[arm]} | {len(sampled)} | {mean(sampled)} | {mean(greedy)} | {gaps[0]} | {gaps[1]} |"
+            gaps = (
+                "" if arm == base else points(difference(sampled, measured(base, size, step)))
+                for base in ("random", "filter")
             )
-    return "\n".join(lines)
+            rows.append([NAMES[arm], str(len(sampled)), mean(sampled), mean(greedy), *gaps])
+    return table("trained on | seeds | success, % | greedy, % | over random prompts | over the filter", rows)
+
+
+def by_size(share: int) -> str:
+    """A table for each number of prompts, after a part of the steps."""
+    steps = {size: steps_of(size) // share for size in sizes()}
+    return "\n\n".join(
+        f"**{size:,} prompts, {step} steps**\n\n{arms_table(size, step)}" for size, step in steps.items()
+    )
 
 
 def after_warm_up() -> str:
-    return "\n\n".join(
-        f"**{size:,} prompts, {steps_of(size)} steps**\n\n{arms_table(size, steps_of(size))}" for size in sizes()
-    )
+    return by_size(1)
 
 
 def after_one_pass() -> str:
-    return "\n\n".join(
-        f"**{size:,} prompts, {steps_of(size) // 2} steps**\n\n{arms_table(size, steps_of(size) // 2)}"
-        for size in sizes()
-    )
+    return by_size(2)
 
 
 def warm_up_counted() -> str:
-    lines = [
-        "| prompts | steps in all | trained on | seeds | success, % | over random prompts without a warm-up |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for size in sizes():
         steps = steps_of(size)
         base = measured("random cold", size, steps)
-        if not base:
-            continue
-        lines.append(f"| {size:,} | {steps} | {NAMES['random cold']} | {len(base)} | {mean(base)} | |")
-        for arm, step in [*((arm, steps - WARMUP_STEPS) for arm in COMPARED), ("learnalign cold", steps)]:
-            ours = {seed: rows for seed, rows in measured(arm, size, step).items() if seed in base}
+        arms = [("random cold", steps), *((arm, steps - WARMUP_STEPS) for arm in COMPARED), ("learnalign cold", steps)]
+        for arm, step in arms if base else ():
+            ours = {seed: found for seed, found in measured(arm, size, step).items() if seed in base}
             if ours:
-                gap = points(difference(ours, base))
-                lines.append(f"| {size:,} | {steps} | {NAMES[arm]} | {len(ours)} | {mean(ours)} | {gap} |")
-    return "\n".join(lines)
+                over = "" if arm == "random cold" else points(difference(ours, base))
+                rows.append([f"{size:,}", str(steps), NAMES[arm], str(len(ours)), mean(ours), over])
+    head = "prompts | steps in all | trained on | seeds | success, % | over random prompts without a warm-up"
+    return table(head, rows)
 
 
-def compared_with(size: int, base: str, arm: str = "learnalign") -> str:
-    value = difference(measured(arm, size, steps_of(size)), measured(base, size, steps_of(size)))
-    verdict = (
-        "is better than"
-        if value[1] > 0
-        else "is worse than"
-        if value[2] < 0
-        else "is not significantly different from"
-    )
-    return f"{verdict} {'the ' * (base == 'filter')}{NAMES[base]} ({points(value)})"
+def compared_with(size: int, base: str) -> str:
+    value = gap("learnalign", base, size)
+    words = "is better than" if value[1] > 0 else "is worse than"
+    words = words if value[1] > 0 or value[2] < 0 else "is not significantly different from"
+    return f"{words} {'the ' * (base == 'filter')}{NAMES[base]} ({points(value)})"
 
 
 def verdict() -> str:
@@ -112,23 +101,17 @@ def verdict() -> str:
 
 def first_sentence() -> str:
     """What the reader takes away if nothing else is read; it follows from the intervals."""
-    better = [
-        NAMES[base]
-        for base in ("filter", "learnability")
-        if any(
-            difference(measured("learnalign", size, steps_of(size)), measured(base, size, steps_of(size)))[1] > 0
-            for size in sizes()
-        )
-    ]
+    bases = ("filter", "learnability")
+    better = [NAMES[base] for base in bases if any(gap("learnalign", base, size)[1] > 0 for size in sizes())]
     if better:
         return f"**On this task LearnAlign is better than {' and '.join(better)} at some number of prompts.**"
     return (
-        "**On this task LearnAlign is not better than a plain success-rate filter, nor than learnability alone, at any number of "
-        f"prompts measured ({', '.join(f'{size:,}' for size in sizes())}).**"
+        "**On this task LearnAlign is not better than a plain success-rate filter, nor than learnability alone, at any "
+        f"number of prompts measured ({', '.join(f'{size:,}' for size in sizes())}).**"
     )
 
 
-def together() -> str:
+def together() -> dict:
     """All sizes in one: of each seed and test row the mean over the sizes, which says more than any size alone."""
 
     def over_sizes(arm):
@@ -139,92 +122,77 @@ def together() -> str:
     found = {arm: over_sizes(arm) for arm in ("random", "learnalign", "filter", "learnability")}
     gains = {arm: difference(values, found["random"]) for arm, values in found.items()}
     added = difference(found["learnalign"], found["learnability"])
-    matters = "matters" if gains["learnability"][1] > 0 else "is not shown to matter"
-    helps = "does not help" if added[1] <= 0 else "helps"
-    return (
-        f"All sizes taken together, LearnAlign gains {points(gains['learnalign'])} points over random prompts, the filter "
-        f"{points(gains['filter'])}, learnability alone {points(gains['learnability'])}; LearnAlign over the filter is "
-        f"{points(difference(found['learnalign'], found['filter']))}, over learnability alone {points(added)}. Learnability {matters} here; alignment {helps}"
-    )
+    return {arm: points(gain) for arm, gain in gains.items()} | {
+        "over_filter": points(difference(found["learnalign"], found["filter"])),
+        "over_learnability": points(added),
+        "matters": "matters" if gains["learnability"][1] > 0 else "is not shown to matter",
+        "helps": "does not help" if added[1] <= 0 else "helps",
+    }
 
 
-def headline() -> str:
-    before, warm = measured("none", 0, 0), measured("warm-up", 0, 0)
-    return (
-        f"Before any training {mean(before)} % of the samples on the test rows succeed (greedy "
-        f"{mean(measured('none', 0, 0, 'greedy'))} %), after the warm-up {mean(warm)} %."
-    )
+def headline() -> dict:
+    greedy = mean(measured("none", 0, 0, "greedy"))
+    return {"before": mean(measured("none", 0, 0)), "greedy": greedy, "warm": mean(measured("warm-up", 0, 0))}
+
+
+def seconds_of(arm: str, size: int):
+    looks = load("looks.parquet")
+    return looks[(looks.arm == arm) & (looks["size"] == size) & (looks.step == steps_of(size))].seconds
+
+
+def cost(phase: str) -> float:
+    return np.median([one[phase] for one in load("runs.json")["costs"] if not one["cold"]])
 
 
 def costs() -> str:
-    rows = [one for one in load("runs.json")["costs"] if not one["cold"]]
-    looks = load("looks.parquet")
-    lines = ["| what | median seconds |", "| --- | --- |"]
-
-    def add(name, values):
-        lines.append(f"| {name} | {np.median(list(values)):.0f} |")
-
-    add("the warm-up", (one["warm_up"] for one in rows))
-    for phase in ("rollouts", "gradients", "scores"):
-        add(f"{phase} of a selection", (one[phase] for one in rows))
+    values = {"the warm-up": cost("warm_up")}
+    values |= {f"{phase} of a selection": cost(phase) for phase in ("rollouts", "gradients", "scores")}
     for size in sizes():
-        chosen = looks[(looks.arm == "learnalign") & (looks["size"] == size) & (looks.step == steps_of(size))]
-        add(f"training on {size:,} prompts, {steps_of(size)} steps", chosen.seconds)
-    return "\n".join(lines)
+        values[f"training on {size:,} prompts, {steps_of(size)} steps"] = np.median(seconds_of("learnalign", size))
+    return table("what | median seconds", [[name, f"{value:.0f}"] for name, value in values.items()])
 
 
 def same_time() -> str:
     """What the longest runs on all prompts reach without any selection, and the runs on 500 chosen ones."""
-    looks, costs = load("looks.parquet"), [one for one in load("runs.json")["costs"] if not one["cold"]]
 
-    def minutes(arm, size, phases):
-        rows = looks[(looks.arm == arm) & (looks["size"] == size) & (looks.step == steps_of(size))]
-        before = sum(np.median([one[phase] for one in costs]) for phase in ("warm_up", *phases))
-        minutes = (before + np.median(rows.seconds)) / 60
-        return f"{mean(measured(arm, size, steps_of(size)))} % after {minutes:.0f} minutes ({len(rows)} seeds)"
+    def minutes(arm, size, *phases):
+        seconds = seconds_of(arm, size)
+        took = (sum(cost(phase) for phase in ("warm_up", *phases)) + np.median(seconds)) / 60
+        return f"{mean(measured(arm, size, steps_of(size)))} % after {took:.0f} minutes ({len(seconds)} seeds)"
 
     def chosen(size):
         return (
-            f"{size:,} prompts chosen by the success-rate filter {minutes('filter', size, ('rollouts',))}, by LearnAlign "
-            f"{minutes('learnalign', size, ('rollouts', 'gradients', 'scores'))}"
+            f"{size:,} prompts chosen by the success-rate filter {minutes('filter', size, 'rollouts')}, by LearnAlign "
+            f"{minutes('learnalign', size, 'rollouts', 'gradients', 'scores')}"
         )
 
     size = full_size()
     return (
-        f"Training on all prompts for {steps_of(size)} steps, without a selection, reaches {minutes('full', size, ())}; "
+        f"Training on all prompts for {steps_of(size)} steps, without a selection, reaches {minutes('full', size)}; "
         f"{'; '.join(chosen(size) for size in sorted({500, max(sizes())}))}."
     )
 
 
-def spread() -> str:
+def spread() -> dict:
     """Of the arms at 500 prompts: how far seeds differ within one, and arms in their means."""
-    found = {arm: [100 * rows.mean() for rows in measured(arm, 500, steps_of(500)).values()] for arm in COMPARED}
-    means, deviations = [np.mean(values) for values in found.values()], [np.std(v, ddof=1) for v in found.values()]
-    return (
-        f"at 500 prompts the seeds of one arm have a standard deviation of {min(deviations):.1f} to {max(deviations):.1f} points, "
-        f"and the means of the arms lie within {max(means) - min(means):.1f}"
-    )
+    found = [[100 * rows.mean() for rows in measured(arm, 500, steps_of(500)).values()] for arm in COMPARED]
+    deviations = [np.std(values, ddof=1) for values in found]
+    return {"least": min(deviations), "most": max(deviations), "means": np.ptp([np.mean(values) for values in found])}
 
 
-def coverage() -> str:
+def coverage() -> float:
     """How often such an interval holds the truth, if five seeds are all that varies."""
     rng = np.random.default_rng(0)
     samples = rng.normal(size=(2000, 5))
     means = np.stack([sample[rng.integers(0, 5, (1000, 5))].mean(1) for sample in samples])
     low, high = np.quantile(means, (0.025, 0.975), axis=1)
-    share = np.mean((low <= 0) & (0 <= high))
-    return (
-        f"For five values from a normal distribution, such an interval contains the true mean in {share:.0%} of the cases, not in "
-        "95 %. So the intervals are too narrow. An interval from one seed does not cover the variation between seeds."
-    )
+    return np.mean((low <= 0) & (0 <= high))
 
 
 def tuning() -> str:
-    table = load("tuning.json")
-    lines = ["| learning rate | 1 pass | 2 passes | 4 passes |", "| --- | --- | --- | --- |"]
-    for rate, values in sorted(table["runs"].items(), key=lambda item: float(item[0])):
-        lines.append(f"| {float(rate):g} | " + " | ".join(f"{100 * values[p]:.1f}" for p in ("1", "2", "4")) + " |")
-    return "\n".join(lines)
+    runs = sorted(load("tuning.json")["runs"].items(), key=lambda item: float(item[0]))
+    rows = [[f"{float(rate):g}", *(f"{100 * values[p]:.1f}" for p in ("1", "2", "4"))] for rate, values in runs]
+    return table("learning rate | 1 pass | 2 passes | 4 passes", rows)
 
 
 def fallen(arm: str, size: int) -> dict[int, float]:
@@ -235,34 +203,34 @@ def fallen(arm: str, size: int) -> dict[int, float]:
 
 
 def falls() -> str:
-    return (
-        "; ".join(
-            f"{NAMES[arm]}, {size:,} of them, seed {seed}, {lost:.1f} points"
-            for size in sizes()
-            for arm in COMPARED
-            for seed, lost in fallen(arm, size).items()
-        )
-        or "none"
-    )
+    found = [
+        f"{NAMES[arm]}, {size:,} of them, seed {seed}, {lost:.1f} points"
+        for size in sizes()
+        for arm in COMPARED
+        for seed, lost in fallen(arm, size).items()
+    ]
+    return "; ".join(found) or "none"
 
 
 def beware() -> str:
     """What of the gain over random prompts is that these runs fell."""
     sentences = []
     for size in sizes():
-        if seeds := fallen("random", size):
-            half = steps_of(size) // 2
-            gaps = " and ".join(
-                f"{points(difference(measured(arm, size, half), measured('random', size, half)))} by {name}"
-                for arm, name in (("filter", "the filter"), ("learnalign", "LearnAlign"))
-            )
+        seeds, half = fallen("random", size), steps_of(size) // 2
+        if not seeds:
+            continue
+        names = {"filter": "the filter", "learnalign": "LearnAlign"}
+        gaps = " and ".join(f"{points(gap(arm, 'random', size, half))} by {name}" for arm, name in names.items())
+        lost = f"lost more than 3 points in their last {WARMUP_STEPS} steps ([limits](#limits-of-this-evidence))"
+        if any(fallen(arm, size) for arm in ("filter", "learnability", "learnalign")):
             sentences.append(
-                f"Part of the gain over random prompts at {size:,} is due to runs that got worse: {len(seeds)} of {len(measured('random', size, steps_of(size)))} "
-                f"runs on random prompts lost more than 3 points in their last {WARMUP_STEPS} steps ([limits](#limits-of-this-evidence)), and no run on "
-                f"chosen prompts did. Half-way, after {half} steps, the gain is {gaps}."
-                if not any(fallen(arm, size) for arm in ("filter", "learnability", "learnalign"))
-                else f"At {size:,} prompts some runs lost more than 3 points in their last {WARMUP_STEPS} steps "
-                f"([limits](#limits-of-this-evidence)). Half-way, after {half} steps, the gain over random prompts is {gaps}."
+                f"At {size:,} prompts some runs {lost}. Half-way, after {half} steps, the gain over random prompts is {gaps}."
+            )
+        else:
+            sentences.append(
+                f"Part of the gain over random prompts at {size:,} is due to runs that got worse: {len(seeds)} of "
+                f"{len(measured('random', size, steps_of(size)))} runs on random prompts {lost}, and no run on chosen "
+                f"prompts did. Half-way, after {half} steps, the gain is {gaps}."
             )
     return " ".join(sentences)
 
@@ -277,34 +245,20 @@ def not_run() -> str:
     return ". ".join(listed) or "nothing"
 
 
-def conditions() -> str:
+def conditions() -> dict:
     found = load("runs.json")["conditions"]
-    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
-    return (
-        f"{found['pool']:,} train rows as the pool, {found['test']:,} test rows x 8 samples at temperature 1, and greedy; "
-        f"{found['passes']:g} passes, {found['chunk']} prompts x 8 rollouts a step, learning rate {found['learning_rate']:g}, "
-        f"constant; {versions}"
-    )
+    return found | {"versions": ", ".join(f"{name} {number}" for name, number in found["versions"].items())}
+
+
+def draw():
+    import figures
+
+    figures.draw()
 
 
 def render() -> str:
-    functions = vars(reasons) | globals()
-    template = (HERE / "evidence.md.in").read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: functions[match[1]](), template)
-
-
-def main():
-    page = render()
-    if "--check" in sys.argv:
-        if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != page:
-            sys.exit("docs/evidence.md is not what the results say. Run benchmarks/gsm8k_equations/evidence.py.")
-        return
-    import figures
-
-    PAGE.write_text(page, encoding="utf-8")
-    figures.draw()
-    print(f"wrote {PAGE.relative_to(ROOT)} and its figures")
+    return fill((HERE / "evidence.md.in").read_text(encoding="utf-8"), vars(reasons) | globals())
 
 
 if __name__ == "__main__":
-    main()
+    publish({PAGE: render()}, "benchmarks/gsm8k_equations/evidence.py", draw)

@@ -87,6 +87,20 @@ def difference(ours: dict, theirs: dict) -> tuple[float, float, float, int] | No
     return table.mean(), low, high, len(seeds)
 
 
+def gap(arm: str, base: str, size: int, step: int | None = None) -> tuple[float, float, float, int] | None:
+    """[`difference`] of two arms, after all of their steps or after `step`."""
+    step = steps_of(size) if step is None else step
+    return difference(measured(arm, size, step), measured(base, size, step))
+
+
+@cache
+def learnable() -> pd.DataFrame:
+    """The scores of the prompts that are learnable after the warm-up."""
+    table = load("scores.parquet")
+    table = table[~table.cold & (table.success_rate > 0) & (table.success_rate < 1)]
+    return table.assign(learnability=table.success_rate * (1 - table.success_rate))
+
+
 def points(value: tuple | None) -> str:
     if value is None:
         return ""

@@ -18,7 +18,7 @@ def selection_warning(selection: "Selection") -> str | None:
     wanted = min(config["num_prompts"], selection.provenance["num_rows"])
     if chosen >= wanted or (config["score"] == "random" and chosen):
         return None
-    eligible = selection.num_eligible() + len(selection.provenance.get("duplicates", ()))
+    eligible = len(selection.eligible()) + len(selection.provenance.get("duplicates", ()))
     if not selection.measures or eligible < selection.num_learnable():
         return _conditions(selection, chosen, config)
     if chosen:
@@ -46,8 +46,19 @@ def _conditions(selection, chosen, config):
     reasons = [f"`where` ({config['where']}) holds for" * bool(config.get("where")), "the score has a number for"]
     return (
         f"{chosen:,} prompts are chosen, fewer than `num_prompts` ({config['num_prompts']:,}): of {selection.scores.num_rows:,} prompts, "
-        f"{selection.num_eligible():,} are eligible, those that {' and that '.join(filter(None, reasons))}"
+        f"{len(selection.eligible()):,} are eligible, those that {' and that '.join(filter(None, reasons))}"
         f"{' and that are learnable' * ('rollouts' in selection.measures)}. Loosen the condition, or add prompts."
+    )
+
+
+def too_few(selection: "Selection", wanted: int, eligible: int) -> str:
+    """Another choice from the same scores can only have the `eligible` prompts."""
+    kind = "" if selection.provenance["config"]["score"] == "random" else " eligible"
+    kind = " learnable" if selection.measures and eligible >= selection.num_learnable() else kind
+    kind += " and different" * bool(selection.provenance.get("duplicates"))
+    return (
+        f"`num_prompts` is {wanted:,}, but the pool of {selection.scores.num_rows:,} has only {eligible:,}{kind} prompts, so "
+        "fewer are selected. A larger pool may have more; so may a policy after a longer warm-up."
     )
 
 

@@ -1,22 +1,18 @@
 """The settings of a selection, validated when they are set. Their one explanation is the docstring of the class."""
 
-import inspect
-import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from types import MappingProxyType
-from typing import get_args
 
 from datasets import Dataset
 
 from .choice import QUOTAS, TAKES, Condition
+from .knobs import check, explain
 from .scores import OWN_MEASURES, SCORES, find_score, score_name
 
 
 SCHEDULE_NAMES = ("staged", "online")
 # What the online schedule does not look at: it chooses from the rewards of training, so nothing is selected before
-_STAGED_ONLY = (
+STAGED_ONLY = (
     "num_prompts",
     "warmup_prompts",
     "num_rollouts",
@@ -53,8 +49,10 @@ _LEAST = {
     "fold": (1, "It is the step through the ranking."),
     "selection_seed": (0, "Use None for the trainer's seed."),
 }
+_TEXTS = {"success_reward": ("the name of a reward function", "Use None if there is only one.")}
 
 
+@explain
 @dataclass
 class LearnAlignConfig:
     r"""
@@ -193,7 +191,8 @@ class LearnAlignConfig:
 
     def __post_init__(self):
         for one in fields(self):
-            _check(one, getattr(self, one.name))
+            if one.name not in ("score", "target_dataset"):  # which may be more than texts
+                check(one, type(self).__annotations__[one.name], getattr(self, one.name), _LEAST, _TEXTS)
         if self.projection_dim is not None and self.projection_dim > MAX_PROJECTION_DIM:
             raise ValueError(
                 f"`projection_dim` is {self.projection_dim}, but must be at most {MAX_PROJECTION_DIM}. Use None for exact "
@@ -235,7 +234,7 @@ class LearnAlignConfig:
         online = self.schedule == "online"
         changed = [one for one in fields(self) if getattr(self, one.name) != one.default]
         for one in changed:
-            if one.name in (_STAGED_ONLY if online else _ONLINE_ONLY):
+            if one.name in (STAGED_ONLY if online else _ONLINE_ONLY):
                 raise ValueError(
                     f"`{one.name}` is {getattr(self, one.name)!r}, but has no effect with `schedule={self.schedule!r}`. Leave it "
                     f"out, or set `schedule={'staged' if online else 'online'!r}`."
@@ -282,49 +281,3 @@ class LearnAlignConfig:
         if isinstance(target, Dataset):
             values["target_dataset"] = f"Dataset of {len(target)} rows"
         return values | {"score": score_name(self.score)}
-
-
-def explanations(kind: type = LearnAlignConfig) -> dict[str, str]:
-    """The explanation of each field, on one line, from the docstring."""
-    found = re.findall(r"^    (\w+) \(.*\):\n((?:     +.*\n?)+)", inspect.getdoc(kind), re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in found}
-
-
-def explain(kind: type) -> None:
-    """Makes the explanations the help of a command line, where a % is special. All other metadata goes to argparse, too."""
-    texts = explanations(kind)
-    for one in fields(kind):
-        one.metadata = MappingProxyType({**one.metadata, "help": texts[one.name].replace("%", "%%")})
-
-
-def _check(one, value):
-    """Raises an error if the value is not of the field's type and range, as far as these are plain."""
-    name, kind = one.name, LearnAlignConfig.__annotations__[one.name]  # a TrlParser overwrites `one.type`
-    kinds = get_args(kind) or (kind,)
-    if isinstance(value, kinds[1:]) or name in ("score", "target_dataset"):
-        return
-    if choices := one.metadata.get("choices"):
-        if not isinstance(value, str) or value not in choices:
-            raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but is {value!r}.")
-    elif name == "success_reward" and not isinstance(value, str):
-        raise ValueError(
-            f"`success_reward` must be the name of a reward function, but is {value!r}. Use None if there is only one."
-        )
-    elif str in kinds and not isinstance(value, str):
-        raise ValueError(f"`{name}` must be a text, but is {value!r}. Use None for none.")
-    elif bool in kinds and not isinstance(value, bool):
-        raise ValueError(f"`{name}` must be True or False, but is {value!r}.")
-    elif int in kinds:
-        least, remedy = _LEAST[name]
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"`{name}` must be an integer, but is {value!r}. {remedy}")
-        if value < least:
-            raise ValueError(f"`{name}` is {value}, but must be at least {least}. {remedy}")
-    elif float in kinds:
-        # An integer too large for a float is not finite either
-        known = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not known or not abs(value) <= sys.float_info.max:
-            raise ValueError(f"`{name}` must be a finite number, but is {value!r}.")
-
-
-explain(LearnAlignConfig)

@@ -13,8 +13,8 @@ from .config import LearnAlignConfig
 from .host import find_host
 from .parts import rollouts_at_once
 from .scores import score_name
-from .selection import OUTCOME_LABELS
 from .selector import SelectionRun
+from .summaries import OUTCOME_LABELS
 
 
 def plan_selection(trainer: Trainer, config: LearnAlignConfig) -> tuple[str, bool]:

@@ -1,7 +1,8 @@
 """The figures of a selection, drawn by matplotlib, for light and dark pages."""
 
 import io
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,10 +11,12 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from .summaries import how
+
 
 if TYPE_CHECKING:
+    from .runs import Stage
     from .selection import Selection
-
 
 _MOST_POINTS = 20_000
 _LIGHT = {"ink": "#1c2024", "page": "#fcfcfd", "pool": "#8b96a3", "chosen": "#c4500c", "grid": "#d3d9e0"}
@@ -44,9 +47,11 @@ class Drawing:
         return buffer.getvalue()
 
 
-def drawings(selections: list["Selection"]) -> list[Drawing]:
-    """Figures of the last selection and, if there are several, of their differences. None of a selection at random."""
-    last = selections[-1]
+def drawings(last: "Selection", stages: Sequence["Stage"] = ()) -> list[Drawing]:
+    """
+    Figures of the last selection of a run and, if the run has several stages (the last one included), of their differences.
+    None of a selection at random.
+    """
     table = last.scores.to_pandas()
     found = []
     if table["success_rate"].notna().any():
@@ -56,8 +61,8 @@ def drawings(selections: list["Selection"]) -> list[Drawing]:
         found += [first, *scatter, _lengths(table)]
     if last.provenance["seconds"]:
         found.append(_seconds(last))
-    if len(selections) > 1:
-        found.append(_stages(selections))
+    if len(stages) > 1:
+        found.append(_stages(stages))
     return found
 
 
@@ -65,14 +70,14 @@ def plot(selection: "Selection", dark: bool = False) -> Figure:
     """Success rates (or graded rewards), scores and lengths of pool and choice, side by side."""
     import matplotlib.pyplot as plt  # this also sets up figures in a notebook
 
-    panels = [drawing for drawing in drawings([selection]) if drawing.name != "seconds"]
+    panels = [drawing for drawing in drawings(selection) if drawing.name != "seconds"]
     colours = _DARK if dark else _LIGHT
     with _style(colours):
         figure = plt.figure(figsize=(5.2 * max(1, len(panels)), 3.9), layout="constrained")
         for axes, drawing in zip(np.atleast_1d(figure.subplots(1, max(1, len(panels)))), panels, strict=False):
             drawing.draw(axes, colours)
         if not panels:
-            nothing = f"chosen {selection.how()}: nothing was measured"
+            nothing = f"chosen {how(selection)}: nothing was measured"
             reason = "no prompt could be scored" if selection.measures else nothing
             figure.axes[0].text(0.5, 0.5, reason, ha="center")
             figure.axes[0].set_axis_off()
@@ -241,19 +246,21 @@ def _seconds(selection) -> Drawing:
     return Drawing("seconds", "Time of each phase of the selection:", words, draw)
 
 
-def overlaps(selections: list["Selection"]) -> list[float | None]:
-    """Share of each selection's prompts that the previous selection had also chosen."""
-    sets = [set(selection.indices) for selection in selections]
-    shares = [len(now & before) / len(now) if now else None for before, now in zip(sets[:-1], sets[1:], strict=True)]
+def overlaps(stages: Sequence["Stage"]) -> list[float | None]:
+    """Share of each stage's prompts that the one before had also chosen."""
+    shares = [
+        float(np.isin(now.indices, before.indices).mean()) if len(now.indices) else None
+        for before, now in itertools.pairwise(stages)
+    ]
     return [None, *shares]
 
 
-def _stages(selections) -> Drawing:
-    name = next(iter(selections[-1].outcomes()), "success_rate")
-    rates = [selection.outcomes().get(name, (np.nan, np.nan)) for selection in selections]
+def _stages(stages) -> Drawing:
+    name = next(iter(stages[-1].outcomes), "success_rate")
+    rates = [stage.outcomes.get(name, (np.nan, np.nan)) for stage in stages]
     label = name.replace("_mean", "").replace("_", " ")
-    steps = [selection.provenance["global_step"] for selection in selections]
-    kept = overlaps(selections)
+    steps = [stage.provenance["global_step"] for stage in stages]
+    kept = overlaps(stages)
 
     def draw(axes, colours):
         axes.plot(steps, [rate[0] for rate in rates], "o-", color=colours["pool"], label=f"{label} of the pool")

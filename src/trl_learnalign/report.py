@@ -1,11 +1,9 @@
 """`report.html`: why each prompt was chosen, in one file that needs no network, and its figures as PNG."""
 
-import base64
 import html
 import json
 import math
 import os
-from importlib import resources
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,7 +11,11 @@ import pyarrow.parquet as pq
 from . import figures
 from .advice import selection_warning
 from .disk import make_directory, write_atomically
-from .selection import MOST_CHARACTERS, MOST_ROWS, OUTCOME_LABELS, TEXTS_FILE, load_run
+from .page import MISSING, fact_list, figure, filled, html_table, long_text, number
+from .runs import load_last
+from .samples import extremes, most_characters, rows_of, shares, shortened, shown
+from .selection import TEXTS_FILE
+from .summaries import OUTCOME_LABELS, how
 
 
 REPORT_FILE = "report.html"
@@ -32,9 +34,7 @@ _COLUMNS = [
     ("gradient_norm", "gradient norm", 4, True),
     ("index", "index", 0, False),
 ]
-_MISSING = "\u2013"
 _TEXTS = ("prompt", "one of its completions")
-_SHOWN_CHARACTERS, _SHOWN_LINES = 240, 5  # of a text that is not opened; also in the template
 
 
 def write_report(path: str | os.PathLike, until: int | None = None) -> Path:
@@ -53,10 +53,10 @@ def write_report(path: str | os.PathLike, until: int | None = None) -> Path:
         `FileNotFoundError`: no finished selection is there.
         `ValueError`: one of them is damaged.
     """
-    run = load_run(path, until)
-    steps, selections = list(run), list(run.values())
-    directory = Path(path) if steps[0] == Path(path) else steps[0].parent
-    drawings = figures.drawings(selections)
+    selection, stages = load_last(path, until)
+    step = stages[-1].path
+    directory = step if step == Path(path) else step.parent
+    drawings = figures.drawings(selection, stages)
     folder = directory / "figures"
     make_directory(folder)
     embedded = {}
@@ -64,7 +64,7 @@ def write_report(path: str | os.PathLike, until: int | None = None) -> Path:
         light, dark = drawing.png(), drawing.png(dark=True)
         write_atomically(folder / f"{drawing.name}.png", lambda temporary, data=light: temporary.write_bytes(data))
         embedded[drawing.name] = light, dark
-    page = _page(selections, _texts(steps[-1]), drawings, embedded)
+    page = _page(selection, stages, _texts(step), drawings, embedded)
     target = directory / REPORT_FILE
     write_atomically(target, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     return target
@@ -80,29 +80,25 @@ def _texts(step: Path) -> dict[int, dict]:
 # The page ----------------------------------------------------------------------------------------------------------
 
 
-def _page(selections, texts, drawings, embedded) -> str:
-    selection = selections[-1]
+def _page(selection, stages, texts, drawings, embedded) -> str:
     provenance = selection.provenance
     random = provenance["config"]["score"] == "random"
-    table = selection.scores.to_pandas().sort_values("rank")
-    shown = table if len(table) <= MOST_ROWS else table.iloc[[*range(MOST_ROWS // 2), *range(-MOST_ROWS // 2, 0)]]
-    ends = "first and the last {} of the random order" if random else "{} highest- and the {} lowest-ranked"
+    table = rows_of(selection, shown(selection))
+    characters = most_characters(len(table))
     parts = {
         "title": f"LearnAlign: {len(selection.indices):,} of {selection.num_pool():,} prompts",
         "subtitle": f"{provenance['model']}, optimizer step {provenance['global_step']}, "
-        + f"{'chosen' if random else 'ranked'} {selection.how()}",
-        "shown": f"{len(shown):,} prompts."
-        if len(shown) == len(table)
-        else f"The {ends.replace('{}', f'{MOST_ROWS // 2:,}')} of {len(table):,} prompts; scores.parquet has all.",
-        "cut": f"Those of more than {MOST_CHARACTERS:,} characters are cut and end with \u201c\u2026\u201d."
-        if any(len(text["prompt"]) > MOST_CHARACTERS for text in texts.values())
+        + f"{'chosen' if random else 'ranked'} {how(selection)}",
+        "shown": _shown(selection, len(table)),
+        "cut": f"Those of more than {characters:,} characters are cut and end with \u201c\u2026\u201d."
+        if any(len(text["prompt"]) > characters for text in texts.values())
         else "",
         "why": "Some of the prompts" if random else "The highest- and the lowest-ranked prompts that may be chosen",
     }
     parts = {name: html.escape(text) for name, text in parts.items()}
     rolled_out = "rollouts" in selection.measures
     nothing = (
-        "Nothing could be measured." if rolled_out else f"Prompts were chosen {selection.how()}: nothing was measured."
+        "Nothing could be measured." if rolled_out else f"Prompts were chosen {how(selection)}: nothing was measured."
     )
     filters = {"all": "all prompts", "chosen": "chosen"}
     filters |= (
@@ -111,20 +107,26 @@ def _page(selections, texts, drawings, embedded) -> str:
     parts |= {
         "facts": _facts(selection),
         "notes": _notes(selection),
-        "figures": "\n".join(_figure(drawing, *embedded[drawing.name]) for drawing in drawings) or f"<p>{nothing}</p>",
-        "stages": _stages(selections),
-        "extremes": _extremes(selection, table, texts),
+        "figures": "\n".join(figure(drawing, *embedded[drawing.name]) for drawing in drawings) or f"<p>{nothing}</p>",
+        "stages": _stages(stages),
+        "extremes": _extremes(selection, texts),
         "filters": "".join(f'<option value="{name}">{label}</option>' for name, label in filters.items()),
         "provenance": _provenance(provenance),
-        "data": _data(shown, texts, selection),
+        "data": _data(table, texts, selection, characters),
     }
-    page = resources.files(__package__).joinpath("report_template.html").read_text(encoding="utf-8")
-    pieces = page.split("{{")
-    filled = [pieces[0]]  # in one pass, so that braces in a prompt stay what they are
-    for piece in pieces[1:]:
-        name, rest = piece.split("}}", 1)
-        filled += [parts[name], rest]
-    return "".join(filled)
+    return filled("report_template.html", parts)
+
+
+def _shown(selection, num_rows) -> str:
+    """Which prompts the page holds."""
+    if num_rows == selection.scores.num_rows:
+        return f"{num_rows:,} prompts."
+    (most, end), chosen = shares(), len(selection.indices)
+    first = f"first {most:,} of the {chosen:,}" if chosen > most else f"{chosen:,}"
+    return (
+        f"A sample of {num_rows:,} of {selection.scores.num_rows:,} prompts: the {first} chosen, the {end:,} highest- and the "
+        f"{end:,} lowest-ranked that may be chosen, and a random part of the others. scores.parquet has all."
+    )
 
 
 def _facts(selection) -> str:
@@ -140,7 +142,7 @@ def _facts(selection) -> str:
         facts |= {f"{OUTCOME_LABELS[name]}, {of}": f"{mean:.2f}" for of, mean in means if not math.isnan(mean)}
     if outcomes:
         facts["time"] = f"{seconds:,.0f} s"
-    return "\n".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items())
+    return fact_list(facts)
 
 
 def _notes(selection) -> str:
@@ -160,60 +162,30 @@ def _notes(selection) -> str:
     return "".join(f"<p>{html.escape(note)}</p>" for note in notes)
 
 
-def _figure(drawing, light, dark) -> str:
-    def source(data):
-        return "data:image/png;base64," + base64.b64encode(data).decode()
-
-    words = html.escape(drawing.words)
-    return (
-        f'<figure><picture><source srcset="{source(dark)}" media="(prefers-color-scheme: dark)">'
-        f'<img src="{source(light)}" alt="{words}"></picture>'
-        f"<figcaption>{html.escape(drawing.caption)} {words}</figcaption></figure>"
-    )
-
-
-def _table(name, columns, rows, caption="") -> str:
-    """HTML of a table. On a narrow page each cell shows its column's label. Cells are HTML; `name` is for screen readers."""
-    kinds = [" class=text" if column in _TEXTS else "" for column in columns]
-    head = "".join(f"<th scope=col{kind}>{column}</th>" for column, kind in zip(columns, kinds, strict=True))
-    lines = (
-        "".join(
-            f'<td{kind} data-label="{column}">{cell}</td>'
-            for column, kind, cell in zip(columns, kinds, cells, strict=True)
-        )
-        for cells in rows
-    )
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
-    caption = caption and f"<caption>{caption}</caption>"
-    return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="{name}"><table>{caption}'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
-
-
-def _stages(selections) -> str:
-    if len(selections) < 2:
+def _stages(stages) -> str:
+    if len(stages) < 2:
         return ""
-    outcomes = list(selections[-1].outcomes())
+    outcomes = list(stages[-1].outcomes)
     rows = []
-    for selection, kept in zip(selections, figures.overlaps(selections), strict=True):
-        counts = (selection.provenance["global_step"], len(selection.indices), selection.num_learnable())
-        means = [_number(mean, 3) for name in outcomes for mean in selection.outcomes()[name]]
-        rows.append([*(f"{count:,}" for count in counts), *means, _MISSING if kept is None else f"{kept:.0%}"])
+    for stage, kept in zip(stages, figures.overlaps(stages), strict=True):
+        counts = (stage.provenance["global_step"], len(stage.indices), stage.num_learnable)
+        means = [number(mean, 3) for name in outcomes for mean in stage.outcomes[name]]
+        rows.append([*(f"{count:,}" for count in counts), *means, MISSING if kept is None else f"{kept:.0%}"])
     labels = [f"{OUTCOME_LABELS[name]}, {of}" for name in outcomes for of in ("pool", "chosen")]
     columns = ["step", "chosen", "learnable", *labels, "also chosen before"]
     title = "Selections of this run"
-    return f'<h2 id="stages">{title}</h2>' + _table(title, columns, rows, "Oldest first.")
+    return f'<h2 id="stages">{title}</h2>' + html_table(title, columns, rows, (), "Oldest first.")
 
 
-def _extremes(selection, table, texts) -> str:
+def _extremes(selection, texts) -> str:
     """The ten highest-ranked and the ten lowest-ranked that are learnable, with a completion each; of a random order, its two ends."""
-    ends = selection.extremes()
+    ends = extremes(selection)
     if not ends[0]:
         return "<p>There are no such prompts.</p>"
     if not texts:
         return "<p>The texts of the prompts were not kept.</p>"
     random = selection.provenance["config"]["score"] == "random"
+    table = rows_of(selection, [*ends[0], *ends[1]])
     columns = {"rank": ("rank", 0)}
     columns |= {
         key: (label, digits)
@@ -231,30 +203,15 @@ def _extremes(selection, table, texts) -> str:
         rows = []
         for index in indices:
             text = texts.get(index, {})
-            row = [_number(by_index.loc[index, key], digits) for key, (_, digits) in columns.items()]
-            row.append(_long_text(text.get("prompt") or ""))
+            row = [number(by_index.loc[index, key], digits) for key, (_, digits) in columns.items()]
+            row.append(long_text(text.get("prompt") or ""))
             if not random:
                 reward = "" if text.get("reward") is None else f"<div class=reward>reward {text['reward']:.3g}</div>"
-                row.append(_long_text(text.get("completion") or "") + reward)
+                row.append(long_text(text.get("completion") or "") + reward)
             rows.append(row)
         names = [*(label for label, _ in columns.values()), *_TEXTS[: 1 if random else 2]]
-        blocks.append(f"<h3>{title}</h3>" + _table(title, names, rows))
+        blocks.append(f"<h3>{title}</h3>" + html_table(title, names, rows, _TEXTS))
     return "\n".join(blocks)
-
-
-def _long_text(text: str) -> str:
-    """HTML of a text, of which only the beginning is shown until it is opened. The template's `longText` does the same."""
-    start = "\n".join(text[:_SHOWN_CHARACTERS].split("\n")[:_SHOWN_LINES])
-    if start == text:
-        return html.escape(text)
-    return (
-        f"<details class=long><summary><span>{html.escape(start)}\u2026</span></summary>"
-        f"<div>{html.escape(text)}</div></details>"
-    )
-
-
-def _number(value, digits) -> str:
-    return _MISSING if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
 def _provenance(provenance) -> str:
@@ -273,7 +230,7 @@ def _columns(selection, table) -> list[tuple]:
     ]
 
 
-def _data(table, texts, selection) -> str:
+def _data(table, texts, selection, characters) -> str:
     """The rows of the table as JSON that is safe inside a script element."""
     columns = [
         {"key": key, "label": label, "digits": digits, "first": "high" if high else "low", "text": key == "prompt"}
@@ -282,7 +239,8 @@ def _data(table, texts, selection) -> str:
     values = []
     for column in columns:
         if column["key"] == "prompt":
-            values.append([texts.get(index, {}).get("prompt") for index in table["index"]])
+            prompts = (texts[index]["prompt"] if index in texts else None for index in table["index"])
+            values.append([text if text is None else shortened(text, characters) for text in prompts])
         else:
             cells = table[column["key"]].tolist()
             values.append([None if cell is None or cell != cell else _short(cell) for cell in cells])

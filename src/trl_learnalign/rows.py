@@ -1,8 +1,10 @@
-"""Rows from a file, a directory or the Hub."""
+"""Rows from a file, a directory or the Hub, and a hash of them."""
 
+import hashlib
 import json
 from pathlib import Path
 
+import pyarrow as pa
 from datasets import Dataset, load_dataset
 
 
@@ -65,3 +67,18 @@ def _broken_line(file) -> str | None:
         except ValueError as error:
             return f"line {number} is not valid JSON ({error})"
     return None
+
+
+def dataset_fingerprint(dataset: Dataset) -> str:
+    """
+    Hash of the rows and their order. Unlike the fingerprint that `datasets` keeps, it does not change with the way that
+    the same rows were made, which may be different in every process.
+    """
+    hashed = hashlib.sha256(str(dataset.features).encode())
+    for batch in dataset.with_format("arrow").iter(batch_size=1000):
+        sink = pa.BufferOutputStream()
+        table = batch.combine_chunks().replace_schema_metadata(None)
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        hashed.update(sink.getvalue())
+    return hashed.hexdigest()

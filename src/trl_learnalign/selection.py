@@ -9,14 +9,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 
+from . import advice, summaries
 from .choice import choose
-from .config import FREE_ON_RESUME
 from .disk import digest, make_directory, write_json, write_parquet
+from .rows import dataset_fingerprint
 from .scores import SCORES
 
 
@@ -29,27 +31,13 @@ SELECTION_FILE = "selection.json"
 TEXTS_FILE = "texts.parquet"
 FORMAT_VERSION = 1
 SCORE_COLUMNS = ("learnalign_score", "success_rate")
-MOST_ROWS = 20_000  # in a report; of more prompts, the highest- and the lowest-ranked
-MOST_CHARACTERS = 2000  # of a prompt in a report
-# Labels of what `Selection.outcomes` holds
-OUTCOME_LABELS = {"success_rate": "mean success rate", "reward_mean": "mean reward", "reward_std": "mean reward std"}
 
-SCORES_SCHEMA = pa.schema(
-    [
-        ("index", pa.int64()),
-        ("success_rate", pa.float64()),
-        ("learnability", pa.float64()),
-        ("alignment", pa.float64()),
-        ("score", pa.float64()),
-        ("rank", pa.int64()),
-        ("selected", pa.bool_()),
-        ("reward_mean", pa.float64()),
-        ("reward_std", pa.float64()),
-        ("completion_length_mean", pa.float64()),
-        ("gradient_norm", pa.float64()),
-        ("eligible", pa.bool_()),
-    ]
+_KINDS = {"index": pa.int64(), "rank": pa.int64(), "selected": pa.bool_(), "eligible": pa.bool_()}
+_COLUMNS = (
+    *("index", "success_rate", "learnability", "alignment", "score", "rank", "selected", "reward_mean", "reward_std"),
+    *("completion_length_mean", "gradient_norm", "eligible"),
 )
+SCORES_SCHEMA = pa.schema([(name, _KINDS.get(name, pa.float64())) for name in _COLUMNS])
 
 
 @dataclass
@@ -176,18 +164,10 @@ class Selection:
         """
         if isinstance(num_prompts, bool) or not isinstance(num_prompts, int) or num_prompts < 1:
             raise ValueError(f"`num_prompts` must be an integer of at least 1, but is {num_prompts!r}.")
-        if num_prompts > (most := len(self._eligible())):
-            kind = "" if self.provenance["config"]["score"] == "random" else " eligible"
-            kind = " learnable" if self.measures and most >= self.num_learnable() else kind
-            kind += " and different" * bool(self.provenance.get("duplicates"))
-            warnings.warn(
-                f"`num_prompts` is {num_prompts:,}, but the pool of {self.scores.num_rows:,} has only {most:,}{kind} prompts, so "
-                "fewer are selected. A larger pool may have more; so may a policy after a longer warm-up.",
-                stacklevel=2,
-            )
-        provenance = {
-            name: value for name, value in self.provenance.items() if name != "key"
-        }  # it is of another choice
+        if num_prompts > (most := len(self.eligible())):
+            warnings.warn(advice.too_few(self, num_prompts, most), stacklevel=2)
+        # The key is of another choice
+        provenance = {name: value for name, value in self.provenance.items() if name != "key"}
         provenance["config"] = self.provenance["config"] | {"num_prompts": num_prompts}
         return replace(self._choose(num_prompts), provenance=provenance)
 
@@ -201,36 +181,31 @@ class Selection:
         """
         seen, left_out, provenance = set(), [], self.provenance
         if equal is not None:
-            for index in self._eligible():
+            for index in self.eligible().tolist():
                 left_out += [index] * (equal[index] in seen)
                 seen.add(equal[index])
             provenance = provenance | {"duplicates": sorted(left_out)}
         return replace(self, provenance=provenance)._choose(self.provenance["config"]["num_prompts"])
 
-    def _eligible(self) -> list[int]:
-        """Dataset indices of the prompts that may be chosen, best first."""
-        table, left_out = self.to_pandas(), set(self.provenance.get("duplicates", ()))
-        if "eligible" in table:
-            eligible = table["eligible"]
+    def eligible(self) -> np.ndarray:
+        """Dataset indices of the prompts that may be chosen, best first, of shape `(num_eligible,)`."""
+        if "eligible" in self.scores.column_names:
+            may = self.scores["eligible"]
         else:  # of version 0.1.0. V is null where nothing was rolled out: there every prompt may be chosen
-            eligible = ~(table["learnability"] == 0)
-        return [index for index in table.index[eligible].tolist() if index not in left_out]
+            may = pc.invert(pc.fill_null(pc.equal(self.scores["learnability"], 0), False))
+        indices = self.scores["index"].to_numpy()
+        may = may.to_numpy() & ~np.isin(indices, self.provenance.get("duplicates", []))
+        return indices[may][np.argsort(self.scores["rank"].to_numpy()[may])]
 
     def _choose(self, num_prompts) -> "Selection":
         table = self.to_pandas()
-        eligible = table.index.isin(self._eligible())
+        eligible = table.index.isin(self.eligible())
         groups = table["quota_group"].fillna("").to_numpy(str) if "quota_group" in table else None
         quota = self.provenance["config"].get("quota", "proportional")
         chosen = table.index[choose(range(len(table)), eligible, num_prompts, groups, quota)].tolist()
-        place = self.scores.column_names.index("selected")
         selected = pc.is_in(self.scores["index"], value_set=pa.array(chosen, pa.int64()))
-        scores = self.scores.set_column(place, self.scores.schema.field("selected"), selected)
+        scores = self.scores.set_column(self.scores.column_names.index("selected"), "selected", selected)
         return replace(self, indices=chosen, scores=scores)
-
-    def extremes(self, num: int = 10) -> tuple[list[int], list[int]]:
-        """Dataset indices of the `num` highest-ranked and of the `num` lowest-ranked that are learnable (of none twice)."""
-        ranked = self._eligible()
-        return ranked[:num], ranked[num:][-num:]
 
     def plot(self, dark: bool = False) -> "matplotlib.figure.Figure":
         """Success rates, learnability against alignment, and completion lengths of pool and choice."""
@@ -254,16 +229,8 @@ class Selection:
         """
         if "rollouts" not in self.measures:
             return {}
-        config = self.provenance.get("config", {})
-        graded = config.get("learnability") == "variance"
+        graded = self.provenance.get("config", {}).get("learnability") == "variance"
         return {name: self._means(name) for name in (("reward_mean", "reward_std") if graded else ("success_rate",))}
-
-    def _outcome_texts(self):
-        return {
-            name: f"{pool:.3f} (pool)" + ("" if math.isnan(chosen) else f", {chosen:.3f} (chosen)")
-            for name, (pool, chosen) in self.outcomes().items()
-            if not math.isnan(pool)
-        }
 
     def _means(self, name):
         values, chosen = self.scores[name], self.scores["selected"]
@@ -276,46 +243,16 @@ class Selection:
         score = self.provenance.get("config", {}).get("score")
         return tuple(self.provenance.get("measures", SCORES[score].requires if score in SCORES else ()))
 
-    def how(self) -> str:
-        """In words, how prompts were chosen."""
-        score = self.provenance["config"]["score"]
-        return "at random" if score == "random" else f"by {score}"
-
-    def num_eligible(self) -> int:
-        """Number of scored prompts that may be chosen."""
-        return len(self._eligible())
-
     def num_learnable(self) -> int:
         """Number of scored prompts with V > 0; 0 without rollouts."""
         return pc.sum(pc.greater(self.scores["learnability"], 0)).as_py() or 0
 
     def summary(self) -> str:
         """One line of text: pool, learnable, chosen, mean outcomes, time of each phase, cost of the gradients."""
-        how = "" if "rollouts" in self.measures else f" {self.how()}"
-        pool = f"pool {self.num_pool()}"
-        if self.provenance["unscorable"]:
-            pool += f" ({len(self.provenance['unscorable'])} unscorable: no finite reward)"
-        chosen = f"chosen {len(self.indices)}" + how
-        if self.provenance.get("duplicates"):
-            chosen += f" ({len(self.provenance['duplicates'])} duplicates left out)"
-        parts = [pool, chosen]
-        if not how:
-            outcomes = [f"{OUTCOME_LABELS[name]} {means}" for name, means in self._outcome_texts().items()]
-            parts = [pool, f"learnable {self.num_learnable()}", chosen, *outcomes]
-        parts += [f"{phase} {seconds:.1f} s" for phase, seconds in self.provenance["seconds"].items()]
-        cost = self.provenance.get("cost", {})
-        if "of_rollouts" in cost:
-            parts.append(f"gradients and scores took {cost['of_rollouts']:.2f} x the time of the rollouts")
-        return f"LearnAlign, step {self.provenance['global_step']}: " + "; ".join(parts)
+        return summaries.summary(self)
 
     def __repr__(self):
-        config, outcomes = self.provenance.get("config", {}), self._outcome_texts()
-        parts = [f"{len(self.indices)} of {self.num_pool()} prompts", f"score={config.get('score')!r}"]
-        parts.append(f"step={self.provenance.get('global_step')}")
-        if outcomes:
-            parts.append(f"learnable={self.num_learnable()}")
-            parts += [f"{name}={means}" for name, means in outcomes.items()]
-        return f"Selection({', '.join(parts)})"
+        return summaries.representation(self)
 
 
 def find_selections(path: str | os.PathLike) -> list[Path]:
@@ -339,30 +276,6 @@ def find_selections(path: str | os.PathLike) -> list[Path]:
     )
 
 
-def load_run(path: str | os.PathLike, until: int | None = None) -> dict[Path, Selection]:
-    """
-    The last selection that [`find_selections`] finds, and the earlier ones of the same run: those of an earlier stage with
-    the same configuration, seed and dataset. `until` leaves out selections after that optimizer step, which are of
-    another run.
-    """
-    found = {step: Selection.load(step) for step in find_selections(path)}
-    if until is not None:
-        found = {step: one for step, one in found.items() if one.provenance.get("global_step", 0) <= until}
-    if not found:
-        return {}
-    *_, last = (one.provenance for one in found.values())
-
-    def identity(provenance):
-        config = {name: value for name, value in provenance.get("config", {}).items() if name not in FREE_ON_RESUME}
-        return config, provenance.get("seed"), provenance.get("dataset_fingerprint")
-
-    def belongs(provenance):
-        same = identity(provenance) == identity(last)
-        return provenance is last or (same and provenance.get("stage", 0) < last.get("stage", 0))
-
-    return {step: one for step, one in found.items() if belongs(one.provenance)}
-
-
 def check_score_columns(dataset: Dataset) -> None:
     """
     Raises:
@@ -371,18 +284,3 @@ def check_score_columns(dataset: Dataset) -> None:
     taken = set(SCORE_COLUMNS) & set(dataset.column_names)
     if taken:
         raise ValueError(f"The dataset has columns that the selection adds: {sorted(taken)}. Rename or remove them.")
-
-
-def dataset_fingerprint(dataset: Dataset) -> str:
-    """
-    Hash of the rows and their order. Unlike the fingerprint that `datasets` keeps, it does not change with the way that
-    the same rows were made, which may be different in every process.
-    """
-    hashed = hashlib.sha256(str(dataset.features).encode())
-    for batch in dataset.with_format("arrow").iter(batch_size=1000):
-        sink = pa.BufferOutputStream()
-        table = batch.combine_chunks().replace_schema_metadata(None)
-        with pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
-        hashed.update(sink.getvalue())
-    return hashed.hexdigest()

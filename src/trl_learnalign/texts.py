@@ -6,12 +6,7 @@ import pyarrow as pa
 import torch
 
 from .prompts import prompt_text
-from .selection import MOST_CHARACTERS, MOST_ROWS
-
-
-def shortened(text: str) -> str:
-    """The first `MOST_CHARACTERS` of a text, with a mark where it goes on."""
-    return text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + "\u2026"
+from .samples import extremes, shortened, shown
 
 
 def texts_table(host, dataset, selection, own, peers) -> pa.Table | None:
@@ -25,14 +20,11 @@ def texts_table(host, dataset, selection, own, peers) -> pa.Table | None:
     Rows without a prompt, which an environment supplies, are shown by the prompt of their first rollout, or, where
     nothing was rolled out, by their columns.
     """
-    shown = {index for indices in selection.extremes() for index in indices}
-    indices = selection.to_pandas().index.tolist()
-    if len(indices) > MOST_ROWS:
-        indices = indices[: MOST_ROWS // 2] + indices[-MOST_ROWS // 2 :]
-    listed = shown.union(indices)
+    ends = {index for indices in extremes(selection) for index in indices}
+    listed = ends.union(shown(selection))
     named = "prompt" in dataset.column_names
     rolled_out = [row for row in sorted(listed) if own is not None and row in own]
-    completions = {row: _first_completion(host, own.group(row)) for row in rolled_out if row in shown}
+    completions = {row: _first_completion(host, own.group(row)) for row in rolled_out if row in ends}
     supplied = {} if named else {row: host.text(own.group(row).prompt_ids[0]) for row in rolled_out}
     gathered = zip(*peers.gather((completions, supplied)), strict=True)
     completions, supplied = (dict(itertools.chain(*(part.items() for part in parts))) for parts in gathered)
@@ -43,7 +35,7 @@ def texts_table(host, dataset, selection, own, peers) -> pa.Table | None:
     if named:
         texts = [prompt_text(prompt) for prompt in rows["prompt"]]
     else:
-        texts = [supplied.get(index) or _columns_text(row) for index, row in zip(indices, rows, strict=True)]
+        texts = [supplied.get(index) or columns_text(row) for index, row in zip(indices, rows, strict=True)]
     texts = [shortened(text) for text in texts]
     none = (None, None)
     return pa.table(
@@ -62,5 +54,6 @@ def _first_completion(host, group) -> tuple[str, float]:
     return host.text(group.completion_ids[0]), reward.nan_to_num(0.0).item()
 
 
-def _columns_text(row) -> str:
+def columns_text(row: dict) -> str:
+    """A row without a prompt as text."""
     return "\n".join(f"{name}: {value}" for name, value in row.items())

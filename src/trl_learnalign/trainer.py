@@ -5,13 +5,13 @@ from pathlib import Path
 from trl import GRPOTrainer
 
 from .callback import LearnAlignCallback
-from .cards import model_card
+from .cards import model_card, online_model_card
 from .checkpoints import survey, whole_checkpoint
 from .host import check_kind
 from .peers import Peers
 from .prompts import check_dataset, check_prompts
+from .runs import load_run
 from .sampler import LearnAlignSampler
-from .selection import load_run
 
 
 class LearnAlignMixin:
@@ -79,11 +79,14 @@ class LearnAlignMixin:
         card = Path(self.args.output_dir) / "README.md"
         if self._learnalign is None or not self.is_world_process_zero() or not card.is_file():
             return
+        online = self._learnalign.schedule.summary()
+        if online:
+            card.write_text(card.read_text(encoding="utf-8").rstrip() + online_model_card(online), encoding="utf-8")
+            return
         try:
             made = self._learnalign.selections  # since this process began
             until = made[-1].provenance["global_step"] if made else self.state.global_step
-            run = load_run(self.args.output_dir, until)
-            summaries = [selection.summary() for selection in run.values()]
+            summaries = [stage.summary for stage in load_run(self.args.output_dir, until)]
         except (FileNotFoundError, ValueError):  # none yet, or one that was tampered with
             return
         card.write_text(card.read_text(encoding="utf-8").rstrip() + model_card(summaries), encoding="utf-8")

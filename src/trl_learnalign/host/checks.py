@@ -30,17 +30,17 @@ def check_trainer(host, config: LearnAlignConfig) -> None:
             f"to the same files. On a machine without a GPU set `use_cpu=True` in {type(trainer.args).__name__}."
         )
     dataset = trainer.train_dataset
-    check_dataset(dataset, needs_prompt=getattr(trainer, "environment_factories", None) is None)
+    check_dataset(dataset, needs_prompt=host.environments is None)
     if _is_placeholder(dataset):
         raise ValueError(
             "The environment of this trainer supplies the prompts itself, so there are no dataset rows to select. Pass "
             "a `train_dataset` with the prompts to choose from."
         )
-    own_rollouts = getattr(trainer, "rollout_func", None) is not None
+    own_rollouts = host.rollout_func is not None
     if not own_rollouts:  # which may need no prompt
         check_prompts(dataset)
     # With an environment or a `rollout_func` equal prompts may be different tasks
-    equal_tasks = not own_rollouts and not getattr(trainer, "environment_factories", None)
+    equal_tasks = not own_rollouts and not host.environments
     check_duplicates(dataset, config.deduplicate, warn=equal_tasks and trainer.accelerator.is_main_process)
 
 

@@ -9,6 +9,9 @@ from .names import COMMON, GRPO
 from .trl import Host
 
 
+_ENVIRONMENTS = "_batch_environments"
+
+
 class GRPOHost(Host):
     """[`~trl.GRPOTrainer`]: advantages by group, a loss by `loss_type`, the KL term in the loss."""
 
@@ -34,6 +37,19 @@ class GRPOHost(Host):
 
     def check_loss(self) -> None:
         objective.check_loss(self.trainer)
+
+    def prompt_ids(self, rows: list[dict]) -> list[list[int]]:
+        trainer = self.trainer
+        if self.environments is None:
+            return super().prompt_ids(rows)
+        # Each row's tools are those of its environment, which is told by what the last generation left here
+        before = getattr(trainer, _ENVIRONMENTS, None)
+        names = [row.get("environment") if trainer._multi_environment else None for row in rows]
+        setattr(trainer, _ENVIRONMENTS, names)
+        try:
+            return super().prompt_ids(rows)
+        finally:
+            setattr(trainer, _ENVIRONMENTS, before)
 
     def advantages(self, rewards: torch.Tensor, penalties: torch.Tensor) -> torch.Tensor:
         trainer = self.trainer

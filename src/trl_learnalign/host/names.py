@@ -37,6 +37,7 @@ COMMON = (
     "use_vllm",
 )
 GRPO = (
+    "_multi_environment",
     "importance_sampling_level",
     "loss_type",
     "multi_objective_aggregation",

@@ -121,9 +121,8 @@ class Host(ABC):
         settings["adapters"] = {
             name: [getattr(one, field, None) for field in _SCALING] for name, one in adapters.items()
         }
-        factories = getattr(self.trainer, "environment_factories", None) or {}
-        rollout_func = getattr(self.trainer, "rollout_func", None)
-        code = [*(getattr(self.trainer, "tools", None) or ()), *factories.values(), rollout_func]
+        tools = getattr(self.trainer, "tools", None) or ()
+        code = [*tools, *(self.environments or {}).values(), self.rollout_func]
         settings["code"] = [source_of(part) for part in code if part is not None]
         rewards = dict(zip(self.reward_names, map(source_of, self.trainer.reward_funcs), strict=True))
         return {"generation": settings, "rewards": rewards}
@@ -144,6 +143,16 @@ class Host(ABC):
 
     # Prompts and rollouts ---------------------------------------------------------------------------------------
 
+    @property
+    def environments(self) -> dict | None:
+        """The user's factories of environments by name, `None` without; they add to a prompt when they begin."""
+        return getattr(self.trainer, "environment_factories", None)
+
+    @property
+    def rollout_func(self) -> Callable | None:
+        """A function of the user's that makes of prompts what it likes, completions included."""
+        return getattr(self.trainer, "rollout_func", None)
+
     def text(self, ids: Sequence[int]) -> str:
         """Tokens as text."""
         return self.trainer._tokenizer.decode(ids, skip_special_tokens=True)
@@ -151,8 +160,16 @@ class Host(ABC):
     def prompt_ids(self, rows: list[dict]) -> list[list[int]]:
         """
         The prompt tokens of rows of the dataset, as training makes them: with the chat template, and the tools in it. Not
-        what an environment adds when it begins, nor what a `rollout_func` makes of a prompt.
+        what an environment adds when it begins, nor what a `rollout_func` makes of a prompt; of images nothing.
+
+        Raises:
+            `ValueError`: the rows have no prompt, which an environment supplies.
         """
+        if not all("prompt" in row for row in rows):
+            raise ValueError(
+                "There are no prompt tokens before the environment begins: the training dataset has no column `prompt`. Give it "
+                "one, or do without features of the prompts."
+            )
         return [list(ids) for ids in self.trainer._tokenize_prompts([row["prompt"] for row in rows])[0]]
 
     @contextmanager

@@ -49,9 +49,9 @@ class PromptFeatures:
 
 def reason_against(host: Host) -> str | None:
     """Why the prompts of this trainer have no hidden states that could be computed beforehand; `None` if they have."""
-    if getattr(host.trainer, "rollout_func", None) is not None:
+    if host.rollout_func is not None:
         return "a `rollout_func` makes of a prompt what only it knows"
-    if getattr(host.trainer, "environment_factories", None):
+    if host.environments:
         return "an environment adds to a prompt when it begins"
     if "prompt" not in host.dataset.column_names:
         return "the training dataset has no column `prompt`"

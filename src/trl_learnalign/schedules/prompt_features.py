@@ -70,7 +70,9 @@ def eligible_rows(dataset: Dataset, config) -> np.ndarray:
         condition = Condition(config.where)
         keep &= condition(dataset_columns(dataset, range(len(dataset)), sorted(condition.columns)))
         if not keep.any():
-            raise ValueError(f"`where` is {config.where!r}, which holds for no row of the training dataset. Correct it.")
+            raise ValueError(
+                f"`where` is {config.where!r}, which holds for no row of the training dataset. Correct it."
+            )
     if config.deduplicate:
         keep &= np.asarray(equal_prompts(dataset)) == np.arange(len(dataset))
     return np.flatnonzero(keep).astype(np.int32)
