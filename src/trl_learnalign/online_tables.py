@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .audit import columns_text
 from .config import STAGED_ONLY
 from .disk import make_directory, write_json, write_parquet
 from .prompts import prompt_text
 from .samples import shortened
+from .texts import columns_text
 
 
 PROMPTS_FILE = "online_prompts.parquet"
