@@ -67,7 +67,9 @@ def work(directory, arguments):
     torch.set_num_threads(1)
     trainer = build_trainer(argparse.Namespace(**SETTINGS, dtype=torch.float32, tokens=8), str(directory))
     trainer.train_dataset = Dataset.from_dict({"prompt": [""]}).select([0] * arguments.prompts)
-    generation.generate_groups = lambda host, dataset, indices, *_: list(groups_of(indices, host.group_size, arguments.tokens))
+    generation.generate_groups = lambda host, dataset, indices, *_: list(
+        groups_of(indices, host.group_size, arguments.tokens)
+    )
     choice = LearnAlignConfig(num_rollouts=8, rollout_batch_prompts=BATCH, max_tokens_per_batch=16_000)
     run = SelectionRun(find_host(trainer), choice, 0)
     run.keys = run._keys()
