@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerState
 from trl_learnalign import disk, scoring, store
 from trl_learnalign.gradients import PromptGradients
 from trl_learnalign.host import generation
-from trl_learnalign.sampler import LearnAlignSampler
+from trl_learnalign.schedules import StagedSchedule
 
 
 path = Path(sys.argv[1])
@@ -30,7 +30,7 @@ selecting = False
 
 def event(name, halve=None):
     """Something happens; `halve` is a file that a kill leaves half-written, or what does half of it."""
-    events.append(f"{name}, stage {len(trainer._get_train_sampler().log) - 1}")
+    events.append(f"{name}, stage {trainer._get_train_sampler().schedule.stage}")
     if len(events) - 1 == kill_at:
         if callable(halve):
             halve()
@@ -102,7 +102,7 @@ disk.os.replace = replace
 store._write = append
 before(PromptGradients, "collect", "gradients")
 before(scoring, "scores_of_batches", "scores")
-before(LearnAlignSampler, "append", "choice")
+before(StagedSchedule, "accept", "choice")
 before(Trainer, "training_step", "training")
 Trainer.save_model, Trainer._save_rng_state, TrainerState.save_to_json = save_model, save_rng, save_state
 
@@ -118,7 +118,7 @@ trainer = make_trainer(
     save_steps=1,
 )
 trainer.train(resume_from_checkpoint=any(path.iterdir()) or None)
-log = [[version.start_chunk, list(version.indices)] for version in trainer._get_train_sampler().log]
+log = [[version.start_chunk, list(version.indices)] for version in trainer._get_train_sampler().schedule.log]
 result = {"world": trainer.accelerator.num_processes, "events": events, "log": log, "step": trainer.state.global_step}
 save_file(weights(trainer), path / f"final-{rank}.safetensors")
 (path / f"rank-{rank}.json").write_text(json.dumps(result))

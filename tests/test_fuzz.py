@@ -14,12 +14,13 @@ import torch
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import config, digit_reward, make_dataset, make_trainer
+from tiny import config, digit_reward, make_dataset, make_trainer, online
 from transformers import TrainerState
 
 from trl_learnalign import LearnAlignConfig, Selection, select_prompts
 from trl_learnalign.groups import Group
 from trl_learnalign.measures.records import decode, encode
+from trl_learnalign.state import STATE_FILE
 from trl_learnalign.store import Log, prepare
 
 
@@ -163,21 +164,29 @@ JSON = st.recursive(
 
 
 @pytest.fixture(scope="module")
-def bound(tmp_path_factory):
-    trainer = make_trainer(tmp_path_factory.mktemp("bound"), config())
-    callback = next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "LearnAlignCallback")
-    state = TrainerState()
-    callback._record(state)
-    return trainer, callback, state.stateful_callbacks["learnalign"]
+def written(tmp_path_factory):
+    """By schedule: what reads and writes the state of a run, its checkpoint, and what trainer_state.json holds of it."""
+    made = {}
+    for name, choice in {"staged": config(), "online": online()}.items():
+        path = tmp_path_factory.mktemp(name)
+        trainer = make_trainer(path, choice, max_steps=3, save_strategy="steps", save_steps=3)
+        trainer.train()
+        checkpoint = path / "checkpoint-3"
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        made[name] = trainer._learnalign._checkpoints, checkpoint, state["stateful_callbacks"]["learnalign"]
+    return made
 
 
+@pytest.mark.parametrize("schedule", ["staged", "online"])
 @QUIET
 @given(st.data())
-def test_state_in_a_checkpoint(bound, tally, data):
+def test_state_in_a_checkpoint(written, tally, schedule, data):
+    """Its values, in trainer_state.json, and its arrays, in a file."""
     tally["nonsense: states in checkpoints"] += 1
-    trainer, callback, whole = bound
-    content = json.loads(json.dumps(whole))
-    place = content
+    state, checkpoint, whole = written[schedule]
+    content, arrays = json.loads(json.dumps(whole)), (checkpoint / STATE_FILE).read_bytes()
+    found = damaged(data, arrays) if data.draw(st.booleans()) else arrays
+    place = content if data.draw(st.booleans()) else None
     while isinstance(place, (dict, list)) and place:  # change something somewhere
         keys = sorted(place) if isinstance(place, dict) else range(len(place))
         key = data.draw(st.sampled_from(keys))
@@ -185,15 +194,18 @@ def test_state_in_a_checkpoint(bound, tally, data):
             place[key] = data.draw(JSON)
             break
         place = place[key]
-    state = TrainerState(
-        global_step=3, stateful_callbacks={"learnalign": data.draw(st.sampled_from([content, content, None]))}
-    )
-    try:
-        callback._resume(trainer.args, state)
-    except ValueError as error:
-        assert "checkpoint" in str(error)
-    else:
-        assert content == whole
+    callbacks = {"learnalign": data.draw(st.sampled_from([content, content, None]))}
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory, STATE_FILE).write_bytes(found)
+        state._note(Path(directory))
+        try:
+            state.sampler.schedule.load_state_dict(
+                state.read(TrainerState(global_step=3, stateful_callbacks=callbacks))[0]
+            )
+        except ValueError as error:
+            assert "checkpoint" in str(error)
+        else:
+            assert content == whole and found == arrays
 
 
 # Columns

@@ -30,7 +30,7 @@ def host(names=("reward",), weights=None):
     def total(rewards):
         return (rewards * weights).nansum(-1).masked_fill(rewards.isnan().all(-1), torch.nan)
 
-    return SimpleNamespace(deciding=deciding, total=total)
+    return SimpleNamespace(deciding=deciding, total=total, accelerator=SimpleNamespace(is_main_process=False))
 
 
 class World:

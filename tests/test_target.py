@@ -75,7 +75,7 @@ def test_a_target_in_training_and_from_a_file(tmp_path):
     of_target = [row for row in seen.rows if row >= 100]
     assert sorted(set(of_target)) == list(range(100, 106)) and all(row < 100 for row in seen.rows[-3 * 16 :])
     selection = Selection.load(tmp_path / "learnalign/step-000000")
-    assert set(trainer._get_train_sampler().log[1].indices) == set(selection.indices) <= set(range(12))
+    assert set(trainer._get_train_sampler().schedule.log[1].indices) == set(selection.indices) <= set(range(12))
     assert {"target rollouts", "target gradients"} <= set(selection.provenance["seconds"])
 
 

@@ -89,7 +89,7 @@ def test_a_selection_in_mid_run_leaves_no_trace(tmp_path):
     trainer.train()
     stock = stock_trainer_fed(trainer._get_train_sampler(), tmp_path / "stock", **kwargs)
     stock.train()
-    assert len(trainer._get_train_sampler().log) == 3
+    assert len(trainer._get_train_sampler().schedule.log) == 3
     assert_same_weights(weights(stock), weights(trainer))
     ours = [entry for entry in trainer.state.log_history if "loss" in entry]
     theirs = [entry for entry in stock.state.log_history if "loss" in entry]
@@ -241,7 +241,7 @@ def test_a_resumed_run_is_the_run(tmp_path, monkeypatch, point, after_warmup):
             step = path / f"checkpoint-{step}"
     resumed = build(path, rows)
     resumed.train(resume_from_checkpoint=str(step) if step else True)
-    assert resumed._get_train_sampler().log == whole._get_train_sampler().log
+    assert resumed._get_train_sampler().schedule.log == whole._get_train_sampler().schedule.log
     assert rows.rows[-40:] == whole_rows.rows[-40:]
     assert_same_weights(weights(whole), weights(resumed))
     a, b = (Selection.load(next((tmp_path / name / "learnalign").glob("step-*"))) for name in ("whole", "killed"))
@@ -337,7 +337,7 @@ def test_a_journal_made_from_something_else_is_discarded(tmp_path, monkeypatch, 
 def test_staged_selection(tmp_path):
     trainer = make_trainer(tmp_path, config(reselect_every=1.5), num_train_epochs=4)
     trainer.train()
-    log = trainer._get_train_sampler().log
+    log = trainer._get_train_sampler().schedule.log
     paths = sorted((tmp_path / "learnalign").glob("step-*"))
     assert len(paths) == len(log) - 1 >= 3
     for stage, path in enumerate(paths):
@@ -387,7 +387,11 @@ def test_callback_and_mixin_choose_as_the_trainer_does(tmp_path):
     stock = make_trainer(tmp_path / "c", **kwargs)
     stock.add_callback(LearnAlignCallback(stock, LearnAlignSampler(config())))
     stock.train()
-    assert ours._get_train_sampler().log == mixed._get_train_sampler().log == stock._get_train_sampler().log
+    assert (
+        ours._get_train_sampler().schedule.log
+        == mixed._get_train_sampler().schedule.log
+        == stock._get_train_sampler().schedule.log
+    )
     assert_same_weights(weights(ours), weights(mixed))
     assert_same_weights(weights(ours), weights(stock))
 
@@ -406,9 +410,9 @@ def test_without_a_sampler_the_trainer_is_what_it_was(tmp_path):
 def test_training_twice_starts_afresh(tmp_path):
     trainer = make_trainer(tmp_path, config(), max_steps=6)
     trainer.train()
-    first = trainer._get_train_sampler().log
+    first = trainer._get_train_sampler().schedule.log
     trainer.train()
-    assert [v.start_chunk for v in trainer._get_train_sampler().log] == [v.start_chunk for v in first]
+    assert [v.start_chunk for v in trainer._get_train_sampler().schedule.log] == [v.start_chunk for v in first]
 
 
 def second_reward(completions, **kwargs):
@@ -422,7 +426,7 @@ def test_several_reward_functions(tmp_path):
     one = make_trainer(tmp_path / "b", config(), num_train_epochs=2)
     one.train()
     # a constant second reward changes neither success nor advantages
-    assert trainer._get_train_sampler().log == one._get_train_sampler().log
+    assert trainer._get_train_sampler().schedule.log == one._get_train_sampler().schedule.log
 
 
 def test_graded_rewards(tmp_path):
@@ -513,7 +517,7 @@ def test_dora_with_the_score_that_takes_no_gradients(tmp_path):
     peft = lora(use_dora=True, init_lora_weights=True)
     trainer = make_trainer(tmp_path, config(score="learnability"), peft=peft, num_train_epochs=2)
     trainer.train()
-    assert trainer._get_train_sampler().log[1].indices
+    assert trainer._get_train_sampler().schedule.log[1].indices
 
 
 def test_full_fine_tuning(tmp_path):

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast, ProcessorMixin, Qwen2Config, Q
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler
+from trl_learnalign.schedules import online as online_schedule
 
 
 ALPHABET = "0123456789+=:ausert\n"
@@ -152,6 +153,18 @@ def config(**changes):
     """Without reports, whose figures take longer than a tiny selection; where they matter a test switches them on."""
     settings = {"num_prompts": 8, "warmup_prompts": 8, "num_rollouts": 8, "write_report": False}
     return LearnAlignConfig(**(settings | changes))
+
+
+def online(**changes):
+    """Chunks chosen from the rewards of training; what is known of a prompt beforehand is its length."""
+    settings = {"schedule": "online", "prompt_features": False, "write_report": False}
+    return LearnAlignConfig(**(settings | changes))
+
+
+def choose_at_once(set):
+    """Runs of a few steps prove no skill: `set(module, name, value)` lets the online schedule choose without."""
+    for name, value in {"TRIED": 4, "LEAST_SKILL": -1e9, "LEAST_HEADROOM": 0.0}.items():
+        set(online_schedule, name, value)
 
 
 def weights(trainer):

@@ -108,6 +108,8 @@ class LearnAlignCallback(TrainerCallback):
         self.sampler.set_epoch(state.global_step // self.sampler.layout.epoch_steps)
 
     def on_step_end(self, args, state, control, **kwargs):
+        if control.should_training_stop:  # later the trackers may be closed
+            self._report()
         if self._pending is None and self.schedule.due(state.global_step, state.max_steps, self.sampler.cursor):
             self._pending = self.sampler.cursor
             if args.save_strategy == "no":

@@ -29,14 +29,28 @@ Findings of ACL 2026, [arXiv:2506.11480](https://arxiv.org/abs/2506.11480).
 
 def model_card(summaries: list[str]) -> str:
     """The section of a model card about the prompts of a training, with a line for each selection."""
-    return _MODEL_CARD.format(lines="\n".join(f"- {summary}" for summary in summaries))
+    intro = "The prompts of this training were selected with trl-learnalign; `learnalign/` holds the scores of all of them."
+    return _section(intro, summaries)
+
+
+def online_model_card(lines: list[str]) -> str:
+    """The section of a model card about the prompts of an online run."""
+    intro = (
+        "The prompts of this training were chosen online with trl-learnalign: each chunk by the learnability that the rewards of training so "
+        "far predict. Choosing prompts changes the objective, and nothing corrects that. `learnalign/` holds the report."
+    )
+    return _section(intro, lines)
+
+
+def _section(intro, lines):
+    return _MODEL_CARD.format(intro=intro, lines="\n".join(f"- {line}" for line in lines))
 
 
 _MODEL_CARD = """
 
 ## Prompts
 
-The prompts of this training were selected with trl-learnalign; `learnalign/` holds the scores of all of them.
+{intro}
 
 {lines}
 

@@ -24,7 +24,7 @@ from .callback import LearnAlignCallback
 from .cards import dataset_card
 from .config import LearnAlignConfig
 from .dry_run import plan_selection
-from .plan import plan_lines
+from .online_report import rewrite_online_report
 from .report import write_report
 from .sampler import LearnAlignSampler
 from .selection import Selection
@@ -76,7 +76,8 @@ def _paragraph(error) -> str:
 def _report(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser("trl-learnalign report", description="Writes report.html and its figures.")
     parser.add_argument("path", help="output_dir of a run, its learnalign directory, or that of one selection")
-    print(write_report(parser.parse_args(arguments).path))
+    path = parser.parse_args(arguments).path
+    print(rewrite_online_report(path) or write_report(path))
 
 
 def _select(arguments: list[str]) -> None:
@@ -247,11 +248,9 @@ class _SelectOnce(LearnAlignCallback):
 
     def _say_plan(self, state):
         if self.trainer.accelerator.is_main_process:
-            due = self._pending is not None
-            lines = plan_lines(
-                self.sampler.layout, self.config, state.max_steps, state.global_step, self.sampler.schedule.log, due
-            )
-            print(*lines[:2], "LearnAlign plan: the command ends there.", sep="\n", flush=True)
+            lines = self.schedule.plan(state.global_step, state.max_steps, self._pending is not None)
+            for line in (*lines[:2], "the command ends there."):
+                print(f"LearnAlign plan: {line}", flush=True)
 
     def _select(self, state):
         self._pending = None

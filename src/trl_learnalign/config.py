@@ -12,7 +12,7 @@ from .scores import OWN_MEASURES, SCORES, find_score, score_name
 
 SCHEDULE_NAMES = ("staged", "online")
 # What the online schedule does not look at: it chooses from the rewards of training, so nothing is selected before
-_STAGED_ONLY = (
+STAGED_ONLY = (
     "num_prompts",
     "warmup_prompts",
     "num_rollouts",
@@ -234,7 +234,7 @@ class LearnAlignConfig:
         online = self.schedule == "online"
         changed = [one for one in fields(self) if getattr(self, one.name) != one.default]
         for one in changed:
-            if one.name in (_STAGED_ONLY if online else _ONLINE_ONLY):
+            if one.name in (STAGED_ONLY if online else _ONLINE_ONLY):
                 raise ValueError(
                     f"`{one.name}` is {getattr(self, one.name)!r}, but has no effect with `schedule={self.schedule!r}`. Leave it "
                     f"out, or set `schedule={'staged' if online else 'online'!r}`."

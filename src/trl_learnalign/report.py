@@ -1,11 +1,9 @@
 """`report.html`: why each prompt was chosen, in one file that needs no network, and its figures as PNG."""
 
-import base64
 import html
 import json
 import math
 import os
-from importlib import resources
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,6 +11,7 @@ import pyarrow.parquet as pq
 from . import figures
 from .advice import selection_warning
 from .disk import make_directory, write_atomically
+from .page import MISSING, fact_list, figure, filled, html_table, long_text, number
 from .runs import load_last
 from .samples import extremes, most_characters, rows_of, shares, shortened, shown
 from .selection import TEXTS_FILE
@@ -35,9 +34,7 @@ _COLUMNS = [
     ("gradient_norm", "gradient norm", 4, True),
     ("index", "index", 0, False),
 ]
-_MISSING = "\u2013"
 _TEXTS = ("prompt", "one of its completions")
-_SHOWN_CHARACTERS, _SHOWN_LINES = 240, 5  # of a text that is not opened; also in the template
 
 
 def write_report(path: str | os.PathLike, until: int | None = None) -> Path:
@@ -110,20 +107,14 @@ def _page(selection, stages, texts, drawings, embedded) -> str:
     parts |= {
         "facts": _facts(selection),
         "notes": _notes(selection),
-        "figures": "\n".join(_figure(drawing, *embedded[drawing.name]) for drawing in drawings) or f"<p>{nothing}</p>",
+        "figures": "\n".join(figure(drawing, *embedded[drawing.name]) for drawing in drawings) or f"<p>{nothing}</p>",
         "stages": _stages(stages),
         "extremes": _extremes(selection, texts),
         "filters": "".join(f'<option value="{name}">{label}</option>' for name, label in filters.items()),
         "provenance": _provenance(provenance),
         "data": _data(table, texts, selection, characters),
     }
-    page = resources.files(__package__).joinpath("report_template.html").read_text(encoding="utf-8")
-    pieces = page.split("{{")
-    filled = [pieces[0]]  # in one pass, so that braces in a prompt stay what they are
-    for piece in pieces[1:]:
-        name, rest = piece.split("}}", 1)
-        filled += [parts[name], rest]
-    return "".join(filled)
+    return filled("report_template.html", parts)
 
 
 def _shown(selection, num_rows) -> str:
@@ -151,7 +142,7 @@ def _facts(selection) -> str:
         facts |= {f"{OUTCOME_LABELS[name]}, {of}": f"{mean:.2f}" for of, mean in means if not math.isnan(mean)}
     if outcomes:
         facts["time"] = f"{seconds:,.0f} s"
-    return "\n".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items())
+    return fact_list(facts)
 
 
 def _notes(selection) -> str:
@@ -171,37 +162,6 @@ def _notes(selection) -> str:
     return "".join(f"<p>{html.escape(note)}</p>" for note in notes)
 
 
-def _figure(drawing, light, dark) -> str:
-    def source(data):
-        return "data:image/png;base64," + base64.b64encode(data).decode()
-
-    words = html.escape(drawing.words)
-    return (
-        f'<figure><picture><source srcset="{source(dark)}" media="(prefers-color-scheme: dark)">'
-        f'<img src="{source(light)}" alt="{words}"></picture>'
-        f"<figcaption>{html.escape(drawing.caption)} {words}</figcaption></figure>"
-    )
-
-
-def _table(name, columns, rows, caption="") -> str:
-    """HTML of a table. On a narrow page each cell shows its column's label. Cells are HTML; `name` is for screen readers."""
-    kinds = [" class=text" if column in _TEXTS else "" for column in columns]
-    head = "".join(f"<th scope=col{kind}>{column}</th>" for column, kind in zip(columns, kinds, strict=True))
-    lines = (
-        "".join(
-            f'<td{kind} data-label="{column}">{cell}</td>'
-            for column, kind, cell in zip(columns, kinds, cells, strict=True)
-        )
-        for cells in rows
-    )
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
-    caption = caption and f"<caption>{caption}</caption>"
-    return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="{name}"><table>{caption}'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
-
-
 def _stages(stages) -> str:
     if len(stages) < 2:
         return ""
@@ -209,12 +169,12 @@ def _stages(stages) -> str:
     rows = []
     for stage, kept in zip(stages, figures.overlaps(stages), strict=True):
         counts = (stage.provenance["global_step"], len(stage.indices), stage.num_learnable)
-        means = [_number(mean, 3) for name in outcomes for mean in stage.outcomes[name]]
-        rows.append([*(f"{count:,}" for count in counts), *means, _MISSING if kept is None else f"{kept:.0%}"])
+        means = [number(mean, 3) for name in outcomes for mean in stage.outcomes[name]]
+        rows.append([*(f"{count:,}" for count in counts), *means, MISSING if kept is None else f"{kept:.0%}"])
     labels = [f"{OUTCOME_LABELS[name]}, {of}" for name in outcomes for of in ("pool", "chosen")]
     columns = ["step", "chosen", "learnable", *labels, "also chosen before"]
     title = "Selections of this run"
-    return f'<h2 id="stages">{title}</h2>' + _table(title, columns, rows, "Oldest first.")
+    return f'<h2 id="stages">{title}</h2>' + html_table(title, columns, rows, (), "Oldest first.")
 
 
 def _extremes(selection, texts) -> str:
@@ -243,30 +203,15 @@ def _extremes(selection, texts) -> str:
         rows = []
         for index in indices:
             text = texts.get(index, {})
-            row = [_number(by_index.loc[index, key], digits) for key, (_, digits) in columns.items()]
-            row.append(_long_text(text.get("prompt") or ""))
+            row = [number(by_index.loc[index, key], digits) for key, (_, digits) in columns.items()]
+            row.append(long_text(text.get("prompt") or ""))
             if not random:
                 reward = "" if text.get("reward") is None else f"<div class=reward>reward {text['reward']:.3g}</div>"
-                row.append(_long_text(text.get("completion") or "") + reward)
+                row.append(long_text(text.get("completion") or "") + reward)
             rows.append(row)
         names = [*(label for label, _ in columns.values()), *_TEXTS[: 1 if random else 2]]
-        blocks.append(f"<h3>{title}</h3>" + _table(title, names, rows))
+        blocks.append(f"<h3>{title}</h3>" + html_table(title, names, rows, _TEXTS))
     return "\n".join(blocks)
-
-
-def _long_text(text: str) -> str:
-    """HTML of a text, of which only the beginning is shown until it is opened. The template's `longText` does the same."""
-    start = "\n".join(text[:_SHOWN_CHARACTERS].split("\n")[:_SHOWN_LINES])
-    if start == text:
-        return html.escape(text)
-    return (
-        f"<details class=long><summary><span>{html.escape(start)}\u2026</span></summary>"
-        f"<div>{html.escape(text)}</div></details>"
-    )
-
-
-def _number(value, digits) -> str:
-    return _MISSING if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
 def _provenance(provenance) -> str:

@@ -35,7 +35,7 @@ def texts_table(host, dataset, selection, own, peers) -> pa.Table | None:
     if named:
         texts = [prompt_text(prompt) for prompt in rows["prompt"]]
     else:
-        texts = [supplied.get(index) or _columns_text(row) for index, row in zip(indices, rows, strict=True)]
+        texts = [supplied.get(index) or columns_text(row) for index, row in zip(indices, rows, strict=True)]
     texts = [shortened(text) for text in texts]
     none = (None, None)
     return pa.table(
@@ -54,5 +54,6 @@ def _first_completion(host, group) -> tuple[str, float]:
     return host.text(group.completion_ids[0]), reward.nan_to_num(0.0).item()
 
 
-def _columns_text(row) -> str:
+def columns_text(row: dict) -> str:
+    """A row without a prompt as text."""
     return "\n".join(f"{name}: {value}" for name, value in row.items())

@@ -62,37 +62,51 @@ def log_media(trainer, selection) -> None:
     values of the selection are logged, which W&B puts into the same step. All of this is also on disk, so a failure here
     does not end the run.
     """
+
+    def media():
+        step, drawings = selection.provenance["global_step"], []
+        if selection.provenance["config"]["write_report"]:
+            from . import figures
+
+            drawings = figures.drawings(selection, load_run(trainer.args.output_dir, until=step))
+        return {"learnalign/scores": rows_of(selection, shown(selection))}, drawings, step
+
+    _log(trainer, "table of scores and the figures", media)
+
+
+def log_figures(trainer, drawings: list) -> None:
+    """The figures of a report, at the step that just ended. They are in the report, so a failure here does not end the run."""
+    _log(trainer, "figures", lambda: ({}, drawings, trainer.state.global_step))
+
+
+def _log(trainer, what, media):
+    """`media()` returns tables by name, drawings, and their step."""
     used = set(trainer.args.report_to or ()) & {"tensorboard", "wandb", "trackio"}
     if not used:
         return
-    step = selection.provenance["global_step"]
     try:
-        images = _images(trainer.args.output_dir, selection) if selection.provenance["config"]["write_report"] else {}
-        table = rows_of(selection, shown(selection))
+        tables, drawings, step = media()
+        images = _images(drawings)
         for name, log in (("tensorboard", _to_tensorboard), ("wandb", _to_wandb), ("trackio", _to_trackio)):
             if name in used:
-                log(trainer, table, images, step)
+                log(trainer, tables, images, step)
     except Exception as error:
         logger.warning(
-            f"The table of scores and the figures could not be logged ({error!r}). They are in "
-            f"'{trainer.args.output_dir}/learnalign'."
+            f"The {what} could not be logged ({error!r}). They are in '{trainer.args.output_dir}/learnalign'."
         )
 
 
-def _images(output_dir, selection) -> dict:
-    """The figures of the run so far as PIL images, by name."""
+def _images(drawings) -> dict:
+    """The figures as PIL images, by name."""
     from PIL import Image  # which comes with matplotlib
 
-    from .figures import drawings
-
-    stages = load_run(output_dir, until=selection.provenance["global_step"])
     return {
         f"learnalign/figures/{drawing.name}": Image.open(io.BytesIO(drawing.png())).convert("RGB")
-        for drawing in drawings(selection, stages)
+        for drawing in drawings
     }
 
 
-def _to_tensorboard(trainer, table, images, step):
+def _to_tensorboard(trainer, tables, images, step):
     for callback in trainer.callback_handler.callbacks:
         writer = getattr(callback, "tb_writer", None)
         if writer is not None:
@@ -100,16 +114,18 @@ def _to_tensorboard(trainer, table, images, step):
                 writer.add_image(name, np.asarray(image), step, dataformats="HWC")
 
 
-def _to_wandb(trainer, table, images, step):
+def _to_wandb(trainer, tables, images, step):
     import wandb
 
     if wandb.run is not None:
         media = {name: wandb.Image(image) for name, image in images.items()}
-        wandb.log({"learnalign/scores": wandb.Table(dataframe=table)} | media, commit=False)
+        tables = {name: wandb.Table(dataframe=table) for name, table in tables.items()}
+        wandb.log(tables | media, commit=False)
 
 
-def _to_trackio(trainer, table, images, step):
+def _to_trackio(trainer, tables, images, step):
     import trackio
 
     media = {name: trackio.Image(image) for name, image in images.items()}
-    trackio.log({"learnalign/scores": trackio.Table(dataframe=table), "train/global_step": step} | media)
+    tables = {name: trackio.Table(dataframe=table) for name, table in tables.items()}
+    trackio.log({"train/global_step": step} | tables | media)

@@ -5,7 +5,7 @@ from pathlib import Path
 from trl import GRPOTrainer
 
 from .callback import LearnAlignCallback
-from .cards import model_card
+from .cards import model_card, online_model_card
 from .checkpoints import survey, whole_checkpoint
 from .host import check_kind
 from .peers import Peers
@@ -78,6 +78,10 @@ class LearnAlignMixin:
         super().create_model_card(*args, **kwargs)
         card = Path(self.args.output_dir) / "README.md"
         if self._learnalign is None or not self.is_world_process_zero() or not card.is_file():
+            return
+        online = self._learnalign.schedule.summary()
+        if online:
+            card.write_text(card.read_text(encoding="utf-8").rstrip() + online_model_card(online), encoding="utf-8")
             return
         try:
             made = self._learnalign.selections  # since this process began

@@ -147,6 +147,10 @@ class Schedule:
     def report(self, host, directory: Path) -> None:
         """Writes what it has to tell into a directory, whenever a checkpoint was saved and at the end. On all processes."""
 
+    def summary(self) -> list[str]:
+        """What a model card says of the run, a sentence each. Nothing by default: it names the selections."""
+        return []
+
     def metrics(self) -> dict[str, float]:
         """Values for the log after each chunk that was observed."""
         return {}

@@ -12,13 +12,14 @@ COLUMNS = (
     "pool_success",
     "skill",
     "headroom",
-    "choosing",
+    "choosing",  # whether the chunk was, not drawn uniformly
     "visited",  # distinct prompts so far
     "retired",
     "parked",
 )
 BINS = 10  # of predicted success
 VISITS = 20  # later visits count as the last
+_SUMS = ("calibration", "by_visit", "reviews")
 
 
 class History:
@@ -28,13 +29,18 @@ class History:
         calibration (`np.ndarray` of shape `(2, BINS, 3)`): for chosen prompts and for uniform draws, by predicted success: groups, sum
             of predicted and sum of observed success.
         by_visit (`np.ndarray` of shape `(VISITS, 3)`): by number of the visit: groups, sum of success, live groups.
+        reviews (`np.ndarray` of shape `(2, 2)`): of prompts solved, and not solved, by all rollouts of several visits: later visits, and those
+            after which that was no longer so.
     """
+
+    names = COLUMNS
 
     def __init__(self):
         self._chunks = np.zeros((64, len(COLUMNS)), np.float32)
         self._number = 0
         self.calibration = np.zeros((2, BINS, 3))
         self.by_visit = np.zeros((VISITS, 3))
+        self.reviews = np.zeros((2, 2))
 
     @property
     def chunks(self) -> np.ndarray:
@@ -57,17 +63,27 @@ class History:
         places = np.minimum(visits, VISITS - 1)
         np.add.at(self.by_visit, places, np.stack([np.ones(len(places)), observed, live], 1))
 
+    def count_reviews(self, retired, solved, parked, failed) -> None:
+        """Counts the groups of a chunk, all arguments of shape `(n,)`: before it, and in it."""
+        self.reviews += [
+            [before.sum(), (before & ~now).sum()] for before, now in ((retired, solved), (parked, failed))
+        ]
+
+    def column(self, name: str) -> np.ndarray:
+        """One of `COLUMNS`, of shape `(chunks,)`."""
+        return self.chunks[:, COLUMNS.index(name)]
+
     def latest(self) -> dict[str, float]:
         """The last row, by name; empty before the first chunk."""
         return dict(zip(COLUMNS, self.chunks[-1].tolist(), strict=True)) if self._number else {}
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """The three arrays."""
-        return {"chunks": self.chunks, "calibration": self.calibration, "by_visit": self.by_visit}
+        """The arrays."""
+        return {"chunks": self.chunks, **{name: getattr(self, name) for name in _SUMS}}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         """Restores what `state_dict` returned."""
-        for name in ("calibration", "by_visit"):
+        for name in _SUMS:
             if state[name].shape != getattr(self, name).shape:
                 raise ValueError(f"{name} has the shape {state[name].shape}")
             setattr(self, name, state[name].copy())

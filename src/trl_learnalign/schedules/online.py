@@ -3,14 +3,16 @@
 import logging
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from ..rewards import check_success_reward
 from .base import RandomOrder, Schedule
 from .history import History
-from .online_report import write_online_report
+from .overview import periods, prompt_columns, summary_lines, switch_line
 from .predictor import SuccessPredictor, all_fail, expected_learnability, live_probability
 from .prompt_features import check_online, eligible_rows, prompt_features
 
@@ -83,6 +85,16 @@ class OnlineSchedule(Schedule):
         features, self.features_key = prompt_features(host, self.config, peers, key)
         self.set_features(features)
         super().prepare(host, state, peers)
+        if state is not None:
+            self._read_completions(peers)
+
+    def _read_completions(self, peers):
+        """Those of suspects are in no checkpoint. All processes must know of the same."""
+        from ..online_tables import read_completions
+
+        directory = Path(self.host.args.output_dir) / "learnalign"
+        found = read_completions(directory, self.layout.pool_size) if self.host.accelerator.is_main_process else None
+        self.completions = peers.gather(found)[0]
 
     def set_features(self, features: np.ndarray) -> None:
         """Features of all rows of the dataset, of shape `(N, D)`, with a column of ones."""
@@ -113,12 +125,14 @@ class OnlineSchedule(Schedule):
         self.observed = 0  # chunks before this one were observed
         self.position = 0  # in the random order
         self.choosing = False
+        self.switched = False  # whether the chunk drawn last is the first that was chosen, or the first that was not
         self.headroom = 1.0
         self.without_headroom = 0
         self.skill_sums = np.zeros(
             4
         )  # of uniform draws: squared errors of the predictor and of the mean, successes, draws
         self.history = History()
+        self._reported: int | None = None  # the step of the last report
         self._random = RandomOrder(len(self.pool), self.layout.seed, self.layout.shuffle)
         seed = self.config.selection_seed
         self._seed = self.layout.seed if seed is None else seed
@@ -144,6 +158,8 @@ class OnlineSchedule(Schedule):
         ranked = np.lexsort((generator.random(len(candidates)), -utility))
         rested = self.ready[candidates] <= chunk
         self._judge(a, b, ranked, rested)
+        if self.switched and self.host.accelerator.is_main_process:
+            tqdm.write(switch_line(chunk, self, self.able, PATIENCE))
         uniform = number if not self.choosing else _rounded(UNIFORM * number, generator)
         rows = self._uniform(uniform)
         if uniform < number:
@@ -197,13 +213,17 @@ class OnlineSchedule(Schedule):
         best = ranked[rested[ranked]][: self.layout.chunk_prompts]
         self.headroom = float(live[best].mean() / live.mean()) if len(best) else 1.0
         self.without_headroom = 0 if self.headroom >= LEAST_HEADROOM else self.without_headroom + 1
-        able = self.skill_sums[3] >= TRIED and self.skill > LEAST_SKILL
         before = self.choosing
         if not self.choosing:
-            self.choosing = bool(able and self.headroom >= LEAST_HEADROOM)
-        elif not able or self.without_headroom >= PATIENCE:
+            self.choosing = self.able and self.headroom >= LEAST_HEADROOM
+        elif not self.able or self.without_headroom >= PATIENCE:
             self.choosing = False
         self.switched = before != self.choosing
+
+    @property
+    def able(self) -> bool:
+        """Whether success was predicted better than by the mean on enough uniform draws."""
+        return bool(self.skill_sums[3] >= TRIED and self.skill > LEAST_SKILL)
 
     @property
     def skill(self) -> float:
@@ -235,6 +255,7 @@ class OnlineSchedule(Schedule):
         self.history.count(
             drawn.predicted[seen], observed, drawn.uniform[seen], live[seen], self.visits[drawn.rows[seen]]
         )
+        self._count_reviews(drawn.rows[seen], successes[seen], trials[seen])
         self._measure(drawn, seen, observed)
         self._suspect(chunk, drawn.rows, successes, trials)
         self.predictor.observe(chunk, drawn.rows, successes, trials)
@@ -244,6 +265,10 @@ class OnlineSchedule(Schedule):
         self.drawn = {number: one for number, one in self.drawn.items() if number >= chunk}
         self._record(chunk, drawn, live, seen, observed)
         return self._suspicious(drawn.rows)
+
+    def _count_reviews(self, rows, successes, trials):
+        retired, parked = (streak[rows] >= RETIRED_AFTER for streak in (self.solved, self.failed))
+        self.history.count_reviews(retired, successes >= trials, parked, successes <= 0)
 
     def _suspicious(self, rows) -> dict[int, int]:
         """Suspects among these rows whose completion is not known yet, with their places."""
@@ -255,8 +280,9 @@ class OnlineSchedule(Schedule):
         }
 
     def remember(self, completions):
-        """See [`Schedule`]."""
-        self.completions |= completions
+        """See [`Schedule`]. Those of prompts that are no suspects any more make room."""
+        known = self.completions | completions
+        self.completions = {row: text for row, text in known.items() if math.exp(-self.surprise[row]) < SUSPICION}
 
     def _rewards(self, rewards):
         """Of `(n, G, F)` rewards the one that decides success and the total, `(n, G)` each; NaN for none."""
@@ -316,7 +342,7 @@ class OnlineSchedule(Schedule):
                 "pool_success": self.pool_success,
                 "skill": self.skill,
                 "headroom": self.headroom,
-                "choosing": self.choosing,
+                "choosing": not drawn.uniform.all(),
                 "visited": np.count_nonzero(self.visits),
                 "retired": np.count_nonzero(self.solved >= RETIRED_AFTER),
                 "parked": np.count_nonzero(self.failed >= RETIRED_AFTER),
@@ -376,9 +402,25 @@ class OnlineSchedule(Schedule):
         )
 
     def report(self, host, directory):
-        """See [`Schedule`]."""
-        if host.accelerator.is_main_process and self.observed:
+        """See [`Schedule`]. Once per step."""
+        step = host.trainer.state.global_step
+        if host.accelerator.is_main_process and self.observed and step != self._reported:
+            from ..online_report import write_online_report  # with matplotlib
+
             write_online_report(self, host, directory)
+            self._reported = step
+
+    def summary(self):
+        """See [`Schedule`]."""
+        return summary_lines(self)
+
+    def prompt_columns(self) -> dict[str, np.ndarray]:
+        """What is known of each prompt; see [`overview.prompt_columns`]."""
+        return prompt_columns(self, RETIRED_AFTER)
+
+    def periods(self) -> list[dict]:
+        """When prompts were chosen and when not, and why; see [`overview.periods`]."""
+        return periods(self.history, self.layout.chunk_prompts, TRIED, LEAST_SKILL, LEAST_HEADROOM)
 
     # Checkpoints ------------------------------------------------------------------------------------------------
 

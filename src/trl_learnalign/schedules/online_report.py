@@ -1,2 +1,0 @@
-def write_online_report(schedule, host, directory):
-    pass

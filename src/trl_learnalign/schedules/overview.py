@@ -1,0 +1,128 @@
+"""What an online schedule knows and did: tables, numbers and lines, for its report, a model card and the output."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .predictor import expected_learnability
+
+
+if TYPE_CHECKING:
+    from .history import History
+    from .online import OnlineSchedule
+
+STATES = ("new", "live", "resting", "retired", "parked")
+MOST_PERIODS = 20
+_BLOCK = 16_384  # prompts whose success is predicted at once, in float64
+
+
+def prompt_columns(schedule: "OnlineSchedule", retired_after: int) -> dict[str, np.ndarray]:
+    """
+    By name a value for each prompt that may be trained on, of shape `(n,)`. Where nothing was seen, `success_rate` is NaN and
+    `last_chunk` -1. docs/files.md explains them.
+
+    Args:
+        schedule ([`OnlineSchedule`]): the schedule.
+        retired_after (`int`): visits in a row with all rollouts right, or none, after which a prompt is retired, or parked.
+    """
+    rows = schedule.pool
+    blocks = [rows[start : start + _BLOCK] for start in range(0, len(rows), _BLOCK)]
+    posteriors = [np.stack(schedule.posterior(block, schedule.observed)) for block in blocks]
+    a, b = np.concatenate(posteriors, axis=1)
+    successes, failures, visits = schedule.successes[rows], schedule.failures[rows], schedule.visits[rows]
+    solved, failed = schedule.solved[rows], schedule.failed[rows]
+    trials = successes + failures
+    conditions = {
+        "retired": solved >= retired_after,
+        "parked": failed >= retired_after,
+        "resting": (solved > 0) | (failed > 0),
+        "live": visits > 0,
+    }
+    places = [STATES.index(name) for name in conditions]
+    return {
+        "index": rows,
+        "visits": visits,
+        "success_rate": np.divide(successes, trials, out=np.full(len(rows), np.nan, np.float32), where=trials > 0),
+        "predicted_success": (a / (a + b)).astype(np.float32),
+        "utility": expected_learnability(a, b).astype(np.float32),
+        "last_chunk": schedule.last[rows],
+        "ready_chunk": schedule.ready[rows],
+        "state": np.array(STATES)[np.select(list(conditions.values()), places, STATES.index("new"))],
+    }
+
+
+def periods(history: "History", chunk_prompts: int, tried: int, least_skill: float, least_headroom: float) -> list:
+    """
+    When prompts were chosen and when drawn uniformly, the last `MOST_PERIODS`, oldest first: `first` and `last` chunk, `choosing`, `skill` and
+    `headroom` at the end, and for uniform draws `why`.
+    """
+    choosing = history.column("choosing") > 0
+    chunks = history.column("chunk").astype(int)
+    ends = np.flatnonzero(np.diff(choosing, append=~choosing[-1:]))
+    starts = np.concatenate([[0], ends[:-1] + 1]).astype(int)
+    skill, headroom = history.column("skill"), history.column("headroom")
+    found = []
+    for start, end in list(zip(starts.tolist(), ends.tolist(), strict=True))[-MOST_PERIODS:]:
+        if choosing[end]:
+            why = None
+        elif start == 0 and end + 1 < len(choosing):
+            why = f"at the start, until {tried} uniform draws had shown that success is predicted better than by the mean"
+        elif start == 0 and (end + 1) * chunk_prompts < tried:
+            why = f"the prediction is judged after {tried} uniform draws"
+        elif skill[start if start else end] <= least_skill:
+            why = f"success was predicted hardly better than by the mean (a skill of {least_skill} is wanted)"
+        else:
+            why = f"chosen prompts would have been live less than {least_headroom} x as often as random ones"
+        found.append(
+            {
+                "first": int(chunks[start]),
+                "last": int(chunks[end]),
+                "choosing": bool(choosing[end]),
+                "skill": float(skill[end]),
+                "headroom": float(headroom[end]),
+                "why": why,
+            }
+        )
+    return found
+
+
+def switch_line(chunk: int, schedule: "OnlineSchedule", able: bool, patience: int) -> str:
+    """
+    Said when the schedule begins or ends to choose.
+
+    Args:
+        chunk (`int`): the first chunk that is chosen, or drawn uniformly.
+        schedule ([`OnlineSchedule`]): the schedule.
+        able (`bool`): whether its predictor has skill.
+        patience (`int`): chunks without headroom after which it ends to choose.
+    """
+    start, skill, headroom = f"LearnAlign, chunk {chunk}: from now on", schedule.skill, schedule.headroom
+    if schedule.choosing:
+        return (
+            f"{start} prompts are chosen by predicted learnability: they should be live {headroom:.1f} x as often as random ones "
+            f"(skill {skill:.2f})."
+        )
+    if not able:
+        return f"{start} draws are uniform: success is predicted hardly better than by the mean (skill {skill:.2f})."
+    return (
+        f"{start} draws are uniform: for {patience} chunks it would have made little difference to choose (now chosen prompts would be live "
+        f"{headroom:.2f} x as often as random ones)."
+    )
+
+
+def summary_lines(schedule: "OnlineSchedule") -> list[str]:
+    """What a model card says of the run; nothing before the first observation."""
+    history, layout = schedule.history, schedule.layout
+    latest = history.latest()
+    if not latest:
+        return []
+    chunks, uniform = len(history.chunks), history.column("live_uniform")
+    drawn = f", of those drawn uniformly {np.nanmean(uniform):.0%}" if np.isfinite(uniform).any() else ""
+    return [
+        f"{latest['visited']:,.0f} of {len(schedule.pool):,} prompts were trained on, in {chunks:,} chunks of {layout.chunk_prompts} prompts "
+        f"with {layout.group_size} rollouts each.",
+        f"{history.column('choosing').mean():.0%} of the chunks were chosen, the others drawn uniformly.",
+        f"{history.column('live_fraction').mean():.0%} of the groups were live (their rewards differed){drawn}.",
+        f"At the end {latest['retired']:,.0f} prompts had been solved by all rollouts of their last visits, and "
+        f"{latest['parked']:,.0f} by none.",
+    ]
