@@ -150,7 +150,7 @@ def main():
         "chunk_prompts": CHUNK,
         "group_size": GROUP,
         "observations": WINDOW,
-        "step_ms": step,
+        "step_seconds": step / 1000,
         "share_of_step": sum(value for name, value in pools[0].items() if name.endswith("_ms")) / step,
         "chunks": arguments.chunks,
         "steps": arguments.steps,

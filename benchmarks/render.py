@@ -137,6 +137,13 @@ def nonsense() -> str:
     return ", ".join(f"{number} {name}" for name, number in counts.items())
 
 
+def choices() -> str:
+    pools = RESULTS["choosing"]["pools"]
+    texts = {"choose": "to choose a chunk", "observe": "to learn from its rewards", "log": "for the values of the log"}
+    rows = [[text, *(f"{pool[f'{name}_ms']:.1f} ms" for pool in pools)] for name, text in texts.items()]
+    return table(["", *(f"{pool['prompts']:,} prompts" for pool in pools)], rows)
+
+
 def projections() -> str:
     rows = []
     for row in RESULTS["projection"]["rows"]:

@@ -17,6 +17,8 @@ from tiny import (
     choose_at_once,
     config,
     digit_reward,
+    drawn,
+    fixed_reward,
     graded_reward,
     grpo_args,
     lora,
@@ -30,9 +32,9 @@ from tiny import (
 from transformers import TrainerCallback
 from trl import GRPOTrainer, RLOOTrainer
 
-from trl_learnalign import LearnAlignCallback, LearnAlignGRPOTrainer, LearnAlignMixin, LearnAlignSampler
+from trl_learnalign import LearnAlignCallback, LearnAlignGRPOTrainer, LearnAlignMixin, LearnAlignSampler, online_report
 from trl_learnalign.measures.hidden_states import FILE
-from trl_learnalign.schedules import online as schedule_module
+from trl_learnalign.schedules import judge, memory
 from trl_learnalign.state import STATE_FILE, split
 
 
@@ -78,18 +80,13 @@ class Paid:
         return [row[::4] for row, _ in self.calls]
 
 
-def fixed_reward(completions, row, **kwargs):
-    """Depends on the prompt and on the place in its group, whatever the policy writes."""
-    return [float((7 * r + place % 4) % 5 < r % 5) for place, r in enumerate(row)]
-
-
 def expected(calls, size):
     """Successes, failures and visits of each prompt, by a loop over the rewards that were paid for."""
     successes, failures, last, visits = np.zeros(size), np.zeros(size), np.full(size, -1), np.zeros(size, int)
     for chunk, (rows, rewards) in enumerate(calls):
         for first in range(0, len(rows), 4):
             row, own = rows[first], [r for r in rewards[first : first + 4] if r is not None and math.isfinite(r)]
-            faded = 0.5 ** ((chunk - last[row]) / schedule_module.HALF_LIFE)
+            faded = 0.5 ** ((chunk - last[row]) / memory.HALF_LIFE)
             successes[row] = successes[row] * faded + sum(r >= 1 for r in own)
             failures[row] = failures[row] * faded + sum(r < 1 for r in own)
             last[row], visits[row] = chunk, visits[row] + 1
@@ -102,19 +99,6 @@ def check_counts(schedule, calls, size=24):
     np.testing.assert_allclose(schedule.memory.failures, failures, rtol=1e-5)
     np.testing.assert_array_equal(schedule.memory.visits, visits)
     assert schedule.observed == len(calls)
-
-
-def drawn(trainer):
-    """The rows of every chunk that the sampler was asked for, by chunk."""
-    sampler = trainer._get_train_sampler()
-    chunks, ask = {}, sampler.chunk
-
-    def chunk(i):
-        chunks.setdefault(i, ask(i))
-        return ask(i)
-
-    sampler.chunk = chunk
-    return chunks
 
 
 def logged(trainer):
@@ -230,7 +214,7 @@ def test_an_epoch_is_as_long_as_a_stock_trainer_makes_it(tmp_path, rows, setting
 
 def test_without_skill_the_run_is_that_of_a_stock_trainer(tmp_path, monkeypatch):
     """Bit for bit: prompts, rewards, weights."""
-    monkeypatch.setattr(schedule_module, "LEAST_SKILL", 2.0)
+    monkeypatch.setattr(judge, "LEAST_SKILL", 2.0)
     ours, theirs = Paid(), Paid()
     trainer = make_trainer(tmp_path / "ours", online(), reward=ours, num_train_epochs=2)
     trainer.train()
@@ -635,7 +619,7 @@ def test_a_report_that_cannot_be_written_is_no_reason_to_end_a_run(tmp_path, mon
     def broken(*args):
         raise ZeroDivisionError("no report")
 
-    monkeypatch.setattr(schedule_module, "write_online_report", broken)
+    monkeypatch.setattr(online_report, "write_online_report", broken)
     trainer = make_trainer(tmp_path, online(write_report=True), max_steps=2, **EVERY_STEP)
     with caplog.at_level(logging.WARNING):
         trainer.train()
