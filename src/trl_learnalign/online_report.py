@@ -81,7 +81,9 @@ def _parts(prompts, history, suspects, run, drawings) -> dict[str, str]:
     step = f"{run['step']:,} of {run['max_steps']:,}"
     return {
         "title": f"LearnAlign online, step {step}",
-        "subtitle": html.escape(f"{run['model']}, {run['pool']:,} prompts, written {run['made']}"),
+        "subtitle": html.escape(
+            f"{run['model']}, {run['pool']:,} prompts, written {run['made'][:16].replace('T', ' ')} UTC"
+        ),
         "step": step,
         "intro": _intro(run, step),
         "facts": fact_list(_facts(prompts, history, suspects, run)),
@@ -112,7 +114,7 @@ def _facts(prompts, history, suspects, run) -> dict[str, str]:
     visited = prompts.num_rows - states.get("new", 0)
     return {
         "pool": f"{prompts.num_rows:,}",
-        "visited": f"{visited:,} ({visited / prompts.num_rows:.0%})",
+        "visited": f"{visited:,}",
         "never visited": f"{states.get('new', 0):,}",
         "live groups, mean": f"{live.mean():.0%}",
         "live, uniform draws": f"{np.nanmean(uniform):.0%}" if np.isfinite(uniform).any() else MISSING,
@@ -139,7 +141,7 @@ def _periods(run) -> str:
     ]
     columns = ["chunks", "prompts", "skill", "headroom", "why"]
     caption = "Skill and headroom at the end of each period. Of many periods, the last."
-    return html_table("When prompts were chosen", columns, rows, ("why",), caption)
+    return html_table("When prompts were chosen", columns, rows, (), caption, ("why",))
 
 
 def _states(prompts, run) -> str:
@@ -148,7 +150,8 @@ def _states(prompts, run) -> str:
         [name, f"{counts.get(name, 0):,}", f"{counts.get(name, 0) / prompts.num_rows:.1%}", meaning]
         for name, meaning in _STATES.items()
     ]
-    table = html_table("States of the prompts", ["state", "prompts", "share", "meaning"], rows, ("meaning",))
+    columns = ["state", "prompts", "share", "meaning"]
+    table = html_table("States of the prompts", columns, rows, words=("state", "meaning"))
     lines = [
         f"{int(visits):,} later visits of {kind} prompts, after which {int(changed):,} ({changed / visits:.0%}) {outcome}."
         if visits
@@ -165,8 +168,8 @@ def _states(prompts, run) -> str:
 
 def _suspects(suspects) -> str:
     explanation = (
-        "<p>Prompts that the policy should solve, by what is known of prompts like them, and that it never did. Often their answer is wrong, or "
-        "the reward function does not accept the right one. The chance is how probable it was that all of their rollouts fail.</p>"
+        "<p>Prompts that the policy should solve, by what is known of prompts like them, and that no rollout solved, visit after visit. Often their answer is wrong, or "
+        "the reward function does not accept the right one. The chance is how probable that was.</p>"
     )
     if not suspects.num_rows:
         return explanation + "<p>There are none.</p>"
@@ -214,7 +217,7 @@ def _samples(run) -> str:
 
 
 def _settings(run) -> str:
-    plan = "".join(f"<li>{html.escape(line)}</li>" for line in run["plan"])
+    plan = "".join(f"<li>{html.escape(line[:1].upper() + line[1:])}</li>" for line in run["plan"])
     text = html.escape(json.dumps(run["settings"], indent=2))
     return (
         f"<p>The plan of the run:</p><ul>{plan}</ul><details open><summary>Settings and versions</summary><pre>{text}</pre></details>"
