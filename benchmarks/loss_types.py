@@ -9,21 +9,8 @@ yardstick `grpo` also scores other rollouts of the same policy. Without a KL ter
 of the two.
 """
 
-import argparse
-import json
-import os
-import sys
-import tempfile
-from importlib.metadata import version
-from pathlib import Path
-
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
 import torch
-from demo import build_trainer, load
-from projection import spearman
+from projection import arguments_of, spearman, warmed_up, write
 
 from trl_learnalign import LearnAlignConfig, select_prompts
 from trl_learnalign.host import generation
@@ -44,20 +31,8 @@ def compared(ours, theirs) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset_path", type=Path)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "loss_types.json")
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    settings = {"pool": 600, "num_prompts": 128, "passes": 1, "test": 1, "seed": 0}
-    with tempfile.TemporaryDirectory() as output_dir:
-        run = argparse.Namespace(**settings, output_dir=Path(output_dir), dataset_path=arguments.dataset_path)
-        pool, _, source = load(run)
-        trainer = build_trainer("random", pool, run)
-        trainer.args.max_steps = 4  # the warm-up and two steps, so that no LoRA B is zero
-        trainer.train()
-
+    arguments = arguments_of(__doc__, "loss_types")
+    with warmed_up(arguments) as (trainer, pool, source):
         kept, generate = {}, generation.generate_groups
 
         def once(host, dataset, indices, seed, gradients):
@@ -87,11 +62,8 @@ def main():
         "completion_length": round(float(grpo["completion_length_mean"].mean()), 1),
         "rows": rows,
         "threads": arguments.threads,
-        "cpu_count": os.cpu_count(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "trl-learnalign")},
     }
-    arguments.output.write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps(results, indent=1))
+    write(results, arguments)
 
 
 if __name__ == "__main__":

@@ -21,22 +21,22 @@ from pathlib import Path
 
 import torch
 
-from trl_learnalign.features import WINDOW
-from trl_learnalign.journal import Journal
+from trl_learnalign.measures.packing import WINDOW
 from trl_learnalign.scoring import scores_of_batches
+from trl_learnalign.store import Log, prepare
 
 
 ROOT = Path(__file__).resolve().parent.parent
-PER_FILE = WINDOW
 
 
 def write(path, prompts, dim):
-    journal = Journal(path, "million", True)
-    block = torch.randn(2 * PER_FILE, dim, generator=torch.Generator().manual_seed(0))
-    for start in range(0, prompts, PER_FILE):
-        count = min(PER_FILE, prompts - start)
-        shift = start // PER_FILE % PER_FILE
-        journal.save_features(f"{start:016x}", block[shift : shift + count])
+    prepare(path, "million")
+    log = Log(path, "million", 0)
+    block = torch.randn(2 * WINDOW, dim, generator=torch.Generator().manual_seed(0))
+    for start in range(0, prompts, WINDOW):
+        count = min(WINDOW, prompts - start)
+        shift = start // WINDOW % WINDOW
+        log.append([(start, block[shift : shift + count].numpy())])
 
 
 def forget(path):
@@ -59,10 +59,10 @@ def read(path):
 
 def batches(path, prompts, dim):
     """As the windows of a selection are read back."""
-    journal = Journal(path, "million", False)
-    for start in range(0, prompts, PER_FILE):
-        indices = list(range(start, min(start + PER_FILE, prompts)))
-        yield indices, journal.load_features(f"{start:016x}", (len(indices), dim), verify=False)
+    log = Log(path, "million", 0)
+    for start in range(0, prompts, WINDOW):
+        indices = list(range(start, min(start + WINDOW, prompts)))
+        yield indices, torch.frombuffer(log.map(start, verify=False), dtype=torch.float32).view(len(indices), dim)
 
 
 def score(path, prompts, dim):
@@ -97,7 +97,7 @@ def main():
     if shutil.disk_usage(arguments.directory).free < 1.1 * needed:
         sys.exit(f"{arguments.directory} has no space for {needed / 1e9:.0f} GB of features. Pass --directory.")
     with tempfile.TemporaryDirectory(dir=arguments.directory) as scratch:
-        path = Path(scratch) / "journal"
+        path = Path(scratch) / "log"
         write(path, arguments.prompts, arguments.dim)
         options = [f"--prompts={arguments.prompts}", f"--dim={arguments.dim}", f"--threads={arguments.threads}"]
         readings, runs = [], []

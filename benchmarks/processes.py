@@ -17,12 +17,13 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from workload import ROOT, build_trainer, draw_groups, installed, machine
 
-from trl_learnalign.features import FeatureSource
 from trl_learnalign.host import find_host
-from trl_learnalign.journal import Journal
+from trl_learnalign.measures.gradients import GradientFeatures
+from trl_learnalign.store import Log, prepare
 
 
 SETTINGS = {"shape": "small", "device": "cpu", "dtype": "float32", "rank": 8, "prompts": 32, "tokens": 64}
@@ -38,10 +39,13 @@ def work(output):
         groups = draw_groups(arguments)
         share = range(accelerator.process_index, len(groups), accelerator.num_processes)
         tasks = {index: groups[index] for index in share}
+        lengths = {index: np.array([len(row) for row in rows]) for index, rows in tasks.items()}
         seconds = []
         for name in ("first", "measured"):
             with find_host(trainer).left_as_found(8):
-                source = FeatureSource(find_host(trainer), 32768, 0, tasks, Journal(Path(scratch) / name, name, True))
+                prepare(path := Path(scratch) / f"{name}-{accelerator.process_index}", name)
+                log = Log(path, name, accelerator.process_index)
+                source = GradientFeatures(find_host(trainer), 32768, 0, lengths, tasks.__getitem__, log)
                 accelerator.wait_for_everyone()
                 started = time.perf_counter()
                 source.weighted_sum(torch.ones(len(groups)))

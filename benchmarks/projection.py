@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import tempfile
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -33,20 +34,38 @@ def spearman(a, b):
     return torch.corrcoef(torch.stack([a.argsort().argsort().double(), b.argsort().argsort().double()]))[0, 1].item()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments_of(description: str, name: str) -> argparse.Namespace:
+    """Of a command line, and what the demo's functions ask for."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset_path", type=Path)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "projection.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / f"{name}.json")
     parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
+    return parser.parse_args(namespace=argparse.Namespace(pool=600, num_prompts=128, passes=1, test=1, seed=0))
+
+
+@contextmanager
+def warmed_up(arguments):
+    """The demo's trainer after its warm-up and two steps, so that no LoRA B is zero; its pool, and where that is from."""
     torch.set_num_threads(arguments.threads)
-    settings = {"pool": 600, "num_prompts": 128, "passes": 1, "test": 1, "seed": 0}
     with tempfile.TemporaryDirectory() as output_dir:
-        run = argparse.Namespace(**settings, output_dir=Path(output_dir), dataset_path=arguments.dataset_path)
-        pool, _, source = load(run)
-        trainer = build_trainer("random", pool, run)
-        trainer.args.max_steps = 4  # the warm-up and two steps, so that no LoRA B is zero
+        arguments.output_dir = Path(output_dir)
+        pool, _, source = load(arguments)
+        trainer = build_trainer("random", pool, arguments)
+        trainer.args.max_steps = 4
         trainer.train()
+        yield trainer, pool, source
+
+
+def write(results, arguments) -> None:
+    names = ("torch", "transformers", "trl", "peft", "trl-learnalign")
+    results |= {"cpu_count": os.cpu_count(), "versions": {name: version(name) for name in names}}
+    arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results, indent=1))
+
+
+def main():
+    arguments = arguments_of(__doc__, "projection")
+    with warmed_up(arguments) as (trainer, pool, source):
         config = LearnAlignConfig(num_prompts=128, projection_dim=None)
         tables = {
             dim: select_prompts(trainer, replace(config, projection_dim=dim)).scores.to_pandas()
@@ -70,11 +89,8 @@ def main():
         "lora_parameters": size,
         "default": LearnAlignConfig().projection_dim,
         "rows": rows,
-        "cpu_count": os.cpu_count(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "trl-learnalign")},
     }
-    arguments.output.write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps(results, indent=1))
+    write(results, arguments)
 
 
 if __name__ == "__main__":

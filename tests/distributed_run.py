@@ -18,7 +18,7 @@ from tiny import Seen, config, digit_reward, make_dataset, make_trainer, weights
 from torch.distributed import fsdp
 from transformers import TrainerCallback
 
-from trl_learnalign import select_prompts
+from trl_learnalign import LearnAlignSampler, select_prompts
 from trl_learnalign.host import find_host, objective
 from trl_learnalign.host.weights import weights_digest
 from trl_learnalign.measures import hidden_states
@@ -134,7 +134,7 @@ def main(task, path):
     match task:
         case "select":  # a pool that divides neither by the batches nor by the processes
             trainer = make_trainer(path, reward=seen, dataset=make_dataset(23), **kwargs)
-            result["indices"] = select_prompts(trainer, config(projection_dim=1024)).indices
+            result["indices"] = select_prompts(trainer, config(projection_dim=1024, save_rollouts=True)).indices
         case "select for a target":  # which is rolled out by all processes, too
             trainer = make_trainer(path, reward=seen, dataset=make_dataset(23), **kwargs)
             target = make_dataset(23).select(range(1, 20, 3)).add_column("task", list("abcabca"))
@@ -229,7 +229,7 @@ def main(task, path):
             trainer = train(path, seen, config={"score": "random", "warmup_prompts": 0}, **kwargs)
             trainer.train()
     sampler = trainer._get_train_sampler()
-    if hasattr(sampler, "log"):
+    if isinstance(sampler, LearnAlignSampler):
         result["log"] = [[version.start_chunk, list(version.indices)] for version in sampler.schedule.log]
         result["chunks"] = [sampler.chunk(i) for i in range(40)]
         result["chunk_prompts"] = sampler.layout.chunk_prompts

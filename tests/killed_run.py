@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from tiny import config, digit_reward, make_dataset, make_trainer, weights
 from transformers import Trainer, TrainerState
 
-from trl_learnalign import disk, scoring
+from trl_learnalign import disk, scoring, store
 from trl_learnalign.gradients import PromptGradients
 from trl_learnalign.host import generation
-from trl_learnalign.sampler import LearnAlignSampler
+from trl_learnalign.schedules import StagedSchedule
 
 
 path = Path(sys.argv[1])
@@ -29,10 +29,12 @@ selecting = False
 
 
 def event(name, halve=None):
-    """Something happens; `halve` is a file that a kill leaves half-written."""
-    events.append(f"{name}, stage {len(trainer._get_train_sampler().log) - 1}")
+    """Something happens; `halve` is a file that a kill leaves half-written, or what does half of it."""
+    events.append(f"{name}, stage {trainer._get_train_sampler().schedule.stage}")
     if len(events) - 1 == kill_at:
-        if halve is not None:
+        if callable(halve):
+            halve()
+        elif halve is not None:
             os.truncate(halve, os.path.getsize(halve) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -63,6 +65,14 @@ def replace(source, target, original=os.replace):
     event(f"written {kind}")
 
 
+def append(stream, data, original=store._write):
+    """Records in a log. A kill leaves the half of them, with one that is torn."""
+    kind = Path(stream.name).parent.name
+    event(f"writing {kind}", halve=lambda: original(stream, data[: len(data) // 2]))
+    original(stream, data)
+    event(f"written {kind}")
+
+
 def save_model(self, output_dir=None, *args, original=Trainer.save_model, **kwargs):
     original(self, output_dir, *args, **kwargs)
     file = Path(output_dir or self.args.output_dir, "adapter_model.safetensors")
@@ -89,9 +99,10 @@ def reward(completions, row, **kwargs):
 generation.generate_groups = select_groups
 os.replace = replace
 disk.os.replace = replace
+store._write = append
 before(PromptGradients, "collect", "gradients")
 before(scoring, "scores_of_batches", "scores")
-before(LearnAlignSampler, "append", "choice")
+before(StagedSchedule, "accept", "choice")
 before(Trainer, "training_step", "training")
 Trainer.save_model, Trainer._save_rng_state, TrainerState.save_to_json = save_model, save_rng, save_state
 
@@ -107,7 +118,7 @@ trainer = make_trainer(
     save_steps=1,
 )
 trainer.train(resume_from_checkpoint=any(path.iterdir()) or None)
-log = [[version.start_chunk, list(version.indices)] for version in trainer._get_train_sampler().log]
+log = [[version.start_chunk, list(version.indices)] for version in trainer._get_train_sampler().schedule.log]
 result = {"world": trainer.accelerator.num_processes, "events": events, "log": log, "step": trainer.state.global_step}
 save_file(weights(trainer), path / f"final-{rank}.safetensors")
 (path / f"rank-{rank}.json").write_text(json.dumps(result))

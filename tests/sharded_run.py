@@ -58,8 +58,8 @@ def main(path):
     fully_shard(trainer.model)
     trainer.model_wrapped, trainer.is_fsdp_enabled = trainer.model, True
     ours = features_of(trainer, tasks, Path(path) / f"sharded-{rank}", dim=256, max_tokens=30)
-    for file in sorted((Path(path) / f"sharded-{rank}" / "journal").glob("features-*"))[:1]:
-        file.unlink() if rank else None
+    if rank:
+        os.truncate(next((Path(path) / f"sharded-{rank}" / "log").glob("*.log")), 100)
     again = features_of(trainer, tasks, Path(path) / f"sharded-{rank}", dim=256, max_tokens=30)
     for index in tasks:
         torch.testing.assert_close(ours[index], expected[index], rtol=1e-4, atol=1e-6)

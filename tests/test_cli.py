@@ -133,7 +133,7 @@ def test_dry_run(folder, processes, tried):
     assert output.count("pool: 24 prompts x 8 rollouts = 192") == 1
     learnable = int(re.search(f"tried: {tried}, of which (\\d+) are learnable", output)[1])
     more = 24 / int(tried.split()[0])
-    assert f"gradient passes: about {learnable * more:.0f} prompts" in output and learnable > 0
+    assert f"gradients: about {learnable * more:.0f} prompts" in output and learnable > 0
     assert f"about {learnable * more * 32768 * 4 / 1e9:.2f} GB" in output
     assert "expected time: rollouts" in output and "Nothing was kept." in output
     assert not (folder / "out/learnalign").exists()

@@ -12,11 +12,14 @@ from collections import Counter
 from pathlib import Path
 
 import distributed_run
+import pandas
 import pytest
 from safetensors.torch import load_file
+from tiny import Seen, config, digit_reward, make_dataset, make_trainer
 from torch.testing import assert_close
 
-from trl_learnalign import Selection
+from trl_learnalign import Selection, select_prompts
+from trl_learnalign.store import Log
 
 
 SCRIPT = Path(__file__).with_name("distributed_run.py")
@@ -160,6 +163,28 @@ def test_selection_is_the_same_for_any_number_of_processes(tmp_path, first, on_f
         # a process with no prompt of its own left rolls out another's, and drops the result
         assert min(rolled_out.values()) == (8 * processes if task == "select few" else 8)
         tally[f"selections on {processes} processes"] += 1
+        if task == "select":
+            files, table = rollouts_of(path)
+            shards = [f"rollouts-{rank:05d}-of-{processes:05d}.parquet" for rank in range(processes)]
+            assert files == (shards if processes > 1 else ["rollouts.parquet"])
+            pandas.testing.assert_frame_equal(table, rollouts_of(tmp_path)[1])
+
+
+def rollouts_of(path):
+    files = sorted(path.glob("learnalign/*/rollouts*.parquet"))
+    table = pandas.concat(map(pandas.read_parquet, files)).sort_values("index", kind="stable")
+    return [file.name for file in files], table.reset_index(drop=True)
+
+
+def test_measures_of_two_processes_serve_one(tmp_path, first):
+    path = shutil.copytree(first["select"][0], tmp_path / "copy")
+    for score in ("learnability", "alignment"):
+        seen = Seen(digit_reward)
+        trainer = make_trainer(path, reward=seen, dataset=make_dataset(23), per_device_train_batch_size=8)
+        selection = select_prompts(trainer, config(projection_dim=1024, score=score))
+        assert seen.rows == [] and load(first["select"][0]).scores["learnability"].equals(
+            selection.scores["learnability"]
+        )
 
 
 @pytest.mark.parametrize("task", ["train", "train workers", "random"])
@@ -267,6 +292,13 @@ def test_restart_is_the_same_on_both_ranks(first):
     assert ranks[0]["weights"] == ranks[1]["weights"] and ranks[0]["log"] == ranks[1]["log"]
 
 
+def batches_in(path):
+    """Finished batches of rollouts of a selection under way, of a prompt each."""
+    for manifest in path.glob("_learnalign/*/rollouts/manifest.json"):
+        return len(Log(manifest.parent, json.loads(manifest.read_text())["key"], 0))
+    return 0
+
+
 def test_a_run_killed_in_a_selection_resumes_into_the_same_selection(tmp_path):
     """SIGKILL, as soon as some batches of rollouts are in the journal; then one flag."""
     whole = alone("save", tmp_path / "whole")
@@ -276,13 +308,13 @@ def test_a_run_killed_in_a_selection_resumes_into_the_same_selection(tmp_path):
         [sys.executable, str(SCRIPT), "save", str(path)], env=ENVIRONMENT, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 120
-    while len(list(path.glob("_learnalign/*/rollouts-*.parquet"))) < 5:
+    while batches_in(path) < 5:
         assert process.poll() is None and time.monotonic() < deadline, "the selection was never seen under way"
         time.sleep(0.002)
     process.kill()
     process.wait()
     assert not list(path.glob("learnalign/*/selection.json"))
-    done = len(list(path.glob("_learnalign/*/rollouts-*.parquet")))
+    done = batches_in(path)
     resumed = alone("resume last", path)
     assert resumed["log"] == whole["log"] and resumed["weights"] == whole["weights"]
     assert load(path).scores.equals(load(tmp_path / "whole").scores)
@@ -298,7 +330,7 @@ def test_a_run_killed_in_a_selection_resumes_into_the_same_selection(tmp_path):
         ("reward fails", "RewardError: The reward function `failing` failed.*does not know row 9.* / ValueError"),
         ("reward fails in a part", "RewardError: The reward function `failing` failed.*does not know row 9"),
         ("loss is not a number", "FloatingPointError: The gradients of the training prompts .* are not finite"),
-        ("disk is full", "OSError: .*features-.* could not be written.*File too large"),
+        ("disk is full", "OSError: .*gradients/.* could not be written.*File too large"),
     ],
 )
 def test_what_fails_on_one_process_ends_all_with_its_cause(first, again, task, cause, tally):
@@ -310,8 +342,8 @@ def test_what_fails_on_one_process_ends_all_with_its_cause(first, again, task, c
     )
     assert re.search(cause.split(" / ")[0], other["error"])
     assert abs(failed["seconds"] - other["seconds"]) < 10  # of one machine's clock: no time-out was waited for
-    journal = path / "_learnalign" / "step-000000"
-    assert list(journal.glob("rollouts-*")) and not list(journal.glob(".*.tmp"))
+    measures = path / "_learnalign" / "step-000000"
+    assert list(measures.glob("rollouts/*.log")) and not list(measures.rglob(".*.tmp"))
     # Once corrected, it goes on: what was finished is still there, as long as the reward function is the same
     assert len(again[task][0]["indices"]) == 8
     tally["failures on one of two processes"] += 1
@@ -335,13 +367,18 @@ def test_nodes_with_disks_of_their_own(tmp_path):
         assert [node.returncode for node in nodes] == [0, 0], logs
         return logs
 
+    keys = {}
     launch_nodes("loss is not a number")
     for rank in "01":
-        journal = tmp_path / rank / "_learnalign" / "step-000000"
-        assert (journal / "manifest.json").is_file() and list(journal.glob("rollouts-*"))
+        log = tmp_path / rank / "_learnalign" / "step-000000" / "rollouts"
+        assert [file.name for file in sorted(log.iterdir())] == [f"0000{rank}-00000.log", "manifest.json"]
+        keys[rank] = json.loads((log / "manifest.json").read_text())["key"]
     assert all("is discarded" in log for log in launch_nodes("select"))  # of other settings
     for rank in "01":
-        assert not (tmp_path / rank / "_learnalign" / "step-000000").exists()
+        log = tmp_path / rank / "_learnalign" / "step-000000" / "rollouts"
+        assert json.loads((log / "manifest.json").read_text())["key"] != keys[rank]
+        shards = [file.name for file in (tmp_path / rank).glob("learnalign/*/rollouts*.parquet")]
+        assert shards == [f"rollouts-0000{rank}-of-00002.parquet"]
 
 
 def test_a_reward_that_fails_in_training_ends_all_processes(tmp_path):

@@ -10,7 +10,7 @@ import torch
 import trl
 from datasets import Dataset
 from packaging.version import Version
-from tiny import config, grpo_args, lora, make_model, make_tokenizer, parity_reward
+from tiny import config, grpo_args, lora, make_model, make_tokenizer, parity_reward, tool_calls
 from tokenizers import decoders
 
 from trl_learnalign import LearnAlignGRPOTrainer, LearnAlignSampler, alignments
@@ -25,21 +25,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}a:{% endif %}"
 )
 # "u" and a digit is a call of `double`, which a random policy writes now and then
-CALL = {"type": "function", "function": {"name": "double", "arguments": {"number": "{number}"}}}
-RESPONSES = {
-    "defaults": {"role": "assistant"},
-    "start_anchor": "a:",
-    "fields": {
-        "tool_calls": {
-            "open_pattern": "u(?P<number>[0-9])",
-            "close_pattern": r"\+|<eos>",
-            "repeats": True,
-            "content": "text",
-            "transform": CALL,
-        },
-        "content": {"close_pattern": "<eos>", "content": "text"},
-    },
-}
+RESPONSES = tool_calls("double", "u(?P<number>[0-9])")
 
 
 def double(number: str) -> str:

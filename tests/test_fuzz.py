@@ -14,12 +14,14 @@ import torch
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import config, digit_reward, make_dataset, make_trainer
+from tiny import config, digit_reward, make_dataset, make_trainer, online
 from transformers import TrainerState
 
 from trl_learnalign import LearnAlignConfig, Selection, select_prompts
 from trl_learnalign.groups import Group
-from trl_learnalign.journal import Journal
+from trl_learnalign.measures.records import decode, encode
+from trl_learnalign.state import STATE_FILE
+from trl_learnalign.store import Log, prepare
 
 
 FIELDS = {field.name: field.default for field in dataclasses.fields(LearnAlignConfig)}
@@ -113,52 +115,45 @@ PROMPTS = [np.array([4, 5], np.int32)] * 2, [np.array([4], np.int32), np.array([
 
 @QUIET
 @given(st.data())
-def test_journal(tally, data):
-    tally["nonsense: files of journals"] += 1
-    group = Group(
-        index=3,
-        prompt_ids=data.draw(st.sampled_from(PROMPTS)),
-        completion_ids=[np.array([6], np.int32), np.array([7, 8], np.int32)],
-        loss_masks=[np.array([1], np.int8), np.array([1, 0], np.int8)],
-        completions=["a", [{"role": "assistant", "content": "b"}]],
-        rewards=np.array([[1.0], [0.0]], np.float32),
-        penalties=np.array([0.0, 0.5], np.float32),
-    )
+def test_logs(tally, data):
+    """Of a damaged file nothing but whole originals is ever read, and what is appended afterwards is there."""
+    tally["nonsense: files of measures"] += 1
+    prompt = data.draw(st.sampled_from(PROMPTS))
+    groups = [
+        Group(
+            index=index,
+            prompt_ids=prompt,
+            completion_ids=[np.array([6], np.int32), np.array([7, 8], np.int32)],
+            loss_masks=[np.array([1], np.int8), np.array([1, index % 2], np.int8)],
+            completions=["a", [{"role": "assistant", "content": "b"}]],
+            rewards=np.array([[1.0], [index]], np.float32),
+            penalties=np.array([0.0, 0.5], np.float32),
+        )
+        for index in (3, 4, 5)
+    ]
     features = torch.randn(2, 8)
     with tempfile.TemporaryDirectory() as directory:
-        journal = Journal(Path(directory) / "journal", "key", True)
-        journal.save_groups([group])
-        journal.save_features("0a", features)
-        file = data.draw(st.sampled_from(sorted(journal.path.iterdir())))
+        prepare(path := Path(directory) / "log", "key")
+        log = Log(path, "key", 0)
+        log.append([(group.index, encode(group)) for group in groups])
+        log.append([(99, features.numpy())])
+        log.close()
+        file = data.draw(st.sampled_from(sorted(path.iterdir())))
         content = file.read_bytes()
         file.write_bytes(damaged(data, content))
-        if file.name != "manifest.json":
-            # Either way nothing but the whole original is ever read
-            groups, read = journal.load_groups([3], (2, 1)), journal.load_features("0a", (2, 8))
-            if groups is not None:
-                np.testing.assert_equal(vars(groups[0]), vars(group))
-            assert read is None or torch.equal(read, features)
-        elif file.read_bytes() != content:
-            again = Journal(Path(directory) / "journal", "key", True)
-            if again.load_groups([3], (2, 1)) is not None:
-                assert json.loads((journal.path / "manifest.json").read_text())["key"] == "key"
-
-
-def test_a_file_of_another_batch_is_not_read(tmp_path):
-    journal = Journal(tmp_path / "journal", "key", True)
-    journal.save_features("0a", torch.ones(2, 8))
-    journal._features_file("0a").rename(journal._features_file("0b"))
-    assert journal.load_features("0b", (2, 8)) is None
-    other = Journal(tmp_path / "other", "another key", True)
-    other.save_features("0a", torch.ones(2, 8))
-    other._features_file("0a").rename(journal._features_file("0a"))
-    assert journal.load_features("0a", (2, 8)) is None
-    ids, mask = np.array([6], np.int32), np.array([1], np.int8)
-    other.save_groups([Group(3, [ids], [ids], [mask], ["a"], np.ones((1, 1), np.float32), np.ones(1, np.float32))])
-    other._groups_file([3]).rename(journal._groups_file([3]))
-    assert journal.load_groups([3], (1, 1)) is None
-    journal.save_groups([Group(3, [ids], [ids], [mask], ["a"], np.ones((1, 1), np.float32), np.ones(1, np.float32))])
-    assert journal.load_groups([3], (1, 1)) is not None
+        prepare(path, "key")
+        again = Log(path, "key", 0)
+        for reader in (log, again):  # one that was open before, and one that looks anew
+            for group in groups:
+                payload = reader.read(group.index)
+                if payload is not None:
+                    np.testing.assert_equal(vars(decode(payload, completions=True)), vars(group))
+            mapped = reader.map(99)
+            assert mapped is None or torch.equal(torch.frombuffer(mapped, dtype=torch.float32), features.flatten())
+        again.append([(group.index, encode(group)) for group in groups])
+        for reader in (again, Log(path, "key", 1)):
+            for group in groups:
+                np.testing.assert_equal(vars(decode(reader.read(group.index), completions=True)), vars(group))
 
 
 JSON = st.recursive(
@@ -169,21 +164,29 @@ JSON = st.recursive(
 
 
 @pytest.fixture(scope="module")
-def bound(tmp_path_factory):
-    trainer = make_trainer(tmp_path_factory.mktemp("bound"), config())
-    callback = next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "LearnAlignCallback")
-    state = TrainerState()
-    callback._record(state)
-    return trainer, callback, state.stateful_callbacks["learnalign"]
+def written(tmp_path_factory):
+    """By schedule: what reads and writes the state of a run, its checkpoint, and what trainer_state.json holds of it."""
+    made = {}
+    for name, choice in {"staged": config(), "online": online()}.items():
+        path = tmp_path_factory.mktemp(name)
+        trainer = make_trainer(path, choice, max_steps=3, save_strategy="steps", save_steps=3)
+        trainer.train()
+        checkpoint = path / "checkpoint-3"
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        made[name] = trainer._learnalign._checkpoints, checkpoint, state["stateful_callbacks"]["learnalign"]
+    return made
 
 
+@pytest.mark.parametrize("schedule", ["staged", "online"])
 @QUIET
 @given(st.data())
-def test_state_in_a_checkpoint(bound, tally, data):
+def test_state_in_a_checkpoint(written, tally, schedule, data):
+    """Its values, in trainer_state.json, and its arrays, in a file."""
     tally["nonsense: states in checkpoints"] += 1
-    trainer, callback, whole = bound
-    content = json.loads(json.dumps(whole))
-    place = content
+    state, checkpoint, whole = written[schedule]
+    content, arrays = json.loads(json.dumps(whole)), (checkpoint / STATE_FILE).read_bytes()
+    found = damaged(data, arrays) if data.draw(st.booleans()) else arrays
+    place = content if data.draw(st.booleans()) else None
     while isinstance(place, (dict, list)) and place:  # change something somewhere
         keys = sorted(place) if isinstance(place, dict) else range(len(place))
         key = data.draw(st.sampled_from(keys))
@@ -191,15 +194,18 @@ def test_state_in_a_checkpoint(bound, tally, data):
             place[key] = data.draw(JSON)
             break
         place = place[key]
-    state = TrainerState(
-        global_step=3, stateful_callbacks={"learnalign": data.draw(st.sampled_from([content, content, None]))}
-    )
-    try:
-        callback._resume(trainer.args, state)
-    except ValueError as error:
-        assert "checkpoint" in str(error)
-    else:
-        assert content == whole
+    callbacks = {"learnalign": data.draw(st.sampled_from([content, content, None]))}
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory, STATE_FILE).write_bytes(found)
+        state._note(Path(directory))
+        try:
+            state.sampler.schedule.load_state_dict(
+                state.read(TrainerState(global_step=3, stateful_callbacks=callbacks))[0]
+            )
+        except ValueError as error:
+            assert "checkpoint" in str(error)
+        else:
+            assert content == whole and found == arrays
 
 
 # Columns

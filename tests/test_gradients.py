@@ -16,14 +16,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM, Qwen2M
 from workload import peak_bytes
 
 from trl_learnalign import LearnAlignConfig, select_prompts
-from trl_learnalign.features import WINDOW, FeatureSource, pack
 from trl_learnalign.gradients import PROBE_RANK, PromptGradients, UnseenParametersError, dropout_off
 from trl_learnalign.groups import Row
 from trl_learnalign.host import find_host, objective
 from trl_learnalign.host.objective import policy_objective
-from trl_learnalign.journal import Journal
+from trl_learnalign.measures.gradients import GradientFeatures
+from trl_learnalign.measures.packing import WINDOW, pack
 from trl_learnalign.projection import stable_hash
 from trl_learnalign.scoring import scores_of_batches
+from trl_learnalign.store import Log, prepare
 
 
 def make_trainer(*args, **changes):
@@ -83,9 +84,18 @@ def oracle(trainer, rows):
     return gradient
 
 
+def lengths_of(tasks):
+    return {index: np.array([len(row) for row in rows], int) for index, rows in tasks.items()}
+
+
+def source_of(trainer, dim, tasks, path, max_tokens=None):
+    prepare(path, key := f"{dim} {max_tokens}")
+    log = Log(path, key, trainer.accelerator.process_index)
+    return GradientFeatures(find_host(trainer), dim, 0, lengths_of(tasks), tasks.__getitem__, log, max_tokens)
+
+
 def features_of(trainer, tasks, tmp_path, dim=None, max_tokens=None):
-    journal = Journal(tmp_path / "journal", f"{dim} {max_tokens}", True)
-    source = FeatureSource(find_host(trainer), dim, 0, tasks, journal, max_tokens)
+    source = source_of(trainer, dim, tasks, tmp_path / "log", max_tokens)
     with dropout_off(trainer.model):
         source.weighted_sum(torch.ones(max(tasks) + 1))
         return {
@@ -177,7 +187,7 @@ def test_no_more_memory_than_a_plain_backward(tmp_path, checkpointing, precision
 
 def test_memory_of_large_exact_gradients_does_not_grow_with_the_pool(tmp_path, monkeypatch):
     """The mean in float64, and at most two gradients: four vectors of the LoRA's size, and the backward's own."""
-    monkeypatch.setattr("trl_learnalign.features.EXACT_BYTES", 0)
+    monkeypatch.setattr("trl_learnalign.measures.gradients.EXACT_BYTES", 0)
     trainer = make_trainer(tmp_path, model=make_model(hidden_size=64, intermediate_size=256), peft=lora(r=32))
     size = 4 * sum(parameter.numel() for parameter in weights(trainer).values())
     rows = [Row([3], [6, 7], [1, 1], 1.0, 0.5)]
@@ -187,9 +197,7 @@ def test_memory_of_large_exact_gradients_does_not_grow_with_the_pool(tmp_path, m
         trainer.model.zero_grad()
 
     def ours(num):
-        source = FeatureSource(
-            find_host(trainer), None, 0, dict.fromkeys(range(num), rows), Journal(tmp_path / "j", "", True)
-        )
+        source = source_of(trainer, None, dict.fromkeys(range(num), rows), tmp_path / "log")
         mean = source.weighted_sum(torch.ones(num))
         indices, *_ = scores_of_batches(source, torch.ones(num), mean)
         assert indices.tolist() == list(range(num))
@@ -201,14 +209,14 @@ def test_memory_of_large_exact_gradients_does_not_grow_with_the_pool(tmp_path, m
         assert many <= peak_bytes(plain) + 4 * size
 
 
-def test_exact_gradients_computed_twice_equal_those_kept(tmp_path, monkeypatch):
+def test_exact_gradients_computed_again_equal_those_kept(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path)
     tasks = random_tasks()
     kept = features_of(trainer, tasks, tmp_path)
-    monkeypatch.setattr("trl_learnalign.features.EXACT_BYTES", 1000)
-    twice = features_of(trainer, tasks, tmp_path)
+    monkeypatch.setattr("trl_learnalign.measures.gradients.EXACT_BYTES", 1000)
+    again = features_of(trainer, tasks, tmp_path)
     for index in tasks:
-        torch.testing.assert_close(kept[index], twice[index], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(kept[index], again[index], rtol=1e-4, atol=1e-6)
 
 
 def llama():
@@ -471,8 +479,9 @@ def test_microbatches_hold_little_padding_and_every_row_once():
         tasks[index] = [Row([1] * prompt, [2] * length, [1] * length, 1.0, 1 / 8) for length in lengths]
     tasks[7] = []
     for max_tokens in (4096, 16384):
-        windows = pack(tasks, max_tokens)
-        microbatches = [microbatch for window in windows for microbatch in window.microbatches]
+        windows = pack(lengths_of(tasks), max_tokens)
+        chosen = [microbatch for window in windows for microbatch in window.microbatches()]
+        microbatches = [(counts, [tasks[index][row] for index, row in places]) for counts, places in chosen]
         seen = [id(row) for _, rows in microbatches for row in rows]
         assert sorted(seen) == sorted(id(row) for rows in tasks.values() for row in rows)
         computed = useful = 0
@@ -486,7 +495,7 @@ def test_microbatches_hold_little_padding_and_every_row_once():
         assert (computed - useful) / computed <= 0.1
         for window in windows:  # groups stay within a window, which is all that is under way at a time
             assert len(window.indices) <= WINDOW
-            assert {index for counts, _ in window.microbatches for index in counts} == set(window.indices)
+            assert {index for counts, _ in window.microbatches() for index in counts} == set(window.indices)
         assert sum(len(window.indices) for window in windows) == 299
         assert len({window.name for window in windows}) == len(windows)
 
@@ -496,14 +505,14 @@ def test_a_row_longer_than_the_budget_goes_alone(tmp_path):
     tasks = random_tasks()
     alone = features_of(trainer, tasks, tmp_path, max_tokens=1)
     together = features_of(trainer, tasks, tmp_path, max_tokens=10_000)
-    assert all(len(rows) == 1 for window in pack(tasks, 1) for _, rows in window.microbatches)
+    assert all(len(rows) == 1 for window in pack(lengths_of(tasks), 1) for _, rows in window.microbatches())
     for index in tasks:
         torch.testing.assert_close(alone[index], together[index], rtol=1e-4, atol=1e-6)
 
 
 def test_a_pass_goes_on_where_it_stopped(tmp_path, monkeypatch):
     """To the last bit, and at most one microbatch is computed again, wherever it stops."""
-    monkeypatch.setattr("trl_learnalign.features.pack", lambda *args: pack(*args[:2], size=5))
+    monkeypatch.setattr("trl_learnalign.measures.gradients.pack", lambda *args: pack(*args[:2], size=5))
     trainer = make_trainer(tmp_path)
     tasks = random_tasks(12)
     collected = count_calls(monkeypatch, PromptGradients, "collect")
@@ -519,9 +528,9 @@ def test_a_pass_goes_on_where_it_stopped(tmp_path, monkeypatch):
         resumed = features_of(trainer, tasks, tmp_path / str(stop), dim=256, max_tokens=40)
         assert whole.keys() == resumed.keys() and all(torch.equal(whole[index], resumed[index]) for index in tasks)
         assert len(collected) == total  # each of those once, less the one that was stopped
-    assert sorted(file.name for file in (tmp_path / "1" / "journal").iterdir())[:-1] == sorted(
-        f"features-{window.name}.safetensors" for window in pack(tasks, 40, size=5)
-    )
+    log = Log(tmp_path / "1" / "log", "256 40", 0)
+    assert all(window.name in log for window in pack(lengths_of(tasks), 40, size=5))
+    assert not len(log.inside("parts")) and not sum(file.stat().st_size for file in log.path.glob("parts/*"))
 
 
 def count_calls(monkeypatch, owner, name):
@@ -617,8 +626,9 @@ def test_groups_of_one_size_are_computed_together(tmp_path):
     tasks = {index: [row(g, 6 + index % 2) for g in range(1 + index % 3)] for index in range(12)}
     trainer = make_trainer(tmp_path)
     engine = PromptGradients(trainer.model, 64, seed=0)
-    (window,) = pack(tasks, max_tokens=10**6)
-    ((counts, rows),) = window.microbatches
+    (window,) = pack(lengths_of(tasks), max_tokens=10**6)
+    ((counts, places),) = window.microbatches()
+    rows = [tasks[index][row] for index, row in places]
     assert sorted(counts.values()) == list(counts.values()) == [1] * 4 + [2] * 4 + [3] * 4
     calls = []
     add = engine._sink.add_

@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
-from tiny import config, grpo_args, lora, make_tokenizer, parity_reward
+from tiny import config, grpo_args, lora, make_tokenizer, parity_reward, tool_calls
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, Qwen2Config
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -20,21 +20,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}a:{% endif %}"
 )
 # Any digit is a call of a tool, so that a random policy makes some
-CALL = {"type": "function", "function": {"name": "look", "arguments": {"number": "{number}"}}}
-RESPONSES = {
-    "defaults": {"role": "assistant"},
-    "start_anchor": "a:",
-    "fields": {
-        "tool_calls": {
-            "open_pattern": "(?P<number>[0-9])",
-            "close_pattern": r"\+|<eos>",
-            "repeats": True,
-            "content": "text",
-            "transform": CALL,
-        },
-        "content": {"close_pattern": "<eos>", "content": "text"},
-    },
-}
+RESPONSES = tool_calls("look", "(?P<number>[0-9])")
 
 
 def picture(number):

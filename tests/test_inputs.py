@@ -124,7 +124,7 @@ def test_fewer_learnable_prompts_than_wanted(tmp_path, caplog):
 
     trainer = make_trainer(tmp_path, config(), reward=rare, num_train_epochs=2)
     trainer.train()
-    assert set(trainer._get_train_sampler().log[1].indices) <= {0, 1, 2}
+    assert set(trainer._get_train_sampler().schedule.log[1].indices) <= {0, 1, 2}
     assert "prompts are learnable, fewer than `num_prompts` (8)" in caplog.text
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from tiny import config, make_trainer, parity_reward
 from transformers import TrainerCallback
 
-from trl_learnalign import Selection, select_prompts
+from trl_learnalign import Selection, select_prompts, store
 from trl_learnalign.progress import ProgressLines, duration
 
 
@@ -312,7 +312,7 @@ class SlowUpload:
 
 
 def test_what_an_upload_finds_while_a_selection_runs(tmp_path, monkeypatch):
-    client, renamed, original = SlowUpload(), [], os.replace
+    client, renamed, appended, original = SlowUpload(), [], [], os.replace
 
     def replace(source, target):
         """Where a temporary file is there, and the file before it."""
@@ -320,6 +320,11 @@ def test_what_an_upload_finds_while_a_selection_runs(tmp_path, monkeypatch):
             client.look()
             renamed.append((Path(source).relative_to(tmp_path), Path(target).relative_to(tmp_path)))
         original(source, target)
+
+    def write(stream, data, original=store._write):
+        client.look()
+        appended.append(len(data))
+        original(stream, data)
 
     class Over(TrainerCallback):
         def on_save(self, args, state, control, **kwargs):  # after the selection
@@ -329,6 +334,7 @@ def test_what_an_upload_finds_while_a_selection_runs(tmp_path, monkeypatch):
 
     monkeypatch.setattr("transformers.trainer.hf_api", lambda: client)
     monkeypatch.setattr("trl_learnalign.disk.os.replace", replace)
+    monkeypatch.setattr(store, "_write", write)
     trainer = make_trainer(
         tmp_path,
         config(write_report=True, save_rollouts=True),
@@ -341,8 +347,7 @@ def test_what_an_upload_finds_while_a_selection_runs(tmp_path, monkeypatch):
     trainer.add_callback(Over())
     trainer.train()
     client.executor.shutdown()
-    journaled = [target for _, target in renamed if target.name.startswith(("rollouts-", "features-"))]
-    assert len(journaled) > 12 and client.rounds > len(renamed)  # the upload looked in between
+    assert len(appended) > 12 and client.rounds > len(renamed) + len(appended)  # the upload looked in between
     assert not client.vanished
     ours = {Path(name) for name in client.listed if "learnalign" in name}
     assert ours == {target for _, target in renamed if target.parts[0] == "learnalign"} and len(ours) > 5

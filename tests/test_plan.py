@@ -36,9 +36,7 @@ CHOSEN = [*START, Version(8, tuple(range(1000)))]
 
 def lines(layout=GSM8K, step=0, log=START, due=False, max_steps=None, **settings):
     max_steps = max_steps or layout.steps_of(layout.epoch_chunks)
-    made = plan_lines(layout, LearnAlignConfig(**settings), max_steps, step, log, due)
-    assert all(line.startswith("LearnAlign plan: ") for line in made)
-    return [line.removeprefix("LearnAlign plan: ") for line in made]
+    return plan_lines(layout, LearnAlignConfig(**settings), max_steps, step, log, due)
 
 
 def test_plan_of_a_new_run():
@@ -132,7 +130,7 @@ def plans(text):
 
 def test_the_plan_is_what_happens(run):
     trainer, path, rows, text, said = run
-    layout, selection = trainer._get_train_sampler().layout, trainer._get_train_sampler().log[1]
+    layout, selection = trainer._get_train_sampler().layout, trainer._get_train_sampler().schedule.log[1]
     first, second, third = plans(text)
     assert first.startswith("steps 1 to 3 of 8 warm up on 12 random prompts (8, and 4 ")
     assert selection.start_chunk * layout.chunk_prompts == 12
@@ -191,7 +189,7 @@ def test_what_decides_nothing_may_change(run, tmp_path, capsys, caplog):
     shutil.copytree(path, tmp_path / "run")
     free = config(reselect_every=9, max_tokens_per_batch=200, save_rollouts=True, write_report=True)
     again, text = resumed(tmp_path / "run", 4, free, capsys)
-    assert again._get_train_sampler().log == trainer._get_train_sampler().log
+    assert again._get_train_sampler().schedule.log == trainer._get_train_sampler().schedule.log
     assert_same_weights(weights(again), weights(trainer))
     assert plans(text)[0] == "goes on after step 4 of 8, after the warm-up."
     assert "`reselect_every` was None and is 9: the selections to come follow the new value" in caplog.text
@@ -233,7 +231,7 @@ def test_a_finished_run_is_trained_longer_with_max_steps(run, tmp_path, capsys):
     whole = make_trainer(tmp_path / "whole", config(), reward=seen, **KWARGS, max_steps=12)
     whole.train()
     assert longer.state.global_step == whole.state.global_step == 12
-    assert longer._get_train_sampler().log == whole._get_train_sampler().log
+    assert longer._get_train_sampler().schedule.log == whole._get_train_sampler().schedule.log
     assert longer.reward_funcs[0].rows == seen.rows[-4 * 16 :]
     assert_same_weights(weights(longer), weights(whole))
 
@@ -242,7 +240,7 @@ def test_a_staged_run_whose_reselect_every_changed_is_one_run(run, tmp_path, cap
     shutil.copytree(run[1], tmp_path / "run")
     trainer, text = resumed(tmp_path / "run", 4, config(reselect_every=1), capsys)
     stages = [one.provenance["stage"] for one in load_run(tmp_path / "run")]
-    assert stages == list(range(len(trainer._get_train_sampler().log) - 1)) and len(stages) > 1
+    assert stages == list(range(len(trainer._get_train_sampler().schedule.log) - 1)) and len(stages) > 1
     assert "LearnAlign, step 5: selecting" in text
 
 

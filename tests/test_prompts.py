@@ -186,7 +186,7 @@ def test_training_on_different_prompts(tmp_path, caplog, recwarn):
     choice = config(num_prompts=20, warmup_prompts=4, score="learnability", deduplicate=True)
     trainer = make_trainer(tmp_path, choice, reward=parity_reward, dataset=rows_of(TEN), num_train_epochs=1)
     trainer.train()
-    chosen = trainer._get_train_sampler().log[1].indices
+    chosen = trainer._get_train_sampler().schedule.log[1].indices
     assert len(chosen) == len({TEN[index] for index in chosen}) == 10
     assert "Only 10 different prompts are learnable, fewer than `num_prompts` (20)" in caplog.text
     assert not [warning for warning in recwarn if "different prompts" in str(warning.message)]

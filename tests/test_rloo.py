@@ -50,7 +50,7 @@ def test_a_training_is_that_of_a_stock_trainer_with_the_same_prompts(tmp_path, s
     more = {"target_dataset": make_dataset(6)} if score == "target" else {}
     trainer = make_trainer(tmp_path / "run", config(score=score, **more), cls=Mine, **kwargs)
     trainer.train()
-    (_, chosen) = trainer._get_train_sampler().log
+    (_, chosen) = trainer._get_train_sampler().schedule.log
     assert len(chosen.indices) == 8 and trainer.state.global_step > chosen.start_chunk
     stock = stock_fed(trainer._get_train_sampler(), tmp_path / "stock", **kwargs)
     stock.train()
@@ -69,7 +69,7 @@ def test_a_resumed_run_is_the_run(tmp_path):
     for step in (2, 4):
         resumed = make_trainer(tmp_path, config(), **kwargs)
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
-        assert resumed._get_train_sampler().log == whole._get_train_sampler().log
+        assert resumed._get_train_sampler().schedule.log == whole._get_train_sampler().schedule.log
         assert_same_weights(weights(resumed), weights(whole))
 
 
@@ -77,7 +77,7 @@ def test_the_callback_on_a_trainer_already_built(tmp_path):
     trainer = make_trainer(tmp_path, cls=RLOOTrainer, num_train_epochs=2)
     trainer.add_callback(LearnAlignCallback(trainer, LearnAlignSampler(config())))
     trainer.train()
-    assert len(trainer._get_train_sampler().log) == 2
+    assert len(trainer._get_train_sampler().schedule.log) == 2
 
 
 def partly(completions, row, **kwargs):

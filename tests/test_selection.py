@@ -2,15 +2,11 @@
 
 import json
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 from tiny import config, digit_reward, make_dataset, make_trainer
 
 from trl_learnalign import Selection, select_prompts
-from trl_learnalign.groups import Group
-from trl_learnalign.journal import Journal
 from trl_learnalign.samples import extremes
 from trl_learnalign.selection import SCORES_SCHEMA
 
@@ -165,41 +161,6 @@ def test_no_more_is_generated_at_once_than_in_training(tmp_path):
     assert table.equals(select(tmp_path / "again", per_device_train_batch_size=4))
     select(tmp_path / "whole", per_device_train_batch_size=12)
     assert calls == [[index] * 10 for index in range(6)]
-
-
-def test_journal_reads_back_what_was_finished(tmp_path, caplog):
-    journal = Journal(tmp_path / "journal", "key", True)
-    ids, masks = (
-        [np.array([6], np.int32), np.array([7, 8], np.int32)],
-        [np.array([1], np.int8), np.array([1, 0], np.int8)],
-    )
-    completions = ["a", [{"role": "assistant", "content": "b"}]]
-    rewards = np.array([[1.0, np.nan], [0.0, 2.5]], np.float32)
-    group = Group(
-        3, [np.array([4, 5], np.int32)] * 2, ids, masks, completions, rewards, np.array([0.0, 0.5], np.float32)
-    )
-    other = Group(
-        5, ids, ids, masks, completions, rewards, np.zeros(2, np.float32)
-    )  # every rollout with a prompt of its own
-    journal.save_groups([group, other])
-    features = torch.stack([torch.arange(4.0), torch.ones(4)])
-    journal.save_features("0a", features)
-    again = Journal(tmp_path / "journal", "key", True)
-    loaded, loaded_other = again.load_groups([3, 5], (2, 2))
-    np.testing.assert_equal(vars(loaded), vars(group))
-    np.testing.assert_equal(vars(loaded_other), vars(other))
-    assert loaded.prompt_ids[0] is loaded.prompt_ids[1]
-    assert loaded.rewards.dtype == np.float32 and loaded.completion_ids[1].dtype == np.int32
-    assert again.load_groups([4], (2, 2)) is again.load_groups([3, 5], (2, 1)) is None
-    assert torch.equal(again.load_features("0a", (2, 4)), features)
-    assert again.load_features("0b", (2, 4)) is again.load_features("0a", (2, 5)) is None
-    # a truncated file counts as not finished
-    file = next((tmp_path / "journal").glob("rollouts-*"))
-    file.write_bytes(file.read_bytes()[:100])
-    next((tmp_path / "journal").glob("features-*")).write_bytes(b"12345678901234")
-    assert again.load_groups([3, 5], (2, 2)) is again.load_features("0a", (2, 4)) is None
-    Journal(tmp_path / "journal", "other key", True)
-    assert "discarded" in caplog.text and not list((tmp_path / "journal").glob("rollouts-*"))
 
 
 def test_another_budget_without_new_rollouts(tmp_path):

@@ -6,7 +6,8 @@ import torch
 from datasets import Dataset
 from tiny import Seen, config, make_dataset, make_trainer, parity_reward
 
-from trl_learnalign import Selection, alignments, select_prompts
+from trl_learnalign import Selection, select_prompts
+from trl_learnalign.measures import alignments
 
 
 def target_rows(num=6):
@@ -24,9 +25,9 @@ def select(path, monkeypatch=None, **settings):
     if monkeypatch is not None:
         original = alignments.GradientAlignments._source
 
-        def seen(self, own, pool, journal):
-            source = original(self, own, pool, journal)
-            kind = "target" if journal.path.name == "target" else "pool"
+        def seen(self, own, pool, log):
+            source = original(self, own, pool, log)
+            kind = "target" if log.path.name == "target-gradients" else "pool"
             computed = source._computed
 
             def noted():
@@ -74,7 +75,7 @@ def test_a_target_in_training_and_from_a_file(tmp_path):
     of_target = [row for row in seen.rows if row >= 100]
     assert sorted(set(of_target)) == list(range(100, 106)) and all(row < 100 for row in seen.rows[-3 * 16 :])
     selection = Selection.load(tmp_path / "learnalign/step-000000")
-    assert set(trainer._get_train_sampler().log[1].indices) == set(selection.indices) <= set(range(12))
+    assert set(trainer._get_train_sampler().schedule.log[1].indices) == set(selection.indices) <= set(range(12))
     assert {"target rollouts", "target gradients"} <= set(selection.provenance["seconds"])
 
 
@@ -142,4 +143,4 @@ def test_a_subtask_without_a_gradient_is_named(tmp_path, caplog):
     assert (
         selection.provenance["target"]["without"] == ["b"] and "subtasks of the target are left out: b" in caplog.text
     )
-    assert "is discarded" not in caplog.text  # its journal is new
+    assert "is discarded" not in caplog.text  # its logs are new

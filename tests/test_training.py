@@ -21,6 +21,7 @@ from torch.utils.data import Sampler
 from trl import GRPOTrainer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignMixin, LearnAlignSampler, Selection, select_prompts
+from trl_learnalign.measures import gradients
 
 
 class Fixed(Sampler):
@@ -88,7 +89,7 @@ def test_a_selection_in_mid_run_leaves_no_trace(tmp_path):
     trainer.train()
     stock = stock_trainer_fed(trainer._get_train_sampler(), tmp_path / "stock", **kwargs)
     stock.train()
-    assert len(trainer._get_train_sampler().log) == 3
+    assert len(trainer._get_train_sampler().schedule.log) == 3
     assert_same_weights(weights(stock), weights(trainer))
     ours = [entry for entry in trainer.state.log_history if "loss" in entry]
     theirs = [entry for entry in stock.state.log_history if "loss" in entry]
@@ -182,7 +183,7 @@ class Killed(Exception):
 
 def killed_at(point, monkeypatch):
     """Makes a run stop as if killed: in the rollouts, before the gradients, or after the files are written."""
-    from trl_learnalign import features, selector
+    from trl_learnalign import selector
     from trl_learnalign.host import generation
 
     calls = {"left": 2}
@@ -200,7 +201,7 @@ def killed_at(point, monkeypatch):
         case "rollouts":
             monkeypatch.setattr(generation, "generate_groups", after(generation.generate_groups))
         case "gradients":
-            monkeypatch.setattr(features.FeatureSource, "_collect", after(features.FeatureSource._collect))
+            monkeypatch.setattr(gradients.GradientFeatures, "_collect", after(gradients.GradientFeatures._collect))
         case "after":
             publish = selector.SelectionRun._publish
 
@@ -240,7 +241,7 @@ def test_a_resumed_run_is_the_run(tmp_path, monkeypatch, point, after_warmup):
             step = path / f"checkpoint-{step}"
     resumed = build(path, rows)
     resumed.train(resume_from_checkpoint=str(step) if step else True)
-    assert resumed._get_train_sampler().log == whole._get_train_sampler().log
+    assert resumed._get_train_sampler().schedule.log == whole._get_train_sampler().schedule.log
     assert rows.rows[-40:] == whole_rows.rows[-40:]
     assert_same_weights(weights(whole), weights(resumed))
     a, b = (Selection.load(next((tmp_path / name / "learnalign").glob("step-*"))) for name in ("whole", "killed"))
@@ -305,18 +306,16 @@ def test_a_selection_is_made_again_where_it_would_be_another(tmp_path, first, se
     assert not (step / "rollouts.parquet").exists()  # those of the selection that was replaced
 
 
-def test_features_lost_between_the_passes_are_an_error_not_a_score(tmp_path, monkeypatch):
-    from trl_learnalign.features import FeatureSource
-
-    weighted_sum = FeatureSource.weighted_sum
+def test_features_lost_between_sum_and_scores_are_an_error_not_a_score(tmp_path, monkeypatch):
+    weighted_sum = gradients.GradientFeatures.weighted_sum
 
     def lose_one(self, weights):
         total = weighted_sum(self, weights)
-        next(self.journal.path.glob("features-*")).write_bytes(b"")
+        next(self.log.path.glob("*.log")).write_bytes(b"")
         return total
 
     with monkeypatch.context() as patch:
-        patch.setattr(FeatureSource, "weighted_sum", lose_one)
+        patch.setattr(gradients.GradientFeatures, "weighted_sum", lose_one)
         with pytest.raises(RuntimeError, match="features of .* prompts could not be read back"):
             select_prompts(make_trainer(tmp_path), config())
     assert not list(tmp_path.glob("learnalign/*/selection.json"))
@@ -338,7 +337,7 @@ def test_a_journal_made_from_something_else_is_discarded(tmp_path, monkeypatch, 
 def test_staged_selection(tmp_path):
     trainer = make_trainer(tmp_path, config(reselect_every=1.5), num_train_epochs=4)
     trainer.train()
-    log = trainer._get_train_sampler().log
+    log = trainer._get_train_sampler().schedule.log
     paths = sorted((tmp_path / "learnalign").glob("step-*"))
     assert len(paths) == len(log) - 1 >= 3
     for stage, path in enumerate(paths):
@@ -388,7 +387,11 @@ def test_callback_and_mixin_choose_as_the_trainer_does(tmp_path):
     stock = make_trainer(tmp_path / "c", **kwargs)
     stock.add_callback(LearnAlignCallback(stock, LearnAlignSampler(config())))
     stock.train()
-    assert ours._get_train_sampler().log == mixed._get_train_sampler().log == stock._get_train_sampler().log
+    assert (
+        ours._get_train_sampler().schedule.log
+        == mixed._get_train_sampler().schedule.log
+        == stock._get_train_sampler().schedule.log
+    )
     assert_same_weights(weights(ours), weights(mixed))
     assert_same_weights(weights(ours), weights(stock))
 
@@ -407,9 +410,9 @@ def test_without_a_sampler_the_trainer_is_what_it_was(tmp_path):
 def test_training_twice_starts_afresh(tmp_path):
     trainer = make_trainer(tmp_path, config(), max_steps=6)
     trainer.train()
-    first = trainer._get_train_sampler().log
+    first = trainer._get_train_sampler().schedule.log
     trainer.train()
-    assert [v.start_chunk for v in trainer._get_train_sampler().log] == [v.start_chunk for v in first]
+    assert [v.start_chunk for v in trainer._get_train_sampler().schedule.log] == [v.start_chunk for v in first]
 
 
 def second_reward(completions, **kwargs):
@@ -423,7 +426,7 @@ def test_several_reward_functions(tmp_path):
     one = make_trainer(tmp_path / "b", config(), num_train_epochs=2)
     one.train()
     # a constant second reward changes neither success nor advantages
-    assert trainer._get_train_sampler().log == one._get_train_sampler().log
+    assert trainer._get_train_sampler().schedule.log == one._get_train_sampler().schedule.log
 
 
 def test_graded_rewards(tmp_path):
@@ -514,7 +517,7 @@ def test_dora_with_the_score_that_takes_no_gradients(tmp_path):
     peft = lora(use_dora=True, init_lora_weights=True)
     trainer = make_trainer(tmp_path, config(score="learnability"), peft=peft, num_train_epochs=2)
     trainer.train()
-    assert trainer._get_train_sampler().log[1].indices
+    assert trainer._get_train_sampler().schedule.log[1].indices
 
 
 def test_full_fine_tuning(tmp_path):

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast, ProcessorMixin, Qwen2Config, Q
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler
+from trl_learnalign.schedules import online as online_schedule
 
 
 ALPHABET = "0123456789+=:ausert\n"
@@ -154,6 +155,18 @@ def config(**changes):
     return LearnAlignConfig(**(settings | changes))
 
 
+def online(**changes):
+    """Chunks chosen from the rewards of training; what is known of a prompt beforehand is its length."""
+    settings = {"schedule": "online", "prompt_features": False, "write_report": False}
+    return LearnAlignConfig(**(settings | changes))
+
+
+def choose_at_once(set):
+    """Runs of a few steps prove no skill: `set(module, name, value)` lets the online schedule choose without."""
+    for name, value in {"TRIED": 4, "LEAST_SKILL": -1e9, "LEAST_HEADROOM": 0.0}.items():
+        set(online_schedule, name, value)
+
+
 def weights(trainer):
     model = trainer.accelerator.unwrap_model(trainer.model)
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -163,3 +176,17 @@ def assert_same_weights(a, b):
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), f"{name} differs by {(a[name] - b[name]).abs().max()}"
+
+
+def tool_calls(name, opens):
+    """How a tokenizer finds calls of the tool `name` in a completion: by a pattern with the group `number`."""
+    call = {"type": "function", "function": {"name": name, "arguments": {"number": "{number}"}}}
+    found = {
+        "open_pattern": opens,
+        "close_pattern": r"\+|<eos>",
+        "repeats": True,
+        "content": "text",
+        "transform": call,
+    }
+    fields = {"tool_calls": found, "content": {"close_pattern": "<eos>", "content": "text"}}
+    return {"defaults": {"role": "assistant"}, "start_anchor": "a:", "fields": fields}

@@ -50,7 +50,7 @@ def run(path, choice, cls=None, pool=23, **changes):
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "events": list(vllm.EVENTS),
-        "log": [[version.start_chunk, list(version.indices)] for version in trainer._get_train_sampler().log],
+        "log": [[version.start_chunk, list(version.indices)] for version in trainer._get_train_sampler().schedule.log],
         "weights": {name: tensor.flatten().tolist() for name, tensor in weights(trainer).items()},
         "ratios": [entry.get("sampling/importance_sampling_ratio/mean") for entry in logs],
         "correction": trainer.vllm_importance_sampling_correction,

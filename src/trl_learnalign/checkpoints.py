@@ -1,5 +1,6 @@
 """Which checkpoint of [`~transformers.Trainer`] to resume from: the last complete one."""
 
+import hashlib
 import json
 import logging
 import re
@@ -79,7 +80,8 @@ def damage(checkpoint: Path, shared: bool = True) -> str | None:
         missing = [rank for rank in range(processes) if not (checkpoint / f"rng_state_{rank}.pth").is_file()]
         if 0 < len(missing) < processes:
             return f"rng_state_{missing[0]}.pth is missing"
-    return None
+    arrays = ours.get("arrays") if isinstance(ours, dict) else None
+    return _damage_of_arrays(checkpoint, arrays) if isinstance(arrays, dict) else None
 
 
 def _damage_of_file(file):
@@ -93,6 +95,16 @@ def _damage_of_file(file):
                 pass
     except (OSError, ValueError, SafetensorError) as error:
         return f"{file.name} is damaged ({error})"
+
+
+def _damage_of_arrays(checkpoint, entry):
+    """Of the schedule's state: `trainer_state.json` names their file and its digest."""
+    name = Path(str(entry.get("file"))).name
+    try:
+        found = hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
+    except OSError:
+        return f"{name} is missing"
+    return None if found == entry.get("sha256") else f"{name} does not agree with its checksum"
 
 
 def _damage_of_shards(index):

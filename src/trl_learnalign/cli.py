@@ -25,7 +25,6 @@ from .cards import dataset_card
 from .config import LearnAlignConfig
 from .dry_run import plan_selection
 from .online_report import rewrite_online_report
-from .plan import plan_lines
 from .report import write_report
 from .sampler import LearnAlignSampler
 from .selection import Selection
@@ -249,11 +248,9 @@ class _SelectOnce(LearnAlignCallback):
 
     def _say_plan(self, state):
         if self.trainer.accelerator.is_main_process:
-            due = self._pending is not None
-            lines = plan_lines(
-                self.sampler.layout, self.config, state.max_steps, state.global_step, self.sampler.schedule.log, due
-            )
-            print(*lines[:2], "LearnAlign plan: the command ends there.", sep="\n", flush=True)
+            lines = self.schedule.plan(state.global_step, state.max_steps, self._pending is not None)
+            for line in (*lines[:2], "the command ends there."):
+                print(f"LearnAlign plan: {line}", flush=True)
 
     def _select(self, state):
         self._pending = None
@@ -261,7 +258,7 @@ class _SelectOnce(LearnAlignCallback):
         self.trainer.control.should_training_stop = True
         if self.adapter is not None:
             self.trainer.save_model(self.adapter)
-        self.selections.append(select_at_stage(self.trainer, self.config, 0))
+        self.selections.append(select_at_stage(self.trainer, self.config, 0, keep_measures=True))
 
 
 def _after_warmup(trainer: GRPOTrainer, config: LearnAlignConfig, script: SelectArguments) -> Selection:

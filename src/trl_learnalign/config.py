@@ -16,6 +16,7 @@ STAGED_ONLY = (
     "num_prompts",
     "warmup_prompts",
     "num_rollouts",
+    "rollout_batch_prompts",
     "score_measures",
     "gradient_rollouts",
     "projection_dim",
@@ -41,6 +42,7 @@ _LEAST = {
     "num_prompts": (1, "Set it to the number of prompts to train on."),
     "warmup_prompts": (0, "Set it to 0 for a selection before the first step."),
     "num_rollouts": (2, "A success rate between 0 and 1 needs at least two rollouts."),
+    "rollout_batch_prompts": (1, "Use None for as many as the pool allows."),
     "projection_dim": (16, "Leave the default, or use None for exact gradients."),
     "max_tokens_per_batch": (1, "Use None for as many as a training step holds."),
     "candidate_prompts": (1, "Use None to score the whole dataset."),
@@ -67,6 +69,10 @@ class LearnAlignConfig:
             `select_prompts`; on the command line the default is 0.
         num_rollouts (`int`, *optional*):
             Rollouts per pool prompt, at least 2. By default the trainer's `num_generations`.
+        rollout_batch_prompts (`int`, *optional*):
+            Prompts that a process generates for at once in a selection, at least 1. By default as many as in training, doubled
+            up to six times while the pool has 64 such batches; not with a reward model. Where memory is full, they are generated in halves. In every
+            round all processes wait for the longest completion, so fewer rounds are faster. Other batches have other rollouts.
         score (`str` or `Callable`, *optional*, defaults to `"learnalign"`):
             What prompts are ranked on: `"learnalign"` (Eq. 8), `"learnability"` (V alone; no gradients), `"alignment"`
             (Eq. 8 without V), `"random"` (no rollouts), `"target"` (V times the alignment with the mean gradient of
@@ -154,6 +160,7 @@ class LearnAlignConfig:
     num_prompts: int = 1000
     warmup_prompts: int = 300
     num_rollouts: int | None = None
+    rollout_batch_prompts: int | None = None
     score: str = "learnalign"
     score_measures: list[str] | None = None
     learnability: str = field(default="success_rate", metadata={"choices": ["success_rate", "variance"]})

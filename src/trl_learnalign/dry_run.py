@@ -11,7 +11,7 @@ from transformers import Trainer
 from .advice import plan_warnings
 from .config import LearnAlignConfig
 from .host import find_host
-from .parts import prompts_per_batch, rollouts_at_once
+from .parts import rollouts_at_once
 from .scores import score_name
 from .selector import SelectionRun
 from .summaries import OUTCOME_LABELS
@@ -32,9 +32,11 @@ def plan_selection(trainer: Trainer, config: LearnAlignConfig) -> tuple[str, boo
         number = min(config.num_prompts, prompts)
         how = "chosen at random" if config.score == "random" else f"chosen by {score_name(config.score)}"
         return f"pool: {prompts:,} prompts\n{number:,} would be {how}: no rollouts, no gradients", True
-    batch = prompts_per_batch(host, whole.num_rollouts)
+    batch = whole.prompts_at_once
     tried = min(prompts, world * batch * math.ceil(16 / (world * batch)))
-    trial = SelectionRun(host, replace(config, candidate_prompts=tried, num_prompts=tried), 0)
+    trial = SelectionRun(
+        host, replace(config, candidate_prompts=tried, num_prompts=tried, rollout_batch_prompts=batch), 0
+    )
     with tempfile.TemporaryDirectory() as directory:
         trial.path = Path(directory) / "learnalign" / "trial"
         with trial.peers:
@@ -42,13 +44,15 @@ def plan_selection(trainer: Trainer, config: LearnAlignConfig) -> tuple[str, boo
     more, learnable = prompts / tried, selection.num_learnable()
     times = {phase: seconds * more for phase, seconds in selection.provenance["seconds"].items()}
     dim, device = config.projection_dim, trainer.accelerator.device
-    passes = f"about {learnable * more:,.0f} prompts" if learnable else "not known, since none of these was learnable"
+    gradients = (
+        f"about {learnable * more:,.0f} prompts" if learnable else "not known, since none of these was learnable"
+    )
     lines += [
         f"tried: {tried} prompts on {world} process{'es' * (world > 1)}, of which {learnable} are learnable ({learnable / tried:.0%})",
         *(f"{OUTCOME_LABELS[name]}: {pool:.3f}" for name, (pool, _) in selection.outcomes().items() if pool == pool),
-        f"at once: {batch * rollouts_at_once(host, whole.num_rollouts)} rollouts a process (per_device_train_batch_size x steps_per_generation); "
-        "more at once are faster, if memory allows",
-        f"gradient passes: {passes if 'gradients' in config.measures else 'none'}",
+        f"at once: {batch * rollouts_at_once(host, whole.num_rollouts)} rollouts a process; "
+        "more at once (rollout_batch_prompts) are faster, if memory allows",
+        f"gradients: {gradients if 'gradients' in config.measures else 'none'}",
         "expected time: "
         + ", ".join(f"{phase} {seconds:,.0f} s" for phase, seconds in times.items())
         + f"; {sum(times.values()) / 60:,.1f} minutes in all",

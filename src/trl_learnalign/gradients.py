@@ -1,7 +1,7 @@
 """
 Per-prompt gradients of LoRA weights from one backward pass.
 
-The forward of every `nn.Linear` that holds a trainable weight is replaced, for the time of a pass, by an autograd
+The forward of every `nn.Linear` that holds a trainable weight is replaced, inside the context, by an autograd
 function whose backward computes the weight gradient of each prompt's rows, adds it to a sketch, and returns the input
 gradient. `weight.grad` is never written, so neither optimizers nor reduction hooks are affected.
 
@@ -24,7 +24,7 @@ _WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
 
 
 class UnseenParametersError(ValueError):
-    """Trainable tensors whose gradient a pass would miss."""
+    """Trainable tensors whose gradient would be missed."""
 
 
 class _Tap:

@@ -22,6 +22,7 @@ class Group:
         penalties (`np.ndarray` of shape `(G,)`): what the trainer takes off the total reward of each completion, float32:
             RLOOTrainer the KL term, beta times log pi - log pi_ref of the completion. 0 for GRPOTrainer, whose loss has it,
             and where no gradients are taken.
+        has_images (`bool`): whether one of the rollouts of its batch has an image, so that the tokens are not all of the policy's input.
     """
 
     index: int
@@ -31,6 +32,7 @@ class Group:
     completions: list
     rewards: np.ndarray
     penalties: np.ndarray
+    has_images: bool = False
 
 
 @dataclass

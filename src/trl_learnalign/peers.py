@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 
-_PASSES = itertools.count()  # equal on all processes, which open their contexts in step
+_CONTEXTS = itertools.count()  # equal on all processes, which open their contexts in step
 _LONGEST_PAUSE = 0.5  # seconds between two looks at who has arrived
 _BEAT = 5.0  # seconds between two heartbeats
 _SILENCE = 60.0  # seconds without a heartbeat after which a process is taken for dead
@@ -21,7 +21,7 @@ _SILENCE = 60.0  # seconds without a heartbeat after which a process is taken fo
 
 class Peers:
     """
-    The other processes of a pass. As a context manager, it sends them this process's exceptions and heartbeats.
+    The other processes of a selection. As a context manager, it sends them this process's exceptions and heartbeats.
 
     They communicate through the key-value store of torch.distributed, not through collectives, since the store can be
     read without waiting. Outside of the context, only the time-out of the collectives helps against a dead process.
@@ -38,7 +38,7 @@ class Peers:
     def __enter__(self):
         if self.world > 1 and dist.is_initialized():
             self._meetings = 0
-            self._thread = _StoreThread(self.rank, self.world, f"learnalign-{next(_PASSES)}")
+            self._thread = _StoreThread(self.rank, self.world, f"learnalign-{next(_CONTEXTS)}")
         return self
 
     def __exit__(self, kind, error, traceback):

@@ -28,27 +28,16 @@ if TYPE_CHECKING:
 
 SCORES_FILE = "scores.parquet"
 SELECTION_FILE = "selection.json"
-ROLLOUTS_FILE = "rollouts.parquet"
 TEXTS_FILE = "texts.parquet"
 FORMAT_VERSION = 1
 SCORE_COLUMNS = ("learnalign_score", "success_rate")
 
-SCORES_SCHEMA = pa.schema(
-    [
-        ("index", pa.int64()),
-        ("success_rate", pa.float64()),
-        ("learnability", pa.float64()),
-        ("alignment", pa.float64()),
-        ("score", pa.float64()),
-        ("rank", pa.int64()),
-        ("selected", pa.bool_()),
-        ("reward_mean", pa.float64()),
-        ("reward_std", pa.float64()),
-        ("completion_length_mean", pa.float64()),
-        ("gradient_norm", pa.float64()),
-        ("eligible", pa.bool_()),
-    ]
+_KINDS = {"index": pa.int64(), "rank": pa.int64(), "selected": pa.bool_(), "eligible": pa.bool_()}
+_COLUMNS = (
+    *("index", "success_rate", "learnability", "alignment", "score", "rank", "selected", "reward_mean", "reward_std"),
+    *("completion_length_mean", "gradient_norm", "eligible"),
 )
+SCORES_SCHEMA = pa.schema([(name, _KINDS.get(name, pa.float64())) for name in _COLUMNS])
 
 
 @dataclass
@@ -81,9 +70,9 @@ class Selection:
     scores: pa.Table
     provenance: dict = field(default_factory=dict)
 
-    def save(self, path: str | os.PathLike, rollouts: pa.Table | None = None, texts: pa.Table | None = None) -> Path:
+    def save(self, path: str | os.PathLike, texts: pa.Table | None = None) -> Path:
         """
-        Writes `scores.parquet` and `selection.json` (and `rollouts.parquet` and `texts.parquet`) into the directory `path`.
+        Writes `scores.parquet` and `selection.json` (and `texts.parquet`) into the directory `path`.
 
         Every file is written under a temporary name and renamed; `selection.json` comes last, so that a directory
         which has it is complete.
@@ -91,8 +80,6 @@ class Selection:
         path = Path(path)
         make_directory(path)
         write_parquet(path / SCORES_FILE, self.scores)
-        if rollouts is not None:
-            write_parquet(path / ROLLOUTS_FILE, rollouts)
         if texts is not None:
             write_parquet(path / TEXTS_FILE, texts)
         document = {

@@ -12,27 +12,26 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import Trainer
 
 from .advice import selection_warning
-from .alignments import GradientAlignments
-from .audit import rollouts_table, texts_table
+from .columns import candidate_rows, dataset_columns
 from .config import FREE_ON_RESUME, LearnAlignConfig
 from .disk import DirectoryLock, make_directory, scratch
-from .groups import Group, deal
 from .host import Host, find_host
-from .journal import Journal
-from .parts import generate_in_parts, prompts_per_batch, rollouts_at_once
+from .measures.alignments import GradientAlignments
+from .measures.rollouts import Rollouts, prompts_at_once, roll_out, save_shard
+from .parts import rollouts_at_once
 from .peers import Peers
-from .pool import Pool, candidate_rows, dataset_columns, draw_pool, load_target, scores_table
-from .progress import progress_bar
+from .pool import Pool, draw_pool, load_target, scores_table
 from .projection import stable_hash
 from .prompts import equal_prompts
 from .rewards import source_of
 from .scores import find_score
-from .selection import ROLLOUTS_FILE, SELECTION_FILE, Selection, dataset_fingerprint
+from .selection import SELECTION_FILE, Selection, dataset_fingerprint
+from .store import Log, prepare
+from .texts import texts_table
 
 
 logger = logging.getLogger(__name__)
@@ -48,24 +47,28 @@ def select_prompts(trainer: Trainer, config: LearnAlignConfig | None = None) -> 
     With several processes every process must call this; all get the same selection. One line about it is printed, and
     its files, with a report, are left in `OUTPUT_DIR/learnalign/step-{global_step:06d}/` (see docs/files.md). A selection there that was made
     from the same weights, data, rewards and settings is reused, and an interrupted
-    one is finished.
+    one is finished. What was measured stays in `OUTPUT_DIR/_learnalign/`: another score at the same weights measures only what it
+    needs besides.
 
     Args:
         trainer ([`~trl.GRPOTrainer`] or [`~trl.RLOOTrainer`]): supplies the policy, the prompts, the generation and the rewards.
         config ([`LearnAlignConfig`], *optional*): defaults to the paper's settings.
 
     Returns:
-        [`Selection`]: `host.dataset.select(selection.indices)` are the chosen prompts. Empty if no prompt
+        [`Selection`]: `trainer.train_dataset.select(selection.indices)` are the chosen prompts. Empty if no prompt
         is learnable.
 
     Raises:
         `ValueError`: see [`Host.check`] and [`UnseenParametersError`]; or weights sharded before training.
     """
-    return select_at_stage(trainer, config if config is not None else LearnAlignConfig(), stage=0)
+    return select_at_stage(trainer, config if config is not None else LearnAlignConfig(), stage=0, keep_measures=True)
 
 
-def select_at_stage(trainer: Trainer, config: LearnAlignConfig, stage: int) -> Selection:
-    """[`select_prompts`], with the number of selections before this one in a staged run."""
+def select_at_stage(trainer: Trainer, config: LearnAlignConfig, stage: int, keep_measures: bool = False) -> Selection:
+    """
+    [`select_prompts`], with the number of selections before this one in a staged run. In training nothing that was measured is kept, as
+    the next step changes the weights.
+    """
     host = find_host(trainer)
     host.check(config)
     if host.is_sharded and trainer.optimizer is None:
@@ -73,13 +76,13 @@ def select_at_stage(trainer: Trainer, config: LearnAlignConfig, stage: int) -> S
             "FSDP and DeepSpeed shard the weights when training starts, so nothing can be selected before. Use "
             "`LearnAlignSampler` with `warmup_prompts=0`, or launch this script with DDP."
         )
-    return SelectionRun(host, config, stage).run()
+    return SelectionRun(host, config, stage, keep_measures).run()
 
 
 class SelectionRun:
     """The state of one selection, phase by phase."""
 
-    def __init__(self, host: Host, config, stage):
+    def __init__(self, host: Host, config, stage, keep_measures=False):
         trainer = host.trainer
         self.host = host
         self.config = config
@@ -87,10 +90,12 @@ class SelectionRun:
         self.step = trainer.state.global_step
         self.seed = config.selection_seed if config.selection_seed is not None else trainer.args.seed
         self.num_rollouts = config.num_rollouts or host.group_size
+        self.keep_measures = keep_measures
         self.dataset = host.visible()
         self.score = find_score(config.score, config.score_measures)
         rows = candidate_rows(host.dataset, config)
         self.pool = draw_pool(rows, config.candidate_prompts, stable_hash(self.seed, "pool", stage))
+        self.prompts_at_once = prompts_at_once(host, config, self.num_rollouts, len(self.pool))
         self.path = Path(trainer.args.output_dir) / "learnalign" / f"step-{self.step:06d}"
         self.target = load_target(host.dataset, config)
         self.equal = equal_prompts(host.dataset) if config.deduplicate else None
@@ -139,9 +144,10 @@ class SelectionRun:
             table = pd.DataFrame(index=pd.Index(self.pool, name="index"))
             self.provenance["unscorable"] = []
             selection = self._choose(table)
-            self._publish(selection, [])
+            self._publish(selection)
             return selection
-        self.provenance["key"] = self._key()
+        self.keys = self._keys()
+        self.provenance["key"] = self.keys["selection"]
         found = self._finished()
         self.reused = found is not None
         return found if self.reused else self._scored()
@@ -163,74 +169,48 @@ class SelectionRun:
         return found
 
     def _scored(self):
-        self.journal = self.open_journal(self._journal_path())
+        self._make_room()
+        log = self.open_log("rollouts")
         with self.host.left_as_found(self.num_rollouts):
             started = time.perf_counter()
-            own = self.roll_out(self.dataset, self.pool, self.journal)
+            own = roll_out(self, self.dataset, self.pool, log)
             self.clock("rollouts", started)
             pool = self.gather_rewards(own)
             self.provenance |= {"unscorable": pool.unscorable, "reward_range": pool.reward_range()}
             align = GradientAlignments(self, own, pool) if "gradients" in self.score.requires else None
             selection = self._choose(pool.table(), align)
-        saved = rollouts_table(own, pool, self.peers) if self.config.save_rollouts else None
-        self._publish(selection, own, saved)
+        self._publish(selection, own, pool)
         return selection
 
-    def open_journal(self, path: Path) -> Journal:
-        """The journal in a directory, which is made where it is missing. All processes must call this."""
+    # Measures ---------------------------------------------------------------------------------------------------
+
+    @property
+    def path_of_measures(self) -> Path:
+        """The directory of what is measured at this step."""
+        return scratch(self.path.parent) / self.path.name
+
+    def open_log(self, measure: str) -> Log:
+        """The log of a measure, as far as it was made under the same key. All processes must call this."""
+        path, key = self.path_of_measures / measure, self.keys[measure]
         # The other nodes come second; they have work only if they have their own disks
         for mine in (self.accelerator.is_main_process, self.accelerator.is_local_main_process):
-            journal = Journal(path, self.provenance["key"], mine)
+            if mine:
+                prepare(path, key)
             self.peers.wait()
         make_directory(path)  # in a dry run, where each process has one
-        return journal
+        return Log(path, key, self.accelerator.process_index)
 
-    # Rollouts ---------------------------------------------------------------------------------------------------
+    def _make_room(self):
+        """Deletes what was measured at other steps, and by earlier versions."""
+        if self.accelerator.is_local_main_process:
+            for path in self.path_of_measures.parent.glob("step-*"):
+                if path != self.path_of_measures or (path / "manifest.json").exists():
+                    shutil.rmtree(path, ignore_errors=True)
+        self.peers.wait()
 
-    def roll_out(self, dataset: Dataset, rows: list[int], journal: Journal, phase: str = "rollouts") -> list[Group]:
-        """
-        This process's groups of these rows of a dataset. The batches do not depend on the number of processes, and each has its own
-        seed; batch b goes to process b % world. All processes generate in the same rounds, as rewards are gathered.
-        """
-        size = prompts_per_batch(self.host, self.num_rollouts)
-        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        sharing = self.host.sharing
-        groups = []
-        bar = progress_bar(self.host, phase, len(rows), "prompts")
-        for first in range(0, len(batches), world):
-            # Rewards are gathered, so every process must bring equally many prompts; the last batch is filled up even on
-            # one process, so that its rollouts do not depend on the number of processes
-            batch, seed_of, mine = deal(batches, first, rank, sharing)
-            shape = self.num_rollouts, len(self.host.reward_names)
-            done = journal.load_groups(batch, shape) if mine else None
-            if not all(self.peers.gather(done is not None or not mine)):
-                padded = batch + [batch[0]] * (min(size, len(rows)) - len(batch))
-                seed = stable_hash(self.seed, phase, self.step, seed_of[0])
-                gradients = "gradients" in self.score.requires
-                fresh = generate_in_parts(self.host, dataset, padded, seed, gradients, self.peers)
-                fresh = fresh[: len(batch)]
-                if done is None and mine:
-                    done = fresh
-                    journal.save_groups(done)
-            if mine:
-                if not self.config.save_rollouts:
-                    for group in done:
-                        group.completions = []  # the tokens are enough
-                groups += done
-            bar.update(sum(len(batch) for batch in batches[first : first + world]))
-        bar.close()
-        return groups
-
-    def gather_rewards(self, own: list[Group]) -> Pool:
+    def gather_rewards(self, own: Rollouts) -> Pool:
         """What the rollouts of all processes found out, on every process."""
-        num_rewards = len(self.host.reward_names)
-        columns = (
-            np.array([group.index for group in own], dtype=np.int64),
-            np.array([group.rewards for group in own], np.float32).reshape(-1, self.num_rollouts, num_rewards),
-            np.array([group.penalties for group in own], np.float32).reshape(-1, self.num_rollouts),
-            np.array([[len(ids) for ids in group.completion_ids] for group in own]).reshape(-1, self.num_rollouts),
-        )
+        columns = own.rows, own.rewards, own.penalties, own.lengths
         gathered = zip(*self.peers.gather(columns), strict=True)
         indices, rewards, penalties, lengths = (torch.from_numpy(np.concatenate(parts)) for parts in gathered)
         return Pool.of_rewards(indices, rewards, penalties, lengths, self.config, self.host)
@@ -249,14 +229,26 @@ class SelectionRun:
             selection.chosen(self.equal)
         )  # scores may differ in the last bit between processes
 
-    def _publish(self, selection, own, saved=None):
+    def _publish(self, selection, own=None, pool=None):
         texts = texts_table(self.host, self.dataset, selection, own, self.peers)
+        self._save_rollouts(own, pool)
         if self.accelerator.is_main_process:
-            if saved is None:  # it is of a selection that this one replaces
-                (self.path / ROLLOUTS_FILE).unlink(missing_ok=True)
-            selection.save(self.path, saved, texts)
+            selection.save(self.path, texts)
         self.peers.wait()
         self._tidy_up()
+
+    def _save_rollouts(self, own, pool):
+        """A file of each process. Those of a selection that this one replaces are deleted."""
+        if self.accelerator.is_local_main_process:
+            for file in self.path.glob("rollouts*.parquet"):
+                file.unlink(missing_ok=True)
+        self.peers.wait()
+        if own is not None and self.config.save_rollouts:
+            make_directory(self.path)
+            world, rank = self.accelerator.num_processes, self.accelerator.process_index
+            name = "rollouts.parquet" if world == 1 else f"rollouts-{rank:05d}-of-{world:05d}.parquet"
+            save_shard(self.path / name, own, pool)
+        self.peers.wait()
 
     def _report(self) -> Path | None:
         """The report, if there is one. A failure to write it does not end the run."""
@@ -272,31 +264,44 @@ class SelectionRun:
                 f"`trl-learnalign report {self.path.parent}` tries again."
             )
 
-    def _journal_path(self):
-        return scratch(self.path.parent) / self.path.name
-
     def _tidy_up(self):
-        """Deletes what a finished selection no longer needs, on every node."""
-        if self.accelerator.is_local_main_process:
-            shutil.rmtree(self._journal_path(), ignore_errors=True)
+        """Deletes what was measured, on every node, unless another score may use it."""
+        if self.accelerator.is_local_main_process and not self.keep_measures:
+            shutil.rmtree(self.path_of_measures, ignore_errors=True)
         self.peers.wait()
 
     # Small things -----------------------------------------------------------------------------------------------
 
-    def _key(self) -> str:
-        """A hash of everything that a selection is made from: equal keys mean equal selections."""
-        made_from = {name: self.provenance[name] for name in _KEY_FIELDS}
-        made_from["config"] = {name: value for name, value in made_from["config"].items() if name not in _NOT_IN_KEY}
-        made_from["prompts_per_batch"] = prompts_per_batch(self.host, self.num_rollouts)
-        if self.target is not None:
-            made_from["target"] = dataset_fingerprint(self.target)
-        made_from["score"] = None if self.score.code is None else source_of(self.score.code)
-        made_from["rollouts_at_once"] = rollouts_at_once(self.host, self.num_rollouts)
-        made_from |= self.host.identity()
+    def _keys(self) -> dict[str, str]:
+        """
+        Hashes of everything that a selection, and each measure, is made from: equal keys mean equal selections. No measure depends on
+        the score, nor the rollouts on what is taken from them.
+        """
+        rolled_out = {name: self.provenance[name] for name in _KEY_FIELDS}
+        rolled_out["prompts_at_once"] = self.prompts_at_once
+        rolled_out["rollouts_at_once"] = rollouts_at_once(self.host, self.num_rollouts)
+        rolled_out["penalties"] = self.host.has_penalties and "gradients" in self.score.requires
+        rolled_out |= self.host.identity()
         self.peers.wait()  # before the collective operations of sharded weights
-        made_from["weights"] = self.host.weights_digest()
-        digest = hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()
-        return self.peers.broadcast(digest)
+        rolled_out["weights"] = self.host.weights_digest()
+        config = self.provenance["config"]
+        features = {name: config[name] for name in _KEY_OF_GRADIENTS}
+        target = {"target": dataset_fingerprint(self.target)} if self.target is not None else {}
+        rows = hashlib.sha256(np.array(self.pool, np.int64).tobytes()).hexdigest()
+        made_from = {
+            "rollouts": rolled_out | {"pool": rows},
+            "gradients": rolled_out | {"pool": rows} | features,
+            "target-rollouts": rolled_out | target,
+            "target-gradients": rolled_out | target | features,
+            "selection": rolled_out
+            | target
+            | {
+                "config": {name: value for name, value in config.items() if name not in _NOT_IN_KEY},
+                "stage": self.provenance["stage"],
+                "score": None if self.score.code is None else source_of(self.score.code),
+            },
+        }
+        return self.peers.broadcast({name: _digest(parts) for name, parts in made_from.items()})
 
     def clock(self, phase: str, started: float) -> None:
         """Notes the seconds that a phase took."""
@@ -312,4 +317,10 @@ _REPLACED = (
     "directory, or pass another `output_dir`."
 )
 _NOT_IN_KEY = set(FREE_ON_RESUME) - {"save_rollouts"}  # which the files of a selection depend on
-_KEY_FIELDS = ("config", "seed", "global_step", "stage", "num_rollouts", "dataset_fingerprint", "num_rows", "model")
+_KEY_FIELDS = ("seed", "global_step", "num_rollouts", "dataset_fingerprint", "num_rows", "model")
+# What decides which rollouts make a gradient, and how long a feature is
+_KEY_OF_GRADIENTS = ("gradient_rollouts", "projection_dim", "success_threshold", "success_reward", "learnability")
+
+
+def _digest(made_from):
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()

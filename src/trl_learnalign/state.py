@@ -5,12 +5,12 @@ import logging
 from pathlib import Path
 
 import numpy as np
-from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from .config import FREE_ON_RESUME
 from .disk import digest, write_atomically
+from .peers import Peers
 from .selection import dataset_fingerprint
 
 
@@ -58,6 +58,8 @@ def write_arrays(directory: Path, arrays: dict[str, np.ndarray], is_writer: bool
         return None
     content = save(dict(sorted(arrays.items())))
     if is_writer:
+        for leftover in directory.glob(f".{STATE_FILE}.*.tmp"):  # of a run killed in this very checkpoint
+            leftover.unlink(missing_ok=True)
         write_atomically(directory / STATE_FILE, lambda temporary: temporary.write_bytes(content))
     return {"file": STATE_FILE, "sha256": hashlib.sha256(content).hexdigest()}
 
@@ -113,9 +115,10 @@ class CheckpointState:
         Raises:
             `RuntimeError`: the processes have different states.
         """
-        values, arrays = split({"sampler": self.sampler.state_dict()})
-        entry = write_arrays(directory, arrays, is_writer)
-        found = gather_object([digest([values, entry])])
+        with Peers(self.host.accelerator) as peers:
+            values, arrays = split({"sampler": self.sampler.state_dict()})
+            entry = write_arrays(directory, arrays, is_writer)
+            found = peers.gather(digest([values, entry]))
         if len(set(found)) > 1:  # the same on all processes, so all raise
             raise RuntimeError(
                 "The processes have come to different schedules: each would train on other prompts. Their processors or libraries may "

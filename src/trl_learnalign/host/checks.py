@@ -6,9 +6,10 @@ import warnings
 import trl
 from packaging.version import Version
 
+from ..columns import check_columns
 from ..config import LearnAlignConfig
 from ..gradients import UnseenParametersError, check_parameters, unseen_message
-from ..pool import check_columns, load_target
+from ..pool import load_target
 from ..prompts import check_dataset, check_duplicates, check_prompts
 from ..rewards import check_success_reward
 from .generation import is_colocated

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from weakref import WeakSet
@@ -16,6 +15,7 @@ from ..gradients import turn_dropout_off
 from ..groups import Group, shared
 from ..projection import stable_hash
 from ..rewards import guarded
+from .random import random_state, set_random_state
 
 
 _IMAGES = {"pixel_values", "num_images"}  # what TRL's batches hold where any rollout has one
@@ -83,9 +83,6 @@ def generate_groups(host, dataset: Dataset, indices: list[int], seed: int, gradi
             share a vLLM (see [`Host.sharing`]) must pass the same; there the rollouts depend on the indices of
             all of these processes.
         gradients (`bool`): whether gradients will be taken of the rollouts.
-
-    Raises:
-        `ValueError`: a rollout has an image, and gradients are wanted.
     """
     # Before every batch: continuous batching leaves all modules in train mode, and so may a user's own rollout function
     trainer = host.trainer
@@ -109,15 +106,13 @@ def generate_groups(host, dataset: Dataset, indices: list[int], seed: int, gradi
     trainer._get_per_token_logps_and_entropies = logps
     reward_funcs = trainer.reward_funcs
     try:
-        with guarded(reward_funcs, trainer.reward_func_names) as trainer.reward_funcs:
+        with guarded(reward_funcs, trainer.reward_func_names) as trainer.reward_funcs, host.halving(host):
             output = trainer._generate_and_score_completions(inputs)
     finally:
         trainer.reward_funcs = reward_funcs
         for name in _PATCHED:
             delattr(trainer, name)
         vars(trainer).update(own)
-    if gradients:
-        check_images(output)
     start = trainer.accelerator.process_index * len(inputs)
     rewards = seen["rewards"][start : start + len(inputs)].float().cpu()
     rewards = rewards.masked_fill(~rewards.isfinite(), torch.nan).numpy()
@@ -143,6 +138,7 @@ def generate_groups(host, dataset: Dataset, indices: list[int], seed: int, gradi
                 completions=[_plain(seen["completions"][row]) for row in rows],
                 rewards=rewards[rows.start : rows.stop],
                 penalties=penalties[rows.start : rows.stop],
+                has_images=not _IMAGES.isdisjoint(output),
             )
         )
     return groups
@@ -151,30 +147,3 @@ def generate_groups(host, dataset: Dataset, indices: list[int], seed: int, gradi
 def _plain(completion):
     """A completion that can be written as JSON: messages may hold images, as answers of tools."""
     return json.loads(json.dumps(completion, default=lambda value: f"[{type(value).__name__}]"))
-
-
-def check_images(output: dict) -> None:
-    """
-    Raises:
-        `ValueError`: a batch that TRL generated has images, so that its tokens alone are not the policy's input.
-    """
-    if not _IMAGES.isdisjoint(output):
-        raise ValueError(
-            "The rollouts have images (from an environment or a tool), and gradients of multimodal prompts are not "
-            "supported. Use `score='learnability'`, which takes no gradients."
-        )
-
-
-def random_state() -> tuple:
-    """Of all generators that [`~transformers.set_seed`] seeds."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
-
-
-def set_random_state(state: tuple) -> None:
-    """Puts back what [`random_state`] returned."""
-    random.setstate(state[0])
-    np.random.set_state(state[1])
-    torch.set_rng_state(state[2])
-    if state[3] is not None:
-        torch.cuda.set_rng_state_all(state[3])

@@ -32,8 +32,12 @@ class RLOOHost(Host):
     def check_loss(self) -> None:
         """It has one."""
 
+    @property
+    def has_penalties(self) -> bool:
+        return self.trainer.beta != 0.0
+
     def stand_in(self, gradients: bool) -> NoLogps:
-        if gradients and self.trainer.beta != 0.0:
+        if gradients and self.has_penalties:
             return _Recorder(self.trainer)
         return _Zeros()
 

@@ -19,6 +19,7 @@ from ..rewards import source_of
 from . import generation, taps
 from .checks import check_selection, check_trainer
 from .generation import NoLogps
+from .memory import Halving
 from .names import check_names
 from .objective import policy
 from .weights import weights_digest
@@ -33,6 +34,7 @@ class Host(ABC):
 
     Attributes:
         trainer: as it was passed.
+        halving ([`Halving`]): how many rollouts fit into the memory at once.
         names (`tuple[str, ...]`): undocumented names of the trainer that are used here.
         settings (`tuple[str, ...]`): attributes that rollouts and gradients depend on.
         arguments (`tuple[str, ...]`): fields of `args` that they depend on.
@@ -45,6 +47,7 @@ class Host(ABC):
     def __init__(self, trainer: Trainer):
         check_names(trainer, self.names)
         self.trainer = trainer
+        self.halving = Halving()
 
     # What it is -------------------------------------------------------------------------------------------------
 
@@ -182,6 +185,11 @@ class Host(ABC):
         """See [`~trl_learnalign.host.generation.generate_groups`]."""
         return generation.generate_groups(self, dataset, rows, seed, gradients)
 
+    @property
+    def has_penalties(self) -> bool:
+        """Whether [`Group`] has penalties where gradients will be taken, and only there."""
+        return False
+
     def stand_in(self, gradients: bool) -> NoLogps:
         """Takes the place of the log-probabilities that the trainer computes after generating."""
         return NoLogps()
@@ -192,6 +200,11 @@ class Host(ABC):
     def reward_names(self) -> list[str]:
         """Of the reward functions, in their order."""
         return list(self.trainer.reward_func_names)
+
+    @property
+    def has_reward_model(self) -> bool:
+        """Whether a reward function is a model, which scores all rollouts that were generated at once."""
+        return any(isinstance(function, nn.Module) for function in self.trainer.reward_funcs)
 
     def total(self, rewards: torch.Tensor) -> torch.Tensor:
         """Rewards of shape `(..., F)`, weighted and summed over the functions; NaN where none gave one."""

@@ -7,10 +7,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from . import scoring
-from .features import FeatureSource
-from .groups import Group, Row
-from .pool import Pool
+from .. import scoring
+from ..groups import Row
+from ..pool import Pool
+from ..store import Log
+from .gradients import GradientFeatures
+from .rollouts import Rollouts, roll_out
 
 
 logger = logging.getLogger(__name__)
@@ -22,18 +24,18 @@ class GradientAlignments:
 
     Args:
         run ([`SelectionRun`]): the selection, inside [`Host.left_as_found`].
-        own (`list[Group]`): this process's rollouts of the pool.
+        own ([`Rollouts`]): this process's, of the pool.
         pool ([`Pool`]): what all rollouts found out.
     """
 
-    def __init__(self, run, own: list[Group], pool: Pool):
+    def __init__(self, run, own: Rollouts, pool: Pool):
         self.run, self.own, self.pool = run, own, pool
         self.config, self.host, self.peers = run.config, run.host, run.peers
 
     def __call__(self, weights: pd.Series) -> pd.DataFrame:
         """See [`Alignments`]."""
         started = time.perf_counter()
-        source = self._source(self.own, self.pool, self.run.journal)
+        source = self._source(self.own, self.pool, self.run.open_log("gradients"))
         by_row = torch.zeros(len(self.run.dataset), dtype=torch.float64)
         by_row[weights.index.tolist()] = torch.tensor(weights.to_numpy(dtype=float))
         total = self._sum(source, by_row)
@@ -49,7 +51,7 @@ class GradientAlignments:
         """See [`Alignments`]."""
         directions = self._directions()
         started = time.perf_counter()
-        source = self._source(self.own, self.pool, self.run.journal)
+        source = self._source(self.own, self.pool, self.run.open_log("gradients"))
         source.compute()
         self.run.clock("gradients", started)
         started = time.perf_counter()
@@ -62,13 +64,12 @@ class GradientAlignments:
         """g_s of each subtask s that has a learnable prompt, of shape `(S, d)`, float64."""
         run, target = self.run, self.run.target
         started = time.perf_counter()
-        journal = run.open_journal(run.journal.path / "target")
         dataset = self.host.visible(target)
-        own = run.roll_out(dataset, list(range(len(target))), journal, "target rollouts")
+        own = roll_out(run, dataset, list(range(len(target))), run.open_log("target-rollouts"), "target rollouts")
         found = run.gather_rewards(own)
         run.clock("target rollouts", started)
         started = time.perf_counter()
-        source = self._source(own, found, journal)
+        source = self._source(own, found, run.open_log("target-gradients"))
         names = ["all"] * len(target) if self.config.target_column is None else target[self.config.target_column]
         learnable = found.indices[found.learnability > 0].tolist()
         directions, without = [], []
@@ -94,15 +95,42 @@ class GradientAlignments:
             )
         return torch.stack(directions)
 
-    def _source(self, own, pool, journal) -> FeatureSource:
-        position = {index: i for i, index in enumerate(pool.indices.tolist())}
-        tasks = {}
-        for group in own:
-            i = position.get(group.index)
-            if i is not None and pool.learnability[i] > 0:
-                tasks[group.index] = self._rows(group, pool.advantages[i], pool.deciding[i])
+    def _source(self, own: Rollouts, pool: Pool, log: Log) -> GradientFeatures:
+        learnable = {
+            index: i for i, index in enumerate(pool.indices.tolist()) if index in own and pool.learnability[i] > 0
+        }
+        chosen = {
+            index: self._chosen(own, index, pool.advantages[i], pool.deciding[i]) for index, i in learnable.items()
+        }
+        lengths = {}
+        for index in own.rows.tolist():  # in the order of the batches
+            if index in learnable:
+                place = own.place(index)
+                lengths[index] = (own.prompt_lengths[place] + own.lengths[place])[chosen[index]]
+
+        def rows(index):
+            group, advantages = own.group(index), pool.advantages[learnable[index]].tolist()
+            # The mean is over all rollouts that the configuration chooses, also over those that have no gradient
+            weight = 1 / (len(advantages) if self.config.gradient_rollouts == "all" else 1)
+            return [
+                Row(group.prompt_ids[g], group.completion_ids[g], group.loss_masks[g], advantages[g], weight)
+                for g in chosen[index].tolist()
+            ]
+
         dim, budget = self.config.projection_dim, self.config.max_tokens_per_batch
-        return FeatureSource(self.host, dim, self.run.seed, tasks, journal, budget, self.peers)
+        return GradientFeatures(self.host, dim, self.run.seed, lengths, rows, log, budget, self.peers)
+
+    def _chosen(self, own, index, advantages, deciding):
+        """Which rollouts of a group carry a gradient."""
+        chosen = np.arange(len(advantages), dtype=np.uint8 if len(advantages) < 256 else np.int32)
+        if self.config.gradient_rollouts == "one_correct":
+            successes = (deciding >= self.config.success_threshold).nonzero().flatten().tolist()
+            first = successes[0] if successes else int(deciding.nan_to_num(-torch.inf).argmax())
+            chosen = chosen[first : first + 1]
+        counts = own.trained[own.place(index)] > 0
+        if not self.host.counts_without_advantage:
+            counts &= advantages.numpy() != 0
+        return chosen[counts[chosen]]
 
     def _sum(self, source, weights):
         """The weighted sum over the prompts of all processes."""
@@ -119,7 +147,7 @@ class GradientAlignments:
         missing = int((self.pool.learnability > 0).sum()) - len(columns[0])
         if missing:  # the same on every process, so all raise
             raise RuntimeError(
-                f"The gradient features of {missing} prompts could not be read back from '{self.run.journal.path}'. Check the "
+                f"The gradient features of {missing} prompts could not be read back from '{self.run.path_of_measures}'. Check the "
                 "disk and run again: the features that are still there are reused."
             )
         return columns
@@ -130,26 +158,13 @@ class GradientAlignments:
 
     def _count_cost(self, source):
         """The cost of gradients and scores relative to the rollouts, and an estimate of the least that it can be."""
-        rolled_out = sum(len(ids) for group in self.own for ids in (*group.prompt_ids, *group.completion_ids))
+        rolled_out = int(self.own.lengths.sum(dtype=np.int64) + self.own.prompt_lengths.sum(dtype=np.int64))
         counts = np.sum(self.peers.gather((rolled_out, *source.num_tokens())), axis=0).tolist()
         cost = dict(zip(("rollout_tokens", "gradient_tokens", "computed_tokens"), counts, strict=True))
         # Forward and backward through a LoRA cost two forwards; the reference policy of the KL term one more
-        passes = 3 if self.host.runs_reference else 2
-        cost["floor"] = passes * cost["gradient_tokens"] / cost["rollout_tokens"]
-        if not self.run.journal.resumed:  # else the rollouts' time is not known
+        forwards = 3 if self.host.runs_reference else 2
+        cost["floor"] = forwards * cost["gradient_tokens"] / cost["rollout_tokens"]
+        if not self.own.found:  # else the rollouts' time is not known
             spent = self.run.seconds["gradients"] + self.run.seconds["scores"]
             cost["of_rollouts"] = spent / max(self.run.seconds["rollouts"], 1e-3)
         self.run.provenance["cost"] = cost
-
-    def _rows(self, group, advantages, deciding) -> list[Row]:
-        """The rollouts of a group that carry a gradient."""
-        chosen = range(len(group.completion_ids))
-        if self.config.gradient_rollouts == "one_correct":
-            successes = (deciding >= self.config.success_threshold).nonzero().flatten().tolist()
-            chosen = [successes[0] if successes else int(deciding.nan_to_num(-torch.inf).argmax())]
-        rollouts = zip(group.prompt_ids, group.completion_ids, group.loss_masks, advantages.tolist(), strict=True)
-        return [
-            Row(prompt_ids, completion_ids, loss_mask, advantage, 1 / len(chosen))
-            for g, (prompt_ids, completion_ids, loss_mask, advantage) in enumerate(rollouts)
-            if g in chosen and any(loss_mask) and (advantage != 0 or self.host.counts_without_advantage)
-        ]

@@ -1,0 +1,166 @@
+"""
+What the online schedule costs: to choose a chunk and to learn from its rewards, at 8,000 and at 1,000,000 prompts; and as a share of
+a training step on the tiny policy.
+
+    python benchmarks/choosing.py
+
+Processor time of one thread, so that other work on the machine does not count. The features are synthetic, as many as a run with
+hidden states has; the predictor's window is full, so that each fit is as large as it gets.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import GRPOConfig
+from workload import ROOT, installed, machine
+
+from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler
+from trl_learnalign.layout import Layout
+from trl_learnalign.schedules.predictor import WINDOW
+
+
+sys.path.insert(0, str(ROOT / "examples"))
+
+from equations import equations_reward, generate_chains
+
+
+SIZES = (8_000, 1_000_000)
+COLUMNS = 66  # a constant, the length, 64 components of hidden states
+CHUNK, GROUP = 16, 8
+
+
+class Pool:
+    """A schedule of a run that is under way, and prompts whose success the features tell."""
+
+    def __init__(self, size):
+        random = np.random.default_rng(0)
+        features = random.standard_normal((size, COLUMNS), dtype=np.float32)
+        features[:, 0] = 1
+        self.success = 1 / (1 + np.exp(1.5 - 2 * features[:, 1]))
+        self.random = random
+        sampler = LearnAlignSampler(LearnAlignConfig(schedule="online"))
+        layout = {"pool_size": size, "num_prompts": size, "warmup_prompts": 0, "chunk_prompts": CHUNK, "repeats": 1}
+        layout |= {"group_size": GROUP, "accumulation": 1, "read_ahead": 1, "epochs": 1.0, "shuffle": True, "seed": 0}
+        sampler.bind(Layout(**layout))
+        self.schedule = sampler.schedule
+        self.schedule.host = self
+        self.schedule.set_features(features.astype(np.float16))
+        self.chunk = 0
+
+    # As the schedule needs them of a trainer with one reward function
+    def deciding(self, rewards, config):
+        return rewards[:, :, 0]
+
+    def total(self, rewards):
+        return rewards[:, :, 0]
+
+    def step(self):
+        """Processor seconds to choose a chunk, to learn from its rewards, and for the values of the log."""
+        times = [time.process_time()]
+        rows = self.schedule.prompts(self.chunk)
+        times.append(time.process_time())
+        rewards = (self.random.random((CHUNK, GROUP, 1)) < self.success[rows][:, None, None]).astype(float)
+        times.append(time.process_time())
+        self.schedule.observe(self.chunk, rewards)
+        times.append(time.process_time())
+        self.schedule.metrics()
+        times.append(time.process_time())
+        self.chunk += 1
+        return times[1] - times[0], times[3] - times[2], times[4] - times[3]
+
+
+def at_size(size, chunks):
+    pool = Pool(size)
+    for _ in range(WINDOW // CHUNK + 1):
+        pool.step()
+    assert pool.schedule.judge.choosing, "the pool is made so that choosing pays"
+    measured = [pool.step() for _ in range(chunks)]
+    choose, observe, log = (1000 * statistics.median(column) for column in zip(*measured, strict=True))
+    found = {"prompts": size, "choose_ms": choose, "observe_ms": observe, "log_ms": log}
+    print(found, flush=True)
+    return found
+
+
+class Clock(TrainerCallback):
+    """Processor seconds of every optimizer step, generation and all."""
+
+    def __init__(self):
+        self.seconds = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.started = time.process_time()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(time.process_time() - self.started)
+
+
+def step_of_the_tiny_policy(steps):
+    """Median processor milliseconds of a step: 16 prompts, 8 rollouts each."""
+    model = ROOT / "examples" / "assets" / "tiny-policy"
+    with tempfile.TemporaryDirectory() as scratch:
+        args = GRPOConfig(
+            output_dir=scratch,
+            learning_rate=2e-4,
+            num_generations=GROUP,
+            per_device_train_batch_size=GROUP * CHUNK,
+            max_steps=steps,
+            max_completion_length=56,
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=True,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        trainer = LearnAlignGRPOTrainer(
+            model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+            reward_funcs=equations_reward,
+            args=args,
+            train_dataset=generate_chains(2000, seed=20_000),
+            processing_class=AutoTokenizer.from_pretrained(model),
+            train_sampler=LearnAlignSampler(LearnAlignConfig(schedule="online", write_report=False)),
+        )
+        clock = Clock()
+        trainer.add_callback(clock)
+        trainer.train()
+    return 1000 * statistics.median(clock.seconds[2:])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--chunks", type=int, default=100, help="that are measured")
+    parser.add_argument("--steps", type=int, default=12, help="of the tiny policy")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "choosing.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    pools = [at_size(size, arguments.chunks) for size in arguments.sizes]
+    step = step_of_the_tiny_policy(arguments.steps)
+    document = {
+        "pools": pools,
+        "columns": COLUMNS,
+        "chunk_prompts": CHUNK,
+        "group_size": GROUP,
+        "observations": WINDOW,
+        "step_ms": step,
+        "share_of_step": sum(value for name, value in pools[0].items() if name.endswith("_ms")) / step,
+        "chunks": arguments.chunks,
+        "steps": arguments.steps,
+        "threads": 1,
+        "machine": machine("cpu"),
+        "versions": installed(("torch", "transformers", "trl", "peft", "trl-learnalign")),
+    }
+    arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+    print(json.dumps(document, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""
+Memory and files of the rollouts of 100,000 prompts, with 8 completions of 2,000 tokens each.
+
+    python benchmarks/rollout_memory.py [--directory DIR]
+
+The groups are of random tokens, since a policy would take days on a CPU; all that is done with them is the package's own: rounds,
+files, rewards of the pool, microbatches of the gradients, and the rows of each microbatch read back. DIR needs 14 GB and is
+empty afterwards.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+from workload import ROOT, build_trainer, installed, machine
+
+from trl_learnalign import LearnAlignConfig
+from trl_learnalign.groups import Group
+from trl_learnalign.host import find_host, generation
+from trl_learnalign.measures.alignments import GradientAlignments
+from trl_learnalign.measures.rollouts import roll_out
+from trl_learnalign.selector import SelectionRun
+
+
+SETTINGS = {"shape": "small", "device": "cpu", "rank": 8, "prompts": 8}
+BATCH = 64
+
+
+def groups_of(indices, size, tokens):
+    """As a generation makes them. Two thirds of the prompts are learnable."""
+    generator = np.random.default_rng(indices[0])
+    for index in indices:
+        solved = np.arange(size) < index % 3 * size // 3
+        yield Group(
+            index=index,
+            prompt_ids=[generator.integers(0, 150_000, 100, np.int32)] * size,
+            completion_ids=list(generator.integers(0, 150_000, (size, tokens), np.int32)),
+            loss_masks=list(np.ones((size, tokens), np.int8)),
+            completions=["word" * tokens] * size,
+            rewards=solved[:, None].astype(np.float32),
+            penalties=np.zeros(size, np.float32),
+        )
+
+
+def count_syncs():
+    original, calls = os.fsync, []
+    os.fsync = lambda descriptor: (calls.append(descriptor), original(descriptor))[1]
+    return calls
+
+
+def resident():
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def work(directory, arguments):
+    """One process, from the first round to the last row of a gradient; prints what it took."""
+    import torch
+
+    torch.set_num_threads(1)
+    trainer = build_trainer(argparse.Namespace(**SETTINGS, dtype=torch.float32, tokens=8), str(directory))
+    trainer.train_dataset = Dataset.from_dict({"prompt": [""]}).select([0] * arguments.prompts)
+    generation.generate_groups = lambda host, dataset, indices, *_: list(
+        groups_of(indices, host.group_size, arguments.tokens)
+    )
+    choice = LearnAlignConfig(num_rollouts=8, rollout_batch_prompts=BATCH, max_tokens_per_batch=16_000)
+    run = SelectionRun(find_host(trainer), choice, 0)
+    run.keys = run._keys()
+    syncs, before, started = count_syncs(), resident(), time.perf_counter()
+    with run.host.left_as_found(8):
+        log = run.open_log("rollouts")
+        syncs.clear()
+        own = roll_out(run, run.dataset, run.pool, log)
+        rounds = len(syncs)
+        pool = run.gather_rewards(own)
+        source = GradientAlignments(run, own, pool)._source(own, pool, run.open_log("gradients"))
+        tokens = 0
+        for window in source.windows:
+            rows = {index: source.rows(index) for index in window.indices}
+            tokens += sum(len(rows[index][row]) for _, places in window.microbatches() for index, row in places)
+        assert tokens == source.num_tokens()[0] > 0
+        seconds = time.perf_counter() - started
+        files = list(log.path.glob("*.log"))
+        return {
+            "resident_bytes": resident() - before,
+            "fsyncs": rounds,
+            "files": len(files),
+            "bytes": sum(file.stat().st_size for file in files),
+            "seconds": seconds,
+        }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--prompts", type=int, default=100_000)
+    parser.add_argument("--tokens", type=int, default=2_000)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "rollout_memory.json")
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.work:
+        print(json.dumps(work(arguments.work, arguments)))
+        return
+    options = [f"--prompts={arguments.prompts}", f"--tokens={arguments.tokens}"]
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as scratch:
+        command = [sys.executable, __file__, "--work", scratch, *options]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    document = {
+        "prompts": arguments.prompts,
+        "rollouts": 8,
+        "tokens": arguments.tokens,
+        "batch": BATCH,
+        **json.loads(done.stdout.splitlines()[-1]),
+        "machine": machine("cpu"),
+        "versions": installed(("torch", "transformers", "trl", "peft", "trl-learnalign")),
+    }
+    arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+    print(json.dumps(document, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Columns of the dataset: measures that cost nothing."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from datasets import Dataset, Value
+
+from .choice import Condition
+from .config import LearnAlignConfig
+from .scores import find_score
+
+
+# Columns that a measure adds to the table
+MEASURED = {
+    "rollouts": ("success_rate", "learnability", "reward_mean", "reward_std", "completion_length_mean"),
+    "gradients": ("alignment", "gradient_norm"),
+    "target": (),
+}
+
+
+def dataset_columns(dataset: Dataset, rows: Sequence[int], names: Sequence[str] | None) -> pd.DataFrame:
+    """Columns of the dataset by dataset row; `None`: all that hold numbers or text."""
+    if names is None:
+        names = [name for name, kind in dataset.features.items() if isinstance(kind, Value)]
+    index = pd.Index(rows, name="index", dtype="int64")
+    if not names:
+        return pd.DataFrame(index=index)
+    return dataset.select_columns(list(names)).select(rows).to_pandas().set_axis(index)
+
+
+def check_columns(dataset: Dataset, config: LearnAlignConfig) -> None:
+    """
+    Raises:
+        `ValueError`: `score`, `where` or `quota_column` name a column that there is not, or a score that holds no numbers.
+    """
+    wanted = {"score": find_score(config.score, config.score_measures).columns or ()}
+    known = set(dataset.column_names)
+    if config.quota_column is not None:
+        wanted["quota_column"] = (config.quota_column,)
+    measured = {name for measure in config.measures for name in MEASURED[measure]}
+    if config.where is not None:
+        wanted["where"] = Condition(config.where).columns - measured
+    for knob, names in wanted.items():
+        for name in sorted(set(names) - known):
+            more = f", and measured: {', '.join(sorted(measured))}" if knob == "where" and measured else ""
+            raise ValueError(
+                f"`{knob}` is {getattr(config, knob)!r}, but the training dataset has no column '{name}'. Its columns are: "
+                f"{', '.join(dataset.column_names)}{more}. Correct the name."
+            )
+    for name in wanted["score"]:
+        kind = getattr(dataset.features[name], "dtype", "")
+        if not kind.startswith(("int", "uint", "float", "bool")):
+            raise ValueError(
+                f"`score` is {config.score!r}, but the column '{name}' holds no numbers ({kind or 'nested'})."
+            )
+
+
+def candidate_rows(dataset: Dataset, config: LearnAlignConfig) -> list[int]:
+    """
+    The rows that `where` holds for, as far as it needs columns of the dataset alone; all rows otherwise.
+
+    Raises:
+        `ValueError`: it holds for none.
+    """
+    rows = range(len(dataset))
+    if config.where is None or (condition := Condition(config.where)).columns - set(dataset.column_names):
+        return list(rows)
+    found = np.flatnonzero(condition(dataset_columns(dataset, rows, sorted(condition.columns)))).tolist()
+    if not found:
+        raise ValueError(f"`where` is {config.where!r}, which holds for no row of the training dataset. Correct it.")
+    return found

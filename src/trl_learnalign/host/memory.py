@@ -1,0 +1,91 @@
+"""Generation in halves where memory is full."""
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch.nn.utils.rnn import pad_sequence
+
+from .random import random_state, set_random_state
+
+
+logger = logging.getLogger(__name__)
+
+
+class Halving:
+    """
+    Lets a model generate for no more rows at once than fit into the memory of this process. What is found out stays for later calls.
+
+    Attributes:
+        rows (`float`): the most rows that may fit.
+    """
+
+    def __init__(self):
+        self.rows = math.inf
+
+    @contextmanager
+    def __call__(self, host) -> Iterator[None]:
+        """Within it, the policy's `generate` takes its rows in parts that fit. It is a local operation, so others need not know."""
+        model = host.model
+        own = vars(model).get("generate")
+        original = model.generate
+
+        def generate(*args, **inputs):
+            # A user's own call, and images, which are not a row each, are left alone
+            if args or set(inputs) != {*_BY_ROW, "generation_config"}:
+                return original(*args, **inputs)
+            return self._generate(original, inputs, not host.is_sharded)
+
+        model.generate = generate
+        try:
+            yield
+        finally:
+            del model.generate
+            if own is not None:
+                model.generate = own
+
+    def _generate(self, original, inputs, parts):
+        """
+        As one call, or, if it may be cut into `parts`, as several. What was drawn for a call that failed is drawn again.
+
+        Raises:
+            `MemoryError`: not even one row fits, or the weights are sharded, so that others take part in the call.
+        """
+        size = len(inputs["input_ids"])
+        if size > self.rows and parts:
+            return self._in_parts(original, inputs)
+        state = random_state()
+        try:
+            return original(**inputs)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            if size == 1 or not parts:
+                raise MemoryError(
+                    f"{size} rollouts at once do not fit into the memory ({error}). Lower `rollout_batch_prompts` or "
+                    "`max_completion_length`, or generate with vLLM."
+                ) from error
+        # Outside of the handler, whose traceback keeps the tensors of the failed attempt
+        self.rows = size // 2
+        logger.warning(
+            f"{size} rollouts at once do not fit into the memory, so they are generated in halves. Lower `rollout_batch_prompts` "
+            "to avoid the retry."
+        )
+        clear_device_cache(garbage_collection=True)
+        set_random_state(state)
+        return self._in_parts(original, inputs)
+
+    def _in_parts(self, original, inputs):
+        sequences, start, size = [], 0, len(inputs["input_ids"])
+        while start < size:
+            end = min(size, start + int(self.rows))  # fewer once a part did not fit
+            part = {name: value[start:end] if name in _BY_ROW else value for name, value in inputs.items()}
+            sequences += self._generate(original, part, True)
+            start = end
+        # Rows of a shorter part have all ended, so what follows is not looked at
+        return pad_sequence(sequences, batch_first=True, padding_value=inputs["generation_config"].pad_token_id)
+
+
+_BY_ROW = {"input_ids", "attention_mask"}

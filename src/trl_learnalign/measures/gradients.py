@@ -1,0 +1,282 @@
+"""Gradient features of a process's learnable prompts, computed in microbatches, stored or computed again."""
+
+import itertools
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+from ..gradients import PromptGradients, turn_dropout_off
+from ..groups import Row
+from ..host import Host
+from ..peers import Peers
+from ..progress import progress_bar
+from ..scoring import add_unit_features, feature_norms
+from ..store import Log
+from .packing import WINDOW, pack
+
+
+logger = logging.getLogger(__name__)
+
+# Exact gradients are kept if those of each process take at most this, else computed each time that they are needed
+EXACT_BYTES = 2 << 30
+
+Batch = tuple[list[int], torch.Tensor]
+
+
+class GradientFeatures:
+    """
+    Iterates over `(dataset indices, features)` of this process's prompts, in batches of a few, features of shape
+    `(k, d)` in float32. They are read back from the log, and rows are read when their microbatch is computed, so that memory does
+    not grow with the pool.
+
+    Args:
+        host ([`Host`]): inside [`Host.left_as_found`].
+        dim (`int` or `None`): length of a feature; `None`: exact gradients.
+        seed (`int`): of the projection.
+        lengths (`Mapping[int, np.ndarray]`): tokens of the rows that make each prompt's gradient.
+        rows (`Callable[[int], list[Row]]`): the rows of a prompt, as many as it has lengths.
+        log ([`Log`]): keeps the features of finished windows of prompts.
+        max_tokens (`int` or `None`): most tokens of a microbatch, padding included; `None`: the trainer's
+            `per_device_train_batch_size` times the longest rollout.
+        peers ([`Peers`], *optional*): a failure of one of them ends the computation.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        dim: int | None,
+        seed: int,
+        lengths: Mapping[int, np.ndarray],
+        rows: Callable[[int], list[Row]],
+        log: Log,
+        max_tokens: int | None = None,
+        peers: Peers | None = None,
+    ):
+        self.peers = peers if peers is not None else Peers(host.accelerator)
+        self.host = host
+        self.lengths, self.rows = lengths, rows
+        self.log, self.parts = log, log.inside("parts")  # parts: finished microbatches of a window under way
+        # As many tokens as a training step of the longest rollouts has
+        longest = max((int(own.max()) for own in lengths.values() if len(own)), default=0)
+        self.max_tokens = max_tokens or host.args.per_device_train_batch_size * longest
+        self.engine = PromptGradients(host.policy, dim, seed, probe=not host.has_adapter)
+        most = max(self.peers.gather(len(lengths)))
+        self.kept = dim is not None or most * self.engine.feature_dim * 4 <= EXACT_BYTES
+        self.did_not_fit = math.inf  # tokens of the smallest microbatch that was too large for the memory
+        self.entropy_masks = {}  # by prompt, a bit for each token of its rows
+        # Exact gradients too large to be kept are made one prompt at a time, so that only a few are in memory
+        self.windows = pack(lengths, self.max_tokens, WINDOW if self.kept else 1)
+
+    def num_tokens(self) -> tuple[int, int]:
+        """Tokens of the rows of this process's prompts: their own, and with the padding of the microbatches."""
+        own = padded = 0
+        for window in self.windows:
+            for _, places in window.microbatches():
+                sizes = [int(self.lengths[index][row]) for index, row in places]
+                own, padded = own + sum(sizes), padded + len(sizes) * max(sizes)
+        return own, padded
+
+    def weighted_sum(self, weights: torch.Tensor) -> torch.Tensor:
+        """
+        sum_j w_j phi_j / |phi_j| over the prompts of this process, of shape `(d,)`, float64; w by dataset index.
+        """
+        total = torch.zeros(self.engine.feature_dim, dtype=torch.float64)
+        for indices, features in self._computed():
+            add_unit_features(total, features, weights[indices])
+            del features  # may be as large as the LoRA
+        return total
+
+    def compute(self) -> None:
+        """Computes the features of all prompts, so that they can be read. All processes must call this."""
+        if self.kept:
+            for _ in self._computed():
+                pass
+
+    def __iter__(self) -> Iterator[Batch]:
+        if not self.kept:
+            yield from self._computed()
+            return
+        yield from self._without_rows()
+        with progress_bar(self.host, "scores", len(self.windows), "batches") as bar:
+            for window in self.windows:
+                features = self._load(self.log, window.name, window.indices, verify=False)
+                if features is not None:
+                    yield window.indices, features
+                self.peers.check()
+                bar.update()
+
+    def _without_rows(self):
+        """V > 0, but no token that the policy is trained on."""
+        empty = [index for index, own in self.lengths.items() if not len(own)]
+        if empty:
+            yield empty, torch.zeros(self._shape(empty))
+
+    def _shape(self, indices):
+        return len(indices), self.engine.feature_dim
+
+    def _load(self, log, name, indices, verify=True):
+        """What a log keeps of these prompts, mapped from its file; `None` if there is nothing, or features are not kept."""
+        payload = log.map(name, verify) if self.kept else None
+        k, d = self._shape(indices)
+        if payload is None or len(payload) != 4 * k * d:
+            return None
+        return torch.frombuffer(payload, dtype=torch.float32).view(k, d)
+
+    def _computed(self):
+        """Every prompt once, window by window, in an order that does not depend on what was in the log."""
+        yield from self._without_rows()
+        missing = [window for window in self.windows if self._load(self.log, window.name, window.indices) is None]
+        if self.host.entropy_share < 1:
+            self._mark_high_entropies(missing)
+        number = sum(len(window.microbatches()) for window in self.windows)
+        # If a forward needs all processes, all must run equally many. They agree on the number before the first
+        sharded = self.host.is_sharded
+        rounds = max(self.peers.gather(sum(map(self._missing_parts, missing)))) if sharded else 0
+        missing = set(map(id, missing))
+        self.collected = 0
+        with self.engine, progress_bar(self.host, "gradients", number, "batches") as bar:
+            for window in self.windows:
+                if id(window) in missing:
+                    features = self._window(window, bar)
+                else:
+                    features = self._load(self.log, window.name, window.indices, verify=False)
+                    bar.update(len(window.microbatches()))
+                yield window.indices, features
+                del features
+            for _ in range(rounds - self.collected):
+                self._collect([1], [self.host.filler()])
+
+    def _window(self, window, bar):
+        """The features of a window, which are kept when all of its microbatches are done."""
+        features = torch.zeros(self._shape(window.indices))
+        places = {index: place for place, index in enumerate(window.indices)}
+        microbatches = window.microbatches()
+        rows = None
+        for number, (counts, chosen) in enumerate(microbatches):
+            part = self._load(self.parts, window.part(number), counts)
+            if part is None:
+                rows = rows if rows is not None else {index: self._marked_rows(index) for index in window.indices}
+                batch = [rows[index][row] for index, row in chosen]
+                part = self._finite(self._collect(list(counts.values()), batch).cpu(), counts)
+                self.collected += 1
+                if self.kept and len(microbatches) > 1:
+                    self.parts.append([(window.part(number), part.contiguous().numpy())], durable=False)
+            for index, feature in zip(counts, part, strict=True):
+                features[places[index]] += feature
+            del part, feature
+            self.peers.check()
+            bar.update()
+        if self.kept:
+            self.log.append([(window.name, features.numpy())])
+            self.parts.discard([window.part(number) for number in range(len(microbatches))])
+        return features
+
+    def _missing_parts(self, window):
+        """How many microbatches of a window are to be computed."""
+        return sum(
+            self._load(self.parts, window.part(number), counts) is None
+            for number, (counts, _) in enumerate(window.microbatches())
+        )
+
+    def _mark_high_entropies(self, missing):
+        """Finds the tokens of high entropy, before all gradients: a sharded forward needs all processes at once."""
+        windows = [window for window in missing if window.indices[0] not in self.entropy_masks]
+        number = sum(len(window.microbatches()) for window in windows)
+        rounds = max(self.peers.gather(number)) if self.host.is_sharded else 0
+        with progress_bar(self.host, "entropies", number, "batches") as bar:
+            for window in windows:
+                rows = {index: self.rows(index) for index in window.indices}
+                entropies = {}
+                for _, places in window.microbatches():
+                    found = self._entropies([rows[index][row] for index, row in places])
+                    entropies |= zip(places, found, strict=True)
+                    self.peers.check()
+                    bar.update()
+                for index in window.indices:
+                    own = [entropies[index, row] for row in range(len(rows[index]))]
+                    self.host.mark_high_entropies(rows[index], own)
+                    self.entropy_masks[index] = [np.packbits(row.entropy_mask) for row in rows[index]]
+        for _ in range(rounds - number):
+            self._entropies([self.host.filler()])
+
+    def _marked_rows(self, index):
+        """The rows of a prompt, with the tokens of high entropy if only these count."""
+        rows = self.rows(index)
+        for row, mask in zip(rows, self.entropy_masks.get(index, ()), strict=False):
+            row.entropy_mask = np.unpackbits(mask, count=len(row.completion_ids)).view(np.int8)
+        return rows
+
+    def _entropies(self, rows):
+        """The entropies of each row's tokens; computed in halves if memory is full."""
+        self._meet()
+        turn_dropout_off(self.host.model)  # some ways to generate turn it on
+        try:
+            return self.host.entropies(rows)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            if len(rows) == 1 or self.host.is_sharded:
+                raise self._too_large(rows, error) from error
+        clear_device_cache(garbage_collection=True)
+        half = len(rows) // 2
+        return self._entropies(rows[:half]) + self._entropies(rows[half:])
+
+    def _finite(self, part, counts):
+        finite = feature_norms(part).isfinite().tolist()
+        if not all(finite):
+            wrong = [index for index, whole in zip(counts, finite, strict=True) if not whole]
+            raise FloatingPointError(
+                f"The gradients of the training prompts {wrong[:10]} are not finite, so no prompt could be scored. The "
+                "policy has probably diverged: lower the learning rate, or train in bfloat16 or float32 instead of "
+                "float16."
+            )
+        return part
+
+    def _collect(self, counts, rows):
+        """The gradients of a microbatch; computed in halves if memory is full."""
+        tokens = len(rows) * max(map(len, rows))
+        if len(rows) == 1 or tokens < self.did_not_fit:
+            try:
+                return self._collect_at_once(counts, rows)
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                if len(rows) == 1 or self.host.is_sharded:
+                    raise self._too_large(rows, error) from error
+                self.did_not_fit = tokens
+            # Outside of the handler, whose traceback keeps the tensors of the failed attempt
+            logger.warning(
+                f"A microbatch of {tokens} tokens does not fit into the memory, so the gradients are taken in halves. "
+                f"Set `max_tokens_per_batch` below {tokens} to avoid the retry."
+            )
+            clear_device_cache(garbage_collection=True)
+        half = len(rows) // 2
+        parts = torch.zeros(self._shape(counts))
+        for first, last in ((0, half), (half, len(rows))):
+            # how many rows of each prompt lie between `first` and `last`
+            ends = list(itertools.accumulate(counts))
+            inside = [min(end, last) - max(end - count, first) for end, count in zip(ends, counts, strict=True)]
+            places = [place for place, count in enumerate(inside) if count > 0]
+            parts[places] += self._collect([inside[place] for place in places], rows[first:last]).cpu()
+        return parts
+
+    def _too_large(self, rows, error):
+        return MemoryError(
+            f"The gradient of {len(rows)} rollouts of {max(map(len, rows))} tokens does not fit into the memory ({error}). "
+            "Turn on `gradient_checkpointing`, lower `max_completion_length` or `max_tokens_per_batch`, or use "
+            "`score='learnability'`, which takes no gradients."
+        )
+
+    def _meet(self):
+        """Where a forward takes all processes, none begins one that another, which has failed, will not join."""
+        if self.host.is_sharded:
+            self.peers.wait()
+
+    def _collect_at_once(self, counts, rows):
+        self._meet()
+        turn_dropout_off(self.host.model)
+        return self.engine.collect(counts, max(map(len, rows)), lambda: self.host.objective(rows))

@@ -1,0 +1,299 @@
+"""Append-only files of what was measured, so that a killed selection goes on from what was finished."""
+
+import hashlib
+import json
+import logging
+import mmap
+import os
+import shutil
+import struct
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from .disk import make_directory, remove_leftovers, write_json
+
+
+logger = logging.getLogger(__name__)
+
+SEGMENT_BYTES = 512 << 20  # a file that has reached this size is followed by another
+_JOINED = 64 << 20  # records are copied to be written at once, up to this size
+_MANIFEST = "manifest.json"
+_MAGIC = b"tla-log1"
+_HEADER = struct.Struct(
+    "<8sQ32sQII"
+)  # magic, name, key, bytes of the payload, their CRC-32, CRC-32 of what is before it
+_ALIGNED = _HEADER.size  # payloads begin at multiples of it
+
+
+class Log:
+    """
+    Records in the files of a directory. Each process appends to a file of its own, and reads those of all:
+
+        00000-00000.log   header payload padding header payload padding ...
+        00000-00001.log   process 0 goes on here once its first file has reached `SEGMENT_BYTES`
+        00001-00000.log
+
+    A record that is damaged, cut off or was made under another key is as if it had never been written. What is left of a torn one at
+    the end of a file is cut off before the process that the file belongs to appends to it.
+
+    Args:
+        path (`Path`): the directory, prepared by [`prepare`].
+        key (`str`): stands for everything that the records depend on.
+        rank (`int`): of this process.
+    """
+
+    def __init__(self, path: Path, key: str, rank: int):
+        self.path = path
+        self.key = key
+        self._key = hashlib.sha256(key.encode()).digest()
+        self._rank = rank
+        self._files: list[Path] = []
+        self._index = _Index()
+        self._stream = None  # the file that this process appends to
+        self._end = 0  # of that file, or of what is whole in the one to go on with
+        for file in sorted(path.glob("*.log")):
+            self._scan(file)
+
+    def _scan(self, file):
+        """Notes where the records of a file begin. Their payloads are looked at when they are read."""
+        self._files.append(file)
+        found, offset, end = [], 0, 0
+        with open(file, "rb", buffering=0) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            while offset < size:
+                header = _unpacked(_read(stream, offset, _HEADER.size))
+                if header is None or offset + _HEADER.size + header[2] > size:
+                    offset += _ALIGNED  # damaged: the next one is somewhere behind it
+                    continue
+                name, key, length, _ = header
+                if key == self._key:
+                    found.append((name, offset))
+                offset = end = offset + _HEADER.size + _padded(length)
+        self._index.add(found, len(self._files) - 1)
+        if file.name.startswith(f"{self._rank:05d}-"):
+            self._end = end
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __contains__(self, name: int) -> bool:
+        return self._index.find(name) is not None
+
+    def append(self, records: Iterable[tuple[int, bytes | np.ndarray]], durable: bool = True) -> None:
+        """
+        Appends `(name, payload)` in one write. A later record replaces an earlier one of the same name.
+
+        Args:
+            records (`Iterable[tuple[int, bytes | np.ndarray]]`): names in [0, 2**64), each with its bytes or a contiguous array.
+            durable (`bool`): whether to wait until the disk has it. What a killed process has written stays in any case; what a
+                machine that loses its power has written may not.
+
+        Raises:
+            `OSError`: the disk is full, or the directory cannot be written to. What was finished before is still there.
+        """
+        if self._stream is None or self._end >= SEGMENT_BYTES:
+            self._next_file()
+        parts, found, start = [], [], self._end
+        for name, payload in records:
+            payload = memoryview(payload if isinstance(payload, bytes) else payload.reshape(-1)).cast("B")
+            fields = (_MAGIC, name, self._key, len(payload), zlib.crc32(payload))
+            found.append((name, start))
+            parts += [_packed(fields), payload, bytes(_padded(len(payload)) - len(payload))]
+            start += _HEADER.size + _padded(len(payload))
+        try:
+            for part in [b"".join(parts)] if start - self._end <= _JOINED else parts:
+                _write(self._stream, part)
+            if durable:
+                os.fsync(self._stream.fileno())
+        except OSError as error:
+            self._stream.truncate(self._end)
+            raise OSError(
+                f"'{self._files[self._current]}' could not be written ({error}). Free disk space or make the directory writable, "
+                "and run again: finished parts are still there."
+            ) from error
+        self._end = start
+        self._index.add(found, self._current)
+
+    def _next_file(self):
+        """Goes on in the last file of this process, from the end of what is whole, or begins another."""
+        own = [place for place, file in enumerate(self._files) if file.name.startswith(f"{self._rank:05d}-")]
+        go_on = self._stream is None and own and self._end < SEGMENT_BYTES
+        self.close()
+        try:
+            if go_on:
+                self._current = own[-1]
+                self._stream = open(self._files[self._current], "ab", buffering=0)
+                self._stream.truncate(self._end)
+            else:
+                number = 1 + int(self._files[own[-1]].stem.split("-")[1]) if own else 0
+                file = self.path / f"{self._rank:05d}-{number:05d}.log"
+                self._stream = open(file, "ab", buffering=0)
+                self._files.append(file)
+                self._current, self._end = len(self._files) - 1, 0
+        except OSError as error:
+            raise OSError(
+                f"'{self.path}' could not be written to ({error}). Make it writable and run again."
+            ) from error
+
+    def discard(self, names: Iterable[int]) -> None:
+        """Forgets records. Once there are no others, the file of this process is emptied."""
+        self._index.remove(names)
+        if self._stream is not None and not len(self._index):
+            self._stream.truncate(0)
+            self._end = 0
+
+    def read(self, name: int) -> bytes | None:
+        """The payload of a record; `None` if there is none."""
+        found = self._open(name)
+        if found is None:
+            return None
+        with found[0] as stream:
+            _, start, length, checksum = found
+            payload = _read(stream, start, length)
+        return payload if len(payload) == length and zlib.crc32(payload) == checksum else None
+
+    def map(self, name: int, verify: bool = True) -> memoryview | None:
+        """The same, mapped from the file, in private pages. `verify=False` leaves out the checksum."""
+        found = self._open(name)
+        if found is None:
+            return None
+        with found[0] as stream:
+            _, start, length, checksum = found
+            skip = start % mmap.ALLOCATIONGRANULARITY
+            if os.fstat(stream.fileno()).st_size < start + length:
+                return None
+            if not length:
+                return memoryview(b"")
+            pages = mmap.mmap(stream.fileno(), skip + length, access=mmap.ACCESS_COPY, offset=start - skip)
+        payload = memoryview(pages)[skip:]
+        return payload if not verify or zlib.crc32(payload) == checksum else None
+
+    def _open(self, name):
+        """The file of a record, and the start, the length and the checksum of its payload."""
+        found = self._index.find(name)
+        if found is None:
+            return None
+        place, offset = found
+        try:
+            stream = open(self._files[place], "rb", buffering=0)
+        except OSError:
+            return None
+        header = _unpacked(_read(stream, offset, _HEADER.size))
+        if header is None or header[:2] != (name, self._key):
+            stream.close()
+            return None
+        return stream, offset + _HEADER.size, header[2], header[3]
+
+    def inside(self, name: str) -> "Log":
+        """A log under the same key in a directory of this one."""
+        make_directory(self.path / name)
+        return Log(self.path / name, self.key, self._rank)
+
+    def close(self) -> None:
+        """Closes the file that is appended to. The log can still be read, and appended to again."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+
+class _Index:
+    """
+    Where each record is: `(file, offset)` by name. Sorted arrays of 20 bytes a record, and a dict of those that came since, at most
+    an eighth as many.
+    """
+
+    def __init__(self):
+        self._recent = {}
+        self._names = np.empty(0, np.uint64)
+        self._files = np.empty(0, np.uint32)
+        self._offsets = np.empty(0, np.uint64)
+
+    def add(self, found, file):
+        self._recent.update((name, (file, offset)) for name, offset in found)
+        if len(self._recent) > max(4096, len(self._names) // 8):
+            self._merge()
+
+    def find(self, name):
+        if name in self._recent:
+            return self._recent[name]
+        place = int(np.searchsorted(self._names, np.uint64(name)))
+        if place == len(self._names) or self._names[place] != name:
+            return None
+        return int(self._files[place]), int(self._offsets[place])
+
+    def remove(self, names):
+        self._merge()
+        kept = ~np.isin(self._names, np.fromiter(names, np.uint64))
+        self._names, self._files, self._offsets = self._names[kept], self._files[kept], self._offsets[kept]
+
+    def __len__(self):
+        return len(self._recent) + len(self._names)
+
+    def _merge(self):
+        names = np.fromiter(self._recent, np.uint64, len(self._recent))
+        places = np.array(list(self._recent.values()), np.uint64).reshape(-1, 2)
+        # Of equal names the first is kept: the recent ones come first
+        all_names = np.concatenate([names, self._names])
+        self._names, kept = np.unique(all_names, return_index=True)
+        self._files = np.concatenate([places[:, 0].astype(np.uint32), self._files])[kept]
+        self._offsets = np.concatenate([places[:, 1], self._offsets])[kept]
+        self._recent = {}
+
+
+def prepare(path: Path, key: str) -> None:
+    """
+    Makes the directory of a [`Log`], empty unless it was made under the same key. For one process of each disk, before the others
+    open it.
+    """
+    known = _key_of(path)
+    if path.exists() and known != key:
+        logger.warning(
+            f"'{path}' was made from other weights, data, rewards or settings, so it is discarded and the selection starts again."
+        )
+        shutil.rmtree(path, ignore_errors=True)  # each record has the key as well
+    remove_leftovers(path)
+    if _key_of(path) != key:
+        make_directory(path)
+        write_json(path / _MANIFEST, {"key": key})
+
+
+def _key_of(path):
+    try:
+        return json.loads((path / _MANIFEST).read_text(encoding="utf-8"))["key"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _packed(fields):
+    header = _HEADER.pack(*fields, 0)
+    return header[:-4] + struct.pack("<I", zlib.crc32(header[:-4]))
+
+
+def _unpacked(header):
+    """Name, key, length and checksum; `None` if it is none."""
+    if len(header) < _HEADER.size:
+        return None
+    magic, *fields, checksum = _HEADER.unpack(header)
+    return tuple(fields) if magic == _MAGIC and checksum == zlib.crc32(header[:-4]) else None
+
+
+def _padded(length):
+    return -(-length // _ALIGNED) * _ALIGNED
+
+
+def _read(stream, start, length):
+    stream.seek(start)
+    parts = []
+    while length and (part := stream.read(length)):  # a system may give less than it is asked for
+        parts.append(part)
+        length -= len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _write(stream, data):
+    data = memoryview(data)
+    while data:
+        data = data[stream.write(data) :]

@@ -1,0 +1,643 @@
+"""The online schedule through trainer.train(): what it is told, what it costs, what it logs, and that a resumed run is the run."""
+
+import json
+import logging
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trl
+from datasets import Dataset
+from packaging.version import Version
+from test_environments import Counter, chat_tokenizer, double, last_parity
+from tiny import (
+    assert_same_weights,
+    choose_at_once,
+    config,
+    digit_reward,
+    graded_reward,
+    grpo_args,
+    lora,
+    make_dataset,
+    make_model,
+    make_trainer,
+    online,
+    parity_reward,
+    weights,
+)
+from transformers import TrainerCallback
+from trl import GRPOTrainer, RLOOTrainer
+
+from trl_learnalign import LearnAlignCallback, LearnAlignGRPOTrainer, LearnAlignMixin, LearnAlignSampler
+from trl_learnalign.measures.hidden_states import FILE
+from trl_learnalign.schedules import online as schedule_module
+from trl_learnalign.state import STATE_FILE, split
+
+
+METRICS = "live_fraction predicted_success observed_success skill headroom pool_success retired suspects".split()
+EVERY_STEP = {"save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.fixture(autouse=True)
+def eager(monkeypatch):
+    """These runs are too short for a predictor to prove its skill."""
+    choose_at_once(monkeypatch.setattr)
+
+
+class Counting(LearnAlignGRPOTrainer):
+    """Counts the prompts of each generation; notes the chunks that it was given, with all that was drawn of them."""
+
+    def _generate(self, prompts, *args, **kwargs):
+        vars(self).setdefault("generated", []).append(len(prompts))
+        return super()._generate(prompts, *args, **kwargs)
+
+
+class OnlineRLOOTrainer(LearnAlignMixin, RLOOTrainer):
+    """Without a line of its own."""
+
+
+class Paid:
+    """A reward function that notes what it was asked for and what it gave."""
+
+    __name__ = "paid"
+
+    def __init__(self, reward=digit_reward):
+        self.reward, self.calls = reward, []
+
+    def __call__(self, completions, row, **kwargs):
+        rewards = self.reward(completions=completions, row=row)
+        self.calls.append((row, rewards))
+        return rewards
+
+    @property
+    def chunks(self):
+        """Rows of the prompts of each call; each is asked for in a group of four."""
+        assert all(row[0::4] == row[3::4] for row, _ in self.calls)
+        return [row[::4] for row, _ in self.calls]
+
+
+def fixed_reward(completions, row, **kwargs):
+    """Depends on the prompt and on the place in its group, whatever the policy writes."""
+    return [float((7 * r + place % 4) % 5 < r % 5) for place, r in enumerate(row)]
+
+
+def expected(calls, size):
+    """Successes, failures and visits of each prompt, by a loop over the rewards that were paid for."""
+    successes, failures, last, visits = np.zeros(size), np.zeros(size), np.full(size, -1), np.zeros(size, int)
+    for chunk, (rows, rewards) in enumerate(calls):
+        for first in range(0, len(rows), 4):
+            row, own = rows[first], [r for r in rewards[first : first + 4] if r is not None and math.isfinite(r)]
+            faded = 0.5 ** ((chunk - last[row]) / schedule_module.HALF_LIFE)
+            successes[row] = successes[row] * faded + sum(r >= 1 for r in own)
+            failures[row] = failures[row] * faded + sum(r < 1 for r in own)
+            last[row], visits[row] = chunk, visits[row] + 1
+    return successes, failures, visits
+
+
+def check_counts(schedule, calls, size=24):
+    successes, failures, visits = expected(calls, size)
+    np.testing.assert_allclose(schedule.memory.successes, successes, rtol=1e-5)
+    np.testing.assert_allclose(schedule.memory.failures, failures, rtol=1e-5)
+    np.testing.assert_array_equal(schedule.memory.visits, visits)
+    assert schedule.observed == len(calls)
+
+
+def drawn(trainer):
+    """The rows of every chunk that the sampler was asked for, by chunk."""
+    sampler = trainer._get_train_sampler()
+    chunks, ask = {}, sampler.chunk
+
+    def chunk(i):
+        chunks.setdefault(i, ask(i))
+        return ask(i)
+
+    sampler.chunk = chunk
+    return chunks
+
+
+def logged(trainer):
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def snapshot(schedule):
+    values, arrays = split(schedule.state_dict())
+    return json.dumps(values), {name: array.copy() for name, array in arrays.items()}
+
+
+def assert_unchanged(before, schedule):
+    values, arrays = snapshot(schedule)
+    assert values == before[0] and arrays.keys() == before[1].keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(array, before[1][name])
+
+
+# A run -------------------------------------------------------------------------------------------------------------
+
+LAYOUTS = {
+    "a chunk a step": {},
+    "a chunk over two steps": {"per_device_train_batch_size": 8, "steps_per_generation": 2},
+    "several chunks a step": {"gradient_accumulation_steps": 2, "steps_per_generation": 1},
+    "a chunk used twice": {"num_iterations": 2},
+    "workers that read ahead": {"dataloader_num_workers": 1},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_chunks_are_trained_on_and_their_rewards_are_counted(tmp_path, layout):
+    paid = Paid()
+    settings = {"num_train_epochs": 2} | LAYOUTS[layout]
+    trainer = make_trainer(tmp_path, online(), cls=Counting, reward=paid, **settings)
+    chunks = drawn(trainer)
+    trainer.train()
+    schedule, stream = trainer._learnalign.schedule, trainer._get_train_sampler().layout
+    assert len(paid.calls) == 2 * stream.epoch_chunks == 12 and stream.chunk_prompts == 4
+    assert paid.chunks == [chunks[i] for i in range(12)]
+    check_counts(schedule, paid.calls)
+    assert len(trainer.generated) == 12  # training's own, and no other
+    assert schedule.history.chunks[-1, 8] == 1.0  # it was choosing
+    for entry in logged(trainer):
+        assert {f"learnalign/{name}" for name in METRICS} <= entry.keys()
+    live = [len({*rewards[i : i + 4]}) > 1 for _, rewards in paid.calls for i in range(0, 16, 4)]
+    shares = [entry["learnalign/live_fraction"] for entry in logged(trainer)]
+    if layout in ("a chunk a step", "workers that read ahead"):
+        assert shares == pytest.approx([sum(live[i : i + 4]) / 4 for i in range(0, 48, 4)])
+        # The share of groups without a gradient, as the trainer itself has it
+        assert shares == pytest.approx([1 - entry["frac_reward_zero_std"] for entry in logged(trainer)])
+
+
+def test_hidden_states_of_the_prompts_cost_no_generation_and_change_nothing_else(tmp_path):
+    """The first chunk, which is drawn before anything was observed, is that of a run without them."""
+    paid, plain = Paid(), Paid()
+    trainer = make_trainer(tmp_path / "a", online(prompt_features=True), cls=Counting, reward=paid, max_steps=4)
+    trainer.train()
+    assert trainer.generated == [16] * 4 and len(paid.calls) == 4
+    check_counts(trainer._learnalign.schedule, paid.calls)
+    features = trainer._learnalign.schedule.features
+    assert features.shape[0] == 24 and features.shape[1] > 2 and features.dtype == np.float16
+    assert (tmp_path / "a/learnalign" / FILE).is_file()
+    make_trainer(tmp_path / "b", online(), reward=plain, max_steps=1).train()
+    assert paid.calls[0] == plain.calls[0]
+
+
+def test_an_evaluation_leaves_the_schedule_untouched(tmp_path):
+    evaluated = []
+
+    def reward(completions, row, **kwargs):
+        evaluated.extend(r for r in row if r >= 1000)
+        return digit_reward(completions=completions, row=[r % 1000 for r in row])
+
+    class Between(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            before = snapshot(trainer._learnalign.schedule)
+            trainer.evaluate()
+            assert_unchanged(before, trainer._learnalign.schedule)
+
+    paid = Paid(reward)
+    others = make_dataset(4).map(lambda row: {"row": row["row"] + 1000})
+    settings = {"per_device_eval_batch_size": 8, "max_steps": 3}
+    trainer = make_trainer(tmp_path, online(), reward=paid, eval_dataset=others, **settings)
+    trainer.add_callback(Between())
+    trainer.train()
+    assert len(evaluated) == 3 * 4 * 4
+    check_counts(trainer._learnalign.schedule, [call for call in paid.calls if max(call[0]) < 1000])
+
+
+class StopAtOnce(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        control.should_training_stop = True
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings"),
+    [
+        (24, {"num_train_epochs": 2}),
+        (23, {"num_train_epochs": 1.5}),  # TRL leaves out the last chunk, which is not whole
+        (26, {"num_train_epochs": 3, "gradient_accumulation_steps": 2, "steps_per_generation": 1}),
+        (24, {"num_train_epochs": 1, "gradient_accumulation_steps": 4, "num_iterations": 2}),
+    ],
+)
+def test_an_epoch_is_as_long_as_a_stock_trainer_makes_it(tmp_path, rows, settings):
+    steps = []
+    for choice in (online(), None):
+        trainer = make_trainer(tmp_path / str(choice is None), choice, dataset=make_dataset(rows), **settings)
+        trainer.add_callback(StopAtOnce())
+        trainer.train()
+        steps.append(trainer.state.max_steps)
+    assert steps[0] == steps[1] > 0
+
+
+def test_without_skill_the_run_is_that_of_a_stock_trainer(tmp_path, monkeypatch):
+    """Bit for bit: prompts, rewards, weights."""
+    monkeypatch.setattr(schedule_module, "LEAST_SKILL", 2.0)
+    ours, theirs = Paid(), Paid()
+    trainer = make_trainer(tmp_path / "ours", online(), reward=ours, num_train_epochs=2)
+    trainer.train()
+    stock = make_trainer(tmp_path / "stock", reward=theirs, num_train_epochs=2)
+    stock.train()
+    assert ours.calls == theirs.calls and trainer._learnalign.schedule.observed == 12
+    assert_same_weights(weights(trainer), weights(stock))
+
+
+@pytest.mark.parametrize("kind", [GRPOTrainer, RLOOTrainer])
+def test_the_callback_on_a_trainer_already_built(tmp_path, kind):
+    paid, again = Paid(), Paid()
+    sampler = LearnAlignSampler(online())
+    trainer = make_trainer(tmp_path / "a", cls=kind, reward=paid, max_steps=8)
+    trainer.add_callback(LearnAlignCallback(trainer, sampler))
+    trainer.train()
+    check_counts(sampler.schedule, paid.calls)
+    assert {f"learnalign/{name}" for name in METRICS} <= logged(trainer)[-1].keys()
+    cls = LearnAlignGRPOTrainer if kind is GRPOTrainer else OnlineRLOOTrainer
+    other = make_trainer(tmp_path / "b", online(), cls=cls, reward=again, max_steps=8)
+    other.train()
+    assert again.calls == paid.calls
+    assert_same_weights(weights(trainer), weights(other))
+
+
+def test_training_twice_starts_afresh(tmp_path):
+    paid = Paid()
+    trainer = make_trainer(tmp_path, online(), reward=paid, max_steps=4)
+    for _ in range(2):
+        paid.calls.clear()
+        trainer.train()
+        check_counts(trainer._learnalign.schedule, paid.calls)
+
+
+# Resuming ----------------------------------------------------------------------------------------------------------
+
+RESUMED = LAYOUTS | {
+    "a chunk over four steps": {"per_device_train_batch_size": 4, "steps_per_generation": 4},
+    "neither divides the other": {
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 3,
+        "steps_per_generation": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("layout", RESUMED)
+def test_a_run_resumed_from_any_checkpoint_trains_on_the_same_prompts(tmp_path, layout):
+    """Also from one in the middle of a chunk, which is generated again. At a chunk's end the weights are the same bits."""
+    settings = {"num_train_epochs": 2, "max_steps": 9} | EVERY_STEP | RESUMED[layout]
+
+    def run(path, reward, resume=None, **changes):
+        paid = Paid(reward)
+        trainer = make_trainer(path, online(), reward=paid, **(settings | changes))
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer, paid
+
+    whole, paid = run(tmp_path / "fixed", fixed_reward)
+    stream = whole._get_train_sampler().layout
+    inside = 0
+    for step in range(1, 9):
+        path = str(tmp_path / "fixed" / f"checkpoint-{step}")
+        again, since = run(tmp_path / "fixed", fixed_reward, path, save_strategy="no")
+        first = stream.chunks_trained(step)
+        assert since.chunks == paid.chunks[first:], step
+        inside += stream.batches_trained(step) % stream.repeats > 0
+        _, arrays = split(again._learnalign.schedule.state_dict())
+        for name, array in split(whole._learnalign.schedule.state_dict())[1].items():
+            np.testing.assert_array_equal(arrays[name], array, f"{name} of step {step}")
+    assert inside == sum(stream.batches_trained(step) % stream.repeats > 0 for step in range(1, 9))
+    assert inside > 0 or stream.repeats == 1 or layout == "a chunk used twice"
+    # With the rewards of what the policy writes
+    whole, paid = run(tmp_path / "real", digit_reward)
+    step = next(step for step in range(5, 9) if stream.batches_trained(step) % stream.repeats == 0)
+    again, since = run(tmp_path / "real", digit_reward, str(tmp_path / f"real/checkpoint-{step}"), save_strategy="no")
+    assert since.calls == paid.calls[stream.chunks_trained(step) :]
+    assert_same_weights(weights(again), weights(whole))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run with hidden states and a checkpoint of every step."""
+    path, paid = tmp_path_factory.mktemp("run"), Paid()
+    with pytest.MonkeyPatch.context() as patch:
+        choose_at_once(patch.setattr)
+        trainer = make_trainer(path, online(prompt_features=True), reward=paid, max_steps=6, **EVERY_STEP)
+        trainer.train()
+    return path, paid, weights(trainer)
+
+
+def resume(path, choice=None, checkpoint=True, **changes):
+    paid = Paid()
+    settings = {"max_steps": 6, "save_strategy": "no"} | changes
+    trainer = make_trainer(path, choice or online(prompt_features=True), reward=paid, **settings)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer, paid
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoint-6")
+    return tmp_path / "run"
+
+
+def test_hidden_states_are_those_that_the_run_began_with(finished, copied):
+    """They are read, not made again from the weights of now."""
+    before = (copied / "learnalign" / FILE).read_bytes()
+    trainer, paid = resume(copied, checkpoint=str(copied / "checkpoint-3"))
+    assert paid.calls == finished[1].calls[3:]
+    assert_same_weights(weights(trainer), finished[2])
+    assert (copied / "learnalign" / FILE).read_bytes() == before
+    (copied / "learnalign" / FILE).unlink()
+    with pytest.raises(ValueError, match=r"prompt_features\.safetensors' holds no features.*cannot be made again"):
+        resume(copied)
+
+
+@pytest.mark.parametrize("loss", ["missing", "cut short", "another"])
+def test_a_checkpoint_without_its_state_is_passed_over_or_refused(finished, copied, loss):
+    file = copied / "checkpoint-5" / STATE_FILE
+    match loss:
+        case "missing":
+            file.unlink()
+        case "cut short":
+            file.write_bytes(file.read_bytes()[:-1])
+        case "another":
+            shutil.copy(copied / "checkpoint-4" / STATE_FILE, file)
+    with pytest.raises(ValueError, match=rf"checkpoint-5' is not complete: {STATE_FILE} "):
+        resume(copied, checkpoint=str(copied / "checkpoint-5"))
+    # A stock trainer with the callback takes what it is told to
+    trainer = make_trainer(copied, reward=Paid(), max_steps=6)
+    callback = LearnAlignCallback(trainer, LearnAlignSampler(online(prompt_features=True)))
+    trainer.add_callback(callback)
+    with pytest.raises(
+        ValueError, match=f"{STATE_FILE}', the state of the schedule in this checkpoint, cannot be used"
+    ):
+        trainer.train(resume_from_checkpoint=str(copied / "checkpoint-5"))
+    callback.unlock()
+    trainer, paid = resume(copied)  # from the one before it
+    assert paid.calls == finished[1].calls[4:]
+    assert_same_weights(weights(trainer), finished[2])
+
+
+def test_what_a_resumed_run_must_not_change(copied):
+    for choice, changes, message in (
+        (config(), {}, "schedule OnlineSchedule, but this sampler has StagedSchedule|num_prompts was 24 and is 8"),
+        (online(), {}, "`prompt_features` was True and is False"),
+        (online(prompt_features=True, success_threshold=0.5), {}, "`success_threshold` was 1.0 and is 0.5"),
+        (None, {"seed": 8}, "seed was 7 and is 8"),
+        (None, {"num_generations": 8}, "group_size was 4 and is 8"),
+        (None, {"per_device_train_batch_size": 8}, "chunk_prompts was 4 and is 2"),
+        (None, {"dataset": make_dataset(23)}, "pool_size was 24 and is 23"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            resume(copied, choice, **({"max_steps": 6} | changes))
+    other = make_dataset().map(lambda row: {"prompt": row["prompt"] + "="})
+    with pytest.raises(ValueError, match="The training dataset has other rows"):
+        trainer = make_trainer(copied, online(prompt_features=True), reward=Paid(), dataset=other, max_steps=6)
+        trainer.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("schedule", ["staged", "online"])
+def test_trainer_state_does_not_grow_with_the_number_of_prompts(tmp_path, schedule):
+    """Nor does the file beside it grow by more than 40 bytes a prompt."""
+    sizes = {}
+    for rows in (24, 1024):
+        choice = config(score="random", num_prompts=rows, warmup_prompts=4) if schedule == "staged" else online()
+        path = tmp_path / str(rows)
+        make_trainer(path, choice, dataset=make_dataset(rows), max_steps=3, **EVERY_STEP).train()
+        state = json.loads((path / "checkpoint-3/trainer_state.json").read_text())["stateful_callbacks"]["learnalign"]
+        sizes[rows] = len(json.dumps(state)), (path / "checkpoint-3" / STATE_FILE).stat().st_size
+    assert sizes[1024][0] - sizes[24][0] < 100
+    assert 0 < sizes[1024][1] - sizes[24][1] <= 40 * 1000
+
+
+# Rewards -----------------------------------------------------------------------------------------------------------
+
+
+def test_rewards_that_are_missing_are_neither_successes_nor_failures(tmp_path):
+    def patchy(completions, row, **kwargs):
+        rewards = digit_reward(completions=completions, row=row)
+        return [
+            None if r % 3 == 0 else math.nan if (r % 3 == 1 and place % 2) else reward
+            for place, (r, reward) in enumerate(zip(row, rewards, strict=True))
+        ]
+
+    paid = Paid(patchy)
+    trainer = make_trainer(tmp_path, online(), reward=paid, num_train_epochs=2)
+    trainer.train()
+    check_counts(trainer._learnalign.schedule, paid.calls)
+    assert (
+        trainer._learnalign.schedule.memory.successes[::3].sum()
+        == trainer._learnalign.schedule.memory.failures[::3].sum()
+        == 0
+    )
+    assert trainer.state.global_step == 12
+
+
+def test_several_reward_functions(tmp_path):
+    with pytest.raises(ValueError, match="several reward functions.*Set `success_reward`"):
+        make_trainer(tmp_path / "a", online(), reward=[graded_reward, digit_reward])
+    paid = Paid()
+    choice = online(success_reward="paid")
+    trainer = make_trainer(tmp_path / "b", choice, reward=[graded_reward, paid], max_steps=8)
+    trainer.train()
+    check_counts(trainer._learnalign.schedule, paid.calls)
+    # Any difference between total rewards makes a gradient
+    for entry in logged(trainer):
+        assert entry["learnalign/live_fraction"] == pytest.approx(1 - entry["frac_reward_zero_std"])
+
+
+def test_graded_rewards(tmp_path):
+    calls = []
+
+    def graded(completions, row, **kwargs):
+        calls.append((row, graded_reward(completions=completions)))
+        return calls[-1][1]
+
+    trainer = make_trainer(tmp_path, online(learnability="variance"), reward=graded, max_steps=8)
+    trainer.train()
+    schedule = trainer._learnalign.schedule
+    rewards = [reward for _, given in calls for reward in given]
+    assert schedule.reward_range == pytest.approx([min(rewards), max(rewards)])
+    assert (schedule.memory.successes + schedule.memory.failures).sum() == pytest.approx(
+        len(rewards), rel=0.2
+    )  # some have faded
+    assert all(0 <= entry["learnalign/observed_success"] <= 1 for entry in logged(trainer))
+
+
+def test_where_and_deduplicate_leave_rows_out(tmp_path):
+    rows = make_dataset(24)
+    twice = Dataset.from_dict({"prompt": rows["prompt"][:12] * 2, "row": rows["row"]})
+    paid = Paid()
+    choice = online(where="row != 3 and row != 4", deduplicate=True)
+    trainer = make_trainer(tmp_path, choice, reward=paid, dataset=twice, num_train_epochs=2)
+    trainer.train()
+    assert {row for chunk in paid.chunks for row in chunk} == set(range(12)) - {3, 4}
+    assert len(paid.chunks) == 12
+    check_counts(trainer._learnalign.schedule, paid.calls)
+
+
+def test_columns_that_tell_of_success(tmp_path, capsys):
+    rows = make_dataset(24)
+    dataset = rows.add_column("kind", [f"k{i % 3}" for i in range(24)]).add_column("rate", [i / 24 for i in range(24)])
+    choice = online(group_column="kind", pass_rate_column="rate")
+    trainer = make_trainer(tmp_path, choice, dataset=dataset, max_steps=2)
+    trainer.train()
+    assert trainer._learnalign.schedule.features.shape == (24, 1 + 1 + 3 + 1)
+    said = capsys.readouterr().out
+    assert "LearnAlign plan: steps 1 to 2 train on prompts chosen online" in said
+    assert "LearnAlign plan: 8 prompts in all from a pool of 24: 0.33 visits per prompt." in said
+    assert "length, kind, rate." in said
+
+
+def test_a_run_that_choosing_cannot_help_is_warned(tmp_path, caplog):
+    make_trainer(tmp_path / "a", online(), max_steps=1).train()
+    assert "The run has room for 0.17 visits per prompt" in caplog.text
+    caplog.clear()
+    make_trainer(tmp_path / "b", online(prompt_features=True), max_steps=1).train()
+    make_trainer(tmp_path / "c", online(), num_train_epochs=1).train()
+    assert "has room for" not in caplog.text
+
+
+# Prompts that are more than a text ---------------------------------------------------------------------------------
+
+
+def chat_trainer(path, rewards, dataset, **kwargs):
+    return Counting(
+        model=make_model(max_position_embeddings=256),
+        reward_funcs=rewards,
+        args=grpo_args(path, max_completion_length=40, max_steps=4, **EVERY_STEP),
+        train_dataset=dataset,
+        processing_class=chat_tokenizer(),
+        peft_config=lora(),
+        train_sampler=LearnAlignSampler(online(prompt_features=True)),
+        **kwargs,
+    )
+
+
+def chats():
+    texts = [f"{i % 10}+{i // 10}=" for i in range(12)]
+    return Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in texts]})
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # TRL's, of experimental features
+def test_tools(tmp_path):
+    """The hidden states of a prompt are those with the tools in its template."""
+    trainer = chat_trainer(tmp_path, last_parity, chats(), tools=[double])
+    trainer.train()
+    schedule = trainer._learnalign.schedule
+    assert schedule.observed == 4 and schedule.memory.visits.sum() == 16 and schedule.features_key is not None
+    again = chat_trainer(tmp_path, last_parity, chats(), tools=[double])
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_same_weights(weights(again), weights(trainer))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("prompts", [True, False])
+def test_environments(tmp_path, caplog, prompts):
+    """Which may supply the prompts themselves: then only what was seen of a row can tell of it."""
+    if not prompts and Version(trl.__version__) < Version("1.16"):
+        pytest.skip("every row needs a prompt there")
+    rows = chats() if prompts else Dataset.from_dict({"environment": ["a", "b"] * 6, "level": list(range(12))})
+    factory = Counter if prompts else {"a": Counter, "b": Counter}
+    trainer = chat_trainer(tmp_path, None, rows, environment_factory=factory)
+    trainer.train()
+    schedule = trainer._learnalign.schedule
+    assert schedule.observed == 4 and schedule.memory.visits.sum() == 16 and schedule.features_key is None
+    assert schedule.features.shape == (12, 1 + prompts)
+    assert "Success is predicted without hidden states of the prompts, as an environment adds" in caplog.text
+    assert all(0 <= entry["learnalign/observed_success"] <= 1 for entry in logged(trainer))
+
+
+# Bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_prompts": 8}, "`num_prompts` is 8, but has no effect with `schedule='online'`"),
+        ({"warmup_prompts": 8}, "`warmup_prompts` is 8, but has no effect"),
+        ({"reselect_every": 2}, "`reselect_every` is 2, but has no effect"),
+        ({"save_rollouts": True}, "`save_rollouts` is True, but has no effect"),
+        ({"prompt_order": "ranked"}, "`prompt_order` is 'ranked', but has no effect"),
+        ({"score": "random"}, "`score` is 'random', but `schedule='online'` chooses by predicted learnability"),
+        ({"schedule": "staged", "group_column": "row"}, "`group_column` is 'row', but has no effect.*'staged'"),
+        ({"schedule": "staged", "prompt_features": False}, "`prompt_features` is False, but has no effect"),
+        ({"schedule": "sometimes"}, "`schedule` must be one of staged, online, but is 'sometimes'"),
+        ({"prompt_features": 1}, "`prompt_features` must be True or False, but is 1"),
+        ({"group_column": 3}, "`group_column` must be a text, but is 3"),
+    ],
+)
+def test_settings_that_do_not_go_together(settings, message):
+    with pytest.raises(ValueError, match=message):
+        online(**settings) if settings.get("schedule") != "staged" else config(**settings)
+
+
+def with_column(values):
+    return make_dataset().add_column("odd", values)
+
+
+@pytest.mark.parametrize(
+    ("settings", "values", "message"),
+    [
+        (
+            {"group_column": "kind"},
+            [0] * 24,
+            "`group_column` is 'kind', but the training dataset has no column 'kind'",
+        ),
+        ({"pass_rate_column": "p"}, [0] * 24, "`pass_rate_column` is 'p', but the training dataset has no column"),
+        ({"pass_rate_column": "odd"}, ["a"] * 24, "`pass_rate_column` is 'odd', but that column holds no numbers"),
+        ({"pass_rate_column": "odd"}, [[0.5]] * 24, "`pass_rate_column` is 'odd', but that column holds no numbers"),
+        ({"pass_rate_column": "odd"}, [0.5] * 23 + [50.0], "are between 0 and 1, and row 23 has 50"),
+        ({"pass_rate_column": "odd"}, [-0.5] + [0.5] * 23, "are between 0 and 1, and row 0 has -0.5"),
+        ({"group_column": "odd"}, [[1]] * 24, "`group_column` is 'odd', which is nested"),
+        (
+            {"where": "success_rate > 0.1"},
+            [0] * 24,
+            "knows only columns of the dataset, which has no column 'success_rate'",
+        ),
+        ({"where": "odd > 1"}, [0] * 24, "`where` is 'odd > 1', which holds for no row of the training dataset"),
+        (
+            {"success_reward": "other"},
+            [0] * 24,
+            "`success_reward` is 'other', which is not among the trainer's reward",
+        ),
+    ],
+)
+def test_data_that_do_not_fit_are_refused_when_the_trainer_is_built(tmp_path, settings, values, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, online(**settings), dataset=with_column(values))
+
+
+def test_groups_too_many_to_be_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr("trl_learnalign.schedules.prompt_features.MOST_GROUPS", 23)
+    with pytest.raises(ValueError, match="which has 24 different values; at most 23 can be told apart"):
+        make_trainer(tmp_path, online(group_column="row"))
+
+
+def test_a_column_without_a_value_for_every_row(tmp_path):
+    """Null in a group is a group; a null rate is the mean."""
+    dataset = make_dataset().add_column("kind", ["a", None] * 12).add_column("rate", [0.5, None, math.nan] * 8)
+    choice = online(group_column="kind", pass_rate_column="rate")
+    trainer = make_trainer(tmp_path, choice, dataset=dataset, max_steps=2)
+    trainer.train()
+    assert np.isfinite(trainer._learnalign.schedule.features.astype(float)).all()
+    assert trainer._learnalign.schedule.features.shape[1] == 5
+
+
+def test_a_dataloader_that_changes_the_order_is_found_out(tmp_path):
+    """Rewards would be credited to the wrong prompts."""
+
+    class Reversed(LearnAlignGRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            return super()._generate_and_score_completions(inputs[::-1])
+
+    with pytest.raises(RuntimeError, match=r"Training generated for another prompt than row \d+, which the schedule"):
+        make_trainer(tmp_path, online(), cls=Reversed, reward=parity_reward, max_steps=2).train()
+
+
+def test_a_report_that_cannot_be_written_is_no_reason_to_end_a_run(tmp_path, monkeypatch, caplog):
+    def broken(*args):
+        raise ZeroDivisionError("no report")
+
+    monkeypatch.setattr(schedule_module, "write_online_report", broken)
+    trainer = make_trainer(tmp_path, online(write_report=True), max_steps=2, **EVERY_STEP)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert trainer.state.global_step == 2 and "could not be written (ZeroDivisionError" in caplog.text
+    assert Path(tmp_path, "checkpoint-2", STATE_FILE).is_file()
