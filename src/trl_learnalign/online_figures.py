@@ -23,7 +23,7 @@ def drawings(prompts: pa.Table, history: pa.Table, run: dict) -> list[Drawing]:
         _live(columns),
         _success(columns, run),
         _skill(columns),
-        _headroom(columns),
+        _headroom(columns, run),
         _calibration(run),
         _by_visit(run),
         _visits(prompts),
@@ -134,7 +134,7 @@ def _skill(columns) -> Drawing:
     )
 
 
-def _headroom(columns) -> Drawing:
+def _headroom(columns, run) -> Drawing:
     def draw(axes, colours):
         _shade(axes, columns, colours)
         axes.axhline(1, color=colours["ink"], linewidth=0.8)
@@ -145,7 +145,8 @@ def _headroom(columns) -> Drawing:
 
     return Drawing(
         "online_headroom",
-        "Headroom: how much more often the prompts that would be chosen are expected to be live than random ones.",
+        "Headroom: how much more often the prompts that would be chosen are expected to be live than random ones"
+        f"{' (with graded rewards: how much more variance they are expected to have)' if run['graded'] else ''}.",
         f"It is {columns['headroom'][-1]:.2f} at the end.",
         draw,
     )
