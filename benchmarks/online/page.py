@@ -141,7 +141,9 @@ def dirt() -> str:
                     first,
                 ]
             )
-    return table("pool | rollouts on wrong labels (uniform) | success at the end (uniform) | suspects that are wrong", rows)
+    return table(
+        "pool | rollouts on wrong labels (uniform) | success at the end (uniform) | suspects that are wrong", rows
+    )
 
 
 def bars() -> str:
@@ -166,7 +168,9 @@ def bars() -> str:
             f"<= {most:.2f}: {', '.join('not reached' if share is None else f'{share:.2f}' for share in shares)}",
             f"not below: {', '.join(f'{100 * end:+.1f}' for end in ends)} points",
         ]
-        rows.append([name, *(f"{text} ({'met' if good else 'missed'})" for text, good in zip(texts, met, strict=True))])
+        rows.append(
+            [name, *(f"{text} ({'met' if good else 'missed'})" for text, good in zip(texts, met, strict=True))]
+        )
     return table("pool | live groups against uniform | rollouts to uniform's end | success at the end", rows)
 
 
