@@ -36,7 +36,7 @@ POOLS = ("hard", "clean", "live", "hard-wrong", "clean-wrong")
 def collect(folders: list[Path]) -> None:
     """Adds the runs of these folders, the long lists as means."""
     known = {key(run): run for run in json.loads(FILE.read_text())["runs"]} if FILE.is_file() else {}
-    for file in sorted(file for folder in folders for file in folder.glob("*/*.json")):
+    for file in sorted(file for folder in folders for name in POOLS for file in (folder / name).glob("*.json")):
         run = json.loads(file.read_text())
         logged = run.pop("logged")
         run["headroom"] = round(fmean(logged["learnalign/headroom"]), 2) if "learnalign/headroom" in logged else None
