@@ -56,6 +56,7 @@ bench-costs: $(BENCH)/installed
 	$(BENCH)/bin/python benchmarks/unequal.py
 	$(BENCH)/bin/python benchmarks/processes.py
 	$(BENCH)/bin/python benchmarks/million.py
+	$(BENCH)/bin/python benchmarks/rollout_memory.py
 	$(BENCH)/bin/python benchmarks/choosing.py
 	$(BENCH)/bin/python benchmarks/report_million.py
 

@@ -1,6 +1,6 @@
 """
-Writes docs/results.md from results.md.in and results/*.json, and the table of docs/configuration.md from the docstring of
-LearnAlignConfig.
+Writes docs/results.md from results.md.in and results/*.json, and the table of docs/configuration.md from the docstring
+of LearnAlignConfig.
 
     python benchmarks/render.py [--check]
 """
@@ -112,8 +112,8 @@ def gpu() -> str:
     results = RESULTS.get("gradients_cuda")
     if results is None:
         return (
-            "Not measured on a GPU yet. `python benchmarks/gradients.py --peers --device cuda --shape qwen2.5-1.5b` does "
-            "this."
+            "Not measured on a GPU yet. `python benchmarks/gradients.py --peers --device cuda --shape qwen2.5-1.5b` "
+            "does this."
         )
     plain = results["plain"]
     share = plain["share_of_peak_flops"]

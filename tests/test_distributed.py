@@ -92,6 +92,7 @@ TASKS = (
         "select few",
         "select parts",
         "select for a target",
+        "select with RLOO",
         "train",
         "train workers",
         "train straddling",
@@ -150,7 +151,7 @@ def load(path):
     return Selection.load(next((path / "learnalign").glob("step-*")))
 
 
-@pytest.mark.parametrize("task", ["select", "select few", "select parts", "select for a target"])
+@pytest.mark.parametrize("task", ["select", "select few", "select parts", "select for a target", "select with RLOO"])
 def test_selection_is_the_same_for_any_number_of_processes(tmp_path, first, on_four, task, tally):
     runs = {1: (tmp_path, [alone(task, tmp_path)]), 2: first[task]} | ({4: on_four[task]} if task in on_four else {})
     one = load(tmp_path)
@@ -260,7 +261,7 @@ def test_sharded_weights_make_the_same_run(tmp_path, first, kind):
         assert ours[column].tolist() == pytest.approx(theirs[column].tolist(), rel=1e-5, abs=1e-6, nan_ok=True), column
     for weights in (trained, adapter(tmp_path)):
         assert_close(weights, adapter(expected_path), rtol=1e-4, atol=1e-6)
-    # What a journal is known by: the weights as a whole, in spite of the shards
+    # What measures are known by: the weights as a whole, in spite of the shards
     begun, stepped = ranks[0]["digests"], resumed[0]["digests"]
     assert begun["0"] == expected[0]["digests"]["0"] and stepped["3"] == begun["3"]
     assert len(set(begun.values())) == len(begun) == ranks[0]["step"] + 1
@@ -302,7 +303,7 @@ def batches_in(path):
 
 
 def test_a_run_killed_in_a_selection_resumes_into_the_same_selection(tmp_path):
-    """SIGKILL, as soon as some batches of rollouts are in the journal; then one flag."""
+    """SIGKILL, as soon as some batches of rollouts are finished; then one flag."""
     whole = alone("save", tmp_path / "whole")
     path = tmp_path / "killed"
     path.mkdir()
@@ -320,7 +321,7 @@ def test_a_run_killed_in_a_selection_resumes_into_the_same_selection(tmp_path):
     resumed = alone("resume last", path)
     assert resumed["log"] == whole["log"] and resumed["weights"] == whole["weights"]
     assert load(path).scores.equals(load(tmp_path / "whole").scores)
-    # Prompts that were in the journal are not rolled out again: what reached the reward function is the rest of the pool,
+    # Finished prompts are not rolled out again: what reached the reward function is the rest of the pool,
     # eight rollouts each, and the training steps from the checkpoint on, a chunk of two prompts with four rollouts each
     step = load(path).provenance["global_step"]
     assert len(resumed["rows"]) == (23 - done) * 8 + (resumed["step"] - step) * 2 * 4
@@ -352,7 +353,7 @@ def test_what_fails_on_one_process_ends_all_with_its_cause(first, again, task, c
 
 
 def test_nodes_with_disks_of_their_own(tmp_path):
-    """Two nodes of a process each: each keeps, discards and deletes its own part of the journal."""
+    """Two nodes of a process each: each keeps, discards and deletes its own part of the measures."""
 
     def launch_nodes(task):
         with socket.socket() as free:

@@ -190,7 +190,7 @@ def test_lines_where_no_bar_can_be(total, seconds, capsys):
     assert said[:1] == [max(1, math.ceil(30 / seconds))] * (total > 30 / seconds and total > 1)
 
 
-def test_time_left_after_a_journal_is_that_of_what_is_new(capsys):
+def test_time_left_after_finished_parts_is_that_of_what_is_new(capsys):
     clock = Clock()
     lines = ProgressLines("x", 1000, "prompts", clock)
     lines.update(400)  # at once
@@ -273,7 +273,7 @@ def test_what_is_pushed_with_a_checkpoint(tmp_path, monkeypatch):
     assert pushed[0] == [] and pushed[-1] == ["learnalign/step-000002"]  # at the save of step 2 it is not yet made
     step = hub / "learnalign/step-000002"
     assert Selection.load(step).indices == Selection.load(tmp_path / "run/learnalign/step-000002").indices
-    assert (hub / "learnalign/report.html").is_file() and not list(hub.rglob("journal"))
+    assert (hub / "learnalign/report.html").is_file() and not list(hub.rglob("*.log"))
     assert (hub / "adapter_model.safetensors").is_file()
 
 

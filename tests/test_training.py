@@ -249,7 +249,7 @@ def test_a_resumed_run_is_the_run(tmp_path, monkeypatch, point, after_warmup):
     assert [file.name for file in (path / "_learnalign").iterdir()] == ["lock"]
 
 
-def test_a_killed_selection_does_not_roll_out_again_what_is_in_its_journal(tmp_path, monkeypatch):
+def test_a_killed_selection_does_not_roll_out_again_what_is_finished(tmp_path, monkeypatch):
     first = Seen(digit_reward)
     trainer = make_trainer(tmp_path, reward=first)
     with monkeypatch.context() as patch:
@@ -319,11 +319,11 @@ def test_features_lost_between_sum_and_scores_are_an_error_not_a_score(tmp_path,
         with pytest.raises(RuntimeError, match="features of .* prompts could not be read back"):
             select_prompts(make_trainer(tmp_path), config())
     assert not list(tmp_path.glob("learnalign/*/selection.json"))
-    again = select_prompts(make_trainer(tmp_path), config())  # what is left in the journal is used
+    again = select_prompts(make_trainer(tmp_path), config())  # what is left is used
     assert again.scores.equals(select_prompts(make_trainer(tmp_path / "fresh"), config()).scores)
 
 
-def test_a_journal_made_from_something_else_is_discarded(tmp_path, monkeypatch, caplog):
+def test_measures_made_from_something_else_are_discarded(tmp_path, monkeypatch, caplog):
     with monkeypatch.context() as patch:
         killed_at("gradients", patch)
         with pytest.raises(Killed):

@@ -39,7 +39,7 @@ class ProgressLines:
             or self.done >= self.total
         ):
             return
-        # By the pace since the last line: what a journal held at the beginning took no time
+        # By the pace since the last line: what had been finished before took no time
         left = duration((self.total - self.done) / new * passed)
         print(
             f"{self.title}: {self.done:,} of {self.total:,} {self.unit} ({self.done / self.total:.0%}), {left} left",
