@@ -171,9 +171,9 @@ def written(tmp_path_factory):
     made = {}
     for name, choice in {"staged": config(), "online": online()}.items():
         path = tmp_path_factory.mktemp(name)
-        trainer = make_trainer(path, choice, max_steps=3, save_strategy="steps", save_steps=3)
+        trainer = make_trainer(path, choice, max_steps=5, save_strategy="steps", save_steps=5)
         trainer.train()
-        checkpoint = path / "checkpoint-3"
+        checkpoint = path / "checkpoint-5"
         state = json.loads((checkpoint / "trainer_state.json").read_text())
         made[name] = trainer._learnalign._checkpoints, checkpoint, state["stateful_callbacks"]["learnalign"]
     return made

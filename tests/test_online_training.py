@@ -262,37 +262,56 @@ RESUMED = LAYOUTS | {
 }
 
 
+REPEATED = {"num_iterations", "per_device_train_batch_size"}  # such settings make a chunk last several batches
+
+
+def run_with_rates(path, reward, resume=None, **settings):
+    """A column tells of success, so that what was seen of some prompts decides which others come."""
+    paid = Paid(reward)
+    dataset = make_dataset().add_column("rate", [(7 * i) % 24 / 24 for i in range(24)])
+    trainer = make_trainer(path, online(pass_rate_column="rate"), reward=paid, dataset=dataset, **settings)
+    trainer.train(resume_from_checkpoint=None if resume is None else str(path / f"checkpoint-{resume}"))
+    return trainer, paid
+
+
 @pytest.mark.parametrize("layout", RESUMED)
-def test_a_run_resumed_from_any_checkpoint_trains_on_the_same_prompts(tmp_path, layout):
-    """Also from one in the middle of a chunk, which is generated again. At a chunk's end the weights are the same bits."""
-    settings = {"num_train_epochs": 2, "max_steps": 9} | EVERY_STEP | RESUMED[layout]
-
-    def run(path, reward, resume=None, **changes):
-        paid = Paid(reward)
-        trainer = make_trainer(path, online(), reward=paid, **(settings | changes))
-        trainer.train(resume_from_checkpoint=resume)
-        return trainer, paid
-
-    whole, paid = run(tmp_path / "fixed", fixed_reward)
+def test_a_run_resumed_at_the_end_of_a_chunk_is_the_run(tmp_path, layout):
+    """Prompts, rewards, weights and the state of the schedule, bit for bit."""
+    settings = {"max_steps": 12} | EVERY_STEP | RESUMED[layout]
+    whole, paid = run_with_rates(tmp_path, digit_reward, **settings)
     stream = whole._get_train_sampler().layout
-    inside = 0
-    for step in range(1, 9):
-        path = str(tmp_path / "fixed" / f"checkpoint-{step}")
-        again, since = run(tmp_path / "fixed", fixed_reward, path, save_strategy="no")
+    ends = [step for step in (2, 4, 6, 7, 8, 11) if stream.batches_trained(step) % stream.repeats == 0]
+    for step in ends:
+        again, since = run_with_rates(tmp_path, digit_reward, step, **settings | {"save_strategy": "no"})
+        assert since.calls == paid.calls[stream.chunks_trained(step) :], step
+        assert_same_weights(weights(again), weights(whole))
+        assert_unchanged(snapshot(whole._learnalign.schedule), again._learnalign.schedule)
+    assert len(ends) >= 2
+
+
+@pytest.mark.parametrize("layout", [name for name, settings in RESUMED.items() if REPEATED & settings.keys()])
+def test_a_run_resumed_inside_a_chunk_credits_every_chunk_once(tmp_path, layout):
+    """TRL generates that chunk again, for the same prompts; its rewards, which were counted before, are not counted twice."""
+    settings = {"max_steps": 12} | EVERY_STEP | RESUMED[layout]
+    whole, paid = run_with_rates(tmp_path, digit_reward, **settings)
+    stream = whole._get_train_sampler().layout
+    inside = [step for step in range(1, 12) if stream.batches_trained(step) % stream.repeats]
+    for step in inside[::2]:
+        again, since = run_with_rates(tmp_path, digit_reward, step, **settings | {"save_strategy": "no"})
         first = stream.chunks_trained(step)
-        assert since.chunks == paid.chunks[first:], step
-        inside += stream.batches_trained(step) % stream.repeats > 0
-        _, arrays = split(again._learnalign.schedule.state_dict())
-        for name, array in split(whole._learnalign.schedule.state_dict())[1].items():
-            np.testing.assert_array_equal(arrays[name], array, f"{name} of step {step}")
-    assert inside == sum(stream.batches_trained(step) % stream.repeats > 0 for step in range(1, 9))
-    assert inside > 0 or stream.repeats == 1 or layout == "a chunk used twice"
-    # With the rewards of what the policy writes
-    whole, paid = run(tmp_path / "real", digit_reward)
-    step = next(step for step in range(5, 9) if stream.batches_trained(step) % stream.repeats == 0)
-    again, since = run(tmp_path / "real", digit_reward, str(tmp_path / f"real/checkpoint-{step}"), save_strategy="no")
-    assert since.calls == paid.calls[stream.chunks_trained(step) :]
-    assert_same_weights(weights(again), weights(whole))
+        left = stream.batches_trained(12) - stream.batches_trained(step)
+        assert len(since.calls) == math.ceil(left / stream.repeats)
+        assert since.chunks[0] == paid.chunks[first] and since.calls[0][1] != paid.calls[first][1]
+        check_counts(again._learnalign.schedule, paid.calls[: first + 1] + since.calls[1:])
+    assert inside and stream.repeats > 1
+
+
+def test_the_rewards_of_some_prompts_decide_which_others_come(tmp_path):
+    """So the tests above would notice a schedule that forgets."""
+    (_, real), (_, other) = (
+        run_with_rates(tmp_path / reward.__name__, reward, max_steps=12) for reward in (digit_reward, fixed_reward)
+    )
+    assert real.chunks[:2] == other.chunks[:2] and real.chunks[3:6] != other.chunks[3:6]
 
 
 @pytest.fixture(scope="module")
