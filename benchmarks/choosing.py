@@ -81,7 +81,7 @@ def at_size(size, chunks):
     pool = Pool(size)
     for _ in range(WINDOW // CHUNK + 1):
         pool.step()
-    assert pool.schedule.choosing, "the pool is made so that choosing pays"
+    assert pool.schedule.judge.choosing, "the pool is made so that choosing pays"
     measured = [pool.step() for _ in range(chunks)]
     choose, observe, log = (1000 * statistics.median(column) for column in zip(*measured, strict=True))
     found = {"prompts": size, "choose_ms": choose, "observe_ms": observe, "log_ms": log}
@@ -150,7 +150,7 @@ def main():
         "chunk_prompts": CHUNK,
         "group_size": GROUP,
         "observations": WINDOW,
-        "step_ms": step,
+        "step_seconds": step / 1000,
         "share_of_step": sum(value for name, value in pools[0].items() if name.endswith("_ms")) / step,
         "chunks": arguments.chunks,
         "steps": arguments.steps,

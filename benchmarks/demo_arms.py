@@ -1,6 +1,6 @@
 """
-The demo's comparison over several seeds, with the paper's ablations and a success-rate filter: held-out success after equal
-training.
+The demo's comparison over several seeds, with the paper's ablations and a success-rate filter: held-out success after
+equal training.
 
     python benchmarks/demo_arms.py --dataset_path DIR [--seeds 0 1 2 3 4]
 

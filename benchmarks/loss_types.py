@@ -1,12 +1,12 @@
 """
-How far the ranking moves with the loss that the gradient is of: TRL's default `dapo`, which sums over tokens, beside `grpo`,
-the mean over each completion of the paper's Eq. 7. On the demo's pool after its warm-up.
+How far the ranking moves with the loss that the gradient is of: TRL's default `dapo`, which sums over tokens, beside
+`grpo`, the mean over each completion of the paper's Eq. 7. On the demo's pool after its warm-up.
 
     python benchmarks/loss_types.py --dataset_path DIR
 
-DIR holds GSM8K's train.jsonl and test.jsonl; without it generated chains stand in. Both losses score the same rollouts; as a
-yardstick `grpo` also scores other rollouts of the same policy. Without a KL term every other loss of TRL has the direction of one
-of the two.
+DIR holds GSM8K's train.jsonl and test.jsonl; without it generated chains stand in. Both losses score the same
+rollouts; as a yardstick `grpo` also scores other rollouts of the same policy. Without a KL term every other loss of
+TRL has the direction of one of the two.
 """
 
 import torch
@@ -17,7 +17,9 @@ from trl_learnalign.host import generation
 
 
 def compared(ours, theirs) -> dict:
-    """Of two tables of scores: rank correlation over the prompts learnable in both, and what their top quarters share."""
+    """
+    Of two tables of scores: rank correlation over the prompts learnable in both, and what their top quarters share.
+    """
     both = (ours["learnability"] > 0) & (theirs["learnability"] > 0)
     scores = [table["score"][both] for table in (ours, theirs)]
     quarter = int(both.sum()) // 4

@@ -3,8 +3,8 @@ Scores of 1,000,000 prompts from features on disk: memory, and time against read
 
     python benchmarks/million.py [--directory DIR]
 
-DIR needs space for --prompts x --dim x 4 bytes (33 GB) and is empty afterwards. The page cache is told to forget the files
-before every reading.
+DIR needs space for --prompts x --dim x 4 bytes (33 GB) and is empty afterwards. The page cache is told to forget the
+files before every reading.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """
 Pages of the documentation from templates, whose `{{...}}` stand for numbers of results, so that nobody types one.
 
-`{{million.prompts:,}}` is `million["prompts"]`, formatted; `{{arms}}`, a function of that name, is called. Before the format `%` stands for
-percent, `M` and `G` for millions and billions, `Aa` for a capital letter.
+`{{million.prompts:,}}` is `million["prompts"]`, formatted; `{{arms}}`, a function of that name, is called. Before the
+format `%` stands for percent, `M` and `G` for millions and billions, `Aa` for a capital letter.
 """
 
 import re
@@ -42,7 +42,9 @@ def fill(template: str, names: dict) -> str:
 
 
 def publish(pages: dict[Path, str], script: str, after=lambda: None) -> None:
-    """Writes the pages that are not what they should be; with `--check` on the command line that is an error instead."""
+    """
+    Writes the pages that are not what they should be; with `--check` on the command line that is an error instead.
+    """
     stale = [path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     if "--check" in sys.argv:
         if stale:

@@ -3,7 +3,8 @@ How faithful the projection is: scores by `projection_dim` against exact ones, o
 
     python benchmarks/projection.py --dataset_path DIR
 
-DIR holds GSM8K's train.jsonl and test.jsonl; without it generated chains stand in. All scores are of the same rollouts.
+DIR holds GSM8K's train.jsonl and test.jsonl; without it generated chains stand in. All scores are of the same
+rollouts.
 """
 
 import argparse
@@ -45,7 +46,9 @@ def arguments_of(description: str, name: str) -> argparse.Namespace:
 
 @contextmanager
 def warmed_up(arguments):
-    """The demo's trainer after its warm-up and two steps, so that no LoRA B is zero; its pool, and where that is from."""
+    """
+    The demo's trainer after its warm-up and two steps, so that no LoRA B is zero; its pool, and where that is from.
+    """
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as output_dir:
         arguments.output_dir = Path(output_dir)

@@ -1,6 +1,6 @@
 """
-Writes docs/results.md from results.md.in and results/*.json, and the table of docs/configuration.md from the docstring of
-LearnAlignConfig.
+Writes docs/results.md from results.md.in and results/*.json, and the table of docs/configuration.md from the docstring
+of LearnAlignConfig.
 
     python benchmarks/render.py [--check]
 """
@@ -112,8 +112,8 @@ def gpu() -> str:
     results = RESULTS.get("gradients_cuda")
     if results is None:
         return (
-            "Not measured on a GPU yet. `python benchmarks/gradients.py --peers --device cuda --shape qwen2.5-1.5b` does "
-            "this."
+            "Not measured on a GPU yet. `python benchmarks/gradients.py --peers --device cuda --shape qwen2.5-1.5b` "
+            "does this."
         )
     plain = results["plain"]
     share = plain["share_of_peak_flops"]
@@ -135,6 +135,13 @@ def faults() -> str:
 def nonsense() -> str:
     counts = {name.split(": ")[1]: n for name, n in RESULTS["robustness"].items() if name.startswith("nonsense")}
     return ", ".join(f"{number} {name}" for name, number in counts.items())
+
+
+def choices() -> str:
+    pools = RESULTS["choosing"]["pools"]
+    texts = {"choose": "to choose a chunk", "observe": "to learn from its rewards", "log": "for the values of the log"}
+    rows = [[text, *(f"{pool[f'{name}_ms']:.1f} ms" for pool in pools)] for name, text in texts.items()]
+    return table(["", *(f"{pool['prompts']:,} prompts" for pool in pools)], rows)
 
 
 def projections() -> str:

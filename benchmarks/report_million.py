@@ -103,7 +103,9 @@ def painted(tab, act, *arguments) -> float:
 
 
 def open_page(page: Path, rounds: int) -> dict:
-    """Median seconds from asking for the page, in a new browser each time, until the table is painted, and to search it."""
+    """
+    Median seconds from asking for the page, in a new browser each time, until the table is painted, and to search it.
+    """
     from playwright.sync_api import sync_playwright
 
     opened, searched = [], []

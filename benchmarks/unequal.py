@@ -1,10 +1,11 @@
 """
-Per-prompt gradients of groups of unequal size, as windows of a real pool leave them in a microbatch, relative to a plain backward.
+Per-prompt gradients of groups of unequal size, as windows of a real pool leave them in a microbatch, relative to a
+plain backward.
 
     python benchmarks/unequal.py [--device cuda]
 
-The same rows three times: in groups of equal size; in groups of 1 to 8 rows, in the order in which they are packed; and in an order
-in which no two neighbours are of one size, so that each prompt's gradient is computed by itself.
+The same rows three times: in groups of equal size; in groups of 1 to 8 rows, in the order in which they are packed;
+and in an order in which no two neighbours are of one size, so that each prompt's gradient is computed by itself.
 """
 
 import argparse

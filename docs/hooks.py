@@ -1,4 +1,6 @@
-"""Shows types and cross-references of docstrings, which are in HuggingFace's style, as links and without their marks."""
+"""
+Shows types and cross-references of docstrings, which are in HuggingFace's style, as links and without their marks.
+"""
 
 import re
 

@@ -3,9 +3,9 @@ A reward that runs code: the share of a row's tests that a completion passes.
 
     trl-learnalign select --config run.yaml --reward_funcs examples/code_reward.py:passed_tests
 
-Rows have a column `tests` of lists of assert statements. Each completion runs in a separate process with limits on time,
-memory and files, so that a faulty completion does not stop the trainer. This is no sandbox against malicious code: run such
-code in a container without a network.
+Rows have a column `tests` of lists of assert statements. Each completion runs in a separate process with limits on
+time, memory and files, so that a faulty completion does not stop the trainer. This is no sandbox against malicious
+code: run such code in a container without a network.
 """
 
 import re

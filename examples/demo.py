@@ -4,8 +4,8 @@ A small experiment on two CPU cores: is training on LearnAlign's prompts better 
     python examples/demo.py [--dataset_path DIR]
 
 A tiny policy solves some chains of equations. Two runs start from it, with the same warm-up, the same number of
-training prompts and the same number of steps; one trains on random prompts, the other on those that LearnAlign selects.
-DIR holds GSM8K's `train.jsonl` and `test.jsonl`, whose equations are then used in place of generated ones.
+training prompts and the same number of steps; one trains on random prompts, the other on those that LearnAlign
+selects. DIR holds GSM8K's `train.jsonl` and `test.jsonl`, whose equations are then used in place of generated ones.
 """
 
 import argparse
@@ -154,7 +154,8 @@ def main():
     gap = chosen - at_random
     error = gap.std() / len(gap) ** 0.5
     print(
-        f"  LearnAlign - random    {gap.mean():+.3f} +- {error:.3f}  (one run each; the error is over held-out prompts only)"
+        f"  LearnAlign - random    {gap.mean():+.3f} +- {error:.3f}  (one run each; the error is over held-out "
+        "prompts only)"
     )
     print(f"\nTotal: {time.perf_counter() - started:.0f} s")
     print(f"The scores, to be read in Python: Selection.load('{path}')")

@@ -38,7 +38,9 @@ def _annotated_steps(solution: str) -> list[tuple[str, str]] | None:
 
 
 def load_gsm8k_equations(path: str) -> tuple[Dataset, int]:
-    """Reads a GSM8K JSON-lines file. Returns the usable rows and how many were dropped because they have no annotations."""
+    """
+    Reads a GSM8K JSON-lines file. Returns the usable rows and how many were dropped because they have no annotations.
+    """
     with open(path, encoding="utf-8") as file:
         parsed = [_annotated_steps(json.loads(line)["answer"]) for line in file if line.strip()]
     rows = [_row(steps) for steps in parsed if steps is not None]

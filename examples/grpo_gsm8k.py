@@ -13,8 +13,8 @@ The same script on a CPU, on the equations of the real GSM8K rows, with the tiny
 
     accelerate launch examples/grpo_gsm8k.py --config examples/equations_cpu.yaml --dataset_path DIR
 
-where DIR holds `train.jsonl` and `test.jsonl`. `--resume_from_checkpoint true` goes on with a killed run. Every flag of
-GRPOConfig, ModelConfig, ScriptArguments and LearnAlignConfig works, on the command line or in the YAML file.
+where DIR holds `train.jsonl` and `test.jsonl`. `--resume_from_checkpoint true` goes on with a killed run. Every flag
+of GRPOConfig, ModelConfig, ScriptArguments and LearnAlignConfig works, on the command line or in the YAML file.
 """
 
 import re
@@ -47,8 +47,8 @@ class ExampleArguments(ScriptArguments):
     task: str = field(
         default="gsm8k",
         metadata={
-            "help": "GSM8K's word problems, or only their equations, which a tiny policy can work on (generated, without "
-            "a `dataset_path`), or the problems of DAPO-MATH-17K.",
+            "help": "GSM8K's word problems, or only their equations, which a tiny policy can work on (generated, "
+            "without a `dataset_path`), or the problems of DAPO-MATH-17K.",
             "choices": ["gsm8k", "equations", "dapo_math"],
         },
     )
@@ -107,8 +107,8 @@ def local_file(arguments: ExampleArguments, split: str) -> Path:
     path = Path(arguments.dataset_path) / f"{split}.jsonl"
     if not path.is_file():
         raise FileNotFoundError(
-            f"`--dataset_path {arguments.dataset_path}` holds no {split}.jsonl. Give a directory with GSM8K's train.jsonl "
-            "and test.jsonl, or leave the flag out to read the Hub."
+            f"`--dataset_path {arguments.dataset_path}` holds no {split}.jsonl. Give a directory with GSM8K's "
+            "train.jsonl and test.jsonl, or leave the flag out to read the Hub."
         )
     return path
 

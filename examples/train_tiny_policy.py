@@ -1,9 +1,9 @@
 """Trains the tiny policy of the examples: a Qwen2-shaped character model of under a million parameters, from scratch.
 
 It sees generated chains only, never GSM8K. The first phase learns the arithmetic from clean chains. The second phase
-goes on with chains that have wrong results, more often for harder steps. The model then samples many wrong numbers, while
-its greedy completions stay right. So its success at temperature 1 is lower than greedy success, as in a base model, and
-GRPO can improve it.
+goes on with chains that have wrong results, more often for harder steps. The model then samples many wrong numbers,
+while its greedy completions stay right. So its success at temperature 1 is lower than greedy success, as in a base
+model, and GRPO can improve it.
 """
 
 import argparse

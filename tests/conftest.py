@@ -9,6 +9,7 @@ import pytest
 
 # The workload of the cost benchmarks is measured in tests, too
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks" / "online"))
 # Tiny models: threads cost more than they bring. Set before torch is imported, so child processes inherit it
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may reach for the network

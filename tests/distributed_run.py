@@ -11,14 +11,27 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from tiny import Seen, config, digit_reward, make_dataset, make_trainer, weights
+from tiny import (
+    Seen,
+    choose_at_once,
+    config,
+    digit_reward,
+    drawn,
+    fixed_reward,
+    make_dataset,
+    make_trainer,
+    online,
+    weights,
+)
 from torch.distributed import fsdp
 from transformers import TrainerCallback
 
 from trl_learnalign import LearnAlignSampler, select_prompts
+from trl_learnalign import state as checkpoint_state
 from trl_learnalign.host import find_host, objective
 from trl_learnalign.host.weights import weights_digest
 from trl_learnalign.measures import hidden_states
@@ -115,6 +128,42 @@ def fail(task, original, limits):
             resource.setrlimit(resource.RLIMIT_FSIZE, (8000, limits[1]))
 
 
+def run_online(task, path, seen, **kwargs):
+    """The trainer, and what it and its schedule have to say, after a run whose rewards depend on the prompts alone."""
+    rank = int(os.environ.get("RANK", 0))
+    if task in ("online alone", "resume online doubled"):
+        kwargs["per_device_train_batch_size"] = 16
+    settings = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1} | kwargs
+    seen.reward = fixed_reward
+    choice = online(prompt_features=task == "online with hidden states")
+    trainer = make_trainer(path, choice, reward=seen, dataset=make_dataset(23), **settings)
+    schedule, result = trainer._learnalign.schedule, {"chunks": drawn(trainer)}
+
+    class Fault(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if task == "online differs" and rank == 1 and state.global_step == 3:
+                schedule.memory.successes[0] += 1
+
+    def full(*args, original=checkpoint_state.write_arrays):
+        if task == "online cannot write" and rank == 0 and trainer.state.global_step == 3:
+            raise OSError("no space left")
+        return original(*args)
+
+    trainer.add_callback(Fault())
+    with pytest.MonkeyPatch.context() as patch:
+        choose_at_once(patch.setattr)
+        patch.setattr(checkpoint_state, "write_arrays", full)
+        try:
+            trainer.train(
+                resume_from_checkpoint=str(Path(path) / "checkpoint-3") if task.startswith("resume") else None
+            )
+        except (OSError, RuntimeError) as error:
+            result["error"] = f"{type(error).__name__}: {error}"
+    values, arrays = checkpoint_state.split(schedule.state_dict())
+    result["state"] = [values, {name: array.astype(str).tolist() for name, array in arrays.items()}]
+    return trainer, result
+
+
 def reward_of(task, rank):
     def failing(completions, row, **kwargs):
         if task.startswith("reward fails") and rank == 1 and 9 in row:
@@ -204,6 +253,17 @@ def main(task, path):
             trainer.add_callback(callback)
             trainer.train()
             result |= callback.found
+        case (
+            "online"
+            | "online alone"
+            | "online with hidden states"
+            | "online differs"
+            | "online cannot write"
+            | "resume online"
+            | "resume online doubled"
+        ):
+            trainer, found = run_online(task, path, seen, **kwargs)
+            result |= found
         case "taps" | "checkpoint fails":
             trainer = train(path, seen, config={"score": "random"}, save_strategy="steps", save_steps=2, **kwargs)
             result |= {"rewards": [], "inputs": [], "writers": []}
@@ -229,7 +289,7 @@ def main(task, path):
             trainer = train(path, seen, config={"score": "random", "warmup_prompts": 0}, **kwargs)
             trainer.train()
     sampler = trainer._get_train_sampler()
-    if isinstance(sampler, LearnAlignSampler):
+    if isinstance(sampler, LearnAlignSampler) and sampler.schedule.selects:
         result["log"] = [[version.start_chunk, list(version.indices)] for version in sampler.schedule.log]
         result["chunks"] = [sampler.chunk(i) for i in range(40)]
         result["chunk_prompts"] = sampler.layout.chunk_prompts

@@ -1,8 +1,8 @@
 """
-What test_kills.py starts: a staged training run that notes what happens in it and is killed at one of these events.
+What test_kills.py starts: a training run that notes what happens in it and is killed at one of these events.
 
-    killed_run.py OUTPUT_DIR        resumes if there is something to resume from
-    KILL_AT=n KILL_RANK=r           SIGKILL at event n on rank r
+    killed_run.py OUTPUT_DIR SCHEDULE    resumes if there is something to resume from
+    KILL_AT=n KILL_RANK=r                SIGKILL at event n on rank r
 """
 
 import json
@@ -12,16 +12,21 @@ import sys
 from pathlib import Path
 
 from safetensors.torch import save_file
-from tiny import config, digit_reward, make_dataset, make_trainer, weights
+from tiny import choose_at_once, config, digit_reward, make_dataset, make_trainer, online, weights
 from transformers import Trainer, TrainerState
 
 from trl_learnalign import disk, scoring, store
 from trl_learnalign.gradients import PromptGradients
 from trl_learnalign.host import generation
-from trl_learnalign.schedules import StagedSchedule
+from trl_learnalign.schedules import OnlineSchedule, StagedSchedule
+from trl_learnalign.state import split
 
 
-path = Path(sys.argv[1])
+path, schedule = Path(sys.argv[1]), sys.argv[2]
+choices = {
+    "staged": config(num_prompts=6, warmup_prompts=8, reselect_every=1, max_tokens_per_batch=60, write_report=True),
+    "online": online(),
+}
 rank = int(os.environ.get("RANK", 0))
 kill_at = int(os.environ.get("KILL_AT", -1)) if rank == int(os.environ.get("KILL_RANK", 0)) else -1
 events = []
@@ -103,13 +108,15 @@ store._write = append
 before(PromptGradients, "collect", "gradients")
 before(scoring, "scores_of_batches", "scores")
 before(StagedSchedule, "accept", "choice")
+before(OnlineSchedule, "observe", "observing")
 before(Trainer, "training_step", "training")
 Trainer.save_model, Trainer._save_rng_state, TrainerState.save_to_json = save_model, save_rng, save_state
 
+choose_at_once(setattr)
 path.mkdir(exist_ok=True)
 trainer = make_trainer(
     path,
-    config(num_prompts=6, warmup_prompts=8, reselect_every=1, max_tokens_per_batch=60, write_report=True),
+    choices[schedule],
     reward=reward,
     dataset=make_dataset(14),
     num_train_epochs=3,
@@ -118,7 +125,8 @@ trainer = make_trainer(
     save_steps=1,
 )
 trainer.train(resume_from_checkpoint=any(path.iterdir()) or None)
-log = [[version.start_chunk, list(version.indices)] for version in trainer._get_train_sampler().schedule.log]
+values, arrays = split(trainer._get_train_sampler().schedule.state_dict())
+log = [values, {name: array.astype(str).tolist() for name, array in sorted(arrays.items())}]
 result = {"world": trainer.accelerator.num_processes, "events": events, "log": log, "step": trainer.state.global_step}
 save_file(weights(trainer), path / f"final-{rank}.safetensors")
 (path / f"rank-{rank}.json").write_text(json.dumps(result))

@@ -1,4 +1,6 @@
-"""What is said where nothing was chosen, or less than was asked for: the same in Python, in training and on the page."""
+"""
+What is said where nothing was chosen, or less than was asked for: the same in Python, in training and on the page.
+"""
 
 import logging
 import re
@@ -37,7 +39,10 @@ def few(completions, row, **kwargs):
     return [float(i % 2) if r < 3 else 0.0 for i, r in enumerate(row)]
 
 
-GRADED = r"rewards of 24 of 24 prompts differ.*`success_threshold` \({}\), {} \(rewards are between {} and {}\)\. Use `learn"
+GRADED = (
+    r"rewards of 24 of 24 prompts differ.*`success_threshold` \({}\), {} \(rewards are between {} and {}\)\. "
+    "Use `learn"
+)
 CASES = {
     "graded": (cycle(0, 0.3, 0.7), {}, GRADED.format(1, "which no reward reaches", 0, 0.7)),
     "graded above": (cycle(2, 3), {}, GRADED.format(1, "which all rewards reach", 2, 3)),

@@ -201,7 +201,10 @@ def test_pushed_with_a_card(folder, monkeypatch):
 
 @pytest.fixture
 def run(capfd, caplog):
-    """Calls `select` in this process: the exit code and all that was said. Any other exception is a traceback to the user."""
+    """
+    Calls `select` in this process: the exit code and all that was said. Any other exception is a traceback to the
+    user.
+    """
 
     def select(*arguments):
         code, message = 0, ""
@@ -230,7 +233,8 @@ BAD = {
     "empty.yaml": "",
     "syntax.py": "import os\n\ndef reward(completions):\n    return [1\n",
     "imports.py": "import os\nimport no_such_module_here\n",
-    "fails.py": "def helper(row):\n    return row['points']\n\n\ndef reward(completions, **kwargs):\n    return [helper({})]\n",
+    "fails.py": "def helper(row):\n    return row['points']\n\n\n"
+    "def reward(completions, **kwargs):\n    return [helper({})]\n",
     "two.py": "def _hidden(): ...\n\n\ndef good(completions, **kwargs):\n    return [0.0 for _ in completions]\n",
 }
 MISTAKES = [
@@ -280,7 +284,8 @@ MISTAKES = [
     (
         ["--reward_funcs", "rewards.py:small_digits", "two.py:good"],
         1,
-        "(small_digits, good), and LearnAlign must know which one decides success. Set `success_reward` to one of these names, or use `learnability='variance'`",
+        "(small_digits, good), and LearnAlign must know which one decides success. Set `success_reward` to one of "
+        "these names, or use `learnability='variance'`",
     ),
     (["--success_reward", "good"], 1, "'good', which is not among"),
     (["--config", "nowhere.yaml"], 1, "`--config` is 'nowhere.yaml', but there is no such file."),
@@ -369,7 +374,7 @@ def test_nothing_chosen_is_said_and_fails(folder, monkeypatch, run):
     (folder / "graded.py").write_text(
         "def graded(completions, **kwargs):\n    return [(0, 0.3, 0.7)[i % 3] for i in range(len(completions))]\n"
     )
-    words = "`success_threshold` (1), which no reward reaches (rewards are between 0 and 0.7). Use `learnability='variance'`"
+    words = "which no reward reaches (rewards are between 0 and 0.7). Use `learnability='variance'`"
     for more in (["--dry_run"], ["--format", "jsonl", "--push_to_hub", "no/where"]):
         code, said = run("--reward_funcs", "graded.py:graded", *more)
         assert code == 1 and words in said and "Why each prompt was chosen" not in said
@@ -379,7 +384,9 @@ def test_nothing_chosen_is_said_and_fails(folder, monkeypatch, run):
 
 
 def test_columns_by_other_names(folder, monkeypatch, run):
-    """As in GSM8K: a reward function of TRL's sort gets the answers as `solution`; the rows written keep their names."""
+    """
+    As in GSM8K: a reward function of TRL's sort gets the answers as `solution`; the rows written keep their names.
+    """
     monkeypatch.chdir(folder)
     rows = [{"question": row["prompt"], "answer": str(row["row"]), "source": "s"} for row in make_dataset()]
     Path("gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,9 +1,25 @@
-"""What a contributor writes for a new score: one function and one test. Nothing of the package is touched."""
+"""
+What a contributor writes for a new score: one function and one test; and for a new schedule: one class and one test. Nothing of
+the package is touched.
+"""
 
+import numpy as np
 import pytest
-from tiny import config, make_trainer
+from tiny import (
+    Seen,
+    assert_same_weights,
+    config,
+    grpo_args,
+    lora,
+    make_dataset,
+    make_model,
+    make_tokenizer,
+    make_trainer,
+    weights,
+)
 
-from trl_learnalign import Selection, select_prompts
+from trl_learnalign import LearnAlignGRPOTrainer, LearnAlignSampler, Selection, select_prompts
+from trl_learnalign.schedules import Schedule
 
 
 def shortest_first(table):
@@ -19,3 +35,76 @@ def test_shortest_first(tmp_path):
     assert table.loc[expected.index, "score"].tolist() == pytest.approx(expected.tolist())
     assert selection.indices == expected.sort_values(ascending=False).index[:8].tolist()
     assert Selection.load(tmp_path / "learnalign/step-000000").indices == selection.indices
+
+
+class Unsolved(Schedule):
+    """Goes round the pool, leaving out prompts that all rollouts of their last visit have solved, at most three in a row."""
+
+    def start(self):
+        self.position, self.solved, self.chunks = 0, np.zeros(self.layout.pool_size, bool), []
+
+    def prompts(self, chunk):
+        while len(self.chunks) <= chunk:
+            self.chunks.append([self.next() for _ in range(self.layout.chunk_prompts)])
+        return self.chunks[chunk]
+
+    def next(self):
+        for _ in range(4):
+            row, self.position = self.position % len(self.solved), self.position + 1
+            if not self.solved[row]:
+                break
+        return row
+
+    def observe(self, chunk, rewards):
+        self.solved[self.chunks[chunk]] = (rewards[:, :, 0] == 1).all(1)
+
+    def metrics(self):
+        return {"solved": self.solved.mean()}
+
+    def state_dict(self):
+        return {"position": self.position, "solved": self.solved, "chunks": np.array(self.chunks)}
+
+    def load_state_dict(self, state):
+        self.position, self.solved, self.chunks = state["position"], state["solved"].copy(), state["chunks"].tolist()
+
+
+def easy(completions, row, **kwargs):
+    """Every third prompt is always solved."""
+    return [float(r % 3 == 0 or place % 2) for place, r in enumerate(row)]
+
+
+def train_on_unsolved(path, **settings):
+    seen = Seen(easy)
+    sampler = LearnAlignSampler(config(), schedule=Unsolved(config()))
+    trainer = LearnAlignGRPOTrainer(
+        model=make_model(),
+        reward_funcs=seen,
+        args=grpo_args(path, num_train_epochs=2, save_strategy="steps", save_steps=1),
+        train_dataset=make_dataset(),
+        processing_class=make_tokenizer(),
+        peft_config=lora(),
+        train_sampler=sampler,
+    )
+    trainer.train(**settings)
+    return trainer, seen.rows[::4]
+
+
+def test_unsolved(tmp_path):
+    """What it chooses is trained on, what it counts is logged, and a resumed run is the run."""
+    whole, rows = train_on_unsolved(tmp_path)
+    left = [row for row in range(24) if row % 3]
+    assert rows == [*range(24), *left, *left[:8]]
+    logs = [entry for entry in whole.state.log_history if "loss" in entry]
+    assert [entry["learnalign/solved"] for entry in logs] == pytest.approx(
+        [*(i / 24 for i in (2, 3, 4, 6, 7, 8)), *[1 / 3] * 6]
+    )
+    for step in (3, 7):
+        again, since = train_on_unsolved(tmp_path, resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert since == rows[4 * step :]
+        assert_same_weights(weights(again), weights(whole))
+    with pytest.raises(
+        ValueError, match="with the schedule Unsolved, but this sampler has StagedSchedule|num_prompts was"
+    ):
+        make_trainer(tmp_path, config(), num_train_epochs=2).train(resume_from_checkpoint=True)
+    with pytest.raises(TypeError, match="`schedule` must be a Schedule, but is a type"):
+        LearnAlignSampler(config(), schedule=Unsolved)

@@ -108,9 +108,11 @@ TASKS = (
         "memory is full",
     ),
     *("nothing to learn on one", "taps", "checkpoint fails"),
+    *("online", "online with hidden states", "online differs", "online cannot write"),
 )
 AGAIN = {
     "save": "resume",
+    "online": "resume online",
     "reward fails": "select",
     "reward fails in a part": "select",
     "loss is not a number": "nothing fails",
@@ -436,3 +438,44 @@ def test_a_checkpoint_that_one_process_cannot_write_ends_all(first):
     assert "no space left" in two["error"] and two["error"].startswith("OSError")
     assert one["error"].startswith("PeerError") and "process 1: OSError: no space left" in one["error"]
     assert one["step"] == two["step"] == 2 and not (path / "checkpoint-2" / "trainer_state.json").exists()
+
+
+def test_an_online_run_chooses_the_same_on_any_number_of_processes(tmp_path, first):
+    """Where the rewards are the same: here they depend on the prompts alone."""
+    _, (one, two) = first["online"]
+    whole = alone("online alone", tmp_path)
+    assert one["chunks"] == two["chunks"] == whole["chunks"] and len(whole["chunks"]) == 10
+    assert one["state"] == two["state"] == whole["state"]
+    chunks = [whole["chunks"][str(i)] for i in range(10)]
+    assert whole["rows"] == [row for chunk in chunks for row in chunk for _ in range(4)]
+    for rank, half in ((one, slice(0, 2)), (two, slice(2, 4))):
+        assert rank["rows"] == [row for chunk in chunks for row in chunk[half] for _ in range(4)]
+    _, (one, two) = first["online with hidden states"]
+    assert one["chunks"] == two["chunks"] and one["state"] == two["state"] != whole["state"]
+
+
+def test_an_online_run_resumed_on_two_processes_or_on_one(tmp_path, first, again):
+    path, whole = first["online"]
+    for rank, resumed in zip(whole, again["online"], strict=True):
+        assert resumed["rows"] == rank["rows"][3 * 8 :] and resumed["state"] == rank["state"]
+    shutil.copytree(path, tmp_path, dirs_exist_ok=True)
+    with pytest.raises(ValueError, match="chunk_prompts was 4 and is 2"):
+        alone("resume online", tmp_path)
+    resumed = alone("resume online doubled", tmp_path)
+    assert resumed["state"] == whole[0]["state"] and len(resumed["rows"]) == 7 * 16
+
+
+def test_schedules_that_differ_end_both_processes_at_the_next_checkpoint(first):
+    path, ranks = first["online differs"]
+    for rank in ranks:
+        assert rank["error"].startswith("RuntimeError: The processes have come to different schedules")
+        assert rank["step"] == 3
+    assert (path / "checkpoint-2/trainer_state.json").is_file()
+    assert not (path / "checkpoint-3/trainer_state.json").exists()
+
+
+def test_a_schedule_that_one_process_cannot_write_ends_all(first):
+    path, (one, two) = first["online cannot write"]
+    assert one["error"] == "OSError: no space left" and one["step"] == two["step"] == 3
+    assert two["error"].startswith("PeerError") and "process 0: OSError: no space left" in two["error"]
+    assert not (path / "checkpoint-3/trainer_state.json").exists()

@@ -39,7 +39,10 @@ def test_links_lead_somewhere():
 
 
 def test_quick_start_of_the_readme_runs(tmp_path, monkeypatch):
-    """As it stands, with rows as GSM8K has them, a tiny policy, short completions, and 8 in place of 300 and of 1,000 prompts."""
+    """
+    As it stands, with rows as GSM8K has them, a tiny policy, short completions, and 8 in place of 300 and of 1,000
+    prompts.
+    """
     import datasets
     from tiny import grpo_args, make_dataset, make_model, make_tokenizer
 

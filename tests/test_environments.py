@@ -13,8 +13,10 @@ from packaging.version import Version
 from tiny import config, grpo_args, lora, make_model, make_tokenizer, parity_reward, tool_calls
 from tokenizers import decoders
 
-from trl_learnalign import LearnAlignGRPOTrainer, LearnAlignSampler, alignments
+from trl_learnalign import LearnAlignGRPOTrainer, LearnAlignSampler
 from trl_learnalign.host import find_host, generation
+from trl_learnalign.measures import alignments
+from trl_learnalign.measures.gradients import GradientFeatures
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # TRL's, of experimental features
@@ -48,19 +50,21 @@ def chat_tokenizer():
 def train(path, monkeypatch, rewards=parity_reward, dataset=None, score="learnalign", **kwargs):
     """A run of two steps; the groups of its selection, and the rows of each that entered the gradient pass."""
     groups, rows = [], {}
-    generate, take = generation.generate_groups, alignments.GradientAlignments._rows
+    generate = generation.generate_groups
 
     def generated(*args):
         made = generate(*args)
         groups.extend(replace(group) for group in made)  # as they are now: their completions are let go later
         return made
 
-    def taken(self, group, advantages, deciding):
-        rows[group.index] = take(self, group, advantages, deciding)
-        return rows[group.index]
+    class Watched(GradientFeatures):
+        def __init__(self, host, dim, seed, lengths, take, *args, **kwargs):
+            super().__init__(
+                host, dim, seed, lengths, lambda index: rows.setdefault(index, take(index)), *args, **kwargs
+            )
 
     monkeypatch.setattr(generation, "generate_groups", generated)
-    monkeypatch.setattr(alignments.GradientAlignments, "_rows", taken)
+    monkeypatch.setattr(alignments, "GradientFeatures", Watched)
     texts = [f"{i % 10}+{i // 10}=" for i in range(12)]
     prompts = Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in texts]})
     sampler = LearnAlignSampler(config(num_prompts=4, warmup_prompts=0, score=score))

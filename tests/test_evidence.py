@@ -27,7 +27,10 @@ from equations import generate_chains  # noqa: E402
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory):
-    """One directory, so that the warm-up and the scores of the pool are made once, as the benchmark itself makes them once."""
+    """
+    One directory, so that the warm-up and the scores of the pool are made once, as the benchmark itself makes them
+    once.
+    """
     path = tmp_path_factory.mktemp("evidence")
     return Namespace(output_dir=path, learning_rate=1e-3, passes=2, sizes=[16], dataset_path=None)
 

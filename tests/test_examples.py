@@ -35,8 +35,8 @@ needs_gsm8k = pytest.mark.skipif(
 def run(*command, cwd=ROOT, apart=False):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
-    # Threads of gloo now and then abort a process that has finished, at the shutdown of its interpreter; the tests look
-    # for what the script does last
+    # Threads of gloo now and then abort a process that has finished, at the shutdown of its interpreter; the tests
+    # look for what the script does last
     aborted_at_exit = "terminate called without an active exception" in done.stderr
     assert done.returncode == 0 or aborted_at_exit, done.stderr[-5000:]
     return (done.stdout, done.stderr) if apart else done.stdout + done.stderr
@@ -175,7 +175,9 @@ PAPER = {
 
 @pytest.mark.parametrize("name", PAPER)
 def test_settings_of_the_paper(tmp_path, name):
-    """Everything but the weights and the Hub: the file's own settings, with a random policy and rows of the same shape."""
+    """
+    Everything but the weights and the Hub: the file's own settings, with a random policy and rows of the same shape.
+    """
     make_model(max_position_embeddings=512).save_pretrained(tmp_path / "policy")
     make_tokenizer().save_pretrained(tmp_path / "policy")
     rows = {

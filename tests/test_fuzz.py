@@ -165,7 +165,9 @@ JSON = st.recursive(
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """By schedule: what reads and writes the state of a run, its checkpoint, and what trainer_state.json holds of it."""
+    """
+    By schedule: what reads and writes the state of a run, its checkpoint, and what trainer_state.json holds of it.
+    """
     made = {}
     for name, choice in {"staged": config(), "online": online()}.items():
         path = tmp_path_factory.mktemp(name)

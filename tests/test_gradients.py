@@ -461,7 +461,9 @@ def test_fully_sharded_weights(tmp_path):
 
 
 def test_layers_on_two_devices(tmp_path):
-    """A selection with half of the model on another device, which has no float64, is that with all of it on the CPU."""
+    """
+    A selection with half of the model on another device, which has no float64, is that with all of it on the CPU.
+    """
     command = [sys.executable, str(Path(__file__).with_name("two_devices_run.py")), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-5000:]

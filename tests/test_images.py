@@ -16,8 +16,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # TRL's, of expe
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'][0] }}:{% if m['content'] is string %}{{ m['content'] }}{% else %}"
     "{% for part in m['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endif %}"
-    "{% for c in m.get('tool_calls') or [] %}u{{ c['function']['name'] }}{{ c['function']['arguments'] }}{% endfor %}+{% endfor %}"
-    "{% if add_generation_prompt %}a:{% endif %}"
+    "{% for c in m.get('tool_calls') or [] %}u{{ c['function']['name'] }}{{ c['function']['arguments'] }}{% endfor "
+    "%}+{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
 )
 # Any digit is a call of a tool, so that a random policy makes some
 RESPONSES = tool_calls("look", "(?P<number>[0-9])")

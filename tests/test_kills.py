@@ -17,24 +17,24 @@ from trl_learnalign import Selection
 
 SCRIPT = Path(__file__).with_name("killed_run.py")
 CONFIGS = Path(__file__).parent.parent / "examples" / "accelerate_configs"
-IN_CI = (0, 1, 2)
+IN_CI = {"staged": (0, 1, 2), "online": (0, 1)}
 
 
-def start(path, processes, **environment):
+def start(path, processes, schedule="staged", **environment):
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "two_cpu_processes.yaml")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | environment
     return subprocess.run(
-        [*command, str(SCRIPT), str(path)], env=environment, capture_output=True, text=True, timeout=300
+        [*command, str(SCRIPT), str(path), schedule], env=environment, capture_output=True, text=True, timeout=300
     )
 
 
-def start_again(path, processes, tally, **environment):
+def start_again(path, processes, tally, schedule="staged", **environment):
     """With one flag; where no checkpoint is complete, as that error says, once they are deleted."""
     checkpoints = list(path.glob("checkpoint-*"))
     unfinished = [checkpoint for checkpoint in checkpoints if not is_json(checkpoint / "trainer_state.json")]
-    done = start(path, processes, **environment)
+    done = start(path, processes, schedule, **environment)
     refused = f"None of the checkpoints in '{path}' is complete" in done.stderr
     assert refused or not checkpoints or len(unfinished) < len(checkpoints), "it started over in silence"
     if refused:
@@ -42,7 +42,7 @@ def start_again(path, processes, tally, **environment):
         for checkpoint in checkpoints:
             shutil.rmtree(checkpoint)
         tally["runs without a whole checkpoint"] += 1
-        done = start(path, processes, **environment)
+        done = start(path, processes, schedule, **environment)
     return done
 
 
@@ -54,7 +54,7 @@ def is_json(file):
 
 
 def outcome(path, processes):
-    """Selections, prompts by step, and final weights of a finished run."""
+    """State of the schedule, prompts by step, selections and final weights of a finished run."""
     ranks = [json.loads((path / f"rank-{rank}.json").read_text()) for rank in range(processes)]
     assert [rank["world"] for rank in ranks] == [processes] * processes
     assert all(rank["log"] == ranks[0]["log"] and rank["step"] == 9 for rank in ranks)
@@ -70,23 +70,28 @@ def outcome(path, processes):
 def never_killed(tmp_path_factory):
     outcomes = {}
 
-    def run(processes):
-        if processes not in outcomes:
+    def run(processes, schedule="staged"):
+        if (processes, schedule) not in outcomes:
             path = tmp_path_factory.mktemp("whole") / "run"
-            done = start(path, processes)
+            done = start(path, processes, schedule)
             assert done.returncode == 0, done.stderr[-4000:]
-            outcomes[processes] = outcome(path, processes)
-        return outcomes[processes]
+            outcomes[processes, schedule] = outcome(path, processes)
+        return outcomes[processes, schedule]
 
     return run
 
 
 @pytest.mark.parametrize(
-    "seed", [seed if seed in IN_CI else pytest.param(seed, marks=pytest.mark.slow) for seed in range(50)]
+    ("schedule", "seed"),
+    [
+        pytest.param(schedule, seed, marks=[] if seed in IN_CI[schedule] else pytest.mark.slow)
+        for schedule, number in {"staged": 50, "online": 30}.items()
+        for seed in range(number)
+    ],
 )
-def test_a_killed_run_ends_as_one_never_killed(never_killed, tmp_path, seed, tally):
+def test_a_killed_run_ends_as_one_never_killed(never_killed, tmp_path, schedule, seed, tally):
     processes = 1 + seed % 2
-    whole, prompts, selections, weights = never_killed(processes)
+    whole, prompts, selections, weights = never_killed(processes, schedule)
     draw = random.Random(seed)
     path = tmp_path / "run"
     kinds = sorted(set(whole["events"]))
@@ -95,16 +100,16 @@ def test_a_killed_run_ends_as_one_never_killed(never_killed, tmp_path, seed, tal
         kind = draw.choice(kinds)
         moment = draw.choice([n for n, name in enumerate(whole["events"]) if name == kind])
         rank = draw.randrange(processes)
-        killed = start_again(path, processes, tally, KILL_AT=str(moment), KILL_RANK=str(rank))
+        killed = start_again(path, processes, tally, schedule, KILL_AT=str(moment), KILL_RANK=str(rank))
         if (path / "rank-0.json").exists():
             break  # a resumed run, or another rank, has fewer events: it came through
         assert killed.returncode != 0
         survived.append(kind)
-    resumed = start_again(path, processes, tally)
+    resumed = start_again(path, processes, tally, schedule)
     assert resumed.returncode == 0, f"killed at: {kind}\n{resumed.stderr[-4000:]}"
     ours = outcome(path, processes)
     assert ours[0]["log"] == whole["log"] and ours[1] == prompts
-    assert len(ours[2]) == len(selections) == 2
+    assert len(ours[2]) == len(selections) == (2 if schedule == "staged" else 0)
     for a, b in zip(ours[2], selections, strict=True):
         assert a.indices == b.indices
         assert a.scores.equals(b.scores) if processes == 1 else a.scores["rank"].equals(b.scores["rank"])

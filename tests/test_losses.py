@@ -144,7 +144,9 @@ def test_the_gradient_itself_where_no_other_prompt_enters_the_divisor(tmp_path):
 
 
 def test_entropies_are_compared_with_those_of_rollouts_without_an_advantage(tmp_path, monkeypatch):
-    """Every rollout of a learnable prompt takes part in the quantile, and the mask does not depend on the microbatches."""
+    """
+    Every rollout of a learnable prompt takes part in the quantile, and the mask does not depend on the microbatches.
+    """
 
     def mostly_half(completions, **kwargs):
         return [(0.0, 1.0, *[0.5] * 6)[i % 8] for i in range(len(completions))]

@@ -10,7 +10,7 @@ from trl.trainer.utils import RepeatSampler
 
 from trl_learnalign import LearnAlignConfig, LearnAlignSampler
 from trl_learnalign.layout import Layout
-from trl_learnalign.schedules import online, predictor
+from trl_learnalign.schedules import judge, memory, online, predictor
 from trl_learnalign.schedules.predictor import SuccessPredictor, expected_learnability, live_probability
 from trl_learnalign.state import join, split
 
@@ -139,9 +139,9 @@ def test_posteriors_and_rests_are_those_of_a_loop_over_prompts():
         schedule.observe(chunk, rewards)
         for row, own in zip(rows[chunk].tolist(), rewards[:, :, 0].sum(1), strict=True):
             seen.setdefault(row, []).append((chunk, own))
-    assert np.count_nonzero(schedule.visits) == len(seen)
+    assert np.count_nonzero(schedule.memory.visits) == len(seen)
     for row, visits in seen.items():
-        half = [0.5 ** ((41 - chunk) / online.HALF_LIFE) for chunk, _ in visits]
+        half = [0.5 ** ((41 - chunk) / memory.HALF_LIFE) for chunk, _ in visits]
         kappa, q = schedule.predictor.concentration, schedule.predictor.predict(np.array([row]))[0]
         a, b = schedule.posterior(np.array([row]), 41)
         assert a[0] == pytest.approx(
@@ -153,14 +153,16 @@ def test_posteriors_and_rests_are_those_of_a_loop_over_prompts():
         for _, own in visits:
             right_streak = right_streak + 1 if own == GROUP else 0
             failed_streak = failed_streak + 1 if own == 0 else 0
-        assert (schedule.solved[row], schedule.failed[row], schedule.visits[row]) == (
+        assert (schedule.memory.solved[row], schedule.memory.failed[row], schedule.memory.visits[row]) == (
             right_streak,
             failed_streak,
             len(visits),
         )
-        rest = schedule.cooldown * 2 ** min(max(right_streak, failed_streak), online.LONGEST_REST)
+        rest = schedule.memory.cooldown * 2 ** min(max(right_streak, failed_streak), memory.LONGEST_REST)
         drawn_again = 40 if row in rows[40] else None  # not yet observed
-        assert schedule.ready[row] == (visits[-1][0] + rest if drawn_again is None else 40 + schedule.cooldown)
+        assert schedule.memory.ready[row] == (
+            visits[-1][0] + rest if drawn_again is None else 40 + schedule.memory.cooldown
+        )
 
 
 # Choice ------------------------------------------------------------------------------------------------------------
@@ -170,7 +172,7 @@ def test_where_features_tell_most_chunks_are_live_and_elsewhere_draws_are_unifor
     informed, blind = World(), World(informed=False, noise=3.0)
     rows, others = informed.run(100), blind.run(100)
     pool = informed.live([np.arange(2000)])
-    assert informed.live(rows[20:]) > 2.2 * pool and informed.schedule.skill > 0.3
+    assert informed.live(rows[20:]) > 2.2 * pool and informed.schedule.judge.skill > 0.3
     assert np.mean(blind.schedule.history.chunks[:20, 8]) <= 0.2  # `choosing`
     assert blind.live(others) > 0.8 * blind.live([np.arange(2000)])
 
@@ -180,16 +182,16 @@ def test_where_every_prompt_is_live_the_order_is_that_of_trl():
     rows = np.concatenate(world.run(60)).tolist()
     theirs = RepeatSampler(range(320), mini_repeat_count=1, batch_size=16, repeat_count=1, shuffle=True, seed=0)
     assert rows[:640] == [*theirs, *theirs]
-    assert world.schedule.headroom < online.LEAST_HEADROOM and not world.schedule.choosing
+    assert world.schedule.judge.headroom < judge.LEAST_HEADROOM and not world.schedule.judge.choosing
 
 
 def test_headroom_that_is_gone_ends_the_choice():
     world = World()
     world.run(60)
-    assert world.schedule.choosing
+    assert world.schedule.judge.choosing
     world.logits = np.zeros(2000)  # from now on everything is live
     world.run(300, first=60)
-    assert not world.schedule.choosing and world.schedule.headroom < online.LEAST_HEADROOM
+    assert not world.schedule.judge.choosing and world.schedule.judge.headroom < judge.LEAST_HEADROOM
 
 
 def test_a_prompt_rests_and_uniform_draws_come_from_the_whole_pool():
@@ -200,17 +202,17 @@ def test_a_prompt_rests_and_uniform_draws_come_from_the_whole_pool():
         assert len(drawn) == 16
         last |= drawn
     schedule = world.schedule
-    assert schedule.cooldown == 12
+    assert schedule.memory.cooldown == 12
     share = schedule.history.calibration[1, :, 0].sum() / schedule.history.calibration[:, :, 0].sum()
     choosing = schedule.history.chunks[:, 8].mean()
     assert share == pytest.approx(1 - choosing * (1 - online.UNIFORM), abs=0.03)
     rests = World()
-    rests.schedule._judge = lambda *args: setattr(rests.schedule, "choosing", True)
+    rests.schedule.judge.look = lambda *args: setattr(rests.schedule.judge, "choosing", True)
     seen = {}
     for chunk, rows in enumerate(rests.run(60)):
         uniform = set(rows[: round(16 * 0.1)].tolist())
         for row in set(rows.tolist()) - uniform:
-            assert chunk - seen.get(row, -100) >= rests.schedule.cooldown
+            assert chunk - seen.get(row, -100) >= rests.schedule.memory.cooldown
         seen |= dict.fromkeys(rows.tolist(), chunk)
 
 
@@ -218,7 +220,7 @@ def test_solved_and_failed_prompts_come_back_after_twice_the_time():
     world = World(size=64, chunk=8, mean=0.0, spread=0.0, noise=0.0)
     world.logits[:32] = 30.0  # always solved
     schedule = world.schedule
-    schedule._judge = lambda *args: setattr(schedule, "choosing", True)
+    schedule.judge.look = lambda *args: setattr(schedule.judge, "choosing", True)
     visits = {}
     for chunk, rows in enumerate(world.run(200)):
         for row in rows.tolist():
@@ -263,12 +265,12 @@ def test_the_state_takes_at_most_40_bytes_a_prompt():
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda s: s.pop("ready"),
-        lambda s: s.update(ready=s["ready"][:-1]),
-        lambda s: s.update(visits=s["visits"].astype(np.int64)),
+        lambda s: s["memory"].pop("ready"),
+        lambda s: s["memory"].update(ready=s["memory"]["ready"][:-1]),
+        lambda s: s["memory"].update(visits=s["memory"]["visits"].astype(np.int64)),
         lambda s: s["predictor"].update(weights=np.zeros(3)),
         lambda s: s.update(reward_range=[]),
-        lambda s: s.update(drawn_chunks=np.array([1, 2, 3, 4, 5])),
+        lambda s: s["drawn"].update(chunks=np.array([1, 2, 3, 4, 5])),
         lambda s: s["history"].update(calibration=np.zeros(3)),
         lambda s: s.update(observed="x"),
     ],
@@ -298,11 +300,11 @@ def test_rewards_that_are_missing_count_for_nothing():
     rewards[0] = np.nan
     rewards[1, :3] = np.nan
     world.schedule.observe(0, rewards)
-    assert world.schedule.successes[first[0]] == world.schedule.failures[first[0]] == 0
-    assert world.schedule.successes[first[1]] + world.schedule.failures[first[1]] == 5
+    assert world.schedule.memory.successes[first[0]] == world.schedule.memory.failures[first[0]] == 0
+    assert world.schedule.memory.successes[first[1]] + world.schedule.memory.failures[first[1]] == 5
     world.schedule.prompts(1)
     world.schedule.observe(1, np.full((16, GROUP, 1), np.nan))
-    assert math.isfinite(world.schedule.skill)
+    assert math.isfinite(world.schedule.judge.skill)
 
 
 def test_the_success_reward_decides_and_any_difference_is_live():
@@ -313,7 +315,7 @@ def test_the_success_reward_decides_and_any_difference_is_live():
     rewards[:, :, 1] = 1.0
     rewards[0, 0, 0] = 1.0
     world.schedule.observe(0, rewards)
-    assert (world.schedule.successes[rows] == GROUP).all()
+    assert (world.schedule.memory.successes[rows] == GROUP).all()
     assert world.schedule.metrics()["live_fraction"] == 1 / 16
 
 
@@ -335,13 +337,23 @@ def test_graded_rewards_are_scaled_to_their_range_and_the_greatest_variance_is_c
     assert -5 <= least < -4.5 and 4.5 < greatest <= 5
 
 
+def test_a_reward_for_the_form_does_not_make_failures_attractive():
+    """Every completion gets half a point, and half a point more if it is right: at a mean of a half there is nothing to learn."""
+    world = World(learnability="variance", mean=-3.0)
+    rewards = world.rewards
+    world.rewards = lambda rows: (1 + rewards(rows)) / 2
+    world.schedule.reward_range = [0.0, 1.0]  # as a completion without the form has shown
+    rows = world.run(80)
+    assert world.live(rows[30:]) > 1.25 * world.live([np.arange(2000)])
+
+
 def test_wrong_labels_are_suspects_and_get_no_more_rollouts():
     world = World(mean=0.5, spread=2.5, noise=0.5)
     wrong = world.random.permutation(2000)[:200]
     world.logits[wrong] = -30.0
     rows = np.concatenate(world.run(250))
     assert np.isin(rows, wrong).mean() <= 0.12
-    suspects, chances = world.schedule.suspects()
+    suspects, chances = world.schedule.memory.suspects()
     seen = np.intersect1d(rows, wrong)
     assert np.isin(suspects[: len(seen)], wrong).sum() >= 0.5 * len(seen)
     assert (np.diff(chances) >= -1e-8).all()

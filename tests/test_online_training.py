@@ -17,6 +17,8 @@ from tiny import (
     choose_at_once,
     config,
     digit_reward,
+    drawn,
+    fixed_reward,
     graded_reward,
     grpo_args,
     lora,
@@ -30,9 +32,9 @@ from tiny import (
 from transformers import TrainerCallback
 from trl import GRPOTrainer, RLOOTrainer
 
-from trl_learnalign import LearnAlignCallback, LearnAlignGRPOTrainer, LearnAlignMixin, LearnAlignSampler
+from trl_learnalign import LearnAlignCallback, LearnAlignGRPOTrainer, LearnAlignMixin, LearnAlignSampler, online_report
 from trl_learnalign.measures.hidden_states import FILE
-from trl_learnalign.schedules import online as schedule_module
+from trl_learnalign.schedules import judge, memory
 from trl_learnalign.state import STATE_FILE, split
 
 
@@ -78,18 +80,13 @@ class Paid:
         return [row[::4] for row, _ in self.calls]
 
 
-def fixed_reward(completions, row, **kwargs):
-    """Depends on the prompt and on the place in its group, whatever the policy writes."""
-    return [float((7 * r + place % 4) % 5 < r % 5) for place, r in enumerate(row)]
-
-
 def expected(calls, size):
     """Successes, failures and visits of each prompt, by a loop over the rewards that were paid for."""
     successes, failures, last, visits = np.zeros(size), np.zeros(size), np.full(size, -1), np.zeros(size, int)
     for chunk, (rows, rewards) in enumerate(calls):
         for first in range(0, len(rows), 4):
             row, own = rows[first], [r for r in rewards[first : first + 4] if r is not None and math.isfinite(r)]
-            faded = 0.5 ** ((chunk - last[row]) / schedule_module.HALF_LIFE)
+            faded = 0.5 ** ((chunk - last[row]) / memory.HALF_LIFE)
             successes[row] = successes[row] * faded + sum(r >= 1 for r in own)
             failures[row] = failures[row] * faded + sum(r < 1 for r in own)
             last[row], visits[row] = chunk, visits[row] + 1
@@ -98,23 +95,10 @@ def expected(calls, size):
 
 def check_counts(schedule, calls, size=24):
     successes, failures, visits = expected(calls, size)
-    np.testing.assert_allclose(schedule.successes, successes, rtol=1e-5)
-    np.testing.assert_allclose(schedule.failures, failures, rtol=1e-5)
-    np.testing.assert_array_equal(schedule.visits, visits)
+    np.testing.assert_allclose(schedule.memory.successes, successes, rtol=1e-5)
+    np.testing.assert_allclose(schedule.memory.failures, failures, rtol=1e-5)
+    np.testing.assert_array_equal(schedule.memory.visits, visits)
     assert schedule.observed == len(calls)
-
-
-def drawn(trainer):
-    """The rows of every chunk that the sampler was asked for, by chunk."""
-    sampler = trainer._get_train_sampler()
-    chunks, ask = {}, sampler.chunk
-
-    def chunk(i):
-        chunks.setdefault(i, ask(i))
-        return ask(i)
-
-    sampler.chunk = chunk
-    return chunks
 
 
 def logged(trainer):
@@ -230,7 +214,7 @@ def test_an_epoch_is_as_long_as_a_stock_trainer_makes_it(tmp_path, rows, setting
 
 def test_without_skill_the_run_is_that_of_a_stock_trainer(tmp_path, monkeypatch):
     """Bit for bit: prompts, rewards, weights."""
-    monkeypatch.setattr(schedule_module, "LEAST_SKILL", 2.0)
+    monkeypatch.setattr(judge, "LEAST_SKILL", 2.0)
     ours, theirs = Paid(), Paid()
     trainer = make_trainer(tmp_path / "ours", online(), reward=ours, num_train_epochs=2)
     trainer.train()
@@ -421,7 +405,11 @@ def test_rewards_that_are_missing_are_neither_successes_nor_failures(tmp_path):
     trainer = make_trainer(tmp_path, online(), reward=paid, num_train_epochs=2)
     trainer.train()
     check_counts(trainer._learnalign.schedule, paid.calls)
-    assert trainer._learnalign.schedule.successes[::3].sum() == trainer._learnalign.schedule.failures[::3].sum() == 0
+    assert (
+        trainer._learnalign.schedule.memory.successes[::3].sum()
+        == trainer._learnalign.schedule.memory.failures[::3].sum()
+        == 0
+    )
     assert trainer.state.global_step == 12
 
 
@@ -450,7 +438,9 @@ def test_graded_rewards(tmp_path):
     schedule = trainer._learnalign.schedule
     rewards = [reward for _, given in calls for reward in given]
     assert schedule.reward_range == pytest.approx([min(rewards), max(rewards)])
-    assert (schedule.successes + schedule.failures).sum() == pytest.approx(len(rewards), rel=0.2)  # some have faded
+    assert (schedule.memory.successes + schedule.memory.failures).sum() == pytest.approx(
+        len(rewards), rel=0.2
+    )  # some have faded
     assert all(0 <= entry["learnalign/observed_success"] <= 1 for entry in logged(trainer))
 
 
@@ -515,7 +505,7 @@ def test_tools(tmp_path):
     trainer = chat_trainer(tmp_path, last_parity, chats(), tools=[double])
     trainer.train()
     schedule = trainer._learnalign.schedule
-    assert schedule.observed == 4 and schedule.visits.sum() == 16 and schedule.features_key is not None
+    assert schedule.observed == 4 and schedule.memory.visits.sum() == 16 and schedule.features_key is not None
     again = chat_trainer(tmp_path, last_parity, chats(), tools=[double])
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_same_weights(weights(again), weights(trainer))
@@ -532,7 +522,7 @@ def test_environments(tmp_path, caplog, prompts):
     trainer = chat_trainer(tmp_path, None, rows, environment_factory=factory)
     trainer.train()
     schedule = trainer._learnalign.schedule
-    assert schedule.observed == 4 and schedule.visits.sum() == 16 and schedule.features_key is None
+    assert schedule.observed == 4 and schedule.memory.visits.sum() == 16 and schedule.features_key is None
     assert schedule.features.shape == (12, 1 + prompts)
     assert "Success is predicted without hidden states of the prompts, as an environment adds" in caplog.text
     assert all(0 <= entry["learnalign/observed_success"] <= 1 for entry in logged(trainer))
@@ -629,7 +619,7 @@ def test_a_report_that_cannot_be_written_is_no_reason_to_end_a_run(tmp_path, mon
     def broken(*args):
         raise ZeroDivisionError("no report")
 
-    monkeypatch.setattr(schedule_module, "write_online_report", broken)
+    monkeypatch.setattr(online_report, "write_online_report", broken)
     trainer = make_trainer(tmp_path, online(write_report=True), max_steps=2, **EVERY_STEP)
     with caplog.at_level(logging.WARNING):
         trainer.train()

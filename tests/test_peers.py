@@ -11,7 +11,10 @@ import pytest
 
 
 SCRIPT = Path(__file__).with_name("peers_run.py")
-GONE = "PeerError: The key-value store of torch.distributed, which the main process or its launcher keeps, does not answer"
+GONE = (
+    "PeerError: The key-value store of torch.distributed, which the main process or its launcher keeps, does not "
+    "answer"
+)
 
 
 def run(task, path, ends=(0, 1)):
@@ -52,7 +55,9 @@ def test_a_slow_process_is_waited_for_and_a_dead_one_is_named(tmp_path):
 
 
 def test_a_dead_main_process_is_named(tmp_path):
-    """And before, both refuse with the same words to resume where no checkpoint is complete, as the main process finds."""
+    """
+    And before, both refuse with the same words to resume where no checkpoint is complete, as the main process finds.
+    """
     (tmp_path / "checkpoint-1").mkdir()
     (other,), codes = run("main killed", tmp_path, ends=[1])
     refused = [(tmp_path / f"refused-{rank}.txt").read_text() for rank in range(2)]

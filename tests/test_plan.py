@@ -51,7 +51,8 @@ def test_plan_of_a_new_run():
     first, second, third = lines(layout, due=True, reselect_every=1.5, candidate_prompts=2000)
     assert first == "no warm-up."
     assert second == (
-        "selection now, and again after every 1.5 passes over the selected prompts: 2,000 prompts x 8 rollouts = 16,000."
+        "selection now, and again after every 1.5 passes over the selected prompts: 2,000 prompts x 8 rollouts = "
+        "16,000."
     )
     assert third.startswith("steps 1 to 21 train on")
     assert (
@@ -82,7 +83,8 @@ def test_plan_of_a_resumed_run():
 def test_a_long_warmup_is_remarked():
     assert warmup_warning(GSM8K, 29) is None and warmup_warning(GSM8K, 24) is None
     assert re.match(
-        r"The warm-up takes 8 of the 23 steps of this run \(35%\).*Lower `warmup_prompts` \(300; the dataset has 7473 rows\)",
+        r"The warm-up takes 8 of the 23 steps of this run \(35%\).*"
+        r"Lower `warmup_prompts` \(300; the dataset has 7473 rows\)",
         warmup_warning(GSM8K, 23),
     )
     assert warmup_warning(replace(GSM8K, warmup_prompts=0), 1) is None
@@ -92,8 +94,8 @@ def test_estimate_is_in_proportion():
     """7 steps of 48 x 8 rollouts in 70 s: 38.4 a second, so 59,784 take 1,557 s."""
     line = estimate_line(GSM8K, LearnAlignConfig(), 7, 0, 70.0)
     assert line == (
-        "LearnAlign, step 7: selecting, 7,473 prompts x 8 rollouts = 59,784; about 26 min at the pace of training (38.4 rollouts a "
-        "second, with their gradients)."
+        "LearnAlign, step 7: selecting, 7,473 prompts x 8 rollouts = 59,784; about 26 min at the pace of training "
+        "(38.4 rollouts a second, with their gradients)."
     )
     assert "about 52 min" in estimate_line(GSM8K, LearnAlignConfig(), 7, 0, 140.0)
     assert "about 26 min" in estimate_line(GSM8K, LearnAlignConfig(), 17, 10, 70.0)

@@ -121,7 +121,8 @@ def test_a_large_pool_is_shown_by_a_sample_and_the_page_says_so(tmp_path, monkey
     assert [row["rank"] for row in rows] == sorted(row["rank"] for row in rows)
     assert all(row["prompt"] == f"{row['index'] % 10}+{row['index'] // 10}\u2026" for row in rows)
     assert (
-        "A sample of 8 of 24 prompts: the first 4 of the 8 chosen, the 1 highest- and the 1 lowest-ranked that may be chosen, "
+        "A sample of 8 of 24 prompts: the first 4 of the 8 chosen, the 1 highest- and the 1 lowest-ranked that may be "
+        "chosen, "
         "and a random part of the others. scores.parquet has all." in page
     )
     assert "Those of more than 3 characters are cut and end with \u201c\u2026\u201d." in page
@@ -264,7 +265,9 @@ def test_other_scores(tmp_path, score):
 
 
 def test_graded_rewards_are_shown_as_rewards(tmp_path):
-    """No reward reaches 1, so that a success rate would be 0: on the page, in the line, in the log and in the dry run."""
+    """
+    No reward reaches 1, so that a success rate would be 0: on the page, in the line, in the log and in the dry run.
+    """
     settings = reported(learnability="variance")
     trainer = make_trainer(tmp_path, settings, reward=graded_reward, num_train_epochs=2)
     trainer.train()

@@ -163,7 +163,9 @@ def test_rows_of_the_command_line(tmp_path, capsys):
 
 @pytest.mark.parametrize("form", ["series", "frame", "list"])
 def test_scores_are_matched_by_row_whatever_their_order(tmp_path, form):
-    """A Series that was sorted on the way belongs to the rows that its index names; a list is in the order of the table."""
+    """
+    A Series that was sorted on the way belongs to the rows that its index names; a list is in the order of the table.
+    """
 
     def by_grade(table):
         grades = table["grade"]

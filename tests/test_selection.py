@@ -67,7 +67,8 @@ def test_load_reads_it_back(saved):
     assert loaded.provenance == selection.provenance
     rates = "{:.3f} (pool), {:.3f} (chosen)".format(*loaded.mean_success_rates())
     assert repr(loaded) == (
-        f"Selection(8 of 24 prompts, score='learnalign', step=0, learnable={loaded.num_learnable()}, success_rate={rates})"
+        f"Selection(8 of 24 prompts, score='learnalign', step=0, learnable={loaded.num_learnable()}, "
+        f"success_rate={rates})"
     )
     assert loaded.summary() == selection.summary()
 

@@ -69,7 +69,9 @@ def test_records_are_found_by_name_and_key(tmp_path, caplog):
 
 
 def test_a_torn_tail_is_cut_off(tmp_path):
-    """At lengths that a killed process may have left: what was whole before is there, and what is appended after it, too."""
+    """
+    At lengths that a killed process may have left: what was whole before is there, and what is appended after it, too.
+    """
     log = opened(tmp_path / "log")
     records = [(index, encode(a_group(index))) for index in range(3)]
     ends = []
@@ -168,8 +170,8 @@ def test_files_are_of_bounded_size_and_few(tmp_path, monkeypatch):
     again.append([(100, b"")])
     assert len(list(log.path.glob("*.log"))) == 11
     monkeypatch.undo()
-    # A million prompts with eight completions of 2,000 tokens (4 bytes each, and as many of text), and features of the default length,
-    # on 64 processes, each of which has a last file that is not full
+    # A million prompts with eight completions of 2,000 tokens (4 bytes each, and as many of text), and features of the
+    # default length, on 64 processes, each of which has a last file that is not full
     rollouts, features = 1_000_000 * 8 * 2_000 * 8, 1_000_000 * (1 << 15) * 4
     assert rollouts // store.SEGMENT_BYTES + features // store.SEGMENT_BYTES + 2 * 64 <= 1_000
 

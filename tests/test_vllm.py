@@ -78,6 +78,14 @@ def test_a_run_with_vllm_is_the_run_with_transformers(runs):
     assert_close(one["weights"], other["weights"], rtol=1e-3, atol=1e-4)
 
 
+def test_an_online_run_generates_and_pushes_as_training_alone_would(runs):
+    """Five steps: a push and a generation for each."""
+    run = runs[1]["online"]
+    assert counts(run["events"])["generate"] == counts(run["events"])["push"] == 5
+    assert Counter(run["rows"]) == {row: 4 * visits for row, visits in enumerate(run["visits"]) if visits}
+    assert sum(run["visits"]) == 5 * 4
+
+
 def test_weights_are_pushed_once_in_a_selection(runs):
     """TRL pushes them where the step is not that of the last push; a selection's step stays the same."""
     _, results = runs

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast, ProcessorMixin, Qwen2Config, Q
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler
-from trl_learnalign.schedules import online as online_schedule
+from trl_learnalign.schedules import judge
 
 
 ALPHABET = "0123456789+=:ausert\n"
@@ -77,6 +77,11 @@ def graded_reward(completions, **kwargs):
 def parity_reward(completions, **kwargs):
     """Nearly always both 0 and 1 within a group of 8: every prompt is learnable."""
     return [float(sum(map(ord, _text(completion))) % 2) for completion in completions]
+
+
+def fixed_reward(completions, row, **kwargs):
+    """Depends on the prompt and on the place in its group of four, whatever the policy writes."""
+    return [float((7 * r + place % 4) % 5 < r % 5) for place, r in enumerate(row)]
 
 
 def _text(completion):
@@ -164,7 +169,19 @@ def online(**changes):
 def choose_at_once(set):
     """Runs of a few steps prove no skill: `set(module, name, value)` lets the online schedule choose without."""
     for name, value in {"TRIED": 4, "LEAST_SKILL": -1e9, "LEAST_HEADROOM": 0.0}.items():
-        set(online_schedule, name, value)
+        set(judge, name, value)
+
+
+def drawn(trainer):
+    """Fills with the rows of every chunk that the sampler is asked for."""
+    sampler = trainer._get_train_sampler()
+    chunks, ask = {}, sampler.chunk
+
+    def chunk(i):
+        return chunks.setdefault(i, ask(i))
+
+    sampler.chunk = chunk
+    return chunks
 
 
 def weights(trainer):

@@ -1,4 +1,7 @@
-"""What test_gradients.py starts: a whole selection with a model whose layers are on two devices, the second of them made up."""
+"""
+What test_gradients.py starts: a whole selection with a model whose layers are on two devices, the second of them made
+up.
+"""
 
 import sys
 from pathlib import Path
@@ -15,7 +18,9 @@ MOVES = (torch.ops.aten._copy_from.default, torch.ops.aten._to_copy.default, tor
 
 
 class Other(torch.Tensor):
-    """A tensor of the device `other`: what it holds is on the CPU, and computed there, if all tensors are of `other`."""
+    """
+    A tensor of the device `other`: what it holds is on the CPU, and computed there, if all tensors are of `other`.
+    """
 
     @staticmethod
     def __new__(cls, held):

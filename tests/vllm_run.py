@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import vllm
-from tiny import Seen, config, digit_reward, make_dataset, make_trainer, weights
+from tiny import Seen, config, digit_reward, make_dataset, make_trainer, online, weights
 from transformers import Qwen2ForCausalLM, set_seed
 
 from trl_learnalign import LearnAlignGRPOTrainer, callback
@@ -50,7 +50,9 @@ def run(path, choice, cls=None, pool=23, **changes):
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "events": list(vllm.EVENTS),
-        "log": [[version.start_chunk, list(version.indices)] for version in trainer._get_train_sampler().schedule.log],
+        "log": [[one.start_chunk, list(one.indices)] for one in getattr(trainer._learnalign.schedule, "log", [])],
+        "rows": reward.rows,
+        "visits": [] if choice.schedule == "staged" else trainer._learnalign.schedule.memory.visits.tolist(),
         "weights": {name: tensor.flatten().tolist() for name, tensor in weights(trainer).items()},
         "ratios": [entry.get("sampling/importance_sampling_ratio/mean") for entry in logs],
         "correction": trainer.vllm_importance_sampling_correction,
@@ -86,6 +88,7 @@ def main(task, path):
                 ("colocate", plain, {"use_vllm": True}),
                 ("restart", restart, {"use_vllm": True}),
                 ("sleep", plain, {"use_vllm": True, "vllm_enable_sleep_mode": True}),
+                ("online", online(prompt_features=True), {"use_vllm": True}),
             ):
                 try:
                     result[name] = run(path / name, choice, **changes)

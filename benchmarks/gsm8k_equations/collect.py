@@ -3,14 +3,15 @@ Gathers finished runs into benchmarks/results/evidence/*.parquet, which are comm
 
     python benchmarks/gsm8k_equations/collect.py [--output_dir runs/gsm8k_equations] [--dataset_path DIR]
 
-Runs that the tables hold already stay if they were made under the same conditions, so that the grid can grow over several
-machines and evenings.
+Runs that the tables hold already stay if they were made under the same conditions, so that the grid can grow over
+several machines and evenings.
 
-- `looks.parquet`: a row per look at a policy: `seed, arm, size, steps` of the run, the `step` of the look, `seconds` of
-  training until then, `samples` per test row, `sampled` (list, how many of them succeed, a number per test row), `greedy`
-  (list, or null).
+- `looks.parquet`: a row per look at a policy: `seed, arm, size, steps` of the run, the `step` of the look, `seconds`
+  of training until then, `samples` per test row, `sampled` (list, how many of them succeed, a number per test row),
+  `greedy` (list, or null).
 - `scores.parquet`: a row per seed, `cold` and pool prompt: what the selection's scores.parquet holds.
-- `movement.parquet`: a row per run and prompt: successes of 8 before and after training, and whether it was trained on.
+- `movement.parquet`: a row per run and prompt: successes of 8 before and after training, and whether it was trained
+  on.
 - `redundancy.json`, with a dataset: how alike the 500 best of each score are, mean over seeds.
 - `runs.json`: the conditions, the finished cells, and what warm-ups and selections took.
 """
@@ -97,7 +98,9 @@ def merge(conditions, cells, costs, frames):
 
 
 def redundancy(scores, pool, best=500) -> list[dict]:
-    """Of the best by each score: steps a prompt, share of distinct steps, of shared last steps, and distinct numbers."""
+    """
+    Of the best by each score: steps a prompt, share of distinct steps, of shared last steps, and distinct numbers.
+    """
     prompts = [prompt.removesuffix("=").split(";") for prompt in pool["prompt"]]
     table = scores[~scores.cold & (scores.success_rate > 0) & (scores.success_rate < 1)]
     table = table.sample(frac=1, random_state=0)

@@ -106,8 +106,8 @@ def first_sentence() -> str:
     if better:
         return f"**On this task LearnAlign is better than {' and '.join(better)} at some number of prompts.**"
     return (
-        "**On this task LearnAlign is not better than a plain success-rate filter, nor than learnability alone, at any "
-        f"number of prompts measured ({', '.join(f'{size:,}' for size in sizes())}).**"
+        "**On this task LearnAlign is not better than a plain success-rate filter, nor than learnability alone, at "
+        f"any number of prompts measured ({', '.join(f'{size:,}' for size in sizes())}).**"
     )
 
 
@@ -224,7 +224,8 @@ def beware() -> str:
         lost = f"lost more than 3 points in their last {WARMUP_STEPS} steps ([limits](#limits-of-this-evidence))"
         if any(fallen(arm, size) for arm in ("filter", "learnability", "learnalign")):
             sentences.append(
-                f"At {size:,} prompts some runs {lost}. Half-way, after {half} steps, the gain over random prompts is {gaps}."
+                f"At {size:,} prompts some runs {lost}. Half-way, after {half} steps, the gain over random prompts is "
+                f"{gaps}."
             )
         else:
             sentences.append(

@@ -1,16 +1,17 @@
 """
 Does the selection help, and against what? Every arm, number of prompts and seed on the equations of GSM8K.
 
-    python benchmarks/gsm8k_equations/grid.py [--dataset_path DIR] [--seeds 0 1] [--arms random learnalign] [--sizes 500]
+    python benchmarks/gsm8k_equations/grid.py [--dataset_path DIR] [--seeds 0 1] [--arms random learnalign] [--sizes
+    500]
 
-DIR holds GSM8K's train.jsonl and test.jsonl: all train rows are the pool, all test rows the test. Without it generated chains
-stand in, as many. For every seed the policy
-is warmed up on 300 random prompts, and the whole pool is scored once after that and once without ("cold"); all arms choose
-from these scores. Every arm then trains for the same number of steps on its N prompts with stock GRPOTrainer, from the
-warmed-up policy, or, the cold arms, from the first one; "full" trains on as many prompts of the whole pool, none twice;
-"staged" chooses half of its prompts, trains on them, and chooses the other half with the policy that this has made;
-"learnalign distinct" leaves out prompts that share a step with a better one; the "slow" arms train on the same prompts from
-the same policy at a fifth of the learning rate, with 500 prompts only.
+DIR holds GSM8K's train.jsonl and test.jsonl: all train rows are the pool, all test rows the test. Without it generated
+chains stand in, as many. For every seed the policy
+is warmed up on 300 random prompts, and the whole pool is scored once after that and once without ("cold"); all arms
+choose from these scores. Every arm then trains for the same number of steps on its N prompts with stock GRPOTrainer,
+from the warmed-up policy, or, the cold arms, from the first one; "full" trains on as many prompts of the whole pool,
+none twice; "staged" chooses half of its prompts, trains on them, and chooses the other half with the policy that this
+has made; "learnalign distinct" leaves out prompts that share a step with a better one; the "slow" arms train on the
+same prompts from the same policy at a fifth of the learning rate, with 500 prompts only.
 
 A finished run is a file in the output directory. A later call, or another one beside it, leaves out the runs that are
 there, and those that benchmarks/results/evidence holds with the same conditions. A run that is under way holds a lock.
@@ -130,7 +131,9 @@ def successes(model, rows, samples=SAMPLES, greedy=True) -> dict[str, list[int]]
 
 
 class Look(TrainerCallback):
-    """Measures the policy on `rows`: in full after the steps `full`, with two samples a row after the steps `glances`."""
+    """
+    Measures the policy on `rows`: in full after the steps `full`, with two samples a row after the steps `glances`.
+    """
 
     def __init__(self, rows, full, glances=()):
         self.rows, self.full, self.glances, self.looks = rows, set(full), set(glances) - set(full), []
@@ -336,7 +339,8 @@ def main():
             temporary.write_text(json.dumps(result) + "\n")
             temporary.replace(file)
         print(
-            f"{number}/{len(todo)}: seed {seed}, {arm}, {size} prompts, {result['steps']} steps: {success(result):.4f}",
+            f"{number}/{len(todo)}: seed {seed}, {arm}, {size} prompts, {result['steps']} steps: "
+            f"{success(result):.4f}",
             flush=True,
         )
     print_means(arguments)

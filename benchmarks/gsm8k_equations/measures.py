@@ -1,4 +1,6 @@
-"""What the page of the evidence is made of: the results, success rates of runs, and differences with their intervals."""
+"""
+What the page of the evidence is made of: the results, success rates of runs, and differences with their intervals.
+"""
 
 import json
 from functools import cache

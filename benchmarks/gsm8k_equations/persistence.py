@@ -3,10 +3,10 @@ How long a ranking lasts: prompts scored again after some training, at the grid'
 
     python benchmarks/gsm8k_equations/persistence.py [--dataset_path DIR] [--seeds 0 1]
 
-For every seed of the grid, 800 prompts of the pool are scored from fresh rollouts by the policy that the pool was scored
-with, and after 16 and 63 steps of training on the grid's 500 random prompts. Each is compared with the grid's own scores of
-these prompts. What the policy at step 0 disagrees with itself is the noise of eight rollouts; what comes on top of that
-is training. Seeds that the output holds already are left out.
+For every seed of the grid, 800 prompts of the pool are scored from fresh rollouts by the policy that the pool was
+scored with, and after 16 and 63 steps of training on the grid's 500 random prompts. Each is compared with the grid's
+own scores of these prompts. What the policy at step 0 disagrees with itself is the noise of eight rollouts; what comes
+on top of that is training. Seeds that the output holds already are left out.
 """
 
 import argparse

@@ -51,7 +51,8 @@ def given_up() -> str:
         return f"{found.learnability:.3f} and {found.alignment:.2f}"
 
     return "; ".join(
-        f"of the best {size:,} by LearnAlign {means('score', size)}, by learnability alone {means('learnability', size)}"
+        f"of the best {size:,} by LearnAlign {means('score', size)}, by learnability alone "
+        f"{means('learnability', size)}"
         for size in sizes()
     )
 
@@ -63,8 +64,8 @@ def reselection() -> str:
         return "whether that helps has not been tested."
     over = [points(gap("staged", base, 500)) for base in ("learnalign", "filter")]
     return (
-        f"with 500 prompts in two stages of 250 success is {mean(ours)} % over {len(ours)} seed{'s' * (len(ours) > 1)}: "
-        f"{over[0]} over one selection, {over[1]} over the filter."
+        f"with 500 prompts in two stages of 250 success is {mean(ours)} % over {len(ours)} "
+        f"seed{'s' * (len(ours) > 1)}: {over[0]} over one selection, {over[1]} over the filter."
     )
 
 
@@ -83,7 +84,8 @@ def early() -> str:
     """LearnAlign after the fewest steps that were looked at, when its ranking is still fresh."""
     step = steps_of(100) // 2
     gaps = [points(gap("learnalign", base, 100, step)) for base in ("random", "learnability")]
-    return f"after {step} steps on 100 prompts LearnAlign is {gaps[0]} over random prompts and {gaps[1]} over learnability alone"
+    over = f"{gaps[0]} over random prompts and {gaps[1]} over learnability alone"
+    return f"after {step} steps on 100 prompts LearnAlign is {over}"
 
 
 def slow() -> str:

@@ -1,11 +1,12 @@
 """
-How far a selection depends on num_rollouts, projection_dim, the warm-up and chance: 800 prompts scored in several ways.
+How far a selection depends on num_rollouts, projection_dim, the warm-up and chance: 800 prompts scored in several
+ways.
 
     python benchmarks/gsm8k_equations/sensitivity.py [--dataset_path DIR]
 
 Every way is compared with the defaults (8 rollouts, 300 warm-up prompts, d = 32,768, the grid's first seed): rank
-correlations over the prompts that are learnable in both, and the Jaccard index of the best 200. Success rates from 32 other
-rollouts stand for the true ones. Trains nothing but the warm-ups.
+correlations over the prompts that are learnable in both, and the Jaccard index of the best 200. Success rates from 32
+other rollouts stand for the true ones. Trains nothing but the warm-ups.
 """
 
 import argparse
@@ -76,7 +77,8 @@ def agreement(table, base) -> dict[str, float]:
     result["spearman_learnability"] = spearman(table["learnability"], base["learnability"])
     result["jaccard"] = len(ours & theirs) / len(ours | theirs)
     result["learnable"] = (table["learnability"] > 0).mean()
-    # Chosen for an alignment that is high by chance? The best of `base`, as they were measured and as `table` sees them
+    # Chosen for an alignment that is high by chance? The best of `base`, as they were measured and as `table` sees
+    # them
     kept = [index for index in sorted(theirs) if both[index]]
     result["alignment_of_best"] = base.loc[kept, "alignment"].mean()
     result["alignment_of_best_seen_again"] = table.loc[kept, "alignment"].mean()

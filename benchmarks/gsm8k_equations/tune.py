@@ -3,8 +3,8 @@ Learning rate and number of passes, chosen on random prompts and on train rows a
 
     python benchmarks/gsm8k_equations/tune.py [--dataset_path DIR] [--learning_rates 2e-4 5e-4 1e-3 2e-3]
 
-The last 600 train rows are held out; the policy trains on 300 and then on 500 random prompts of the others, and is looked
-at on the held-out rows after the warm-up and after 1, 2 and 4 passes. Test rows are not read.
+The last 600 train rows are held out; the policy trains on 300 and then on 500 random prompts of the others, and is
+looked at on the held-out rows after the warm-up and after 1, 2 and 4 passes. Test rows are not read.
 """
 
 import argparse

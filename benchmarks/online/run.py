@@ -233,7 +233,7 @@ def run(arm, name, seed, arguments) -> dict:
 
 def suspects(trainer, pool) -> dict:
     """Of the prompts that the schedule suspects, most suspicious first: how many have wrong answers."""
-    rows = trainer._learnalign.sampler.schedule.suspects()[0]
+    rows = trainer._learnalign.sampler.schedule.memory.suspects()[0]
     return {str(first): int(pool.wrong[rows[:first]].sum()) for first in sorted({10, 30, 100, 300, len(rows)})}
 
 

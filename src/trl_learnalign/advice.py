@@ -27,13 +27,13 @@ def selection_warning(selection: "Selection") -> str | None:
             f"1 {different}prompt is learnable" if chosen == 1 else f"{chosen:,} {different}prompts are learnable"
         )
         return (
-            f"Only {learnable}, fewer than `num_prompts` ({config['num_prompts']:,}), and only these are chosen. To have "
-            "more, raise `num_rollouts`, warm up longer, or add prompts."
+            f"Only {learnable}, fewer than `num_prompts` ({config['num_prompts']:,}), and only these are chosen. To "
+            "have more, raise `num_rollouts`, warm up longer, or add prompts."
         )
     if not selection.scores.num_rows:
         return (
-            f"No prompt could be scored: the rewards of all {len(selection.provenance['unscorable']):,} prompts were None, "
-            "NaN or infinite. Check the reward function."
+            f"No prompt could be scored: the rewards of all {len(selection.provenance['unscorable']):,} prompts were "
+            "None, NaN or infinite. Check the reward function."
         )
     differ = pc.sum(pc.greater(selection.scores["reward_std"], _ROUNDING)).as_py()
     if config["learnability"] == "success_rate" and differ:
@@ -45,9 +45,10 @@ def _conditions(selection, chosen, config):
     """Fewer than were asked for, as a condition or missing scores leave prompts out."""
     reasons = [f"`where` ({config['where']}) holds for" * bool(config.get("where")), "the score has a number for"]
     return (
-        f"{chosen:,} prompts are chosen, fewer than `num_prompts` ({config['num_prompts']:,}): of {selection.scores.num_rows:,} prompts, "
-        f"{len(selection.eligible()):,} are eligible, those that {' and that '.join(filter(None, reasons))}"
-        f"{' and that are learnable' * ('rollouts' in selection.measures)}. Loosen the condition, or add prompts."
+        f"{chosen:,} prompts are chosen, fewer than `num_prompts` ({config['num_prompts']:,}): of "
+        f"{selection.scores.num_rows:,} prompts, {len(selection.eligible()):,} are eligible, those that "
+        f"{' and that '.join(filter(None, reasons))}{' and that are learnable' * ('rollouts' in selection.measures)}. "
+        "Loosen the condition, or add prompts."
     )
 
 
@@ -57,8 +58,8 @@ def too_few(selection: "Selection", wanted: int, eligible: int) -> str:
     kind = " learnable" if selection.measures and eligible >= selection.num_learnable() else kind
     kind += " and different" * bool(selection.provenance.get("duplicates"))
     return (
-        f"`num_prompts` is {wanted:,}, but the pool of {selection.scores.num_rows:,} has only {eligible:,}{kind} prompts, so "
-        "fewer are selected. A larger pool may have more; so may a policy after a longer warm-up."
+        f"`num_prompts` is {wanted:,}, but the pool of {selection.scores.num_rows:,} has only {eligible:,}{kind} "
+        "prompts, so fewer are selected. A larger pool may have more; so may a policy after a longer warm-up."
     )
 
 
@@ -79,9 +80,10 @@ def _graded(selection, threshold, differ):
         "which no reward reaches" if most < threshold else "which all rewards reach" if least >= threshold else where
     )
     return (
-        f"No prompt is learnable, although the rewards of {differ:,} of {selection.scores.num_rows:,} prompts differ between "
-        f"their rollouts. A success is a reward of at least `success_threshold` ({threshold:g}), {where} "
-        f"({_seen(selection)}). Use `learnability='variance'`, which is for graded rewards, or another `success_threshold`."
+        f"No prompt is learnable, although the rewards of {differ:,} of {selection.scores.num_rows:,} prompts differ "
+        f"between their rollouts. A success is a reward of at least `success_threshold` ({threshold:g}), {where} "
+        f"({_seen(selection)}). Use `learnability='variance'`, which is for graded rewards, or another "
+        "`success_threshold`."
     )
 
 

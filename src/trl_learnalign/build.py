@@ -68,13 +68,13 @@ def build_trainer(
         )
     if arguments.save_adapter is not None and not (model_args.use_peft or arguments.adapter):
         raise ValueError(
-            "`save_adapter` saves an adapter, but the policy has none. Set `use_peft: true`, or take the weights from the "
-            "checkpoint that is saved after the warm-up."
+            "`save_adapter` saves an adapter, but the policy has none. Set `use_peft: true`, or take the weights from "
+            "the checkpoint that is saved after the warm-up."
         )
     if arguments.adapter is not None and not (Path(arguments.adapter) / "adapter_config.json").is_file():
         raise FileNotFoundError(
-            f"`adapter` is '{arguments.adapter}', but that is not a directory with an `adapter_config.json`. Pass the directory of "
-            "`--save_adapter`, or a checkpoint of a training run with an adapter."
+            f"`adapter` is '{arguments.adapter}', but that is not a directory with an `adapter_config.json`. Pass the "
+            "directory of `--save_adapter`, or a checkpoint of a training run with an adapter."
         )
     reward_funcs = [load_reward(name) for name in arguments.reward_funcs]
     names = [getattr(function, "__name__", None) for function in reward_funcs]
@@ -111,21 +111,25 @@ def build_trainer(
 
 
 def _check_model(model_args):
-    """Raises a clear error if the model is neither a directory nor on the Hub; the trainer's own error does not name it."""
+    """
+    Raises a clear error if the model is neither a directory nor on the Hub; the trainer's own error does not name it.
+    """
     name = model_args.model_name_or_path
     if not Path(name).is_dir():
         try:
             AutoConfig.from_pretrained(name, revision=model_args.model_revision)
         except (ValueError, OSError) as error:
             raise ValueError(
-                f"`model_name_or_path` is '{name}', which is not a directory here and could not be loaded from the Hub: {error}"
+                f"`model_name_or_path` is '{name}', which is not a directory here and could not be loaded from the "
+                f"Hub: {error}"
             ) from error
 
 
 def load_adapter(trainer: GRPOTrainer, path: str) -> None:
     """
-    Replaces the trainer's new adapter weights by those of a saved adapter. The trainer makes the adapter itself, so that
-    precision, quantization and the reference policy of a KL term (the model without it) are those of a training run.
+    Replaces the trainer's new adapter weights by those of a saved adapter. The trainer makes the adapter itself, so
+    that precision, quantization and the reference policy of a KL term (the model without it) are those of a training
+    run.
     """
     weights = load_peft_weights(path, device="cpu")
     try:
@@ -138,8 +142,8 @@ def load_adapter(trainer: GRPOTrainer, path: str) -> None:
         fault = str(error)
     if fault is not None:
         raise ValueError(
-            f"The adapter in '{path}' does not fit the model: {fault}. Set `model_name_or_path` to the model that it was "
-            "trained on."
+            f"The adapter in '{path}' does not fit the model: {fault}. Set `model_name_or_path` to the model that it "
+            "was trained on."
         )
 
 
@@ -147,7 +151,9 @@ def load_adapter(trainer: GRPOTrainer, path: str) -> None:
 
 
 def read_rows(arguments: SelectArguments) -> Dataset:
-    """The training split of a dataset of the Hub or of a directory, or the rows of one file, with the trainer's names."""
+    """
+    The training split of a dataset of the Hub or of a directory, or the rows of one file, with the trainer's names.
+    """
     dataset = read_dataset(
         arguments.dataset_name, "dataset_name", arguments.dataset_config, arguments.dataset_train_split
     )
@@ -159,8 +165,8 @@ def read_rows(arguments: SelectArguments) -> Dataset:
             )
         if new in columns:
             raise ValueError(
-                f"The column '{old}' is to be used as `{new}`, but the dataset has a column of that name, too. Remove or "
-                "rename one of them."
+                f"The column '{old}' is to be used as `{new}`, but the dataset has a column of that name, too. Remove "
+                "or rename one of them."
             )
         dataset = dataset.rename_column(old, new)
     return dataset

@@ -33,10 +33,12 @@ class LearnAlignCallback(TrainerCallback):
     ```
 
     With `schedule="staged"` a selection is due after the optimizer step that ends the warm-up, and again after every
-    `reselect_every` passes. The dataloader has then drawn some batches already, so the new prompts start with the next undrawn
-    chunk. If the trainer saves checkpoints, one is saved first: a run killed in a selection resumes into the same selection.
+    `reselect_every` passes. The dataloader has then drawn some batches already, so the new prompts start with the next
+    undrawn chunk. If the trainer saves checkpoints, one is saved first: a run killed in a selection resumes into the
+    same selection.
 
-    With `schedule="online"` there is no selection: the schedule sees the rewards of training and chooses chunk by chunk.
+    With `schedule="online"` there is no selection: the schedule sees the rewards of training and chooses chunk by
+    chunk.
 
     Args:
         trainer ([`~trl.GRPOTrainer`] or [`~trl.RLOOTrainer`]): the trainer. Its `_get_train_sampler` is replaced.
@@ -185,9 +187,9 @@ class LearnAlignCallback(TrainerCallback):
         expected = self.host.dataset[row]
         if "prompt" in expected and found["prompt"] != expected["prompt"]:
             raise RuntimeError(
-                f"Training generated for another prompt than row {row}, which the schedule had chosen for chunk {chunk}, so its rewards "
-                "would be credited to the wrong prompts. Something between dataset and trainer changes the order of rows: use "
-                "TRL's own dataloader."
+                f"Training generated for another prompt than row {row}, which the schedule had chosen for chunk "
+                f"{chunk}, so its rewards would be credited to the wrong prompts. Something between dataset and "
+                "trainer changes the order of rows: use TRL's own dataloader."
             )
 
     # What is said and logged ------------------------------------------------------------------------------------
@@ -207,7 +209,9 @@ class LearnAlignCallback(TrainerCallback):
             print(line, flush=True)
 
     def with_zero_variance(self, logs: dict[str, float]) -> dict[str, float]:
-        """`logs` with the mean share of groups of selected prompts that have no gradient, if `logs` are of training."""
+        """
+        `logs` with the mean share of groups of selected prompts that have no gradient, if `logs` are of training.
+        """
         share = self._zero_variance() if self.schedule.in_use_from else None
         return logs if share is None or "loss" not in logs else logs | {"learnalign/zero_variance_after": share}
 

@@ -14,7 +14,8 @@ def dataset_card(selection: Selection, source: str) -> str:
 the policy `{selection.provenance["model"]}`. {selection.summary()}.
 
 Rows are as in the source, best first, with two columns more: `learnalign_score`, what they were ranked on, and
-`success_rate`, of {selection.provenance["num_rollouts"]} rollouts. Both are of that policy at that step. Select again for another policy.
+`success_rate`, of {selection.provenance["num_rollouts"]} rollouts. Both are of that policy at that step. Select again
+for another policy.
 
 | setting | value |
 | --- | --- |
@@ -29,15 +30,16 @@ Findings of ACL 2026, [arXiv:2506.11480](https://arxiv.org/abs/2506.11480).
 
 def model_card(summaries: list[str]) -> str:
     """The section of a model card about the prompts of a training, with a line for each selection."""
-    intro = "The prompts of this training were selected with trl-learnalign; `learnalign/` holds the scores of all of them."
+    intro = "The prompts of this training were selected with trl-learnalign; `learnalign/` holds the scores of all."
     return _section(intro, summaries)
 
 
 def online_model_card(lines: list[str]) -> str:
     """The section of a model card about the prompts of an online run."""
     intro = (
-        "The prompts of this training were chosen online with trl-learnalign: each chunk by the learnability that the rewards of training so "
-        "far predict. Choosing prompts changes the objective, and nothing corrects that. `learnalign/` holds the report."
+        "The prompts of this training were chosen online with trl-learnalign: each chunk by the learnability that the "
+        "rewards of training so far predict. Choosing prompts changes the objective, and nothing corrects that. "
+        "`learnalign/` holds the report."
     )
     return _section(intro, lines)
 
@@ -57,7 +59,8 @@ _MODEL_CARD = """
 ```bibtex
 @article{{li2025learnalign,
     title   = {{LearnAlign: Data Selection for LLM Reinforcement Learning with Improved Gradient Alignment}},
-    author  = {{Li, Shipeng and Yang, Zhiqin and Li, Shikun and Xia, Xiaobo and Liu, Hengyu and Zhang, Xinghua and Chen, Gaode and Fang, Dong and Tai, Ying and Peng, Zhe}},
+    author  = {{Li, Shipeng and Yang, Zhiqin and Li, Shikun and Xia, Xiaobo and Liu, Hengyu and Zhang, Xinghua and
+               Chen, Gaode and Fang, Dong and Tai, Ying and Peng, Zhe}},
     journal = {{arXiv preprint arXiv:2506.11480}},
     year    = {{2025}},
 }}

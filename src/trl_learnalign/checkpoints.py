@@ -31,8 +31,8 @@ from transformers.utils import (
 
 logger = logging.getLogger(__name__)
 
-# Files that Trainer writes into a checkpoint and reads back. Files of callbacks, and directories of FSDP and DeepSpeed,
-# have other formats and are not checked
+# Files that Trainer writes into a checkpoint and reads back. Files of callbacks, and directories of FSDP and
+# DeepSpeed, have other formats and are not checked
 _SAFETENSORS = (SAFE_WEIGHTS_NAME, ADAPTER_SAFE_WEIGHTS_NAME)
 _ZIPPED = (  # by `torch.save`
     WEIGHTS_NAME,
@@ -51,9 +51,9 @@ _INDICES = (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME)
 
 def damage(checkpoint: Path, shared: bool = True) -> str | None:
     """
-    What is wrong with a checkpoint, or `None` if it is complete. A run killed while writing a checkpoint leaves one without
-    `trainer_state.json`, which Trainer writes last, or with files cut short. `shared`: whether the processes of all nodes
-    write to the same disk.
+    What is wrong with a checkpoint, or `None` if it is complete. A run killed while writing a checkpoint leaves one
+    without `trainer_state.json`, which Trainer writes last, or with files cut short. `shared`: whether the processes
+    of all nodes write to the same disk.
     """
     state = checkpoint / TRAINER_STATE_NAME
     try:
@@ -123,8 +123,8 @@ def _damage_of_shards(index):
 
 def survey(output_dir: str, wanted: str | bool, shared: bool = True) -> dict:
     """
-    What a process that writes checkpoints sees: `damage` of the one that is `wanted`, or of all in `output_dir`, latest
-    first, if that is `True`; and whether a run has `started` there.
+    What a process that writes checkpoints sees: `damage` of the one that is `wanted`, or of all in `output_dir`,
+    latest first, if that is `True`; and whether a run has `started` there.
     """
     if wanted is not True:
         return {"started": True, "damage": {str(wanted): damage(Path(wanted), shared)}}
@@ -140,8 +140,9 @@ def survey(output_dir: str, wanted: str | bool, shared: bool = True) -> dict:
 
 def whole_checkpoint(output_dir: str, wanted: str | bool, surveys: list[dict]) -> str | bool | None:
     """
-    What to resume from: `wanted`, if it names a complete checkpoint; if it is `True`, the last complete one in `output_dir`.
-    Without any checkpoint `None` if a run started there and was killed before its first, `True` if no run started there.
+    What to resume from: `wanted`, if it names a complete checkpoint; if it is `True`, the last complete one in
+    `output_dir`. Without any checkpoint `None` if a run started there and was killed before its first, `True` if no
+    run started there.
 
     Args:
         output_dir (`str`): of the run.
@@ -159,8 +160,8 @@ def whole_checkpoint(output_dir: str, wanted: str | bool, surveys: list[dict]) -
     if wanted is not True:
         if reasons[str(wanted)] is not None:
             raise ValueError(
-                f"The checkpoint '{wanted}' is not complete: {reasons[str(wanted)]}. Pass `resume_from_checkpoint=True` for "
-                "the last one that is."
+                f"The checkpoint '{wanted}' is not complete: {reasons[str(wanted)]}. Pass "
+                "`resume_from_checkpoint=True` for the last one that is."
             )
         return wanted
     passed = []
@@ -170,14 +171,15 @@ def whole_checkpoint(output_dir: str, wanted: str | bool, surveys: list[dict]) -
                 logger.warning(warning)
             return path
         passed.append(
-            f"'{path}' is not complete ({reason}), as the run was probably killed while it wrote it. The one before it is used."
+            f"'{path}' is not complete ({reason}), as the run was probably killed while it wrote it. The one before "
+            "it is used."
         )
     if reasons:
         listed = "; ".join(f"'{path}': {reason}" for path, reason in reasons.items())
         raise ValueError(
-            f"None of the checkpoints in '{output_dir}' is complete ({listed}), so there is nothing to resume from. A run that "
-            "was killed while it wrote its first checkpoint leaves this. Delete these directories to start from the "
-            "beginning (finished selections are used again), or pass the path of another checkpoint."
+            f"None of the checkpoints in '{output_dir}' is complete ({listed}), so there is nothing to resume from. A "
+            "run that was killed while it wrote its first checkpoint leaves this. Delete these directories to start "
+            "from the beginning (finished selections are used again), or pass the path of another checkpoint."
         )
     if not any(view["started"] for view in surveys):
         return True

@@ -24,9 +24,9 @@ _COMPARISONS = {
 
 class Condition:
     """
-    A condition on the columns of a table, such as `completion_length_mean < 800 and source != 'forum'`: comparisons of columns
-    with numbers, texts, `True`, `False` or other columns; `in` and `not in` lists of them; `and`, `or`, `not`, parentheses. It is
-    parsed and never run as code. A comparison with a missing value is false.
+    A condition on the columns of a table, such as `completion_length_mean < 800 and source != 'forum'`: comparisons of
+    columns with numbers, texts, `True`, `False` or other columns; `in` and `not in` lists of them; `and`, `or`, `not`,
+    parentheses. It is parsed and never run as code. A comparison with a missing value is false.
 
     Args:
         text (`str`): the condition.
@@ -43,8 +43,8 @@ class Condition:
         except (SyntaxError, ValueError) as error:
             reason = error.args[0] if error.args else error
             raise ValueError(
-                f"`where` is {text!r}, which cannot be read ({reason}). Compare columns with numbers or texts, and join "
-                "comparisons by and, or, not: `completion_length_mean < 800 and source != 'forum'`."
+                f"`where` is {text!r}, which cannot be read ({reason}). Compare columns with numbers or texts, and "
+                "join comparisons by and, or, not: `completion_length_mean < 800 and source != 'forum'`."
             ) from error
 
     @property
@@ -119,8 +119,8 @@ class Condition:
             result = _COMPARISONS[type(kind)](value, self._value(right, table))
         except TypeError as error:
             raise ValueError(
-                f"`where` is {self.text!r}, but its sides cannot be compared ({error}). Compare numbers with numbers and "
-                "texts with texts."
+                f"`where` is {self.text!r}, but its sides cannot be compared ({error}). Compare numbers with numbers "
+                "and texts with texts."
             ) from error
         return known & np.broadcast_to(np.asarray(result, dtype=bool), len(table))
 
@@ -143,8 +143,8 @@ def choose(
         ranking (`Sequence[int]`): all n positions, best first.
         eligible (`np.ndarray` of shape `(n,)`): whether a prompt may be chosen, bool.
         num (`int`): how many at most.
-        groups (`np.ndarray` of shape `(n,)`, *optional*): the group of each prompt. Each group gets its quota; what a group
-            without enough eligible prompts leaves over goes to the others.
+        groups (`np.ndarray` of shape `(n,)`, *optional*): the group of each prompt. Each group gets its quota; what a
+            group without enough eligible prompts leaves over goes to the others.
         quota (`str`): `"proportional"` to a group's share of the n prompts, or `"equal"`.
     """
     order = np.asarray(ranking, dtype=np.int64)
@@ -166,8 +166,8 @@ def choose(
 
 def apportion(num: int, shares: np.ndarray, available: np.ndarray) -> np.ndarray:
     """
-    Whole numbers in proportion to `shares` that sum to `num` (or to all that is available) and do not exceed `available`, by
-    largest remainders; ties to the earlier entry.
+    Whole numbers in proportion to `shares` that sum to `num` (or to all that is available) and do not exceed
+    `available`, by largest remainders; ties to the earlier entry.
     """
     given = np.zeros(len(shares), dtype=np.int64)
     num = min(num, int(available.sum()))
@@ -184,8 +184,8 @@ def apportion(num: int, shares: np.ndarray, available: np.ndarray) -> np.ndarray
 
 def draw_order(scores: np.ndarray, seed: int) -> np.ndarray:
     """
-    All n positions in the order of a draw without replacement in proportion to their scores (Efraimidis and Spirakis, 2006).
-    Positions whose score is not above 0 come last.
+    All n positions in the order of a draw without replacement in proportion to their scores (Efraimidis and Spirakis,
+    2006). Positions whose score is not above 0 come last.
     """
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(len(scores), generator=generator, dtype=torch.float64).clamp_min(1e-300).log().numpy()

@@ -1,11 +1,12 @@
 """
 `trl-learnalign select` and `trl-learnalign report`: a selection without a training script, and its report.
 
-    trl-learnalign select --config run.yaml --reward_funcs rewards.py:correct [--dry_run] [--format jsonl] [--push_to_hub REPO]
+    trl-learnalign select --config run.yaml --reward_funcs rewards.py:correct \\
+        [--dry_run] [--format jsonl] [--push_to_hub REPO]
     trl-learnalign report OUTPUT_DIR
 
-`trl-learnalign select --help` lists the arguments. On several processes: `accelerate launch -m trl_learnalign.cli select
---config run.yaml`.
+`trl-learnalign select --help` lists the arguments. On several processes: `accelerate launch -m trl_learnalign.cli
+select --config run.yaml`.
 """
 
 import argparse
@@ -64,7 +65,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _explains_itself(error) -> bool:
-    """Whether this package raised the error on purpose, with reason and remedy, so that a traceback would add nothing."""
+    """
+    Whether this package raised the error on purpose, with reason and remedy, so that a traceback would add nothing.
+    """
     last = traceback.extract_tb(error.__traceback__)[-1]
     return Path(last.filename).parent == Path(__file__).parent and (last.line or "").startswith("raise ")
 
@@ -163,7 +166,8 @@ def _names() -> list[str]:
 def _check_config(path: str) -> None:
     """
     Raises:
-        `ValueError`, `FileNotFoundError`: the file does not exist, is not valid YAML, or is not a mapping of names to values.
+        `ValueError`, `FileNotFoundError`: the file does not exist, is not valid YAML, or is not a mapping of names to
+            values.
     """
     try:
         document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -216,8 +220,8 @@ def _policy(config, script, model_args) -> str | None:
     if config.warmup_prompts or script.adapter or not config.measures:
         return None
     line = (
-        "Neither `warmup_prompts` nor `adapter` is set, so the prompts are ranked for the policy as it is before training. "
-        "Training changes the policy, so such a ranking may not be valid for long."
+        "Neither `warmup_prompts` nor `adapter` is set, so the prompts are ranked for the policy as it is before "
+        "training. Training changes the policy, so such a ranking may not be valid for long."
     )
     if model_args.use_peft and "gradients" in config.measures:
         line += " A new LoRA adapter has B = 0, so only B has a gradient."
@@ -238,8 +242,8 @@ class _SelectOnce(LearnAlignCallback):
         super().on_train_begin(args, state, control, **kwargs)
         if len(self.sampler.schedule.log) > 1:
             raise ValueError(
-                f"The checkpoint '{args.resume_from_checkpoint}' was saved after a selection, so the warm-up is over there. "
-                "Pass the one that was saved at the end of the warm-up, or leave out `resume_from_checkpoint`."
+                f"The checkpoint '{args.resume_from_checkpoint}' was saved after a selection, so the warm-up is over "
+                "there. Pass the one that was saved at the end of the warm-up, or leave out `resume_from_checkpoint`."
             )
 
     def on_step_end(self, args, state, control, **kwargs):

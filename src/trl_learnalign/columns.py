@@ -32,7 +32,8 @@ def dataset_columns(dataset: Dataset, rows: Sequence[int], names: Sequence[str] 
 def check_columns(dataset: Dataset, config: LearnAlignConfig) -> None:
     """
     Raises:
-        `ValueError`: `score`, `where` or `quota_column` name a column that there is not, or a score that holds no numbers.
+        `ValueError`: `score`, `where` or `quota_column` name a column that there is not, or a score that holds no
+            numbers.
     """
     wanted = {"score": find_score(config.score, config.score_measures).columns or ()}
     known = set(dataset.column_names)
@@ -45,8 +46,8 @@ def check_columns(dataset: Dataset, config: LearnAlignConfig) -> None:
         for name in sorted(set(names) - known):
             more = f", and measured: {', '.join(sorted(measured))}" if knob == "where" and measured else ""
             raise ValueError(
-                f"`{knob}` is {getattr(config, knob)!r}, but the training dataset has no column '{name}'. Its columns are: "
-                f"{', '.join(dataset.column_names)}{more}. Correct the name."
+                f"`{knob}` is {getattr(config, knob)!r}, but the training dataset has no column '{name}'. Its columns "
+                f"are: {', '.join(dataset.column_names)}{more}. Correct the name."
             )
     for name in wanted["score"]:
         kind = getattr(dataset.features[name], "dtype", "")

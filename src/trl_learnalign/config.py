@@ -34,7 +34,8 @@ STAGED_ONLY = (
     "save_rollouts",
 )
 _ONLINE_ONLY = ("prompt_features", "group_column", "pass_rate_column")
-# What a resumed run may change. The first decides when prompts are selected again; none changes what a selection chooses
+# What a resumed run may change. The first decides when prompts are selected again; none changes what a selection
+# chooses
 FREE_ON_RESUME = ("reselect_every", "max_tokens_per_batch", "save_rollouts", "write_report")
 MAX_PROJECTION_DIM = 1 << 24
 # Least value of each integer, and what to do instead
@@ -70,9 +71,10 @@ class LearnAlignConfig:
         num_rollouts (`int`, *optional*):
             Rollouts per pool prompt, at least 2. By default the trainer's `num_generations`.
         rollout_batch_prompts (`int`, *optional*):
-            Prompts that a process generates for at once in a selection, at least 1. By default as many as in training, doubled
-            up to six times while the pool has 64 such batches; not with a reward model. Where memory is full, they are generated in halves. In every
-            round all processes wait for the longest completion, so fewer rounds are faster. Other batches have other rollouts.
+            Prompts that a process generates for at once in a selection, at least 1. By default as many as in training,
+            doubled up to six times while the pool has 64 such batches; not with a reward model. Where memory is full,
+            they are generated in halves. In every round all processes wait for the longest completion, so fewer rounds
+            are faster. Other batches have other rollouts.
         score (`str` or `Callable`, *optional*, defaults to `"learnalign"`):
             What prompts are ranked on: `"learnalign"` (Eq. 8), `"learnability"` (V alone; no gradients), `"alignment"`
             (Eq. 8 without V), `"random"` (no rollouts), `"target"` (V times the alignment with the mean gradient of
@@ -99,14 +101,14 @@ class LearnAlignConfig:
             Largest number of tokens in a microbatch when gradients are computed, padding included. By default the
             trainer's `per_device_train_batch_size` times the length of the longest rollout, as in a training step.
         candidate_prompts (`int`, *optional*):
-            Score a random part of the dataset of this size, at least `num_prompts`; each selection of a run draws a new
-            one. By default all of it.
+            Score a random part of the dataset of this size, at least `num_prompts`; each selection of a run draws a
+            new one. By default all of it.
         reselect_every (`float`, *optional*):
             Select again after this many passes over the selection (staged RL), more than 0; may be a fraction. By
             default a selection is made once.
         after_warmup (`str`, *optional*, defaults to `"continue"`):
-            `"continue"` goes on from the warmed-up policy; `"restart"` goes back to the weights and the optimizer state
-            that training started with.
+            `"continue"` goes on from the warmed-up policy; `"restart"` goes back to the weights and the optimizer
+            state that training started with.
         deduplicate (`bool`, *optional*, defaults to `False`):
             Of rows with the same prompt choose only the best-ranked one. Texts (or messages) and images are compared,
             not answers or other columns: two rows with the same prompt and different answers count as the same. All
@@ -117,9 +119,9 @@ class LearnAlignConfig:
         target_column (`str`, *optional*):
             A column of the target dataset that names the subtask of each row. Without it there is one.
         where (`str`, *optional*):
-            Choose only prompts for which this holds, a condition on columns of the dataset and of `scores.parquet` such
-            as `"completion_length_mean < 800 and source != 'forum'"`. If it needs columns of the dataset alone, other
-            prompts are not rolled out.
+            Choose only prompts for which this holds, a condition on columns of the dataset and of `scores.parquet`
+            such as `"completion_length_mean < 800 and source != 'forum'"`. If it needs columns of the dataset alone,
+            other prompts are not rolled out.
         quota_column (`str`, *optional*):
             A column of the dataset whose values each get a quota of the chosen prompts.
         quota (`str`, *optional*, defaults to `"proportional"`):
@@ -142,9 +144,9 @@ class LearnAlignConfig:
             Seed of all that is random in a selection: rollouts, projection, probe, candidates, ties, the random score.
             By default the trainer's `seed`.
         schedule (`str`, *optional*, defaults to `"staged"`):
-            Which prompt comes when. `"staged"`: random prompts as a warm-up, then those of a selection. `"online"`: every
-            chunk is chosen by the learnability that the rewards of training so far predict; no rollout is made for it, and
-            the settings of a selection do not apply.
+            Which prompt comes when. `"staged"`: random prompts as a warm-up, then those of a selection. `"online"`:
+            every chunk is chosen by the learnability that the rewards of training so far predict; no rollout is made
+            for it, and the settings of a selection do not apply.
         prompt_features (`bool`, *optional*, defaults to `True`):
             Online: predict the success of prompts not yet seen from the policy's hidden states of the prompt, too: one
             forward over the pool when training begins. Images and prompts that an environment supplies have none.
@@ -195,8 +197,8 @@ class LearnAlignConfig:
                 check(one, type(self).__annotations__[one.name], getattr(self, one.name), _LEAST, _TEXTS)
         if self.projection_dim is not None and self.projection_dim > MAX_PROJECTION_DIM:
             raise ValueError(
-                f"`projection_dim` is {self.projection_dim}, but must be at most {MAX_PROJECTION_DIM}. Use None for exact "
-                "gradients."
+                f"`projection_dim` is {self.projection_dim}, but must be at most {MAX_PROJECTION_DIM}. Use None for "
+                "exact gradients."
             )
         self._check_score()
         self._check_target()
@@ -224,8 +226,8 @@ class LearnAlignConfig:
             raise ValueError(f"`score_measures` must be a list of {', '.join(OWN_MEASURES)}, but is {measures!r}.")
         if measures is not None and isinstance(self.score, str) and (self.score in SCORES or ".py:" not in self.score):
             raise ValueError(
-                f"`score_measures` is {measures!r}, but is for functions of yours, and `score` is {self.score!r}. Leave it "
-                "out."
+                f"`score_measures` is {measures!r}, but is for functions of yours, and `score` is {self.score!r}. "
+                "Leave it out."
             )
         find_score(self.score, measures)
 
@@ -236,13 +238,14 @@ class LearnAlignConfig:
         for one in changed:
             if one.name in (STAGED_ONLY if online else _ONLINE_ONLY):
                 raise ValueError(
-                    f"`{one.name}` is {getattr(self, one.name)!r}, but has no effect with `schedule={self.schedule!r}`. Leave it "
-                    f"out, or set `schedule={'staged' if online else 'online'!r}`."
+                    f"`{one.name}` is {getattr(self, one.name)!r}, but has no effect with "
+                    f"`schedule={self.schedule!r}`. Leave it out, or set "
+                    f"`schedule={'staged' if online else 'online'!r}`."
                 )
         if online and self.score not in ("learnalign", "learnability"):
             raise ValueError(
-                f"`score` is {score_name(self.score)!r}, but `schedule='online'` chooses by predicted learnability. Leave "
-                "`score` out, or train online on the rows of a selection that was made with that score before."
+                f"`score` is {score_name(self.score)!r}, but `schedule='online'` chooses by predicted learnability. "
+                "Leave `score` out, or train online on the rows of a selection that was made with that score before."
             )
 
     def _check_target(self):
@@ -269,7 +272,8 @@ class LearnAlignConfig:
 
     def changes(self, saved: dict) -> dict[str, tuple]:
         """
-        Fields whose values differ from `saved`: the old value (the default, if `saved` lacks the field) and the new one.
+        Fields whose values differ from `saved`: the old value (the default, if `saved` lacks the field) and the new
+        one.
         """
         was = {one.name: saved.get(one.name, one.default) for one in fields(self)}
         return {name: (was[name], value) for name, value in self.to_dict().items() if value != was[name]}

@@ -24,8 +24,8 @@ except ImportError:  # no such locks on Windows
 
 def write_atomically(path: Path, write) -> None:
     """
-    Calls `write(temporary_path)`, then renames the temporary file to `path`: a reader sees the complete file or none. The
-    temporary file is in the [`scratch`] directory of a run, if `path` is in one, else next to `path`.
+    Calls `write(temporary_path)`, then renames the temporary file to `path`: a reader sees the complete file or none.
+    The temporary file is in the [`scratch`] directory of a run, if `path` is in one, else next to `path`.
 
     Raises:
         `OSError`: the disk is full, or the directory cannot be written to. `path` is as it was.
@@ -47,8 +47,8 @@ def write_atomically(path: Path, write) -> None:
 
 def scratch(directory: Path) -> Path:
     """
-    Directory of unfinished and temporary files of `directory`, next to it. Trainer may upload the output directory at any
-    time, but leaves out all names that begin with an underscore.
+    Directory of unfinished and temporary files of `directory`, next to it. Trainer may upload the output directory at
+    any time, but leaves out all names that begin with an underscore.
     """
     return directory.with_name(f"_{directory.name}")
 
@@ -131,8 +131,8 @@ class DirectoryLock:
             owner = os.read(descriptor, 200).decode(errors="replace").strip() or "unknown"
             os.close(descriptor)
             raise RuntimeError(
-                f"Another run is using '{self.path}' ({owner}), and two runs would overwrite each other's selections and "
-                "checkpoints. Wait for it to end, stop it, or pass another `output_dir`."
+                f"Another run is using '{self.path}' ({owner}), and two runs would overwrite each other's selections "
+                "and checkpoints. Wait for it to end, stop it, or pass another `output_dir`."
             ) from None
         except OSError:
             pass  # a file system without locks

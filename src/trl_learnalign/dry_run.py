@@ -19,9 +19,9 @@ from .summaries import OUTCOME_LABELS
 
 def plan_selection(trainer: Trainer, config: LearnAlignConfig) -> tuple[str, bool]:
     """
-    A text about the cost of a selection, and whether any prompt was learnable. A small selection is made in a temporary
-    directory, of one batch of prompts per process, or more up to 16 prompts, and its time is scaled to the whole pool.
-    Every process must call this.
+    A text about the cost of a selection, and whether any prompt was learnable. A small selection is made in a
+    temporary directory, of one batch of prompts per process, or more up to 16 prompts, and its time is scaled to the
+    whole pool. Every process must call this.
     """
     host = find_host(trainer)
     host.check(config)
@@ -48,7 +48,8 @@ def plan_selection(trainer: Trainer, config: LearnAlignConfig) -> tuple[str, boo
         f"about {learnable * more:,.0f} prompts" if learnable else "not known, since none of these was learnable"
     )
     lines += [
-        f"tried: {tried} prompts on {world} process{'es' * (world > 1)}, of which {learnable} are learnable ({learnable / tried:.0%})",
+        f"tried: {tried} prompts on {world} process{'es' * (world > 1)}, of which {learnable} are learnable "
+        f"({learnable / tried:.0%})",
         *(f"{OUTCOME_LABELS[name]}: {pool:.3f}" for name, (pool, _) in selection.outcomes().items() if pool == pool),
         f"at once: {batch * rollouts_at_once(host, whole.num_rollouts)} rollouts a process; "
         "more at once (rollout_batch_prompts) are faster, if memory allows",

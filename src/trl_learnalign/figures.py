@@ -49,8 +49,8 @@ class Drawing:
 
 def drawings(last: "Selection", stages: Sequence["Stage"] = ()) -> list[Drawing]:
     """
-    Figures of the last selection of a run and, if the run has several stages (the last one included), of their differences.
-    None of a selection at random.
+    Figures of the last selection of a run and, if the run has several stages (the last one included), of their
+    differences. None of a selection at random.
     """
     table = last.scores.to_pandas()
     found = []
@@ -145,8 +145,8 @@ def _rewards(table, selection) -> Drawing:
         axes.legend()
 
     words = (
-        f"For {(table['learnability'] == 0).mean():.0%} of the pool all rewards of a prompt are equal. Over the pool the mean "
-        f"reward is {table['reward_mean'].mean():.2f} and the mean standard deviation of a prompt's rewards "
+        f"For {(table['learnability'] == 0).mean():.0%} of the pool all rewards of a prompt are equal. Over the pool "
+        f"the mean reward is {table['reward_mean'].mean():.2f} and the mean standard deviation of a prompt's rewards "
         f"{table['reward_std'].mean():.2f}."
     )
     if not chosen.empty:

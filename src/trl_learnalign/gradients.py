@@ -78,7 +78,8 @@ class PromptGradients:
         self._taps = _probe_taps(model, seed) if probe else _lora_taps(model)
         sizes = {tap.name: tap.size for tap in self._taps}
         self._sink = Concatenation(sizes) if dim is None else Sketch(sizes, dim, seed)
-        # By device, since the layers may be spread over several, and offloaded weights lie elsewhere than their gradients
+        # By device, since the layers may be spread over several, and offloaded weights lie elsewhere than their
+        # gradients
         self._anchors = {}
         self._rows_per_prompt = self._num_tokens = None
         self._out = None
@@ -163,8 +164,8 @@ class PromptGradients:
             x, grad_output = x.unflatten(0, (num_rows, -1)), grad_output.unflatten(0, (num_rows, -1))
         if x.dim() != 3 or x.shape[0] != num_rows:
             raise RuntimeError(
-                f"The layer `{tap.name}` got an input of shape {tuple(x.shape)} for a microbatch of {num_rows} rows, so "
-                "its tokens cannot be assigned to prompts (routed experts mix them). Leave the layer out of the "
+                f"The layer `{tap.name}` got an input of shape {tuple(x.shape)} for a microbatch of {num_rows} rows, "
+                "so its tokens cannot be assigned to prompts (routed experts mix them). Leave the layer out of the "
                 "adapter's `target_modules`, or use `score='learnability'`, which takes no gradients."
             )
         if tap.probe is not None:
@@ -252,9 +253,9 @@ def unseen_message(names: list[str]) -> str:
         )
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return (
-        f"Per-prompt gradients cover the weights of linear layers, such as LoRA's A and B, but these trainable tensors "
-        f"would be missed: {shown}. Train without them (no `use_dora`, `bias`, `modules_to_save`, `target_parameters` "
-        "or LoRA on embeddings), or use `score='learnability'`, which takes no gradients."
+        "Per-prompt gradients cover the weights of linear layers, such as LoRA's A and B, but these trainable "
+        f"tensors would be missed: {shown}. Train without them (no `use_dora`, `bias`, `modules_to_save`, "
+        "`target_parameters` or LoRA on embeddings), or use `score='learnability'`, which takes no gradients."
     )
 
 
@@ -271,8 +272,8 @@ def turn_dropout_off(model: nn.Module) -> None:
 @contextmanager
 def dropout_off(model: nn.Module) -> Iterator[None]:
     """
-    Calls [`turn_dropout_off`], and puts all modes back on exit. Meanwhile `nn.functional.dropout` does nothing: layers that
-    checkpoint activations stay in train mode, and some (OPT's, for one) call it themselves.
+    Calls [`turn_dropout_off`], and puts all modes back on exit. Meanwhile `nn.functional.dropout` does nothing: layers
+    that checkpoint activations stay in train mode, and some (OPT's, for one) call it themselves.
     """
     modes = [(module, module.training) for module in model.modules()]
     dropout = nn.functional.dropout

@@ -17,12 +17,14 @@ class Group:
         completion_ids (`list[np.ndarray]`): tokens of each of G completions, int32.
         loss_masks (`list[np.ndarray]`): 1 for a completion token that the policy is trained on, else 0 (tool results,
             truncated completions under `mask_truncated_completions`), int8.
-        completions (`list`): G completions as the reward functions got them, text or messages, images replaced by text.
+        completions (`list`): G completions as the reward functions got them, text or messages, images replaced by
+            text.
         rewards (`np.ndarray` of shape `(G, F)`): of F reward functions, float32; NaN where one gave none.
-        penalties (`np.ndarray` of shape `(G,)`): what the trainer takes off the total reward of each completion, float32:
-            RLOOTrainer the KL term, beta times log pi - log pi_ref of the completion. 0 for GRPOTrainer, whose loss has it,
-            and where no gradients are taken.
-        has_images (`bool`): whether one of the rollouts of its batch has an image, so that the tokens are not all of the policy's input.
+        penalties (`np.ndarray` of shape `(G,)`): what the trainer takes off the total reward of each completion,
+            float32: RLOOTrainer the KL term, beta times log pi - log pi_ref of the completion. 0 for GRPOTrainer,
+            whose loss has it, and where no gradients are taken.
+        has_images (`bool`): whether one of the rollouts of its batch has an image, so that the tokens are not all of
+            the policy's input.
     """
 
     index: int
@@ -38,8 +40,8 @@ class Group:
 @dataclass
 class Row:
     """
-    One rollout as it enters a gradient: its tokens, its loss mask, its advantage, its weight in the group mean; and, where the
-    trainer's loss has `entropy_share` less than 1, a mask of the tokens whose entropy is high.
+    One rollout as it enters a gradient: its tokens, its loss mask, its advantage, its weight in the group mean; and,
+    where the trainer's loss has `entropy_share` less than 1, a mask of the tokens whose entropy is high.
     """
 
     prompt_ids: np.ndarray
@@ -61,10 +63,10 @@ def shared(arrays: list[np.ndarray]) -> list[np.ndarray]:
 
 def deal(batches: list[list[int]], first: int, rank: int, sharing: int) -> tuple[list[int], list[int], bool]:
     """
-    What a process does in the round that begins with batch `first`: its batch, the batch whose seed it takes, and whether
-    that is its own work. A process without a batch repeats another's, since all must generate equally often. `sharing`
-    processes generate together, and so with the same seed. A batch has the same neighbours, and the same seed, on any
-    number of processes:
+    What a process does in the round that begins with batch `first`: its batch, the batch whose seed it takes, and
+    whether that is its own work. A process without a batch repeats another's, since all must generate equally often.
+    `sharing` processes generate together, and so with the same seed. A batch has the same neighbours, and the same
+    seed, on any number of processes:
 
         sharing 2, 4 processes    round 0           round 1
         process                   0   1 | 2   3     0   1 | 2   3

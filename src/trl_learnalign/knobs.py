@@ -15,7 +15,9 @@ def explanations(kind: type) -> dict[str, str]:
 
 
 def explain(kind: type) -> type:
-    """Makes the explanations the help of a command line, where a % is special. All other metadata goes to argparse, too."""
+    """
+    Makes the explanations the help of a command line, where a % is special. All other metadata goes to argparse, too.
+    """
     texts = explanations(kind)
     for one in fields(kind):
         one.metadata = MappingProxyType({**one.metadata, "help": texts[one.name].replace("%", "%%")})

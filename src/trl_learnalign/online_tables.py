@@ -79,7 +79,7 @@ def _history_table(history) -> pa.Table:
 
 
 def _suspects_table(schedule, dataset) -> pa.Table:
-    rows, chance = schedule.suspects()
+    rows, chance = schedule.memory.suspects()
     answers = [name for name in ANSWER_COLUMNS if _is_plain(dataset, name)]
     texts = _texts(dataset, rows, answers)
     completions = [schedule.completions.get(row) for row in rows.tolist()]
@@ -89,7 +89,7 @@ def _suspects_table(schedule, dataset) -> pa.Table:
             "prompt": pa.array(texts["prompt"], pa.string()),
             **{name: pa.array(texts[name], pa.string()) for name in answers},
             "completion": pa.array([text and shortened(text) for text in completions], pa.string()),
-            "visits": pa.array(schedule.visits[rows]),
+            "visits": pa.array(schedule.memory.visits[rows]),
             "chance": pa.array(chance, pa.float64()),
         }
     )
@@ -141,9 +141,9 @@ def _numbers(schedule, host) -> dict:
         "model": config._name_or_path or config.model_type,
         "pool": len(schedule.pool),
         "plan": schedule.plan(0, state.max_steps, False),
-        "choosing": bool(schedule.choosing),
-        "skill": schedule.skill,
-        "headroom": schedule.headroom,
+        "choosing": bool(schedule.judge.choosing),
+        "skill": schedule.judge.skill,
+        "headroom": schedule.judge.headroom,
         "pool_success": _finite(schedule.pool_success),
         "calibration": history.calibration.tolist(),
         "by_visit": history.by_visit.tolist(),

@@ -80,7 +80,8 @@ def html_table(
 
 def long_text(text: str) -> str:
     """
-    HTML of a text, of which only the beginning is shown until it is opened. `longText` in report_template.html does the same.
+    HTML of a text, of which only the beginning is shown until it is opened. `longText` in report_template.html does
+    the same.
     """
     start = "\n".join(text[:_SHOWN_CHARACTERS].split("\n")[:_SHOWN_LINES])
     if start == text:

@@ -12,7 +12,9 @@ from .projection import stable_hash
 
 
 def prompts_per_batch(host: Host, num_rollouts: int) -> int:
-    """Prompts that a process generates for at once: as many rollouts as it does in training, whole groups, at least one."""
+    """
+    Prompts that a process generates for at once: as many rollouts as it does in training, whole groups, at least one.
+    """
     return max(1, host.rows_at_once // num_rollouts)
 
 
@@ -26,7 +28,8 @@ def generate_in_parts(
 ) -> list[Group]:
     """
     [`Host.generate`], of a group larger than what training generates at once part after part, each with its own seed.
-    Before each further part the processes meet, as one on which a part failed does not join the collectives of the next.
+    Before each further part the processes meet, as one on which a part failed does not join the collectives of the
+    next.
     """
     size = host.group_size
     at_once = rollouts_at_once(host, size)

@@ -62,7 +62,8 @@ class Peers:
 
     def wait(self) -> None:
         """
-        Returns when all processes have called it. Used before a collective, so that none waits in it for a failed process.
+        Returns when all processes have called it. Used before a collective, so that none waits in it for a failed
+        process.
 
         Raises:
             [`PeerError`]: another process has failed or died, or has made no progress for longer than the time-out of
@@ -199,15 +200,16 @@ class _StoreThread(threading.Thread):
             raise PeerError(f"The selection ends here, because it failed on another process. {self.failure}")
         if self.error is not None:
             raise PeerError(
-                "The key-value store of torch.distributed, which the main process or its launcher keeps, does not answer "
-                f"any more ({str(self.error).splitlines()[0]}): process 0 has ended, was killed, or its node is lost. "
-                "Look at its last output and run again: finished parts are reused."
+                "The key-value store of torch.distributed, which the main process or its launcher keeps, does not "
+                f"answer any more ({str(self.error).splitlines()[0]}): process 0 has ended, was killed, or its node "
+                "is lost. Look at its last output and run again: finished parts are reused."
             ) from self.error
 
     def close(self, failure, patient):
         """
-        Tells the others of a `failure`, if there is one. The main process waits until all have heard of it or are done, since
-        the store may end with it. It does not wait for a process that does not answer, nor if not `patient`.
+        Tells the others of a `failure`, if there is one. The main process waits until all have heard of it or are
+        done, since the store may end with it. It does not wait for a process that does not answer, nor if not
+        `patient`.
         """
 
         def leave(store):
@@ -246,7 +248,8 @@ class _Watch:
         for rank in self.silent:
             beats, *rest = found.get(rank, (0, 0, 0))
             old_beats, *old_rest = self.states.get(rank, (0, 0, 0))
-            # One that has not come at all may be late (the main process writes checkpoints), so that it is not yet dead
+            # One that has not come at all may be late (the main process writes checkpoints), so that it is not yet
+            # dead
             self.silent[rank] = self.silent[rank] + 1 if rank in found and beats == old_beats else 0
             here = rest[1] >= self.thread.meeting
             self.idle[rank] = self.idle[rank] + 1 if rest == old_rest and not here else 0
@@ -256,14 +259,14 @@ class _Watch:
         dead = [rank for rank, looks in self.silent.items() if looks >= _looks(self.thread.silence)]
         if dead:
             raise PeerError(
-                f"Process {_names(dead)} gave no sign of life for {self.thread.silence:.0f} s: it was killed, or its node is "
-                "lost. Look at its last output and run again: finished parts are reused."
+                f"Process {_names(dead)} gave no sign of life for {self.thread.silence:.0f} s: it was killed, or its "
+                "node is lost. Look at its last output and run again: finished parts are reused."
             )
         stuck = [rank for rank, looks in self.idle.items() if looks >= _looks(self.thread.timeout)]
         if stuck:
             raise PeerError(
-                f"Process {_names(stuck)} made no progress for {self.thread.timeout:.0f} s, which is the time-out of the "
-                "process group. See what it does (`py-spy dump`), and raise `ddp_timeout` if it only needs longer."
+                f"Process {_names(stuck)} made no progress for {self.thread.timeout:.0f} s, which is the time-out of "
+                "the process group. See what it does (`py-spy dump`), and raise `ddp_timeout` if it only needs longer."
             )
 
 

@@ -107,7 +107,8 @@ def estimate_line(layout: Layout, config: LearnAlignConfig, step: int, since: in
     if not trained or seconds <= 0:
         return f"{line}. How long it takes is not known yet, as no step has been trained since the start."
     left = duration(pool * each * seconds / trained)
-    return f"{line}; about {left} at the pace of training ({trained / seconds:.3g} rollouts a second, with their gradients)."
+    pace = f"{trained / seconds:.3g} rollouts a second, with their gradients"
+    return f"{line}; about {left} at the pace of training ({pace})."
 
 
 def warmup_warning(layout: Layout, max_steps: int) -> str | None:
@@ -116,7 +117,7 @@ def warmup_warning(layout: Layout, max_steps: int) -> str | None:
     if end <= _MOST_WARMUP * max_steps:
         return None
     return (
-        f"The warm-up takes {end} of the {max_steps} steps of this run ({end / max_steps:.0%}), which leaves few for the selected "
-        f"prompts. Lower `warmup_prompts` ({layout.warmup_prompts}; the dataset has {layout.pool_size} rows), or raise "
-        "`num_train_epochs` or `max_steps`."
+        f"The warm-up takes {end} of the {max_steps} steps of this run ({end / max_steps:.0%}), which leaves few for "
+        f"the selected prompts. Lower `warmup_prompts` ({layout.warmup_prompts}; the dataset has {layout.pool_size} "
+        "rows), or raise `num_train_epochs` or `max_steps`."
     )

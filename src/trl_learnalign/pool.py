@@ -60,7 +60,10 @@ class Pool:
         return [known.min().item(), known.max().item()] if known.numel() else None
 
     def table(self) -> pd.DataFrame:
-        """What the rollouts found out, a row per scorable prompt by dataset row: the columns of `scores.parquet` but for the score."""
+        """
+        What the rollouts found out, a row per scorable prompt by dataset row: the columns of `scores.parquet` but for
+        the score.
+        """
         mean = self.deciding.double().nanmean(1)
         columns = {
             "success_rate": self.success_rate,
@@ -90,8 +93,9 @@ def load_target(dataset: Dataset, config: LearnAlignConfig) -> Dataset | None:
     missing = sorted(needed - set(target.column_names))
     if missing:
         raise ValueError(
-            f"`target_dataset` has no column {', '.join(map(repr, missing))}. Its columns are: {', '.join(target.column_names)}. "
-            "It needs those of the training dataset, which its prompts and the reward functions are made of, and `target_column`."
+            f"`target_dataset` has no column {', '.join(map(repr, missing))}. Its columns are: "
+            f"{', '.join(target.column_names)}. It needs those of the training dataset, which its prompts and the "
+            "reward functions are made of, and `target_column`."
         )
     return target
 
@@ -100,8 +104,8 @@ def scores_table(
     table: pd.DataFrame, ranked: "pd.DataFrame | pd.Series", dataset: Dataset, config: LearnAlignConfig, seed: int
 ) -> pa.Table:
     """
-    The columns of `scores.parquet`, by dataset row, before anything is chosen. A prompt with V = 0 is never eligible, not even when
-    there are fewer others than asked for; one with V > 0 may be chosen with a negative score.
+    The columns of `scores.parquet`, by dataset row, before anything is chosen. A prompt with V = 0 is never eligible,
+    not even when there are fewer others than asked for; one with V > 0 may be chosen with a negative score.
 
     Args:
         table (`pandas.DataFrame`): what was measured, by dataset row.

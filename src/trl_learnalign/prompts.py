@@ -1,4 +1,7 @@
-"""The prompts of a dataset: datasets and rows that nothing can be generated for, rows with equal prompts, and a prompt as text."""
+"""
+The prompts of a dataset: datasets and rows that nothing can be generated for, rows with equal prompts, and a prompt as
+text.
+"""
 
 import hashlib
 import warnings
@@ -15,20 +18,22 @@ _WHAT_IS_ASKED = ("prompt", "image", "images")  # columns that GRPOTrainer makes
 
 def check_dataset(dataset, needs_prompt: bool = True) -> None:
     """
-    Raises a `ValueError` for a dataset whose rows cannot be picked by number, that has none, or that has no column `prompt`
-    although no environment supplies the prompts.
+    Raises a `ValueError` for a dataset whose rows cannot be picked by number, that has none, or that has no column
+    `prompt` although no environment supplies the prompts.
     """
     if not isinstance(dataset, Dataset):
         raise ValueError(
-            f"The training dataset has the type {type(dataset).__name__}, which can be read only once and in order, but a "
-            "selection picks rows. Load it without streaming, or select from `Dataset.from_list(list(stream.take(n)))`."
+            f"The training dataset has the type {type(dataset).__name__}, which can be read only once and in order, "
+            "but a selection picks rows. Load it without streaming, or select from "
+            "`Dataset.from_list(list(stream.take(n)))`."
         )
     if len(dataset) == 0:
         raise ValueError("The training dataset is empty, so there is nothing to select.")
     if needs_prompt and "prompt" not in dataset.column_names:
         raise ValueError(
-            f"The training dataset has no column `prompt`. Its columns are: {', '.join(dataset.column_names)}. Rename the one "
-            "that holds the prompts with `dataset.rename_column`, or name it with `--prompt_column` on the command line."
+            f"The training dataset has no column `prompt`. Its columns are: {', '.join(dataset.column_names)}. Rename "
+            "the one that holds the prompts with `dataset.rename_column`, or name it with `--prompt_column` on the "
+            "command line."
         )
 
 
@@ -37,8 +42,8 @@ def check_prompts(dataset: Dataset) -> None:
     Looks at every prompt, column by column, before anything is generated. A dataset without a column `prompt` passes.
 
     Raises:
-        `ValueError`: a prompt is null, an empty text or an empty list of messages, or one of its messages has neither content
-            nor tool calls. Names the rows.
+        `ValueError`: a prompt is null, an empty text or an empty list of messages, or one of its messages has neither
+            content nor tool calls. Names the rows.
     """
     if "prompt" not in dataset.column_names:
         return
@@ -50,16 +55,16 @@ def check_prompts(dataset: Dataset) -> None:
     if found:
         reasons = "; ".join(f"{reason}: {_listed(rows)}" for reason, rows in found.items())
         raise ValueError(
-            f"The training dataset has prompts that nothing can be generated for ({reasons}). Correct these rows (counted from 0), or "
-            "leave them out with `dataset.filter` or `dataset.select`."
+            f"The training dataset has prompts that nothing can be generated for ({reasons}). Correct these rows "
+            "(counted from 0), or leave them out with `dataset.filter` or `dataset.select`."
         )
 
 
 def equal_prompts(dataset: Dataset) -> list[int]:
     """
-    For each of n rows the first row with the same prompt, itself if there is none before it. Prompts are the same if their
-    texts (or messages) and their images are; answers and other columns are not compared. Without a column `prompt` no two
-    rows are the same.
+    For each of n rows the first row with the same prompt, itself if there is none before it. Prompts are the same if
+    their texts (or messages) and their images are; answers and other columns are not compared. Without a column
+    `prompt` no two rows are the same.
     """
     if "prompt" not in dataset.column_names:
         return list(range(len(dataset)))
@@ -93,7 +98,9 @@ def _faults(column: pa.Array) -> dict[str, list[int]]:
 
 
 def _silent(messages: pa.StructArray) -> pa.BooleanArray:
-    """Which messages say nothing: null, or with neither content nor tool calls. Empty text is left to the chat template."""
+    """
+    Which messages say nothing: null, or with neither content nor tool calls. Empty text is left to the chat template.
+    """
     names = [field.name for field in messages.type]
     silent = messages.is_null()
     if "content" in names:
@@ -126,8 +133,8 @@ def check_duplicates(dataset: Dataset, deduplicate: bool, warn: bool) -> None:
     rows, distinct = len(dataset), len(set(equal_prompts(dataset)))
     if distinct < rows:
         warnings.warn(
-            f"The training dataset has {rows:,} rows, but only {distinct:,} different prompts, so a prompt may be chosen "
-            "several times. Set `deduplicate=True` to choose only the best-ranked of each.",
+            f"The training dataset has {rows:,} rows, but only {distinct:,} different prompts, so a prompt may be "
+            "chosen several times. Set `deduplicate=True` to choose only the best-ranked of each.",
             stacklevel=4,
         )
 

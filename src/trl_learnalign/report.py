@@ -42,8 +42,9 @@ def write_report(path: str | os.PathLike, until: int | None = None) -> Path:
     Writes `report.html` and `figures/*.png` about the selections of a run.
 
     Args:
-        path: the `output_dir` of a run, its `learnalign` directory, or the directory of one selection. With a run's, the
-            report is about its last selection and how it differs from those before; it is written to `learnalign/`.
+        path: the `output_dir` of a run, its `learnalign` directory, or the directory of one selection. With a run's,
+            the report is about its last selection and how it differs from those before; it is written to
+            `learnalign/`.
         until: leave out selections made after this optimizer step, which are of an earlier run.
 
     Returns:
@@ -124,8 +125,8 @@ def _shown(selection, num_rows) -> str:
     (most, end), chosen = shares(), len(selection.indices)
     first = f"first {most:,} of the {chosen:,}" if chosen > most else f"{chosen:,}"
     return (
-        f"A sample of {num_rows:,} of {selection.scores.num_rows:,} prompts: the {first} chosen, the {end:,} highest- and the "
-        f"{end:,} lowest-ranked that may be chosen, and a random part of the others. scores.parquet has all."
+        f"A sample of {num_rows:,} of {selection.scores.num_rows:,} prompts: the {first} chosen, the {end:,} highest- "
+        f"and the {end:,} lowest-ranked that may be chosen, and a random part of the others. scores.parquet has all."
     )
 
 
@@ -150,8 +151,9 @@ def _notes(selection) -> str:
     unscorable = len(selection.provenance["unscorable"])
     if "reward_std" in selection.outcomes():
         notes.append(
-            "Rewards are graded, so prompts have no success rate here. The reward std of a prompt is the standard deviation of "
-            "the rewards of its rollouts; its square, scaled to the range of all rewards, is the prompt's learnability."
+            "Rewards are graded, so prompts have no success rate here. The reward std of a prompt is the standard "
+            "deviation of the rewards of its rollouts; its square, scaled to the range of all rewards, is the "
+            "prompt's learnability."
         )
     if unscorable and selection.scores.num_rows:
         notes.append(
@@ -178,7 +180,10 @@ def _stages(stages) -> str:
 
 
 def _extremes(selection, texts) -> str:
-    """The ten highest-ranked and the ten lowest-ranked that are learnable, with a completion each; of a random order, its two ends."""
+    """
+    The ten highest-ranked and the ten lowest-ranked that are learnable, with a completion each; of a random order, its
+    two ends.
+    """
     ends = extremes(selection)
     if not ends[0]:
         return "<p>There are no such prompts.</p>"

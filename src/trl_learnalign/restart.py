@@ -42,8 +42,8 @@ def save_initial_weights(host, file: Path) -> None:
 
 def restart(host, file: Path) -> None:
     """
-    Sets the weights that `save_initial_weights` wrote, and an empty optimizer state. The learning rate goes on by its schedule. All
-    processes call this.
+    Sets the weights that `save_initial_weights` wrote, and an empty optimizer state. The learning rate goes on by its
+    schedule. All processes call this.
 
     Raises:
         `FileNotFoundError`: there are none.

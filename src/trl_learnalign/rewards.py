@@ -29,8 +29,9 @@ def guarded(functions: list, names: list[str]):
     if failures:
         name, error = failures[0]
         raise RewardError(
-            f"The reward function `{name}` failed in a selection: {type(error).__name__}: {error}{_place(error)}. It must "
-            "return a number (or None, where a completion cannot be scored) for every completion. Correct it and run again."
+            f"The reward function `{name}` failed in a selection: {type(error).__name__}: {error}{_place(error)}. It "
+            "must return a number (or None, where a completion cannot be scored) for every completion. Correct it and "
+            "run again."
         ) from error
 
 
@@ -59,8 +60,8 @@ def check_success_reward(names: list[str], success_reward: str | None, learnabil
         if len(names) > 1 and learnability == "success_rate":
             raise ValueError(
                 f"The trainer has several reward functions ({', '.join(names)}), and LearnAlign must know which one "
-                "decides success. Set `success_reward` to one of these names, or use `learnability='variance'`, which takes "
-                "the total reward."
+                "decides success. Set `success_reward` to one of these names, or use `learnability='variance'`, which "
+                "takes the total reward."
             )
     elif names.count(success_reward) != 1:
         times = "not" if success_reward not in names else "more than once"

@@ -71,8 +71,8 @@ def _broken_line(file) -> str | None:
 
 def dataset_fingerprint(dataset: Dataset) -> str:
     """
-    Hash of the rows and their order. Unlike the fingerprint that `datasets` keeps, it does not change with the way that
-    the same rows were made, which may be different in every process.
+    Hash of the rows and their order. Unlike the fingerprint that `datasets` keeps, it does not change with the way
+    that the same rows were made, which may be different in every process.
     """
     hashed = hashlib.sha256(str(dataset.features).encode())
     for batch in dataset.with_format("arrow").iter(batch_size=1000):

@@ -46,9 +46,10 @@ _KNOWN: dict[Path, tuple[tuple, Stage]] = {}  # by directory: what its files wer
 
 def load_run(path: str | os.PathLike, until: int | None = None) -> list[Stage]:
     """
-    The last selection that [`find_selections`] finds, and the earlier ones of the same run, oldest first: those of an earlier
-    stage with the same configuration, seed and dataset. `until` leaves out selections after that optimizer step, which are of
-    another run. Selections that this process has read before are read again only if a file of theirs has changed.
+    The last selection that [`find_selections`] finds, and the earlier ones of the same run, oldest first: those of an
+    earlier stage with the same configuration, seed and dataset. `until` leaves out selections after that optimizer
+    step, which are of another run. Selections that this process has read before are read again only if a file of
+    theirs has changed.
 
     Raises:
         `FileNotFoundError`: there is none.

@@ -14,8 +14,9 @@ STATE_VERSION = 2
 
 class LearnAlignSampler(Sampler[int]):
     r"""
-    Sampler that trains on the prompts that its schedule chooses: with `schedule="staged"`, the default, random ones during the
-    warm-up and the selected ones afterwards; with `schedule="online"` those that training's own rewards promise most of.
+    Sampler that trains on the prompts that its schedule chooses: with `schedule="staged"`, the default, random ones
+    during the warm-up and the selected ones afterwards; with `schedule="online"` those that training's own rewards
+    promise most of.
 
     Pass it to [`LearnAlignGRPOTrainer`] as `train_sampler`, or to [`LearnAlignCallback`]; either binds it to the
     trainer. One sampler serves one trainer. A run is a stream of chunks:
@@ -86,8 +87,9 @@ class LearnAlignSampler(Sampler[int]):
     def _bound(self) -> Layout:
         if self.layout is None:
             raise RuntimeError(
-                "This LearnAlignSampler belongs to no trainer yet. Pass it to LearnAlignGRPOTrainer as `train_sampler`, "
-                "or call `trainer.add_callback(LearnAlignCallback(trainer, sampler))` on a trainer already built."
+                "This LearnAlignSampler belongs to no trainer yet. Pass it to LearnAlignGRPOTrainer as "
+                "`train_sampler`, or call `trainer.add_callback(LearnAlignCallback(trainer, sampler))` on a trainer "
+                "already built."
             )
         return self.layout
 
@@ -127,16 +129,20 @@ class LearnAlignSampler(Sampler[int]):
                 "The checkpoint was written for another stream of prompts: "
                 + "; ".join(changed)
                 + f". {to_train_longer(layout, was.get('epochs'))}Resume with the "
-                "settings, the data and the number of processes of the first run (or keep `per_device_train_batch_size` x "
-                "processes, `steps_per_generation` and `gradient_accumulation_steps` the same), or start a new run."
+                "settings, the data and the number of processes of the first run (or keep "
+                "`per_device_train_batch_size` x processes, `steps_per_generation` and `gradient_accumulation_steps` "
+                "the same), or start a new run."
             )
         if name != type(self.schedule).__name__:
             raise ValueError(
-                f"The checkpoint was written with the schedule {name}, but this sampler has {type(self.schedule).__name__}. Resume "
-                "with the same `schedule`, or start a new run from the weights of this one."
+                f"The checkpoint was written with the schedule {name}, but this sampler has "
+                f"{type(self.schedule).__name__}. Resume with the same `schedule`, or start a new run from the "
+                "weights of this one."
             )
         return state
 
     def load_state_dict(self, saved: dict) -> None:
-        """Restores the schedule. Raises a `ValueError` as [`~LearnAlignSampler.schedule_state`] and the schedule do."""
+        """
+        Restores the schedule. Raises a `ValueError` as [`~LearnAlignSampler.schedule_state`] and the schedule do.
+        """
         self.schedule.load_state_dict(self.schedule_state(saved))

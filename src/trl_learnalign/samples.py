@@ -29,7 +29,9 @@ def shortened(text: str, most: int | None = None) -> str:
 
 
 def extremes(selection: "Selection", num: int = 10) -> tuple[list[int], list[int]]:
-    """Dataset indices of the `num` highest-ranked and of the `num` lowest-ranked that may be chosen (of none twice)."""
+    """
+    Dataset indices of the `num` highest-ranked and of the `num` lowest-ranked that may be chosen (of none twice).
+    """
     ranked = selection.eligible()
     return ranked[:num].tolist(), ranked[num:][-num:].tolist()
 
@@ -41,8 +43,9 @@ def shares() -> tuple[int, int]:
 
 def shown(selection: "Selection") -> list[int]:
     """
-    Dataset indices of the whole pool or, if it is larger than `MOST_ROWS`, of a sample: the chosen prompts up to a limit, the
-    highest- and the lowest-ranked that may be chosen, and a random part of the others. The same at every call.
+    Dataset indices of the whole pool or, if it is larger than `MOST_ROWS`, of a sample: the chosen prompts up to a
+    limit, the highest- and the lowest-ranked that may be chosen, and a random part of the others. The same at every
+    call.
     """
     indices = selection.scores["index"].to_numpy()
     if len(indices) <= MOST_ROWS:

@@ -21,8 +21,9 @@ class Alignments(Protocol):
 
     def target(self) -> "pandas.DataFrame":
         """
-        Aligns every learnable prompt with the target, where a score needs `"target"`: max_s cos(phi_i, g_s), with g_s the mean of
-        phi_j / |phi_j| over the learnable target prompts j of subtask s (LESS, arXiv 2402.04333, section 4.2).
+        Aligns every learnable prompt with the target, where a score needs `"target"`: max_s cos(phi_i, g_s), with g_s
+        the mean of phi_j / |phi_j| over the learnable target prompts j of subtask s (LESS, arXiv 2402.04333, section
+        4.2).
 
         Returns:
             `pandas.DataFrame` of n rows: `alignment` and `gradient_norm` = |phi_i|; NaN for prompts with V = 0.
@@ -45,14 +46,15 @@ class Alignments(Protocol):
 class Score:
     """
     Attributes:
-        requires (`tuple[str, ...]`): the measures that it needs: `"rollouts"`, `"gradients"` (which need rollouts), `"target"` (which
-            needs both), or none.
+        requires (`tuple[str, ...]`): the measures that it needs: `"rollouts"`, `"gradients"` (which need rollouts),
+            `"target"` (which needs both), or none.
         rank (`Callable`):
-            Takes the table of what was measured, a row per prompt by dataset row, and the [`Alignments`] (`None` without
-            gradients). Returns the score of each prompt, higher is better, as a Series, or a DataFrame with the column `score` and
-            others to keep. A prompt with a NaN is never chosen.
+            Takes the table of what was measured, a row per prompt by dataset row, and the [`Alignments`] (`None`
+            without gradients). Returns the score of each prompt, higher is better, as a Series, or a DataFrame with
+            the column `score` and others to keep. A prompt with a NaN is never chosen.
         code (`Callable`, *optional*): a function of the user's, whose source a selection depends on.
-        columns (`tuple[str, ...]`): columns of the dataset that the table must hold; `None` for all that hold numbers or text.
+        columns (`tuple[str, ...]`): columns of the dataset that the table must hold; `None` for all that hold numbers
+            or text.
     """
 
     requires: tuple[str, ...]
@@ -84,8 +86,8 @@ def find_score(score: str | Callable, measures: Sequence[str] | None) -> Score:
     The score of a configuration.
 
     Args:
-        score (`str` or `Callable`): a name of `SCORES`; `"column:NAME"`, a column of numbers of the dataset; or a function of the
-            table, as it is or as `"file.py:function"`.
+        score (`str` or `Callable`): a name of `SCORES`; `"column:NAME"`, a column of numbers of the dataset; or a
+            function of the table, as it is or as `"file.py:function"`.
         measures (`Sequence[str]`, *optional*): that a function needs.
 
     Raises:
@@ -126,8 +128,8 @@ def load_function(name: str) -> Callable:
     file, _, function = name.rpartition(":")
     if not file.endswith(".py"):
         raise ValueError(
-            f"`score` is {name!r}, but must be one of {', '.join(SCORES)}, `column:NAME` for a column of the dataset, or "
-            "`file.py:function` for a function of yours."
+            f"`score` is {name!r}, but must be one of {', '.join(SCORES)}, `column:NAME` for a column of the dataset, "
+            "or `file.py:function` for a function of yours."
         )
     if not Path(file).is_file():
         raise ValueError(f"`score` is {name!r}, but there is no file '{file}'. Paths are relative to where you call.")

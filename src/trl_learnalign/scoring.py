@@ -133,7 +133,8 @@ def largest_cosines(
 
     Args:
         batches (`Iterable`): of k dataset indices and features phi of shape `(k, d)`.
-        directions (`torch.Tensor` of shape `(S, d)`): g, float64. A feature or a direction of norm 0 has a cosine of 0.
+        directions (`torch.Tensor` of shape `(S, d)`): g, float64. A feature or a direction of norm 0 has a cosine of
+            0.
 
     Returns:
         three `torch.Tensor` of shape `(n,)`: dataset indices (int64); the largest cosines and |phi_i| (float64).
@@ -208,8 +209,8 @@ def advantages_leave_one_out(
     normalize: bool = False,
 ) -> torch.Tensor:
     """
-    Advantages of the rollouts of a pool, as RLOOTrainer computes them, with the pool in place of the batch: each total reward
-    minus the mean of the others of its group.
+    Advantages of the rollouts of a pool, as RLOOTrainer computes them, with the pool in place of the batch: each total
+    reward minus the mean of the others of its group.
 
     Args:
         rewards (`torch.Tensor` of shape `(n, G, F)`): rewards of n groups by F reward functions; NaN if unscorable.

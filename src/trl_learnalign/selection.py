@@ -55,15 +55,15 @@ class Selection:
             `gradient_norm` is the norm of the gradient feature. A column that the configured score does not need is
             null; so are `alignment` and `gradient_norm` of a prompt with V = 0, whose gradient is not computed.
         provenance (`dict`):
-            `config`, `seed`, `global_step`, `stage`, `num_rollouts`, `dataset_fingerprint`, `num_rows`, `model`, `versions`,
-            `num_processes`, `made` (when, in UTC), `seconds` (of each phase), `unscorable` (indices that no reward function could
-            score), with `deduplicate` the `duplicates` (indices left out for a better-ranked row of the same prompt), and, unless
-            prompts were chosen at random, `reward_range` (the least and the greatest reward that decides success), `key`
-            (a hash of all that the selection was made from) and `cost`:
+            `config`, `seed`, `global_step`, `stage`, `num_rollouts`, `dataset_fingerprint`, `num_rows`, `model`,
+            `versions`, `num_processes`, `made` (when, in UTC), `seconds` (of each phase), `unscorable` (indices that
+            no reward function could score), with `deduplicate` the `duplicates` (indices left out for a better-ranked
+            row of the same prompt), and, unless prompts were chosen at random, `reward_range` (the least and the
+            greatest reward that decides success), `key` (a hash of all that the selection was made from) and `cost`:
             tokens rolled out, in gradient rows, and computed with padding; `of_rollouts`, the time of gradients and
-            scores divided by that of the rollouts; `floor`, an estimate of the least that this ratio can be: a plain forward
-            and backward over the gradient rows, if generating a token costs as much as one forward over it (2 x the gradient
-            rows' share of the tokens, 3 x with a KL term).
+            scores divided by that of the rollouts; `floor`, an estimate of the least that this ratio can be: a plain
+            forward and backward over the gradient rows, if generating a token costs as much as one forward over it (2
+            x the gradient rows' share of the tokens, 3 x with a KL term).
     """
 
     indices: list[int]
@@ -126,8 +126,8 @@ class Selection:
 
     def to_dataset(self, dataset: Dataset, with_scores: bool = False) -> Dataset:
         """
-        The chosen rows of the dataset that the selection was made from, best first; with `with_scores` also the columns
-        `learnalign_score` and `success_rate`.
+        The chosen rows of the dataset that the selection was made from, best first; with `with_scores` also the
+        columns `learnalign_score` and `success_rate`.
 
         Raises:
             `ValueError`: `dataset` has other rows than that, or the same in another order; or it has those columns.
@@ -137,9 +137,9 @@ class Selection:
             or dataset_fingerprint(dataset) != self.provenance["dataset_fingerprint"]
         ):
             raise ValueError(
-                "The dataset is not the one that the selection was made from: it has other rows, or the same in another "
-                f"order ({len(dataset)} rows; the selection was made from {self.provenance['num_rows']}). Load that one, "
-                "or select again."
+                "The dataset is not the one that the selection was made from: it has other rows, or the same in "
+                f"another order ({len(dataset)} rows; the selection was made from {self.provenance['num_rows']}). "
+                "Load that one, or select again."
             )
         rows = dataset.select(self.indices)
         if not with_scores:
@@ -156,8 +156,8 @@ class Selection:
 
     def select(self, num_prompts: int) -> "Selection":
         """
-        The choice of another number of prompts from the same scores: no rollouts, no gradients. Fewer than `num_prompts`,
-        with a warning, if fewer are learnable (with `deduplicate`, each prompt counts once).
+        The choice of another number of prompts from the same scores: no rollouts, no gradients. Fewer than
+        `num_prompts`, with a warning, if fewer are learnable (with `deduplicate`, each prompt counts once).
 
         Raises:
             `ValueError`: `num_prompts` is not an integer of at least 1.
@@ -176,8 +176,8 @@ class Selection:
         The choice that the configuration makes from these scores.
 
         Args:
-            equal (`list[int]`, *optional*): for each row of the dataset a number that is the same for equal prompts, of which
-                only the best-ranked may be chosen.
+            equal (`list[int]`, *optional*): for each row of the dataset a number that is the same for equal prompts,
+                of which only the best-ranked may be chosen.
         """
         seen, left_out, provenance = set(), [], self.provenance
         if equal is not None:
@@ -223,9 +223,9 @@ class Selection:
 
     def outcomes(self) -> dict[str, tuple[float, float]]:
         """
-        What the rollouts came to, as the mean over the pool and the mean over the chosen prompts (NaN without prompts):
-        of `success_rate`, or, with `learnability="variance"`, where a graded reward need not be a success, of `reward_mean`
-        and `reward_std`, the standard deviation of a prompt's rewards. Empty without rollouts.
+        What the rollouts came to, as the mean over the pool and the mean over the chosen prompts (NaN without
+        prompts): of `success_rate`, or, with `learnability="variance"`, where a graded reward need not be a success,
+        of `reward_mean` and `reward_std`, the standard deviation of a prompt's rewards. Empty without rollouts.
         """
         if "rollouts" not in self.measures:
             return {}
@@ -257,8 +257,8 @@ class Selection:
 
 def find_selections(path: str | os.PathLike) -> list[Path]:
     """
-    Directories of finished selections, oldest first: `path` itself, or those below it, if it is the `output_dir` of a run
-    or its `learnalign` directory.
+    Directories of finished selections, oldest first: `path` itself, or those below it, if it is the `output_dir` of a
+    run or its `learnalign` directory.
 
     Raises:
         `FileNotFoundError`: there is none.

@@ -45,13 +45,14 @@ def select_prompts(trainer: Trainer, config: LearnAlignConfig | None = None) -> 
     the trainer's state does not change.
 
     With several processes every process must call this; all get the same selection. One line about it is printed, and
-    its files, with a report, are left in `OUTPUT_DIR/learnalign/step-{global_step:06d}/` (see docs/files.md). A selection there that was made
-    from the same weights, data, rewards and settings is reused, and an interrupted
-    one is finished. What was measured stays in `OUTPUT_DIR/_learnalign/`: another score at the same weights measures only what it
-    needs besides.
+    its files, with a report, are left in `OUTPUT_DIR/learnalign/step-{global_step:06d}/` (see docs/files.md). A
+    selection there that was made from the same weights, data, rewards and settings is reused, and an interrupted
+    one is finished. What was measured stays in `OUTPUT_DIR/_learnalign/`: another score at the same weights measures
+    only what it needs besides.
 
     Args:
-        trainer ([`~trl.GRPOTrainer`] or [`~trl.RLOOTrainer`]): supplies the policy, the prompts, the generation and the rewards.
+        trainer ([`~trl.GRPOTrainer`] or [`~trl.RLOOTrainer`]): supplies the policy, the prompts, the generation and
+            the rewards.
         config ([`LearnAlignConfig`], *optional*): defaults to the paper's settings.
 
     Returns:
@@ -66,8 +67,8 @@ def select_prompts(trainer: Trainer, config: LearnAlignConfig | None = None) -> 
 
 def select_at_stage(trainer: Trainer, config: LearnAlignConfig, stage: int, keep_measures: bool = False) -> Selection:
     """
-    [`select_prompts`], with the number of selections before this one in a staged run. In training nothing that was measured is kept, as
-    the next step changes the weights.
+    [`select_prompts`], with the number of selections before this one in a staged run. In training nothing that was
+    measured is kept, as the next step changes the weights.
     """
     host = find_host(trainer)
     host.check(config)
@@ -274,8 +275,8 @@ class SelectionRun:
 
     def _keys(self) -> dict[str, str]:
         """
-        Hashes of everything that a selection, and each measure, is made from: equal keys mean equal selections. No measure depends on
-        the score, nor the rollouts on what is taken from them.
+        Hashes of everything that a selection, and each measure, is made from: equal keys mean equal selections. No
+        measure depends on the score, nor the rollouts on what is taken from them.
         """
         rolled_out = {name: self.provenance[name] for name in _KEY_FIELDS}
         rolled_out["prompts_at_once"] = self.prompts_at_once
@@ -313,8 +314,8 @@ _REUSED = (
     "from then. To select again, delete that directory or pass another `output_dir`."
 )
 _REPLACED = (
-    "'{}' holds a selection from other weights, data, rewards or settings (made: {}). To keep it, stop here and move that "
-    "directory, or pass another `output_dir`."
+    "'{}' holds a selection from other weights, data, rewards or settings (made: {}). To keep it, stop here and move "
+    "that directory, or pass another `output_dir`."
 )
 _NOT_IN_KEY = set(FREE_ON_RESUME) - {"save_rollouts"}  # which the files of a selection depend on
 _KEY_FIELDS = ("seed", "global_step", "num_rollouts", "dataset_fingerprint", "num_rows", "model")

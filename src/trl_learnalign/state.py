@@ -51,8 +51,8 @@ def join(values: dict, arrays: dict[str, np.ndarray]) -> dict:
 
 def write_arrays(directory: Path, arrays: dict[str, np.ndarray], is_writer: bool) -> dict | None:
     """
-    Writes the arrays into a checkpoint, where there are any. Returns what trainer_state.json is to say of them: the name of the
-    file and its SHA-256.
+    Writes the arrays into a checkpoint, where there are any. Returns what trainer_state.json is to say of them: the
+    name of the file and its SHA-256.
     """
     if not arrays:
         return None
@@ -81,7 +81,8 @@ def read_arrays(directory: Path, entry: dict | None) -> dict[str, np.ndarray]:
         return load(content)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(
-            f"'{path}', the state of the schedule in this checkpoint, cannot be used: {error}. Resume from an earlier checkpoint."
+            f"'{path}', the state of the schedule in this checkpoint, cannot be used: {error}. Resume from an earlier "
+            "checkpoint."
         ) from error
 
 
@@ -105,7 +106,8 @@ class CheckpointState:
 
     def write(self, directory: Path, is_writer: bool, pending: int | None) -> None:
         """
-        Puts the state into the trainer's, which the checkpoint in `directory` will hold, and its arrays into a file there.
+        Puts the state into the trainer's, which the checkpoint in `directory` will hold, and its arrays into a file
+        there.
 
         Args:
             directory (`Path`): the checkpoint.
@@ -121,8 +123,9 @@ class CheckpointState:
             found = peers.gather(digest([values, entry]))
         if len(set(found)) > 1:  # the same on all processes, so all raise
             raise RuntimeError(
-                "The processes have come to different schedules: each would train on other prompts. Their processors or libraries may "
-                f"round differently (digests: {', '.join(one[:8] for one in found)}). Resume from the last checkpoint on equal machines."
+                "The processes have come to different schedules: each would train on other prompts. Their processors "
+                f"or libraries may round differently (digests: {', '.join(one[:8] for one in found)}). Resume from "
+                "the last checkpoint on equal machines."
             )
         content = values | {
             "arrays": entry,
@@ -145,8 +148,8 @@ class CheckpointState:
         """
         if self.host.args.ignore_data_skip:
             raise ValueError(
-                "`ignore_data_skip=True` starts the epoch over, so the resumed run would train on other prompts than the "
-                "first. Leave it out: skipping data generates nothing."
+                "`ignore_data_skip=True` starts the epoch over, so the resumed run would train on other prompts than "
+                "the first. Leave it out: skipping data generates nothing."
             )
         saved = state.stateful_callbacks.get(STATE_KEY)
         if not isinstance(saved, dict):
@@ -157,16 +160,17 @@ class CheckpointState:
         content = {name: value for name, value in saved.items() if name != "sha256"}
         if saved.get("sha256") != digest(content) or not {"sampler", "pending", "dataset_fingerprint"} <= saved.keys():
             raise ValueError(
-                f"The LearnAlign state in the checkpoint of step {state.global_step} is damaged: it does not agree with its "
-                "checksum. Resume from an earlier checkpoint."
+                f"The LearnAlign state in the checkpoint of step {state.global_step} is damaged: it does not agree "
+                "with its checksum. Resume from an earlier checkpoint."
             )
         arrays = read_arrays(self._directory, saved.get("arrays"))
         whole = join({"sampler": saved["sampler"]}, arrays)
         schedule_state = self.sampler.schedule_state(whole["sampler"])
         if saved["dataset_fingerprint"] != self._fingerprint:
             raise ValueError(
-                "The training dataset has other rows, or the same in another order, than when the checkpoint was written, "
-                "so its selection would name the wrong prompts. Resume with the same dataset, or start a new run."
+                "The training dataset has other rows, or the same in another order, than when the checkpoint was "
+                "written, so its selection would name the wrong prompts. Resume with the same dataset, or start a new "
+                "run."
             )
         self._check_config(saved.get("config", self.config.to_dict()))  # version 0.1.0 did not record it
         return schedule_state, saved["pending"]
@@ -180,9 +184,10 @@ class CheckpointState:
         refused = [text for name, text in changes.items() if name not in FREE_ON_RESUME]
         if refused:
             raise ValueError(
-                f"The LearnAlignConfig is not that of the checkpoint: {'; '.join(refused)}. The selections so far were made with "
-                "the old values. Resume with these, or start a new run in another `output_dir` (with the weights of this one, "
-                f"if you like). On resuming, only {', '.join(f'`{name}`' for name in FREE_ON_RESUME)} may change."
+                f"The LearnAlignConfig is not that of the checkpoint: {'; '.join(refused)}. The selections so far "
+                "were made with the old values. Resume with these, or start a new run in another `output_dir` (with "
+                "the weights of this one, if you like). On resuming, only "
+                f"{', '.join(f'`{name}`' for name in FREE_ON_RESUME)} may change."
             )
         if "reselect_every" in changes and self.host.accelerator.is_main_process:
             logger.warning(f"{changes['reselect_every']}: the selections to come follow the new value.")

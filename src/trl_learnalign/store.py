@@ -35,8 +35,8 @@ class Log:
         00000-00001.log   process 0 goes on here once its first file has reached `SEGMENT_BYTES`
         00001-00000.log
 
-    A record that is damaged, cut off or was made under another key is as if it had never been written. What is left of a torn one at
-    the end of a file is cut off before the process that the file belongs to appends to it.
+    A record that is damaged, cut off or was made under another key is as if it had never been written. What is left of
+    a torn one at the end of a file is cut off before the process that the file belongs to appends to it.
 
     Args:
         path (`Path`): the directory, prepared by [`prepare`].
@@ -86,12 +86,14 @@ class Log:
         Appends `(name, payload)` in one write. A later record replaces an earlier one of the same name.
 
         Args:
-            records (`Iterable[tuple[int, bytes | np.ndarray]]`): names in [0, 2**64), each with its bytes or a contiguous array.
-            durable (`bool`): whether to wait until the disk has it. What a killed process has written stays in any case; what a
-                machine that loses its power has written may not.
+            records (`Iterable[tuple[int, bytes | np.ndarray]]`): names in [0, 2**64), each with its bytes or a
+                contiguous array.
+            durable (`bool`): whether to wait until the disk has it. What a killed process has written stays in any
+                case; what a machine that loses its power has written may not.
 
         Raises:
-            `OSError`: the disk is full, or the directory cannot be written to. What was finished before is still there.
+            `OSError`: the disk is full, or the directory cannot be written to. What was finished before is still
+                there.
         """
         if self._stream is None or self._end >= SEGMENT_BYTES:
             self._next_file()
@@ -110,8 +112,8 @@ class Log:
         except OSError as error:
             self._stream.truncate(self._end)
             raise OSError(
-                f"'{self._files[self._current]}' could not be written ({error}). Free disk space or make the directory writable, "
-                "and run again: finished parts are still there."
+                f"'{self._files[self._current]}' could not be written ({error}). Free disk space or make the "
+                "directory writable, and run again: finished parts are still there."
             ) from error
         self._end = start
         self._index.add(found, self._current)
@@ -200,8 +202,8 @@ class Log:
 
 class _Index:
     """
-    Where each record is: `(file, offset)` by name. Sorted arrays of 20 bytes a record, and a dict of those that came since, at most
-    an eighth as many.
+    Where each record is: `(file, offset)` by name. Sorted arrays of 20 bytes a record, and a dict of those that came
+    since, at most an eighth as many.
     """
 
     def __init__(self):
@@ -244,13 +246,14 @@ class _Index:
 
 def prepare(path: Path, key: str) -> None:
     """
-    Makes the directory of a [`Log`], empty unless it was made under the same key. For one process of each disk, before the others
-    open it.
+    Makes the directory of a [`Log`], empty unless it was made under the same key. For one process of each disk, before
+    the others open it.
     """
     known = _key_of(path)
     if path.exists() and known != key:
         logger.warning(
-            f"'{path}' was made from other weights, data, rewards or settings, so it is discarded and the selection starts again."
+            f"'{path}' was made from other weights, data, rewards or settings, so it is discarded and the selection "
+            "starts again."
         )
         shutil.rmtree(path, ignore_errors=True)  # each record has the key as well
     remove_leftovers(path)

@@ -37,10 +37,12 @@ def log_values(selection, warmup_prompts: int) -> dict[str, float]:
 
 def zero_variance(history: list[dict], layout, start: int) -> float | None:
     """
-    Mean share of groups without a gradient, of what was generated from chunk `start` on; None if nothing of it was logged.
+    Mean share of groups without a gradient, of what was generated from chunk `start` on; None if nothing of it was
+    logged.
 
     Args:
-        history (`list[dict]`): the trainer's log. An entry with a `loss` covers what was generated since the one before.
+        history (`list[dict]`): the trainer's log. An entry with a `loss` covers what was generated since the one
+            before.
         layout ([`Layout`]): says which chunk was generated at which step.
         start (`int`): the first chunk that counts.
     """
@@ -59,8 +61,8 @@ def zero_variance(history: list[dict], layout, start: int) -> float | None:
 def log_media(trainer, selection) -> None:
     """
     The table of scores, best first, as TRL logs completions, and the figures of the report. To be called before the
-    values of the selection are logged, which W&B puts into the same step. All of this is also on disk, so a failure here
-    does not end the run.
+    values of the selection are logged, which W&B puts into the same step. All of this is also on disk, so a failure
+    here does not end the run.
     """
 
     def media():
@@ -75,7 +77,10 @@ def log_media(trainer, selection) -> None:
 
 
 def log_figures(trainer, drawings: list) -> None:
-    """The figures of a report, at the step that just ended. They are in the report, so a failure here does not end the run."""
+    """
+    The figures of a report, at the step that just ended. They are in the report, so a failure here does not end the
+    run.
+    """
     _log(trainer, "figures", lambda: ({}, drawings, trainer.state.global_step))
 
 

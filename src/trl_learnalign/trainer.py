@@ -24,8 +24,8 @@ class LearnAlignMixin:
 
     Args:
         train_sampler ([`LearnAlignSampler`], *optional*):
-            Decides which prompts are trained on. Without it the trainer does not change. All other arguments are passed
-            to the trainer.
+            Decides which prompts are trained on. Without it the trainer does not change. All other arguments are
+            passed to the trainer.
     """
 
     def __init__(self, *args, train_sampler: LearnAlignSampler | None = None, **kwargs):
@@ -45,8 +45,8 @@ class LearnAlignMixin:
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """
-        As the trainer's, but `resume_from_checkpoint=True` resumes from the last complete checkpoint: a run killed while
-        writing one goes on from the one before it, and a run killed before its first starts from the beginning.
+        As the trainer's, but `resume_from_checkpoint=True` resumes from the last complete checkpoint: a run killed
+        while writing one goes on from the one before it, and a run killed before its first starts from the beginning.
 
         Raises:
             `ValueError`: the checkpoint that was asked for is not complete, or there are checkpoints and none is.

@@ -1,9 +1,9 @@
 """
-The part of vLLM that TRL calls in colocate mode, generating with transformers. For tests: what it cannot show is said in
-docs/limitations.md.
+The part of vLLM that TRL calls in colocate mode, generating with transformers. For tests: what it cannot show is said
+in docs/limitations.md.
 
-Like vLLM it seeds the global generators when it is made and samples from them, loses its weights when it sleeps at level 2,
-and reads them from the disk on `reload_weights`. `EVENTS` holds what was called, in order.
+Like vLLM it seeds the global generators when it is made and samples from them, loses its weights when it sleeps at
+level 2, and reads them from the disk on `reload_weights`. `EVENTS` holds what was called, in order.
 """
 
 import sys

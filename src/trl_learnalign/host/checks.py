@@ -20,21 +20,22 @@ def check_trainer(host, config: LearnAlignConfig) -> None:
     Raises an error for all settings of a trainer with which no prompts can be chosen.
 
     Raises:
-        `ValueError`: processes that are not connected, a streaming dataset, an environment that owns the data, no column `prompt`.
+        `ValueError`: processes that are not connected, a streaming dataset, an environment that owns the data, no
+            column `prompt`.
     """
     trainer = host.trainer
     launched, seen = int(os.environ.get("WORLD_SIZE", 1)), trainer.accelerator.num_processes
     if launched != seen:
         raise ValueError(
-            f"The launcher started {launched} processes, but the trainer sees {seen}: each would train by itself and write "
-            f"to the same files. On a machine without a GPU set `use_cpu=True` in {type(trainer.args).__name__}."
+            f"The launcher started {launched} processes, but the trainer sees {seen}: each would train by itself and "
+            f"write to the same files. On a machine without a GPU set `use_cpu=True` in {type(trainer.args).__name__}."
         )
     dataset = trainer.train_dataset
     check_dataset(dataset, needs_prompt=host.environments is None)
     if _is_placeholder(dataset):
         raise ValueError(
-            "The environment of this trainer supplies the prompts itself, so there are no dataset rows to select. Pass "
-            "a `train_dataset` with the prompts to choose from."
+            "The environment of this trainer supplies the prompts itself, so there are no dataset rows to select. "
+            "Pass a `train_dataset` with the prompts to choose from."
         )
     own_rollouts = host.rollout_func is not None
     if not own_rollouts:  # which may need no prompt
@@ -49,15 +50,16 @@ def check_selection(host, config: LearnAlignConfig) -> None:
     Raises an error for all settings of a trainer with which a selection would fail or be wrong.
 
     Raises:
-        `ValueError`: an unknown column, an unknown or missing reward name, vLLM set up so that TRL mixes completions up; and where
-            gradients are wanted: an unknown loss, a multimodal dataset, sharded weights without an adapter.
+        `ValueError`: an unknown column, an unknown or missing reward name, vLLM set up so that TRL mixes completions
+            up; and where gradients are wanted: an unknown loss, a multimodal dataset, sharded weights without an
+            adapter.
         [`UnseenParametersError`]: trainable tensors whose gradients would be missed.
     """
     dataset = host.dataset
     if config.num_prompts > len(dataset):
         warnings.warn(
-            f"`num_prompts` is {config.num_prompts}, but the training dataset has {len(dataset)} rows: every learnable "
-            "prompt will be selected.",
+            f"`num_prompts` is {config.num_prompts}, but the training dataset has {len(dataset)} rows: every "
+            "learnable prompt will be selected.",
             stacklevel=4,
         )
     check_columns(dataset, config)
@@ -100,13 +102,14 @@ def check_vllm(host) -> None:
     trainer = host.trainer
     if host.sharing > 1 and getattr(trainer, "tools", None):
         raise ValueError(
-            f"`vllm_tensor_parallel_size` is {trainer.vllm_tensor_parallel_size}, which TRL cannot combine with tools: once "
-            "the processes that share a vLLM have different numbers of calls to answer, they wait for each other or get each "
-            "other's completions. Use `vllm_tensor_parallel_size=1`."
+            f"`vllm_tensor_parallel_size` is {trainer.vllm_tensor_parallel_size}, which TRL cannot combine with "
+            "tools: once the processes that share a vLLM have different numbers of calls to answer, they wait for "
+            "each other or get each other's completions. Use `vllm_tensor_parallel_size=1`."
         )
     sleeps = is_colocated(trainer) and trainer.args.vllm_enable_sleep_mode
     if sleeps and Version(trl.__version__) < Version("1.10"):
         raise ValueError(
-            f"`vllm_enable_sleep_mode=True` with TRL {trl.__version__} generates with the weights that vLLM reads from the "
-            "disk, not with those being trained (huggingface/trl#5312). Upgrade to TRL 1.10 or later, or switch it off."
+            f"`vllm_enable_sleep_mode=True` with TRL {trl.__version__} generates with the weights that vLLM reads "
+            "from the disk, not with those being trained (huggingface/trl#5312). Upgrade to TRL 1.10 or later, or "
+            "switch it off."
         )

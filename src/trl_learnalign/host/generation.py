@@ -43,8 +43,8 @@ def is_colocated(trainer: Trainer) -> bool:
 @contextmanager
 def left_as_found(trainer: Trainer, num_rollouts: int) -> Iterator[None]:
     """
-    Lets the trainer generate `num_rollouts` completions a prompt, and undoes on exit all that a generation changes but for
-    modes: metrics, logs, counters, random states.
+    Lets the trainer generate `num_rollouts` completions a prompt, and undoes on exit all that a generation changes but
+    for modes: metrics, logs, counters, random states.
     """
     numbers = trainer.num_generations, trainer.state.num_input_tokens_seen
     books = {name: getattr(trainer, name) for name in ("_metrics", "_logs", "_pending_extra_logs", "_pending_metrics")}
@@ -79,12 +79,13 @@ def generate_groups(host, dataset: Dataset, indices: list[int], seed: int, gradi
         host ([`Host`]): `group_size` rollouts a prompt.
         dataset (`Dataset`): the training dataset with the columns that the trainer would see.
         indices (`list[int]`): rows of `dataset`.
-        seed (`int`): of the generation; the same seed and indices give the same rollouts on any process. Processes that
-            share a vLLM (see [`Host.sharing`]) must pass the same; there the rollouts depend on the indices of
+        seed (`int`): of the generation; the same seed and indices give the same rollouts on any process. Processes
+            that share a vLLM (see [`Host.sharing`]) must pass the same; there the rollouts depend on the indices of
             all of these processes.
         gradients (`bool`): whether gradients will be taken of the rollouts.
     """
-    # Before every batch: continuous batching leaves all modules in train mode, and so may a user's own rollout function
+    # Before every batch: continuous batching leaves all modules in train mode, and so may a user's own rollout
+    # function
     trainer = host.trainer
     turn_dropout_off(trainer.model)
     set_seed(seed % 2**32)

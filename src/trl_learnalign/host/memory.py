@@ -16,7 +16,8 @@ logger = logging.getLogger(__name__)
 
 class Halving:
     """
-    Lets a model generate for no more rows at once than fit into the memory of this process. What is found out stays for later calls.
+    Lets a model generate for no more rows at once than fit into the memory of this process. What is found out stays
+    for later calls.
 
     Attributes:
         rows (`float`): the most rows that may fit.
@@ -27,7 +28,10 @@ class Halving:
 
     @contextmanager
     def __call__(self, host) -> Iterator[None]:
-        """Within it, the policy's `generate` takes its rows in parts that fit. It is a local operation, so others need not know."""
+        """
+        Within it, the policy's `generate` takes its rows in parts that fit. It is a local operation, so others need
+        not know.
+        """
         model = host.model
         own = vars(model).get("generate")
         original = model.generate
@@ -48,7 +52,8 @@ class Halving:
 
     def _generate(self, original, inputs, parts):
         """
-        As one call, or, if it may be cut into `parts`, as several. What was drawn for a call that failed is drawn again.
+        As one call, or, if it may be cut into `parts`, as several. What was drawn for a call that failed is drawn
+        again.
 
         Raises:
             `MemoryError`: not even one row fits, or the weights are sharded, so that others take part in the call.
@@ -70,8 +75,8 @@ class Halving:
         # Outside of the handler, whose traceback keeps the tensors of the failed attempt
         self.rows = size // 2
         logger.warning(
-            f"{size} rollouts at once do not fit into the memory, so they are generated in halves. Lower `rollout_batch_prompts` "
-            "to avoid the retry."
+            f"{size} rollouts at once do not fit into the memory, so they are generated in halves. Lower "
+            "`rollout_batch_prompts` to avoid the retry."
         )
         clear_device_cache(garbage_collection=True)
         set_random_state(state)

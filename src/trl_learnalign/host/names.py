@@ -59,6 +59,7 @@ def check_names(trainer: Trainer, names: tuple[str, ...]) -> None:
     gone = [name for name in names if not hasattr(trainer, name)]
     if gone:
         raise RuntimeError(
-            f"{type(trainer).__name__} has no {', '.join(f'`{name}`' for name in gone)}, which LearnAlign needs and TRL "
-            f"{TRIED} has; {trl.__version__} is installed. Install one of those versions, or a newer trl-learnalign."
+            f"{type(trainer).__name__} has no {', '.join(f'`{name}`' for name in gone)}, which LearnAlign needs and "
+            f"TRL {TRIED} has; {trl.__version__} is installed. Install one of those versions, or a newer "
+            "trl-learnalign."
         )

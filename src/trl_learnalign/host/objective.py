@@ -28,8 +28,9 @@ def check_loss(trainer: GRPOTrainer) -> None:
 
 def policy(trainer: Trainer) -> torch.nn.Module:
     """
-    The policy to run. It is wrapped only under FSDP, where the wrapper has part of the weights: DDP's and DeepSpeed's would
-    reduce gradients after every backward. DeepSpeed's ZeRO-3 gathers its weights in hooks of the layers themselves.
+    The policy to run. It is wrapped only under FSDP, where the wrapper has part of the weights: DDP's and DeepSpeed's
+    would reduce gradients after every backward. DeepSpeed's ZeRO-3 gathers its weights in hooks of the layers
+    themselves.
     """
     return trainer.model_wrapped if trainer.is_fsdp_enabled else trainer.model
 
@@ -42,8 +43,8 @@ def policy_objective(trainer: GRPOTrainer, rows: list[Row]) -> torch.Tensor:
 
     over the tokens t that the loss mask keeps, with the factor before the logarithm held constant. A selection is
     on-policy, every ratio pi_theta / pi_old is 1, and what GRPOTrainer's losses leave then is a coefficient c_t, a
-    factor k_t of the KL term and a divisor N. With A the advantage, T the number of tokens of the row that the loss mask
-    keeps, and R_t = pi_ref / pi_theta:
+    factor k_t of the KL term and a divisor N. With A the advantage, T the number of tokens of the row that the loss
+    mask keeps, and R_t = pi_ref / pi_theta:
 
     | `loss_type` | c_t | N |
     | --- | --- | --- |
@@ -54,13 +55,15 @@ def policy_objective(trainer: GRPOTrainer, rows: list[Row]) -> torch.Tensor:
     | luspo | A | 1 |
 
     In training the divisor of dapo, cispo and vespo is the number of tokens of the whole batch, that of bnpo of the
-    microbatch. Either is the same for all prompts of that batch, hence the constant that dr_grpo has. The other settings:
+    microbatch. Either is the same for all prompts of that batch, hence the constant that dr_grpo has. The other
+    settings:
 
     - `top_entropy_quantile` less than 1: c_t is 0 for tokens of low entropy. The KL term keeps all tokens.
     - `importance_sampling_level="sequence"`: c_t is the row's mean of c_t, as the ratio is that of the mean
-      log-probability. It makes a difference with `top_entropy_quantile` only, and none to cispo and vespo, whose ratios are constants.
-    - KL term: k_t = R_t - 1. With `use_bias_correction_kl` the KL estimate K_t = R_t - log R_t - 1 is multiplied by the
-      ratio, and k_t is R_t - 1 - K_t = log R_t; with the ratio of a sequence R_t - 1 - mean_t K_t.
+      log-probability. It makes a difference with `top_entropy_quantile` only, and none to cispo and vespo, whose
+      ratios are constants.
+    - KL term: k_t = R_t - 1. With `use_bias_correction_kl` the KL estimate K_t = R_t - log R_t - 1 is multiplied by
+      the ratio, and k_t is R_t - 1 - K_t = log R_t; with the ratio of a sequence R_t - 1 - mean_t K_t.
     - `epsilon` and `delta` cut ratios other than 1. A `delta` less than 1 also cuts 1: then c_t is at most 0.
     - `use_liger_kernel` computes the same loss in another way.
 
@@ -147,7 +150,9 @@ def _reference_logps(trainer, arguments):
 
 @torch.no_grad()
 def token_entropies(trainer: GRPOTrainer, rows: list[Row]) -> list[torch.Tensor]:
-    """Entropies in nats of the policy where it drew the completion tokens of each row, of shape `(tokens,)`, float32."""
+    """
+    Entropies in nats of the policy where it drew the completion tokens of each row, of shape `(tokens,)`, float32.
+    """
     arguments = input_ids, _, keep = arguments_of(trainer, rows)
     entropies = trainer._get_per_token_logps_and_entropies(policy(trainer), *arguments, compute_entropy=True)[1]
     entropies = entropies.float().cpu()
@@ -160,8 +165,8 @@ def token_entropies(trainer: GRPOTrainer, rows: list[Row]) -> list[torch.Tensor]
 
 def mark_high_entropies(rows: list[Row], entropies: list[torch.Tensor], share: float) -> None:
     """
-    Sets the `entropy_mask` of a group's rows: 1 for tokens kept by the loss mask whose entropy is at least the quantile
-    1 - `share` of those of the group, as GRPOTrainer does it with all tokens of a batch.
+    Sets the `entropy_mask` of a group's rows: 1 for tokens kept by the loss mask whose entropy is at least the
+    quantile 1 - `share` of those of the group, as GRPOTrainer does it with all tokens of a batch.
     """
     masks = [torch.as_tensor(row.loss_mask).bool() for row in rows]
     threshold = torch.quantile(torch.cat([own[mask] for own, mask in zip(entropies, masks, strict=True)]), 1 - share)

@@ -11,7 +11,10 @@ from .trl import Host
 
 
 class RLOOHost(Host):
-    """[`~trl.RLOOTrainer`]: advantages against the mean of the other rollouts, one ratio a completion, the KL term in the reward."""
+    """
+    [`~trl.RLOOTrainer`]: advantages against the mean of the other rollouts, one ratio a completion, the KL term in the
+    reward.
+    """
 
     names = COMMON + RLOO
     settings = (
@@ -48,9 +51,9 @@ class RLOOHost(Host):
 
     def objective(self, rows: list[Row]) -> torch.Tensor:
         r"""
-        sum_rows  weight A  sum_t log pi_theta(token t)  over the tokens t that the loss mask keeps: the gradient of RLOOTrainer's
-        loss where the ratio pi_theta / pi_old of every completion is 1, and so nothing is cut. The router's auxiliary
-        loss, which does not depend on rewards, is left out.
+        sum_rows  weight A  sum_t log pi_theta(token t)  over the tokens t that the loss mask keeps: the gradient of
+        RLOOTrainer's loss where the ratio pi_theta / pi_old of every completion is 1, and so nothing is cut. The
+        router's auxiliary loss, which does not depend on rewards, is left out.
         """
         arguments = arguments_of(self.trainer, rows)
         mask = of_completions(arguments, rows, [row.loss_mask for row in rows])

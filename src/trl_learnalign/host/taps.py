@@ -19,15 +19,17 @@ CheckpointWriter = Callable[[Path, bool], None]
 
 def observe_rewards(trainer: Trainer, observer: RewardObserver) -> Undo:
     """
-    Calls `observer(batch_in_run, inputs, completions, rewards)` after every generation for training, on every process; not of an evaluation, nor
-    of a selection. A batch is what one backward takes; a chunk is generated for at once and makes several.
+    Calls `observer(batch_in_run, inputs, completions, rewards)` after every generation for training, on every process;
+    not of an evaluation, nor of a selection. A batch is what one backward takes; a chunk is generated for at once and
+    makes several.
 
-    - `batch_in_run` (`int`): training batches before this one in the whole run, also those before the checkpoint that it was resumed
-      from. After a resume inside a chunk the rest of that chunk is generated again, with the number of its first batch left.
+    - `batch_in_run` (`int`): training batches before this one in the whole run, also those before the checkpoint that
+      it was resumed from. After a resume inside a chunk the rest of that chunk is generated again, with the number of
+      its first batch left.
     - `inputs` (`list[dict]`): the rows of this process.
     - `completions` (`list`): of these rows, as the reward functions got them.
-    - `rewards` (`np.ndarray` of shape `(rows of all processes, F)`, float64): in the order of the chunk; NaN where a reward
-      function gave none, or an infinite one.
+    - `rewards` (`np.ndarray` of shape `(rows of all processes, F)`, float64): in the order of the chunk; NaN where a
+      reward function gave none, or an infinite one.
 
     Returns:
         a function that ends it.
@@ -68,8 +70,9 @@ def observe_rewards(trainer: Trainer, observer: RewardObserver) -> Undo:
 
 def write_before_checkpoints(trainer: Trainer, write: CheckpointWriter) -> Undo:
     """
-    Calls `write(directory, is_writer)` on every process whenever a checkpoint is saved, before anything else of it is written:
-    `trainer_state.json` comes later, so it can hold a checksum of what was written. The directory exists; only processes with
+    Calls `write(directory, is_writer)` on every process whenever a checkpoint is saved, before anything else of it is
+    written: `trainer_state.json` comes later, so it can hold a checksum of what was written. The directory exists;
+        only processes with
     `is_writer` write what all have in common. An exception on one process ends all.
 
     Returns:
@@ -90,7 +93,8 @@ def write_before_checkpoints(trainer: Trainer, write: CheckpointWriter) -> Undo:
 
 def read_on_resume(trainer: Trainer, read: Callable[[Path], None]) -> Undo:
     """
-    Calls `read(directory)` on every process when a run is resumed from the checkpoint in `directory`, before training begins.
+    Calls `read(directory)` on every process when a run is resumed from the checkpoint in `directory`, before training
+    begins.
 
     Returns:
         a function that ends it.
@@ -106,8 +110,8 @@ def read_on_resume(trainer: Trainer, read: Callable[[Path], None]) -> Undo:
 
 def wrap(trainer: Trainer, name: str, around: Callable) -> Undo:
     """
-    From now on calls of a method of this trainer go to `around(inner, ...)`, with `inner` the method as it was: that of the class, or
-    what the user has put in its place.
+    From now on calls of a method of this trainer go to `around(inner, ...)`, with `inner` the method as it was: that
+    of the class, or what the user has put in its place.
 
     Returns:
         a function that undoes this. What was put around the method meanwhile stays.
@@ -133,8 +137,8 @@ def wrap(trainer: Trainer, name: str, around: Callable) -> Undo:
 
 class _BatchCounter:
     """
-    Counts the batches of a run by its optimizer steps, which a checkpoint holds, and by the batches of the step under way. The
-    trainer's own counter of batches begins at 0 after a resume.
+    Counts the batches of a run by its optimizer steps, which a checkpoint holds, and by the batches of the step under
+    way. The trainer's own counter of batches begins at 0 after a resume.
     """
 
     def __init__(self, trainer):

@@ -76,7 +76,9 @@ class Host(ABC):
         return self.trainer.train_dataset
 
     def visible(self, dataset: Dataset | None = None) -> Dataset:
-        """The dataset, by default the training dataset, with the columns that the trainer's dataloader would leave in it."""
+        """
+        The dataset, by default the training dataset, with the columns that the trainer's dataloader would leave in it.
+        """
         dataset = self.dataset if dataset is None else dataset
         return self.trainer._remove_unused_columns(dataset, description="selection")
 
@@ -97,8 +99,8 @@ class Host(ABC):
     @property
     def sharing(self) -> int:
         """
-        Number of neighbouring processes that share one vLLM. Each samples the completions of all their prompts and keeps its
-        own, so they must draw the same random numbers.
+        Number of neighbouring processes that share one vLLM. Each samples the completions of all their prompts and
+        keeps its own, so they must draw the same random numbers.
         """
         return self.trainer.vllm_tensor_parallel_size if generation.is_colocated(self.trainer) else 1
 
@@ -113,7 +115,9 @@ class Host(ABC):
         return getattr(self.model, "peft_config", None) is not None
 
     def identity(self) -> dict:
-        """What rollouts and gradients depend on besides the weights, the data and LearnAlign's own settings, for JSON."""
+        """
+        What rollouts and gradients depend on besides the weights, the data and LearnAlign's own settings, for JSON.
+        """
         settings = {name: getattr(self.trainer, name, None) for name in self.settings}
         settings |= {name: getattr(self.args, name) for name in self.arguments}
         settings["reward_weights"] = self.trainer.reward_weights.tolist()
@@ -159,16 +163,16 @@ class Host(ABC):
 
     def prompt_ids(self, rows: list[dict]) -> list[list[int]]:
         """
-        The prompt tokens of rows of the dataset, as training makes them: with the chat template, and the tools in it. Not
-        what an environment adds when it begins, nor what a `rollout_func` makes of a prompt; of images nothing.
+        The prompt tokens of rows of the dataset, as training makes them: with the chat template, and the tools in it.
+        Not what an environment adds when it begins, nor what a `rollout_func` makes of a prompt; of images nothing.
 
         Raises:
             `ValueError`: the rows have no prompt, which an environment supplies.
         """
         if not all("prompt" in row for row in rows):
             raise ValueError(
-                "There are no prompt tokens before the environment begins: the training dataset has no column `prompt`. Give it "
-                "one, or do without features of the prompts."
+                "There are no prompt tokens before the environment begins: the training dataset has no column "
+                "`prompt`. Give it one, or do without features of the prompts."
             )
         return [list(ids) for ids in self.trainer._tokenize_prompts([row["prompt"] for row in rows])[0]]
 
@@ -234,7 +238,9 @@ class Host(ABC):
 
     @abstractmethod
     def objective(self, rows: list[Row]) -> torch.Tensor:
-        """The scalar whose gradient is that of the trainer's own loss, with the sign of an objective, summed over `rows`."""
+        """
+        The scalar whose gradient is that of the trainer's own loss, with the sign of an objective, summed over `rows`.
+        """
 
     def filler(self) -> Row:
         """A row of weight 0. TRL makes sure that there is a padding token."""
@@ -248,7 +254,10 @@ class Host(ABC):
 
     @property
     def counts_without_advantage(self) -> bool:
-        """Whether a row of advantage 0 matters to a gradient: by its KL term, or by entropies that others are compared with."""
+        """
+        Whether a row of advantage 0 matters to a gradient: by its KL term, or by entropies that others are compared
+        with.
+        """
         return self.runs_reference or self.entropy_share < 1
 
     @property
@@ -257,7 +266,9 @@ class Host(ABC):
         return 1.0
 
     def entropies(self, rows: list[Row]) -> list[torch.Tensor]:
-        """Entropies in nats of the policy where it drew the completion tokens of each row, of shape `(tokens,)`, float32."""
+        """
+        Entropies in nats of the policy where it drew the completion tokens of each row, of shape `(tokens,)`, float32.
+        """
         raise NotImplementedError
 
     def mark_high_entropies(self, rows: list[Row], entropies: list[torch.Tensor]) -> None:
@@ -267,7 +278,9 @@ class Host(ABC):
     # What training sees -----------------------------------------------------------------------------------------
 
     def layout(self) -> dict:
-        """What the trainer's configuration says of the stream of prompts: the fields of [`Layout`] but for the config's."""
+        """
+        What the trainer's configuration says of the stream of prompts: the fields of [`Layout`] but for the config's.
+        """
         args = self.args
         return {
             "pool_size": len(self.dataset),

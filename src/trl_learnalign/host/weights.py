@@ -26,8 +26,9 @@ def weights_digest(trainer: Trainer) -> str:
 
 def _trainable(trainer) -> Iterator[tuple[str, torch.Tensor]]:
     """
-    One whole tensor after another, in the same order on every process, as a shard is made whole by all of them. Between
-    forwards ZeRO-3 keeps no numbers in a parameter, FSDP2 those of this process's shard, FSDP1 the same or none.
+    One whole tensor after another, in the same order on every process, as a shard is made whole by all of them.
+    Between forwards ZeRO-3 keeps no numbers in a parameter, FSDP2 those of this process's shard, FSDP1 the same or
+    none.
     """
     accelerator, model = trainer.accelerator, trainer.model
     if trainer.is_fsdp_enabled and not accelerator.is_fsdp2:

@@ -85,13 +85,14 @@ class GradientAlignments:
         run.provenance["target"] = {"num_rows": len(target), "learnable": len(learnable), "without": without}
         if not directions:
             raise RuntimeError(
-                f"No prompt of `target_dataset` is learnable: all {len(target)} were always or never solved, so the target has no "
-                "gradient. Warm up longer, use more `num_rollouts`, or other target prompts."
+                f"No prompt of `target_dataset` is learnable: all {len(target)} were always or never solved, so the "
+                "target has no gradient. Warm up longer, use more `num_rollouts`, or other target prompts."
             )
         if without and run.accelerator.is_main_process:
             logger.warning(
-                f"These subtasks of the target are left out: {', '.join(without)}. None of their prompts is learnable, so they have no "
-                "gradient. Warm up longer, use more `num_rollouts`, or other target prompts."
+                f"These subtasks of the target are left out: {', '.join(without)}. None of their prompts is "
+                "learnable, so they have no gradient. Warm up longer, use more `num_rollouts`, or other target "
+                "prompts."
             )
         return torch.stack(directions)
 
@@ -147,8 +148,9 @@ class GradientAlignments:
         missing = int((self.pool.learnability > 0).sum()) - len(columns[0])
         if missing:  # the same on every process, so all raise
             raise RuntimeError(
-                f"The gradient features of {missing} prompts could not be read back from '{self.run.path_of_measures}'. Check the "
-                "disk and run again: the features that are still there are reused."
+                f"The gradient features of {missing} prompts could not be read back from "
+                f"'{self.run.path_of_measures}'. Check the disk and run again: the features that are still there are "
+                "reused."
             )
         return columns
 

@@ -30,8 +30,8 @@ Batch = tuple[list[int], torch.Tensor]
 class GradientFeatures:
     """
     Iterates over `(dataset indices, features)` of this process's prompts, in batches of a few, features of shape
-    `(k, d)` in float32. They are read back from the log, and rows are read when their microbatch is computed, so that memory does
-    not grow with the pool.
+    `(k, d)` in float32. They are read back from the log, and rows are read when their microbatch is computed, so that
+    memory does not grow with the pool.
 
     Args:
         host ([`Host`]): inside [`Host.left_as_found`].
@@ -119,7 +119,9 @@ class GradientFeatures:
         return len(indices), self.engine.feature_dim
 
     def _load(self, log, name, indices, verify=True):
-        """What a log keeps of these prompts, mapped from its file; `None` if there is nothing, or features are not kept."""
+        """
+        What a log keeps of these prompts, mapped from its file; `None` if there is nothing, or features are not kept.
+        """
         payload = log.map(name, verify) if self.kept else None
         k, d = self._shape(indices)
         if payload is None or len(payload) != 4 * k * d:
@@ -230,9 +232,9 @@ class GradientFeatures:
         if not all(finite):
             wrong = [index for index, whole in zip(counts, finite, strict=True) if not whole]
             raise FloatingPointError(
-                f"The gradients of the training prompts {wrong[:10]} are not finite, so no prompt could be scored. The "
-                "policy has probably diverged: lower the learning rate, or train in bfloat16 or float32 instead of "
-                "float16."
+                f"The gradients of the training prompts {wrong[:10]} are not finite, so no prompt could be scored. "
+                "The policy has probably diverged: lower the learning rate, or train in bfloat16 or float32 instead "
+                "of float16."
             )
         return part
 
@@ -266,9 +268,9 @@ class GradientFeatures:
 
     def _too_large(self, rows, error):
         return MemoryError(
-            f"The gradient of {len(rows)} rollouts of {max(map(len, rows))} tokens does not fit into the memory ({error}). "
-            "Turn on `gradient_checkpointing`, lower `max_completion_length` or `max_tokens_per_batch`, or use "
-            "`score='learnability'`, which takes no gradients."
+            f"The gradient of {len(rows)} rollouts of {max(map(len, rows))} tokens does not fit into the memory "
+            f"({error}). Turn on `gradient_checkpointing`, lower `max_completion_length` or `max_tokens_per_batch`, "
+            "or use `score='learnability'`, which takes no gradients."
         )
 
     def _meet(self):

@@ -1,6 +1,6 @@
 """
-What the policy's hidden states say about prompts before any of them is rolled out: one forward over the pool, of which a few
-principal components a prompt are kept.
+What the policy's hidden states say about prompts before any of them is rolled out: one forward over the pool, of which
+a few principal components a prompt are kept.
 """
 
 import json
@@ -37,9 +37,10 @@ _FLAT = 1e-4  # of the largest: a dimension that varies less is as good as const
 class PromptFeatures:
     """
     Attributes:
-        values (`np.ndarray` of shape `(N, k)`, float16): by row of the dataset; columns of mean 0, in the order of the variance
-            that they explain. The first has standard deviation 1, column j has (u_j / u_1)^(1/4), where u are the variances of the
-            components: a ridge then shrinks late components more than the first, but less than their size alone would have it.
+        values (`np.ndarray` of shape `(N, k)`, float16): by row of the dataset; columns of mean 0, in the order of the
+            variance that they explain. The first has standard deviation 1, column j has (u_j / u_1)^(1/4), where u are
+            the variances of the components: a ridge then shrinks late components more than the first, but less than
+            their size alone would have it.
         key (`str`): digest of all that they were made from. A resumed run asks for those it began with.
     """
 
@@ -62,21 +63,21 @@ def reason_against(host: Host) -> str | None:
 
 def hidden_states(host: Host, directory: Path, peers: Peers, key: str | None = None) -> PromptFeatures:
     """
-    Features of every prompt of the training dataset, equal on all processes; those of `directory` if they were made from the same
-    dataset and weights in the same way. The policy is left as found. All processes must call this, after [`reason_against`] had
-    nothing to say.
+    Features of every prompt of the training dataset, equal on all processes; those of `directory` if they were made
+    from the same dataset and weights in the same way. The policy is left as found. All processes must call this, after
+    [`reason_against`] had nothing to say.
 
-    Of a prompt's hidden states the mean over its tokens is taken, after half of the layers. Each dimension is standardised, since in
-    large models a few are a thousand times greater than the others; the principal components are found over a random sample of at
-    most 2,048 prompts. Every prompt goes through the policy once. Prompts of like length go together, as many tokens as a training
-    step holds.
+    Of a prompt's hidden states the mean over its tokens is taken, after half of the layers. Each dimension is
+    standardised, since in large models a few are a thousand times greater than the others; the principal components
+    are found over a random sample of at most 2,048 prompts. Every prompt goes through the policy once. Prompts of like
+    length go together, as many tokens as a training step holds.
 
     Args:
         host ([`Host`]): of the trainer.
         directory (`Path`): of the run's files, where `prompt_features.safetensors` is read and written.
         peers ([`Peers`]): an open context.
-        key (`str`, *optional*): of the features that a resumed run began with. Its weights have changed since, so they are read
-            and not made again.
+        key (`str`, *optional*): of the features that a resumed run began with. Its weights have changed since, so they
+            are read and not made again.
 
     Raises:
         `ValueError`: with a `key`, the directory has no features, or others.
@@ -112,8 +113,8 @@ def _of_the_run(found, key, path):
     if found is None or found.key != key:
         state = "holds no features of prompts" if found is None else "holds features of another run"
         raise ValueError(
-            f"'{path}' {state}, but the run that is resumed chose its prompts by features that cannot be made again, since its "
-            "weights have changed. Put that file back, or start a new run from these weights."
+            f"'{path}' {state}, but the run that is resumed chose its prompts by features that cannot be made again, "
+            "since its weights have changed. Put that file back, or start a new run from these weights."
         )
     return found
 
@@ -133,7 +134,9 @@ def _read(path) -> PromptFeatures | None:
 
 
 def tokens_at_once(host: Host) -> int:
-    """Of one forward, padding included: as many as the completions of a training step may have, which fit in memory."""
+    """
+    Of one forward, padding included: as many as the completions of a training step may have, which fit in memory.
+    """
     return min(host.args.per_device_train_batch_size * (host.args.max_completion_length or MOST_TOKENS), MOST_TOKENS)
 
 
@@ -177,9 +180,9 @@ def _ready(policy: nn.Module) -> Iterator[None]:
 
 def _forwards(host, peers, bar, rows, keep) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """
-    Of this process's part of the rows, batch by batch: the rows and `keep` of their hidden states. The batches do not depend on the
-    number of processes: window w goes to process w % world. A forward of sharded weights takes all processes, so in every round
-    of windows all run equally many.
+    Of this process's part of the rows, batch by batch: the rows and `keep` of their hidden states. The batches do not
+    depend on the number of processes: window w goes to process w % world. A forward of sharded weights takes all
+    processes, so in every round of windows all run equally many.
     """
     world, rank = host.accelerator.num_processes, host.accelerator.process_index
     dataset = host.dataset.select_columns(["prompt"])
@@ -202,7 +205,10 @@ def _forwards(host, peers, bar, rows, keep) -> Iterator[tuple[np.ndarray, np.nda
 
 
 def _pack(ids: list[list[int]], tokens: int) -> list[list[int]]:
-    """Places of prompts in batches of at most so many tokens with padding, longest first; a longer prompt has one for itself."""
+    """
+    Places of prompts in batches of at most so many tokens with padding, longest first; a longer prompt has one for
+    itself.
+    """
     order = sorted(range(len(ids)), key=lambda place: -len(ids[place]))
     batches, start = [], 0
     while start < len(order):
@@ -236,9 +242,9 @@ def _states(host, ids: list[list[int]]) -> np.ndarray:
 
 def _principal(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
-    Of n sampled prompts: the mean of shape `(d,)`, and the matrix `(d, k)` that makes components of what differs from it, scaled as
-    [`PromptFeatures`] says. Computed in float64. Of the two signs that a component could have it gets the one that makes its
-    largest entry positive.
+    Of n sampled prompts: the mean of shape `(d,)`, and the matrix `(d, k)` that makes components of what differs from
+    it, scaled as [`PromptFeatures`] says. Computed in float64. Of the two signs that a component could have it gets
+    the one that makes its largest entry positive.
     """
     states = states.astype(np.float64)
     mean, spread = states.mean(0), states.std(0)

@@ -40,7 +40,10 @@ class Window:
         return stable_hash(self.name, number)
 
     def microbatches(self) -> list[tuple[dict[int, int], list[Place]]]:
-        """How many rows each prompt has in a microbatch, and these rows, those of a prompt together. Made when they are asked for."""
+        """
+        How many rows each prompt has in a microbatch, and these rows, those of a prompt together. Made when they are
+        asked for.
+        """
         queue = [(index, row) for index in self.indices for row in range(len(self.lengths[index]))]
         queue.sort(key=lambda place: self.lengths[place[0]][place[1]])
         microbatches = []
@@ -60,11 +63,12 @@ def pack(lengths: Mapping[int, np.ndarray], max_tokens: int, size: int = WINDOW)
     """
     Microbatches of rows of nearly equal length, each of at most `max_tokens` tokens with its padding (or of one row).
 
-    Prompts are taken window by window, by length, and the rows of a window are sorted by length: a group is spread over
-    microbatches of its window only, so that few groups are under way at a time.
+    Prompts are taken window by window, by length, and the rows of a window are sorted by length: a group is spread
+    over microbatches of its window only, so that few groups are under way at a time.
 
     Args:
-        lengths (`Mapping[int, np.ndarray]`): the lengths of the rows of each prompt; prompts without rows are left out.
+        lengths (`Mapping[int, np.ndarray]`): the lengths of the rows of each prompt; prompts without rows are left
+            out.
         max_tokens (`int`): number of rows times the length of the longest.
         size (`int`, *optional*): prompts of a window.
     """

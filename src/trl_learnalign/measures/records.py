@@ -14,8 +14,8 @@ _COUNTS = (
 
 def encode(group: Group) -> bytes:
     """
-    The bytes of a group: its counts (int64), the lengths of its prompts and completions, their tokens (int32), its rewards and
-    penalties (float32), its loss masks unless all tokens count (a bit each), and its completions (JSON).
+    The bytes of a group: its counts (int64), the lengths of its prompts and completions, their tokens (int32), its
+    rewards and penalties (float32), its loss masks unless all tokens count (a bit each), and its completions (JSON).
     """
     prompts = group.prompt_ids[:1] if all(ids is group.prompt_ids[0] for ids in group.prompt_ids) else group.prompt_ids
     masks = np.concatenate(group.loss_masks)
@@ -36,7 +36,9 @@ def encode(group: Group) -> bytes:
 
 
 def decode(payload: bytes, completions: bool = False) -> Group:
-    """The group that [`encode`] was given; with `completions=False` without its completions, whose tokens are there."""
+    """
+    The group that [`encode`] was given; with `completions=False` without its completions, whose tokens are there.
+    """
     place = 0
 
     def take(kind, count):

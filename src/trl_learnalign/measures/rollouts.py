@@ -28,9 +28,10 @@ _FITTING = 1 << 63  # and the rank of a process: the name of the record of how m
 
 def prompts_at_once(host: Host, config, num_rollouts: int, pool: int) -> int:
     """
-    Prompts of a batch, which one process generates for at once: `rollout_batch_prompts`, or training's batch, doubled while the pool
-    of `pool` prompts has `LEAST_BATCHES` of them and at most `MOST_FOLD` times. It does not depend on the number of processes, since
-    the rollouts depend on it. A reward model scores all rollouts of a batch at once, and cannot do so in halves: there it is training's.
+    Prompts of a batch, which one process generates for at once: `rollout_batch_prompts`, or training's batch, doubled
+    while the pool of `pool` prompts has `LEAST_BATCHES` of them and at most `MOST_FOLD` times. It does not depend on
+    the number of processes, since the rollouts depend on it. A reward model scores all rollouts of a batch at once,
+    and cannot do so in halves: there it is training's.
     """
     if config.rollout_batch_prompts is not None:
         return config.rollout_batch_prompts
@@ -42,15 +43,16 @@ def prompts_at_once(host: Host, config, num_rollouts: int, pool: int) -> int:
 
 class Rollouts:
     """
-    This process's groups. What is known of all is in memory: `rewards` (n, G, F) and `lengths` (n, G) of the completions, and of each
-    rollout the tokens of its prompt and those that the policy is trained on. The tokens themselves are read from the log.
+    This process's groups. What is known of all is in memory: `rewards` (n, G, F) and `lengths` (n, G) of the
+    completions, and of each rollout the tokens of its prompt and those that the policy is trained on. The tokens
+    themselves are read from the log.
 
     Attributes:
         rows (`np.ndarray` of shape `(n,)`): dataset rows, in the order of the batches.
         rewards (`np.ndarray` of shape `(n, G, F)`): float32, NaN where a reward function gave none.
         penalties (`np.ndarray` of shape `(n, G)`): float32, see [`Group`].
-        lengths, prompt_lengths, trained (`np.ndarray` of shape `(n, G)`): tokens of completions and of prompts, and how many tokens
-            of the completion count in the loss; int32.
+        lengths, prompt_lengths, trained (`np.ndarray` of shape `(n, G)`): tokens of completions and of prompts, and
+            how many tokens of the completion count in the loss; int32.
         found (`bool`): whether some had been finished before.
     """
 
@@ -95,7 +97,8 @@ class Rollouts:
 
     def group(self, row: int, completions: bool = False) -> Group:
         """
-        The rollouts of a dataset row, read from the disk; without the completions' text or messages unless they are asked for.
+        The rollouts of a dataset row, read from the disk; without the completions' text or messages unless they are
+        asked for.
 
         Raises:
             `RuntimeError`: they are not there any more, or damaged.
@@ -103,8 +106,8 @@ class Rollouts:
         payload = self.log.read(row)
         if payload is None:
             raise RuntimeError(
-                f"The rollouts of prompt {row} could not be read back from '{self.log.path}'. Check the disk and run again: the "
-                "rollouts that are still there are reused."
+                f"The rollouts of prompt {row} could not be read back from '{self.log.path}'. Check the disk and run "
+                "again: the rollouts that are still there are reused."
             )
         return decode(payload, completions)
 
@@ -114,9 +117,9 @@ class Rollouts:
 
 def roll_out(run, dataset: Dataset, rows: list[int], log: Log, phase: str = "rollouts") -> Rollouts:
     """
-    This process's groups of these rows of a dataset. The batches do not depend on the number of processes, and each has its own seed;
-    batch b goes to process b % world. All processes generate in the same rounds, as rewards are gathered. A finished batch is written
-    at once, and nothing but its rewards and lengths stays in memory.
+    This process's groups of these rows of a dataset. The batches do not depend on the number of processes, and each
+    has its own seed; batch b goes to process b % world. All processes generate in the same rounds, as rewards are
+    gathered. A finished batch is written at once, and nothing but its rewards and lengths stays in memory.
 
     Args:
         run ([`SelectionRun`]): inside [`Host.left_as_found`]. All processes must call this.
@@ -140,8 +143,8 @@ def roll_out(run, dataset: Dataset, rows: list[int], log: Log, phase: str = "rol
     found = Rollouts(log, run.num_rollouts, len(host.reward_names))
     with progress_bar(host, phase, len(rows), "prompts") as bar:
         for first in range(0, len(batches), world):
-            # Rewards are gathered, so every process must bring equally many prompts; the last batch is filled up even on
-            # one process, so that its rollouts do not depend on the number of processes
+            # Rewards are gathered, so every process must bring equally many prompts; the last batch is filled up even
+            # on one process, so that its rollouts do not depend on the number of processes
             batch, seed_of, mine = deal(batches, first, rank, host.sharing)
             done = _finished(log, batch) if mine else None
             if mine and done is not None:
@@ -167,8 +170,8 @@ def roll_out(run, dataset: Dataset, rows: list[int], log: Log, phase: str = "rol
 
 
 _IMAGES = (
-    "The rollouts have images (from an environment or a tool), and gradients of multimodal prompts are not supported. Use "
-    "`score='learnability'`, which takes no gradients."
+    "The rollouts have images (from an environment or a tool), and gradients of multimodal prompts are not supported. "
+    "Use `score='learnability'`, which takes no gradients."
 )
 
 

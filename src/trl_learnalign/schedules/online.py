@@ -12,8 +12,10 @@ from tqdm.auto import tqdm
 from ..rewards import check_success_reward
 from .base import RandomOrder, Schedule
 from .history import History
+from .judge import Judge
+from .memory import MOST_SUSPECTS, RETIRED_AFTER, PromptMemory
 from .overview import periods, prompt_columns, summary_lines, switch_line
-from .predictor import SuccessPredictor, all_fail, expected_learnability, live_probability
+from .predictor import SuccessPredictor, VarianceCurve, expected_learnability, live_probability
 from .prompt_features import check_online, eligible_rows, prompt_features
 
 
@@ -22,17 +24,6 @@ logger = logging.getLogger(__name__)
 CANDIDATES = 16_384  # prompts that a chunk is chosen from, at random; all of a smaller pool
 UNIFORM = 0.05  # of a chunk: uniform draws from the whole pool, which measure the pool and the predictor
 REVIEW = 0.05  # of a chunk: mastered and never-solved prompts whose time has come
-COOLDOWN = 0.1, 2, 25  # chunks until a prompt may come again: this share of those of the pool, at least, at most
-LONGEST_REST = 6  # doublings of the cooldown of a mastered or never-solved prompt
-HALF_LIFE = 50.0  # chunks after which a prompt's own rewards count half, as the policy moves on
-TRIED = 32  # uniform draws before the predictor is judged
-LEAST_SKILL = 0.05
-LEAST_HEADROOM = 1.1
-PATIENCE = 20  # chunks without headroom before draws are uniform
-SUSPICION = 0.1  # probability of failing so often, below which a prompt is a suspect
-MOST_SUSPECTS = 1000
-MEMORY = 0.995  # of the sums over uniform draws, per draw: the last 200 count
-RETIRED_AFTER = 2  # visits in a row with all rollouts right, or none
 
 
 @dataclass
@@ -42,7 +33,6 @@ class _Drawn:
     rows: np.ndarray  # (n,) int32
     uniform: np.ndarray  # (n,) bool
     predicted: np.ndarray  # (n,) float64, success
-    live: np.ndarray  # (n,) float64, probability
 
 
 class OnlineSchedule(Schedule):
@@ -107,37 +97,20 @@ class OnlineSchedule(Schedule):
         """See [`Schedule`]."""
         if self.features is None:  # `prepare` comes later
             return
-        size = self.layout.pool_size
         self.predictor = SuccessPredictor(self.features)
-        self.successes = np.zeros(size, np.float32)  # own rewards, faded to the time of the last visit
-        self.failures = np.zeros(size, np.float32)
-        self.last = np.full(size, -1, np.int32)  # chunk of the last visit
-        self.visits = np.zeros(size, np.int32)
-        self.ready = np.zeros(size, np.int32)  # the chunk from which on a prompt may come again
-        self.solved = np.zeros(size, np.uint8)  # visits in a row in which all rollouts succeeded
-        self.failed = np.zeros(size, np.uint8)  # visits in a row in which none did
-        self.surprise = np.zeros(
-            size, np.float32
-        )  # -log of the probability of failures only, as was predicted; 0 once solved
+        self.memory = PromptMemory(self.layout.pool_size, len(self.pool) / self.layout.chunk_prompts)
+        self.judge = Judge()
+        self.curve = VarianceCurve()
+        self.history = History()
         self.completions: dict[int, str] = {}  # of suspects, by row
         self.reward_range = [math.inf, -math.inf]
         self.drawn: dict[int, _Drawn] = {}
         self.observed = 0  # chunks before this one were observed
         self.position = 0  # in the random order
-        self.choosing = False
-        self.switched = False  # whether the chunk drawn last is the first that was chosen, or the first that was not
-        self.headroom = 1.0
-        self.without_headroom = 0
-        self.skill_sums = np.zeros(
-            4
-        )  # of uniform draws: squared errors of the predictor and of the mean, successes, draws
-        self.history = History()
         self._reported: int | None = None  # the step of the last report
         self._random = RandomOrder(len(self.pool), self.layout.seed, self.layout.shuffle)
         seed = self.config.selection_seed
         self._seed = self.layout.seed if seed is None else seed
-        share, least, most = COOLDOWN
-        self.cooldown = int(np.clip(share * len(self.pool) / self.layout.chunk_prompts, least, most))
 
     # Choosing ---------------------------------------------------------------------------------------------------
 
@@ -154,39 +127,46 @@ class OnlineSchedule(Schedule):
         generator = np.random.Generator(np.random.Philox(key=[self._seed % 2**64, chunk]))
         candidates = self._candidates(generator)
         a, b = self.posterior(candidates, chunk)
-        utility = np.round(expected_learnability(a, b), 9)
+        # The last digits may differ between processes, whose choices must not
+        utility = np.round(self._utility(a, b), 9)
         ranked = np.lexsort((generator.random(len(candidates)), -utility))
-        rested = self.ready[candidates] <= chunk
-        self._judge(a, b, ranked, rested)
-        if self.switched and self.host.accelerator.is_main_process:
-            tqdm.write(switch_line(chunk, self, self.able, PATIENCE))
-        uniform = number if not self.choosing else _rounded(UNIFORM * number, generator)
+        rested = self.memory.ready[candidates] <= chunk
+        self.judge.look(self._gain(a, b), ranked[rested[ranked]][:number])
+        if self.judge.switched and self.host.accelerator.is_main_process:
+            tqdm.write(switch_line(chunk, self.judge))
+        uniform = _rounded(UNIFORM * number, generator) if self.judge.choosing else number
         rows = self._uniform(uniform)
         if uniform < number:
-            taken = set(rows)
-            unseen = ~np.isin(candidates, rows)
-            resting = (self.solved[candidates] > 0) | (self.failed[candidates] > 0)
-            review = np.flatnonzero(rested & resting & unseen)
-            review = review[np.lexsort((review, self.ready[candidates[review]]))][
-                : _rounded(REVIEW * number, generator)
-            ]
-            best = ranked[(rested & unseen)[ranked]]
-            # Where too few have rested, those that have rested longest
-            others = np.flatnonzero(unseen & ~rested)
-            others = others[np.argsort(self.ready[candidates[others]], kind="stable")]
-            for place in (*review, *best, *others):
-                row = int(candidates[place])
-                if len(rows) == number:
-                    break
-                if row not in taken:
-                    taken.add(row)
-                    rows.append(row)
-        rows += self._uniform(number - len(rows))  # a pool smaller than a chunk
-        rows = np.array(rows, dtype=np.int32)
+            rows += self._best(candidates, ranked, rested, rows, number - uniform, generator)
+        rows = np.array(rows + self._uniform(number - len(rows)), dtype=np.int32)  # a pool may be smaller than a chunk
         a, b = self.posterior(rows, chunk)
-        self.ready[rows] = chunk + self.cooldown
-        is_uniform = np.arange(number) < uniform
-        return _Drawn(rows, is_uniform, a / (a + b), live_probability(a, b, self.layout.group_size))
+        self.memory.rest(rows, chunk)
+        return _Drawn(rows, np.arange(number) < uniform, a / (a + b))
+
+    def _best(self, candidates, ranked, rested, taken, number, generator) -> list[int]:
+        """Reviews, then the best that have rested, then those that have rested longest."""
+        free = ~np.isin(candidates, taken)
+        ready = self.memory.ready[candidates]
+        review = np.flatnonzero(rested & free & self.memory.resting(candidates))
+        review = review[np.lexsort((review, ready[review]))]
+        review = review[: _rounded(REVIEW * self.layout.chunk_prompts, generator)]
+        free[review] = False
+        best = ranked[(rested & free)[ranked]]
+        others = np.flatnonzero(free & ~rested)
+        others = others[np.argsort(ready[others], kind="stable")]
+        return candidates[np.concatenate([review, best, others])[:number]].tolist()
+
+    def _utility(self, a, b):
+        """What a prompt is ranked on: the expected p (1 - p); of graded rewards the expected variance."""
+        return self.curve(a / (a + b)) if self._graded else expected_learnability(a, b)
+
+    def _gain(self, a, b):
+        """What choosing is to have more of: live groups, or variance."""
+        return self.curve(a / (a + b)) if self._graded else live_probability(a, b, self.layout.group_size)
+
+    @property
+    def _graded(self):
+        return self.config.learnability == "variance"
 
     def _candidates(self, generator):
         if len(self.pool) <= CANDIDATES:
@@ -200,42 +180,9 @@ class OnlineSchedule(Schedule):
 
     def posterior(self, rows: np.ndarray, chunk: int) -> tuple[np.ndarray, np.ndarray]:
         """a and b of the Beta posteriors of the success rates of these rows, of shape `(n,)` each."""
-        prior = self.predictor.predict(rows)
-        faded = 0.5 ** ((chunk - self.last[rows]) / HALF_LIFE)
-        strength = self.predictor.concentration
-        a = strength * prior + faded * self.successes[rows]
-        b = strength * (1 - prior) + faded * self.failures[rows]
-        return a, b
-
-    def _judge(self, a, b, ranked, rested):
-        """Whether to choose: the predictor has skill, and choosing makes more groups live."""
-        live = live_probability(a, b, self.layout.group_size)
-        best = ranked[rested[ranked]][: self.layout.chunk_prompts]
-        self.headroom = float(live[best].mean() / live.mean()) if len(best) else 1.0
-        self.without_headroom = 0 if self.headroom >= LEAST_HEADROOM else self.without_headroom + 1
-        before = self.choosing
-        if not self.choosing:
-            self.choosing = self.able and self.headroom >= LEAST_HEADROOM
-        elif not self.able or self.without_headroom >= PATIENCE:
-            self.choosing = False
-        self.switched = before != self.choosing
-
-    @property
-    def able(self) -> bool:
-        """Whether success was predicted better than by the mean on enough uniform draws."""
-        return bool(self.skill_sums[3] >= TRIED and self.skill > LEAST_SKILL)
-
-    @property
-    def skill(self) -> float:
-        """Brier skill on uniform draws: 1 - squared errors of the predictor / squared errors of their mean."""
-        model, mean, _, _ = self.skill_sums
-        return float(1 - model / mean) if mean > 0 else 0.0
-
-    @property
-    def pool_success(self) -> float:
-        """Mean success of the latest uniform draws, which is an unbiased estimate of the pool's."""
-        _, _, successes, draws = self.skill_sums
-        return float(successes / draws) if draws else math.nan
+        prior, strength = self.predictor.predict(rows), self.predictor.concentration
+        successes, failures = self.memory.evidence(rows, chunk)
+        return strength * prior + successes, strength * (1 - prior) + failures
 
     # Learning ---------------------------------------------------------------------------------------------------
 
@@ -245,90 +192,55 @@ class OnlineSchedule(Schedule):
             return None
         drawn = self.drawn[chunk]
         deciding, total = self._rewards(rewards)
-        known = np.isfinite(deciding)
-        trials = known.sum(1)
-        outcomes = np.where(known, self._outcomes(deciding, known), 0.0)
-        successes = outcomes.sum(1)
+        outcomes = self._outcomes(deciding)
+        trials, successes = np.isfinite(outcomes).sum(1), np.nansum(outcomes, axis=1)
+        equal = np.nan_to_num(outcomes, nan=-np.inf).max(1) == np.nan_to_num(outcomes, nan=np.inf).min(1)
         live = np.array([len(set(row[np.isfinite(row)].tolist())) > 1 for row in total])
         seen = trials > 0
-        observed = successes[seen] / trials[seen]
-        self.history.count(
-            drawn.predicted[seen], observed, drawn.uniform[seen], live[seen], self.visits[drawn.rows[seen]]
-        )
-        self._count_reviews(drawn.rows[seen], successes[seen], trials[seen])
-        self._measure(drawn, seen, observed)
-        self._suspect(chunk, drawn.rows, successes, trials)
+        rows, observed, uniform = drawn.rows[seen], successes[seen] / trials[seen], drawn.uniform[seen]
+        self.history.count(drawn.predicted[seen], observed, uniform, live[seen], self.memory.visits[rows])
+        retired, parked = (streak[rows] >= RETIRED_AFTER for streak in (self.memory.solved, self.memory.failed))
+        self.history.count_reviews(retired, observed >= 1, parked, observed <= 0)
+        self.judge.measure(drawn.predicted[seen][uniform], observed[uniform], self.observed > 0)
+        if self._graded:
+            self.curve.observe(drawn.predicted[seen], np.nanvar(outcomes[seen], axis=1))
+        else:
+            self.memory.suspect(drawn.rows, *self.posterior(drawn.rows, chunk), successes, trials)
         self.predictor.observe(chunk, drawn.rows, successes, trials)
-        for places in _distinct(drawn.rows):  # a pool smaller than a chunk has a row twice
-            self._update(chunk, drawn.rows[places], successes[places], trials[places])
+        self.memory.update(drawn.rows, chunk, successes, trials, equal)
         self.observed = chunk + 1
         self.drawn = {number: one for number, one in self.drawn.items() if number >= chunk}
         self._record(chunk, drawn, live, seen, observed)
         return self._suspicious(drawn.rows)
 
-    def _count_reviews(self, rows, successes, trials):
-        retired, parked = (streak[rows] >= RETIRED_AFTER for streak in (self.solved, self.failed))
-        self.history.count_reviews(retired, successes >= trials, parked, successes <= 0)
-
     def _suspicious(self, rows) -> dict[int, int]:
         """Suspects among these rows whose completion is not known yet, with their places."""
-        chance = np.exp(-self.surprise[rows].astype(np.float64))
-        return {
-            row: place
-            for place, row in enumerate(rows.tolist())
-            if chance[place] < SUSPICION and row not in self.completions and len(self.completions) < 2 * MOST_SUSPECTS
-        }
+        if len(self.completions) >= 2 * MOST_SUSPECTS:
+            return {}
+        places = np.flatnonzero(self.memory.is_suspect(rows)).tolist()
+        return {int(rows[place]): place for place in places if int(rows[place]) not in self.completions}
 
     def remember(self, completions):
         """See [`Schedule`]. Those of prompts that are no suspects any more make room."""
         known = self.completions | completions
-        self.completions = {row: text for row, text in known.items() if math.exp(-self.surprise[row]) < SUSPICION}
+        suspects = self.memory.is_suspect(np.array([*known], dtype=np.int64))
+        self.completions = {row: text for (row, text), so in zip(known.items(), suspects, strict=True) if so}
 
     def _rewards(self, rewards):
         """Of `(n, G, F)` rewards the one that decides success and the total, `(n, G)` each; NaN for none."""
         rewards = torch.from_numpy(rewards)
         return self.host.deciding(rewards, self.config).numpy(), self.host.total(rewards).numpy()
 
-    def _outcomes(self, deciding, known):
-        """1 for a success, else 0; or, for graded rewards, the reward scaled to the range of all so far."""
-        if self.config.learnability == "success_rate":
-            return deciding >= self.config.success_threshold
+    def _outcomes(self, deciding):
+        """1 for a success, else 0; graded rewards scaled to the range of all so far. NaN where there is none; of shape `(n, G)`."""
+        known = np.isfinite(deciding)
+        if not self._graded:
+            return np.where(known, deciding >= self.config.success_threshold, np.nan)
         if known.any():
             least, greatest = deciding[known].min(), deciding[known].max()
-            self.reward_range = [min(self.reward_range[0], least), max(self.reward_range[1], greatest)]
+            self.reward_range = [min(self.reward_range[0], float(least)), max(self.reward_range[1], float(greatest))]
         least, greatest = self.reward_range
         return (deciding - least) / max(greatest - least, 1e-12)
-
-    def _measure(self, drawn, seen, observed):
-        """The predictor against the mean, on uniform draws of which something had been learnt before."""
-        uniform = drawn.uniform[seen]
-        if not uniform.any():
-            return
-        predicted, y = drawn.predicted[seen][uniform], observed[uniform]
-        errors = np.array([0.0, 0.0, y.sum(), len(y)])
-        if self.observed:
-            mean = self.pool_success if self.skill_sums[3] else 0.5
-            errors[:2] = ((predicted - y) ** 2).sum(), ((mean - y) ** 2).sum()
-        self.skill_sums = self.skill_sums * MEMORY ** len(y) + errors
-
-    def _suspect(self, chunk, rows, successes, trials):
-        """Adds to the surprise of prompts that failed in all rollouts; a success ends it."""
-        a, b = self.posterior(rows, chunk)
-        failed = (trials > 0) & (successes <= 0)
-        self.surprise[rows[failed]] -= np.log(all_fail(a, b, trials)[failed]).astype(np.float32)
-        self.surprise[rows[successes > 0]] = 0
-
-    def _update(self, chunk, rows, successes, trials):
-        faded = 0.5 ** ((chunk - self.last[rows]) / HALF_LIFE)
-        self.successes[rows] = faded * self.successes[rows] + successes
-        self.failures[rows] = faded * self.failures[rows] + trials - successes
-        self.last[rows] = chunk
-        self.visits[rows] += 1
-        solved, failed = (trials > 0) & (successes >= trials), (trials > 0) & (successes <= 0)
-        self.solved[rows] = np.where(solved, np.minimum(self.solved[rows], 254) + 1, 0)
-        self.failed[rows] = np.where(failed, np.minimum(self.failed[rows], 254) + 1, 0)
-        rests = np.minimum(np.maximum(self.solved[rows], self.failed[rows]), LONGEST_REST).astype(np.int32)
-        self.ready[rows] = chunk + self.cooldown * 2**rests
 
     def _record(self, chunk, drawn, live, seen, observed):
         uniform = drawn.uniform & seen
@@ -339,40 +251,18 @@ class OnlineSchedule(Schedule):
                 "live_uniform": live[uniform].mean() if uniform.any() else math.nan,
                 "predicted_success": drawn.predicted.mean(),
                 "observed_success": observed.mean() if len(observed) else math.nan,
-                "pool_success": self.pool_success,
-                "skill": self.skill,
-                "headroom": self.headroom,
+                "pool_success": self.judge.pool_success,
+                "skill": self.judge.skill,
+                "headroom": self.judge.headroom,
                 "choosing": not drawn.uniform.all(),
-                "visited": np.count_nonzero(self.visits),
-                "retired": np.count_nonzero(self.solved >= RETIRED_AFTER),
-                "parked": np.count_nonzero(self.failed >= RETIRED_AFTER),
+                **self.memory.counts(),
             }
         )
-
-    def suspects(self) -> tuple[np.ndarray, np.ndarray]:
-        """
-        Rows of prompts that were never solved though the predictor is sure that they would be, most suspicious first, and how
-        probable so many failures are for each.
-        """
-        chance = np.exp(-self.surprise.astype(np.float64))
-        rows = np.flatnonzero(chance < SUSPICION)
-        rows = rows[np.lexsort((rows, chance[rows]))][:MOST_SUSPECTS]
-        return rows, chance[rows]
 
     def metrics(self):
         """See [`Schedule`]."""
         latest = self.history.latest()
-        names = (
-            "live_fraction",
-            "predicted_success",
-            "observed_success",
-            "pool_success",
-            "skill",
-            "headroom",
-            "retired",
-        )
-        values = {name: latest[name] for name in names if name in latest}
-        return values | {"suspects": float(len(self.suspects()[0]))}
+        return {name: latest[name] for name in _LOGGED if name in latest} | {"suspects": self.memory.num_suspects()}
 
     # What is said -----------------------------------------------------------------------------------------------
 
@@ -416,49 +306,41 @@ class OnlineSchedule(Schedule):
 
     def prompt_columns(self) -> dict[str, np.ndarray]:
         """What is known of each prompt; see [`overview.prompt_columns`]."""
-        return prompt_columns(self, RETIRED_AFTER)
+        return prompt_columns(self)
 
     def periods(self) -> list[dict]:
         """When prompts were chosen and when not, and why; see [`overview.periods`]."""
-        return periods(self.history, self.layout.chunk_prompts, TRIED, LEAST_SKILL, LEAST_HEADROOM)
+        return periods(self.history, self.layout.chunk_prompts)
 
     # Checkpoints ------------------------------------------------------------------------------------------------
 
     def state_dict(self):
-        """See [`Schedule`]: 26 bytes a prompt, and what was observed last."""
+        """See [`Schedule`]: 26 bytes a prompt, what was observed last, and 48 bytes a chunk."""
         drawn = sorted(self.drawn.items())
         return {
-            **{name: getattr(self, name) for name in _PER_PROMPT},
-            "predictor": self.predictor.state_dict(),
-            "history": self.history.state_dict(),
-            "skill_sums": self.skill_sums,
-            "drawn_chunks": np.array([chunk for chunk, _ in drawn], dtype=np.int64),
-            **{f"drawn_{name}": _stacked([getattr(one, name) for _, one in drawn]) for name in _DRAWN},
+            **{name: getattr(self, name).state_dict() for name in _PARTS},
+            "drawn": {
+                "chunks": np.array([chunk for chunk, _ in drawn], dtype=np.int64),
+                **{name: _stacked([getattr(one, name) for _, one in drawn]) for name in _DRAWN},
+            },
             "features_key": self.features_key,
             "reward_range": [None if math.isinf(end) else float(end) for end in self.reward_range],
-            **{name: getattr(self, name) for name in _NUMBERS},
+            "observed": self.observed,
+            "position": self.position,
         }
 
     def load_state_dict(self, state):
         """See [`Schedule`]."""
         self.start()
         try:
-            for name in _PER_PROMPT:
-                now = getattr(self, name)
-                if state[name].shape != now.shape or state[name].dtype != now.dtype:
-                    raise ValueError(f"{name} is of {len(state[name])} prompts, the dataset has {len(now)}")
-                setattr(self, name, state[name].copy())
-            self.predictor.load_state_dict(state["predictor"])
-            self.history.load_state_dict(state["history"])
-            self.skill_sums = state["skill_sums"].copy()
-            for name in _NUMBERS:
-                setattr(self, name, type(getattr(self, name))(state[name]))
+            for name in _PARTS:
+                getattr(self, name).load_state_dict(state[name])
+            self.observed, self.position = int(state["observed"]), int(state["position"])
             least, greatest = state["reward_range"]
             self.reward_range = [math.inf, -math.inf] if least is None else [least, greatest]
-            parts = zip(*(state[f"drawn_{name}"] for name in _DRAWN), strict=True)
-            self.drawn = {
-                chunk: _Drawn(*part) for chunk, part in zip(state["drawn_chunks"].tolist(), parts, strict=True)
-            }
+            drawn = state["drawn"]
+            parts = zip(drawn["chunks"].tolist(), *(drawn[name] for name in _DRAWN), strict=True)
+            self.drawn = {chunk: _Drawn(*part) for chunk, *part in parts}
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise ValueError(
                 f"The state of the online schedule in the checkpoint is damaged or of other data: {error!r}. Resume with the same "
@@ -466,9 +348,9 @@ class OnlineSchedule(Schedule):
             ) from error
 
 
-_PER_PROMPT = "successes", "failures", "last", "visits", "ready", "solved", "failed", "surprise"
-_DRAWN = "rows", "uniform", "predicted", "live"
-_NUMBERS = "observed", "position", "choosing", "without_headroom", "headroom"
+_PARTS = "memory", "judge", "predictor", "curve", "history"
+_DRAWN = "rows", "uniform", "predicted"
+_LOGGED = "live_fraction", "predicted_success", "observed_success", "pool_success", "skill", "headroom", "retired"
 
 
 def _stacked(arrays):
@@ -478,12 +360,3 @@ def _stacked(arrays):
 def _rounded(number: float, generator) -> int:
     """A whole number that is `number` on average."""
     return math.floor(number + generator.random())
-
-
-def _distinct(rows):
-    """Places of the rows, so that no row is twice in one part."""
-    left = np.arange(len(rows))
-    while len(left):
-        first = np.unique(rows[left], return_index=True)[1]
-        yield left[first]
-        left = np.delete(left, first)

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .judge import LEAST_HEADROOM, LEAST_SKILL, PATIENCE, TRIED, Judge
+from .memory import RETIRED_AFTER
 from .predictor import expected_learnability
 
 
@@ -16,25 +18,22 @@ MOST_PERIODS = 20
 _BLOCK = 16_384  # prompts whose success is predicted at once, in float64
 
 
-def prompt_columns(schedule: "OnlineSchedule", retired_after: int) -> dict[str, np.ndarray]:
+def prompt_columns(schedule: "OnlineSchedule") -> dict[str, np.ndarray]:
     """
     By name a value for each prompt that may be trained on, of shape `(n,)`. Where nothing was seen, `success_rate` is NaN and
     `last_chunk` -1. docs/files.md explains them.
 
-    Args:
-        schedule ([`OnlineSchedule`]): the schedule.
-        retired_after (`int`): visits in a row with all rollouts right, or none, after which a prompt is retired, or parked.
     """
-    rows = schedule.pool
+    rows, memory = schedule.pool, schedule.memory
     blocks = [rows[start : start + _BLOCK] for start in range(0, len(rows), _BLOCK)]
     posteriors = [np.stack(schedule.posterior(block, schedule.observed)) for block in blocks]
     a, b = np.concatenate(posteriors, axis=1)
-    successes, failures, visits = schedule.successes[rows], schedule.failures[rows], schedule.visits[rows]
-    solved, failed = schedule.solved[rows], schedule.failed[rows]
+    successes, failures, visits = memory.successes[rows], memory.failures[rows], memory.visits[rows]
+    solved, failed = memory.solved[rows], memory.failed[rows]
     trials = successes + failures
     conditions = {
-        "retired": solved >= retired_after,
-        "parked": failed >= retired_after,
+        "retired": solved >= RETIRED_AFTER,
+        "parked": failed >= RETIRED_AFTER,
         "resting": (solved > 0) | (failed > 0),
         "live": visits > 0,
     }
@@ -45,13 +44,13 @@ def prompt_columns(schedule: "OnlineSchedule", retired_after: int) -> dict[str, 
         "success_rate": np.divide(successes, trials, out=np.full(len(rows), np.nan, np.float32), where=trials > 0),
         "predicted_success": (a / (a + b)).astype(np.float32),
         "utility": expected_learnability(a, b).astype(np.float32),
-        "last_chunk": schedule.last[rows],
-        "ready_chunk": schedule.ready[rows],
+        "last_chunk": memory.last[rows],
+        "ready_chunk": memory.ready[rows],
         "state": np.array(STATES)[np.select(list(conditions.values()), places, STATES.index("new"))],
     }
 
 
-def periods(history: "History", chunk_prompts: int, tried: int, least_skill: float, least_headroom: float) -> list:
+def periods(history: "History", chunk_prompts: int) -> list:
     """
     When prompts were chosen and when drawn uniformly, the last `MOST_PERIODS`, oldest first: `first` and `last` chunk, `choosing`, `skill` and
     `headroom` at the end, and for uniform draws `why`.
@@ -66,13 +65,13 @@ def periods(history: "History", chunk_prompts: int, tried: int, least_skill: flo
         if choosing[end]:
             why = None
         elif start == 0 and end + 1 < len(choosing):
-            why = f"at the start, until {tried} uniform draws had shown that success is predicted better than by the mean"
-        elif start == 0 and (end + 1) * chunk_prompts < tried:
-            why = f"the prediction is judged after {tried} uniform draws"
-        elif skill[start if start else end] <= least_skill:
-            why = f"success was predicted hardly better than by the mean (a skill of {least_skill} is wanted)"
+            why = f"at the start, until {TRIED} uniform draws had shown that success is predicted better than by the mean"
+        elif start == 0 and (end + 1) * chunk_prompts < TRIED:
+            why = f"the prediction is judged after {TRIED} uniform draws"
+        elif skill[start if start else end] <= LEAST_SKILL:
+            why = f"success was predicted hardly better than by the mean (a skill of {LEAST_SKILL} is wanted)"
         else:
-            why = f"chosen prompts would have been live less than {least_headroom} x as often as random ones"
+            why = f"chosen prompts would have been live less than {LEAST_HEADROOM} x as often as random ones"
         found.append(
             {
                 "first": int(chunks[start]),
@@ -86,27 +85,25 @@ def periods(history: "History", chunk_prompts: int, tried: int, least_skill: flo
     return found
 
 
-def switch_line(chunk: int, schedule: "OnlineSchedule", able: bool, patience: int) -> str:
+def switch_line(chunk: int, judge: Judge) -> str:
     """
-    Said when the schedule begins or ends to choose.
+    Said when a schedule begins or ends to choose.
 
     Args:
         chunk (`int`): the first chunk that is chosen, or drawn uniformly.
-        schedule ([`OnlineSchedule`]): the schedule.
-        able (`bool`): whether its predictor has skill.
-        patience (`int`): chunks without headroom after which it ends to choose.
+        judge ([`Judge`]): its judge.
     """
-    start, skill, headroom = f"LearnAlign, chunk {chunk}: from now on", schedule.skill, schedule.headroom
-    if schedule.choosing:
+    start = f"LearnAlign, chunk {chunk}: from now on"
+    if judge.choosing:
         return (
-            f"{start} prompts are chosen by predicted learnability: they should be live {headroom:.1f} x as often as random ones "
-            f"(skill {skill:.2f})."
+            f"{start} prompts are chosen by predicted learnability: they should be live {judge.headroom:.1f} x as often as random ones "
+            f"(skill {judge.skill:.2f})."
         )
-    if not able:
-        return f"{start} draws are uniform: success is predicted hardly better than by the mean (skill {skill:.2f})."
+    if not judge.able:
+        return f"{start} draws are uniform: success is predicted hardly better than by the mean (skill {judge.skill:.2f})."
     return (
-        f"{start} draws are uniform: for {patience} chunks it would have made little difference to choose (now chosen prompts would be live "
-        f"{headroom:.2f} x as often as random ones)."
+        f"{start} draws are uniform: for {PATIENCE} chunks it would have made little difference to choose (now chosen prompts would be live "
+        f"{judge.headroom:.2f} x as often as random ones)."
     )
 
 

@@ -96,6 +96,44 @@ class SuccessPredictor:
             setattr(self, f"_{name}", state[name])
 
 
+class VarianceCurve:
+    """
+    The variance of a group's graded rewards as a function of their predicted mean, both of rewards scaled to [0, 1]. It is that of
+    successes, m (1 - m), until groups have shown otherwise: a reward that gives half a point for the form has no variance at .5.
+    """
+
+    BINS = 12
+    PRIOR = 4.0  # groups that m (1 - m) counts for
+    MEMORY = 0.995  # per group
+
+    def __init__(self):
+        self._centres = np.linspace(0, 1, self.BINS)
+        self._sums = np.zeros((2, self.BINS))  # groups, and their variances
+
+    def observe(self, means: np.ndarray, variances: np.ndarray) -> None:
+        """Groups with these predicted means had these variances, of shape `(n,)` each."""
+        self._sums *= self.MEMORY ** len(means)
+        bins = np.rint(means * (self.BINS - 1)).astype(int)
+        np.add.at(self._sums[0], bins, 1.0)
+        np.add.at(self._sums[1], bins, variances)
+
+    def __call__(self, means: np.ndarray) -> np.ndarray:
+        """Expected variances of groups with these predicted means."""
+        prior = self._centres * (1 - self._centres)
+        values = (self.PRIOR * prior + self._sums[1]) / (self.PRIOR + self._sums[0])
+        return np.interp(means, self._centres, values)
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """The sums."""
+        return {"sums": self._sums}
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        """Restores what `state_dict` returned."""
+        if state["sums"].shape != self._sums.shape:
+            raise ValueError(f"sums have the shape {state['sums'].shape}")
+        self._sums = state["sums"].copy()
+
+
 def _sigmoid(logits):
     return 1 / (1 + np.exp(-np.clip(logits, -30, 30)))
 

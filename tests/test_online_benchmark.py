@@ -1,0 +1,97 @@
+"""The pools and the other methods that choosing online is measured against."""
+
+from decimal import Decimal
+from functools import reduce
+from operator import add, mul, sub
+
+import baselines
+import numpy as np
+import pools
+import pytest
+from tiny import Seen, config, make_dataset, make_trainer
+from transformers import AutoTokenizer
+
+from trl_learnalign import LearnAlignCallback, LearnAlignSampler
+
+
+@pytest.fixture(scope="module")
+def hard():
+    return pools.make_pool("hard", None)
+
+
+def value(prompt):
+    """Of the last step of a chain, exactly; its operators are all the same."""
+    last = prompt.removesuffix("=").rsplit(";", 1)[-1]
+    operator = next(sign for sign in "+-*" if sign in last)
+    return reduce({"+": add, "-": sub, "*": mul}[operator], map(Decimal, last.split(operator)))
+
+
+def test_the_hard_pool_is_what_it_says(hard):
+    assert [int((hard.kind == kind).sum()) for kind in pools.KINDS] == [2000, 4800, 1200]
+    rows = [hard.rows[int(i)] for kind in (1, 2) for i in np.flatnonzero(hard.kind == kind)[:300]]
+    assert all(value(row["prompt"]) == Decimal(row["answer"]) for row in rows)
+    tokenizer = AutoTokenizer.from_pretrained(pools.POLICY)
+    ids = tokenizer(list(hard.rows["prompt"]))["input_ids"]
+    assert tokenizer.unk_token_id not in {token for prompt in ids for token in prompt}
+    assert max(map(len, ids)) + pools.MAX_COMPLETION <= 256
+    lengths = np.array([len(prompt) for prompt in ids])
+    equations, too_hard = lengths[hard.kind == 0], lengths[hard.kind == 1]
+    assert np.percentile(equations, 25) < np.median(too_hard) < np.percentile(equations, 90)
+    again = pools.make_pool("hard", None)
+    assert list(again.rows["prompt"]) == list(hard.rows["prompt"]) and (again.kind == hard.kind).all()
+    assert list(pools.make_pool("hard", None, seed=1).rows["prompt"]) != list(hard.rows["prompt"])
+
+
+def test_a_tenth_of_the_answers_is_wrong_and_the_trainer_is_not_told(hard):
+    wrong = pools.make_pool("hard-wrong", None)
+    assert wrong.rows.column_names == ["prompt", "answer"] and wrong.wrong.sum() == 800
+    pairs = zip(wrong.rows["answer"], hard.rows["answer"], strict=True)
+    assert [Decimal(a) != Decimal(b) for a, b in pairs] == wrong.wrong.tolist()
+
+
+@pytest.mark.parametrize("name", baselines.SCHEDULES)
+def test_another_method_trains_on_what_it_draws_and_learns_from_its_rewards(tmp_path, name):
+    choice, seen = config(), Seen()
+    sampler = LearnAlignSampler(choice, schedule=baselines.SCHEDULES[name](choice))
+    trainer = make_trainer(tmp_path, reward=seen, dataset=make_dataset(24), max_steps=4)
+    trainer.add_callback(LearnAlignCallback(trainer, sampler))
+    trainer.train()
+    schedule, size = sampler.schedule, trainer.num_generations
+    drawn = [row for chunk in range(4) for row in schedule.prompts(chunk)]
+    assert seen.rows[::size] == drawn
+    assert schedule._observed == set(range(4))
+    if name in ("beta mean", "mopps"):
+        visits = np.bincount(drawn, minlength=24)
+        assert (schedule.a + schedule.b - 2 == size * visits).all() and (schedule.a > 1).any()
+
+
+def test_greso_skips_prompts_without_a_gradient_more_often_the_longer_they_have_none():
+    schedule = baselines.GRESO(config())
+    schedule.layout = type("Layout", (), {"pool_size": 40, "chunk_prompts": 8, "group_size": 8, "seed": 0})()
+    schedule.start()
+    for chunk in range(60):
+        rows = np.array(schedule.prompts(chunk))
+        schedule.learn(rows, np.where(rows % 2, 4, 8))  # even rows are solved each time
+    later = np.array([schedule.prompts(chunk) for chunk in range(40, 60)]).ravel()
+    assert (later % 2 == 0).mean() < 0.3
+    assert schedule.keep["hard"] > 0.5  # none of that kind: it may look at more
+
+
+def test_a_refill_trains_on_groups_with_a_gradient_and_pays_for_the_others(tmp_path):
+    def reward(completions, row, **kwargs):
+        return [float(i % 2) if r % 3 == 0 else 0.0 for i, r in enumerate(row)]
+
+    seen, steps = Seen(reward), []
+
+    class Watched(baselines.RefillingTrainer):
+        def _prepare_inputs(self, batch):
+            output = super()._prepare_inputs(batch)
+            steps.append((output["advantages"].ne(0).sum().item(), len(output["advantages"]), len(seen.rows)))
+            return output
+
+    trainer = make_trainer(tmp_path, reward=seen, dataset=make_dataset(24), max_steps=3, cls=Watched)
+    order = iter([row for _ in range(99) for row in range(24)])
+    trainer.fresh = lambda number: [trainer.train_dataset[next(order)] for _ in range(number)]
+    trainer.train()
+    assert [(live, size) for live, size, _ in steps] == [(16, 16)] * 3  # a third of the prompts has a gradient
+    assert steps[-1][2] > 3 * 16
