@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -52,6 +53,7 @@ class Pool:
         sampler.bind(Layout(**layout))
         self.schedule = sampler.schedule
         self.schedule.host = self
+        self.accelerator = SimpleNamespace(is_main_process=False)  # which would print
         self.schedule.set_features(features.astype(np.float16))
         self.chunk = 0
 

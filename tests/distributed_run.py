@@ -29,6 +29,7 @@ from tiny import (
 )
 from torch.distributed import fsdp
 from transformers import TrainerCallback
+from trl import RLOOTrainer
 
 from trl_learnalign import LearnAlignSampler, select_prompts
 from trl_learnalign import state as checkpoint_state
@@ -184,6 +185,10 @@ def main(task, path):
         case "select":  # a pool that divides neither by the batches nor by the processes
             trainer = make_trainer(path, reward=seen, dataset=make_dataset(23), **kwargs)
             result["indices"] = select_prompts(trainer, config(projection_dim=1024, save_rollouts=True)).indices
+        case "select with RLOO":  # whose KL term is measured with the rollouts
+            kwargs |= {"cls": RLOOTrainer, "beta": 0.3}
+            trainer = make_trainer(path, reward=seen, dataset=make_dataset(23), **kwargs)
+            result["indices"] = select_prompts(trainer, config(projection_dim=1024)).indices
         case "select for a target":  # which is rolled out by all processes, too
             trainer = make_trainer(path, reward=seen, dataset=make_dataset(23), **kwargs)
             target = make_dataset(23).select(range(1, 20, 3)).add_column("task", list("abcabca"))

@@ -1,6 +1,6 @@
 """
-What a contributor writes for a new score: one function and one test; and for a new schedule: one class and one test. Nothing of
-the package is touched.
+What a contributor writes for a new score: one function and one test; and for a new schedule: one class and one test.
+Nothing of the package is touched.
 """
 
 import numpy as np
@@ -38,7 +38,7 @@ def test_shortest_first(tmp_path):
 
 
 class Unsolved(Schedule):
-    """Goes round the pool, leaving out prompts that all rollouts of their last visit have solved, at most three in a row."""
+    """Goes round the pool, leaving out prompts that were solved by all rollouts of their last visit, three at most."""
 
     def start(self):
         self.position, self.solved, self.chunks = 0, np.zeros(self.layout.pool_size, bool), []

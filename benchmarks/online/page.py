@@ -36,7 +36,7 @@ POOLS = ("hard", "clean", "live", "hard-wrong", "clean-wrong")
 def collect(folders: list[Path]) -> None:
     """Adds the runs of these folders, the long lists as means."""
     known = {key(run): run for run in json.loads(FILE.read_text())["runs"]} if FILE.is_file() else {}
-    for file in sorted(file for folder in folders for file in folder.glob("*/*.json")):
+    for file in sorted(file for folder in folders for name in POOLS for file in (folder / name).glob("*.json")):
         run = json.loads(file.read_text())
         logged = run.pop("logged")
         run["headroom"] = round(fmean(logged["learnalign/headroom"]), 2) if "learnalign/headroom" in logged else None
@@ -141,7 +141,9 @@ def dirt() -> str:
                     first,
                 ]
             )
-    return table("pool | rollouts on wrong labels (uniform) | success at the end (uniform) | suspects that are wrong", rows)
+    return table(
+        "pool | rollouts on wrong labels (uniform) | success at the end (uniform) | suspects that are wrong", rows
+    )
 
 
 def bars() -> str:
@@ -166,7 +168,9 @@ def bars() -> str:
             f"<= {most:.2f}: {', '.join('not reached' if share is None else f'{share:.2f}' for share in shares)}",
             f"not below: {', '.join(f'{100 * end:+.1f}' for end in ends)} points",
         ]
-        rows.append([name, *(f"{text} ({'met' if good else 'missed'})" for text, good in zip(texts, met, strict=True))])
+        rows.append(
+            [name, *(f"{text} ({'met' if good else 'missed'})" for text, good in zip(texts, met, strict=True))]
+        )
     return table("pool | live groups against uniform | rollouts to uniform's end | success at the end", rows)
 
 

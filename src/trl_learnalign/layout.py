@@ -54,6 +54,8 @@ class Layout:
     @property
     def epoch_chunks(self) -> int:
         """Chunks of an epoch. `epochs` epochs hold the warm-up and `num_prompts` prompts each."""
+        if not self.warmup_end:
+            return math.ceil(self.num_prompts / self.chunk_prompts)
         total = self.warmup_end + math.ceil(self.epochs * self.num_prompts / self.chunk_prompts)
         return math.ceil(total / self.epochs)
 

@@ -8,6 +8,7 @@ from .figures import Drawing
 
 _MOST_POINTS = 1000
 _MOST_VISITS = 20  # in a bar of their own
+_LEAST_GROUPS = 5  # that a dot is drawn for
 
 
 def drawings(prompts: pa.Table, history: pa.Table, run: dict) -> list[Drawing]:
@@ -22,7 +23,7 @@ def drawings(prompts: pa.Table, history: pa.Table, run: dict) -> list[Drawing]:
         _live(columns),
         _success(columns, run),
         _skill(columns),
-        _headroom(columns),
+        _headroom(columns, run),
         _calibration(run),
         _by_visit(run),
         _visits(prompts),
@@ -60,11 +61,15 @@ def _shade(axes, columns, colours):
     chunks = columns["chunk"]
     for number, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
         label = None if number else "drawn uniformly"
-        axes.axvspan(chunks[start] - 0.5, chunks[end - 1] + 0.5, color=colours["grid"], alpha=0.45, lw=0, label=label)
+        axes.axvspan(chunks[start] - 0.5, chunks[end - 1] + 0.5, color=colours["grid"], alpha=0.7, lw=0, label=label)
 
 
 def _share(value) -> str:
     return f"{value:.0%}" if np.isfinite(value) else "unknown"
+
+
+def _groups(number) -> str:
+    return "1 group" if number == 1 else f"{number:,.0f} groups"
 
 
 def _live(columns) -> Drawing:
@@ -115,7 +120,9 @@ def _skill(columns) -> Drawing:
         axes.axhline(0, color=colours["ink"], linewidth=0.8)
         _line(axes, columns, columns["skill"], color=colours["chosen"], linewidth=2, label="skill")
         low = np.nanmin(columns["skill"])
-        axes.set(xlabel="chunk", ylabel="skill", title="Skill of the prediction", ylim=(max(-1, min(-0.05, low)), 1))
+        axes.set(
+            xlabel="chunk", ylabel="skill", title="Skill of the prediction", ylim=(max(-0.25, min(-0.05, low)), 1)
+        )
         axes.legend()
 
     return Drawing(
@@ -127,7 +134,7 @@ def _skill(columns) -> Drawing:
     )
 
 
-def _headroom(columns) -> Drawing:
+def _headroom(columns, run) -> Drawing:
     def draw(axes, colours):
         _shade(axes, columns, colours)
         axes.axhline(1, color=colours["ink"], linewidth=0.8)
@@ -138,7 +145,8 @@ def _headroom(columns) -> Drawing:
 
     return Drawing(
         "online_headroom",
-        "Headroom: how much more often the prompts that would be chosen are expected to be live than random ones.",
+        "Headroom: how much more often the prompts that would be chosen are expected to be live than random ones"
+        f"{' (with graded rewards: how much more variance they are expected to have)' if run['graded'] else ''}.",
         f"It is {columns['headroom'][-1]:.2f} at the end.",
         draw,
     )
@@ -157,7 +165,7 @@ def _calibration(run) -> Drawing:
         groups, predicted, observed = means(of)
         if len(groups):
             distance = np.average(np.abs(predicted - observed), weights=groups)
-            words.append(f"{name} by {distance:.2f} ({groups.sum():,.0f} groups)")
+            words.append(f"{name} {distance:.2f} ({_groups(groups.sum())})")
 
     def draw(axes, colours):
         axes.plot([0, 1], [0, 1], color=colours["ink"], linewidth=0.8)
@@ -177,14 +185,14 @@ def _calibration(run) -> Drawing:
         "online_calibration",
         "Groups by what was predicted of them before their rollouts; larger dots are more groups. On the diagonal the prediction is right on "
         "average.",
-        f"On average a dot is off, {'; '.join(words)}." if words else "",
+        f"Mean distance from the diagonal: {', '.join(words)}." if words else "",
         draw,
     )
 
 
 def _by_visit(run) -> Drawing:
     groups, success, live = np.array(run["by_visit"]).T
-    kept = groups > 0
+    kept = groups >= _LEAST_GROUPS
     number = np.flatnonzero(kept) + 1
     success, live = success[kept] / groups[kept], live[kept] / groups[kept]
 
@@ -198,10 +206,11 @@ def _by_visit(run) -> Drawing:
 
     words = ""
     if len(number):
-        words = f"First visits: {groups[0]:,.0f} groups, success {success[0]:.2f}, {live[0]:.0%} live."
+        words = f"Visit {number[0]}: {_groups(groups[kept][0])}, success {success[0]:.2f}, {live[0]:.0%} live."
         if len(number) > 1:
-            words += f" Visit {number[-1]}: {groups[kept][-1]:,.0f} groups, {success[-1]:.2f}, {live[-1]:.0%}."
-    last = f" Visit {len(groups)} includes all later ones." if kept[-1] else ""
+            words += f" Visit {number[-1]}: {_groups(groups[kept][-1])}, {success[-1]:.2f}, {live[-1]:.0%}."
+    last = f" Visits of fewer than {_LEAST_GROUPS} groups are left out."
+    last += f" Visit {len(groups)} includes all later ones." if kept[-1] else ""
     return Drawing(
         "online_by_visit",
         f"Success and live groups by how often a prompt had come before.{last} Prompts that come often are chosen for it, so a line is no learning "
@@ -227,7 +236,7 @@ def _visits(prompts) -> Drawing:
     last = f" {_MOST_VISITS} stands for {_MOST_VISITS} or more." if len(counts) > _MOST_VISITS else ""
     return Drawing(
         "online_visits",
-        f"How often each prompt that may be trained on was.{last}",
+        f"How often each prompt was trained on.{last}",
         f"{counts[0]:,} of {len(visits):,} prompts ({shares[0]:.0%}) were never visited; the most visits of one are {visits.max():,}.",
         draw,
     )

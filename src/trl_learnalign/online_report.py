@@ -24,10 +24,10 @@ _SAMPLES = {
 }
 _STATES = {
     "new": "never visited",
-    "live": "some rollouts of the last visit succeeded, and some did not",
-    "resting": "all rollouts of the last visit succeeded, or none did, for the first time: rests twice as long",
+    "live": "the rollouts of the last visit differed",
+    "resting": "all rollouts of the last visit came to the same, for the first time: rests twice as long",
     "retired": "all rollouts of the last two visits or more succeeded: rests twice as long after each",
-    "parked": "no rollout of the last two visits or more did: rests twice as long after each",
+    "parked": "no rollout of the last two visits or more succeeded: rests twice as long after each",
 }
 
 
@@ -81,14 +81,16 @@ def _parts(prompts, history, suspects, run, drawings) -> dict[str, str]:
     step = f"{run['step']:,} of {run['max_steps']:,}"
     return {
         "title": f"LearnAlign online, step {step}",
-        "subtitle": html.escape(f"{run['model']}, {run['pool']:,} prompts, written {run['made']}"),
+        "subtitle": html.escape(
+            f"{run['model']}, {run['pool']:,} prompts, written {run['made'][:16].replace('T', ' ')} UTC"
+        ),
         "step": step,
         "intro": _intro(run, step),
-        "facts": fact_list(_facts(prompts, history, suspects, run)),
+        "facts": fact_list(_facts(prompts, history, run)),
         "figures": "\n".join(figure(one, one.png(), one.png(dark=True)) for one in drawings),
         "periods": _periods(run),
         "states": _states(prompts, run),
-        "suspects": _suspects(suspects),
+        "suspects": _suspects(suspects, run),
         "samples": _samples(run),
         "settings": _settings(run),
     }
@@ -105,14 +107,14 @@ def _intro(run, step) -> str:
     )
 
 
-def _facts(prompts, history, suspects, run) -> dict[str, str]:
+def _facts(prompts, history, run) -> dict[str, str]:
     live = history["live_fraction"].to_numpy()
     uniform = history["live_uniform"].to_numpy(zero_copy_only=False).astype(float)
     states = count_states(prompts)
     visited = prompts.num_rows - states.get("new", 0)
     return {
         "pool": f"{prompts.num_rows:,}",
-        "visited": f"{visited:,} ({visited / prompts.num_rows:.0%})",
+        "visited": f"{visited:,}",
         "never visited": f"{states.get('new', 0):,}",
         "live groups, mean": f"{live.mean():.0%}",
         "live, uniform draws": f"{np.nanmean(uniform):.0%}" if np.isfinite(uniform).any() else MISSING,
@@ -122,7 +124,7 @@ def _facts(prompts, history, suspects, run) -> dict[str, str]:
         "draws now": "chosen" if run["choosing"] else "uniform",
         "retired": f"{states.get('retired', 0):,}",
         "parked": f"{states.get('parked', 0):,}",
-        "suspects": f"{suspects.num_rows:,}",
+        "suspects": f"{run['suspects']:,}",
     }
 
 
@@ -133,13 +135,13 @@ def _periods(run) -> str:
             "chosen" if one["choosing"] else "drawn uniformly",
             f"{one['skill']:.2f}",
             f"{one['headroom']:.2f}",
-            html.escape(one["why"] or "the prediction is good enough, and choosing makes more groups live"),
+            html.escape(one["why"] or "the prediction is good enough, and choosing promises more"),
         ]
         for one in run["periods"]
     ]
     columns = ["chunks", "prompts", "skill", "headroom", "why"]
     caption = "Skill and headroom at the end of each period. Of many periods, the last."
-    return html_table("When prompts were chosen", columns, rows, ("why",), caption)
+    return html_table("When prompts were chosen", columns, rows, (), caption, ("why",))
 
 
 def _states(prompts, run) -> str:
@@ -148,7 +150,8 @@ def _states(prompts, run) -> str:
         [name, f"{counts.get(name, 0):,}", f"{counts.get(name, 0) / prompts.num_rows:.1%}", meaning]
         for name, meaning in _STATES.items()
     ]
-    table = html_table("States of the prompts", ["state", "prompts", "share", "meaning"], rows, ("meaning",))
+    columns = ["state", "prompts", "share", "meaning"]
+    table = html_table("States of the prompts", columns, rows, words=("state", "meaning"))
     lines = [
         f"{int(visits):,} later visits of {kind} prompts, after which {int(changed):,} ({changed / visits:.0%}) {outcome}."
         if visits
@@ -163,13 +166,14 @@ def _states(prompts, run) -> str:
     return table + f"<p>Reviews: {' '.join(lines)}</p>"
 
 
-def _suspects(suspects) -> str:
+def _suspects(suspects, run) -> str:
     explanation = (
-        "<p>Prompts that the policy should solve, by what is known of prompts like them, and that it never did. Often their answer is wrong, or "
-        "the reward function does not accept the right one. The chance is how probable it was that all of their rollouts fail.</p>"
+        "<p>Prompts that the policy should solve, by what is known of prompts like them, and that no rollout solved, visit after visit. Often their answer is wrong, or "
+        "the reward function does not accept the right one. The chance is how probable that was.</p>"
     )
     if not suspects.num_rows:
-        return explanation + "<p>There are none.</p>"
+        none = "With graded rewards none are looked for." if run["graded"] else "There are none."
+        return explanation + f"<p>{none}</p>"
     answers = [
         name for name in suspects.column_names if name not in ("index", "prompt", "completion", "visits", "chance")
     ]
@@ -185,7 +189,7 @@ def _suspects(suspects) -> str:
         for one in shown
     ]
     caption = (
-        f"The most suspicious {len(shown)} of {suspects.num_rows:,}; suspects.parquet has all."
+        f"The most suspicious {len(shown)} of {run['suspects']:,}; suspects.parquet has {'all' if run['suspects'] == suspects.num_rows else 'more'}."
         if len(shown) < suspects.num_rows
         else "The most suspicious first."
     )
@@ -214,7 +218,7 @@ def _samples(run) -> str:
 
 
 def _settings(run) -> str:
-    plan = "".join(f"<li>{html.escape(line)}</li>" for line in run["plan"])
+    plan = "".join(f"<li>{html.escape(line[:1].upper() + line[1:])}</li>" for line in run["plan"])
     text = html.escape(json.dumps(run["settings"], indent=2))
     return (
         f"<p>The plan of the run:</p><ul>{plan}</ul><details open><summary>Settings and versions</summary><pre>{text}</pre></details>"

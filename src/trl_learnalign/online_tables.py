@@ -141,15 +141,16 @@ def _numbers(schedule, host) -> dict:
         "model": config._name_or_path or config.model_type,
         "pool": len(schedule.pool),
         "plan": schedule.plan(0, state.max_steps, False),
-        "choosing": bool(schedule.judge.choosing),
+        "suspects": schedule.memory.num_suspects(),
+        "choosing": schedule.judge.choosing,
         "skill": schedule.judge.skill,
         "headroom": schedule.judge.headroom,
-        "pool_success": _finite(schedule.pool_success),
+        "pool_success": _finite(schedule.judge.pool_success),
         "calibration": history.calibration.tolist(),
         "by_visit": history.by_visit.tolist(),
         "reviews": history.reviews.tolist(),
         "periods": schedule.periods(),
-        "graded": schedule.config.learnability == "variance",
+        "graded": schedule.graded,
         "settings": {
             "config": {
                 name: value

@@ -49,7 +49,12 @@ def fact_list(values: dict[str, str]) -> str:
 
 
 def html_table(
-    name: str, columns: Sequence[str], rows: Iterable[Sequence[str]], texts: Collection[str] = (), caption: str = ""
+    name: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    texts: Collection[str] = (),
+    caption: str = "",
+    words: Collection[str] = (),
 ) -> str:
     """
     HTML of a table. On a narrow page each cell shows its column's label.
@@ -58,10 +63,11 @@ def html_table(
         name (`str`): for screen readers.
         columns (`Sequence[str]`): their labels.
         rows: of cells, which are HTML.
-        texts (`Collection[str]`): labels of the columns that hold texts, not numbers.
+        texts (`Collection[str]`): labels of the columns that hold texts of prompts or completions, not numbers.
         caption (`str`): above the table.
+        words (`Collection[str]`): labels of the columns that hold words of this package.
     """
-    kinds = [" class=text" if column in texts else "" for column in columns]
+    kinds = [" class=text" if column in texts else " class=words" if column in words else "" for column in columns]
     head = "".join(f"<th scope=col{kind}>{column}</th>" for column, kind in zip(columns, kinds, strict=True))
     lines = (
         "".join(

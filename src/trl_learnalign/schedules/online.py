@@ -128,12 +128,12 @@ class OnlineSchedule(Schedule):
         candidates = self._candidates(generator)
         a, b = self.posterior(candidates, chunk)
         # The last digits may differ between processes, whose choices must not
-        utility = np.round(self._utility(a, b), 9)
+        utility = np.round(self.utility(a, b), 9)
         ranked = np.lexsort((generator.random(len(candidates)), -utility))
         rested = self.memory.ready[candidates] <= chunk
         self.judge.look(self._gain(a, b), ranked[rested[ranked]][:number])
         if self.judge.switched and self.host.accelerator.is_main_process:
-            tqdm.write(switch_line(chunk, self.judge))
+            tqdm.write(switch_line(chunk, self.judge, self.graded))
         uniform = _rounded(UNIFORM * number, generator) if self.judge.choosing else number
         rows = self._uniform(uniform)
         if uniform < number:
@@ -156,16 +156,17 @@ class OnlineSchedule(Schedule):
         others = others[np.argsort(ready[others], kind="stable")]
         return candidates[np.concatenate([review, best, others])[:number]].tolist()
 
-    def _utility(self, a, b):
-        """What a prompt is ranked on: the expected p (1 - p); of graded rewards the expected variance."""
-        return self.curve(a / (a + b)) if self._graded else expected_learnability(a, b)
+    def utility(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """What prompts of success ~ Beta(a, b) are ranked on: the expected p (1 - p); of graded rewards the expected variance."""
+        return self.curve(a / (a + b)) if self.graded else expected_learnability(a, b)
 
     def _gain(self, a, b):
         """What choosing is to have more of: live groups, or variance."""
-        return self.curve(a / (a + b)) if self._graded else live_probability(a, b, self.layout.group_size)
+        return self.curve(a / (a + b)) if self.graded else live_probability(a, b, self.layout.group_size)
 
     @property
-    def _graded(self):
+    def graded(self) -> bool:
+        """Whether rewards are graded, so that their variance counts."""
         return self.config.learnability == "variance"
 
     def _candidates(self, generator):
@@ -200,9 +201,10 @@ class OnlineSchedule(Schedule):
         rows, observed, uniform = drawn.rows[seen], successes[seen] / trials[seen], drawn.uniform[seen]
         self.history.count(drawn.predicted[seen], observed, uniform, live[seen], self.memory.visits[rows])
         retired, parked = (streak[rows] >= RETIRED_AFTER for streak in (self.memory.solved, self.memory.failed))
-        self.history.count_reviews(retired, observed >= 1, parked, observed <= 0)
+        good = observed >= 0.5
+        self.history.count_reviews(retired, equal[seen] & good, parked, equal[seen] & ~good)
         self.judge.measure(drawn.predicted[seen][uniform], observed[uniform], self.observed > 0)
-        if self._graded:
+        if self.graded:
             self.curve.observe(drawn.predicted[seen], np.nanvar(outcomes[seen], axis=1))
         else:
             self.memory.suspect(drawn.rows, *self.posterior(drawn.rows, chunk), successes, trials)
@@ -234,7 +236,7 @@ class OnlineSchedule(Schedule):
     def _outcomes(self, deciding):
         """1 for a success, else 0; graded rewards scaled to the range of all so far. NaN where there is none; of shape `(n, G)`."""
         known = np.isfinite(deciding)
-        if not self._graded:
+        if not self.graded:
             return np.where(known, deciding >= self.config.success_threshold, np.nan)
         if known.any():
             least, greatest = deciding[known].min(), deciding[known].max()

@@ -6,7 +6,6 @@ import numpy as np
 
 from .judge import LEAST_HEADROOM, LEAST_SKILL, PATIENCE, TRIED, Judge
 from .memory import RETIRED_AFTER
-from .predictor import expected_learnability
 
 
 if TYPE_CHECKING:
@@ -22,7 +21,6 @@ def prompt_columns(schedule: "OnlineSchedule") -> dict[str, np.ndarray]:
     """
     By name a value for each prompt that may be trained on, of shape `(n,)`. Where nothing was seen, `success_rate` is NaN and
     `last_chunk` -1. docs/files.md explains them.
-
     """
     rows, memory = schedule.pool, schedule.memory
     blocks = [rows[start : start + _BLOCK] for start in range(0, len(rows), _BLOCK)]
@@ -43,7 +41,7 @@ def prompt_columns(schedule: "OnlineSchedule") -> dict[str, np.ndarray]:
         "visits": visits,
         "success_rate": np.divide(successes, trials, out=np.full(len(rows), np.nan, np.float32), where=trials > 0),
         "predicted_success": (a / (a + b)).astype(np.float32),
-        "utility": expected_learnability(a, b).astype(np.float32),
+        "utility": schedule.utility(a, b).astype(np.float32),
         "last_chunk": memory.last[rows],
         "ready_chunk": memory.ready[rows],
         "state": np.array(STATES)[np.select(list(conditions.values()), places, STATES.index("new"))],
@@ -71,7 +69,7 @@ def periods(history: "History", chunk_prompts: int) -> list:
         elif skill[start if start else end] <= LEAST_SKILL:
             why = f"success was predicted hardly better than by the mean (a skill of {LEAST_SKILL} is wanted)"
         else:
-            why = f"chosen prompts would have been live less than {LEAST_HEADROOM} x as often as random ones"
+            why = f"choosing promised little (a headroom of {LEAST_HEADROOM} is wanted)"
         found.append(
             {
                 "first": int(chunks[start]),
@@ -85,25 +83,25 @@ def periods(history: "History", chunk_prompts: int) -> list:
     return found
 
 
-def switch_line(chunk: int, judge: Judge) -> str:
+def switch_line(chunk: int, judge: Judge, graded: bool) -> str:
     """
     Said when a schedule begins or ends to choose.
 
     Args:
         chunk (`int`): the first chunk that is chosen, or drawn uniformly.
         judge ([`Judge`]): its judge.
+        graded (`bool`): whether rewards are graded.
     """
     start = f"LearnAlign, chunk {chunk}: from now on"
     if judge.choosing:
-        return (
-            f"{start} prompts are chosen by predicted learnability: they should be live {judge.headroom:.1f} x as often as random ones "
-            f"(skill {judge.skill:.2f})."
-        )
+        gain = f"{judge.headroom:.1f} x as often as random ones"
+        gain = f"have {judge.headroom:.1f} x the variance of random ones" if graded else f"be live {gain}"
+        return f"{start} prompts are chosen by predicted learnability: they should {gain} (skill {judge.skill:.2f})."
     if not judge.able:
         return f"{start} draws are uniform: success is predicted hardly better than by the mean (skill {judge.skill:.2f})."
     return (
-        f"{start} draws are uniform: for {PATIENCE} chunks it would have made little difference to choose (now chosen prompts would be live "
-        f"{judge.headroom:.2f} x as often as random ones)."
+        f"{start} draws are uniform: for {PATIENCE} chunks it would have made little difference to choose (headroom now "
+        f"{judge.headroom:.2f})."
     )
 
 
