@@ -22,9 +22,8 @@ SEGMENT_BYTES = 512 << 20  # a file that has reached this size is followed by an
 _JOINED = 64 << 20  # records are copied to be written at once, up to this size
 _MANIFEST = "manifest.json"
 _MAGIC = b"tla-log1"
-_HEADER = struct.Struct(
-    "<8sQ32sQII"
-)  # magic, name, key, bytes of the payload, their CRC-32, CRC-32 of what is before it
+# Magic, name, key, bytes of the payload, their CRC-32, CRC-32 of what is before it
+_HEADER = struct.Struct("<8sQ32sQII")
 _ALIGNED = _HEADER.size  # payloads begin at multiples of it
 
 
