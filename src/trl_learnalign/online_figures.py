@@ -108,7 +108,7 @@ def _success(columns, run) -> Drawing:
     return Drawing(
         "online_success",
         f"Mean {name} of the prompts trained on, as observed and as predicted before, over {short} chunks, and of the latest uniform draws (some "
-        "200), which measures the whole pool. The policy improves where the pool's rises; chosen prompts stay near one half.",
+        "200), which measures the whole pool. The policy improves where the pool's rises; chosen prompts are meant to be near one half.",
         f"At the end {observed[-1]:.2f} was observed, {predicted[-1]:.2f} predicted, and the pool's is {pool[-1]:.2f}.",
         draw,
     )

@@ -140,7 +140,7 @@ def _periods(run) -> str:
         for one in run["periods"]
     ]
     columns = ["chunks", "prompts", "skill", "headroom", "why"]
-    caption = "Skill and headroom at the end of each period. Of many periods, the last."
+    caption = "Skill and headroom at the end of each period; the last 20 periods at most."
     return html_table("When prompts were chosen", columns, rows, (), caption, ("why",))
 
 
@@ -168,7 +168,7 @@ def _states(prompts, run) -> str:
 
 def _suspects(suspects, run) -> str:
     explanation = (
-        "<p>Prompts that the policy should solve, by what is known of prompts like them, and that no rollout solved, visit after visit. Often their answer is wrong, or "
+        "<p>Prompts that the policy should solve, by what is known of prompts like them, and that no rollout solved. Often their answer is wrong, or "
         "the reward function does not accept the right one. The chance is how probable that was.</p>"
     )
     if not suspects.num_rows:

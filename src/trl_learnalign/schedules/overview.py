@@ -63,7 +63,7 @@ def periods(history: "History", chunk_prompts: int) -> list:
         if choosing[end]:
             why = None
         elif start == 0 and end + 1 < len(choosing):
-            why = f"at the start, until {TRIED} uniform draws had shown that success is predicted better than by the mean"
+            why = f"at the start, until at least {TRIED} uniform draws had shown that success is predicted better than by the mean"
         elif start == 0 and (end + 1) * chunk_prompts < TRIED:
             why = f"the prediction is judged after {TRIED} uniform draws"
         elif skill[start if start else end] <= LEAST_SKILL:
