@@ -81,7 +81,8 @@ def test_modules_are_small_and_import_only_what_they_may():
     for file in SOURCES:
         text = file.read_text()
         assert text.count("\n") <= 400, file
-        imports[file.stem] = set(re.findall(r"^(?:from|import) (\w+|\.\w*)", text, re.MULTILINE))
+        name = file.relative_to(ROOT / "src/trl_learnalign").with_suffix("").as_posix()  # two are called gradients
+        imports[name] = set(re.findall(r"^(?:from|import) (\w+|\.\w*)", text, re.MULTILINE))
     for module in (
         "config",
         "scoring",

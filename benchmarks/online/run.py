@@ -89,10 +89,10 @@ def look(model, tokenizer, rows) -> dict:
 
 
 class Looks(TrainerCallback):
-    """Looks after some steps, and ends training where the rollouts of the budget are spent."""
+    """Looks after each step by which so many rollouts of `marks` are made, and ends training after the last."""
 
-    def __init__(self, tokenizer, rows, recorder, steps, budget):
-        self.tokenizer, self.rows, self.recorder, self.steps, self.budget = tokenizer, rows, recorder, steps, budget
+    def __init__(self, tokenizer, rows, recorder, marks):
+        self.tokenizer, self.rows, self.recorder, self.marks = tokenizer, rows, recorder, sorted(marks)
         self.looks, self.away, self.started = [], 0.0, time.perf_counter()
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -100,10 +100,11 @@ class Looks(TrainerCallback):
         self.look(0, model)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        spent = self.recorder.rollouts() >= self.budget
-        if state.global_step in self.steps or spent:
+        left = [mark for mark in self.marks if mark > self.recorder.rollouts()]
+        if len(left) < len(self.marks):
             self.look(state.global_step, model)
-        control.should_training_stop |= spent
+        self.marks = left
+        control.should_training_stop |= not left
 
     def look(self, step, model):
         now = time.perf_counter()
@@ -201,9 +202,9 @@ def run(arm, name, seed, arguments) -> dict:
         clean = make_pool("clean", arguments.dataset_path, seed).rows
         adapter = warm_up(seed, clean.add_column("row", list(range(len(clean)))), arguments)
     steps, recorder = arguments.steps, Recorder()
-    looks = Looks(
-        load_policy()[1], test, recorder, {round(steps * i / 4) for i in (1, 2, 3, 4)}, steps * CHUNK * GROUP
-    )
+    # After as many rollouts as one chunk a step makes, since a refill makes more
+    marks = [round(steps * i / 4) * CHUNK * GROUP for i in (1, 2, 3, 4)]
+    looks = Looks(load_policy()[1], test, recorder, marks)
     with TemporaryDirectory() as folder:
         trainer = build_trainer(arm, adapter, rows, recorder, steps, seed, folder, arguments.learning_rate, [looks])
         trainer.train()
