@@ -1,4 +1,7 @@
-"""The online schedule through trainer.train(): what it is told, what it costs, what it logs, and that a resumed run is the run."""
+"""
+The online schedule through trainer.train(): what it is told, what it costs, what it logs, and that a resumed run is
+the run.
+"""
 
 import json
 import logging
@@ -264,7 +267,9 @@ RESUMED = LAYOUTS | {
 
 @pytest.mark.parametrize("layout", RESUMED)
 def test_a_run_resumed_from_any_checkpoint_trains_on_the_same_prompts(tmp_path, layout):
-    """Also from one in the middle of a chunk, which is generated again. At a chunk's end the weights are the same bits."""
+    """
+    Also from one in the middle of a chunk, which is generated again. At a chunk's end the weights are the same bits.
+    """
     settings = {"num_train_epochs": 2, "max_steps": 9} | EVERY_STEP | RESUMED[layout]
 
     def run(path, reward, resume=None, **changes):
