@@ -1,11 +1,11 @@
 """
-What the online schedule costs: to choose a chunk and to learn from its rewards, at 8,000 and at 1,000,000 prompts; and as a share of
-a training step on the tiny policy.
+What the online schedule costs: to choose a chunk and to learn from its rewards, at 8,000 and at 1,000,000 prompts; and
+as a share of a training step on the tiny policy.
 
     python benchmarks/choosing.py
 
-Processor time of one thread, so that other work on the machine does not count. The features are synthetic, as many as a run with
-hidden states has; the predictor's window is full, so that each fit is as large as it gets.
+Processor time of one thread, so that other work on the machine does not count. The features are synthetic, as many as
+a run with hidden states has; the predictor's window is full, so that each fit is as large as it gets.
 """
 
 import argparse

@@ -3,9 +3,9 @@ Memory and files of the rollouts of 100,000 prompts, with 8 completions of 2,000
 
     python benchmarks/rollout_memory.py [--directory DIR]
 
-The groups are of random tokens, since a policy would take days on a CPU; all that is done with them is the package's own: rounds,
-files, rewards of the pool, microbatches of the gradients, and the rows of each microbatch read back. DIR needs 14 GB and is
-empty afterwards.
+The groups are of random tokens, since a policy would take days on a CPU; all that is done with them is the package's
+own: rounds, files, rewards of the pool, microbatches of the gradients, and the rows of each microbatch read back. DIR
+needs 14 GB and is empty afterwards.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """
-What test_distributed.py starts on one or more processes: a task, an output directory; a JSON file per rank comes out. Further
-pairs are run one after another by the same processes, since starting them takes longer than most tasks.
+What test_distributed.py starts on one or more processes: a task, an output directory; a JSON file per rank comes out.
+Further pairs are run one after another by the same processes, since starting them takes longer than most tasks.
 """
 
 import json

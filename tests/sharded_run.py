@@ -48,7 +48,8 @@ def main(path):
     assert all(parameter.grad is None for parameter in model.parameters())
     torch.save((ours, expected), f"{path}/rank-{rank}.pt")
 
-    # All features, of one microbatch on a process and of several on the other, the second time with some finished before
+    # All features, of one microbatch on a process and of several on the other, the second time with some finished
+    # before
     tasks = dict(list(random_tasks(8).items())[: [1, 8][rank]])
     # With a processor, whose tokenizer the filler rows need, and with entropies, which take forwards of their own
     trainer = make_trainer(f"{path}/plain", processor=True, top_entropy_quantile=0.5)

@@ -268,7 +268,9 @@ def test_sharded_weights_make_the_same_run(tmp_path, first, kind):
 
 
 def test_shards_of_two_processes_go_on_as_the_weights_of_one(tmp_path):
-    """The selection fails on one of two processes in its gradients; one process without FSDP rolls out nothing again."""
+    """
+    The selection fails on one of two processes in its gradients; one process without FSDP rolls out nothing again.
+    """
     failed = launch("sharded fails", tmp_path, 2, FSDP)
     assert all("are not finite" in rank["error"] for rank in failed), failed
     (again,) = launch("train at once", tmp_path, 1)
@@ -322,7 +324,8 @@ def test_a_run_killed_in_a_selection_resumes_into_the_same_selection(tmp_path):
     assert resumed["log"] == whole["log"] and resumed["weights"] == whole["weights"]
     assert load(path).scores.equals(load(tmp_path / "whole").scores)
     # Finished prompts are not rolled out again: what reached the reward function is the rest of the pool,
-    # eight rollouts each, and the training steps from the checkpoint on, a chunk of two prompts with four rollouts each
+    # eight rollouts each, and the training steps from the checkpoint on, a chunk of two prompts with four rollouts
+    # each
     step = load(path).provenance["global_step"]
     assert len(resumed["rows"]) == (23 - done) * 8 + (resumed["step"] - step) * 2 * 4
 

@@ -46,9 +46,9 @@ def test_values_reach_tensorboard(tmp_path):
     names = {tag.partition("learnalign/")[2] for tag in tags if "learnalign/" in tag}
     assert {f"seconds_{phase}" for phase in ("rollouts", "gradients", "scores")} < names
     assert {"learnable_fraction", "alignment_pool", "alignment_selected", "stage"} < names
-    # TRL's own share of groups without a gradient: step 1 before the selection; step 2, at which it was made, before it too,
-    # but logged after it; step 3 has the batch that was read ahead; step 4 is the first of the selection, which the log of
-    # step 5 is the first to know
+    # TRL's own share of groups without a gradient: step 1 before the selection; step 2, at which it was made, before
+    # it too, but logged after it; step 3 has the batch that was read ahead; step 4 is the first of the selection,
+    # which the log of step 5 is the first to know
     shares = {e["step"]: e["frac_reward_zero_std"] for e in trainer.state.log_history if "frac_reward_zero_std" in e}
     for when, step, share in (("before", 2, shares[1]), ("after", 5, shares[4])):
         event = next(event for tag, event in tags.items() if tag.endswith(f"zero_variance_{when}"))
@@ -75,7 +75,10 @@ def test_figures_that_cannot_be_drawn_are_no_reason_to_end_a_run(tmp_path, monke
 
 @pytest.mark.parametrize("changes", [{}, {"logging_steps": 2}, {"num_iterations": 2}])
 def test_zero_variance_is_that_of_selected_prompts(tmp_path, changes):
-    """Of chunks before the selection takes effect, the one read ahead with them, no group has a gradient; of the others, some have."""
+    """
+    Of chunks before the selection takes effect, the one read ahead with them, no group has a gradient; of the others,
+    some have.
+    """
     shares = []
 
     def dull_at_first(completions, **kwargs):
@@ -109,7 +112,8 @@ def test_zero_variance_is_that_of_selected_prompts(tmp_path, changes):
 def test_table_of_scores_reaches(tmp_path, backend):
     """Offline, with the tracker itself; what it has kept is read back from its files. The figures come with it."""
     pytest.importorskip(backend, reason=f"{backend} is not installed")
-    run = f"make_trainer({str(tmp_path)!r}, config(write_report=True), report_to={backend!r}, num_train_epochs=2).train()"
+    settings = f"config(write_report=True), report_to={backend!r}, num_train_epochs=2"
+    run = f"make_trainer({str(tmp_path)!r}, {settings}).train()"
     places = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "TRACKIO_DIR": str(tmp_path / "trackio")}
     command = [sys.executable, "-c", f"from tiny import config, make_trainer\n{run}"]
     # A process of its own, since trackio reads its directory when it is imported

@@ -338,7 +338,10 @@ def test_graded_rewards_are_scaled_to_their_range_and_the_greatest_variance_is_c
 
 
 def test_a_reward_for_the_form_does_not_make_failures_attractive():
-    """Every completion gets half a point, and half a point more if it is right: at a mean of a half there is nothing to learn."""
+    """
+    Every completion gets half a point, and half a point more if it is right: at a mean of a half there is nothing to
+    learn.
+    """
     world = World(learnability="variance", mean=-3.0)
     rewards = world.rewards
     world.rewards = lambda rows: (1 + rewards(rows)) / 2

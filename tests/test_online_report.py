@@ -1,4 +1,6 @@
-"""What an online run writes: its tables, its page, what a resume reads back, and what the output and the model card say."""
+"""
+What an online run writes: its tables, its page, what a resume reads back, and what the output and the model card say.
+"""
 
 import html
 import json

@@ -1,4 +1,7 @@
-"""The online schedule through trainer.train(): what it is told, what it costs, what it logs, and that a resumed run is the run."""
+"""
+The online schedule through trainer.train(): what it is told, what it costs, what it logs, and that a resumed run is
+the run.
+"""
 
 import json
 import logging
@@ -291,7 +294,10 @@ def test_a_run_resumed_at_the_end_of_a_chunk_is_the_run(tmp_path, layout):
 
 @pytest.mark.parametrize("layout", [name for name, settings in RESUMED.items() if REPEATED & settings.keys()])
 def test_a_run_resumed_inside_a_chunk_credits_every_chunk_once(tmp_path, layout):
-    """TRL generates that chunk again, for the same prompts; its rewards, which were counted before, are not counted twice."""
+    """
+    TRL generates that chunk again, for the same prompts; its rewards, which were counted before, are not counted
+    twice.
+    """
     settings = {"max_steps": 12} | EVERY_STEP | RESUMED[layout]
     whole, paid = run_with_rates(tmp_path, digit_reward, **settings)
     stream = whole._get_train_sampler().layout

@@ -491,7 +491,10 @@ def test_seed_decides_the_selection(tmp_path):
 
 
 def test_ties_are_drawn_from_the_whole_dataset(tmp_path):
-    """Where all prompts are equally learnable, seed and stage decide, and not the place in a dataset that may be sorted by source."""
+    """
+    Where all prompts are equally learnable, seed and stage decide, and not the place in a dataset that may be sorted
+    by source.
+    """
 
     def half(completions, **kwargs):
         return [float(i % 2) for i in range(len(completions))]
@@ -528,7 +531,9 @@ def test_full_fine_tuning(tmp_path):
 
 
 def test_a_processor_in_place_of_a_tokenizer(tmp_path):
-    """As vision-language models have it, with prompts of text. tests/sharded_run.py has it where filler rows are made."""
+    """
+    As vision-language models have it, with prompts of text. tests/sharded_run.py has it where filler rows are made.
+    """
     from trl_learnalign.host import find_host
 
     trainer = make_trainer(tmp_path, config(), processor=True, num_train_epochs=2)

@@ -1,4 +1,6 @@
-"""Selections and runs with the stand-in for vLLM in tests/fake_vllm, which generates with transformers. Not vLLM itself."""
+"""
+Selections and runs with the stand-in for vLLM in tests/fake_vllm, which generates with transformers. Not vLLM itself.
+"""
 
 import json
 import os

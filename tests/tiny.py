@@ -12,7 +12,10 @@ from trl_learnalign.schedules import judge
 
 
 ALPHABET = "0123456789+=:ausert\n"
-CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
 
 
 def make_tokenizer():
@@ -136,7 +139,9 @@ def make_trainer(
     eval_dataset=None,
     **changes,
 ):
-    """A LearnAlignGRPOTrainer if `config` is given, else a stock GRPOTrainer; `changes` go to GRPOConfig or RLOOConfig."""
+    """
+    A LearnAlignGRPOTrainer if `config` is given, else a stock GRPOTrainer; `changes` go to GRPOConfig or RLOOConfig.
+    """
     kind = RLOOConfig if cls is not None and issubclass(cls, RLOOTrainer) else GRPOConfig
     kwargs = {
         "model": model if model is not None else make_model(),

@@ -1,4 +1,6 @@
-"""What test_vllm.py starts with the stand-in for vLLM on its path: a task, a directory; a JSON file per rank comes out."""
+"""
+What test_vllm.py starts with the stand-in for vLLM on its path: a task, a directory; a JSON file per rank comes out.
+"""
 
 import json
 import os

@@ -1,13 +1,14 @@
 """
-What others do with the rewards of training, on the same path as the online schedule: one class a method, with the constants of
-its authors' code. None of them makes a rollout of its own, but for `RefillingTrainer`.
+What others do with the rewards of training, on the same path as the online schedule: one class a method, with the
+constants of its authors' code. None of them makes a rollout of its own, but for `RefillingTrainer`.
 
-- `BetaMean`, `MoPPS` (arXiv 2507.04632): a Beta posterior for each prompt; of 16 times as many random candidates those whose mean,
-  or whose draw from the posterior, is nearest to one half.
-- `GRESO` (2506.02177): epochs in random order; a prompt whose last visits had all rewards equal is skipped with a probability
-  that grows with their number and is tuned to a target.
+- `BetaMean`, `MoPPS` (arXiv 2507.04632): a Beta posterior for each prompt; of 16 times as many random candidates those
+  whose mean, or whose draw from the posterior, is nearest to one half.
+- `GRESO` (2506.02177): epochs in random order; a prompt whose last visits had all rewards equal is skipped with a
+  probability that grows with their number and is tuned to a target.
 - `Pools` (prime-rl): drawn in proportion to a weight, which the last success rate decides: hard, normal, easy.
-- `RefillingTrainer` (DAPO, 2503.14476): groups without a gradient are replaced by fresh ones, generated at once, a bounded number of times.
+- `RefillingTrainer` (DAPO, 2503.14476): groups without a gradient are replaced by fresh ones, generated at once, a
+  bounded number of times.
 """
 
 import numpy as np
@@ -83,7 +84,10 @@ DEAD_TARGETS = {"easy": 1 / 12, "hard": 1 / 6}  # of GRESO: shares of a chunk wi
 
 
 class GRESO(_Baseline):
-    """`keep` is the probability that one more visit without a gradient leaves a prompt with, of always and of never solved prompts."""
+    """
+    `keep` is the probability that one more visit without a gradient leaves a prompt with, of always and of never
+    solved prompts.
+    """
 
     LEAST, STEP, BOUNDS = 0.01, 0.01, (0.05, 0.95)
 
@@ -136,9 +140,9 @@ SCHEDULES = {"beta mean": BetaMean, "mopps": MoPPS, "greso": GRESO, "pools": Poo
 
 class RefillingTrainer(GRPOTrainer):
     """
-    DAPO's refill: as long as fewer groups than a batch holds have a gradient, another batch of fresh prompts is rolled out, at
-    most `MOST` times in a step. `fresh(n)` returns n rows of the dataset. For one process, a batch a step, and no images, tools, KL
-    term or vLLM.
+    DAPO's refill: as long as fewer groups than a batch holds have a gradient, another batch of fresh prompts is rolled
+    out, at most `MOST` times in a step. `fresh(n)` returns n rows of the dataset. For one process, a batch a step, and
+    no images, tools, KL term or vLLM.
     """
 
     MOST = 8

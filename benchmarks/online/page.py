@@ -3,7 +3,8 @@ Collects the runs of run.py and writes docs/online.md from them, so that nobody 
 
     python benchmarks/online/page.py [--runs DIR ...] [--check]
 
---runs: folders of finished runs, which are added to benchmarks/results/online.json. The words of the page are in online.md.in.
+--runs: folders of finished runs, which are added to benchmarks/results/online.json. The words of the page are in
+online.md.in.
 """
 
 import argparse
@@ -111,8 +112,8 @@ def arms(pool) -> str:
             ]
         )
     quarter = of(pool, "uniform")[0]["looks"][1]["step"] if of(pool, "uniform") else 0
-    head = f"prompts chosen by | live groups | success at step {quarter} | at the end | rollouts to uniform's end | pass@8 | distinct prompts"
-    return table(head, rows)
+    head = f"prompts chosen by | live groups | success at step {quarter} | at the end | rollouts to uniform's end"
+    return table(f"{head} | pass@8 | distinct prompts", rows)
 
 
 def hard() -> str:

@@ -1,14 +1,15 @@
 """
-Pools of prompts on which choosing online is tried: most of a pool as nobody curated it, and those where nothing can be won.
+Pools of prompts on which choosing online is tried: most of a pool as nobody curated it, and those where nothing can be
+won.
 
     python benchmarks/online/pools.py --dataset_path DIR [--pools hard clean]
 
-prints what each pool is made of, and the share of its groups that are live at the start. DIR holds GSM8K's train.jsonl and
-test.jsonl. Without it generated chains stand in.
+prints what each pool is made of, and the share of its groups that are live at the start. DIR holds GSM8K's train.jsonl
+and test.jsonl. Without it generated chains stand in.
 
-`hard` is 2,000 equations of GSM8K, 4,800 chains far too hard for the tiny policy, and 1,200 trivial ones; `clean` is all
-equations; `live` those whose success rate under the first policy is well inside (0, 1). `hard-wrong` and `clean-wrong` have a
-wrong answer in every tenth row.
+`hard` is 2,000 equations of GSM8K, 4,800 chains far too hard for the tiny policy, and 1,200 trivial ones; `clean` is
+all equations; `live` those whose success rate under the first policy is well inside (0, 1). `hard-wrong` and
+`clean-wrong` have a wrong answer in every tenth row.
 """
 
 import argparse
@@ -44,7 +45,9 @@ MAX_PROMPT, MAX_COMPLETION = 96, 56  # characters, each a token: of the longest 
 
 @dataclass(frozen=True)
 class Pool:
-    """`rows` is what a trainer gets (`prompt`, `answer`). `kind` and `wrong` tell what each row is, to the judge alone."""
+    """
+    `rows` is what a trainer gets (`prompt`, `answer`). `kind` and `wrong` tell what each row is, to the judge alone.
+    """
 
     rows: Dataset
     kind: np.ndarray  # (N,) of KINDS
@@ -93,8 +96,8 @@ def _hard(equations: Dataset, seed: int) -> Pool:
 
 def too_hard(rng: random.Random) -> tuple[str, str]:
     """
-    A chain like the equations but for its last step, which has more digits than the policy can keep. The steps before it are as
-    many as an equation has, so that the length alone does not tell.
+    A chain like the equations but for its last step, which has more digits than the policy can keep. The steps before
+    it are as many as an equation has, so that the length alone does not tell.
     """
     before = [left for left, _ in random_chain(rng)[:-1]]
     numbers = [rng.choice(range(low + 1, 10 * low)) for low in rng.choices((100, 1000), k=2)]

@@ -3,11 +3,12 @@ One run of training: a schedule, a pool, a seed. What it reached on equations he
 
     python benchmarks/online/run.py --dataset_path DIR --arm online --pool hard --seed 0
 
-writes runs/online/POOL/ARM-SEED.json; a run that is there already is left out, and one that was stopped begins again. --arms,
---pools and --seeds take several, one after another; another call beside it takes other runs. DIR holds GSM8K's
+writes runs/online/POOL/ARM-SEED.json; a run that is there already is left out, and one that was stopped begins again.
+--arms, --pools and --seeds take several, one after another; another call beside it takes other runs. DIR holds GSM8K's
 train.jsonl and test.jsonl. Without it generated chains stand in.
 
-`uniform` is stock GRPOTrainer, `refill` and the other methods are those of baselines.py. The policy trains as benchmarks/gsm8k_equations/grid.py trains it: LoRA, 16 prompts x 8 rollouts a step. On the pools `clean` and
+`uniform` is stock GRPOTrainer, `refill` and the other methods are those of baselines.py. The policy trains as
+benchmarks/gsm8k_equations/grid.py trains it: LoRA, 16 prompts x 8 rollouts a step. On the pools `clean` and
 `clean-wrong` it is warmed up first, on 300 random prompts, the same for all arms.
 """
 

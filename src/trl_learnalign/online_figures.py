@@ -85,8 +85,8 @@ def _live(columns) -> Drawing:
 
     return Drawing(
         "online_live",
-        f"Share of groups whose rewards differ, so that they have a gradient: means over {short} chunks, of the uniform draws among them over "
-        f"{long}.",
+        f"Share of groups whose rewards differ, so that they have a gradient: means over {short} chunks, of the "
+        f"uniform draws among them over {long}.",
         f"At the end {_share(of_all[-1])} of all groups and {_share(of_uniform[-1])} of uniform draws.",
         draw,
     )
@@ -107,9 +107,12 @@ def _success(columns, run) -> Drawing:
 
     return Drawing(
         "online_success",
-        f"Mean {name} of the prompts trained on, as observed and as predicted before, over {short} chunks, and of the latest uniform draws (some "
-        "200), which measures the whole pool. The policy improves where the pool's rises; chosen prompts are meant to be near one half.",
-        f"At the end {observed[-1]:.2f} was observed, {predicted[-1]:.2f} predicted, and the pool's is {pool[-1]:.2f}.",
+        f"Mean {name} of the prompts trained on, as observed and as predicted before, over {short} chunks, and of "
+        f"the latest uniform draws (some "
+        "200), which measures the whole pool. The policy improves where the pool's rises; chosen prompts are meant "
+        "to be near one half.",
+        f"At the end {observed[-1]:.2f} was observed, {predicted[-1]:.2f} predicted, and the pool's is "
+        f"{pool[-1]:.2f}.",
         draw,
     )
 
@@ -127,8 +130,8 @@ def _skill(columns) -> Drawing:
 
     return Drawing(
         "online_skill",
-        "How much better success is predicted than by the mean, on uniform draws: 1 minus the ratio of squared errors. 0 is no better, 1 is "
-        "without error; chance in the rollouts keeps it below 1.",
+        "How much better success is predicted than by the mean, on uniform draws: 1 minus the ratio of squared "
+        "errors. 0 is no better, 1 is without error; chance in the rollouts keeps it below 1.",
         f"It is {columns['skill'][-1]:.2f} at the end.",
         draw,
     )
@@ -183,8 +186,8 @@ def _calibration(run) -> Drawing:
 
     return Drawing(
         "online_calibration",
-        "Groups by what was predicted of them before their rollouts; larger dots are more groups. On the diagonal the prediction is right on "
-        "average.",
+        "Groups by what was predicted of them before their rollouts; larger dots are more groups. On the diagonal the "
+        "prediction is right on average.",
         f"Mean distance from the diagonal: {', '.join(words)}." if words else "",
         draw,
     )
@@ -213,8 +216,8 @@ def _by_visit(run) -> Drawing:
     last += f" Visit {len(groups)} includes all later ones." if kept[-1] else ""
     return Drawing(
         "online_by_visit",
-        f"Success and live groups by how often a prompt had come before.{last} Prompts that come often are chosen for it, so a line is no learning "
-        "curve.",
+        f"Success and live groups by how often a prompt had come before.{last} Prompts that come often are chosen for "
+        "it, so a line is no learning curve.",
         words,
         draw,
     )
@@ -237,7 +240,8 @@ def _visits(prompts) -> Drawing:
     return Drawing(
         "online_visits",
         f"How often each prompt was trained on.{last}",
-        f"{counts[0]:,} of {len(visits):,} prompts ({shares[0]:.0%}) were never visited; the most visits of one are {visits.max():,}.",
+        f"{counts[0]:,} of {len(visits):,} prompts ({shares[0]:.0%}) were never visited; the most visits of one are "
+        f"{visits.max():,}.",
         draw,
     )
 
@@ -255,8 +259,8 @@ def _coverage(columns, run) -> Drawing:
     last = {name: columns[name][-1] for name in ("visited", "retired", "parked")}
     return Drawing(
         "online_coverage",
-        f"Of a pool of {run['pool']:,}: different prompts visited so far; those that are retired (solved by all rollouts of the last two visits "
-        "or more) and parked (by none).",
+        f"Of a pool of {run['pool']:,}: different prompts visited so far; those that are retired (solved by all "
+        "rollouts of the last two visits or more) and parked (by none).",
         f"At the end {last['visited']:,.0f} visited, {last['retired']:,.0f} retired, {last['parked']:,.0f} parked.",
         draw,
     )

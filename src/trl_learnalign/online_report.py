@@ -33,8 +33,8 @@ _STATES = {
 
 def write_online_report(schedule, host, directory: Path) -> Path:
     """
-    Writes the tables and the page of an online run as it is now. The texts of some prompts are read, whatever the size of the pool. At
-    the end of training the figures go to the trackers, too.
+    Writes the tables and the page of an online run as it is now. The texts of some prompts are read, whatever the size
+    of the pool. At the end of training the figures go to the trackers, too.
 
     Args:
         schedule ([`OnlineSchedule`]): after its first observation.
@@ -98,12 +98,14 @@ def _parts(prompts, history, suspects, run, drawings) -> dict[str, str]:
 
 def _intro(run, step) -> str:
     return (
-        "This page shows which prompts an online run trained on, and why. Each chunk of prompts was chosen by what the rewards of training so far "
-        "tell: prompts that some rollouts solve and others do not, since only such <em>live</em> groups have a gradient. A few prompts of every "
-        "chunk are drawn uniformly from the whole pool; they measure, without bias, how good the policy and the prediction are. The figures "
-        "show how live groups, success and prediction changed from chunk to chunk; the tables show when it did not pay to choose, which "
-        "prompts rest because they are always or never solved, and which look as if their answer or their grading were wrong. "
-        f"All of it is of step {step}: the page is written with each checkpoint and at the end of training, and does not refresh by itself."
+        "This page shows which prompts an online run trained on, and why. Each chunk of prompts was chosen by what "
+        "the rewards of training so far tell: prompts that some rollouts solve and others do not, since only such "
+        "<em>live</em> groups have a gradient. A few prompts of every chunk are drawn uniformly from the whole pool; "
+        "they measure, without bias, how good the policy and the prediction are. The figures show how live groups, "
+        "success and prediction changed from chunk to chunk; the tables show when it did not pay to choose, which "
+        "prompts rest because they are always or never solved, and which look as if their answer or their grading "
+        f"were wrong. All of it is of step {step}: the page is written with each checkpoint and at the end of "
+        "training, and does not refresh by itself."
     )
 
 
@@ -153,7 +155,8 @@ def _states(prompts, run) -> str:
     columns = ["state", "prompts", "share", "meaning"]
     table = html_table("States of the prompts", columns, rows, words=("state", "meaning"))
     lines = [
-        f"{int(visits):,} later visits of {kind} prompts, after which {int(changed):,} ({changed / visits:.0%}) {outcome}."
+        f"{int(visits):,} later visits of {kind} prompts, after which {int(changed):,} ({changed / visits:.0%}) "
+        f"{outcome}."
         if visits
         else f"No {kind} prompt was visited again."
         for kind, outcome, (visits, changed) in zip(
@@ -168,7 +171,8 @@ def _states(prompts, run) -> str:
 
 def _suspects(suspects, run) -> str:
     explanation = (
-        "<p>Prompts that the policy should solve, by what is known of prompts like them, and that no rollout solved. Often their answer is wrong, or "
+        "<p>Prompts that the policy should solve, by what is known of prompts like them, and that no rollout solved. "
+        "Often their answer is wrong, or "
         "the reward function does not accept the right one. The chance is how probable that was.</p>"
     )
     if not suspects.num_rows:
@@ -189,7 +193,8 @@ def _suspects(suspects, run) -> str:
         for one in shown
     ]
     caption = (
-        f"The most suspicious {len(shown)} of {run['suspects']:,}; suspects.parquet has {'all' if run['suspects'] == suspects.num_rows else 'more'}."
+        f"The most suspicious {len(shown)} of {run['suspects']:,}; suspects.parquet has "
+        f"{'all' if run['suspects'] == suspects.num_rows else 'more'}."
         if len(shown) < suspects.num_rows
         else "The most suspicious first."
     )
@@ -221,7 +226,7 @@ def _settings(run) -> str:
     plan = "".join(f"<li>{html.escape(line[:1].upper() + line[1:])}</li>" for line in run["plan"])
     text = html.escape(json.dumps(run["settings"], indent=2))
     return (
-        f"<p>The plan of the run:</p><ul>{plan}</ul><details open><summary>Settings and versions</summary><pre>{text}</pre></details>"
-        "<p>Choosing prompts changes what is optimised: prompts near one half come more often than the pool has them, and nothing here "
-        "corrects that.</p>"
+        f"<p>The plan of the run:</p><ul>{plan}</ul><details open><summary>Settings and "
+        f"versions</summary><pre>{text}</pre></details><p>Choosing prompts changes what is optimised: prompts near "
+        "one half come more often than the pool has them, and nothing here corrects that.</p>"
     )

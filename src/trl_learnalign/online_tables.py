@@ -1,4 +1,7 @@
-"""What an online run leaves on disk, but for its report: every prompt, every chunk, the suspects, and the numbers of the run."""
+"""
+What an online run leaves on disk, but for its report: every prompt, every chunk, the suspects, and the numbers of the
+run.
+"""
 
 import json
 import math
@@ -57,7 +60,9 @@ def write_tables(schedule, host, directory: Path) -> None:
 
 
 def read_completions(directory: Path, size: int) -> dict[int, str]:
-    """The completions of suspects of a dataset of `size` rows, by row. None if the file is missing or cannot be read."""
+    """
+    The completions of suspects of a dataset of `size` rows, by row. None if the file is missing or cannot be read.
+    """
     try:
         table = pq.read_table(directory / SUSPECTS_FILE, columns=["index", "completion"])
         found = zip(table["index"].to_pylist(), table["completion"].to_pylist(), strict=True)
@@ -171,8 +176,8 @@ def _finite(value):
 
 def find_run(path: Path) -> Path | None:
     """
-    The directory of an online run, if `path`, the `output_dir` of a run or its `learnalign` directory, holds one that was written later than all
-    of its selections.
+    The directory of an online run, if `path`, the `output_dir` of a run or its `learnalign` directory, holds one that
+    was written later than all of its selections.
     """
     directory = next((place for place in (path, path / "learnalign") if (place / RUN_FILE).is_file()), None)
     if directory is None:
@@ -197,7 +202,8 @@ def load_tables(directory: Path) -> tuple[pa.Table, pa.Table, pa.Table, dict]:
         numbers = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, pa.ArrowException) as error:
         raise ValueError(
-            f"The files of the online run in '{directory}' cannot be read: {error}. They are written again with the next checkpoint."
+            f"The files of the online run in '{directory}' cannot be read: {error}. They are written again with the "
+            "next checkpoint."
         ) from error
     return prompts, history, suspects, numbers
 

@@ -13,8 +13,8 @@ _LEAST_SECONDS = 30.0
 
 class ProgressLines:
     """
-    Takes the place of a tqdm bar: a line after 30 seconds, then one every 5 percent, at least 30 seconds apart. What takes
-    less than 30 seconds prints none.
+    Takes the place of a tqdm bar: a line after 30 seconds, then one every 5 percent, at least 30 seconds apart. What
+    takes less than 30 seconds prints none.
 
     Args:
         title (`str`): begins every line.

@@ -28,8 +28,8 @@ class Schedule:
     sampler = LearnAlignSampler(config, schedule=EveryOther(config))
     ```
 
-    Every process has one, and calls it with the same values in the same order. It must come to the same results on all of
-    them, so random numbers come from a generator with a fixed seed.
+    Every process has one, and calls it with the same values in the same order. It must come to the same results on all
+    of them, so random numbers come from a generator with a fixed seed.
 
     Args:
         config ([`LearnAlignConfig`]): the configuration of the sampler.
@@ -42,7 +42,10 @@ class Schedule:
         self.layout: Layout | None = None
 
     def prompts_per_epoch(self, pool_size: int, chunk_prompts: int) -> tuple[int, int]:
-        """Prompts of an epoch, and random prompts before the first one. By default all whole chunks of the pool, and none."""
+        """
+        Prompts of an epoch, and random prompts before the first one. By default all whole chunks of the pool, and
+        none.
+        """
         return max(pool_size // chunk_prompts, 1) * chunk_prompts, 0
 
     def check(self, host) -> None:
@@ -74,8 +77,8 @@ class Schedule:
 
     def prompts(self, chunk: int) -> Sequence[int]:
         """
-        Dataset rows of the prompts of a chunk, `layout.chunk_prompts` of them. Chunks are asked for in their order; where a run is
-        resumed, those of the epoch that were drawn before are asked for again, and must be the same.
+        Dataset rows of the prompts of a chunk, `layout.chunk_prompts` of them. Chunks are asked for in their order;
+        where a run is resumed, those of the epoch that were drawn before are asked for again, and must be the same.
         """
         raise NotImplementedError
 
@@ -101,15 +104,17 @@ class Schedule:
 
     def observe(self, chunk: int, rewards: np.ndarray) -> dict[int, int] | None:
         """
-        Sees the rewards that training has paid for. A chunk may be observed twice, where a resumed run generates it again.
+        Sees the rewards that training has paid for. A chunk may be observed twice, where a resumed run generates it
+        again.
 
         Args:
             chunk (`int`): the chunk.
-            rewards (`np.ndarray` of shape `(n, G, F)`): of its n prompts, G rollouts each, by F reward functions; NaN where one gave
-                none.
+            rewards (`np.ndarray` of shape `(n, G, F)`): of its n prompts, G rollouts each, by F reward functions; NaN
+                where one gave none.
 
         Returns:
-            dataset rows whose first completion `remember` is to be given, with their place in the chunk; nothing by default.
+            dataset rows whose first completion `remember` is to be given, with their place in the chunk; nothing by
+            default.
         """
 
     def remember(self, completions: dict[int, str]) -> None:
@@ -145,7 +150,9 @@ class Schedule:
         return None
 
     def report(self, host, directory: Path) -> None:
-        """Writes what it has to tell into a directory, whenever a checkpoint was saved and at the end. On all processes."""
+        """
+        Writes what it has to tell into a directory, whenever a checkpoint was saved and at the end. On all processes.
+        """
 
     def summary(self) -> list[str]:
         """What a model card says of the run, a sentence each. Nothing by default: it names the selections."""

@@ -26,11 +26,11 @@ class History:
     """
     Attributes:
         chunks (`np.ndarray` of shape `(chunks, len(COLUMNS))`): one row per observed chunk, float32.
-        calibration (`np.ndarray` of shape `(2, BINS, 3)`): for chosen prompts and for uniform draws, by predicted success: groups, sum
-            of predicted and sum of observed success.
+        calibration (`np.ndarray` of shape `(2, BINS, 3)`): for chosen prompts and for uniform draws, by predicted
+            success: groups, sum of predicted and sum of observed success.
         by_visit (`np.ndarray` of shape `(VISITS, 3)`): by number of the visit: groups, sum of success, live groups.
-        reviews (`np.ndarray` of shape `(2, 2)`): of prompts solved, and not solved, by all rollouts of several visits: later visits, and those
-            after which that was no longer so.
+        reviews (`np.ndarray` of shape `(2, 2)`): of prompts solved, and not solved, by all rollouts of several visits:
+            later visits, and those after which that was no longer so.
     """
 
     names = COLUMNS

@@ -17,7 +17,8 @@ class Judge:
     Attributes:
         choosing (`bool`): whether chunks are chosen; else they are drawn uniformly.
         switched (`bool`): whether that was otherwise for the chunk before.
-        headroom (`float`): how much more of what is wanted (live groups, or variance) the best prompts promise than random ones.
+        headroom (`float`): how much more of what is wanted (live groups, or variance) the best prompts promise than
+            random ones.
     """
 
     NUMBERS = "choosing", "without_headroom", "headroom"
@@ -42,7 +43,9 @@ class Judge:
 
     @property
     def pool_success(self) -> float:
-        """Mean success of the latest uniform draws, which is an unbiased estimate of the pool's; NaN before the first."""
+        """
+        Mean success of the latest uniform draws, which is an unbiased estimate of the pool's; NaN before the first.
+        """
         _, _, successes, draws = self.sums
         return float(successes / draws) if draws else math.nan
 
@@ -64,7 +67,9 @@ class Judge:
         self.switched = before != self.choosing
 
     def measure(self, predicted: np.ndarray, observed: np.ndarray, learnt: bool) -> None:
-        """Counts uniform draws, of shape `(n,)` each; `learnt` if anything had been observed when they were predicted."""
+        """
+        Counts uniform draws, of shape `(n,)` each; `learnt` if anything had been observed when they were predicted.
+        """
         if not len(observed):
             return
         errors = np.array([0.0, 0.0, observed.sum(), len(observed)])

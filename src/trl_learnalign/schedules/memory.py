@@ -26,10 +26,10 @@ class PromptMemory:
         last (`np.ndarray`): chunk of the last visit, -1 for none, int32.
         visits (`np.ndarray`): their number, int32.
         ready (`np.ndarray`): the chunk from which on the prompt may come again, int32.
-        solved, failed (`np.ndarray`): visits in a row, up to the last, in which all rollouts succeeded, or none did, uint8. Graded rewards that
-            are all equal count as a success from half of their range on.
-        surprise (`np.ndarray`): -log of the probability, as was predicted, that all rollouts so far would fail; 0 for a prompt that was
-            solved once, float32.
+        solved, failed (`np.ndarray`): visits in a row, up to the last, in which all rollouts succeeded, or none did,
+            uint8. Graded rewards that are all equal count as a success from half of their range on.
+        surprise (`np.ndarray`): -log of the probability, as was predicted, that all rollouts so far would fail; 0 for
+            a prompt that was solved once, float32.
         cooldown (`int`): chunks.
     """
 
@@ -63,7 +63,10 @@ class PromptMemory:
     def suspect(
         self, rows: np.ndarray, a: np.ndarray, b: np.ndarray, successes: np.ndarray, trials: np.ndarray
     ) -> None:
-        """Adds to the surprise of rows that failed in all rollouts, though success ~ Beta(a, b) was predicted; a success ends it."""
+        """
+        Adds to the surprise of rows that failed in all rollouts, though success ~ Beta(a, b) was predicted; a success
+        ends it.
+        """
         failed = (trials > 0) & (successes <= 0)
         self.surprise[rows[failed]] -= np.log(all_fail(a, b, trials)[failed]).astype(np.float32)
         self.surprise[rows[successes > 0]] = 0
@@ -72,8 +75,8 @@ class PromptMemory:
         self, rows: np.ndarray, chunk: int, successes: np.ndarray, trials: np.ndarray, equal: np.ndarray
     ) -> None:
         """
-        These rows had `successes` of `trials` in a chunk; `equal` where all rollouts came to the same. A row may be there twice, where a
-        pool is smaller than a chunk.
+        These rows had `successes` of `trials` in a chunk; `equal` where all rollouts came to the same. A row may be
+        there twice, where a pool is smaller than a chunk.
         """
         for places in _distinct(rows):
             self._update(rows[places], chunk, successes[places], trials[places], equal[places])
@@ -100,8 +103,8 @@ class PromptMemory:
 
     def suspects(self) -> tuple[np.ndarray, np.ndarray]:
         """
-        Rows that were never solved though the predictor was sure that they would be, at most `MOST_SUSPECTS`, most suspicious first, and
-        how probable so many failures were for each.
+        Rows that were never solved though the predictor was sure that they would be, at most `MOST_SUSPECTS`, most
+        suspicious first, and how probable so many failures were for each.
         """
         rows = np.flatnonzero(self.surprise > -np.log(SUSPICION))
         rows = rows[np.lexsort((rows, -self.surprise[rows]))][:MOST_SUSPECTS]

@@ -40,13 +40,13 @@ class OnlineSchedule(Schedule):
     Chooses every chunk by predicted learnability. No rollout is made for it: it learns from the rewards of training.
 
     The success rate of a prompt has a Beta posterior: the prior comes from a regression on features of the prompt
-    ([`SuccessPredictor`]), which all observations share; the prompt's own successes and failures are added, and fade. Of random
-    candidates a chunk takes those with the greatest E[p (1 - p)]. One prompt in twenty is drawn uniformly from the whole pool,
-    which measures the pool and the predictor without bias; one in twenty is a review of a prompt that was always or
-    never solved when it was last seen: such a prompt rests twice as long after each visit.
+    ([`SuccessPredictor`]), which all observations share; the prompt's own successes and failures are added, and fade.
+    Of random candidates a chunk takes those with the greatest E[p (1 - p)]. One prompt in twenty is drawn uniformly
+    from the whole pool, which measures the pool and the predictor without bias; one in twenty is a review of a prompt
+    that was always or never solved when it was last seen: such a prompt rests twice as long after each visit.
 
-    Draws are uniform, in the order that TRL would have, until the predictor has been better than the mean on uniform draws, and
-    again where choosing would not make more groups live for `PATIENCE` chunks.
+    Draws are uniform, in the order that TRL would have, until the predictor has been better than the mean on uniform
+    draws, and again where choosing would not make more groups live for `PATIENCE` chunks.
 
     Args:
         config ([`LearnAlignConfig`]): of the sampler.
@@ -157,7 +157,10 @@ class OnlineSchedule(Schedule):
         return candidates[np.concatenate([review, best, others])[:number]].tolist()
 
     def utility(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """What prompts of success ~ Beta(a, b) are ranked on: the expected p (1 - p); of graded rewards the expected variance."""
+        """
+        What prompts of success ~ Beta(a, b) are ranked on: the expected p (1 - p); of graded rewards the expected
+        variance.
+        """
         return self.curve(a / (a + b)) if self.graded else expected_learnability(a, b)
 
     def _gain(self, a, b):
@@ -234,7 +237,10 @@ class OnlineSchedule(Schedule):
         return self.host.deciding(rewards, self.config).numpy(), self.host.total(rewards).numpy()
 
     def _outcomes(self, deciding):
-        """1 for a success, else 0; graded rewards scaled to the range of all so far. NaN where there is none; of shape `(n, G)`."""
+        """
+        1 for a success, else 0; graded rewards scaled to the range of all so far. NaN where there is none; of shape
+        `(n, G)`.
+        """
         known = np.isfinite(deciding)
         if not self.graded:
             return np.where(known, deciding >= self.config.success_threshold, np.nan)
@@ -288,9 +294,9 @@ class OnlineSchedule(Schedule):
         if known or visits >= 1:
             return None
         return (
-            f"The run has room for {visits:.2f} visits per prompt, so most prompts are seen once at most, and nothing but the length tells "
-            "about those not seen: choosing online can hardly help. Set `prompt_features=True`, name a `group_column` or a "
-            "`pass_rate_column`, or take a smaller pool."
+            f"The run has room for {visits:.2f} visits per prompt, so most prompts are seen once at most, and nothing "
+            "but the length tells about those not seen: choosing online can hardly help. Set `prompt_features=True`, "
+            "name a `group_column` or a `pass_rate_column`, or take a smaller pool."
         )
 
     def report(self, host, directory):
@@ -345,8 +351,8 @@ class OnlineSchedule(Schedule):
             self.drawn = {chunk: _Drawn(*part) for chunk, *part in parts}
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise ValueError(
-                f"The state of the online schedule in the checkpoint is damaged or of other data: {error!r}. Resume with the same "
-                "dataset and settings, or from an earlier checkpoint."
+                f"The state of the online schedule in the checkpoint is damaged or of other data: {error!r}. Resume "
+                "with the same dataset and settings, or from an earlier checkpoint."
             ) from error
 
 

@@ -19,8 +19,8 @@ _BLOCK = 16_384  # prompts whose success is predicted at once, in float64
 
 def prompt_columns(schedule: "OnlineSchedule") -> dict[str, np.ndarray]:
     """
-    By name a value for each prompt that may be trained on, of shape `(n,)`. Where nothing was seen, `success_rate` is NaN and
-    `last_chunk` -1. docs/files.md explains them.
+    By name a value for each prompt that may be trained on, of shape `(n,)`. Where nothing was seen, `success_rate` is
+    NaN and `last_chunk` -1. docs/files.md explains them.
     """
     rows, memory = schedule.pool, schedule.memory
     blocks = [rows[start : start + _BLOCK] for start in range(0, len(rows), _BLOCK)]
@@ -50,8 +50,8 @@ def prompt_columns(schedule: "OnlineSchedule") -> dict[str, np.ndarray]:
 
 def periods(history: "History", chunk_prompts: int) -> list:
     """
-    When prompts were chosen and when drawn uniformly, the last `MOST_PERIODS`, oldest first: `first` and `last` chunk, `choosing`, `skill` and
-    `headroom` at the end, and for uniform draws `why`.
+    When prompts were chosen and when drawn uniformly, the last `MOST_PERIODS`, oldest first: `first` and `last` chunk,
+    `choosing`, `skill` and `headroom` at the end, and for uniform draws `why`.
     """
     choosing = history.column("choosing") > 0
     chunks = history.column("chunk").astype(int)
@@ -63,7 +63,10 @@ def periods(history: "History", chunk_prompts: int) -> list:
         if choosing[end]:
             why = None
         elif start == 0 and end + 1 < len(choosing):
-            why = f"at the start, until at least {TRIED} uniform draws had shown that success is predicted better than by the mean"
+            why = (
+                f"at the start, until at least {TRIED} uniform draws had shown that success is predicted better than "
+                f"by the mean"
+            )
         elif start == 0 and (end + 1) * chunk_prompts < TRIED:
             why = f"the prediction is judged after {TRIED} uniform draws"
         elif skill[start if start else end] <= LEAST_SKILL:
@@ -98,10 +101,11 @@ def switch_line(chunk: int, judge: Judge, graded: bool) -> str:
         gain = f"have {judge.headroom:.1f} x the variance of random ones" if graded else f"be live {gain}"
         return f"{start} prompts are chosen by predicted learnability: they should {gain} (skill {judge.skill:.2f})."
     if not judge.able:
-        return f"{start} draws are uniform: success is predicted hardly better than by the mean (skill {judge.skill:.2f})."
+        skill = f"(skill {judge.skill:.2f})"
+        return f"{start} draws are uniform: success is predicted hardly better than by the mean {skill}."
     return (
-        f"{start} draws are uniform: for {PATIENCE} chunks it would have made little difference to choose (headroom now "
-        f"{judge.headroom:.2f})."
+        f"{start} draws are uniform: for {PATIENCE} chunks it would have made little difference to choose (headroom "
+        f"now {judge.headroom:.2f})."
     )
 
 
@@ -114,8 +118,8 @@ def summary_lines(schedule: "OnlineSchedule") -> list[str]:
     chunks, uniform = len(history.chunks), history.column("live_uniform")
     drawn = f", of those drawn uniformly {np.nanmean(uniform):.0%}" if np.isfinite(uniform).any() else ""
     return [
-        f"{latest['visited']:,.0f} of {len(schedule.pool):,} prompts were trained on, in {chunks:,} chunks of {layout.chunk_prompts} prompts "
-        f"with {layout.group_size} rollouts each.",
+        f"{latest['visited']:,.0f} of {len(schedule.pool):,} prompts were trained on, in {chunks:,} chunks of "
+        f"{layout.chunk_prompts} prompts with {layout.group_size} rollouts each.",
         f"{history.column('choosing').mean():.0%} of the chunks were chosen, the others drawn uniformly.",
         f"{history.column('live_fraction').mean():.0%} of the groups were live (their rewards differed){drawn}.",
         f"At the end {latest['retired']:,.0f} prompts had been solved by all rollouts of their last visits, and "

@@ -16,8 +16,9 @@ class SuccessPredictor:
     r"""
     The prior of the success rate p_i of prompt i: Beta(kappa q_i, kappa (1 - q_i)) with q_i = sigmoid(w . x_i).
 
-    w is fitted by ridge-regularised logistic regression to the latest `WINDOW` observations, which fade with their age. kappa is
-    found by the method of moments from how far observed success rates are from the q that was predicted for them before:
+    w is fitted by ridge-regularised logistic regression to the latest `WINDOW` observations, which fade with their
+    age. kappa is found by the method of moments from how far observed success rates are from the q that was predicted
+    for them before:
 
         rho = sum (y - q)^2 - q (1 - q) / n  /  sum q (1 - q) (1 - 1 / n),    kappa = 1 / rho - 1
 
@@ -40,7 +41,10 @@ class SuccessPredictor:
         return _sigmoid(self.features[rows].astype(np.float64) @ self.weights)
 
     def observe(self, chunk: int, rows: np.ndarray, successes: np.ndarray, trials: np.ndarray) -> None:
-        """Learns that these rows had `successes` of `trials` in a chunk, all of shape `(n,)`; rows without a trial are left out."""
+        """
+        Learns that these rows had `successes` of `trials` in a chunk, all of shape `(n,)`; rows without a trial are
+        left out.
+        """
         known = trials > 0
         rows, successes, trials = rows[known], successes[known], trials[known]
         new = rows, np.full(len(rows), chunk), successes, trials, self.predict(rows)
@@ -98,8 +102,9 @@ class SuccessPredictor:
 
 class VarianceCurve:
     """
-    The variance of a group's graded rewards as a function of their predicted mean, both of rewards scaled to [0, 1]. It is that of
-    successes, m (1 - m), until groups have shown otherwise: a reward that gives half a point for the form has no variance at .5.
+    The variance of a group's graded rewards as a function of their predicted mean, both of rewards scaled to [0, 1].
+    It is that of successes, m (1 - m), until groups have shown otherwise: a reward that gives half a point for the
+    form has no variance at .5.
     """
 
     BINS = 12

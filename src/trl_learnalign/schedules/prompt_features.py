@@ -22,8 +22,8 @@ _NUMBERS = ("int", "uint", "float", "bool")
 def check_online(dataset: Dataset, config) -> None:
     """
     Raises:
-        `ValueError`: `group_column` or `pass_rate_column` name a column that there is not or that does not fit; or `where` needs more
-            than columns of the dataset.
+        `ValueError`: `group_column` or `pass_rate_column` name a column that there is not or that does not fit; or
+            `where` needs more than columns of the dataset.
     """
     for knob in ("group_column", "pass_rate_column"):
         name = getattr(config, knob)
@@ -36,7 +36,8 @@ def check_online(dataset: Dataset, config) -> None:
         kind = getattr(dataset.features[config.pass_rate_column], "dtype", "")
         if not kind.startswith(_NUMBERS):
             raise ValueError(
-                f"`pass_rate_column` is {config.pass_rate_column!r}, but that column holds no numbers ({kind or 'nested'})."
+                f"`pass_rate_column` is {config.pass_rate_column!r}, but that column holds no numbers "
+                f"({kind or 'nested'})."
             )
         rates = _column(dataset, config.pass_rate_column).astype(float)
         outside = rates[(rates < 0) | (rates > 1)]
@@ -51,20 +52,24 @@ def check_online(dataset: Dataset, config) -> None:
         if not kind or number > MOST_GROUPS:
             what = f"has {number:,} different values" if kind else "is nested"
             raise ValueError(
-                f"`group_column` is {config.group_column!r}, which {what}; at most {MOST_GROUPS} can be told apart. Use a column of "
-                "sources or kinds."
+                f"`group_column` is {config.group_column!r}, which {what}; at most {MOST_GROUPS} can be told apart. "
+                "Use a column of sources or kinds."
             )
     if config.where is not None:
         missing = Condition(config.where).columns - set(dataset.column_names)
         if missing:
             raise ValueError(
-                f"`where` is {config.where!r}, but `schedule='online'` knows only columns of the dataset, which has no column "
-                f"{', '.join(map(repr, sorted(missing)))}. Its columns are: {', '.join(dataset.column_names)}."
+                f"`where` is {config.where!r}, but `schedule='online'` knows only columns of the dataset, which has "
+                f"no column {', '.join(map(repr, sorted(missing)))}. Its columns are: "
+                f"{', '.join(dataset.column_names)}."
             )
 
 
 def eligible_rows(dataset: Dataset, config) -> np.ndarray:
-    """The rows that may be trained on: those that `where` holds for, and with `deduplicate` the first of equal prompts, int32."""
+    """
+    The rows that may be trained on: those that `where` holds for, and with `deduplicate` the first of equal prompts,
+    int32.
+    """
     keep = np.ones(len(dataset), dtype=bool)
     if config.where is not None:
         condition = Condition(config.where)
@@ -80,8 +85,9 @@ def eligible_rows(dataset: Dataset, config) -> np.ndarray:
 
 def column_features(dataset: Dataset, config) -> np.ndarray:
     """
-    Features that need no policy, of shape `(N, D)`, float16: a constant, the logarithm of the prompt's length in characters (where
-    there is a prompt), an indicator of each group, the logit of the pass rate. All but the first have mean 0 and variance 1 at most.
+    Features that need no policy, of shape `(N, D)`, float16: a constant, the logarithm of the prompt's length in
+    characters (where there is a prompt), an indicator of each group, the logit of the pass rate. All but the first
+    have mean 0 and variance 1 at most.
     """
     columns = [np.ones(len(dataset))]
     if "prompt" in dataset.column_names:

@@ -31,15 +31,16 @@ class _Passes:
 
 class StagedSchedule(Schedule):
     """
-    Random prompts during the warm-up, then those of a selection, in `prompt_order`; a new selection after every `reselect_every`
-    passes. `prompts(i)` is a pure function of the layout, the log of versions and i:
+    Random prompts during the warm-up, then those of a selection, in `prompt_order`; a new selection after every
+    `reselect_every` passes. `prompts(i)` is a pure function of the layout, the log of versions and i:
 
         chunk     0    1    2    3    4    5    6    7    8
         version   0    0    0    1    1    1    1    2    2
         log       (0, random)    (3, selection 1)    (7, selection 2)
 
-    Within a version, prompts are visited pass by pass; a chunk may contain the end of one pass and the beginning of the next. So
-    no prompt is dropped, and two prompts of a version are visited equally often, or one of them once more.
+    Within a version, prompts are visited pass by pass; a chunk may contain the end of one pass and the beginning of
+    the next. So no prompt is dropped, and two prompts of a version are visited equally often, or one of them once
+    more.
     """
 
     selects = True
@@ -87,8 +88,8 @@ class StagedSchedule(Schedule):
         if layout.warmup_prompts and layout.warmup_end * layout.repeats >= layout.batches_trained(max_steps):
             prompts = layout.batches_trained(max_steps) / layout.repeats * layout.chunk_prompts
             raise ValueError(
-                f"The warm-up of {layout.warmup_prompts} prompts takes {layout.warmup_end * layout.chunk_prompts} with "
-                f"what the dataloader reads ahead, but the whole run of {max_steps} steps holds {prompts:.0f}: "
+                f"The warm-up of {layout.warmup_prompts} prompts takes {layout.warmup_end * layout.chunk_prompts} "
+                f"with what the dataloader reads ahead, but the whole run of {max_steps} steps holds {prompts:.0f}: "
                 "nothing would be left for the selection. Lower `warmup_prompts` or raise `max_steps` (or "
                 "`num_train_epochs`)."
             )
