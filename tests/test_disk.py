@@ -82,15 +82,17 @@ def test_what_a_killed_run_left_beside_its_selection_is_removed(tmp_path):
     select_prompts(make_trainer(tmp_path), config())
     path = tmp_path / "learnalign" / "step-000000"
     whole = sorted(path.iterdir())
-    for journal in (path / "journal", tmp_path / "_learnalign" / "step-000000"):  # the first by version 0.1
-        journal.mkdir()
+    # Where earlier versions had them, and at a step that this run has not
+    for journal in (path / "journal", *(tmp_path / "_learnalign" / f"step-{step:06d}" for step in (0, 3))):
+        journal.mkdir(exist_ok=True)
         (journal / "manifest.json").write_text('{"key": "of an earlier version"}')
         (journal / ".features-00.safetensors.123.tmp").write_text("half")
     for directory in (path, path.parent, tmp_path / "_learnalign"):
         (directory / ".selection.json.123.tmp").write_text("half")
-    select_prompts(make_trainer(tmp_path), config())
+    select_prompts(make_trainer(tmp_path), config(num_prompts=7))
     assert sorted(path.iterdir()) == whole
     assert [file.name for file in path.parent.iterdir()] == ["step-000000"]
+    assert sorted(file.name for file in (tmp_path / "_learnalign").iterdir()) == ["lock", "step-000000"]
     assert not list(tmp_path.rglob(".*.tmp")) and not list(tmp_path.rglob("features-*"))
 
 

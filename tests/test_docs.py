@@ -146,7 +146,7 @@ def test_code_of_the_pages_runs(page, tmp_path, monkeypatch):
         for name, most in {"num_prompts": 8, "warmup_prompts": 8, "candidate_prompts": 16}.items():
             if settings.setdefault(name, {"candidate_prompts": None}.get(name, most)) is not None:
                 settings[name] = min(settings[name], most)
-        return LearnAlignConfig(**settings)
+        return LearnAlignConfig(**settings, **({"save_rollouts": True} if page == "files.md" else {}))
 
     names = {name: getattr(trl_learnalign, name) for name in trl_learnalign.__all__}
     names |= {"reward": parity_reward, "dataset": dataset, "LoraConfig": LoraConfig}
@@ -175,6 +175,8 @@ def test_code_of_the_pages_runs(page, tmp_path, monkeypatch):
     if page == "recipes.md":
         assert names["trainer"].state.global_step == names["trainer"].state.max_steps
         assert Path("selected.jsonl").read_text().count("\n") == len(names["selection"].indices)
+    if page == "files.md":
+        assert len(names["rollouts"]) > 8
     if page == "migrating.md":
         assert len(names["filtered"]) == min(1000, names["selection"].num_learnable())
 
