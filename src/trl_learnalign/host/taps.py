@@ -71,8 +71,8 @@ def observe_rewards(trainer: Trainer, observer: RewardObserver) -> Undo:
 def write_before_checkpoints(trainer: Trainer, write: CheckpointWriter) -> Undo:
     """
     Calls `write(directory, is_writer)` on every process whenever a checkpoint is saved, before anything else of it is
-    written: `trainer_state.json` comes later, so it can hold a checksum of what was written. The directory exists; only
-    processes with `is_writer` write what all have in common. An exception on one process ends all.
+    written: `trainer_state.json` comes later, so it can hold a checksum of what was written. The directory exists;
+    only processes with `is_writer` write what all have in common. An exception on one process ends all.
 
     Returns:
         a function that ends it.
