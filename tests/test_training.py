@@ -22,6 +22,7 @@ from trl import GRPOTrainer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignMixin, LearnAlignSampler, Selection, select_prompts
 from trl_learnalign.measures import gradients
+from trl_learnalign.restart import restart
 
 
 class Fixed(Sampler):
@@ -356,17 +357,16 @@ def test_staged_selection(tmp_path):
 def test_restart_goes_back_to_the_first_weights_and_a_fresh_optimizer(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, config(after_warmup="restart"), num_train_epochs=2)
     first = weights(trainer)
-    restart = LearnAlignCallback._restart
     seen = {}
 
-    def check(self):
-        seen["warm"] = weights(self.trainer)
-        assert self.trainer.optimizer.optimizer.state
-        restart(self)
-        seen["after"] = weights(self.trainer)
-        assert not self.trainer.optimizer.optimizer.state
+    def check(host, file):
+        seen["warm"] = weights(trainer)
+        assert trainer.optimizer.optimizer.state
+        restart(host, file)
+        seen["after"] = weights(trainer)
+        assert not trainer.optimizer.optimizer.state
 
-    monkeypatch.setattr(LearnAlignCallback, "_restart", check)
+    monkeypatch.setattr("trl_learnalign.callback.restart", check)
     trainer.train()
     assert_same_weights(first, seen["after"])
     assert any(not torch.equal(first[name], seen["warm"][name]) for name in first)

@@ -69,7 +69,7 @@ def _explains_itself(error) -> bool:
     Whether this package raised the error on purpose, with reason and remedy, so that a traceback would add nothing.
     """
     last = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(last.filename).parent == Path(__file__).parent and (last.line or "").startswith("raise ")
+    return Path(last.filename).is_relative_to(Path(__file__).parent) and (last.line or "").startswith("raise ")
 
 
 def _paragraph(error) -> str:
