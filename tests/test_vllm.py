@@ -10,6 +10,7 @@ from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from packaging.version import Version
@@ -46,7 +47,9 @@ def launch(task, path, processes=1):
 
 def load(path):
     (step,) = (path / "learnalign").glob("step-*")
-    return Selection.load(step), pq.read_table(step / "rollouts.parquet").to_pandas()
+    files = sorted(step.glob("rollouts*.parquet"))  # one for each process
+    table = pd.concat([pq.read_table(file).to_pandas() for file in files]).sort_values("index", kind="stable")
+    return Selection.load(step), table.reset_index(drop=True)
 
 
 def phases(run):

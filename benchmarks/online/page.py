@@ -104,7 +104,7 @@ def arms(pool) -> str:
             [
                 name,
                 values(run["live_share"] for run in runs),
-                values(run["looks"][1]["sampled"] for run in runs),
+                "" if arm == "refill" else values(run["looks"][1]["sampled"] for run in runs),  # its steps cost more
                 values(run["looks"][-1]["sampled"] for run in runs),
                 "" if arm == "uniform" else _shares(pool, arm),
                 values(run["looks"][-1]["pass@8"] for run in runs),
