@@ -77,7 +77,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rewards_of_training_with_the_number_of_their_batch(tmp_path, layout):
     """Also in every run that is resumed from one of its checkpoints, wherever in a chunk that is."""
-    choice, settings = config(score="random", num_prompts=9, warmup_prompts=6), LAYOUTS[layout]
+    choice, settings = config(score="random", num_prompts=13, warmup_prompts=6), LAYOUTS[layout]
     trainer, asked, seen = run(tmp_path, choice, **settings)
     stream = trainer._get_train_sampler().layout
     assert trainer.batches == 2 * stream.epoch_chunks * stream.repeats
@@ -134,6 +134,24 @@ def test_every_reward_function_and_what_it_did_not_score(tmp_path):
         assert rewards.shape == (len(rows), 2) and np.isfinite(rewards[:, 1]).all()
         assert [value == 0.5 for value in rewards[:, 0]] == [row % 3 == 2 for row in rows]
         assert np.isnan(rewards[:, 0]).tolist() == [row % 3 != 2 for row in rows]
+
+
+def test_rows_are_those_of_the_rewards_with_the_prompts_that_were_drawn(tmp_path):
+    """TRL 1.8 lets an environment write into the prompts of the batch. A subclass may change the order of the rows."""
+    dataset, seen, reward = make_dataset(conversational=True), [], Seen()
+    trainer = make_trainer(tmp_path, reward=reward, dataset=dataset, max_steps=2)
+    generate = trainer._generate_and_score_completions
+
+    def adds(inputs):
+        for row in inputs:
+            row["prompt"][-1]["content"] += "7"
+        return generate(inputs[::-1])
+
+    trainer._generate_and_score_completions = adds
+    find_host(trainer).on_rewards(lambda batch, inputs, completions, rewards: seen.extend(inputs))
+    trainer.train()
+    assert len(seen) == 32 and [row["row"] for row in seen] == reward.rows
+    assert all(row["prompt"] == dataset[row["row"]]["prompt"] for row in seen)
 
 
 def test_a_second_training_counts_from_its_own_beginning(tmp_path):

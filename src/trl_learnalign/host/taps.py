@@ -1,5 +1,6 @@
 """What a training tells while it runs: the rewards that it has paid for, and that a checkpoint is being written."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +27,8 @@ def observe_rewards(trainer: Trainer, observer: RewardObserver) -> Undo:
     - `batch_in_run` (`int`): training batches before this one in the whole run, also those before the checkpoint that
       it was resumed from. After a resume inside a chunk the rest of that chunk is generated again, with the number of
       its first batch left.
-    - `inputs` (`list[dict]`): the rows of this process.
+    - `inputs` (`list[dict]`): the rows of this process, in the order of their rewards, with their prompts as they were
+      drawn: with TRL 1.8 an environment writes what it adds into the prompts themselves.
     - `completions` (`list`): of these rows, as the reward functions got them.
     - `rewards` (`np.ndarray` of shape `(rows of all processes, F)`, float64): in the order of the chunk; NaN where a
       reward function gave none, or an infinite one.
@@ -35,27 +37,31 @@ def observe_rewards(trainer: Trainer, observer: RewardObserver) -> Undo:
         a function that ends it.
     """
     counter = _BatchCounter(trainer)
-    batch = None  # of the generation under way, if it is for training
+    batch, prompts_drawn = None, {}  # of the generation under way, if it is for training; prompts by `id` of their row
 
     def train(inner, *args, **kwargs):
         counter.count()
         return inner(*args, **kwargs)
 
-    def generate(inner, *args, **kwargs):
-        nonlocal batch
+    def generate(inner, inputs, *args, **kwargs):
+        nonlocal batch, prompts_drawn
         # Asked before the generation, as some ways to generate leave the model in another mode
         training = trainer.is_in_train and trainer.model.training and trainer not in SELECTING
-        before, batch = batch, counter.batches_before() if training else None
+        before, batch, prompts_drawn = (batch, prompts_drawn), None, {}
+        if training:
+            batch = counter.batches_before()
+            prompts_drawn = {id(row): copy.deepcopy(row["prompt"]) for row in inputs if "prompt" in row}
         try:
-            return inner(*args, **kwargs)
+            return inner(inputs, *args, **kwargs)
         finally:
-            batch = before
+            batch, prompts_drawn = before
 
     def reward(inner, inputs, prompts, completions, *args, **kwargs):
         rewards = inner(inputs, prompts, completions, *args, **kwargs)
         if batch is not None:
             seen = rewards.detach().cpu().double()
-            observer(batch, inputs, completions, seen.masked_fill(~seen.isfinite(), torch.nan).numpy())
+            rows = [row | {"prompt": prompts_drawn[id(row)]} if id(row) in prompts_drawn else row for row in inputs]
+            observer(batch, rows, completions, seen.masked_fill(~seen.isfinite(), torch.nan).numpy())
         return rewards
 
     methods = {"training_step": train, "_generate_and_score_completions": generate, "_calculate_rewards": reward}
