@@ -9,7 +9,6 @@ a run with hidden states has; the predictor's window is full, so that each fit i
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig
-from workload import ROOT, installed, machine
+from workload import ROOT, save_results
 
 from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler
 from trl_learnalign.layout import Layout
@@ -146,7 +145,7 @@ def main():
     torch.set_num_threads(1)
     pools = [at_size(size, arguments.chunks) for size in arguments.sizes]
     step = step_of_the_tiny_policy(arguments.steps)
-    document = {
+    values = {
         "pools": pools,
         "columns": COLUMNS,
         "chunk_prompts": CHUNK,
@@ -157,11 +156,8 @@ def main():
         "chunks": arguments.chunks,
         "steps": arguments.steps,
         "threads": 1,
-        "machine": machine("cpu"),
-        "versions": installed(("torch", "transformers", "trl", "peft", "trl-learnalign")),
     }
-    arguments.output.write_text(json.dumps(document, indent=1) + "\n")
-    print(json.dumps(document, indent=1))
+    save_results(arguments.output, values)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
-from workload import ROOT, build_trainer, installed, machine
+from workload import ROOT, build_trainer, save_results
 
 from trl_learnalign import LearnAlignConfig
 from trl_learnalign.groups import Group
@@ -112,17 +112,14 @@ def main():
     with tempfile.TemporaryDirectory(dir=arguments.directory) as scratch:
         command = [sys.executable, __file__, "--work", scratch, *options]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    document = {
+    values = {
         "prompts": arguments.prompts,
         "rollouts": 8,
         "tokens": arguments.tokens,
         "batch": BATCH,
         **json.loads(done.stdout.splitlines()[-1]),
-        "machine": machine("cpu"),
-        "versions": installed(("torch", "transformers", "trl", "peft", "trl-learnalign")),
     }
-    arguments.output.write_text(json.dumps(document, indent=1) + "\n")
-    print(json.dumps(document, indent=1))
+    save_results(arguments.output, values)
 
 
 if __name__ == "__main__":

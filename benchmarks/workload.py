@@ -1,5 +1,6 @@
 """A model of random weights, a trainer around it, and rollouts: what the cost benchmarks run on."""
 
+import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -103,6 +104,14 @@ def installed(names):
         except PackageNotFoundError:
             continue
     return found
+
+
+def save_results(output, values):
+    """Writes what a benchmark has measured, and on what, and prints it."""
+    versions = installed(("torch", "transformers", "trl", "peft", "trl-learnalign"))
+    text = json.dumps(values | {"machine": machine("cpu"), "versions": versions}, indent=1)
+    output.write_text(text + "\n", encoding="utf-8")
+    print(text)
 
 
 def peak_bytes(call, device="cpu"):

@@ -277,7 +277,7 @@ def main(task, path):
                 result["rewards"].append([batch, rewards.tolist()])
                 result["inputs"] += [row["row"] for row in inputs]
 
-            def write(directory, is_writer):
+            def write(directory, is_writer, peers):
                 result["writers"].append(is_writer)
                 assert directory.is_dir() and not (directory / "trainer_state.json").exists()
                 if task == "checkpoint fails" and os.environ["RANK"] == "1":

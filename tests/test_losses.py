@@ -42,32 +42,33 @@ def groups(num=2, seed=0):
     return tasks
 
 
-def gradient_of_training(trainer, rows):
-    """Backward of the trainer's loss on a batch of these rows, padded as training pads them."""
+def padded(sequences, side="right"):
+    tensors = [torch.as_tensor(sequence) for sequence in sequences]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_side=side)
 
-    def padded(sequences, side="right"):
-        tensors = [torch.as_tensor(sequence) for sequence in sequences]
-        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_side=side)
 
-    completions = [row.completion_ids for row in rows]
-    inputs = {
+def batch_of(rows):
+    """A batch of these rows as a trainer's loss takes it, padded as training pads it; all tokens count."""
+    return {
         "prompt_ids": padded([row.prompt_ids for row in rows], "left"),
         "prompt_mask": padded([[1] * len(row.prompt_ids) for row in rows], "left"),
-        "completion_ids": padded(completions),
-        "completion_mask": padded([[1] * len(ids) for ids in completions]),
-        "tool_mask": padded([row.loss_mask for row in rows]),
+        "completion_ids": padded([row.completion_ids for row in rows]),
+        "completion_mask": padded([[1] * len(row.completion_ids) for row in rows]),
         "advantages": torch.tensor([row.advantage for row in rows]),
-        "num_items_in_batch": torch.tensor(sum(sum(row.loss_mask) for row in rows)),
     }
-    if trainer.beta:
-        arguments = [
-            torch.cat([inputs[f"prompt_{kind}"], inputs[f"completion_{kind}"]], 1) for kind in ("ids", "mask")
-        ]
-        with torch.no_grad(), trainer.model.disable_adapter():
-            logps = trainer._get_per_token_logps_and_entropies(trainer.model, *arguments, max(map(len, completions)))[
-                0
-            ]
-        inputs["ref_per_token_logps"] = logps
+
+
+def logps_of(trainer, inputs):
+    """Log-probabilities of the completions of a batch."""
+    arguments = [torch.cat([inputs[f"prompt_{kind}"], inputs[f"completion_{kind}"]], 1) for kind in ("ids", "mask")]
+    with torch.no_grad():
+        return trainer._get_per_token_logps_and_entropies(
+            trainer.model, *arguments, inputs["completion_ids"].shape[1]
+        )[0]
+
+
+def backward_of_loss(trainer, inputs):
+    """Of a batch, with the sign of an objective."""
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
     trainer.model.zero_grad()
@@ -75,6 +76,18 @@ def gradient_of_training(trainer, rows):
     gradient = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad])
     trainer.model.zero_grad()
     return -gradient  # the loss falls where the objective rises
+
+
+def gradient_of_training(trainer, rows):
+    """Backward of the trainer's loss on a batch of these rows."""
+    inputs = batch_of(rows) | {
+        "tool_mask": padded([row.loss_mask for row in rows]),
+        "num_items_in_batch": torch.tensor(sum(sum(row.loss_mask) for row in rows)),
+    }
+    if trainer.beta:
+        with trainer.model.disable_adapter():
+            inputs["ref_per_token_logps"] = logps_of(trainer, inputs)
+    return backward_of_loss(trainer, inputs)
 
 
 def features(trainer, tasks, tmp_path):

@@ -591,15 +591,24 @@ def with_column(values):
             "`group_column` is 'kind', but the training dataset has no column 'kind'",
         ),
         ({"pass_rate_column": "p"}, [0] * 24, "`pass_rate_column` is 'p', but the training dataset has no column"),
-        ({"pass_rate_column": "odd"}, ["a"] * 24, "`pass_rate_column` is 'odd', but that column holds no numbers"),
-        ({"pass_rate_column": "odd"}, [[0.5]] * 24, "`pass_rate_column` is 'odd', but that column holds no numbers"),
+        (
+            {"pass_rate_column": "odd"},
+            ["a"] * 24,
+            "`pass_rate_column` is 'odd', but the column 'odd' holds no numbers",
+        ),
+        (
+            {"pass_rate_column": "odd"},
+            [[0.5]] * 24,
+            "`pass_rate_column` is 'odd', but the column 'odd' holds no numbers",
+        ),
         ({"pass_rate_column": "odd"}, [0.5] * 23 + [50.0], "are between 0 and 1, and row 23 has 50"),
         ({"pass_rate_column": "odd"}, [-0.5] + [0.5] * 23, "are between 0 and 1, and row 0 has -0.5"),
+        ({"pass_rate_column": "odd"}, [math.nan] * 24, "`pass_rate_column` is 'odd', but that column has no value"),
         ({"group_column": "odd"}, [[1]] * 24, "`group_column` is 'odd', which is nested"),
         (
             {"where": "success_rate > 0.1"},
             [0] * 24,
-            "knows only columns of the dataset, which has no column 'success_rate'",
+            "`where` is .*the training dataset has no column 'success_rate'.*nothing is measured before an online run",
         ),
         ({"where": "odd > 1"}, [0] * 24, "`where` is 'odd > 1', which holds for no row of the training dataset"),
         (

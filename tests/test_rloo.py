@@ -5,8 +5,8 @@ from contextlib import contextmanager, nullcontext
 import numpy as np
 import pytest
 import torch
-from test_losses import assert_same_direction, features, groups
-from test_training import Fixed
+from test_losses import assert_same_direction, backward_of_loss, batch_of, features, groups, logps_of, padded
+from test_training import stock_trainer_fed
 from tiny import (
     assert_same_weights,
     config,
@@ -30,20 +30,6 @@ class Mine(LearnAlignMixin, RLOOTrainer):
     """As the docs have it."""
 
 
-def stock_fed(sampler, path, **kwargs):
-    """A stock RLOOTrainer that draws what `sampler`, whose log is complete, would yield from the first step on."""
-    epochs = []
-    for epoch in range(3):
-        sampler.set_epoch(epoch)
-        epochs.append(list(sampler))
-
-    class Stock(RLOOTrainer):
-        def _get_train_sampler(self, dataset=None):
-            return Fixed(epochs)
-
-    return make_trainer(path, cls=Stock, **kwargs)
-
-
 @pytest.mark.parametrize("score", ["learnalign", "learnability", "alignment", "random", "target"])
 def test_a_training_is_that_of_a_stock_trainer_with_the_same_prompts(tmp_path, score):
     kwargs = {"num_train_epochs": 2, "num_iterations": 2, "reward": parity_reward}
@@ -52,7 +38,7 @@ def test_a_training_is_that_of_a_stock_trainer_with_the_same_prompts(tmp_path, s
     trainer.train()
     (_, chosen) = trainer._get_train_sampler().schedule.log
     assert len(chosen.indices) == 8 and trainer.state.global_step > chosen.start_chunk
-    stock = stock_fed(trainer._get_train_sampler(), tmp_path / "stock", **kwargs)
+    stock = stock_trainer_fed(trainer._get_train_sampler(), tmp_path / "stock", RLOOTrainer, **kwargs)
     stock.train()
     assert_same_weights(weights(trainer), weights(stock))
     (step,) = (tmp_path / "run/learnalign").glob("step-*")
@@ -167,31 +153,10 @@ def test_no_reference_is_run_where_no_gradient_is_taken(tmp_path):
 
 
 def gradient_of_training(trainer, rows):
-    """Backward of RLOOTrainer's loss on a batch of these rows, padded as training pads them."""
-
-    def padded(sequences, side="right"):
-        tensors = [torch.as_tensor(sequence) for sequence in sequences]
-        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_side=side)
-
-    completions = [row.completion_ids for row in rows]
-    inputs = {
-        "prompt_ids": padded([row.prompt_ids for row in rows], "left"),
-        "prompt_mask": padded([[1] * len(row.prompt_ids) for row in rows], "left"),
-        "completion_ids": padded(completions),
-        "completion_mask": padded([row.loss_mask for row in rows]),
-        "advantages": torch.tensor([row.advantage for row in rows]),
-    }
-    arguments = [torch.cat([inputs[f"prompt_{kind}"], inputs[f"completion_{kind}"]], 1) for kind in ("ids", "mask")]
-    with torch.no_grad():
-        logps = trainer._get_per_token_logps_and_entropies(trainer.model, *arguments, max(map(len, completions)))[0]
-    inputs["old_logps"] = (logps * inputs["completion_mask"]).sum(1)
-    trainer.current_gradient_accumulation_steps = 1
-    trainer.model.train()
-    trainer.model.zero_grad()
-    trainer.compute_loss(trainer.model, inputs).backward()
-    gradient = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad])
-    trainer.model.zero_grad()
-    return -gradient
+    """Backward of RLOOTrainer's loss on a batch of these rows."""
+    inputs = batch_of(rows) | {"completion_mask": padded([row.loss_mask for row in rows])}
+    inputs["old_logps"] = (logps_of(trainer, inputs) * inputs["completion_mask"]).sum(1)
+    return backward_of_loss(trainer, inputs)
 
 
 def tasks():

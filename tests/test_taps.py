@@ -214,7 +214,7 @@ def test_what_is_written_before_a_checkpoint_is_part_of_it(tmp_path, cls):
     trainer.add_callback(LearnAlignCallback(trainer, LearnAlignSampler(config(score="random", warmup_prompts=0))))
     written, before = [], vars(trainer)["_save_checkpoint"]  # the callback's own
 
-    def write(directory, is_writer):
+    def write(directory, is_writer, peers):
         assert is_writer and directory.is_dir() and not (directory / "trainer_state.json").exists()
         (directory / "state.bin").write_bytes(b"%d" % trainer.state.global_step)
         trainer.state.stateful_callbacks["written"] = {"step": trainer.state.global_step}

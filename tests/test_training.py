@@ -42,14 +42,14 @@ class Fixed(Sampler):
         return len(self.epochs[0])
 
 
-def stock_trainer_fed(sampler, path, **kwargs):
-    """A stock GRPOTrainer that draws what `sampler`, whose log is complete, would yield from the first step on."""
+def stock_trainer_fed(sampler, path, kind=GRPOTrainer, **kwargs):
+    """A stock trainer that draws what `sampler`, whose log is complete, would yield from the first step on."""
     epochs = []
     for epoch in range(10):
         sampler.set_epoch(epoch)
         epochs.append(list(sampler))
 
-    class Stock(GRPOTrainer):
+    class Stock(kind):
         def _get_train_sampler(self, dataset=None):
             return Fixed(epochs)
 

@@ -73,21 +73,17 @@ CURVES_AT = 500  # the size whose runs are looked at more often
 MOVEMENT = {"size": 500, "arms": ("random", "learnalign"), "seeds": (0, 1), "others": 1000}
 
 
-def build_trainer(adapter, dataset, steps, seed, arguments, callbacks=(), sampler=None, rate=1.0):
-    model = AutoModelForCausalLM.from_pretrained(POLICY, dtype=torch.float32)
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    if adapter is not None:
-        model, lora = PeftModel.from_pretrained(model, adapter, is_trainable=True), None
-    args = GRPOConfig(
-        # Of its own, since an output directory that a run of ours is using is closed to others
-        output_dir=str(arguments.output_dir / f"trainer-{os.getpid()}"),
+def training_arguments(folder, learning_rate, steps, seed) -> GRPOConfig:
+    """16 prompts x 8 rollouts a step."""
+    return GRPOConfig(
+        output_dir=str(folder),
         use_cpu=not torch.cuda.is_available(),
         bf16=False,
         gradient_checkpointing=False,
         per_device_train_batch_size=8 * CHUNK,
         num_generations=8,
         max_completion_length=56,
-        learning_rate=rate * arguments.learning_rate,
+        learning_rate=learning_rate,
         lr_scheduler_type="constant",
         beta=0.0,
         max_steps=steps,
@@ -99,6 +95,16 @@ def build_trainer(adapter, dataset, steps, seed, arguments, callbacks=(), sample
         dataloader_pin_memory=False,
         seed=seed,
     )
+
+
+def build_trainer(adapter, dataset, steps, seed, arguments, callbacks=(), sampler=None, rate=1.0):
+    model = AutoModelForCausalLM.from_pretrained(POLICY, dtype=torch.float32)
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    if adapter is not None:
+        model, lora = PeftModel.from_pretrained(model, adapter, is_trainable=True), None
+    # Of its own, since an output directory that a run of ours is using is closed to others
+    folder = arguments.output_dir / f"trainer-{os.getpid()}"
+    args = training_arguments(folder, rate * arguments.learning_rate, steps, seed)
     trainer = (GRPOTrainer if sampler is None else LearnAlignGRPOTrainer)(
         model=model,
         reward_funcs=equations_reward,

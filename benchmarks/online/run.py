@@ -27,15 +27,16 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel
 from transformers import PrinterCallback, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks" / "gsm8k_equations")]
 
 from baselines import SCHEDULES, RefillingTrainer
 from equations import equations_reward
-from pools import MAX_COMPLETION, POOLS, load_policy, make_pool, read_equations
+from grid import training_arguments
+from pools import POOLS, load_policy, make_pool, read_equations
 from train_tiny_policy import generate
 
 from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler
@@ -120,26 +121,7 @@ def build_trainer(arm, adapter, rows, reward, steps, seed, folder, learning_rate
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     if adapter is not None:
         model, lora = PeftModel.from_pretrained(model, adapter, is_trainable=True), None
-    args = GRPOConfig(
-        output_dir=str(folder),
-        use_cpu=not torch.cuda.is_available(),
-        bf16=False,
-        gradient_checkpointing=False,
-        per_device_train_batch_size=GROUP * CHUNK,
-        num_generations=GROUP,
-        max_completion_length=MAX_COMPLETION,
-        learning_rate=learning_rate,
-        lr_scheduler_type="constant",
-        beta=0.0,
-        max_steps=steps,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        log_level="error",
-        dataloader_pin_memory=False,
-        seed=seed,
-    )
+    args = training_arguments(folder, learning_rate, steps, seed)
     kwargs = {}
     if arm in SCHEDULES:
         config = LearnAlignConfig(write_report=False)

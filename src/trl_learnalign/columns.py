@@ -1,6 +1,6 @@
 """Columns of the dataset: measures that cost nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -36,25 +36,39 @@ def check_columns(dataset: Dataset, config: LearnAlignConfig) -> None:
             numbers.
     """
     wanted = {"score": find_score(config.score, config.score_measures).columns or ()}
-    known = set(dataset.column_names)
     if config.quota_column is not None:
         wanted["quota_column"] = (config.quota_column,)
     measured = {name for measure in config.measures for name in MEASURED[measure]}
     if config.where is not None:
         wanted["where"] = Condition(config.where).columns - measured
     for knob, names in wanted.items():
-        for name in sorted(set(names) - known):
-            more = f", and measured: {', '.join(sorted(measured))}" if knob == "where" and measured else ""
-            raise ValueError(
-                f"`{knob}` is {getattr(config, knob)!r}, but the training dataset has no column '{name}'. Its columns "
-                f"are: {', '.join(dataset.column_names)}{more}. Correct the name."
-            )
+        more = f", and measured: {', '.join(sorted(measured))}" if knob == "where" and measured else ""
+        check_named(dataset, knob, getattr(config, knob), names, more)
     for name in wanted["score"]:
-        kind = getattr(dataset.features[name], "dtype", "")
-        if not kind.startswith(("int", "uint", "float", "bool")):
-            raise ValueError(
-                f"`score` is {config.score!r}, but the column '{name}' holds no numbers ({kind or 'nested'})."
-            )
+        check_numbers(dataset, "score", config.score, name)
+
+
+def check_named(dataset: Dataset, knob: str, value, names: Iterable[str], more: str = "") -> None:
+    """
+    Raises:
+        `ValueError`: the value of the setting `knob` names a column that there is not; `more` ends the list of those
+            that there are.
+    """
+    for name in sorted(set(names) - set(dataset.column_names)):
+        raise ValueError(
+            f"`{knob}` is {value!r}, but the training dataset has no column '{name}'. Its columns "
+            f"are: {', '.join(dataset.column_names)}{more}. Correct the name."
+        )
+
+
+def check_numbers(dataset: Dataset, knob: str, value, name: str) -> None:
+    """
+    Raises:
+        `ValueError`: the column `name`, which the value of the setting `knob` names, holds no numbers.
+    """
+    kind = getattr(dataset.features[name], "dtype", "")
+    if not kind.startswith(("int", "uint", "float", "bool")):
+        raise ValueError(f"`{knob}` is {value!r}, but the column '{name}' holds no numbers ({kind or 'nested'}).")
 
 
 def candidate_rows(dataset: Dataset, config: LearnAlignConfig) -> list[int]:

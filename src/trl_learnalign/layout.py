@@ -53,7 +53,7 @@ class Layout:
 
     @property
     def epoch_chunks(self) -> int:
-        """Chunks of an epoch. `epochs` epochs hold the warm-up and `num_prompts` prompts each."""
+        """Chunks of an epoch. `epochs` epochs hold the warm-up, if there is one, and `num_prompts` prompts each."""
         if not self.warmup_end:
             return math.ceil(self.num_prompts / self.chunk_prompts)
         total = self.warmup_end + math.ceil(self.epochs * self.num_prompts / self.chunk_prompts)
@@ -86,9 +86,8 @@ class Layout:
             return 0, 0
         step = self.steps_of(self.warmup_chunks)
         drawn = math.ceil((self.batches_trained(step) + self.read_ahead) / self.repeats)
-        return step, min(
-            drawn, math.ceil(step / self.epoch_steps) * self.epoch_chunks
-        )  # an epoch's dataloader ends with it
+        # An epoch's dataloader ends with it
+        return step, min(drawn, math.ceil(step / self.epoch_steps) * self.epoch_chunks)
 
     def prompts_trained(self, step: int) -> float:
         """Prompts that have been trained on after optimizer step `step`."""
@@ -99,7 +98,7 @@ class Layout:
         return [
             f"{name} was {saved.get(name)!r} and is {getattr(self, name)!r}"
             for name in STREAM_FIELDS
-            if saved.get(name) != getattr(self, name)
+            if saved.get(name) != getattr(self, name) and (name != "epochs" or self.warmup_end)
         ]
 
 
@@ -114,8 +113,8 @@ def to_train_longer(layout: Layout, epochs) -> str:
     )
 
 
-# Fields that a stream depends on: `epochs` decides the length of an epoch; `read_ahead` is left out, as the
-# log says where a selection really took effect
+# Fields that a stream depends on: with a warm-up `epochs` decides the length of an epoch; `read_ahead` is left out, as
+# the log says where a selection really took effect
 STREAM_FIELDS = (
     "pool_size",
     "num_prompts",

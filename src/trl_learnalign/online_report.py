@@ -84,6 +84,9 @@ def _parts(prompts, history, suspects, run, drawings) -> dict[str, str]:
         "subtitle": html.escape(
             f"{run['model']}, {run['pool']:,} prompts, written {run['made'][:16].replace('T', ' ')} UTC"
         ),
+        "skip": "figures",
+        "skip_to": "the figures",
+        "scripts": "",
         "step": step,
         "intro": _intro(run, step),
         "facts": fact_list(_facts(prompts, history, run)),

@@ -13,15 +13,20 @@ _SHOWN_CHARACTERS, _SHOWN_LINES = 240, 5  # of a text that is not opened; also i
 
 def filled(template: str, parts: dict[str, str]) -> str:
     """
-    A template of this package with each `{{name}}` replaced, and `{{style}}` by the style that the pages share.
+    The head that all pages share, with their style, and after it a template of this package, with each `{{name}}`
+    replaced.
 
     Args:
         template (`str`): the name of the file.
-        parts (`dict[str, str]`): HTML by name.
+        parts (`dict[str, str]`): HTML by name. Of the head `title`, `subtitle`, `skip` (the id of what the first link
+            leads to), `skip_to` (its name) and `scripts` (what the policy says of scripts; empty for none).
     """
-    files = resources.files(__package__)
-    parts = parts | {"style": files.joinpath("report_style.css").read_text(encoding="utf-8")}
-    first, *pieces = files.joinpath(template).read_text(encoding="utf-8").split("{{")
+
+    def read(name):
+        return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+    parts = parts | {"style": read("report_style.css")}
+    first, *pieces = (read("page_head.html") + read(template)).split("{{")
     found = [first]  # in one pass, so that braces in a prompt stay what they are
     for piece in pieces:
         name, rest = piece.split("}}", 1)

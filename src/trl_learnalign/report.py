@@ -106,6 +106,9 @@ def _page(selection, stages, texts, drawings, embedded) -> str:
         {"rest": "learnable, not chosen", "unlearnable": "not learnable"} if rolled_out else {"rest": "not chosen"}
     )
     parts |= {
+        "skip": "prompts",
+        "skip_to": "all prompts",
+        "scripts": "; script-src 'unsafe-inline'",
         "facts": _facts(selection),
         "notes": _notes(selection),
         "figures": "\n".join(figure(drawing, *embedded[drawing.name]) for drawing in drawings) or f"<p>{nothing}</p>",

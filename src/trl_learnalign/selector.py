@@ -226,9 +226,8 @@ class SelectionRun:
         seed = stable_hash(self.seed, "random" if self.config.score == "random" else "ties", stage)
         scores = scores_table(table, ranked, dataset, self.config, seed)
         selection = Selection([], scores, self.provenance | {"seconds": dict(self.seconds)})
-        return self.peers.broadcast(
-            selection.chosen(self.equal)
-        )  # scores may differ in the last bit between processes
+        # Scores may differ in the last bit between processes
+        return self.peers.broadcast(selection.chosen(self.equal))
 
     def _publish(self, selection, own=None, pool=None):
         texts = texts_table(self.host, self.dataset, selection, own, self.peers)

@@ -104,7 +104,7 @@ class CheckpointState:
     def _note(self, directory):
         self._directory = directory
 
-    def write(self, directory: Path, is_writer: bool, pending: int | None) -> None:
+    def write(self, directory: Path, is_writer: bool, peers: Peers, pending: int | None) -> None:
         """
         Puts the state into the trainer's, which the checkpoint in `directory` will hold, and its arrays into a file
         there.
@@ -112,15 +112,15 @@ class CheckpointState:
         Args:
             directory (`Path`): the checkpoint.
             is_writer (`bool`): whether this process writes what all have in common.
+            peers ([`Peers`]): an open context.
             pending (`int`, *optional*): the start chunk of a selection that is due.
 
         Raises:
             `RuntimeError`: the processes have different states.
         """
-        with Peers(self.host.accelerator) as peers:
-            values, arrays = split({"sampler": self.sampler.state_dict()})
-            entry = write_arrays(directory, arrays, is_writer)
-            found = peers.gather(digest([values, entry]))
+        values, arrays = split({"sampler": self.sampler.state_dict()})
+        entry = write_arrays(directory, arrays, is_writer)
+        found = peers.gather(digest([values, entry]))
         if len(set(found)) > 1:  # the same on all processes, so all raise
             raise RuntimeError(
                 "The processes have come to different schedules: each would train on other prompts. Their processors "

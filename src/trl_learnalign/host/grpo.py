@@ -6,7 +6,7 @@ from .. import scoring
 from ..groups import Row
 from . import objective
 from .names import COMMON, GRPO
-from .trl import Host
+from .trl import ARGUMENTS, SETTINGS, Host
 
 
 _ENVIRONMENTS = "_batch_environments"
@@ -17,15 +17,8 @@ class GRPOHost(Host):
 
     names = COMMON + GRPO
     settings = (
-        "max_completion_length",
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "repetition_penalty",
-        "beta",
+        *SETTINGS,
         "multi_objective_aggregation",
-        "mask_truncated_completions",
         "max_tool_calling_iterations",
         "loss_type",
         "importance_sampling_level",
@@ -33,7 +26,7 @@ class GRPOHost(Host):
         "epsilon_high",
         "scale_rewards",
     )
-    arguments = ("bf16", "fp16", "generation_kwargs", "chat_template_kwargs", "use_bias_correction_kl", "delta")
+    arguments = (*ARGUMENTS, "use_bias_correction_kl", "delta")
 
     def check_loss(self) -> None:
         objective.check_loss(self.trainer)
@@ -68,7 +61,11 @@ class GRPOHost(Host):
         return self.trainer.top_entropy_quantile
 
     def entropies(self, rows: list[Row]) -> list[torch.Tensor]:
+        """
+        Entropies in nats of the policy where it drew the completion tokens of each row, of shape `(tokens,)`, float32.
+        """
         return objective.token_entropies(self.trainer, rows)
 
     def mark_high_entropies(self, rows: list[Row], entropies: list[torch.Tensor]) -> None:
+        """Sets the `entropy_mask` of a group's rows."""
         objective.mark_high_entropies(rows, entropies, self.entropy_share)

@@ -7,7 +7,7 @@ from ..groups import Row
 from .generation import NoLogps
 from .names import COMMON, RLOO
 from .objective import arguments_of, of_completions, policy
-from .trl import Host
+from .trl import ARGUMENTS, SETTINGS, Host
 
 
 class RLOOHost(Host):
@@ -17,20 +17,8 @@ class RLOOHost(Host):
     """
 
     names = COMMON + RLOO
-    settings = (
-        "max_completion_length",
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "repetition_penalty",
-        "beta",
-        "mask_truncated_completions",
-        "normalize_advantages",
-        "reward_clip_range",
-        "_name",
-    )
-    arguments = ("bf16", "fp16", "generation_kwargs", "chat_template_kwargs")
+    settings = (*SETTINGS, "normalize_advantages", "reward_clip_range", "_name")
+    arguments = ARGUMENTS
 
     def check_loss(self) -> None:
         """It has one."""

@@ -15,7 +15,7 @@ from .generation import SELECTING
 
 Undo = Callable[[], None]
 RewardObserver = Callable[[int, list[dict], list, np.ndarray], None]
-CheckpointWriter = Callable[[Path, bool], None]
+CheckpointWriter = Callable[[Path, bool, Peers], None]
 
 
 def observe_rewards(trainer: Trainer, observer: RewardObserver) -> Undo:
@@ -76,9 +76,9 @@ def observe_rewards(trainer: Trainer, observer: RewardObserver) -> Undo:
 
 def write_before_checkpoints(trainer: Trainer, write: CheckpointWriter) -> Undo:
     """
-    Calls `write(directory, is_writer)` on every process whenever a checkpoint is saved, before anything else of it is
-    written: `trainer_state.json` comes later, so it can hold a checksum of what was written. The directory exists;
-    only processes with `is_writer` write what all have in common. An exception on one process ends all.
+    Calls `write(directory, is_writer, peers)` on every process whenever a checkpoint is saved, before anything else of
+    it is written: `trainer_state.json` comes later, so it can hold a checksum of what was written. The directory
+    exists; only processes with `is_writer` write what all have in common. An exception on one process ends all.
 
     Returns:
         a function that ends it.
@@ -89,7 +89,7 @@ def write_before_checkpoints(trainer: Trainer, write: CheckpointWriter) -> Undo:
         directory = Path(trainer._get_output_dir(trial=trial), number)
         with Peers(trainer.accelerator) as peers:
             directory.mkdir(parents=True, exist_ok=True)
-            write(directory, trainer.args.should_save)
+            write(directory, trainer.args.should_save, peers)
             peers.wait()
         return inner(model, trial, *args, **kwargs)
 

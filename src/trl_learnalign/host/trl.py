@@ -25,6 +25,20 @@ from .objective import policy
 from .weights import weights_digest
 
 
+# What rollouts and gradients depend on with every trainer: attributes of it, and fields of its `args`
+SETTINGS = (
+    "max_completion_length",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "beta",
+    "mask_truncated_completions",
+)
+ARGUMENTS = ("bf16", "fp16", "generation_kwargs", "chat_template_kwargs")
+
+
 class Host(ABC):
     """
     What a selection needs of a trainer.
@@ -262,18 +276,11 @@ class Host(ABC):
 
     @property
     def entropy_share(self) -> float:
-        """Share of the tokens, those of the highest entropy, that the loss trains on."""
+        """
+        Share of the tokens, those of the highest entropy, that the loss trains on. A host with less than 1 has the
+        methods `entropies` and `mark_high_entropies`.
+        """
         return 1.0
-
-    def entropies(self, rows: list[Row]) -> list[torch.Tensor]:
-        """
-        Entropies in nats of the policy where it drew the completion tokens of each row, of shape `(tokens,)`, float32.
-        """
-        raise NotImplementedError
-
-    def mark_high_entropies(self, rows: list[Row], entropies: list[torch.Tensor]) -> None:
-        """Sets the `entropy_mask` of a group's rows."""
-        raise NotImplementedError
 
     # What training sees -----------------------------------------------------------------------------------------
 

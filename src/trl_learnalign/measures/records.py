@@ -7,9 +7,8 @@ import numpy as np
 from ..groups import Group
 
 
-_COUNTS = (
-    6  # the record begins with so many numbers: dataset row, G, F, number of prompts, has a loss mask, has images
-)
+# A record begins with so many numbers: dataset row, G, F, number of prompts, has a loss mask, has images
+_COUNTS = 6
 
 
 def encode(group: Group) -> bytes:

@@ -137,9 +137,8 @@ def roll_out(run, dataset: Dataset, rows: list[int], log: Log, phase: str = "rol
     world, rank = run.accelerator.num_processes, run.accelerator.process_index
     gradients = "gradients" in run.score.requires
     if (rows_that_fit := log.read(_FITTING + rank)) is not None:
-        host.halving.rows = int.from_bytes(
-            rows_that_fit, "big"
-        )  # or the rollouts would be others than without the interruption
+        # Or the rollouts would be others than without the interruption
+        host.halving.rows = int.from_bytes(rows_that_fit, "big")
     found = Rollouts(log, run.num_rollouts, len(host.reward_names))
     with progress_bar(host, phase, len(rows), "prompts") as bar:
         for first in range(0, len(batches), world):

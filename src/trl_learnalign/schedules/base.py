@@ -80,7 +80,7 @@ class Schedule:
         Dataset rows of the prompts of a chunk, `layout.chunk_prompts` of them. Chunks are asked for in their order;
         where a run is resumed, those of the epoch that were drawn before are asked for again, and must be the same.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # the one thing that every schedule has
 
     def due(self, step: int, max_steps: int, drawn: int) -> bool:
         """
@@ -177,7 +177,8 @@ class Schedule:
 
 class RandomOrder:
     """
-    The pool in random order, pass by pass, as TRL's `RepeatSampler` draws it from the same seed.
+    Positions of a pool or of a selection in random order, pass by pass, as TRL's `RepeatSampler` draws it from the
+    same seed.
 
     Args:
         size (`int`): number of rows.

@@ -2,10 +2,9 @@
 
 import numpy as np
 
-from .predictor import all_fail
+from .predictor import HALF_LIFE, all_fail
 
 
-HALF_LIFE = 50.0  # chunks after which a prompt's own rewards count half, as the policy moves on
 COOLDOWN = 0.1, 2, 25  # chunks until a prompt may come again: this share of those of the pool, at least, at most
 LONGEST_REST = 6  # doublings of the cooldown of a mastered or never-solved prompt
 SUSPICION = 0.1  # probability of failing so often, below which a prompt is a suspect

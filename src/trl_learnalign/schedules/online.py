@@ -84,7 +84,7 @@ class OnlineSchedule(Schedule):
 
         directory = Path(self.host.args.output_dir) / "learnalign"
         found = read_completions(directory, self.layout.pool_size) if self.host.accelerator.is_main_process else None
-        self.completions = peers.gather(found)[0]
+        self.completions = peers.broadcast(found)
 
     def set_features(self, features: np.ndarray) -> None:
         """Features of all rows of the dataset, of shape `(N, D)`, with a column of ones."""

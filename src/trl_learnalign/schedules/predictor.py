@@ -6,7 +6,7 @@ import torch
 
 RIDGE = 3.0  # precision of the Gaussian prior of a weight; features have standard deviation 1 at most
 GROUP_WEIGHT = 3.0  # rollouts that a group counts for: those of one prompt are alike
-HALF_LIFE = 50.0  # chunks after which an observation counts half, as the policy moves on
+HALF_LIFE = 50.0  # chunks after which an observation counts half, here and of a prompt itself, as the policy moves on
 WINDOW = 4096  # observations that are kept
 NEWTON_STEPS = 3  # from the weights of the chunk before
 CONCENTRATIONS = 0.5, 50.0  # least and greatest

@@ -8,15 +8,14 @@ import pandas as pd
 from datasets import Dataset
 
 from ..choice import Condition
+from ..columns import candidate_rows, check_named, check_numbers, dataset_columns
 from ..measures.hidden_states import hidden_states, reason_against
-from ..pool import dataset_columns
 from ..prompts import equal_prompts, prompt_text
 
 
 logger = logging.getLogger(__name__)
 
 MOST_GROUPS = 256
-_NUMBERS = ("int", "uint", "float", "bool")
 
 
 def check_online(dataset: Dataset, config) -> None:
@@ -26,25 +25,20 @@ def check_online(dataset: Dataset, config) -> None:
             `where` needs more than columns of the dataset.
     """
     for knob in ("group_column", "pass_rate_column"):
-        name = getattr(config, knob)
-        if name is not None and name not in dataset.column_names:
-            raise ValueError(
-                f"`{knob}` is {name!r}, but the training dataset has no column '{name}'. Its columns are: "
-                f"{', '.join(dataset.column_names)}. Correct the name."
-            )
+        if (name := getattr(config, knob)) is not None:
+            check_named(dataset, knob, name, (name,))
     if config.pass_rate_column is not None:
-        kind = getattr(dataset.features[config.pass_rate_column], "dtype", "")
-        if not kind.startswith(_NUMBERS):
-            raise ValueError(
-                f"`pass_rate_column` is {config.pass_rate_column!r}, but that column holds no numbers "
-                f"({kind or 'nested'})."
-            )
+        check_numbers(dataset, "pass_rate_column", config.pass_rate_column, config.pass_rate_column)
         rates = _column(dataset, config.pass_rate_column).astype(float)
         outside = rates[(rates < 0) | (rates > 1)]
         if len(outside):
             raise ValueError(
                 f"`pass_rate_column` is {config.pass_rate_column!r}, but success rates are between 0 and 1, and row "
                 f"{outside.index[0]} has {outside.iloc[0]:g}. Divide it, or leave the column out."
+            )
+        if rates.isna().all():
+            raise ValueError(
+                f"`pass_rate_column` is {config.pass_rate_column!r}, but that column has no value. Leave it out."
             )
     if config.group_column is not None:
         kind = getattr(dataset.features[config.group_column], "dtype", "")
@@ -56,13 +50,8 @@ def check_online(dataset: Dataset, config) -> None:
                 "Use a column of sources or kinds."
             )
     if config.where is not None:
-        missing = Condition(config.where).columns - set(dataset.column_names)
-        if missing:
-            raise ValueError(
-                f"`where` is {config.where!r}, but `schedule='online'` knows only columns of the dataset, which has "
-                f"no column {', '.join(map(repr, sorted(missing)))}. Its columns are: "
-                f"{', '.join(dataset.column_names)}."
-            )
+        more = "; nothing is measured before an online run"
+        check_named(dataset, "where", config.where, Condition(config.where).columns, more)
 
 
 def eligible_rows(dataset: Dataset, config) -> np.ndarray:
@@ -70,24 +59,18 @@ def eligible_rows(dataset: Dataset, config) -> np.ndarray:
     The rows that may be trained on: those that `where` holds for, and with `deduplicate` the first of equal prompts,
     int32.
     """
-    keep = np.ones(len(dataset), dtype=bool)
-    if config.where is not None:
-        condition = Condition(config.where)
-        keep &= condition(dataset_columns(dataset, range(len(dataset)), sorted(condition.columns)))
-        if not keep.any():
-            raise ValueError(
-                f"`where` is {config.where!r}, which holds for no row of the training dataset. Correct it."
-            )
+    rows = np.asarray(candidate_rows(dataset, config), dtype=np.int32)
     if config.deduplicate:
-        keep &= np.asarray(equal_prompts(dataset)) == np.arange(len(dataset))
-    return np.flatnonzero(keep).astype(np.int32)
+        first = np.asarray(equal_prompts(dataset))[rows]
+        rows = rows[np.sort(np.unique(first, return_index=True)[1])]
+    return rows
 
 
 def column_features(dataset: Dataset, config) -> np.ndarray:
     """
     Features that need no policy, of shape `(N, D)`, float16: a constant, the logarithm of the prompt's length in
-    characters (where there is a prompt), an indicator of each group, the logit of the pass rate. All but the first
-    have mean 0 and variance 1 at most.
+    characters (where there is a prompt), an indicator of each group, the logit of the pass rate. Length and logit
+    have mean 0 and variance 1.
     """
     columns = [np.ones(len(dataset))]
     if "prompt" in dataset.column_names:

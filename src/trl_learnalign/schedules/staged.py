@@ -3,13 +3,12 @@
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from .. import plan
-from .base import Schedule
+from .base import RandomOrder, Schedule
 
 
 @dataclass(frozen=True)
@@ -18,15 +17,6 @@ class Version:
 
     start_chunk: int
     indices: tuple[int, ...]
-
-
-@dataclass
-class _Passes:
-    """The passes over one version so far."""
-
-    generator: torch.Generator
-    indices: torch.Tensor
-    orders: list[list[int]] = field(default_factory=list)
 
 
 class StagedSchedule(Schedule):
@@ -48,7 +38,7 @@ class StagedSchedule(Schedule):
     def __init__(self, config):
         super().__init__(config)
         self.log: list[Version] = []
-        self._passes: dict[int, _Passes] = {}
+        self._orders: dict[int, tuple[RandomOrder, np.ndarray]] = {}
 
     def prompts_per_epoch(self, pool_size, chunk_prompts):
         """See [`Schedule`]."""
@@ -57,7 +47,7 @@ class StagedSchedule(Schedule):
     def start(self):
         """Forgets all selections."""
         self.log = [Version(0, ())]
-        self._passes = {}
+        self._orders = {}
 
     def accept(self, start: int, indices: Sequence[int]) -> None:
         """Adds a version to the log: from chunk `start` on, train on `indices` (empty: random prompts)."""
@@ -124,36 +114,27 @@ class StagedSchedule(Schedule):
         version = self.log[number]
         if not version.indices:  # random prompts: the order of version 0, as if nothing had been selected
             number, version = 0, self.log[0]
-        size = len(version.indices) if number else self.layout.pool_size
-        first = (chunk - version.start_chunk) * self.layout.chunk_prompts
-        positions = range(first, first + self.layout.chunk_prompts)
-        return [self._pass(number, position // size)[position % size] for position in positions]
-
-    def _pass(self, number, k):
-        """The k-th pass over version `number`: its indices in the order of the pass."""
-        if number not in self._passes:
-            # Version 0 draws its permutations as TRL's RepeatSampler does
-            generator = torch.Generator().manual_seed(self.layout.seed + number * 1_000_003)
-            self._passes[number] = _Passes(generator, self._indices(number))
-        passes = self._passes[number]
-        while len(passes.orders) <= k:
+        if number not in self._orders:
+            indices = self._indices(number)
             shuffled = self.layout.shuffle and (number == 0 or self.config.prompt_order == "shuffle")
-            order = torch.randperm(len(passes.indices), generator=passes.generator) if shuffled else slice(None)
-            passes.orders.append(passes.indices[order].tolist())
-        return passes.orders[k]
+            seed = self.layout.seed + number * 1_000_003
+            self._orders[number] = RandomOrder(len(indices), seed, shuffled), indices
+        order, indices = self._orders[number]
+        first = (chunk - version.start_chunk) * self.layout.chunk_prompts
+        return [int(indices[order[first + i]]) for i in range(self.layout.chunk_prompts)]
 
     def _indices(self, number):
         """Of a version, before they are shuffled: by row, or by rank, or folded."""
         if not number:
-            return torch.arange(self.layout.pool_size)
-        ranked = torch.tensor(self.log[number].indices, dtype=torch.int64)
+            return np.arange(self.layout.pool_size)
+        ranked = np.array(self.log[number].indices, dtype=np.int64)
         match self.config.prompt_order:
             case "ranked":
                 return ranked
             case "folding":
-                return torch.cat([ranked[first :: self.config.fold] for first in range(self.config.fold)])
+                return np.concatenate([ranked[first :: self.config.fold] for first in range(self.config.fold)])
             case _:
-                return ranked.sort().values
+                return np.sort(ranked)
 
     def state_dict(self) -> dict:
         """The log: where each version starts, how many prompts it has, and all of their rows in a row."""
@@ -181,7 +162,7 @@ class StagedSchedule(Schedule):
                 f"{self.layout.pool_size} rows."
             )
         self.log = log
-        self._passes = {}
+        self._orders = {}
 
 
 def _log(state) -> list[Version]:
