@@ -470,6 +470,17 @@ def test_graded_rewards(tmp_path):
     assert all(0 <= entry["learnalign/observed_success"] <= 1 for entry in logged(trainer))
 
 
+def test_a_finished_run_goes_on_with_more_epochs(tmp_path):
+    """Without a warm-up an epoch is as long whatever their number, as it is for a stock trainer."""
+    settings = {"save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, online(), num_train_epochs=1, **settings).train()
+    paid = Paid()
+    longer = make_trainer(tmp_path, online(), reward=paid, num_train_epochs=2, **settings)
+    longer.train(resume_from_checkpoint=True)
+    assert len(paid.calls) == 6 and longer.state.global_step == 12
+    assert longer._learnalign.schedule.observed == 12
+
+
 def test_where_and_deduplicate_leave_rows_out(tmp_path):
     rows = make_dataset(24)
     twice = Dataset.from_dict({"prompt": rows["prompt"][:12] * 2, "row": rows["row"]})
@@ -477,7 +488,8 @@ def test_where_and_deduplicate_leave_rows_out(tmp_path):
     choice = online(where="row != 3 and row != 4", deduplicate=True)
     trainer = make_trainer(tmp_path, choice, reward=paid, dataset=twice, num_train_epochs=2)
     trainer.train()
-    assert {row for chunk in paid.chunks for row in chunk} == set(range(12)) - {3, 4}
+    # Of the rows 3 and 4 it is the copies that may be trained on
+    assert {row for chunk in paid.chunks for row in chunk} == set(range(12)) - {3, 4} | {15, 16}
     assert len(paid.chunks) == 12
     check_counts(trainer._learnalign.schedule, paid.calls)
 
