@@ -13,6 +13,10 @@ The same script on a CPU, on the equations of the real GSM8K rows, with the tiny
 
     accelerate launch examples/grpo_gsm8k.py --config examples/equations_cpu.yaml --dataset_path DIR
 
+and with prompts chosen online:
+
+    accelerate launch examples/grpo_gsm8k.py --config examples/equations_online.yaml --dataset_path DIR
+
 where DIR holds `train.jsonl` and `test.jsonl`. `--resume_from_checkpoint true` goes on with a killed run. Every flag
 of GRPOConfig, ModelConfig, ScriptArguments and LearnAlignConfig works, on the command line or in the YAML file.
 """

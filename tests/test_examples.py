@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -127,6 +128,19 @@ def test_equations_end_to_end(tmp_path, processes, data):
     if data == "gsm8k":
         assert "train: 7378 rows with equations, 95 without left out" in output
     assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+def test_equations_online_end_to_end(tmp_path):
+    output = run(
+        *(*ACCELERATE, "--cpu", "--num_processes", "1"),
+        *(EXAMPLES / "grpo_gsm8k.py", "--config", EXAMPLES / "equations_online.yaml", "--output_dir", tmp_path),
+        *("--max_steps", "4", "--per_device_train_batch_size", "64"),
+    )
+    assert "32 prompts in all from a pool of 7,473: 0.00 visits per prompt." in output
+    assert "success is predicted from what was seen of a prompt, and from length, hidden states." in output
+    history = pq.read_table(tmp_path / "learnalign/online_history.parquet")
+    assert history["chunk"].to_pylist() == [0, 1, 2, 3] and history["visited"].to_pylist() == [8, 16, 24, 32]
+    assert (tmp_path / "learnalign/report.html").is_file() and (tmp_path / "adapter_model.safetensors").is_file()
 
 
 def test_word_problems_end_to_end(tmp_path):

@@ -112,7 +112,8 @@ class LearnAlignConfig:
         deduplicate (`bool`, *optional*, defaults to `False`):
             Of rows with the same prompt choose only the best-ranked one. Texts (or messages) and images are compared,
             not answers or other columns: two rows with the same prompt and different answers count as the same. All
-            rows are scored, and the warm-up may use any of them. Online it is the first of them that `where` holds for.
+            rows are scored, and the warm-up may use any of them. Online it is the first of them that `where` holds
+            for.
         target_dataset (`str` or `Dataset`, *optional*):
             Prompts of what the policy is to become good at, for the scores `"target"` and `"target_alignment"`, with
             the columns of the training dataset: a file, a name of the Hub, or a `datasets.Dataset`.

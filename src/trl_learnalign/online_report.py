@@ -175,8 +175,8 @@ def _states(prompts, run) -> str:
 def _suspects(suspects, run) -> str:
     explanation = (
         "<p>Prompts that the policy should solve, by what is known of prompts like them, and that no rollout solved. "
-        "Often their answer is wrong, or "
-        "the reward function does not accept the right one. The chance is how probable that was.</p>"
+        "Their answer may be wrong, or the reward function may not accept the right one; others are only harder than "
+        "they look. The chance is how probable that was.</p>"
     )
     if not suspects.num_rows:
         none = "With graded rewards none are looked for." if run["graded"] else "There are none."
