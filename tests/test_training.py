@@ -1,5 +1,6 @@
 """What a run trains on, that a selection leaves no trace, and that a resumed run is the run."""
 
+import json
 from collections import Counter
 from functools import partial, update_wrapper
 
@@ -21,8 +22,10 @@ from torch.utils.data import Sampler
 from trl import GRPOTrainer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignMixin, LearnAlignSampler, Selection, select_prompts
+from trl_learnalign.disk import digest
 from trl_learnalign.measures import gradients
 from trl_learnalign.restart import restart
+from trl_learnalign.state import STATE_FILE
 
 
 class Fixed(Sampler):
@@ -549,3 +552,25 @@ def test_a_processor_in_place_of_a_tokenizer(tmp_path):
     trainer._tokenizer.eos_token = None
     row = host.filler()
     assert row.prompt_ids == row.completion_ids == [trainer._tokenizer.pad_token_id] and row.weight == 0
+
+
+def test_a_checkpoint_of_version_0_1_is_resumed(tmp_path):
+    """It has the chosen rows in trainer_state.json, and no file of its own."""
+    settings = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 1}
+    whole = make_trainer(tmp_path, config(), **settings)
+    whole.train()
+    checkpoint = tmp_path / "checkpoint-4"
+    (checkpoint / STATE_FILE).unlink()
+    file = checkpoint / "trainer_state.json"
+    document = json.loads(file.read_text())
+    saved = document["stateful_callbacks"]["learnalign"]
+    log = [{"start_chunk": one.start_chunk, "indices": list(one.indices)} for one in whole._learnalign.schedule.log]
+    assert [len(one["indices"]) for one in log] == [0, 8]
+    sampler = {"state_version": 1, "layout": saved["sampler"]["layout"], "log": log}
+    names = ("pending", "dataset_fingerprint", "num_processes")
+    content = {"sampler": sampler, **{name: saved[name] for name in names}}
+    document["stateful_callbacks"]["learnalign"] = content | {"sha256": digest(content)}
+    file.write_text(json.dumps(document))
+    resumed = make_trainer(tmp_path, config(), **settings)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert_same_weights(weights(whole), weights(resumed))
