@@ -105,6 +105,27 @@ def test_every_prompt_goes_through_the_policy_once_and_its_last_token_alone_to_t
     assert counter.forwards <= 2 + 1.5 * tokens / (16 * 16)
 
 
+@pytest.mark.parametrize("fits", [3, 0])
+def test_forwards_are_halved_where_memory_is_full(tmp_path, fits):
+    trainer = make_trainer(tmp_path, dataset=make_dataset(24))
+    expected = features(trainer, tmp_path / "before").values
+    forward, sizes = trainer.model.forward, []
+
+    def full(*args, input_ids, **kwargs):
+        sizes.append(len(input_ids))
+        if len(input_ids) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(*args, input_ids=input_ids, **kwargs)
+
+    trainer.model.forward = full
+    if fits:
+        np.testing.assert_allclose(features(trainer, tmp_path / "after").values, expected, atol=2e-3)
+        assert sum(size for size in sizes if size <= fits) == 24
+    else:
+        with pytest.raises(MemoryError, match="Set `prompt_features=False`"):
+            features(trainer, tmp_path / "after")
+
+
 def test_they_are_read_back_where_data_and_weights_are_the_same(tmp_path):
     trainer = make_trainer(tmp_path, dataset=of_unequal_lengths())
     counter = Counter(trainer.accelerator.unwrap_model(trainer.model).base_model.model)

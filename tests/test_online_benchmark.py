@@ -27,7 +27,7 @@ def value(prompt):
 
 
 def test_the_hard_pool_is_what_it_says(hard):
-    assert [int((hard.kind == kind).sum()) for kind in pools.KINDS] == [2000, 4800, 1200]
+    assert [int((hard.kind == kind).sum()) for kind in (0, 1, 2)] == [2000, 4800, 1200]
     rows = [hard.rows[int(i)] for kind in (1, 2) for i in np.flatnonzero(hard.kind == kind)[:300]]
     assert all(value(row["prompt"]) == Decimal(row["answer"]) for row in rows)
     tokenizer = AutoTokenizer.from_pretrained(pools.POLICY)

@@ -7,9 +7,9 @@ won.
 prints what each pool is made of, and the share of its groups that are live at the start. DIR holds GSM8K's train.jsonl
 and test.jsonl. Without it generated chains stand in.
 
-`hard` is 2,000 equations of GSM8K, 4,800 chains far too hard for the tiny policy, and 1,200 trivial ones; `clean` is
-all equations; `live` those whose success rate under the first policy is well inside (0, 1). `hard-wrong` and
-`clean-wrong` have a wrong answer in every tenth row.
+`hard` is 2,000 equations of GSM8K, 4,800 chains far too hard for the tiny policy, and 1,200 trivial ones; `hard-10`
+and `hard-50` have fewer and more equations. `clean` is all equations; `live` those whose success rate under the first
+policy is well inside (0, 1). `hard-wrong` and `clean-wrong` have a wrong answer in every tenth row.
 """
 
 import argparse
@@ -30,17 +30,22 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
 from demo import POLICY
-from equations import equations_reward, generate_chains, load_gsm8k_equations, random_chain
+from equations import equations_reward, generate_chains, load_gsm8k_equations
+from hard_pool import EQUATION, HARD, SIZES, TRIVIAL, hard_pool
 from train_tiny_policy import corrupt, generate
 
 
-POOLS = ("hard", "clean", "live", "hard-wrong", "clean-wrong")
-EQUATION, HARD, TRIVIAL = KINDS = (0, 1, 2)
-SIZES = {EQUATION: 2000, HARD: 4800, TRIVIAL: 1200}
+# Of the prompts of a mixed pool 13, 30 and 52 % are live at first, fewer once the trivial ones are mastered
+MIXED = {
+    "hard-10": {EQUATION: 800, HARD: 6600, TRIVIAL: 600},
+    "hard": SIZES,
+    "hard-50": {EQUATION: 4800, HARD: 2000, TRIVIAL: 1200},
+}
+POOLS = (*MIXED, "clean", "live", "hard-wrong", "clean-wrong")
 WRONG_SHARE = 0.1
 LIVE_BETWEEN = (0.3, 0.7)  # success rates of the pool `live`, of `LIVE_SAMPLES` rollouts
 LIVE_SAMPLES = 16
-MAX_PROMPT, MAX_COMPLETION = 96, 56  # characters, each a token: of the longest equation 88 and 53
+MAX_COMPLETION = 56  # characters, each a token; the longest of an equation has 53
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Pool:
     """
 
     rows: Dataset
-    kind: np.ndarray  # (N,) of KINDS
+    kind: np.ndarray  # (N,) of hard_pool.KINDS
     wrong: np.ndarray  # (N,) of booleans: the answer is not the right one
 
 
@@ -67,7 +72,8 @@ def make_pool(name: str, dataset_path: Path | None, seed: int = 0, cache: Path |
     """
     equations = read_equations(dataset_path)[0]
     if name.startswith("hard"):
-        pool = _hard(equations, seed)
+        rows = hard_pool(equations, seed, MIXED[name.removesuffix("-wrong")])
+        pool = Pool(rows.remove_columns("kind"), np.array(rows["kind"], np.int8), np.zeros(len(rows), bool))
     else:
         pool = _all(equations)
     if name == "live":
@@ -80,50 +86,6 @@ def make_pool(name: str, dataset_path: Path | None, seed: int = 0, cache: Path |
 def _all(equations: Dataset) -> Pool:
     rows = equations.select_columns(["prompt", "answer"])
     return Pool(rows, np.full(len(rows), EQUATION, np.int8), np.zeros(len(rows), bool))
-
-
-def _hard(equations: Dataset, seed: int) -> Pool:
-    rng = random.Random(seed)
-    taken = rng.sample(range(len(equations)), SIZES[EQUATION])
-    rows = [(equations[i]["prompt"], equations[i]["answer"], EQUATION) for i in taken]
-    rows += [(*too_hard(rng), HARD) for _ in range(SIZES[HARD])]
-    rows += [(*row, TRIVIAL) for row in rng.choices(trivial(), k=SIZES[TRIVIAL])]
-    rng.shuffle(rows)
-    prompts, answers, kinds = zip(*rows, strict=True)
-    dataset = Dataset.from_dict({"prompt": prompts, "answer": answers})
-    return Pool(dataset, np.array(kinds, np.int8), np.zeros(len(rows), bool))
-
-
-def too_hard(rng: random.Random) -> tuple[str, str]:
-    """
-    A chain like the equations but for its last step, which has more digits than the policy can keep. The steps before
-    it are as many as an equation has, so that the length alone does not tell.
-    """
-    before = [left for left, _ in random_chain(rng)[:-1]]
-    numbers = [rng.choice(range(low + 1, 10 * low)) for low in rng.choices((100, 1000), k=2)]
-    kind = rng.choice(("product", "sum", "difference", "money"))
-    if kind == "product":
-        last, value = f"{numbers[0]}*{numbers[1]}", numbers[0] * numbers[1]
-    elif kind == "money":
-        last, value = f"{numbers[0] / 100:.2f}*{numbers[1]}", Decimal(numbers[0]) / 100 * numbers[1]
-    else:
-        numbers = [rng.randint(10_001, 99_999) for _ in range(rng.choice((2, 2, 3)))]
-        sign = 1 if kind == "sum" else -1
-        value = numbers[0] + sign * sum(numbers[1:])
-        last = ("+" if kind == "sum" else "-").join(map(str, numbers))
-    prompt, answer = ";".join([*before, last]) + "=", f"{value}"
-    # A number that no completion can write, or a prompt too long for the policy, is drawn again.
-    return (prompt, answer) if value > 0 and len(prompt) <= MAX_PROMPT else too_hard(rng)
-
-
-def trivial() -> list[tuple[str, str]]:
-    """All sums, products and differences of two digits, such as `3+4=`."""
-    rows = []
-    for a in range(1, 10):
-        for b in range(1, 10):
-            rows += [(f"{a}+{b}=", str(a + b)), (f"{a}*{b}=", str(a * b))]
-            rows += [(f"{a}-{b}=", str(a - b))] if a > b else []
-    return rows
 
 
 def _mislabelled(pool: Pool, seed: int) -> Pool:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import nn
@@ -28,7 +29,7 @@ FILE = "prompt_features.safetensors"
 COMPONENTS = 64  # of a prompt, less where the hidden states of the pool have fewer dimensions
 SAMPLE = 2048  # prompts that the components are found with
 WINDOW = 1024  # prompts that a process tokenises at once, and sorts by length
-MOST_TOKENS = 16_384  # of a forward: more would not make it faster
+MOST_TOKENS = 4096  # of a forward: more would not make it faster, and the states of all layers are in memory
 _FORMAT = 1
 _FLAT = 1e-4  # of the largest: a dimension that varies less is as good as constant
 
@@ -219,7 +220,31 @@ def _pack(ids: list[list[int]], tokens: int) -> list[list[int]]:
 
 
 def _states(host, ids: list[list[int]]) -> np.ndarray:
-    """Of n prompts the mean hidden state after half of the layers, shape `(n, hidden size)`, float32."""
+    """
+    Of n prompts the mean hidden state after half of the layers, shape `(n, hidden size)`, float32. In halves where
+    memory is full, unless the weights are sharded, so that others take part in each forward.
+
+    Raises:
+        `MemoryError`: not even one prompt fits, or the weights are sharded.
+    """
+    try:
+        return _forward(host, ids)
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        if len(ids) == 1 or host.is_sharded:
+            tokens = sum(map(len, ids))
+            raise MemoryError(
+                f"One forward over {len(ids)} prompts of {tokens:,} tokens does not fit into the memory ({error}). "
+                "Set `prompt_features=False`, or leave out the longest prompts."
+            ) from error
+    # Outside of the handler, whose traceback keeps the tensors of the failed attempt
+    clear_device_cache(garbage_collection=True)
+    half = len(ids) // 2
+    return np.concatenate([_states(host, part) for part in (ids[:half], ids[half:])])
+
+
+def _forward(host, ids):
     device = host.accelerator.device
     lengths = torch.tensor([len(prompt) for prompt in ids], device=device)
     # Padded on the right, where causal attention keeps it out whatever a model makes of the mask

@@ -1,0 +1,236 @@
+"""
+A small experiment on two CPU cores: GRPO on prompts chosen online beside GRPO on random prompts.
+
+    python examples/demo_online.py [--dataset_path DIR]
+
+The pool is one that nobody curated: a quarter are equations that the tiny policy can learn, most are far too hard for
+it, and some are trivial. Two processes train on it at the same time, from the same policy, with equally many rollouts:
+one is TRL's own trainer, the other has the three lines that choose every batch of prompts online. DIR holds GSM8K's
+`train.jsonl` and `test.jsonl`, whose equations are then used in place of generated ones.
+"""
+
+import argparse
+import copy
+import time
+from concurrent.futures import ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from pathlib import Path
+from queue import Empty
+
+import matplotlib
+import numpy as np
+import torch
+from datasets import Dataset
+from demo import POLICY, SAMPLES, success
+from equations import equations_reward, generate_chains, load_gsm8k_equations
+from hard_pool import KINDS, SIZES, hard_pool
+from peft import LoraConfig
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+from transformers.utils.logging import disable_progress_bar
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+PROMPTS, GROUP = 16, 8  # of a step; rollouts of a prompt
+ARMS = {"uniform": "random prompts", "online": "chosen online"}
+COLOURS = {"uniform": "#000000", "online": "#D55E00"}
+LOOKS = 5  # at held-out success, after the first
+
+
+def load(arguments) -> tuple[Dataset, Dataset]:
+    """A pool to train on, and held-out rows."""
+    if arguments.dataset_path is None:
+        equations, test = generate_chains(7000, seed=11), generate_chains(1300, seed=12)
+    else:
+        equations, test = (
+            load_gsm8k_equations(arguments.dataset_path / f"{split}.jsonl")[0] for split in ("train", "test")
+        )
+    sizes = {kind: SIZES[kind] * arguments.pool // sum(SIZES.values()) for kind in KINDS}
+    pool = hard_pool(equations, arguments.seed, sizes).remove_columns("kind")
+    return pool, test.shuffle(seed=arguments.seed).select(range(min(arguments.test, len(test))))
+
+
+class Watch(TrainerCallback):
+    """Tells the main process of each step, and of held-out success after every part of the run."""
+
+    def __init__(self, arm, test, steps, messages):
+        self.arm, self.test, self.messages = arm, test, messages
+        self.due = {round(steps * part / LOOKS) for part in range(LOOKS + 1)}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.look(0, **kwargs)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "frac_reward_zero_std" in logs:
+            self.messages.put(("step", self.arm, 1 - logs["frac_reward_zero_std"]))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.look(state.global_step, **kwargs)
+
+    def look(self, step, model=None, processing_class=None, **kwargs):
+        if step in self.due:
+            training = model.training
+            with torch.random.fork_rng(devices=[]):  # training draws as it would without the look
+                merged = copy.deepcopy(model).merge_and_unload()  # faster than with the adapter beside the weights
+                rate = success(merged, processing_class, self.test).mean().item()
+            model.train(training)
+            self.messages.put(("look", self.arm, (step, rate)))
+
+
+def train(arm, arguments, messages) -> None:
+    """One run, in a process of its own."""
+    torch.set_num_threads(1)
+    disable_progress_bar()
+    pool, test = load(arguments)
+    options = {}
+    if arm == "online":
+        options["train_sampler"] = LearnAlignSampler(LearnAlignConfig(schedule="online"))
+    trainer = (LearnAlignGRPOTrainer if options else GRPOTrainer)(
+        model=AutoModelForCausalLM.from_pretrained(POLICY, dtype=torch.float32),
+        reward_funcs=equations_reward,
+        args=GRPOConfig(
+            output_dir=str(arguments.output_dir / arm),
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            per_device_train_batch_size=PROMPTS * GROUP,
+            num_generations=GROUP,
+            max_completion_length=56,
+            learning_rate=1e-3,
+            lr_scheduler_type="constant",
+            beta=0.0,
+            max_steps=arguments.steps,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            log_level="error",
+            dataloader_pin_memory=False,
+            seed=arguments.seed,
+        ),
+        train_dataset=pool,
+        processing_class=AutoTokenizer.from_pretrained(POLICY),
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[Watch(arm, test, arguments.steps, messages)],
+        **options,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+
+
+def watch(runs, messages, steps) -> tuple[dict, dict]:
+    """Shows both runs until they end; returns the shares of live groups by step, and success by step, of each."""
+    live, looks = {arm: [] for arm in ARMS}, {arm: {} for arm in ARMS}
+    bars = {
+        arm: tqdm(total=steps, desc=f"{name:14s}", unit="step", position=i)
+        for i, (arm, name) in enumerate(ARMS.items())
+    }
+    while True:
+        ended = all(run.done() for run in runs)
+        try:
+            while True:
+                kind, arm, value = messages.get(timeout=0.5)
+                if kind == "step":
+                    live[arm].append(value)
+                    bars[arm].update()
+                else:
+                    looks[arm][value[0]] = value[1]
+                shares = f"live groups {np.mean(live[arm][-20:]):.0%}, " if live[arm] else ""
+                bars[arm].set_postfix_str(f"{shares}held-out success {[*looks[arm].values()][-1]:.3f}")
+        except Empty:
+            pass
+        if ended or any(run.done() and run.exception() for run in runs):
+            break
+    for bar in bars.values():
+        bar.close()
+    for run in runs:
+        run.result()  # raises what a run raised
+    return live, looks
+
+
+def rollouts_to(looks, goal) -> float | None:
+    """Rollouts until success is `goal`, on the line between two looks; None if it never is."""
+    points = sorted(looks.items())
+    for (start, before), (end, after) in zip(points, points[1:], strict=False):
+        if after >= goal:
+            share = max(0.0, goal - before) / max(after - before, 1e-9)
+            return PROMPTS * GROUP * (start + share * (end - start))
+    return None
+
+
+def draw(live, looks, path) -> None:
+    """Held-out success and live groups against rollouts."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    for arm, name in ARMS.items():
+        steps, rates = zip(*sorted(looks[arm].items()), strict=True)
+        left.plot(PROMPTS * GROUP * np.array(steps), 100 * np.array(rates), marker="o", color=COLOURS[arm], label=name)
+        width = min(10, len(live[arm]))
+        smooth = np.convolve(live[arm], np.ones(width) / width, "valid")
+        right.plot(
+            PROMPTS * GROUP * np.arange(width, len(live[arm]) + 1), 100 * smooth, color=COLOURS[arm], label=name
+        )
+    left.set_ylabel("held-out success, %")
+    right.set_ylabel(f"live groups, %, mean of {width} steps")
+    right.set_ylim(0, 100)
+    for axes in (left, right):
+        axes.set_xlabel("rollouts generated")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset_path", type=Path, help="directory with GSM8K's train.jsonl and test.jsonl")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo-online"))
+    parser.add_argument("--pool", type=int, default=3000, help="prompts to train on")
+    parser.add_argument("--steps", type=int, default=75, help=f"of {PROMPTS} prompts with {GROUP} rollouts each")
+    parser.add_argument("--test", type=int, default=300, help="held-out prompts")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    started = time.perf_counter()
+    pool, test = load(arguments)
+    print(
+        f"A pool of {len(pool):,} prompts, most of them too hard; {len(test)} held out. Two runs of {arguments.steps} "
+        f"steps, {PROMPTS} prompts x {GROUP} rollouts each"
+    )
+    context = get_context("spawn")
+    with context.Manager() as manager, ProcessPoolExecutor(len(ARMS), mp_context=context) as processes:
+        messages = manager.Queue()
+        runs = [processes.submit(train, arm, arguments, messages) for arm in ARMS]
+        live, looks = watch(runs, messages, arguments.steps)
+        wait(runs)
+    figure = arguments.output_dir / "success.png"
+    draw(live, looks, figure)
+
+    steps = sorted(looks["uniform"])
+    print(f"\nHeld-out success at temperature 1 ({len(test)} prompts, {SAMPLES} samples each)")
+    print("  after rollouts   " + "".join(f"{PROMPTS * GROUP * step:8,d}" for step in steps) + "   live groups")
+    for arm, name in ARMS.items():
+        rates = "".join(f"{looks[arm][step]:8.3f}" for step in steps)
+        print(f"  {name:15s}  {rates}   {np.mean(live[arm]):11.0%}")
+    total = PROMPTS * GROUP * arguments.steps
+    needed = rollouts_to(looks["online"], looks["uniform"][arguments.steps])
+    print(
+        "  Chosen online, the final success of random prompts is not reached."
+        if needed is None
+        else f"  Chosen online, the final success of random prompts is reached after {needed:,.0f} rollouts, "
+        f"{needed / total:.0%} of theirs (one run each)."
+    )
+    print(f"\nTotal: {time.perf_counter() - started:.0f} s")
+    print(f"The figure: {figure}")
+    print(
+        f"What was chosen, to be opened in a browser: {arguments.output_dir / 'online' / 'learnalign' / 'report.html'}"
+    )
+
+
+if __name__ == "__main__":
+    main()
