@@ -1,14 +1,14 @@
 """
-Collects the runs of run.py and writes docs/online.md from them, so that nobody types a number.
+Collects the runs of run.py, and writes docs/evidence_online.md, its figure, and the table of the front pages from them,
+so that nobody types a number.
 
     python benchmarks/online/page.py [--runs DIR ...] [--check]
 
 --runs: folders of finished runs, which are added to benchmarks/results/online.json. The words of the page are in
-online.md.in.
+evidence_online.md.in, those of the table in front.md.in.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from statistics import fmean
@@ -16,185 +16,185 @@ from statistics import fmean
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+import results
+from figure import draw
 from pages import ROOT, fill, publish, table
+from results import ARMS, end, gains, interval, middle, of, paired, shares
 
 
-FILE = ROOT / "benchmarks" / "results" / "online.json"
-PAGE = ROOT / "docs" / "online.md"
-NAMES = {
-    "uniform": "uniform draws (stock GRPOTrainer)",
-    "online": "online",
-    "online without features": "online, `prompt_features=False`",
-    "mopps": "MoPPS (Beta posterior, Thompson draws)",
-    "beta mean": "Beta posterior, its mean",
-    "greso": "GRESO (skips after zero variance)",
-    "pools": "pools by the last success rate (prime-rl)",
-    "refill": "refill (DAPO), at equal rollouts",
-}
-POOLS = ("hard", "clean", "live", "hard-wrong", "clean-wrong")
+PAGE = ROOT / "docs" / "evidence_online.md"
+FIGURE = ROOT / "docs" / "figures" / "online.png"
+FRONT = {ROOT / "README.md": "docs/", ROOT / "docs" / "index.md": ""}  # and what comes before a link there
+MARKS = "<!-- written by benchmarks/online/page.py -->\n", "<!-- end -->\n"
+RUNS = results.load()
+GOALS = [  # live groups against uniform, rollouts to uniform's end
+    ("hard", 2.5, 1 / 3, "the hard pool"),
+    ("clean", 1.2, 1 / 1.5, "all equations, after a warm-up"),
+]
 
 
-def collect(folders: list[Path]) -> None:
-    """Adds the runs of these folders, the long lists as means."""
-    known = {key(run): run for run in json.loads(FILE.read_text())["runs"]} if FILE.is_file() else {}
-    for file in sorted(file for folder in folders for name in POOLS for file in (folder / name).glob("*.json")):
-        run = json.loads(file.read_text())
-        logged = run.pop("logged")
-        run["headroom"] = round(fmean(logged["learnalign/headroom"]), 2) if "learnalign/headroom" in logged else None
-        run["skill"] = round(logged["learnalign/skill"][-1], 2) if "learnalign/skill" in logged else None
-        for name in ("live", "groups"):
-            del run[name]
-        known[key(run)] = run
-    runs = [known[one] for one in sorted(known)]
-    FILE.write_text(json.dumps({"runs": runs}, indent=1) + "\n", encoding="utf-8")
+def percent(values) -> str:
+    """The mean of shares."""
+    return f"{100 * fmean(values):.1f}"
 
 
-def key(run) -> tuple:
-    return POOLS.index(run["pool"]), [*NAMES].index(run["arm"]), run["seed"]
+def points(values) -> str:
+    """The mean of differences with its interval; the values themselves where there are too few for one."""
+    around = interval(values)
+    if around is None:
+        return ", ".join(f"{value:+.1f}" for value in values)
+    return f"{fmean(values):+.1f} [{around[0]:+.1f}, {around[1]:+.1f}]"
 
 
-RUNS = json.loads(FILE.read_text())["runs"] if FILE.is_file() else []
-
-
-def of(pool, arm) -> list[dict]:
-    """The runs of an arm, by seed."""
-    return [run for run in RUNS if run["pool"] == pool and run["arm"] == arm]
-
-
-def paired(pool, arm) -> list[tuple[dict, dict]]:
-    """Runs of an arm, each with the uniform one of the same seed."""
-    uniform = {run["seed"]: run for run in of(pool, "uniform")}
-    return [(run, uniform[run["seed"]]) for run in of(pool, arm) if run["seed"] in uniform]
-
-
-def values(numbers, digits=3) -> str:
-    """One for each seed."""
-    return ", ".join(f"{number:.{digits}f}" for number in numbers)
-
-
-def rollouts_to(run, goal) -> float | None:
-    """Rollouts until the success at temperature 1 is `goal`, on the line between two looks; None if it is never."""
-    looks = run["looks"]
-    for before, after in zip(looks, looks[1:], strict=False):
-        if after["sampled"] >= goal:
-            share = max(0.0, goal - before["sampled"]) / max(after["sampled"] - before["sampled"], 1e-9)
-            return before["rollouts"] + share * (after["rollouts"] - before["rollouts"])
-    return None
-
-
-def share_of_rollouts(run, uniform) -> float | None:
-    """Of uniform's rollouts, how many this run takes to uniform's final success."""
-    needed = rollouts_to(run, uniform["looks"][-1]["sampled"])
-    return None if needed is None else needed / uniform["rollouts"]
-
-
-def _shares(pool, arm):
-    shares = [share_of_rollouts(*pair) for pair in paired(pool, arm)]
-    return ", ".join("not reached" if share is None else f"{share:.2f}" for share in shares)
+def needed(values) -> str:
+    """The median of shares of rollouts, and how many runs never got there."""
+    found, never = middle(values), sum(value is None for value in values)
+    text = "not reached" if found is None else f"{found:.2f}"
+    return text + (f" ({never} of {len(values)} never)" if never and found is not None else "")
 
 
 def arms(pool) -> str:
-    """A row for each arm: one number for each seed."""
+    """A row for each arm."""
     rows = []
-    for arm, name in NAMES.items():
-        runs = of(pool, arm)
+    for arm, name in ARMS.items():
+        runs, pairs = of(RUNS, pool, arm), paired(RUNS, pool, arm)
         if not runs:
             continue
         rows.append(
             [
                 name,
-                values(run["live_share"] for run in runs),
-                "" if arm == "refill" else values(run["looks"][1]["sampled"] for run in runs),  # its steps cost more
-                values(run["looks"][-1]["sampled"] for run in runs),
-                "" if arm == "uniform" else _shares(pool, arm),
-                values(run["looks"][-1]["pass@8"] for run in runs),
-                ", ".join(f"{run['distinct']:,}" for run in runs),
+                str(len(runs)),
+                percent(run["live_share"] for run in runs),
+                percent(end(run) for run in runs),
+                "" if arm == "uniform" else points(gains(pairs)),
+                "" if arm == "uniform" else needed(shares(pairs)),
+                percent(end(run, "pass@8") for run in runs),
+                f"{fmean(run['distinct'] for run in runs):,.0f}",
+                f"{fmean(end(run, 'length') for run in runs):.1f}",
             ]
         )
-    quarter = of(pool, "uniform")[0]["looks"][1]["step"] if of(pool, "uniform") else 0
-    head = f"prompts chosen by | live groups | success at step {quarter} | at the end | rollouts to uniform's end"
-    return table(f"{head} | pass@8 | distinct prompts", rows)
+    return table(
+        "prompts chosen by | seeds | live groups, % | success at the end, % | over uniform, points | "
+        "rollouts to uniform's end | pass@8, % | distinct prompts | length, tokens",
+        rows,
+    )
 
 
-def hard() -> str:
-    return arms("hard")
-
-
-def clean() -> str:
-    return arms("clean")
-
-
-def live() -> str:
-    return arms("live")
+def tables() -> dict[str, str]:
+    """The table of each pool, by its name with underscores."""
+    return {pool.replace("-", "_"): arms(pool) for pool in results.POOLS if of(RUNS, pool, "uniform")}
 
 
 def dirt() -> str:
+    """Who trains on wrong labels, and how many suspects have one."""
     rows = []
     for pool in ("hard-wrong", "clean-wrong"):
-        for run, uniform in paired(pool, "online"):
+        for run, uniform in paired(RUNS, pool, "online"):
             found = {int(first): right for first, right in run["suspects"].items()}
             first = " / ".join(f"{right} of the first {number}" for number, right in sorted(found.items())[:3])
             rows.append(
                 [
                     f"{pool}, seed {run['seed']}",
                     f"{8 * run['wrong']:,} ({8 * uniform['wrong']:,})",
-                    f"{run['looks'][-1]['sampled']:.3f} ({uniform['looks'][-1]['sampled']:.3f})",
+                    f"{100 * end(run):.1f} ({100 * end(uniform):.1f})",
                     first,
                 ]
             )
     return table(
-        "pool | rollouts on wrong labels (uniform) | success at the end (uniform) | suspects that are wrong", rows
+        "pool | rollouts on wrong labels (uniform) | success at the end, % (uniform) | suspects that are wrong", rows
     )
 
 
 def bars() -> str:
-    """The goals that were set before, and whether they are met on every seed."""
-    goals = [
-        ("hard", 2.5, 1 / 3, "the hard pool"),
-        ("clean", 1.2, 1 / 1.5, "all equations, after a warm-up"),
-    ]
+    """The goals that were set before, and whether they are met."""
     rows = []
-    for pool, factor, most, name in goals:
-        pairs = paired(pool, "online")
-        ratios = [run["live_share"] / uniform["live_share"] for run, uniform in pairs]
-        shares = [share_of_rollouts(run, uniform) for run, uniform in pairs]
-        ends = [run["looks"][-1]["sampled"] - uniform["looks"][-1]["sampled"] for run, uniform in pairs]
-        met = [
-            all(ratio >= factor for ratio in ratios),
-            all(share is not None and share <= most for share in shares),
-            all(end >= 0 for end in ends),
-        ]
-        texts = [
-            f">= {factor} x: {values(ratios, 2)}",
-            f"<= {most:.2f}: {', '.join('not reached' if share is None else f'{share:.2f}' for share in shares)}",
-            f"not below: {', '.join(f'{100 * end:+.1f}' for end in ends)} points",
-        ]
-        rows.append(
-            [name, *(f"{text} ({'met' if good else 'missed'})" for text, good in zip(texts, met, strict=True))]
+    for pool, factor, most, name in GOALS:
+        pairs = paired(RUNS, pool, "online")
+        ratio = fmean(run["live_share"] / uniform["live_share"] for run, uniform in pairs)
+        taken, gained = shares(pairs), gains(pairs)
+        low, _ = interval(gained) or (min(gained), None)
+        met = ratio >= factor, middle(taken) is not None and middle(taken) <= most, low >= 0 or fmean(gained) >= 0
+        texts = (
+            f">= {factor} x: {ratio:.2f}",
+            f"<= {most:.2f}: {needed(taken)}",
+            f"not below: {points(gained)} points",
         )
-    return table("pool | live groups against uniform | rollouts to uniform's end | success at the end", rows)
+        rows.append(
+            [name, str(len(pairs))]
+            + [f"{text} ({'met' if good else 'missed'})" for text, good in zip(texts, met, strict=True)]
+        )
+    return table("pool | seeds | live groups against uniform | rollouts to uniform's end | success at the end", rows)
+
+
+def against(pool, other) -> str:
+    """The online schedule over another arm, in points at the end."""
+    return points(gains(paired(RUNS, pool, "online", other)))
+
+
+def refill_share() -> str:
+    """Of refill's rollouts, how many online needs to its final success."""
+    return needed(shares(paired(RUNS, "hard", "online", "refill")))
 
 
 def headroom_live() -> str:
-    return ", ".join(f"{run['headroom']:.2f}" for run in of("live", "online"))
+    return ", ".join(f"{run['headroom']:.2f}" for run in of(RUNS, "live", "online"))
 
 
-def end_live() -> str:
-    return ", ".join(
-        f"{run['looks'][-1]['sampled']:.3f} and {uniform['looks'][-1]['sampled']:.3f}"
-        for run, uniform in paired("live", "online")
-    )
+def gain(pool) -> str:
+    """For the front page."""
+    return f"{points(gains(paired(RUNS, pool, 'online')))} points"
+
+
+def share(pool) -> str:
+    """For the front page."""
+    return needed(shares(paired(RUNS, pool, "online")))
+
+
+def times_live(pool) -> str:
+    """How many times more live groups."""
+    return f"{fmean(run['live_share'] / other['live_share'] for run, other in paired(RUNS, pool, 'online')):.1f}"
+
+
+def names() -> dict:
+    """What the templates may say."""
+    pools = {pool.replace("-", "_"): pool for pool in results.POOLS if paired(RUNS, pool, "online")}
+    return {
+        "bars": bars,
+        "dirt": dirt,
+        "refill_share": refill_share,
+        "headroom_live": headroom_live,
+        "table": tables(),
+        "gain": {name: gain(pool) for name, pool in pools.items()},
+        "share": {name: share(pool) for name, pool in pools.items()},
+        "times_live": {name: times_live(pool) for name, pool in pools.items()},
+        "seeds": {name: len(paired(RUNS, pool, "online")) for name, pool in pools.items()},
+        "against": {
+            arm.replace(" ", "_"): against("hard", arm) for arm in ARMS if paired(RUNS, "hard", "online", arm)
+        },
+    }
+
+
+def front(path, known) -> str:
+    """A front page with its table as the results have it."""
+    text = path.read_text(encoding="utf-8")
+    before, rest = text.split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    template = (HERE / "front.md.in").read_text(encoding="utf-8").replace("DOCS/", FRONT[path])
+    return before + MARKS[0] + fill(template, known) + MARKS[1] + after
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", type=Path, default=[])
-    parser.add_argument("--check", action="store_true", help="only whether the page is what the results say")
+    parser.add_argument("--check", action="store_true", help="only whether the pages are what the results say")
     arguments = parser.parse_args()
     if arguments.runs:
-        collect(arguments.runs)
-        RUNS[:] = json.loads(FILE.read_text())["runs"]
-    publish({PAGE: fill((HERE / "online.md.in").read_text(encoding="utf-8"), globals())}, "benchmarks/online/page.py")
+        results.collect(arguments.runs)
+        RUNS[:] = results.load()
+    known = names()
+    pages = {PAGE: fill((HERE / "evidence_online.md.in").read_text(encoding="utf-8"), known)}
+    pages |= {path: front(path, known) for path in FRONT}
+    publish(pages, "benchmarks/online/page.py", after=lambda: draw(RUNS, FIGURE))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 CANDIDATES = 16_384  # prompts that a chunk is chosen from, at random; all of a smaller pool
 UNIFORM = 0.05  # of a chunk: uniform draws from the whole pool, which measure the pool and the predictor
+REPEAT = 0.8  # a prompt may come again when so many of those that promise as much could have come
+LEAST_COOLDOWN = 2  # chunks
 REVIEW = 0.05  # of a chunk: mastered and never-solved prompts whose time has come
 
 
@@ -33,6 +35,7 @@ class _Drawn:
     rows: np.ndarray  # (n,) int32
     uniform: np.ndarray  # (n,) bool
     predicted: np.ndarray  # (n,) float64, success
+    cooldown: int  # chunks that these rows rest, at least
 
 
 class OnlineSchedule(Schedule):
@@ -98,7 +101,7 @@ class OnlineSchedule(Schedule):
         if self.features is None:  # `prepare` comes later
             return
         self.predictor = SuccessPredictor(self.features)
-        self.memory = PromptMemory(self.layout.pool_size, len(self.pool) / self.layout.chunk_prompts)
+        self.memory = PromptMemory(self.layout.pool_size)
         self.judge = Judge()
         self.curve = VarianceCurve()
         self.history = History()
@@ -131,7 +134,8 @@ class OnlineSchedule(Schedule):
         utility = np.round(self.utility(a, b), 9)
         ranked = np.lexsort((generator.random(len(candidates)), -utility))
         rested = self.memory.ready[candidates] <= chunk
-        self.judge.look(self._gain(a, b), ranked[rested[ranked]][:number])
+        gain = self._gain(a, b)
+        self.judge.look(gain, ranked[rested[ranked]][:number])
         if self.judge.switched and self.host.accelerator.is_main_process:
             tqdm.write(switch_line(chunk, self.judge, self.graded))
         uniform = _rounded(UNIFORM * number, generator) if self.judge.choosing else number
@@ -140,8 +144,17 @@ class OnlineSchedule(Schedule):
             rows += self._best(candidates, ranked, rested, rows, number - uniform, generator)
         rows = np.array(rows + self._uniform(number - len(rows)), dtype=np.int32)  # a pool may be smaller than a chunk
         a, b = self.posterior(rows, chunk)
-        self.memory.rest(rows, chunk)
-        return _Drawn(rows, np.arange(number) < uniform, a / (a + b))
+        cooldown = self._cooldown(gain, ranked[:number])
+        self.memory.rest(rows, chunk, cooldown)
+        return _Drawn(rows, np.arange(number) < uniform, a / (a + b), cooldown)
+
+    def _cooldown(self, gain, best) -> int:
+        """
+        So many chunks that most prompts which promise as much as the best come before one of them comes again: a few
+        prompts seen often would bring more live groups, and less success on others.
+        """
+        share = round(gain.mean() / max(gain[best].mean(), 1e-12), 9)  # of the pool
+        return max(LEAST_COOLDOWN, round(REPEAT * share * len(self.pool) / self.layout.chunk_prompts))
 
     def _best(self, candidates, ranked, rested, taken, number, generator) -> list[int]:
         """Reviews, then the best that have rested, then those that have rested longest."""
@@ -212,7 +225,7 @@ class OnlineSchedule(Schedule):
         else:
             self.memory.suspect(drawn.rows, *self.posterior(drawn.rows, chunk), successes, trials)
         self.predictor.observe(chunk, drawn.rows, successes, trials)
-        self.memory.update(drawn.rows, chunk, successes, trials, equal)
+        self.memory.update(drawn.rows, chunk, drawn.cooldown, successes, trials, equal)
         self.observed = chunk + 1
         self.drawn = {number: one for number, one in self.drawn.items() if number >= chunk}
         self._record(chunk, drawn, live, seen, observed)
@@ -357,7 +370,7 @@ class OnlineSchedule(Schedule):
 
 
 _PARTS = "memory", "judge", "predictor", "curve", "history"
-_DRAWN = "rows", "uniform", "predicted"
+_DRAWN = "rows", "uniform", "predicted", "cooldown"
 _LOGGED = "live_fraction", "predicted_success", "observed_success", "pool_success", "skill", "headroom", "retired"
 
 

@@ -1,0 +1,46 @@
+"""The figure of the front pages: held-out success against rollouts."""
+
+from statistics import fmean
+
+import matplotlib
+from results import end, of
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+# Okabe and Ito's colours, which the colour-blind tell apart; markers tell the arms apart without any colour
+STYLES = {
+    "uniform": ("#000000", "o", "random prompts"),
+    "online": ("#D55E00", "*", "chosen online"),
+    "refill": ("#56B4E9", "s", "refill (DAPO)"),
+    "mopps": ("#CC79A7", "D", "MoPPS"),
+}
+PANELS = {"hard": "a quarter can be learnt, most are too hard", "clean": "all can be learnt, nearly half are live"}
+
+
+def draw(runs, path) -> None:
+    """Means over seeds, with the range of the seeds."""
+    figure, panels = plt.subplots(1, len(PANELS), figsize=(10, 4), sharey=True)
+    for axes, (pool, title) in zip(panels, PANELS.items(), strict=True):
+        for arm, (colour, marker, name) in STYLES.items():
+            found = of(runs, pool, arm)
+            if not found:
+                continue
+            looks = list(zip(*(run["looks"] for run in found), strict=True))
+            rollouts = [fmean(look["rollouts"] for look in part) / 1000 for part in looks]
+            rates = [[100 * look["sampled"] for look in part] for part in looks]
+            style = {"color": colour, "marker": marker, "label": f"{name}, {len(found)} seeds"}
+            axes.plot(rollouts, [fmean(part) for part in rates], **style)
+            axes.fill_between(rollouts, [*map(min, rates)], [*map(max, rates)], color=colour, alpha=0.12, linewidth=0)
+        goal = fmean(end(run) for run in of(runs, pool, "uniform"))
+        axes.axhline(100 * goal, color="black", linewidth=0.8, linestyle=":")
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("rollouts generated, thousands")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, loc="lower right")
+    panels[0].set_ylabel("held-out success, %")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    plt.close(figure)
