@@ -11,6 +11,7 @@ from trl.trainer.utils import RepeatSampler
 from trl_learnalign import LearnAlignConfig, LearnAlignSampler
 from trl_learnalign.layout import Layout
 from trl_learnalign.schedules import judge, memory, online, predictor
+from trl_learnalign.schedules.graded import VarianceCurve
 from trl_learnalign.schedules.predictor import SuccessPredictor, expected_learnability, live_probability
 from trl_learnalign.state import join, split
 
@@ -36,7 +37,9 @@ def host(names=("reward",), weights=None):
 class World:
     """A pool whose prompts have true success rates, of which features tell something."""
 
-    def __init__(self, size=2000, chunk=16, mean=-3.0, spread=3.0, noise=0.7, seed=0, informed=True, **config):
+    def __init__(
+        self, size=2000, chunk=16, mean=-3.0, spread=3.0, noise=0.7, seed=0, informed=True, shuffle=True, **config
+    ):
         self.random = np.random.default_rng(seed)
         x = self.random.normal(size=(size, 4))
         self.logits = mean + spread * x[:, 0] + noise * self.random.normal(size=size)
@@ -52,7 +55,7 @@ class World:
             accumulation=1,
             read_ahead=1,
             epochs=1.0,
-            shuffle=True,
+            shuffle=shuffle,
             seed=seed,
         )
         self.sampler.bind(layout)
@@ -251,9 +254,10 @@ def test_skill_and_success_of_the_pool_are_those_of_uniform_draws():
     world = World()
     schedule = world.schedule
     rows = [np.array(schedule.prompts(0))]
-    model = mean_errors = successes = draws = 0.0
+    model = mean_errors = successes = predicted = draws = 0.0
     chosen = 0
     for chunk in range(60):
+        before = schedule.posterior(schedule.pool, chunk + 1)  # when the last of all is chosen
         rows.append(np.array(schedule.prompts(chunk + 1)))
         drawn = schedule.drawn[chunk]
         rewards = world.rewards(rows[chunk])
@@ -263,15 +267,33 @@ def test_skill_and_success_of_the_pool_are_those_of_uniform_draws():
         chosen += 16 - len(uniform)
         mean = successes / draws if draws else None
         fade = judge.MEMORY ** len(uniform)
-        model, mean_errors, successes, draws = (fade * one for one in (model, mean_errors, successes, draws))
+        model, mean_errors, successes, predicted, draws = (
+            fade * one for one in (model, mean_errors, successes, predicted, draws)
+        )
         for place in uniform:
-            if chunk:  # nothing was known of the first
+            predicted += drawn.predicted[place]
+            if chunk > 1:  # nothing was known when the first two were drawn
                 model += (drawn.predicted[place] - rates[place]) ** 2
                 mean_errors += (mean - rates[place]) ** 2
             successes, draws = successes + rates[place], draws + 1
     assert chosen > 400
     assert schedule.judge.skill == pytest.approx(1 - model / mean_errors)
-    assert schedule.judge.pool_success == pytest.approx(successes / draws)
+    correction = (successes - predicted) / draws
+    a, b = before
+    assert schedule.judge.pool_success == pytest.approx((a / (a + b)).mean() + correction)
+
+
+def test_success_of_the_pool_follows_a_policy_that_improves():
+    world = World()
+    world.run(125, drift=0.05)
+    rates = 1 / (1 + np.exp(-world.logits))
+    assert schedule_mean(world) < rates.mean() - 0.2  # the mean of the latest uniform draws
+    assert world.schedule.judge.pool_success == pytest.approx(rates.mean(), abs=0.15)
+
+
+def schedule_mean(world):
+    _, _, successes, _, draws = world.schedule.judge.sums
+    return successes / draws
 
 
 def test_what_is_kept_is_bounded(monkeypatch):
@@ -338,7 +360,7 @@ def test_the_state_takes_at_most_40_bytes_a_prompt():
         lambda s: s["memory"].update(ready=s["memory"]["ready"][:-1]),
         lambda s: s["memory"].update(visits=s["memory"]["visits"].astype(np.int64)),
         lambda s: s["predictor"].update(weights=np.zeros(3)),
-        lambda s: s.update(reward_range=[]),
+        lambda s: s["scale"].update(recent=np.zeros((2, 2))),
         lambda s: s["drawn"].update(chunks=np.array([1, 2, 3, 4, 5])),
         lambda s: s["history"].update(calibration=np.zeros(3)),
         lambda s: s.update(observed="x"),
@@ -402,8 +424,48 @@ def test_graded_rewards_are_scaled_to_their_range_and_the_greatest_variance_is_c
     chosen = np.concatenate(rows[30:])
     variance = mean * (1 - mean) / 4
     assert variance[chosen].mean() > 1.15 * variance.mean()
-    least, greatest = world.schedule.reward_range
-    assert -5 <= least < -4.5 and 4.5 < greatest <= 5
+    scaled = world.schedule.scale(np.array([[-5.0, 0.0, 5.0, np.nan]]))
+    np.testing.assert_allclose(scaled, [[0, 0.5, 1, np.nan]], atol=0.05)
+
+
+@pytest.mark.parametrize("odd", [-1.0, -10.0, 100.0])
+def test_one_odd_reward_does_not_mislead_the_choice(odd):
+    world = World(learnability="variance")
+    calls, rewards = [], world.rewards
+
+    def with_one(rows):
+        calls.append(rewards(rows))
+        if len(calls) == 3:
+            calls[-1][0, 0] = odd
+        return calls[-1]
+
+    world.rewards = with_one
+    rows = world.run(80)
+    assert world.live(rows[40:]) > 1.8 * world.live([np.arange(2000)])
+
+
+def test_a_prompts_own_graded_rewards_count_for_more_where_they_vary_less():
+    """Of means that differ by .15 between prompts and rewards that differ by .05 within one, its own mean says all."""
+    world = World(learnability="variance", informed=False)
+    means = np.clip(0.5 + 0.15 * world.random.normal(size=2000), 0.1, 0.9)
+    world.rewards = lambda rows: means[rows][:, None, None] + 0.05 * world.random.normal(size=(len(rows), GROUP, 1))
+    rows = np.unique(np.concatenate(world.run(60)[40:]))
+    a, b = world.schedule.posterior(rows, 60)
+    own, other = world.schedule.scale(means[rows]), world.schedule.predictor.predict(rows)
+    far = np.abs(own - other) > 0.1
+    share = ((a / (a + b) - other) / (own - other))[far]
+    assert np.median(share) > 0.8
+
+
+def test_where_the_variance_is_the_same_everywhere_the_curve_is_flat():
+    curve, random = VarianceCurve(), np.random.default_rng(0)
+    for _ in range(500):
+        means = random.uniform(size=16)
+        curve.observe(means, np.full(16, 0.01))
+    for _ in range(500):  # from now on of a part of the means only
+        curve.observe(random.uniform(0.7, 1.0, size=16), np.full(16, 0.01))
+    np.testing.assert_allclose(curve(np.linspace(0, 1, 101)), 0.01, rtol=0.07)
+    assert curve.ratio == pytest.approx(0.06, rel=0.6)  # of m (1 - m), whose mean is 1/6
 
 
 def test_a_reward_for_the_form_does_not_make_failures_attractive():
@@ -414,7 +476,7 @@ def test_a_reward_for_the_form_does_not_make_failures_attractive():
     world = World(learnability="variance", mean=-3.0)
     rewards = world.rewards
     world.rewards = lambda rows: (1 + rewards(rows)) / 2
-    world.schedule.reward_range = [0.0, 1.0]  # as a completion without the form has shown
+    world.schedule.scale(np.zeros(200))  # as completions without the form have shown
     rows = world.run(80)
     assert world.live(rows[30:]) > 1.25 * world.live([np.arange(2000)])
 
@@ -436,6 +498,28 @@ def test_one_success_ends_a_suspicion():
     assert schedule.observe(21, rewards) == {}
     schedule.remember({})
     assert schedule.memory.num_suspects() == 0 and schedule.completions == {}
+    schedule.prompts(22)
+    schedule.drawn[22].rows[:] = [row, *rows[:15]]
+    rewards[0] = 0.0
+    assert schedule.observe(22, rewards) == {}  # nor does it come again after a success
+
+
+def test_a_visit_without_a_reward_changes_nothing():
+    world = World()
+    world.run(20)
+    memory = world.schedule.memory
+    row = int(np.flatnonzero(memory.failed)[0])
+    before = {name: values[row].item() for name, values in memory.state_dict().items()}
+    nothing = np.zeros(1)
+    memory.update(np.array([row]), 30, 5, nothing, nothing, np.array([True]))
+    assert before == {name: values[row].item() for name, values in memory.state_dict().items()}
+
+
+def test_the_order_of_the_file_is_not_that_of_uniform_draws():
+    world = World(shuffle=False)
+    assert world.run(1)[0].tolist() != list(range(16))
+    assert "`shuffle_dataset=False` has no effect" in world.schedule.warning(1000)
+    assert World().schedule.warning(1000) is None
 
 
 def test_wrong_labels_are_suspects_and_get_no_more_rollouts():

@@ -462,11 +462,10 @@ def test_graded_rewards(tmp_path):
     trainer = make_trainer(tmp_path, online(learnability="variance"), reward=graded, max_steps=8)
     trainer.train()
     schedule = trainer._learnalign.schedule
-    rewards = [reward for _, given in calls for reward in given]
-    assert schedule.reward_range == pytest.approx([min(rewards), max(rewards)])
-    assert (schedule.memory.successes + schedule.memory.failures).sum() == pytest.approx(
-        len(rewards), rel=0.2
-    )  # some have faded
+    rewards = np.array([reward for _, given in calls for reward in given])
+    ends = np.quantile(rewards, schedule.scale.ENDS)
+    np.testing.assert_allclose(schedule.scale(ends), [0, 1], atol=1e-6)
+    assert (schedule.memory.successes + schedule.memory.failures).sum() >= 0.8 * len(rewards)  # some have faded
     assert all(0 <= entry["learnalign/observed_success"] <= 1 for entry in logged(trainer))
 
 

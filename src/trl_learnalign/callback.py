@@ -167,15 +167,12 @@ class LearnAlignCallback(TrainerCallback):
     def _observe(self, batch, inputs, completions, rewards):
         layout = self.sampler.layout
         chunk = batch // layout.repeats
-        first = self.trainer.accelerator.process_index * len(inputs) // layout.group_size
-        self._check_row(chunk, first, inputs[0])
+        start = self.trainer.accelerator.process_index * len(inputs)  # of its rollouts; it may split a group
+        self._check_row(chunk, start // layout.group_size, inputs[0])
         wanted = self.schedule.observe(chunk, rewards.reshape(layout.chunk_prompts, layout.group_size, -1))
         if wanted:  # the same on all processes
-            own = {
-                row: prompt_text(completions[(place - first) * layout.group_size])
-                for row, place in wanted.items()
-                if first <= place < first + len(inputs) // layout.group_size
-            }
+            firsts = {row: place * layout.group_size - start for row, place in wanted.items()}
+            own = {row: prompt_text(completions[at]) for row, at in firsts.items() if 0 <= at < len(inputs)}
             self.schedule.remember({row: text for part in gather_object([own]) for row, text in part.items()})
         for name, value in self.schedule.metrics().items():
             if np.isfinite(value):

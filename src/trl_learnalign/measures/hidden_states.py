@@ -3,6 +3,7 @@ What the policy's hidden states say about prompts before any of them is rolled o
 a few principal components a prompt are kept.
 """
 
+import inspect
 import json
 import zlib
 from collections.abc import Iterator
@@ -250,16 +251,20 @@ def _forward(host, ids):
     # Padded on the right, where causal attention keeps it out whatever a model makes of the mask
     input_ids = pad_sequence([torch.tensor(prompt) for prompt in ids], batch_first=True).to(device)
     mask = torch.arange(input_ids.shape[1], device=device) < lengths[:, None]
+    model = host.model.get_base_model() if hasattr(host.model, "get_base_model") else host.model
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     with host.accelerator.autocast():
         states = host.policy(
-            input_ids=input_ids,
-            attention_mask=mask.long(),
-            output_hidden_states=True,
-            use_cache=False,
-            logits_to_keep=1,
+            input_ids=input_ids, attention_mask=mask.long(), output_hidden_states=True, use_cache=False, **last
         ).hidden_states
     half = states[len(states) // 2].float()  # the first of them are the embeddings
-    return ((half * mask[:, :, None]).sum(1) / lengths[:, None]).cpu().numpy()
+    means = ((half * mask[:, :, None]).sum(1) / lengths[:, None]).cpu().numpy()
+    if not np.isfinite(means).all():
+        raise ValueError(
+            "The policy's hidden states of a prompt are NaN or infinite, so success cannot be predicted from them. "
+            "Set `prompt_features=False`, or train in a precision in which they are finite."
+        )
+    return means
 
 
 # Principal components ----------------------------------------------------------------------------------------------

@@ -19,44 +19,48 @@ class Judge:
         switched (`bool`): whether that was otherwise for the chunk before.
         headroom (`float`): how much more of what is wanted (live groups, or variance) the best prompts promise than
             random ones.
+        predicted (`float`): mean success that is predicted of random prompts.
     """
 
-    NUMBERS = "choosing", "without_headroom", "headroom"
+    NUMBERS = "choosing", "without_headroom", "headroom", "predicted"
 
     def __init__(self):
         self.choosing = self.switched = False
-        self.headroom = 1.0
+        self.headroom, self.predicted = 1.0, 0.5
         self.without_headroom = 0  # chunks in a row
-        # Of uniform draws: squared errors of the predictor and of the mean, successes, draws
-        self.sums = np.zeros(4)
+        # Of uniform draws: squared errors of the predictor and of the mean, successes, predicted successes, draws
+        self.sums = np.zeros(5)
 
     @property
     def able(self) -> bool:
         """Whether success was predicted better than by the mean, on enough uniform draws."""
-        return bool(self.sums[3] >= TRIED and self.skill > LEAST_SKILL)
+        return bool(self.sums[4] >= TRIED and self.skill > LEAST_SKILL)
 
     @property
     def skill(self) -> float:
         """Brier skill on uniform draws: 1 - squared errors of the predictor / squared errors of their mean."""
-        model, mean, _, _ = self.sums
+        model, mean, *_ = self.sums
         return float(1 - model / mean) if mean > 0 else 0.0
 
     @property
     def pool_success(self) -> float:
         """
-        Mean success of the latest uniform draws, which is an unbiased estimate of the pool's; NaN before the first.
+        Of the whole pool: the mean prediction, corrected by its mean error on the latest uniform draws, which is
+        unbiased as long as the policy and the predictor stay as they are. NaN before the first draw.
         """
-        _, _, successes, draws = self.sums
-        return float(successes / draws) if draws else math.nan
+        _, _, successes, predicted, draws = self.sums
+        return float(np.clip(self.predicted + (successes - predicted) / draws, 0, 1)) if draws else math.nan
 
-    def look(self, gain: np.ndarray, best: np.ndarray) -> None:
+    def look(self, gain: np.ndarray, best: np.ndarray, predicted: float) -> None:
         """
         Decides about the next chunk.
 
         Args:
             gain (`np.ndarray` of shape `(n,)`): what each of n random candidates promises.
             best (`np.ndarray`): places of those that would be chosen.
+            predicted (`float`): mean success predicted of the candidates.
         """
+        self.predicted = float(predicted)
         self.headroom = float(gain[best].mean() / max(gain.mean(), 1e-12)) if len(best) else 1.0
         self.without_headroom = 0 if self.headroom >= LEAST_HEADROOM else self.without_headroom + 1
         before = self.choosing
@@ -72,9 +76,9 @@ class Judge:
         """
         if not len(observed):
             return
-        errors = np.array([0.0, 0.0, observed.sum(), len(observed)])
+        errors = np.array([0.0, 0.0, observed.sum(), predicted.sum(), len(observed)])
         if learnt:
-            mean = self.pool_success if self.sums[3] else 0.5
+            mean = self.sums[2] / self.sums[4] if self.sums[4] else 0.5
             errors[:2] = ((predicted - observed) ** 2).sum(), ((mean - observed) ** 2).sum()
         self.sums = self.sums * MEMORY ** len(observed) + errors
 

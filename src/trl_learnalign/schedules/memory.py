@@ -25,8 +25,8 @@ class PromptMemory:
         ready (`np.ndarray`): the chunk from which on the prompt may come again, int32.
         solved, failed (`np.ndarray`): visits in a row, up to the last, in which all rollouts succeeded, or none did,
             uint8. Graded rewards that are all equal count as a success from half of their range on.
-        surprise (`np.ndarray`): -log of the probability, as was predicted, that all rollouts so far would fail; 0 for
-            a prompt that was solved once, float32.
+        surprise (`np.ndarray`): -log of the probability, as was predicted, that all rollouts so far would fail; minus
+            infinity of a prompt that was solved once, float32.
     """
 
     NAMES = "successes", "failures", "last", "visits", "ready", "solved", "failed", "surprise"
@@ -58,12 +58,12 @@ class PromptMemory:
         self, rows: np.ndarray, a: np.ndarray, b: np.ndarray, successes: np.ndarray, trials: np.ndarray
     ) -> None:
         """
-        Adds to the surprise of rows that failed in all rollouts, though success ~ Beta(a, b) was predicted; a success
-        ends it.
+        Adds to the surprise of rows that failed in all rollouts, though success ~ Beta(a, b) was predicted. A prompt
+        that was solved once is no suspect any more.
         """
         failed = (trials > 0) & (successes <= 0)
         self.surprise[rows[failed]] -= np.log(all_fail(a, b, trials)[failed]).astype(np.float32)
-        self.surprise[rows[successes > 0]] = 0
+        self.surprise[rows[successes > 0]] = -np.inf
 
     def update(
         self,
@@ -77,8 +77,10 @@ class PromptMemory:
         """
         These rows had `successes` of `trials` in a chunk; `equal` where all rollouts came to the same. They rest for
         `cooldown` chunks, doubled for each visit in a row that was all right or all wrong. A row may be there twice,
-        where a pool is smaller than a chunk.
+        where a pool is smaller than a chunk; one without a trial is left out.
         """
+        known = trials > 0
+        rows, successes, trials, equal = rows[known], successes[known], trials[known], equal[known]
         for places in _distinct(rows):
             self._update(rows[places], chunk, cooldown, successes[places], trials[places], equal[places])
 
@@ -90,7 +92,7 @@ class PromptMemory:
         self.visits[rows] += 1
         good = 2 * successes >= trials
         for streak, now in ((self.solved, good), (self.failed, ~good)):
-            streak[rows] = np.where((trials > 0) & equal & now, np.minimum(streak[rows], 254) + 1, 0)
+            streak[rows] = np.where(equal & now, np.minimum(streak[rows], 254) + 1, 0)
         doublings = np.minimum(np.maximum(self.solved[rows], self.failed[rows]), LONGEST_REST).astype(np.int32)
         self.ready[rows] = chunk + cooldown * 2**doublings
 

@@ -11,11 +11,12 @@ from tqdm.auto import tqdm
 
 from ..rewards import check_success_reward
 from .base import RandomOrder, Schedule
+from .graded import RewardScale, VarianceCurve
 from .history import History
 from .judge import Judge
 from .memory import MOST_SUSPECTS, RETIRED_AFTER, PromptMemory
 from .overview import periods, prompt_columns, summary_lines, switch_line
-from .predictor import SuccessPredictor, VarianceCurve, expected_learnability, live_probability
+from .predictor import SuccessPredictor, expected_learnability, live_probability
 from .prompt_features import check_online, eligible_rows, prompt_features
 
 
@@ -25,6 +26,7 @@ CANDIDATES = 16_384  # prompts that a chunk is chosen from, at random; all of a 
 UNIFORM = 0.05  # of a chunk: uniform draws from the whole pool, which measure the pool and the predictor
 REPEAT = 0.8  # a prompt may come again when so many of those that promise as much could have come
 LEAST_COOLDOWN = 2  # chunks
+LEAST_NOISE = 0.02  # variance within groups of graded rewards, over that of successes
 REVIEW = 0.05  # of a chunk: mastered and never-solved prompts whose time has come
 
 
@@ -36,6 +38,7 @@ class _Drawn:
     uniform: np.ndarray  # (n,) bool
     predicted: np.ndarray  # (n,) float64, success
     cooldown: int  # chunks that these rows rest, at least
+    learnt: bool  # whether anything had been observed
 
 
 class OnlineSchedule(Schedule):
@@ -48,8 +51,8 @@ class OnlineSchedule(Schedule):
     from the whole pool, which measures the pool and the predictor without bias; one in twenty is a review of a prompt
     that was always or never solved when it was last seen: such a prompt rests twice as long after each visit.
 
-    Draws are uniform, in the order that TRL would have, until the predictor has been better than the mean on uniform
-    draws, and again where choosing would not make more groups live for `PATIENCE` chunks.
+    Draws are uniform, in the random order that TRL would have in the first epoch, until the predictor has been better
+    than the mean on uniform draws, and again where choosing would not make more groups live for `PATIENCE` chunks.
 
     Args:
         config ([`LearnAlignConfig`]): of the sampler.
@@ -103,19 +106,22 @@ class OnlineSchedule(Schedule):
         self.predictor = SuccessPredictor(self.features)
         self.memory = PromptMemory(self.layout.pool_size)
         self.judge = Judge()
-        self.curve = VarianceCurve()
+        self.scale, self.curve = RewardScale(), VarianceCurve()
         self.history = History()
         self.completions: dict[int, str] = {}  # of suspects, by row
-        self.reward_range = [math.inf, -math.inf]
         self.drawn: dict[int, _Drawn] = {}
         self.observed = 0  # chunks before this one were observed
         self.position = 0  # in the random order
         self._reported: int | None = None  # the step of the last report
-        self._random = RandomOrder(len(self.pool), self.layout.seed, self.layout.shuffle)
+        self._random = RandomOrder(len(self.pool), self.layout.seed)
         seed = self.config.selection_seed
         self._seed = self.layout.seed if seed is None else seed
 
     # Choosing ---------------------------------------------------------------------------------------------------
+
+    def prompts_per_epoch(self, pool_size, chunk_prompts):
+        """See [`Schedule`]. An epoch has as many prompts as may be trained on."""
+        return super().prompts_per_epoch(len(self.pool) or pool_size, chunk_prompts)
 
     def prompts(self, chunk):
         """See [`Schedule`]."""
@@ -135,7 +141,7 @@ class OnlineSchedule(Schedule):
         ranked = np.lexsort((generator.random(len(candidates)), -utility))
         rested = self.memory.ready[candidates] <= chunk
         gain = self._gain(a, b)
-        self.judge.look(gain, ranked[rested[ranked]][:number])
+        self.judge.look(gain, ranked[rested[ranked]][:number], (a / (a + b)).mean())
         if self.judge.switched and self.host.accelerator.is_main_process:
             tqdm.write(switch_line(chunk, self.judge, self.graded))
         uniform = _rounded(UNIFORM * number, generator) if self.judge.choosing else number
@@ -146,7 +152,7 @@ class OnlineSchedule(Schedule):
         a, b = self.posterior(rows, chunk)
         cooldown = self._cooldown(gain, ranked[:number])
         self.memory.rest(rows, chunk, cooldown)
-        return _Drawn(rows, np.arange(number) < uniform, a / (a + b), cooldown)
+        return _Drawn(rows, np.arange(number) < uniform, a / (a + b), cooldown, self.observed > 0)
 
     def _cooldown(self, gain, best) -> int:
         """
@@ -219,13 +225,17 @@ class OnlineSchedule(Schedule):
         retired, parked = (streak[rows] >= RETIRED_AFTER for streak in (self.memory.solved, self.memory.failed))
         good = observed >= 0.5
         self.history.count_reviews(retired, equal[seen] & good, parked, equal[seen] & ~good)
-        self.judge.measure(drawn.predicted[seen][uniform], observed[uniform], self.observed > 0)
+        self.judge.measure(drawn.predicted[seen][uniform], observed[uniform], drawn.learnt)
+        noise = None
         if self.graded:
             self.curve.observe(drawn.predicted[seen], np.nanvar(outcomes[seen], axis=1))
+            noise = self.curve.ratio
         else:
             self.memory.suspect(drawn.rows, *self.posterior(drawn.rows, chunk), successes, trials)
-        self.predictor.observe(chunk, drawn.rows, successes, trials)
-        self.memory.update(drawn.rows, chunk, drawn.cooldown, successes, trials, equal)
+        self.predictor.observe(chunk, drawn.rows, successes, trials, noise)
+        # A rollout that varies less than a success says more
+        weight = 1.0 if noise is None else 1 / max(noise, LEAST_NOISE)
+        self.memory.update(drawn.rows, chunk, drawn.cooldown, weight * successes, weight * trials, equal)
         self.observed = chunk + 1
         self.drawn = {number: one for number, one in self.drawn.items() if number >= chunk}
         self._record(chunk, drawn, live, seen, observed)
@@ -250,18 +260,10 @@ class OnlineSchedule(Schedule):
         return self.host.deciding(rewards, self.config).numpy(), self.host.total(rewards).numpy()
 
     def _outcomes(self, deciding):
-        """
-        1 for a success, else 0; graded rewards scaled to the range of all so far. NaN where there is none; of shape
-        `(n, G)`.
-        """
-        known = np.isfinite(deciding)
-        if not self.graded:
-            return np.where(known, deciding >= self.config.success_threshold, np.nan)
-        if known.any():
-            least, greatest = deciding[known].min(), deciding[known].max()
-            self.reward_range = [min(self.reward_range[0], float(least)), max(self.reward_range[1], float(greatest))]
-        least, greatest = self.reward_range
-        return (deciding - least) / max(greatest - least, 1e-12)
+        """1 for a success, else 0; graded rewards scaled to [0, 1]. NaN where there is none; of shape `(n, G)`."""
+        if self.graded:
+            return self.scale(deciding)
+        return np.where(np.isfinite(deciding), deciding >= self.config.success_threshold, np.nan)
 
     def _record(self, chunk, drawn, live, seen, observed):
         uniform = drawn.uniform & seen
@@ -302,15 +304,21 @@ class OnlineSchedule(Schedule):
 
     def warning(self, max_steps):
         """See [`Schedule`]."""
+        texts = []
+        if not self.layout.shuffle:
+            texts.append(
+                "`shuffle_dataset=False` has no effect on this schedule: prompts are chosen, and those that are not "
+                "come in random order."
+            )
         visits = self.layout.prompts_trained(max_steps) / len(self.pool)
-        known = self.features_key or self.config.group_column or self.config.pass_rate_column
-        if known or visits >= 1:
-            return None
-        return (
-            f"The run has room for {visits:.2f} visits per prompt, so most prompts are seen once at most, and nothing "
-            "but the length tells about those not seen: choosing online can hardly help. Set `prompt_features=True`, "
-            "name a `group_column` or a `pass_rate_column`, or take a smaller pool."
-        )
+        if not (self.features_key or self.config.group_column or self.config.pass_rate_column or visits >= 1):
+            possible = "" if self.config.prompt_features else "set `prompt_features=True`, "
+            texts.append(
+                f"The run has room for {visits:.2f} visits per prompt, so most prompts are seen once at most, and "
+                "nothing but the length tells about those not seen: choosing online can hardly help. What helps: "
+                f"{possible}name a `group_column` or a `pass_rate_column`, or take a smaller pool."
+            )
+        return " ".join(texts) or None
 
     def report(self, host, directory):
         """See [`Schedule`]. Once per step."""
@@ -345,7 +353,6 @@ class OnlineSchedule(Schedule):
                 **{name: _stacked([getattr(one, name) for _, one in drawn]) for name in _DRAWN},
             },
             "features_key": self.features_key,
-            "reward_range": [None if math.isinf(end) else float(end) for end in self.reward_range],
             "observed": self.observed,
             "position": self.position,
         }
@@ -357,8 +364,6 @@ class OnlineSchedule(Schedule):
             for name in _PARTS:
                 getattr(self, name).load_state_dict(state[name])
             self.observed, self.position = int(state["observed"]), int(state["position"])
-            least, greatest = state["reward_range"]
-            self.reward_range = [math.inf, -math.inf] if least is None else [least, greatest]
             drawn = state["drawn"]
             parts = zip(drawn["chunks"].tolist(), *(drawn[name] for name in _DRAWN), strict=True)
             self.drawn = {chunk: _Drawn(*part) for chunk, *part in parts}
@@ -369,8 +374,8 @@ class OnlineSchedule(Schedule):
             ) from error
 
 
-_PARTS = "memory", "judge", "predictor", "curve", "history"
-_DRAWN = "rows", "uniform", "predicted", "cooldown"
+_PARTS = "memory", "judge", "predictor", "scale", "curve", "history"
+_DRAWN = "rows", "uniform", "predicted", "cooldown", "learnt"
 _LOGGED = "live_fraction", "predicted_success", "observed_success", "pool_success", "skill", "headroom", "retired"
 
 

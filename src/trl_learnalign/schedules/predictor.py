@@ -22,6 +22,10 @@ class SuccessPredictor:
 
         rho = sum (y - q)^2 - q (1 - q) / n  /  sum q (1 - q) (1 - 1 / n),    kappa = 1 / rho - 1
 
+    Graded rewards vary less within a group than successes do: with `noise` v in units of q (1 - q)
+
+        rho = sum (y - q)^2 - v q (1 - q) / n  /  sum q (1 - q)
+
     Args:
         features (`np.ndarray` of shape `(N, D)`): x, float16 or float32, with a column of ones.
     """
@@ -40,10 +44,12 @@ class SuccessPredictor:
         """q of these rows, of shape `(n,)`, float64."""
         return _sigmoid(self.features[rows].astype(np.float64) @ self.weights)
 
-    def observe(self, chunk: int, rows: np.ndarray, successes: np.ndarray, trials: np.ndarray) -> None:
+    def observe(
+        self, chunk: int, rows: np.ndarray, successes: np.ndarray, trials: np.ndarray, noise: float | None = None
+    ) -> None:
         """
         Learns that these rows had `successes` of `trials` in a chunk, all of shape `(n,)`; rows without a trial are
-        left out.
+        left out. `noise`: of graded rewards the variance within groups, in units of q (1 - q).
         """
         known = trials > 0
         rows, successes, trials = rows[known], successes[known], trials[known]
@@ -53,9 +59,9 @@ class SuccessPredictor:
             old = getattr(self, name)
             setattr(self, name, np.concatenate([old, values.astype(old.dtype)])[-WINDOW:])
         if len(self._rows):
-            self._fit(chunk)
+            self._fit(chunk, noise)
 
-    def _fit(self, now):
+    def _fit(self, now, noise=None):
         x = self.features[self._rows].astype(np.float64)
         age = 0.5 ** ((now - self._chunks) / HALF_LIFE)
         y = (self._successes / self._trials).astype(np.float64)
@@ -69,15 +75,15 @@ class SuccessPredictor:
             self.weights = self.weights + step * min(1.0, 4.0 / max(np.abs(x @ step).max(), 1e-9))
         # The last digits may differ between processes, whose choices must not
         self.weights = np.round(self.weights, 9)
-        self._fit_concentration(age, y)
+        self._fit_concentration(age, y, noise)
 
-    def _fit_concentration(self, age, y):
+    def _fit_concentration(self, age, y, noise):
         q, n = self._predicted.astype(np.float64), self._trials.astype(np.float64)
         spread = q * (1 - q)
-        most = (age * spread * (1 - 1 / n)).sum()
-        rho = (age * ((y - q) ** 2 - spread / n)).sum() / max(most, 1e-9)
+        within, most = (spread / n, spread * (1 - 1 / n)) if noise is None else (noise * spread / n, spread)
+        rho = (age * ((y - q) ** 2 - within)).sum() / max((age * most).sum(), 1e-9)
         least, greatest = CONCENTRATIONS
-        self.concentration = float(np.clip(1 / np.clip(rho, 1e-3, 1) - 1, least, greatest))
+        self.concentration = round(float(np.clip(1 / np.clip(rho, 1e-3, 1) - 1, least, greatest)), 9)
 
     def state_dict(self) -> dict:
         """Observations, weights and concentration."""
@@ -98,45 +104,6 @@ class SuccessPredictor:
         self.weights, self.concentration = state["weights"], float(state["concentration"])
         for name in ("rows", "chunks", "successes", "trials", "predicted"):
             setattr(self, f"_{name}", state[name])
-
-
-class VarianceCurve:
-    """
-    The variance of a group's graded rewards as a function of their predicted mean, both of rewards scaled to [0, 1].
-    It is that of successes, m (1 - m), until groups have shown otherwise: a reward that gives half a point for the
-    form has no variance at .5.
-    """
-
-    BINS = 12
-    PRIOR = 4.0  # groups that m (1 - m) counts for
-    MEMORY = 0.995  # per group
-
-    def __init__(self):
-        self._centres = np.linspace(0, 1, self.BINS)
-        self._sums = np.zeros((2, self.BINS))  # groups, and their variances
-
-    def observe(self, means: np.ndarray, variances: np.ndarray) -> None:
-        """Groups with these predicted means had these variances, of shape `(n,)` each."""
-        self._sums *= self.MEMORY ** len(means)
-        bins = np.rint(means * (self.BINS - 1)).astype(int)
-        np.add.at(self._sums[0], bins, 1.0)
-        np.add.at(self._sums[1], bins, variances)
-
-    def __call__(self, means: np.ndarray) -> np.ndarray:
-        """Expected variances of groups with these predicted means."""
-        prior = self._centres * (1 - self._centres)
-        values = (self.PRIOR * prior + self._sums[1]) / (self.PRIOR + self._sums[0])
-        return np.interp(means, self._centres, values)
-
-    def state_dict(self) -> dict[str, np.ndarray]:
-        """The sums."""
-        return {"sums": self._sums}
-
-    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """Restores what `state_dict` returned."""
-        if state["sums"].shape != self._sums.shape:
-            raise ValueError(f"sums have the shape {state['sums'].shape}")
-        self._sums = state["sums"].copy()
 
 
 def _sigmoid(logits):

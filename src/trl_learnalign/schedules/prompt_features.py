@@ -72,17 +72,17 @@ def column_features(dataset: Dataset, config) -> np.ndarray:
     characters (where there is a prompt), an indicator of each group, the logit of the pass rate. Length and logit
     have mean 0 and variance 1.
     """
-    columns = [np.ones(len(dataset))]
+    columns = [np.ones(len(dataset), np.float16)]
     if "prompt" in dataset.column_names:
         columns.append(_standard(np.log1p(_lengths(dataset))))
     if config.group_column is not None:
         codes, names = pd.factorize(_column(dataset, config.group_column), use_na_sentinel=False)
-        columns += [(codes == code).astype(float) for code in range(len(names))] if len(names) > 1 else []
+        columns += [(codes == code).astype(np.float16) for code in range(len(names))] if len(names) > 1 else []
     if config.pass_rate_column is not None:
         rates = _column(dataset, config.pass_rate_column).astype(float)
         rates = rates.fillna(rates.mean()).clip(0.02, 0.98)
         columns.append(_standard(np.log(rates / (1 - rates)).to_numpy()))
-    return np.stack(columns, axis=1).astype(np.float16)
+    return np.stack(columns, axis=1)
 
 
 def _lengths(dataset):
@@ -97,7 +97,7 @@ def _column(dataset, name) -> pd.Series:
 
 
 def _standard(values):
-    return (values - values.mean()) / max(values.std(), 1e-9)
+    return ((values - values.mean()) / max(values.std(), 1e-9)).astype(np.float16)
 
 
 def prompt_features(host, config, peers, key: str | None = None) -> tuple[np.ndarray, str | None]:
