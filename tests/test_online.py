@@ -177,7 +177,7 @@ def test_where_features_tell_most_chunks_are_live_and_elsewhere_draws_are_unifor
     rows, others = informed.run(100), blind.run(100)
     pool = informed.live([np.arange(2000)])
     assert informed.live(rows[20:]) > 1.8 * pool and informed.schedule.judge.skill > 0.3
-    assert np.mean(blind.schedule.history.chunks[:20, 8]) <= 0.2  # `choosing`
+    assert np.mean(blind.schedule.history.column("choosing")) <= 0.2
     assert blind.live(others) > 0.8 * blind.live([np.arange(2000)])
 
 
@@ -207,7 +207,7 @@ def test_a_prompt_rests_and_uniform_draws_come_from_the_whole_pool():
         last |= drawn
     schedule = world.schedule
     share = schedule.history.calibration[1, :, 0].sum() / schedule.history.calibration[:, :, 0].sum()
-    choosing = schedule.history.chunks[:, 8].mean()
+    choosing = schedule.history.column("choosing").mean()
     assert share == pytest.approx(1 - choosing * (1 - online.UNIFORM), abs=0.03)
 
 

@@ -202,7 +202,8 @@ def test_the_model_card_says_what_was_done(run):
     assert (
         f"{np.count_nonzero(schedule.memory.visits)} of 24 prompts were trained on, in 20 chunks of 4 prompts" in card
     )
-    assert "0% of the groups were live" in card
+    live = schedule.history.column("live_fraction").mean()
+    assert f"{live:.0%} of the groups were live" in card or "of their groups were live" in card
 
 
 def test_completions_of_suspects_survive_a_resume(run, tmp_path):
@@ -338,11 +339,11 @@ def test_without_skill_it_says_so():
     world = World(informed=False, noise=4.0, spread=0.0)
     world.run(60)
     last = world.schedule.periods()[-1]
-    assert not last["choosing"] and world.schedule.judge.skill <= judge.LEAST_SKILL
+    assert not last["choosing"] and world.schedule.judge.skill <= judge.BEGIN_SKILL
     assert "hardly better than by the mean" in last["why"]
     young = World()
     young.run(1)
-    assert young.schedule.periods()[0]["why"] == "the prediction is judged after 32 uniform draws"
+    assert young.schedule.periods()[0]["why"] == f"the prediction is judged after {judge.TRIED} uniform draws"
 
 
 def test_lines_where_choosing_begins_and_ends(capsys):

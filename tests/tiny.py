@@ -173,7 +173,7 @@ def online(**changes):
 
 def choose_at_once(set):
     """Runs of a few steps prove no skill: `set(module, name, value)` lets the online schedule choose without."""
-    for name, value in {"TRIED": 4, "LEAST_SKILL": -1e9, "LEAST_HEADROOM": 0.0}.items():
+    for name, value in {"TRIED": 4, "BEGIN_SKILL": -1e9, "LEAST_SKILL": -1e9, "LEAST_HEADROOM": 0.0}.items():
         set(judge, name, value)
 
 

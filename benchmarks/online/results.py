@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, stdev
 
 from pools import POOLS
 
@@ -73,23 +73,31 @@ def interval(values) -> tuple[float, float] | None:
     return fmean(values) - half, fmean(values) + half
 
 
-def rollouts_to(run, goal) -> float | None:
-    """Rollouts until the success at temperature 1 is `goal`, on the line between two looks; None if it is never."""
-    looks = run["looks"]
-    for before, after in zip(looks, looks[1:], strict=False):
-        if after["sampled"] >= goal:
-            share = max(0.0, goal - before["sampled"]) / max(after["sampled"] - before["sampled"], 1e-9)
-            return before["rollouts"] + share * (after["rollouts"] - before["rollouts"])
+def curve(runs) -> list[tuple[float, float]]:
+    """Rollouts and success, means over runs, at the looks that all of them have."""
+    looks = [{look["step"]: look for look in run["looks"]} for run in runs]
+    if len({tuple(found) for found in looks}) > 1 and runs[0]["arm"] == "refill":  # whose steps cost differently
+        looks = [dict(enumerate(run["looks"])) for run in runs]
+    steps = sorted(set.intersection(*map(set, looks)))
+    return [
+        (fmean(found[step]["rollouts"] for found in looks), fmean(found[step]["sampled"] for found in looks))
+        for step in steps
+    ]
+
+
+def rollouts_to(points, goal) -> float | None:
+    """Rollouts until a curve is at `goal`, on the line between two looks; None if it never is."""
+    for (start, before), (stop, after) in zip(points, points[1:], strict=False):
+        if after >= goal:
+            return start + max(0.0, goal - before) / max(after - before, 1e-9) * (stop - start)
     return None
 
 
-def shares(pairs) -> list[float | None]:
-    """Of the other run's rollouts the share that a run needs to the other's final success; None if it never does."""
-    needed = [(rollouts_to(run, end(other)), other["rollouts"]) for run, other in pairs]
-    return [None if rollouts is None else rollouts / total for rollouts, total in needed]
-
-
-def middle(values: list[float | None]) -> float | None:
-    """The median; that of values which are mostly None is None."""
-    found = median([float("inf") if value is None else value for value in values])
-    return None if found == float("inf") else found
+def share(pairs) -> float | None:
+    """
+    Of the other arm's rollouts the share after which the mean curve of an arm is at the other's mean final success;
+    None if it never is.
+    """
+    runs, others = zip(*pairs, strict=True)
+    needed = rollouts_to(curve(runs), fmean(map(end, others)))
+    return None if needed is None else needed / fmean(other["rollouts"] for other in others)

@@ -42,7 +42,9 @@ from train_tiny_policy import generate
 from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler
 
 
-CHUNK, GROUP, SAMPLES, WARMUP_STEPS = 16, 8, 8, 19
+CHUNK, GROUP, WARMUP_STEPS = 16, 8, 19
+SAMPLES = 8  # of a row held out at the end; half as many before
+PARTS = 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1  # of a run, at which held-out success is measured
 ONLINE = {"online": {}, "online without features": {"prompt_features": False}}
 ARMS = ("uniform", *SCHEDULES, "refill", *ONLINE)
 WARM_POOLS = ("clean", "clean-wrong")
@@ -68,24 +70,22 @@ class Recorder:
         return GROUP * len(self.rows)
 
 
-def look(model, tokenizer, rows) -> dict:
-    """Success on rows held out: greedy, at temperature 1, and of at least one of 8; mean length in tokens."""
+def look(model, tokenizer, rows, samples) -> dict:
+    """Success on rows held out at temperature 1, and of at least one of `samples`; mean length in tokens."""
     if isinstance(model, PeftModel):
         model = copy.deepcopy(model).merge_and_unload()  # faster; the copy leaves the one in training as it is
     modes, state = model.training, torch.get_rng_state()
     torch.manual_seed(0)
     prompts, answers = list(rows["prompt"]), list(rows["answer"])
     with torch.no_grad():
-        texts = generate(model, tokenizer, [prompt for prompt in prompts for _ in range(SAMPLES)], do_sample=True)
-        greedy = generate(model, tokenizer, prompts, do_sample=False)
-    sampled = np.array(equations_reward(texts, [answer for answer in answers for _ in range(SAMPLES)]))
-    sampled = sampled.reshape(-1, SAMPLES)
+        texts = generate(model, tokenizer, [prompt for prompt in prompts for _ in range(samples)], do_sample=True)
+    sampled = np.array(equations_reward(texts, [answer for answer in answers for _ in range(samples)]))
+    sampled = sampled.reshape(-1, samples)
     torch.set_rng_state(state)
     model.train(modes)
     return {
         "sampled": round(float(sampled.mean()), 4),
-        "greedy": round(float(np.mean(equations_reward(greedy, answers))), 4),
-        f"pass@{SAMPLES}": round(float((sampled.max(1) > 0).mean()), 4),
+        f"pass@{samples}": round(float((sampled.max(1) > 0).mean()), 4),
         "length": round(float(np.mean([len(text) + 1 for text in texts])), 2),  # with the end token
     }
 
@@ -99,19 +99,19 @@ class Looks(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.started = time.perf_counter()
-        self.look(0, model)
+        self.look(0, model, SAMPLES // 2)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         left = [mark for mark in self.marks if mark > self.recorder.rollouts()]
         if len(left) < len(self.marks):
-            self.look(state.global_step, model)
+            self.look(state.global_step, model, SAMPLES // 2 if left else SAMPLES)
         self.marks = left
         control.should_training_stop |= not left
 
-    def look(self, step, model):
+    def look(self, step, model, samples):
         now = time.perf_counter()
         seconds = round(now - self.started - self.away, 1)
-        measured = look(model, self.tokenizer, self.rows)
+        measured = look(model, self.tokenizer, self.rows, samples)
         self.looks.append({"step": step, "rollouts": self.recorder.rollouts(), "seconds": seconds, **measured})
         self.away += time.perf_counter() - now
 
@@ -186,7 +186,7 @@ def run(arm, name, seed, arguments) -> dict:
         adapter = warm_up(seed, clean.add_column("row", list(range(len(clean)))), arguments)
     steps, recorder = arguments.steps, Recorder()
     # After as many rollouts as one chunk a step makes, since a refill makes more
-    marks = [round(steps * i / 4) * CHUNK * GROUP for i in (1, 2, 3, 4)]
+    marks = [round(steps * part) * CHUNK * GROUP for part in PARTS]
     looks = Looks(load_policy()[1], test, recorder, marks)
     with TemporaryDirectory() as folder:
         trainer = build_trainer(arm, adapter, rows, recorder, steps, seed, folder, arguments.learning_rate, [looks])

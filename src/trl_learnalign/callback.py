@@ -130,6 +130,7 @@ class LearnAlignCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self._report()
+        self._say_end()
         self.unlock()
 
     def unlock(self) -> None:
@@ -190,6 +191,14 @@ class LearnAlignCallback(TrainerCallback):
             )
 
     # What is said and logged ------------------------------------------------------------------------------------
+
+    def _say_end(self):
+        if self.trainer.accelerator.is_main_process:
+            lines, page = list(self.schedule.summary()), self._directory() / "report.html"
+            if lines and page.is_file():
+                lines.append(f"What was chosen and why: {page}")
+            for line in lines:
+                print(f"LearnAlign: {line}", flush=True)
 
     def _say_plan(self, state):
         if self.trainer.accelerator.is_main_process:

@@ -22,6 +22,10 @@ except ImportError:  # no such locks on Windows
 # Writing -----------------------------------------------------------------------------------------------------------
 
 
+_UMASK = os.umask(0)  # can be read by setting it only
+os.umask(_UMASK)
+
+
 def write_atomically(path: Path, write) -> None:
     """
     Calls `write(temporary_path)`, then renames the temporary file to `path`: a reader sees the complete file or none.
@@ -35,6 +39,7 @@ def write_atomically(path: Path, write) -> None:
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_UMASK)  # safetensors lets nobody else read its files
         os.replace(temporary, path)
     except (OSError, SafetensorError, pa.ArrowException) as error:
         raise OSError(

@@ -20,7 +20,7 @@ def drawings(prompts: pa.Table, history: pa.Table, run: dict) -> list[Drawing]:
     """
     columns = {name: history[name].to_numpy(zero_copy_only=False).astype(float) for name in history.column_names}
     return [
-        _live(columns),
+        _live(columns, run),
         _success(columns, run),
         _skill(columns),
         _headroom(columns, run),
@@ -31,16 +31,16 @@ def drawings(prompts: pa.Table, history: pa.Table, run: dict) -> list[Drawing]:
     ]
 
 
-def _moving(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean of the last `window` values at each place, without those that are NaN."""
-    known = np.isfinite(values)
-    sums = np.cumsum(np.where(known, values, 0.0))
-    counts = np.cumsum(known)
+def _moving(values: np.ndarray, window: int, weights: np.ndarray | None = None) -> np.ndarray:
+    """The mean of the last `window` values at each place, weighted, without those that are NaN."""
+    weights = np.where(np.isfinite(values), 1.0 if weights is None else weights, 0.0)
+    sums = np.cumsum(np.where(weights > 0, values, 0.0) * weights)
+    counts = np.cumsum(weights)
     ends = np.arange(len(values))
     before = np.maximum(ends - window, -1)
     sums = sums - np.where(before >= 0, sums[before], 0.0)
     counts = counts - np.where(before >= 0, counts[before], 0)
-    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    return np.where(counts > 0, sums / np.maximum(counts, 1e-9), np.nan)
 
 
 def _windows(columns) -> tuple[int, int]:
@@ -55,7 +55,8 @@ def _line(axes, columns, values, **style):
 
 
 def _shade(axes, columns, colours):
-    """The chunks that were drawn uniformly."""
+    """The chunks that were drawn uniformly; they are counted, so ticks are whole numbers."""
+    axes.xaxis.get_major_locator().set_params(integer=True)
     uniform = np.concatenate([[0], columns["choosing"] == 0, [0]]).astype(int)
     starts, ends = np.flatnonzero(np.diff(uniform) > 0), np.flatnonzero(np.diff(uniform) < 0)
     chunks = columns["chunk"]
@@ -68,26 +69,33 @@ def _share(value) -> str:
     return f"{value:.0%}" if np.isfinite(value) else "unknown"
 
 
+def _number(value) -> str:
+    return f"{value:.2f}" if np.isfinite(value) else "unknown"
+
+
 def _groups(number) -> str:
     return "1 group" if number == 1 else f"{number:,.0f} groups"
 
 
-def _live(columns) -> Drawing:
-    short, long = _windows(columns)
-    of_all, of_uniform = _moving(columns["live_fraction"], short), _moving(columns["live_uniform"], long)
+def _live(columns, run) -> Drawing:
+    _, window = _windows(columns)
+    draws = columns["uniform_draws"]
+    chosen = _moving(columns["live_chosen"], window, run["chunk_prompts"] - draws)
+    uniform = _moving(columns["live_uniform"], window, draws)
 
     def draw(axes, colours):
         _shade(axes, columns, colours)
-        _line(axes, columns, of_uniform, color=colours["pool"], linewidth=2, linestyle="--", label="uniform draws")
-        _line(axes, columns, of_all, color=colours["chosen"], linewidth=2, label="all groups")
+        _line(axes, columns, uniform, color=colours["pool"], linewidth=2, linestyle="--", label="uniform draws")
+        _line(axes, columns, chosen, color=colours["chosen"], linewidth=2, label="chosen prompts")
         axes.set(xlabel="chunk", ylabel="share of live groups", title="Live groups", ylim=(0, 1))
         axes.legend()
 
     return Drawing(
         "online_live",
-        f"Share of groups whose rewards differ, so that they have a gradient: means over {short} chunks, of the "
-        f"uniform draws among them over {long}.",
-        f"At the end {_share(of_all[-1])} of all groups and {_share(of_uniform[-1])} of uniform draws.",
+        f"Share of groups whose rewards differ, so that they have a gradient: means over {window} chunks, in which "
+        "uniform draws are few where prompts are chosen.",
+        f"At the end {_share(chosen[-1])} of chosen prompts and {_share(uniform[-1])} of "
+        f"{draws[-window:].sum():,.0f} uniform draws.",
         draw,
     )
 
@@ -99,7 +107,7 @@ def _success(columns, run) -> Drawing:
 
     def draw(axes, colours):
         _shade(axes, columns, colours)
-        _line(axes, columns, pool, color=colours["pool"], linewidth=2, linestyle="--", label="pool, by uniform draws")
+        _line(axes, columns, pool, color=colours["pool"], linewidth=2, linestyle="--", label="pool, estimated")
         _line(axes, columns, predicted, color=colours["ink"], linewidth=1.2, linestyle=":", label="predicted")
         _line(axes, columns, observed, color=colours["chosen"], linewidth=2, label="all groups")
         axes.set(xlabel="chunk", ylabel=f"mean {name}", title="Success", ylim=(0, 1))
@@ -107,12 +115,11 @@ def _success(columns, run) -> Drawing:
 
     return Drawing(
         "online_success",
-        f"Mean {name} of the prompts trained on, as observed and as predicted before, over {short} chunks, and of "
-        f"the latest uniform draws (some "
-        "200), which measures the whole pool. The policy improves where the pool's rises; chosen prompts are meant "
-        "to be near one half.",
-        f"At the end {observed[-1]:.2f} was observed, {predicted[-1]:.2f} predicted, and the pool's is "
-        f"{pool[-1]:.2f}.",
+        f"Mean {name} of the prompts trained on, as observed and as predicted before, over {short} chunks. That of "
+        "the whole pool is estimated: the mean prediction, corrected by its mean error on the latest 200 uniform "
+        "draws or so. Chosen prompts are meant to be near one half.",
+        f"At the end {_number(observed[-1])} was observed, {_number(predicted[-1])} predicted, and the pool's is "
+        f"{_number(pool[-1])}.",
         draw,
     )
 
@@ -182,7 +189,8 @@ def _calibration(run) -> Drawing:
         name = "scaled reward" if run["graded"] else "success"
         axes.set(xlabel=f"predicted {name}", ylabel=f"observed {name}", xlim=(0, 1), ylim=(0, 1))
         axes.set_title("Predicted against observed")
-        axes.legend()
+        if axes.has_data() and axes.get_legend_handles_labels()[0]:
+            axes.legend()
 
     return Drawing(
         "online_calibration",

@@ -11,6 +11,7 @@ from . import online_figures
 from .disk import write_atomically
 from .online_tables import count_states, find_run, load_tables, write_tables
 from .page import MISSING, fact_list, figure, filled, html_table, long_text, number
+from .schedules.overview import live_shares
 from .trackers import log_figures
 
 
@@ -113,16 +114,17 @@ def _intro(run, step) -> str:
 
 
 def _facts(prompts, history, run) -> dict[str, str]:
-    live = history["live_fraction"].to_numpy()
-    uniform = history["live_uniform"].to_numpy(zero_copy_only=False).astype(float)
+    chosen, uniform, draws = live_shares(
+        lambda name: history[name].to_numpy(zero_copy_only=False), run["chunk_prompts"]
+    )
     states = count_states(prompts)
     visited = prompts.num_rows - states.get("new", 0)
     return {
         "pool": f"{prompts.num_rows:,}",
         "visited": f"{visited:,}",
         "never visited": f"{states.get('new', 0):,}",
-        "live groups, mean": f"{live.mean():.0%}",
-        "live, uniform draws": f"{np.nanmean(uniform):.0%}" if np.isfinite(uniform).any() else MISSING,
+        "live, chosen": f"{chosen:.0%}" if np.isfinite(chosen) else MISSING,
+        f"live, {draws:,.0f} uniform draws": f"{uniform:.0%}" if np.isfinite(uniform) else MISSING,
         "scaled reward of the pool" if run["graded"] else "success of the pool": number(run["pool_success"], 2),
         "skill": number(run["skill"], 2),
         "headroom": f"{run['headroom']:.2f} x",

@@ -145,6 +145,7 @@ def _numbers(schedule, host) -> dict:
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": config._name_or_path or config.model_type,
         "pool": len(schedule.pool),
+        "chunk_prompts": schedule.layout.chunk_prompts,
         "plan": schedule.plan(0, state.max_steps, False),
         "suspects": schedule.memory.num_suspects(),
         "choosing": schedule.judge.choosing,

@@ -7,6 +7,8 @@ COLUMNS = (
     "chunk",
     "live_fraction",  # of all groups of the chunk
     "live_uniform",  # of the uniform draws among them; NaN without any
+    "live_chosen",  # of the others; NaN without any
+    "uniform_draws",  # their number
     "predicted_success",
     "observed_success",
     "pool_success",
@@ -41,6 +43,11 @@ class History:
         self.calibration = np.zeros((2, BINS, 3))
         self.by_visit = np.zeros((VISITS, 3))
         self.reviews = np.zeros((2, 2))
+
+    @property
+    def groups(self) -> float:
+        """Groups with a reward so far."""
+        return float(self.by_visit[:, 0].sum())
 
     @property
     def chunks(self) -> np.ndarray:

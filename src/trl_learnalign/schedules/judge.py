@@ -5,10 +5,10 @@ import math
 import numpy as np
 
 
-TRIED = 32  # uniform draws before the predictor is judged
-LEAST_SKILL = 0.05
+TRIED = 64  # uniform draws before the predictor is judged
+BEGIN_SKILL, LEAST_SKILL = 0.1, 0.05  # to begin with choosing, and to go on
 LEAST_HEADROOM = 1.1
-PATIENCE = 20  # chunks without headroom before draws are uniform
+PATIENCE = 20  # chunks without skill or headroom before draws are uniform again
 MEMORY = 0.995  # of the sums over uniform draws, per draw: the last 200 count
 
 
@@ -22,19 +22,20 @@ class Judge:
         predicted (`float`): mean success that is predicted of random prompts.
     """
 
-    NUMBERS = "choosing", "without_headroom", "headroom", "predicted"
+    NUMBERS = "choosing", "in_vain", "headroom", "predicted"
 
     def __init__(self):
         self.choosing = self.switched = False
         self.headroom, self.predicted = 1.0, 0.5
-        self.without_headroom = 0  # chunks in a row
+        self.in_vain = 0  # chunks in a row without skill or headroom
         # Of uniform draws: squared errors of the predictor and of the mean, successes, predicted successes, draws
         self.sums = np.zeros(5)
 
     @property
     def able(self) -> bool:
         """Whether success was predicted better than by the mean, on enough uniform draws."""
-        return bool(self.sums[4] >= TRIED and self.skill > LEAST_SKILL)
+        wanted = LEAST_SKILL if self.choosing else BEGIN_SKILL
+        return bool(self.sums[4] >= TRIED and self.skill > wanted)
 
     @property
     def skill(self) -> float:
@@ -62,12 +63,9 @@ class Judge:
         """
         self.predicted = float(predicted)
         self.headroom = float(gain[best].mean() / max(gain.mean(), 1e-12)) if len(best) else 1.0
-        self.without_headroom = 0 if self.headroom >= LEAST_HEADROOM else self.without_headroom + 1
-        before = self.choosing
-        if not self.choosing:
-            self.choosing = self.able and self.headroom >= LEAST_HEADROOM
-        elif not self.able or self.without_headroom >= PATIENCE:
-            self.choosing = False
+        before, good = self.choosing, self.able and self.headroom >= LEAST_HEADROOM
+        self.in_vain = 0 if good else self.in_vain + 1
+        self.choosing = good or (self.choosing and self.in_vain < PATIENCE)
         self.switched = before != self.choosing
 
     def measure(self, predicted: np.ndarray, observed: np.ndarray, learnt: bool) -> None:

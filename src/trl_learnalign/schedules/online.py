@@ -13,7 +13,7 @@ from ..rewards import check_success_reward
 from .base import RandomOrder, Schedule
 from .graded import RewardScale, VarianceCurve
 from .history import History
-from .judge import Judge
+from .judge import TRIED, Judge
 from .memory import MOST_SUSPECTS, RETIRED_AFTER, PromptMemory
 from .overview import periods, prompt_columns, summary_lines, switch_line
 from .predictor import SuccessPredictor, expected_learnability, live_probability
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 CANDIDATES = 16_384  # prompts that a chunk is chosen from, at random; all of a smaller pool
 UNIFORM = 0.05  # of a chunk: uniform draws from the whole pool, which measure the pool and the predictor
-REPEAT = 0.8  # a prompt may come again when so many of those that promise as much could have come
+REPEAT = 0.4  # a prompt may come again when so many of those that promise as much could have come
 LEAST_COOLDOWN = 2  # chunks
 LEAST_NOISE = 0.02  # variance within groups of graded rewards, over that of successes
 REVIEW = 0.05  # of a chunk: mastered and never-solved prompts whose time has come
@@ -220,6 +220,7 @@ class OnlineSchedule(Schedule):
         equal = np.nan_to_num(outcomes, nan=-np.inf).max(1) == np.nan_to_num(outcomes, nan=np.inf).min(1)
         live = np.array([len(set(row[np.isfinite(row)].tolist())) > 1 for row in total])
         seen = trials > 0
+        before = self.history.groups
         rows, observed, uniform = drawn.rows[seen], successes[seen] / trials[seen], drawn.uniform[seen]
         self.history.count(drawn.predicted[seen], observed, uniform, live[seen], self.memory.visits[rows])
         retired, parked = (streak[rows] >= RETIRED_AFTER for streak in (self.memory.solved, self.memory.failed))
@@ -239,7 +240,25 @@ class OnlineSchedule(Schedule):
         self.observed = chunk + 1
         self.drawn = {number: one for number, one in self.drawn.items() if number >= chunk}
         self._record(chunk, drawn, live, seen, observed)
+        if before < TRIED <= self.history.groups or (chunk == 0 and not seen.any()):
+            self._warn_of_rewards(deciding)
         return self._suspicious(drawn.rows)
+
+    def _warn_of_rewards(self, rewards):
+        """Where nothing can be learnt from them, though training goes on."""
+        groups, successes, live = self.history.by_visit.sum(0)
+        known, text = rewards[np.isfinite(rewards)], None
+        if not groups:
+            text = "no rollout of the first chunk has a reward: all are None or NaN. Check the reward functions"
+        elif not self.graded and live and successes in (0, groups):
+            text = (
+                f"of the first {groups:,.0f} groups {'every' if successes else 'no'} rollout counts as a success, "
+                f"though rewards differ (the last ones lie between {known.min():g} and {known.max():g}): a rollout "
+                f"succeeds where its reward is at least `success_threshold={self.config.success_threshold:g}`. Set "
+                '`success_threshold`, or `learnability="variance"` for graded rewards'
+            )
+        if text and self.host.accelerator.is_main_process:
+            logger.warning(f"Success cannot be predicted, so draws stay uniform: {text}.")
 
     def _suspicious(self, rows) -> dict[int, int]:
         """Suspects among these rows whose completion is not known yet, with their places."""
@@ -266,12 +285,14 @@ class OnlineSchedule(Schedule):
         return np.where(np.isfinite(deciding), deciding >= self.config.success_threshold, np.nan)
 
     def _record(self, chunk, drawn, live, seen, observed):
-        uniform = drawn.uniform & seen
+        uniform, chosen = drawn.uniform & seen, ~drawn.uniform & seen
         self.history.add(
             {
                 "chunk": chunk,
                 "live_fraction": live.mean(),
                 "live_uniform": live[uniform].mean() if uniform.any() else math.nan,
+                "live_chosen": live[chosen].mean() if chosen.any() else math.nan,
+                "uniform_draws": uniform.sum(),
                 "predicted_success": drawn.predicted.mean(),
                 "observed_success": observed.mean() if len(observed) else math.nan,
                 "pool_success": self.judge.pool_success,
@@ -297,8 +318,10 @@ class OnlineSchedule(Schedule):
         ]
         by += ["hidden states"] * (self.features_key is not None)
         return [
-            f"steps {step + 1} to {max_steps} train on prompts chosen online, {UNIFORM:.0%} of them at random.",
-            f"{prompts:,.0f} prompts in all from a pool of {pool:,}: {prompts / pool:.2f} visits per prompt.",
+            f"steps {step + 1} to {max_steps} train on random prompts until success is predicted well enough, then on "
+            f"chosen ones ({UNIFORM:.0%} stay random).",
+            f"{prompts:,.0f} prompts in all, {self.layout.chunk_prompts} at once, from a pool of {pool:,}: "
+            f"{prompts / pool:.2f} visits per prompt.",
             f"success is predicted from what was seen of a prompt, and from {', '.join(by) or 'nothing else'}.",
         ]
 
@@ -310,7 +333,10 @@ class OnlineSchedule(Schedule):
                 "`shuffle_dataset=False` has no effect on this schedule: prompts are chosen, and those that are not "
                 "come in random order."
             )
-        visits = self.layout.prompts_trained(max_steps) / len(self.pool)
+        pool, chunk = len(self.pool), self.layout.chunk_prompts
+        if pool < chunk:
+            texts.append(f"The pool has {pool} prompts and a chunk {chunk}, so a prompt comes several times in one.")
+        visits = self.layout.prompts_trained(max_steps) / pool
         if not (self.features_key or self.config.group_column or self.config.pass_rate_column or visits >= 1):
             possible = "" if self.config.prompt_features else "set `prompt_features=True`, "
             texts.append(

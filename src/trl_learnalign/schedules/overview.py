@@ -1,10 +1,11 @@
 """What an online schedule knows and did: tables, numbers and lines, for its report, a model card and the output."""
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .judge import LEAST_HEADROOM, LEAST_SKILL, PATIENCE, TRIED, Judge
+from .judge import BEGIN_SKILL, LEAST_HEADROOM, PATIENCE, TRIED, Judge
 from .memory import RETIRED_AFTER
 
 
@@ -69,8 +70,8 @@ def periods(history: "History", chunk_prompts: int) -> list:
             )
         elif start == 0 and (end + 1) * chunk_prompts < TRIED:
             why = f"the prediction is judged after {TRIED} uniform draws"
-        elif skill[start if start else end] <= LEAST_SKILL:
-            why = f"success was predicted hardly better than by the mean (a skill of {LEAST_SKILL} is wanted)"
+        elif skill[start if start else end] <= BEGIN_SKILL:
+            why = f"success was predicted hardly better than by the mean (a skill of {BEGIN_SKILL} is wanted)"
         else:
             why = f"choosing promised little (a headroom of {LEAST_HEADROOM} is wanted)"
         found.append(
@@ -101,12 +102,34 @@ def switch_line(chunk: int, judge: Judge, graded: bool) -> str:
         gain = f"have {judge.headroom:.1f} x the variance of random ones" if graded else f"be live {gain}"
         return f"{start} prompts are chosen by predicted learnability: they should {gain} (skill {judge.skill:.2f})."
     if not judge.able:
-        skill = f"(skill {judge.skill:.2f})"
-        return f"{start} draws are uniform: success is predicted hardly better than by the mean {skill}."
+        skill = f"for {PATIENCE} chunks (skill {judge.skill:.2f})"
+        return f"{start} draws are uniform: success was predicted hardly better than by the mean {skill}."
+    headroom = f"for {PATIENCE} chunks (headroom {judge.headroom:.2f})"
+    return f"{start} draws are uniform: choosing promised little {headroom}."
+
+
+def live_shares(column, chunk_prompts: int) -> tuple[float, float, float]:
+    """
+    Shares of live groups over the chunks that were chosen: of chosen prompts, of the uniform draws beside them, and
+    the number of these. Where nothing was chosen the last two are those of all chunks.
+
+    Args:
+        column: gives a column of the history by its name, of shape `(chunks,)`.
+        chunk_prompts (`int`): prompts of a chunk.
+    """
+    chosen, uniform, draws = (column(name).astype(float) for name in ("live_chosen", "live_uniform", "uniform_draws"))
+    choosing = column("choosing") > 0
+    part = choosing if choosing.any() else np.ones(len(choosing), bool)
     return (
-        f"{start} draws are uniform: for {PATIENCE} chunks it would have made little difference to choose (headroom "
-        f"now {judge.headroom:.2f})."
+        _weighted(chosen[part], chunk_prompts - draws[part]),
+        _weighted(uniform[part], draws[part]),
+        float(draws[part].sum()),
     )
+
+
+def _weighted(values, weights):
+    known = np.isfinite(values) & (weights > 0)
+    return float(np.average(values[known], weights=weights[known])) if known.any() else math.nan
 
 
 def summary_lines(schedule: "OnlineSchedule") -> list[str]:
@@ -115,13 +138,21 @@ def summary_lines(schedule: "OnlineSchedule") -> list[str]:
     latest = history.latest()
     if not latest:
         return []
-    chunks, uniform = len(history.chunks), history.column("live_uniform")
-    drawn = f", of those drawn uniformly {np.nanmean(uniform):.0%}" if np.isfinite(uniform).any() else ""
-    return [
+    chunks, (chosen, uniform, draws) = len(history.chunks), live_shares(history.column, layout.chunk_prompts)
+    lines = [
         f"{latest['visited']:,.0f} of {len(schedule.pool):,} prompts were trained on, in {chunks:,} chunks of "
         f"{layout.chunk_prompts} prompts with {layout.group_size} rollouts each.",
         f"{history.column('choosing').mean():.0%} of the chunks were chosen, the others drawn uniformly.",
-        f"{history.column('live_fraction').mean():.0%} of the groups were live (their rewards differed){drawn}.",
+    ]
+    if not np.isfinite(chosen):
+        lines.append(f"{uniform:.0%} of the groups were live (their rewards differed).")
+    elif draws:
+        lines.append(
+            f"Where prompts were chosen, {chosen:.0%} of their groups were live (their rewards differed), and of the "
+            f"{draws:,.0f} groups drawn uniformly beside them {uniform:.0%}."
+        )
+    return [
+        *lines,
         f"At the end {latest['retired']:,.0f} prompts had been solved by all rollouts of their last visits, and "
         f"{latest['parked']:,.0f} by none.",
     ]
