@@ -9,7 +9,7 @@ DATASET ?=
 # Idle threads sleep instead of spinning, so that they do not slow down a busy machine
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all lint docs bench bench-costs evidence evidence-small clean
+.PHONY: demo demo-online test test-all lint docs bench bench-costs evidence evidence-online evidence-small clean
 
 # torch first and pinned: otherwise pip installs the newest build with all of CUDA
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
@@ -20,6 +20,9 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py $(if $(DATASET),--dataset_path $(DATASET))
+
+demo-online: $(VENV)/installed
+	$(BIN)/python examples/demo_online.py $(if $(DATASET),--dataset_path $(DATASET))
 
 # Two workers; each takes a whole file, as the tests of a file share training runs
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -73,6 +76,19 @@ evidence: $(VENV)/installed
 	$(EVIDENCE)/persistence.py --dataset_path $(DATASET)
 	$(EVIDENCE)/collect.py --dataset_path $(DATASET)
 	$(EVIDENCE)/evidence.py
+
+# The same for docs/evidence_online.md, in two processes; the pools and seeds of its tables
+ONLINE := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/online/run.py --dataset_path $(DATASET)
+RIVALS := "beta mean" mopps greso pools
+online = $(ONLINE) --pool hard --seeds 0 1 2 3 4 --arms online uniform refill; \
+	$(ONLINE) --pool clean --seeds 0 1 2 --arms online uniform --steps 250 --output_dir runs/online-250; \
+	$(ONLINE) --pool hard --seeds 0 1 --arms "online without features" $(RIVALS); \
+	$(ONLINE) --pool hard-small --seeds 0 1 --arms online uniform $(RIVALS); \
+	$(ONLINE) --pools hard-wrong live hard-10 hard-50 --seeds 0 1 --arms online uniform
+evidence-online: $(VENV)/installed
+	$(if $(DATASET),,$(error Say where GSM8K is: make evidence-online DATASET=DIR))
+	($(online)) & ($(online)); wait
+	$(BIN)/python benchmarks/online/page.py --runs runs/online runs/online-250
 
 # A small version of it: two seeds, three arms, one number of prompts, a small pool
 evidence-small: $(VENV)/installed

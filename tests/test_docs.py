@@ -29,7 +29,8 @@ def test_config_examples_run():
 
 
 def test_tables_are_made_from_the_results_and_the_docstring():
-    subprocess.run([sys.executable, ROOT / "benchmarks/render.py", "--check"], check=True)
+    for script in ("render.py", "online/page.py"):
+        subprocess.run([sys.executable, ROOT / "benchmarks" / script, "--check"], check=True)
 
 
 def test_links_lead_somewhere():
@@ -56,12 +57,10 @@ def test_quick_start_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.setattr("trl.GRPOConfig", lambda output_dir: grpo_args(output_dir, num_train_epochs=2))
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     names = {}
-    for old, new in {'"Qwen/Qwen2.5-1.5B-Instruct"': '"policy"', "=1000": "=8", "=300": "=8"}.items():
-        assert old in block
-        block = block.replace(old, new)
-    exec(block, names)
+    assert '"Qwen/Qwen2.5-1.5B-Instruct"' in block
+    exec(block.replace('"Qwen/Qwen2.5-1.5B-Instruct"', '"policy"'), names)
     assert names["trainer"].state.global_step == names["trainer"].state.max_steps > 0
-    assert list(Path("runs/first/learnalign").glob("step-*/scores.parquet"))
+    assert Path("runs/first/learnalign/report.html").is_file()
     assert names["reward"](["it is 72", "it is", ""], ["48/2=24 #### 72", "#### 3", "#### 3"]) == [1.0, 0.0, 0.0]
 
 

@@ -260,6 +260,23 @@ def test_demo(tmp_path):
     assert sum(max(1, -(-len(line.replace(str(tmp_path), "runs/demo")) // 100)) for line in output.splitlines()) <= 40
 
 
+def test_demo_online(tmp_path):
+    command = [sys.executable, EXAMPLES / "demo_online.py", "--output_dir", tmp_path, "--pool", "200", "--steps", "5"]
+    output, _ = run(*command, "--test", "20", apart=True)
+    for line in ("after rollouts", "random prompts", "chosen online", "Total:"):
+        assert line in output
+    assert re.search(r"Chosen online, the final success of random prompts is (not )?reached", output)
+    figure, report = (re.search(rf"{words}: (.*)", output)[1] for words in ("The figure", "in a browser"))
+    assert Path(figure).read_bytes().startswith(b"\x89PNG")
+    assert Path(report).read_text().startswith("<!doctype html>")
+
+
+def test_a_process_of_the_demo_that_fails_ends_it(tmp_path):
+    command = [sys.executable, EXAMPLES / "demo_online.py", "--output_dir", "/dev/null/runs", "--pool", "40"]
+    ended = subprocess.run([*map(str, command), "--steps", "2", "--test", "4"], capture_output=True, text=True)
+    assert ended.returncode and "NotADirectoryError" in ended.stderr
+
+
 def test_accelerate_reads_the_configs():
     from accelerate.commands.config.config_args import load_config_from_file
 

@@ -1,6 +1,6 @@
 """
-Collects the runs of run.py, and writes docs/evidence_online.md, its figure, and the table of the front pages from them,
-so that nobody types a number.
+Collects the runs of run.py, and writes docs/evidence_online.md, its figure, and the table of the front pages from
+them, so that nobody types a number.
 
     python benchmarks/online/page.py [--runs DIR ...] [--check]
 
@@ -9,6 +9,7 @@ evidence_online.md.in, those of the table in front.md.in.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from statistics import fmean
@@ -24,9 +25,11 @@ from results import ARMS, end, gains, interval, of, paired, share
 
 PAGE = ROOT / "docs" / "evidence_online.md"
 FIGURE = ROOT / "docs" / "figures" / "online.png"
-FRONT = {ROOT / "README.md": "docs/", ROOT / "docs" / "index.md": ""}  # and what comes before a link there
+FRONT = ROOT / "README.md", ROOT / "docs" / "index.md"
 MARKS = "<!-- written by benchmarks/online/page.py -->\n", "<!-- end -->\n"
+TUNING = ROOT / "benchmarks" / "results" / "online_tuning.json"
 RUNS = results.load()
+RIVALS = "mopps", "beta mean", "greso", "pools"
 GOALS = [  # live groups against uniform, rollouts to uniform's end
     ("hard", 2.5, 1 / 3, "the hard pool"),
     ("clean", 1.2, 1 / 1.5, "all equations, after a warm-up"),
@@ -48,7 +51,7 @@ def points(values) -> str:
 
 def needed(found) -> str:
     """A share of rollouts."""
-    return "not reached" if found is None else f"{found:.2f}"
+    return "never" if found is None else f"{100 * found:.0f} %"
 
 
 def arms(pool) -> str:
@@ -65,7 +68,7 @@ def arms(pool) -> str:
                 percent(run["live_share"] for run in runs),
                 percent(end(run) for run in runs),
                 "" if arm == "uniform" else points(gains(pairs)),
-                needed(share(pairs)),
+                needed(share(pairs)).removesuffix(" %"),
                 percent(end(run, "pass@8") for run in runs),
                 f"{fmean(run['distinct'] for run in runs):,.0f}",
                 f"{fmean(end(run, 'length') for run in runs):.1f}",
@@ -73,7 +76,7 @@ def arms(pool) -> str:
         )
     return table(
         "prompts chosen by | seeds | live groups, % | success at the end, % | over uniform, points | "
-        "rollouts to uniform's end | pass@8, % | distinct prompts | length, tokens",
+        "rollouts to uniform's end, % of all | pass@8, % | distinct prompts | length, tokens",
         rows,
     )
 
@@ -113,7 +116,7 @@ def bars() -> str:
         met = ratio >= factor, taken is not None and taken <= most, fmean(gained) >= 0
         texts = (
             f">= {factor} x: {ratio:.2f}",
-            f"<= {most:.2f}: {needed(taken)}",
+            f"<= {100 * most:.0f} %: {needed(taken)}",
             f"not below: {points(gained)} points",
         )
         rows.append(
@@ -123,46 +126,93 @@ def bars() -> str:
     return table("pool | seeds | live groups against uniform | rollouts to uniform's end | success at the end", rows)
 
 
-def against(pool, other) -> str:
-    """The online schedule over another arm, in points at the end."""
-    return points(gains(paired(RUNS, pool, "online", other)))
-
-
-def refill_share() -> str:
-    """Of refill's rollouts, how many online needs to its final success."""
-    return needed(share(paired(RUNS, "hard", "online", "refill")))
-
-
-def headroom_live() -> str:
-    return ", ".join(f"{run['headroom']:.2f}" for run in of(RUNS, "live", "online"))
-
-
 def gain(pool) -> str:
     """For the front page."""
     return f"{points(gains(paired(RUNS, pool, 'online')))} points"
 
 
 def times_live(pool) -> str:
-    """How many times more live groups."""
+    """How many times as many live groups."""
     return f"{fmean(run['live_share'] / other['live_share'] for run, other in paired(RUNS, pool, 'online')):.1f}"
+
+
+def headroom_live() -> str:
+    return ", ".join(f"{run['headroom']:.2f}" for run in of(RUNS, "live", "online"))
+
+
+def verdicts() -> str:
+    """What came of each of the five ways in which it could have been shown not to be worth having."""
+    hard, clean = gains(paired(RUNS, "hard", "online")), gains(paired(RUNS, "clean", "online"))
+    low, taken = (interval(hard) or (min(hard), 0))[0], share(paired(RUNS, "hard", "online"))
+    lines = [
+        (
+            low <= 0 or taken is None or taken > 2 / 3,
+            f"{points(hard)} points over random prompts, whose final success takes {needed(taken)} of the rollouts",
+        ),
+        _over("refill"),
+        (fmean(clean) < 0, f"{points(clean)} points"),
+        min((_over(arm) for arm in RIVALS if paired(RUNS, "hard", "online", arm)), key=lambda one: one[2]),
+        _over("online without features"),
+    ]
+    return "\n".join(
+        f"{number}. **{'It is so' if so else 'It is not so'}**: {text}."
+        for number, (so, text, *_) in enumerate(lines, 1)
+    )
+
+
+def _over(arm):
+    """Whether online does not end above another arm on the hard pool, what is said of it, and the mean difference."""
+    found = gains(paired(RUNS, "hard", "online", arm))
+    around = interval(found)
+    so = (around[0] if around else min(found)) <= 0
+    return (
+        so,
+        f"online ends {points(found)} points above {ARMS[arm]} ({len(found)} {'seeds' if len(found) > 1 else 'seed'})",
+        fmean(found),
+    )
+
+
+def outcome() -> str:
+    """The first sentence of the page."""
+    hard, clean = paired(RUNS, "hard", "online"), paired(RUNS, "clean", "online")
+    return (
+        f"On a pool of which a quarter can be learnt, prompts chosen online end {points(gains(hard))} points above "
+        f"random ones after equally many rollouts, with {times_live('hard')} times as many live groups, and are where "
+        f"these end after {needed(share(hard))} of the rollouts. On clean equations, of which nearly half are live, "
+        f"they end {points(gains(clean))} points above random ones."
+    )
+
+
+def tuning() -> str:
+    """What was tried on the first two seeds."""
+    rows = [
+        [
+            run["what"],
+            run["pool"],
+            *(", ".join(f"{100 * value:.1f}" for value in run[name]) for name in ("live", "end")),
+            ", ".join(f"{value:,}" for value in run["distinct"]),
+        ]
+        for run in json.loads(TUNING.read_text(encoding="utf-8"))["runs"]
+    ]
+    return table("a prompt rests for | pool | live groups, % | success at the end, % | distinct prompts", rows)
 
 
 def names() -> dict:
     """What the templates may say."""
     pools = {pool.replace("-", "_"): pool for pool in results.POOLS if paired(RUNS, pool, "online")}
     return {
+        "outcome": outcome,
+        "verdicts": verdicts,
         "bars": bars,
         "dirt": dirt,
-        "refill_share": refill_share,
+        "tuning": tuning,
         "headroom_live": headroom_live,
         "table": tables(),
         "gain": {name: gain(pool) for name, pool in pools.items()},
         "share": {name: needed(share(paired(RUNS, pool, "online"))) for name, pool in pools.items()},
         "times_live": {name: times_live(pool) for name, pool in pools.items()},
         "seeds": {name: len(paired(RUNS, pool, "online")) for name, pool in pools.items()},
-        "against": {
-            arm.replace(" ", "_"): against("hard", arm) for arm in ARMS if paired(RUNS, "hard", "online", arm)
-        },
+        "refill_share": needed(share(paired(RUNS, "hard", "online", "refill"))),
     }
 
 
@@ -171,8 +221,8 @@ def front(path, known) -> str:
     text = path.read_text(encoding="utf-8")
     before, rest = text.split(MARKS[0])
     _, after = rest.split(MARKS[1])
-    template = (HERE / "front.md.in").read_text(encoding="utf-8").replace("DOCS/", FRONT[path])
-    return before + MARKS[0] + fill(template, known) + MARKS[1] + after
+    template = (HERE / "front.md.in").read_text(encoding="utf-8")
+    return before + MARKS[0] + "\n" + fill(template, known) + "\n" + MARKS[1] + after
 
 
 def main():

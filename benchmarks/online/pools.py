@@ -8,8 +8,9 @@ prints what each pool is made of, and the share of its groups that are live at t
 and test.jsonl. Without it generated chains stand in.
 
 `hard` is 2,000 equations of GSM8K, 4,800 chains far too hard for the tiny policy, and 1,200 trivial ones; `hard-10`
-and `hard-50` have fewer and more equations. `clean` is all equations; `live` those whose success rate under the first
-policy is well inside (0, 1). `hard-wrong` and `clean-wrong` have a wrong answer in every tenth row.
+and `hard-50` have fewer and more equations, `hard-small` a tenth of all. `clean` is all equations; `live` those whose
+success rate under the first policy is well inside (0, 1). `hard-wrong` and `clean-wrong` have a wrong answer in every
+tenth row.
 """
 
 import argparse
@@ -35,11 +36,12 @@ from hard_pool import EQUATION, HARD, SIZES, TRIVIAL, hard_pool
 from train_tiny_policy import corrupt, generate
 
 
-# Of the prompts of a mixed pool 13, 30 and 52 % are live at first, fewer once the trivial ones are mastered
+# Of the prompts 13, 30, 52 and 30 % are live at first, fewer once the trivial ones are mastered
 MIXED = {
     "hard-10": {EQUATION: 800, HARD: 6600, TRIVIAL: 600},
     "hard": SIZES,
     "hard-50": {EQUATION: 4800, HARD: 2000, TRIVIAL: 1200},
+    "hard-small": {EQUATION: 200, HARD: 480, TRIVIAL: 120},
 }
 POOLS = (*MIXED, "clean", "live", "hard-wrong", "clean-wrong")
 WRONG_SHARE = 0.1
