@@ -24,9 +24,7 @@ NAMES = {
     "alignment": "alignment alone",
     "learnalign": "LearnAlign",
 }
-GRADIENTS = (
-    "method | time | FLOPs | peak memory | numbers per prompt | error of cosines"
-)
+GRADIENTS = "method | time | FLOPs | peak memory | numbers per prompt | error of cosines"
 LOSSES = (
     "ranking | dapo instead of grpo: Spearman | overlap of the top quarters "
     "| other rollouts: Spearman | overlap of the top quarters"

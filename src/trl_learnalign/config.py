@@ -230,13 +230,13 @@ class LearnAlignConfig:
             raise ValueError(f"`score_measures` must be a list of {', '.join(OWN_MEASURES)}, but is {measures!r}.")
         if measures is not None and isinstance(self.score, str) and (self.score in SCORES or ".py:" not in self.score):
             raise ValueError(
-                f"`score_measures` is {measures!r}, but is for functions of yours, and `score` is {self.score!r}. "
-                "Leave it out."
+                f"`score_measures` is {measures!r}, but is only for your own functions, and `score` is "
+                f"{self.score!r}. Leave it out."
             )
         find_score(self.score, measures)
 
     def _check_schedule(self):
-        """A setting of the other schedule would be ignored without a word."""
+        """Raises an error for settings of the other schedule, which would have no effect."""
         online = self.schedule == "online"
         changed = [one for one in fields(self) if getattr(self, one.name) != one.default]
         for one in changed:

@@ -74,7 +74,7 @@ class PromptMemory:
         self, rows: np.ndarray, chunk: int, successes: np.ndarray, trials: np.ndarray, equal: np.ndarray
     ) -> None:
         """
-        These rows had `successes` of `trials` in a chunk; `equal` where all rollouts came to the same. A row may be
+        These rows had `successes` of `trials` in a chunk; `equal` where all rewards were equal. A row may be
         there twice, where a pool is smaller than a chunk.
         """
         for places in _distinct(rows):

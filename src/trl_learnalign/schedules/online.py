@@ -164,7 +164,7 @@ class OnlineSchedule(Schedule):
         return self.curve(a / (a + b)) if self.graded else expected_learnability(a, b)
 
     def _gain(self, a, b):
-        """What choosing is to have more of: live groups, or variance."""
+        """What choosing should increase: live groups, or variance."""
         return self.curve(a / (a + b)) if self.graded else live_probability(a, b, self.layout.group_size)
 
     @property
@@ -284,7 +284,7 @@ class OnlineSchedule(Schedule):
         return [
             f"steps {step + 1} to {max_steps} train on prompts chosen online, {UNIFORM:.0%} of them at random.",
             f"{prompts:,.0f} prompts in all from a pool of {pool:,}: {prompts / pool:.2f} visits per prompt.",
-            f"success is predicted from what was seen of a prompt, and from {', '.join(by) or 'nothing else'}.",
+            f"success is predicted from a prompt's own rewards, and from {', '.join(by) or 'nothing else'}.",
         ]
 
     def warning(self, max_steps):
@@ -294,9 +294,9 @@ class OnlineSchedule(Schedule):
         if known or visits >= 1:
             return None
         return (
-            f"The run has room for {visits:.2f} visits per prompt, so most prompts are seen once at most, and nothing "
-            "but the length tells about those not seen: choosing online can hardly help. Set `prompt_features=True`, "
-            "name a `group_column` or a `pass_rate_column`, or take a smaller pool."
+            f"The run has only {visits:.2f} visits per prompt, so most prompts are trained on once at most. Of the "
+            "others only the length is known: choosing online can hardly help. Set `prompt_features=True`, name a "
+            "`group_column` or a `pass_rate_column`, or use a smaller pool."
         )
 
     def report(self, host, directory):

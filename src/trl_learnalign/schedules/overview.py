@@ -1,4 +1,4 @@
-"""What an online schedule knows and did: tables, numbers and lines, for its report, a model card and the output."""
+"""The state and history of an online schedule as tables and lines, for its report, a model card and the output."""
 
 from typing import TYPE_CHECKING
 
@@ -64,15 +64,15 @@ def periods(history: "History", chunk_prompts: int) -> list:
             why = None
         elif start == 0 and end + 1 < len(choosing):
             why = (
-                f"at the start, until at least {TRIED} uniform draws had shown that success is predicted better than "
-                f"by the mean"
+                f"at the start, until at least {TRIED} uniform draws had shown that the prediction is better than the "
+                f"mean"
             )
         elif start == 0 and (end + 1) * chunk_prompts < TRIED:
             why = f"the prediction is judged after {TRIED} uniform draws"
         elif skill[start if start else end] <= LEAST_SKILL:
-            why = f"success was predicted hardly better than by the mean (a skill of {LEAST_SKILL} is wanted)"
+            why = f"the prediction was hardly better than the mean (needed: a skill of {LEAST_SKILL})"
         else:
-            why = f"choosing promised little (a headroom of {LEAST_HEADROOM} is wanted)"
+            why = f"choosing would have made little difference (needed: a headroom of {LEAST_HEADROOM})"
         found.append(
             {
                 "first": int(chunks[start]),
@@ -88,7 +88,7 @@ def periods(history: "History", chunk_prompts: int) -> list:
 
 def switch_line(chunk: int, judge: Judge, graded: bool) -> str:
     """
-    Said when a schedule begins or ends to choose.
+    The line printed when a schedule starts or stops choosing.
 
     Args:
         chunk (`int`): the first chunk that is chosen, or drawn uniformly.
@@ -102,7 +102,7 @@ def switch_line(chunk: int, judge: Judge, graded: bool) -> str:
         return f"{start} prompts are chosen by predicted learnability: they should {gain} (skill {judge.skill:.2f})."
     if not judge.able:
         skill = f"(skill {judge.skill:.2f})"
-        return f"{start} draws are uniform: success is predicted hardly better than by the mean {skill}."
+        return f"{start} draws are uniform: the prediction of success is hardly better than the mean {skill}."
     return (
         f"{start} draws are uniform: for {PATIENCE} chunks it would have made little difference to choose (headroom "
         f"now {judge.headroom:.2f})."
@@ -110,7 +110,7 @@ def switch_line(chunk: int, judge: Judge, graded: bool) -> str:
 
 
 def summary_lines(schedule: "OnlineSchedule") -> list[str]:
-    """What a model card says of the run; nothing before the first observation."""
+    """Sentences about the run for a model card; none before the first observation."""
     history, layout = schedule.history, schedule.layout
     latest = history.latest()
     if not latest:

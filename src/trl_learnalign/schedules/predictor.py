@@ -103,8 +103,8 @@ class SuccessPredictor:
 class VarianceCurve:
     """
     The variance of a group's graded rewards as a function of their predicted mean, both of rewards scaled to [0, 1].
-    It is that of successes, m (1 - m), until groups have shown otherwise: a reward that gives half a point for the
-    form has no variance at .5.
+    It starts as that of successes, m (1 - m), and is corrected by observed groups. (A reward that always gives half a
+    point for the format has a mean of .5 and no variance.)
     """
 
     BINS = 12
