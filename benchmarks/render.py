@@ -24,12 +24,10 @@ NAMES = {
     "alignment": "alignment alone",
     "learnalign": "LearnAlign",
 }
-GRADIENTS = (
-    "way to a microbatch's per-prompt gradients | time | FLOPs | peak memory | numbers per prompt | error of cosines"
-)
+GRADIENTS = "method | time | FLOPs | peak memory | numbers per prompt | error of cosines"
 LOSSES = (
-    "ranking | gradient of dapo instead of grpo: Spearman | kept of the top quarter "
-    "| other rollouts: Spearman | kept of the top quarter"
+    "ranking | dapo instead of grpo: Spearman | overlap of the top quarters "
+    "| other rollouts: Spearman | overlap of the top quarters"
 )
 
 
@@ -76,7 +74,7 @@ def lengths() -> str:
     for arm in ("learnability", "alignment", "learnalign"):
         chosen, pool = (fmean(run[f"{of}_length"] for run in runs(arm)) for of in ("chosen", "pool"))
         rows.append([NAMES[arm], f"{chosen:.2f} tokens", f"{pool:.2f}"])
-    return table("score | mean completion length of the chosen | of the pool", rows)
+    return table("score | mean completion length, chosen prompts | whole pool", rows)
 
 
 def gradients(results) -> str:
@@ -139,7 +137,7 @@ def nonsense() -> str:
 
 def choices() -> str:
     pools = RESULTS["choosing"]["pools"]
-    texts = {"choose": "to choose a chunk", "observe": "to learn from its rewards", "log": "for the values of the log"}
+    texts = {"choose": "choose a chunk", "observe": "learn from its rewards", "log": "compute the log values"}
     rows = [[text, *(f"{pool[f'{name}_ms']:.1f} ms" for pool in pools)] for name, text in texts.items()]
     return table(["", *(f"{pool['prompts']:,} prompts" for pool in pools)], rows)
 
@@ -149,7 +147,7 @@ def projections() -> str:
     for row in RESULTS["projection"]["rows"]:
         name = f"{row['dim']:,}" + (" (default)" if row["dim"] == RESULTS["projection"]["default"] else "")
         rows.append([name, f"{row['spearman']:.4f}", f"{100 * row['top_quarter']:.0f} %"])
-    return table("`projection_dim` | Spearman with the exact score | kept of the exact top quarter", rows)
+    return table("`projection_dim` | Spearman with the exact score | overlap of the top quarters", rows)
 
 
 def losses() -> str:

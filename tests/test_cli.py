@@ -447,7 +447,7 @@ def test_warmup_is_that_of_training_and_its_adapter_can_be_kept_and_loaded(folde
     assert resumed.provenance["key"] == selection.provenance["key"] and resumed.indices == selection.indices
     assert [path.name for path in Path("out").glob("checkpoint-*")] == ["checkpoint-4"]
     code, said = run(*warmup, "--output_dir", "trained", "--resume_from_checkpoint", "trained/checkpoint-6")
-    assert code == 1 and "'trained/checkpoint-6' was saved after a selection, so the warm-up is over there" in said
+    assert code == 1 and "'trained/checkpoint-6' was saved after a selection, so its warm-up is over" in said
 
     # The adapter that was kept, loaded by PEFT itself, makes the policy that `--adapter` makes
     code, said = run("--adapter", "kept", "--output_dir", "loaded")

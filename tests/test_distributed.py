@@ -472,7 +472,7 @@ def test_an_online_run_resumed_on_two_processes_or_on_one(tmp_path, first, again
 def test_schedules_that_differ_end_both_processes_at_the_next_checkpoint(first):
     path, ranks = first["online differs"]
     for rank in ranks:
-        assert rank["error"].startswith("RuntimeError: The processes have come to different schedules")
+        assert rank["error"].startswith("RuntimeError: The processes have different schedules")
         assert rank["step"] == 3
     assert (path / "checkpoint-2/trainer_state.json").is_file()
     assert not (path / "checkpoint-3/trainer_state.json").exists()

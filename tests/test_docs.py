@@ -123,7 +123,7 @@ def blocks(page, language):
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs" / page).read_text(), re.S)
 
 
-@pytest.mark.parametrize("page", ["index.md", "recipes.md", "migrating.md", "files.md"])
+@pytest.mark.parametrize("page", ["index.md", "recipes.md", "training.md", "migrating.md", "files.md"])
 def test_code_of_the_pages_runs(page, tmp_path, monkeypatch):
     """One block after another, as they stand, with a tiny policy, few rows and few prompts."""
     from datasets import Dataset
@@ -171,7 +171,7 @@ def test_code_of_the_pages_runs(page, tmp_path, monkeypatch):
             names["trainer"].train()  # the run to resume
         run(block)
     assert list(Path("runs/first/learnalign").glob("step-*/selection.json"))
-    if page == "recipes.md":
+    if page == "training.md":
         assert names["trainer"].state.global_step == names["trainer"].state.max_steps
         assert Path("selected.jsonl").read_text().count("\n") == len(names["selection"].indices)
     if page == "files.md":

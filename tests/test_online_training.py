@@ -354,7 +354,7 @@ def test_hidden_states_are_those_that_the_run_began_with(finished, copied):
     assert_same_weights(weights(trainer), finished[2])
     assert (copied / "learnalign" / FILE).read_bytes() == before
     (copied / "learnalign" / FILE).unlink()
-    with pytest.raises(ValueError, match=r"prompt_features\.safetensors' holds no features.*cannot be made again"):
+    with pytest.raises(ValueError, match=r"prompt_features\.safetensors' holds no features.*cannot be computed again"):
         resume(copied)
 
 
@@ -508,11 +508,11 @@ def test_columns_that_tell_of_success(tmp_path, capsys):
 
 def test_a_run_that_choosing_cannot_help_is_warned(tmp_path, caplog):
     make_trainer(tmp_path / "a", online(), max_steps=1).train()
-    assert "The run has room for 0.17 visits per prompt" in caplog.text
+    assert "The run has only 0.17 visits per prompt" in caplog.text
     caplog.clear()
     make_trainer(tmp_path / "b", online(prompt_features=True), max_steps=1).train()
     make_trainer(tmp_path / "c", online(), num_train_epochs=1).train()
-    assert "has room for" not in caplog.text
+    assert "visits per prompt, so most" not in caplog.text
 
 
 # Prompts that are more than a text ---------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def test_a_slow_process_is_waited_for_and_a_dead_one_is_named(tmp_path):
     (main, other), codes = run("slow", tmp_path)
     assert codes == [0, -signal.SIGKILL], main
     assert "selected" in main and "selected" in other
-    assert "PeerError: Process 1 gave no sign of life for 4 s: it was killed, or its node is lost" in main
+    assert "PeerError: Process 1 sent no heartbeat for 4 s: it was killed, or its node is lost" in main
     assert "threads []" in main
 
 

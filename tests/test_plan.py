@@ -253,7 +253,7 @@ def test_a_finished_selection_that_is_used_again_says_so(tmp_path, capsys):
     out = capsys.readouterr().out
     path = tmp_path / "learnalign/step-000000"
     assert f"Used again: '{path}' holds this selection already" in out and "delete that directory" in out
-    assert f"(made: {first.provenance['made']}). Its times are from then" in out
+    assert f"(made: {first.provenance['made']}). Its times are those of that run" in out
     assert second.provenance == first.provenance
     with pytest.warns(
         UserWarning, match=rf"is 500, but the pool of 24 has only {first.num_learnable()} learnable prompts"

@@ -59,7 +59,7 @@ def too_few(selection: "Selection", wanted: int, eligible: int) -> str:
     kind += " and different" * bool(selection.provenance.get("duplicates"))
     return (
         f"`num_prompts` is {wanted:,}, but the pool of {selection.scores.num_rows:,} has only {eligible:,}{kind} "
-        "prompts, so fewer are selected. A larger pool may have more; so may a policy after a longer warm-up."
+        "prompts, so fewer are selected. Use a larger pool, or select after a longer warm-up."
     )
 
 

@@ -137,7 +137,7 @@ def load_adapter(trainer: GRPOTrainer, path: str) -> None:
         missing = [name for name in result.missing_keys if ".default." in name]
         fault = f"{len(missing)} of its tensors are missing" if missing else None
         if result.unexpected_keys:
-            fault = f"the model has no place for {result.unexpected_keys[0]}"
+            fault = f"the model has no parameter for {result.unexpected_keys[0]}"
     except RuntimeError as error:  # of other shapes
         fault = str(error)
     if fault is not None:

@@ -26,23 +26,23 @@ logger = logging.getLogger(__name__)
 
 class LearnAlignCallback(TrainerCallback):
     r"""
-    Makes a trainer already built train on the prompts that a schedule chooses.
+    Makes an existing trainer train on the prompts that a schedule chooses.
 
     ```python
     trainer.add_callback(LearnAlignCallback(trainer, LearnAlignSampler(config)))
     ```
 
     With `schedule="staged"` a selection is due after the optimizer step that ends the warm-up, and again after every
-    `reselect_every` passes. The dataloader has then drawn some batches already, so the new prompts start with the next
-    undrawn chunk. If the trainer saves checkpoints, one is saved first: a run killed in a selection resumes into the
+    `reselect_every` passes. The dataloader has read some batches ahead by then, so the new prompts start with the
+    next chunk. If the trainer saves checkpoints, one is saved first: a run killed in a selection resumes into the
     same selection.
 
-    With `schedule="online"` there is no selection: the schedule sees the rewards of training and chooses chunk by
+    With `schedule="online"` there is no selection: the schedule receives the rewards of training and chooses each
     chunk.
 
     Args:
         trainer ([`~trl.GRPOTrainer`] or [`~trl.RLOOTrainer`]): the trainer. Its `_get_train_sampler` is replaced.
-        sampler ([`LearnAlignSampler`]): a sampler of no other trainer.
+        sampler ([`LearnAlignSampler`]): a sampler that no other trainer uses.
 
     Raises:
         `ValueError`: the sampler has a trainer already, or see [`select_prompts`].
@@ -180,7 +180,7 @@ class LearnAlignCallback(TrainerCallback):
                 self.host.log_metric(f"learnalign/{name}", float(value))
 
     def _check_row(self, chunk, place, found):
-        """The rewards must be those of the prompts that the schedule believes them to be of."""
+        """Raises an error unless the rewards are those of the prompts that the schedule chose."""
         row = self.sampler.chunk(chunk)[place]
         expected = self.host.dataset[row]
         if "prompt" in expected and found["prompt"] != expected["prompt"]:
@@ -227,7 +227,7 @@ class LearnAlignCallback(TrainerCallback):
         return trackers.zero_variance(history, self.sampler.layout, self.schedule.in_use_from or 0)
 
     def _report(self):
-        """A schedule's own report is not worth a run."""
+        """Writes the schedule's report. A failure to write it does not end the run."""
         if not self.config.write_report:
             return
         try:

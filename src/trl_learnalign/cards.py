@@ -1,4 +1,4 @@
-"""What model and dataset cards say of a selection."""
+"""Text about a selection for model and dataset cards."""
 
 from .selection import Selection
 
@@ -13,7 +13,7 @@ def dataset_card(selection: Selection, source: str) -> str:
 {len(selection.indices):,} of {selection.scores.num_rows:,} prompts, chosen with trl-learnalign for
 the policy `{selection.provenance["model"]}`. {selection.summary()}.
 
-Rows are as in the source, best first, with two columns more: `learnalign_score`, what they were ranked on, and
+Rows are as in the source, best first, with two added columns: `learnalign_score`, what they were ranked by, and
 `success_rate`, of {selection.provenance["num_rollouts"]} rollouts. Both are of that policy at that step. Select again
 for another policy.
 

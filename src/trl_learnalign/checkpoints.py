@@ -62,7 +62,7 @@ def damage(checkpoint: Path, shared: bool = True) -> str | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{state.name} cannot be read ({error!r})"
     if type(step) is not int:
-        return f"{state.name} names no step, but {step!r}"
+        return f"{state.name} has no step number, but {step!r}"
     files = [checkpoint / name for name in (*_SAFETENSORS, *_ZIPPED, *_JSON)]
     files += sorted(path for path in checkpoint.glob("rng_state*.pth") if re.fullmatch(r"rng_state(_\d+)?", path.stem))
     for name in (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_CONFIG_NAME):  # of adapters beside the first
@@ -123,8 +123,8 @@ def _damage_of_shards(index):
 
 def survey(output_dir: str, wanted: str | bool, shared: bool = True) -> dict:
     """
-    What a process that writes checkpoints sees: `damage` of the one that is `wanted`, or of all in `output_dir`,
-    latest first, if that is `True`; and whether a run has `started` there.
+    The checkpoints as a process that writes them finds them: `damage` of the one that is `wanted`, or, if that is
+    `True`, of all in `output_dir`, latest first; and whether a run has `started` there.
     """
     if wanted is not True:
         return {"started": True, "damage": {str(wanted): damage(Path(wanted), shared)}}
@@ -141,8 +141,8 @@ def survey(output_dir: str, wanted: str | bool, shared: bool = True) -> dict:
 def whole_checkpoint(output_dir: str, wanted: str | bool, surveys: list[dict]) -> str | bool | None:
     """
     What to resume from: `wanted`, if it names a complete checkpoint; if it is `True`, the last complete one in
-    `output_dir`. Without any checkpoint `None` if a run started there and was killed before its first, `True` if no
-    run started there.
+    `output_dir`. If there is no checkpoint: `None` if a run started there and was killed before its first one, `True`
+    if no run started there.
 
     Args:
         output_dir (`str`): of the run.

@@ -1,4 +1,4 @@
-"""Prompts taken down a ranking: conditions, quotas, the top or a draw in proportion."""
+"""Which of the ranked prompts are chosen: conditions, quotas, the best ones or a random draw."""
 
 import ast
 import operator
@@ -73,10 +73,10 @@ class Condition:
                     elif type(kind) in _COMPARISONS:
                         self._operand(right)
                     else:
-                        raise ValueError(f"{ast.unparse(node)} compares in a way that is not known")
+                        raise ValueError(f"{ast.unparse(node)} uses a comparison that is not supported")
                     self._operand(left)
             case _:
-                raise ValueError(f"{ast.unparse(node)} is no comparison")
+                raise ValueError(f"{ast.unparse(node)} is not a comparison")
 
     @staticmethod
     def _pairs(node):

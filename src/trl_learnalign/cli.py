@@ -221,7 +221,7 @@ def _policy(config, script, model_args) -> str | None:
         return None
     line = (
         "Neither `warmup_prompts` nor `adapter` is set, so the prompts are ranked for the policy as it is before "
-        "training. Training changes the policy, so such a ranking may not be valid for long."
+        "training. Training changes the policy, so such a ranking may soon be out of date."
     )
     if model_args.use_peft and "gradients" in config.measures:
         line += " A new LoRA adapter has B = 0, so only B has a gradient."
@@ -242,8 +242,8 @@ class _SelectOnce(LearnAlignCallback):
         super().on_train_begin(args, state, control, **kwargs)
         if len(self.sampler.schedule.log) > 1:
             raise ValueError(
-                f"The checkpoint '{args.resume_from_checkpoint}' was saved after a selection, so the warm-up is over "
-                "there. Pass the one that was saved at the end of the warm-up, or leave out `resume_from_checkpoint`."
+                f"The checkpoint '{args.resume_from_checkpoint}' was saved after a selection, so its warm-up is over. "
+                "Pass the one that was saved at the end of the warm-up, or leave out `resume_from_checkpoint`."
             )
 
     def on_step_end(self, args, state, control, **kwargs):

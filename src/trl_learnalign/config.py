@@ -64,27 +64,28 @@ class LearnAlignConfig:
 
     Parameters:
         num_prompts (`int`, *optional*, defaults to `1000`):
-            Prompts to select, at least 1. If fewer are learnable, all learnable ones, with a warning.
+            Number of prompts to select, at least 1. If fewer are learnable, all learnable ones are selected, with a
+            warning.
         warmup_prompts (`int`, *optional*, defaults to `300`):
-            Random prompts to train on before the first selection. 0 selects before the first training step. Ignored by
-            `select_prompts`; on the command line the default is 0.
+            Number of random prompts to train on before the first selection. 0 selects before the first training step.
+            Ignored by `select_prompts`; on the command line the default is 0.
         num_rollouts (`int`, *optional*):
-            Rollouts per pool prompt, at least 2. By default the trainer's `num_generations`.
+            Rollouts for each prompt of the pool, at least 2. By default the trainer's `num_generations`.
         rollout_batch_prompts (`int`, *optional*):
             Prompts that a process generates for at once in a selection, at least 1. By default as many as in training,
-            doubled up to six times while the pool has 64 such batches; not with a reward model. Where memory is full,
-            they are generated in halves. In every round all processes wait for the longest completion, so fewer rounds
-            are faster. Other batches have other rollouts.
+            doubled up to six times while the pool has 64 such batches (not with a reward model). In every round all
+            processes wait for the longest completion, so fewer, larger rounds are faster. If memory is full,
+            generation goes on in halves. Another batch size gives other rollouts.
         score (`str` or `Callable`, *optional*, defaults to `"learnalign"`):
-            What prompts are ranked on: `"learnalign"` (Eq. 8), `"learnability"` (V alone; no gradients), `"alignment"`
+            What prompts are ranked by: `"learnalign"` (Eq. 8), `"learnability"` (V alone; no gradients), `"alignment"`
             (Eq. 8 without V), `"random"` (no rollouts), `"target"` (V times the alignment with the mean gradient of
-            `target_dataset`, the largest over subtasks: LESS, arXiv 2402.04333), `"target_alignment"` (without V),
-            `"column:NAME"` (a column of numbers of the dataset; no rollouts), or a function of yours, as it is or as
-            `"file.py:function"`. It takes a `pandas.DataFrame` with a row per prompt and returns a Series, higher is
-            better, NaN never chosen.
+            `target_dataset`, the largest over subtasks: LESS, arXiv 2402.04333), `"target_alignment"` (the same
+            without V), `"column:NAME"` (a column of numbers of the dataset; no rollouts), or your own function, as an
+            object or as `"file.py:function"`. The function takes a `pandas.DataFrame` with a row per prompt and
+            returns a Series. Higher is better; a prompt with NaN is never chosen.
         score_measures (`list[str]`, *optional*):
-            What a function in `score` needs: `["rollouts"]`, `["gradients"]` (which need rollouts), or nothing, the
-            default.
+            What your own function in `score` needs: `["rollouts"]`, `["gradients"]` (which need rollouts), or nothing
+            (the default).
         learnability (`str`, *optional*, defaults to `"success_rate"`):
             `"success_rate"`: V = p (1 - p). `"variance"`, for graded rewards: V = the variance of a prompt's rewards,
             scaled to their range over the pool; for rewards of 0 and 1 the two are equal.
@@ -93,66 +94,68 @@ class LearnAlignConfig:
         success_reward (`str`, *optional*):
             Name of the reward function that decides success. Required with several reward functions.
         gradient_rollouts (`str`, *optional*, defaults to `"all"`):
-            Rollouts of a group that enter its gradient: `"all"`, or `"one_correct"`, the first successful one, as the
-            paper takes on DAPO-MATH-17K to save time.
+            Rollouts of a group that enter its gradient: `"all"`, or `"one_correct"`, only the first successful one.
+            The paper does the latter on DAPO-MATH-17K to save time.
         projection_dim (`int`, *optional*, defaults to `32768`):
             Length of a gradient feature, 16 to 16,777,216. `None` computes the exact score, without projection.
         max_tokens_per_batch (`int`, *optional*):
             Largest number of tokens in a microbatch when gradients are computed, padding included. By default the
             trainer's `per_device_train_batch_size` times the length of the longest rollout, as in a training step.
         candidate_prompts (`int`, *optional*):
-            Score a random part of the dataset of this size, at least `num_prompts`; each selection of a run draws a
-            new one. By default all of it.
+            Score a random part of the dataset of this size, at least `num_prompts`. Each selection of a run draws a
+            new one. By default the complete dataset.
         reselect_every (`float`, *optional*):
-            Select again after this many passes over the selection (staged RL), more than 0; may be a fraction. By
+            Select again after this many passes over the selection (staged RL). More than 0; may be a fraction. By
             default a selection is made once.
         after_warmup (`str`, *optional*, defaults to `"continue"`):
-            `"continue"` goes on from the warmed-up policy; `"restart"` goes back to the weights and the optimizer
-            state that training started with.
+            `"continue"`: training goes on from the policy after the warm-up. `"restart"`: it goes back to the weights
+            and the optimizer state that training started with.
         deduplicate (`bool`, *optional*, defaults to `False`):
-            Of rows with the same prompt choose only the best-ranked one. Texts (or messages) and images are compared,
+            Of rows with the same prompt, choose only the best-ranked one. Texts (or messages) and images are compared,
             not answers or other columns: two rows with the same prompt and different answers count as the same. All
-            rows are scored, and the warm-up may use any of them. Online it is the first of them that `where` holds
-            for.
+            rows are scored, and the warm-up may use any of them. Online: only the first of these rows that meets
+            `where` is used.
         target_dataset (`str` or `Dataset`, *optional*):
-            Prompts of what the policy is to become good at, for the scores `"target"` and `"target_alignment"`, with
-            the columns of the training dataset: a file, a name of the Hub, or a `datasets.Dataset`.
+            For the scores `"target"` and `"target_alignment"`: prompts of the kind that the policy should become good
+            at, with the columns of the training dataset. A file, a name of the Hub, or a `datasets.Dataset`.
         target_column (`str`, *optional*):
-            A column of the target dataset that names the subtask of each row. Without it there is one.
+            A column of the target dataset that names the subtask of each row. By default all rows are one task.
         where (`str`, *optional*):
-            Choose only prompts for which this holds, a condition on columns of the dataset and of `scores.parquet`
-            such as `"completion_length_mean < 800 and source != 'forum'"`. If it needs columns of the dataset alone,
-            other prompts are not rolled out.
+            Choose only prompts that meet this condition on columns of the dataset and of `scores.parquet`, such as
+            `"completion_length_mean < 800 and source != 'forum'"`. If it names only columns of the dataset, other
+            prompts are not rolled out.
         quota_column (`str`, *optional*):
-            A column of the dataset whose values each get a quota of the chosen prompts.
+            A column of the dataset. Each of its values gets a quota of the chosen prompts.
         quota (`str`, *optional*, defaults to `"proportional"`):
-            `"proportional"` to the share of a value in the pool, or `"equal"`. What a value without enough eligible
-            prompts leaves over goes to the others.
+            `"proportional"`: to the share of a value in the pool. `"equal"`: the same for all values. If a value has
+            too few eligible prompts, the others get the rest of its quota.
         take (`str`, *optional*, defaults to `"top"`):
-            `"top"`: the best prompts; `"proportional"`: a draw without replacement in proportion to the scores.
+            `"top"`: the best prompts. `"proportional"`: a random draw without replacement, in proportion to the
+            scores.
         prompt_order (`str`, *optional*, defaults to `"shuffle"`):
-            The order of each epoch over the selection: `"shuffle"`, a new permutation; `"ranked"`, best first;
-            `"folding"`, positions 0, L, 2 L, ... of the ranking, then 1, L + 1, ..., with L = `fold` (DELT, arXiv
-            2506.21545).
+            The order of prompts in each pass over the selection: `"shuffle"`, a new permutation; `"ranked"`, best
+            first; `"folding"`, positions 0, L, 2 L, ... of the ranking, then 1, L + 1, ..., with L = `fold` (DELT,
+            arXiv 2506.21545).
         fold (`int`, *optional*, defaults to `3`):
             The step of `prompt_order="folding"`, at least 1.
         save_rollouts (`bool`, *optional*, defaults to `False`):
             Write `rollouts.parquet` next to `scores.parquet`.
         write_report (`bool`, *optional*, defaults to `True`):
             Write `report.html` and its figures after every selection, and log the figures to TensorBoard, W&B and
-            trackio where `report_to` names them.
+            trackio if `report_to` names them.
         selection_seed (`int`, *optional*):
-            Seed of all that is random in a selection: rollouts, projection, probe, candidates, ties, the random score.
+            Seed of everything random in a selection: rollouts, projection, probe, candidates, ties, the random score.
             By default the trainer's `seed`.
         schedule (`str`, *optional*, defaults to `"staged"`):
-            Which prompt comes when. `"staged"`: random prompts as a warm-up, then those of a selection. `"online"`:
-            every chunk is chosen by the learnability that the rewards of training so far predict; no rollout is made
-            for it, and the settings of a selection do not apply.
+            Which prompt is trained on when. `"staged"`: random prompts as a warm-up, then those of a selection.
+            `"online"`: every chunk is chosen by learnability, predicted from the rewards of training so far. Online
+            needs no extra rollouts, and the settings of a selection do not apply.
         prompt_features (`bool`, *optional*, defaults to `True`):
-            Online: predict the success of prompts not yet seen from the policy's hidden states of the prompt, too: one
-            forward over the pool when training begins. Images and prompts that an environment supplies have none.
+            Online: also use the policy's hidden states of the prompts, to predict the success of prompts not trained
+            on yet. This takes one forward over the pool when training begins. Images and prompts that an environment
+            supplies have no such features.
         group_column (`str`, *optional*):
-            Online: a column of the dataset, such as a source or a kind, whose values are told apart in the prediction.
+            Online: a column of the dataset, such as a source or a kind, that the prediction may use as a category.
         pass_rate_column (`str`, *optional*):
             Online: a column with success rates in [0, 1], such as another model's, that the prediction may use.
 
@@ -227,13 +230,13 @@ class LearnAlignConfig:
             raise ValueError(f"`score_measures` must be a list of {', '.join(OWN_MEASURES)}, but is {measures!r}.")
         if measures is not None and isinstance(self.score, str) and (self.score in SCORES or ".py:" not in self.score):
             raise ValueError(
-                f"`score_measures` is {measures!r}, but is for functions of yours, and `score` is {self.score!r}. "
-                "Leave it out."
+                f"`score_measures` is {measures!r}, but is only for your own functions, and `score` is "
+                f"{self.score!r}. Leave it out."
             )
         find_score(self.score, measures)
 
     def _check_schedule(self):
-        """A setting of the other schedule would be ignored without a word."""
+        """Raises an error for settings of the other schedule, which would have no effect."""
         online = self.schedule == "online"
         changed = [one for one in fields(self) if getattr(self, one.name) != one.default]
         for one in changed:

@@ -162,7 +162,7 @@ class DirectoryLock:
 
 
 def _let_go():
-    """In a forked child, such as a dataloader's worker, that may outlive the run for some seconds."""
+    """Releases the locks in a forked child, such as a dataloader's worker, which may outlive the run for seconds."""
     for descriptor, _ in DirectoryLock._held.values():
         os.close(descriptor)
     DirectoryLock._held.clear()

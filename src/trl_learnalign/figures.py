@@ -120,7 +120,7 @@ def _success_rates(table, selection) -> Drawing:
         axes.legend()
 
     never, always = (table["success_rate"] == 0).mean(), (table["success_rate"] == 1).mean()
-    mean = "" if chosen.empty else f" The chosen have a mean of {chosen['success_rate'].mean():.2f}."
+    mean = "" if chosen.empty else f" That of the chosen prompts is {chosen['success_rate'].mean():.2f}."
     return Drawing(
         "success_rates",
         "Success rates of the pool and of the chosen prompts.",
@@ -150,7 +150,7 @@ def _rewards(table, selection) -> Drawing:
         f"{table['reward_std'].mean():.2f}."
     )
     if not chosen.empty:
-        words += f" Over the chosen they are {chosen['reward_mean'].mean():.2f} and {chosen['reward_std'].mean():.2f}."
+        words += f" For the chosen ones: {chosen['reward_mean'].mean():.2f} and {chosen['reward_std'].mean():.2f}."
     return Drawing("rewards", "Mean rewards of the pool and of the chosen prompts.", words, draw)
 
 

@@ -126,7 +126,7 @@ class PromptGradients:
         Args:
             rows_per_prompt (`list[int]`): how many neighbouring rows of the microbatch belong to each of P prompts.
             num_tokens (`int`): length of a row with its padding.
-            objective (`Callable`): returns the scalar whose gradient is wanted, a sum of terms of one row each.
+            objective (`Callable`): returns the scalar to differentiate, a sum of terms of one row each.
 
         Returns:
             `torch.Tensor` of shape `(P, feature_dim)`, float32: the (projected) gradient of each prompt's rows. On the

@@ -56,7 +56,7 @@ class Row:
 
 
 def shared(arrays: list[np.ndarray]) -> list[np.ndarray]:
-    """Of equal arrays one, so many times."""
+    """The arrays; if all are equal, one of them repeated, to save memory."""
     first = arrays[0]
     return [first] * len(arrays) if all(np.array_equal(first, other) for other in arrays[1:]) else arrays
 

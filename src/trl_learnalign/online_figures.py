@@ -137,8 +137,8 @@ def _skill(columns) -> Drawing:
 
     return Drawing(
         "online_skill",
-        "How much better success is predicted than by the mean, on uniform draws: 1 minus the ratio of squared "
-        "errors. 0 is no better, 1 is without error; chance in the rollouts keeps it below 1.",
+        "How much better the prediction of success is than the mean, on uniform draws: 1 minus the ratio of squared "
+        "errors. 0 is no better, 1 is without error; random rollouts keep it below 1.",
         f"It is {columns['skill'][-1]:.2f} at the end.",
         draw,
     )
@@ -149,14 +149,14 @@ def _headroom(columns, run) -> Drawing:
         _shade(axes, columns, colours)
         axes.axhline(1, color=colours["ink"], linewidth=0.8)
         _line(axes, columns, columns["headroom"], color=colours["chosen"], linewidth=2, label="headroom")
-        axes.set(xlabel="chunk", ylabel="times as often", title="What choosing promises")
+        axes.set(xlabel="chunk", ylabel="times as often", title="Expected gain of choosing")
         axes.set_ylim(bottom=min(0.9, np.nanmin(columns["headroom"])))
         axes.legend()
 
     return Drawing(
         "online_headroom",
-        "Headroom: how much more often the prompts that would be chosen are expected to be live than random ones"
-        f"{' (with graded rewards: how much more variance they are expected to have)' if run['graded'] else ''}.",
+        "Headroom: how many times as often the prompts that would be chosen are expected to be live as random ones"
+        f"{' (with graded rewards: how many times the variance they are expected to have)' if run['graded'] else ''}.",
         f"It is {columns['headroom'][-1]:.2f} at the end.",
         draw,
     )
@@ -224,8 +224,8 @@ def _by_visit(run) -> Drawing:
     last += f" Visit {len(groups)} includes all later ones." if kept[-1] else ""
     return Drawing(
         "online_by_visit",
-        f"Success and live groups by how often a prompt had come before.{last} Prompts that come often are chosen for "
-        "it, so a line is no learning curve.",
+        f"Success and live groups by how often a prompt had come before.{last} Prompts that come often were chosen "
+        "for their success rate, so the lines are not learning curves.",
         words,
         draw,
     )

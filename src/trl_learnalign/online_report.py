@@ -1,4 +1,4 @@
-"""`report.html` of an online run: what was chosen, why, and what came of it, in one file that needs no network."""
+"""`report.html` of an online run: what was chosen, why, and with what result, in one file that needs no network."""
 
 import html
 import json
@@ -18,17 +18,17 @@ from .trackers import log_figures
 REPORT_FILE = "report.html"
 MOST_SUSPECTS_SHOWN = 20
 _SAMPLES = {
-    "live": ("Live now", "Those of the greatest predicted learnability."),
+    "live": ("Live now", "Those with the highest predicted learnability."),
     "retired": ("Retired", "Solved by all rollouts of their last visits; those seen last."),
     "parked": ("Parked", "Solved by no rollout of their last visits; those seen last."),
     "new": ("Never visited", "At random."),
 }
 _STATES = {
     "new": "never visited",
-    "live": "the rollouts of the last visit differed",
-    "resting": "all rollouts of the last visit came to the same, for the first time: rests twice as long",
-    "retired": "all rollouts of the last two visits or more succeeded: rests twice as long after each",
-    "parked": "no rollout of the last two visits or more succeeded: rests twice as long after each",
+    "live": "the rewards of the last visit differed",
+    "resting": "the rewards of the last visit were all equal, for the first time: the next visit comes twice as late",
+    "retired": "all rollouts of the last two visits or more succeeded: each next visit comes twice as late",
+    "parked": "no rollout of the last two visits or more succeeded: each next visit comes twice as late",
 }
 
 
@@ -102,14 +102,13 @@ def _parts(prompts, history, suspects, run, drawings) -> dict[str, str]:
 
 def _intro(run, step) -> str:
     return (
-        "This page shows which prompts an online run trained on, and why. Each chunk of prompts was chosen by what "
-        "the rewards of training so far tell: prompts that some rollouts solve and others do not, since only such "
-        "<em>live</em> groups have a gradient. A few prompts of every chunk are drawn uniformly from the whole pool; "
-        "they measure, without bias, how good the policy and the prediction are. The figures show how live groups, "
-        "success and prediction changed from chunk to chunk; the tables show when it did not pay to choose, which "
-        "prompts rest because they are always or never solved, and which look as if their answer or their grading "
-        f"were wrong. All of it is of step {step}: the page is written with each checkpoint and at the end of "
-        "training, and does not refresh by itself."
+        "This page shows which prompts an online run trained on, and why. From the rewards of training so far, the "
+        "schedule predicts which prompts some rollouts will solve and others will not. Only such <em>live</em> groups "
+        "have a gradient. A few prompts of every chunk are drawn uniformly from the whole pool; they measure, without "
+        "bias, how good the policy and the prediction are. The figures show live groups, success and prediction by "
+        "chunk. The tables show when prompts were chosen and when not, which prompts come less often because they are "
+        "always or never solved, and which may have a wrong answer or wrong grading. The page shows the state at step "
+        f"{step}. It is written with each checkpoint and at the end of training, and does not refresh by itself."
     )
 
 
@@ -142,7 +141,7 @@ def _periods(run) -> str:
             "chosen" if one["choosing"] else "drawn uniformly",
             f"{one['skill']:.2f}",
             f"{one['headroom']:.2f}",
-            html.escape(one["why"] or "the prediction is good enough, and choosing promises more"),
+            html.escape(one["why"] or "the prediction is good enough, and choosing is expected to help"),
         ]
         for one in run["periods"]
     ]
@@ -176,12 +175,12 @@ def _states(prompts, run) -> str:
 
 def _suspects(suspects, run) -> str:
     explanation = (
-        "<p>Prompts that the policy should solve, by what is known of prompts like them, and that no rollout solved. "
-        "Their answer may be wrong, or the reward function may not accept the right one; others are only harder than "
-        "they look. The chance is how probable that was.</p>"
+        "<p>Prompts that no rollout solved, although success was predicted. Their answer may be wrong, or the reward "
+        "function may not accept the right one; others are only harder than predicted. The chance is the predicted "
+        "probability that all their rollouts fail.</p>"
     )
     if not suspects.num_rows:
-        none = "With graded rewards none are looked for." if run["graded"] else "There are none."
+        none = "With graded rewards suspects are not searched for." if run["graded"] else "There are none."
         return explanation + f"<p>{none}</p>"
     answers = [
         name for name in suspects.column_names if name not in ("index", "prompt", "completion", "visits", "chance")
@@ -232,6 +231,6 @@ def _settings(run) -> str:
     text = html.escape(json.dumps(run["settings"], indent=2))
     return (
         f"<p>The plan of the run:</p><ul>{plan}</ul><details open><summary>Settings and "
-        f"versions</summary><pre>{text}</pre></details><p>Choosing prompts changes what is optimised: prompts near "
-        "one half come more often than the pool has them, and nothing here corrects that.</p>"
+        f"versions</summary><pre>{text}</pre></details><p>Choosing prompts changes the objective: prompts with a "
+        "success rate near one half come more often than in the pool, and nothing here corrects that.</p>"
     )

@@ -1,6 +1,5 @@
 """
-What an online run leaves on disk, but for its report: every prompt, every chunk, the suspects, and the numbers of the
-run.
+The files of an online run except its report: every prompt, every chunk, the suspects, and the numbers of the run.
 """
 
 import json

@@ -28,8 +28,8 @@ def generate_in_parts(
 ) -> list[Group]:
     """
     [`Host.generate`], of a group larger than what training generates at once part after part, each with its own seed.
-    Before each further part the processes meet, as one on which a part failed does not join the collectives of the
-    next.
+    Before each further part the processes wait for each other, as one on which a part failed does not join the
+    collectives of the next.
     """
     size = host.group_size
     at_once = rollouts_at_once(host, size)

@@ -232,7 +232,7 @@ class _StoreThread(threading.Thread):
 
 
 class _Watch:
-    """Of one meeting: how many looks in a row found a process without a new heartbeat, or without progress."""
+    """Counts, during one wait, the checks in a row that found a process without a heartbeat, or without progress."""
 
     def __init__(self, thread):
         self.thread = thread
@@ -259,7 +259,7 @@ class _Watch:
         dead = [rank for rank, looks in self.silent.items() if looks >= _looks(self.thread.silence)]
         if dead:
             raise PeerError(
-                f"Process {_names(dead)} gave no sign of life for {self.thread.silence:.0f} s: it was killed, or its "
+                f"Process {_names(dead)} sent no heartbeat for {self.thread.silence:.0f} s: it was killed, or its "
                 "node is lost. Look at its last output and run again: finished parts are reused."
             )
         stuck = [rank for rank, looks in self.idle.items() if looks >= _looks(self.thread.timeout)]
@@ -271,7 +271,10 @@ class _Watch:
 
 
 def _looks(seconds):
-    """How many looks make up so many seconds. Counted, as time in which everything was suspended proves nothing."""
+    """
+    How many checks fit into so many seconds. Checks are counted instead of seconds, since time in which the whole
+    machine was suspended must not count.
+    """
     return max(3, math.ceil(seconds / _BEAT))
 
 

@@ -88,14 +88,14 @@ def load_target(dataset: Dataset, config: LearnAlignConfig) -> Dataset | None:
     target = config.target_dataset
     target = read_dataset(target, "target_dataset") if isinstance(target, str) else target
     if not len(target):
-        raise ValueError("`target_dataset` is empty. It needs prompts of what the policy is to become good at.")
+        raise ValueError("`target_dataset` is empty. It needs prompts of the kind to improve on.")
     needed = {*dataset.column_names} | ({config.target_column} - {None})
     missing = sorted(needed - set(target.column_names))
     if missing:
         raise ValueError(
             f"`target_dataset` has no column {', '.join(map(repr, missing))}. Its columns are: "
-            f"{', '.join(target.column_names)}. It needs those of the training dataset, which its prompts and the "
-            "reward functions are made of, and `target_column`."
+            f"{', '.join(target.column_names)}. It needs those of the training dataset, for its prompts and the "
+            "reward functions, and `target_column`."
         )
     return target
 

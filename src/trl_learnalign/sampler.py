@@ -15,8 +15,8 @@ STATE_VERSION = 2
 class LearnAlignSampler(Sampler[int]):
     r"""
     Sampler that trains on the prompts that its schedule chooses: with `schedule="staged"`, the default, random ones
-    during the warm-up and the selected ones afterwards; with `schedule="online"` those that training's own rewards
-    promise most of.
+    during the warm-up and the selected ones afterwards; with `schedule="online"` those with the highest
+    learnability, predicted from the rewards of training.
 
     Pass it to [`LearnAlignGRPOTrainer`] as `train_sampler`, or to [`LearnAlignCallback`]; either binds it to the
     trainer. One sampler serves one trainer. A run is a stream of chunks:
@@ -27,7 +27,7 @@ class LearnAlignSampler(Sampler[int]):
 
     Args:
         config ([`LearnAlignConfig`], *optional*): defaults to the paper's settings for GSM8K.
-        schedule ([`Schedule`], *optional*): a schedule of yours, in place of the one that `config.schedule` names.
+        schedule ([`Schedule`], *optional*): your own schedule, in place of the one that `config.schedule` names.
     """
 
     def __init__(self, config: LearnAlignConfig | None = None, schedule: Schedule | None = None):
@@ -89,7 +89,7 @@ class LearnAlignSampler(Sampler[int]):
             raise RuntimeError(
                 "This LearnAlignSampler belongs to no trainer yet. Pass it to LearnAlignGRPOTrainer as "
                 "`train_sampler`, or call `trainer.add_callback(LearnAlignCallback(trainer, sampler))` on a trainer "
-                "already built."
+                "that exists already."
             )
         return self.layout
 

@@ -132,7 +132,9 @@ def load_function(name: str) -> Callable:
             "or `file.py:function` for a function of yours."
         )
     if not Path(file).is_file():
-        raise ValueError(f"`score` is {name!r}, but there is no file '{file}'. Paths are relative to where you call.")
+        raise ValueError(
+            f"`score` is {name!r}, but there is no file '{file}'. Paths are relative to the working directory."
+        )
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

@@ -310,7 +310,7 @@ class SelectionRun:
 
 _REUSED = (
     "'{}' holds this selection already, from the same weights, data, rewards and settings (made: {}). Its times are "
-    "from then. To select again, delete that directory or pass another `output_dir`."
+    "those of that run. To select again, delete that directory or pass another `output_dir`."
 )
 _REPLACED = (
     "'{}' holds a selection from other weights, data, rewards or settings (made: {}). To keep it, stop here and move "

@@ -141,7 +141,7 @@ class CheckpointState:
         found = peers.gather(_decided(values, arrays))
         if len(set(found)) > 1:  # the same on all processes, so all raise
             raise RuntimeError(
-                "The processes have come to different schedules: each would train on other prompts. Their processors "
+                "The processes have different schedules and would train on different prompts. Their processors "
                 f"or libraries may round differently (digests: {', '.join(one[:8] for one in found)}). Resume from "
                 "the last checkpoint on equal machines."
             )

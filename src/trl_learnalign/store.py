@@ -119,7 +119,7 @@ class Log:
         self._index.add(found, self._current)
 
     def _next_file(self):
-        """Goes on in the last file of this process, from the end of what is whole, or begins another."""
+        """Goes on in the last file of this process, after its last complete record, or begins another."""
         own = [place for place, file in enumerate(self._files) if file.name.startswith(f"{self._rank:05d}-")]
         go_on = self._stream is None and own and self._end < SEGMENT_BYTES
         self.close()

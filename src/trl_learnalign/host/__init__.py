@@ -1,4 +1,4 @@
-"""All that this package knows of a trainer's insides. The rest of it sees a [`Host`]."""
+"""The only modules that use private parts of a trainer. The other modules see a [`Host`]."""
 
 from transformers import Trainer
 from trl import GRPOTrainer, RLOOTrainer

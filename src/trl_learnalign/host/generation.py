@@ -25,7 +25,7 @@ SELECTING: WeakSet[Trainer] = WeakSet()  # trainers that generate for something 
 
 
 class NoLogps:
-    """Stands in for the log-probabilities of a generation, where nobody needs them."""
+    """Replaces the log-probabilities of a generation that are not needed."""
 
     def __call__(self, *args, **kwargs):
         return None, None, None

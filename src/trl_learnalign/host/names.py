@@ -1,4 +1,4 @@
-"""The names of TRL's trainers that are used here though they are in no documentation of TRL's, which may drop them."""
+"""The undocumented names of TRL's trainers that this package uses. A later version of TRL may not have them."""
 
 import trl
 from transformers import Trainer

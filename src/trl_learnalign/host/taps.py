@@ -1,4 +1,4 @@
-"""What a training tells while it runs: the rewards that it has paid for, and that a checkpoint is being written."""
+"""Reports events of a running training: its rewards, and that a checkpoint is being written."""
 
 import copy
 from collections.abc import Callable

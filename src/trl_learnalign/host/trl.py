@@ -186,7 +186,7 @@ class Host(ABC):
         if not all("prompt" in row for row in rows):
             raise ValueError(
                 "There are no prompt tokens before the environment begins: the training dataset has no column "
-                "`prompt`. Give it one, or do without features of the prompts."
+                "`prompt`. Give it one, or do not use features of the prompts."
             )
         return [list(ids) for ids in self.trainer._tokenize_prompts([row["prompt"] for row in rows])[0]]
 

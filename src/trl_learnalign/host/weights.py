@@ -26,7 +26,7 @@ def weights_digest(trainer: Trainer) -> str:
 
 def _trainable(trainer) -> Iterator[tuple[str, torch.Tensor]]:
     """
-    One whole tensor after another, in the same order on every process, as a shard is made whole by all of them.
+    One complete tensor after another, in the same order on every process, since all gather each sharded tensor.
     Between forwards ZeRO-3 keeps no numbers in a parameter, FSDP2 those of this process's shard, FSDP1 the same or
     none.
     """

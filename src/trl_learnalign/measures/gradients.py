@@ -274,7 +274,7 @@ class GradientFeatures:
         )
 
     def _meet(self):
-        """Where a forward takes all processes, none begins one that another, which has failed, will not join."""
+        """Before a forward that needs all processes, waits for them: none starts it after another has failed."""
         if self.host.is_sharded:
             self.peers.wait()
 

@@ -53,9 +53,9 @@ class PromptFeatures:
 def reason_against(host: Host) -> str | None:
     """Why the prompts of this trainer have no hidden states that could be computed beforehand; `None` if they have."""
     if host.rollout_func is not None:
-        return "a `rollout_func` makes of a prompt what only it knows"
+        return "a `rollout_func` may change the prompts"
     if host.environments:
-        return "an environment adds to a prompt when it begins"
+        return "an environment adds to the prompts"
     if "prompt" not in host.dataset.column_names:
         return "the training dataset has no column `prompt`"
     if {"image", "images"} & set(host.dataset.column_names):
@@ -66,8 +66,8 @@ def reason_against(host: Host) -> str | None:
 def hidden_states(host: Host, directory: Path, peers: Peers, key: str | None = None) -> PromptFeatures:
     """
     Features of every prompt of the training dataset, equal on all processes; those of `directory` if they were made
-    from the same dataset and weights in the same way. The policy is left as found. All processes must call this, after
-    [`reason_against`] had nothing to say.
+    from the same dataset and weights in the same way. The policy does not change. All processes must call this, if
+    [`reason_against`] returned `None`.
 
     Of a prompt's hidden states the mean over its tokens is taken, after half of the layers. Each dimension is
     standardised, since in large models a few are a thousand times greater than the others; the principal components
@@ -115,8 +115,8 @@ def _of_the_run(found, key, path):
     if found is None or found.key != key:
         state = "holds no features of prompts" if found is None else "holds features of another run"
         raise ValueError(
-            f"'{path}' {state}, but the run that is resumed chose its prompts by features that cannot be made again, "
-            "since its weights have changed. Put that file back, or start a new run from these weights."
+            f"'{path}' {state}, but the run that is resumed chose its prompts by features that cannot be computed "
+            "again, since its weights have changed. Put that file back, or start a new run from these weights."
         )
     return found
 

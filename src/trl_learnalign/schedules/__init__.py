@@ -1,4 +1,4 @@
-"""Which prompt comes when."""
+"""Schedules, which decide which prompt is trained on when."""
 
 from .base import Schedule
 from .online import OnlineSchedule

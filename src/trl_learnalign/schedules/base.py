@@ -1,4 +1,4 @@
-"""What a schedule is: which prompt comes when."""
+"""The base class of schedules, which decide which prompt is trained on when."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 class Schedule:
     """
-    Which prompt comes when. A schedule of yours overrides [`~Schedule.prompts`], and what else it needs:
+    Decides which prompt is trained on when. Your own schedule overrides [`~Schedule.prompts`], and other methods if
+    it needs them:
 
     ```python
     class EveryOther(Schedule):
@@ -104,7 +105,7 @@ class Schedule:
 
     def observe(self, chunk: int, rewards: np.ndarray) -> dict[int, int] | None:
         """
-        Sees the rewards that training has paid for. A chunk may be observed twice, where a resumed run generates it
+        Receives the rewards of training. A chunk may be observed twice, where a resumed run generates it
         again.
 
         Args:
@@ -139,7 +140,7 @@ class Schedule:
             max_steps (`int`): optimizer steps of the run.
             due (`bool`): whether a selection is made before the next step.
         """
-        return [f"steps {step + 1} to {max_steps} train on what {type(self).__name__} chooses."]
+        return [f"steps {step + 1} to {max_steps} train on the prompts that {type(self).__name__} chooses."]
 
     def warning(self, max_steps: int) -> str | None:
         """What a new run of so many steps should be warned of."""
@@ -151,7 +152,7 @@ class Schedule:
 
     def report(self, host, directory: Path) -> None:
         """
-        Writes what it has to tell into a directory, whenever a checkpoint was saved and at the end. On all processes.
+        Writes its report into a directory, whenever a checkpoint was saved and at the end. Called on all processes.
         """
 
     def summary(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Whether to choose at all: the predictor's skill on uniform draws, and what choosing would bring."""
+"""Whether to choose at all: the predictor's skill on uniform draws, and the expected gain of choosing."""
 
 import math
 
@@ -17,8 +17,8 @@ class Judge:
     Attributes:
         choosing (`bool`): whether chunks are chosen; else they are drawn uniformly.
         switched (`bool`): whether that was otherwise for the chunk before.
-        headroom (`float`): how much more of what is wanted (live groups, or variance) the best prompts promise than
-            random ones.
+        headroom (`float`): the expected gain (live groups, or variance) of the best prompts, divided by that of random
+            ones.
         predicted (`float`): mean success that is predicted of random prompts.
     """
 
@@ -57,7 +57,7 @@ class Judge:
         Decides about the next chunk.
 
         Args:
-            gain (`np.ndarray` of shape `(n,)`): what each of n random candidates promises.
+            gain (`np.ndarray` of shape `(n,)`): the expected gain of each of n random candidates.
             best (`np.ndarray`): places of those that would be chosen.
             predicted (`float`): mean success predicted of the candidates.
         """

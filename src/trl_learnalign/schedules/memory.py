@@ -75,7 +75,7 @@ class PromptMemory:
         equal: np.ndarray,
     ) -> None:
         """
-        These rows had `successes` of `trials` in a chunk; `equal` where all rollouts came to the same. They rest for
+        These rows had `successes` of `trials` in a chunk; `equal` where all rewards were equal. They rest for
         `cooldown` chunks, doubled for each visit in a row that was all right or all wrong. A row may be there twice,
         where a pool is smaller than a chunk; one without a trial is left out.
         """

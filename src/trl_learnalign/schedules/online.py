@@ -183,7 +183,7 @@ class OnlineSchedule(Schedule):
         return self.curve(a / (a + b)) if self.graded else expected_learnability(a, b)
 
     def _gain(self, a, b):
-        """What choosing is to have more of: live groups, or variance."""
+        """What choosing should increase: live groups, or variance."""
         return self.curve(a / (a + b)) if self.graded else live_probability(a, b, self.layout.group_size)
 
     @property
@@ -322,7 +322,7 @@ class OnlineSchedule(Schedule):
             f"chosen ones ({UNIFORM:.0%} stay random).",
             f"{prompts:,.0f} prompts in all, {self.layout.chunk_prompts} at once, from a pool of {pool:,}: "
             f"{prompts / pool:.2f} visits per prompt.",
-            f"success is predicted from what was seen of a prompt, and from {', '.join(by) or 'nothing else'}.",
+            f"success is predicted from a prompt's own rewards, and from {', '.join(by) or 'nothing else'}.",
         ]
 
     def warning(self, max_steps):
@@ -340,8 +340,8 @@ class OnlineSchedule(Schedule):
         if not (self.features_key or self.config.group_column or self.config.pass_rate_column or visits >= 1):
             possible = "" if self.config.prompt_features else "set `prompt_features=True`, "
             texts.append(
-                f"The run has room for {visits:.2f} visits per prompt, so most prompts are seen once at most, and "
-                "nothing but the length tells about those not seen: choosing online can hardly help. What helps: "
+                f"The run has only {visits:.2f} visits per prompt, so most prompts are trained on once at most. Of "
+                "the others only the length is known: choosing online can hardly help. To change that, "
                 f"{possible}name a `group_column` or a `pass_rate_column`, or take a smaller pool."
             )
         return " ".join(texts) or None

@@ -1,4 +1,4 @@
-"""What an online schedule knows and did: tables, numbers and lines, for its report, a model card and the output."""
+"""The state and history of an online schedule as tables and lines, for its report, a model card and the output."""
 
 import math
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ _BLOCK = 16_384  # prompts whose success is predicted at once, in float64
 def prompt_columns(schedule: "OnlineSchedule") -> dict[str, np.ndarray]:
     """
     By name a value for each prompt that may be trained on, of shape `(n,)`. Where nothing was seen, `success_rate` is
-    NaN and `last_chunk` -1. docs/files.md explains them.
+    NaN and `last_chunk` -1. docs/files_online.md explains them.
     """
     rows, memory = schedule.pool, schedule.memory
     blocks = [rows[start : start + _BLOCK] for start in range(0, len(rows), _BLOCK)]
@@ -65,15 +65,15 @@ def periods(history: "History", chunk_prompts: int) -> list:
             why = None
         elif start == 0 and end + 1 < len(choosing):
             why = (
-                f"at the start, until at least {TRIED} uniform draws had shown that success is predicted better than "
-                f"by the mean"
+                f"at the start, until at least {TRIED} uniform draws had shown that the prediction is better than the "
+                f"mean"
             )
         elif start == 0 and (end + 1) * chunk_prompts < TRIED:
             why = f"the prediction is judged after {TRIED} uniform draws"
         elif skill[start if start else end] <= BEGIN_SKILL:
-            why = f"success was predicted hardly better than by the mean (a skill of {BEGIN_SKILL} is wanted)"
+            why = f"the prediction was hardly better than the mean (needed: a skill of {BEGIN_SKILL})"
         else:
-            why = f"choosing promised little (a headroom of {LEAST_HEADROOM} is wanted)"
+            why = f"choosing would have made little difference (needed: a headroom of {LEAST_HEADROOM})"
         found.append(
             {
                 "first": int(chunks[start]),
@@ -89,7 +89,7 @@ def periods(history: "History", chunk_prompts: int) -> list:
 
 def switch_line(chunk: int, judge: Judge, graded: bool) -> str:
     """
-    Said when a schedule begins or ends to choose.
+    The line printed when a schedule starts or stops choosing.
 
     Args:
         chunk (`int`): the first chunk that is chosen, or drawn uniformly.
@@ -103,7 +103,7 @@ def switch_line(chunk: int, judge: Judge, graded: bool) -> str:
         return f"{start} prompts are chosen by predicted learnability: they should {gain} (skill {judge.skill:.2f})."
     if not judge.able:
         skill = f"for {PATIENCE} chunks (skill {judge.skill:.2f})"
-        return f"{start} draws are uniform: success was predicted hardly better than by the mean {skill}."
+        return f"{start} draws are uniform: the prediction of success was hardly better than the mean {skill}."
     headroom = f"for {PATIENCE} chunks (headroom {judge.headroom:.2f})"
     return f"{start} draws are uniform: choosing promised little {headroom}."
 
@@ -133,7 +133,7 @@ def _weighted(values, weights):
 
 
 def summary_lines(schedule: "OnlineSchedule") -> list[str]:
-    """What a model card says of the run; nothing before the first observation."""
+    """Sentences about the run for a model card; none before the first observation."""
     history, layout = schedule.history, schedule.layout
     latest = history.latest()
     if not latest:

@@ -53,7 +53,7 @@ class StagedSchedule(Schedule):
         """Adds a version to the log: from chunk `start` on, train on `indices` (empty: random prompts)."""
         last = self.log[-1].start_chunk
         if start < last:
-            raise ValueError(f"A version cannot start at chunk {start}, before the last one, at {last}.")
+            raise ValueError(f"A selection cannot take effect at chunk {start}, before the last one, at {last}.")
         self.log.append(Version(start, tuple(indices)))
 
     def due(self, step: int, max_steps: int, drawn: int) -> bool:
@@ -194,4 +194,4 @@ def _log_of_0_1(state) -> list[Version]:
 def _check(log):
     numbers = [number for version in log for number in (version.start_chunk, *version.indices)]
     if not all(type(number) is int and number >= 0 for number in numbers):
-        raise ValueError("a start or a row is no whole number")
+        raise ValueError("a start or a row is not an integer")
