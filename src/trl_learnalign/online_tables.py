@@ -162,11 +162,14 @@ def _numbers(schedule, host) -> dict:
                 for name, value in schedule.config.to_dict().items()
                 if name not in (*STAGED_ONLY, "schedule", "score")
             },
-            "stream": asdict(schedule.layout),
+            "stream": {_SHOWN_AS.get(name, name): value for name, value in asdict(schedule.layout).items()},
             "num_processes": host.accelerator.num_processes,
             "versions": {package: version(package) for package in _PACKAGES},
         },
     }
+
+
+_SHOWN_AS = {"num_prompts": "prompts_per_epoch"}  # which is what it is without a selection
 
 
 def _finite(value):

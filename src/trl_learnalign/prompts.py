@@ -24,11 +24,11 @@ def check_dataset(dataset, needs_prompt: bool = True) -> None:
     if not isinstance(dataset, Dataset):
         raise ValueError(
             f"The training dataset has the type {type(dataset).__name__}, which can be read only once and in order, "
-            "but a selection picks rows. Load it without streaming, or select from "
+            "but prompts are chosen by their rows. Load it without streaming, or use "
             "`Dataset.from_list(list(stream.take(n)))`."
         )
     if len(dataset) == 0:
-        raise ValueError("The training dataset is empty, so there is nothing to select.")
+        raise ValueError("The training dataset is empty, so there is no prompt to choose.")
     if needs_prompt and "prompt" not in dataset.column_names:
         raise ValueError(
             f"The training dataset has no column `prompt`. Its columns are: {', '.join(dataset.column_names)}. Rename "
@@ -134,7 +134,7 @@ def check_duplicates(dataset: Dataset, deduplicate: bool, warn: bool) -> None:
     if distinct < rows:
         warnings.warn(
             f"The training dataset has {rows:,} rows, but only {distinct:,} different prompts, so a prompt may be "
-            "chosen several times. Set `deduplicate=True` to choose only the best-ranked of each.",
+            "chosen several times. Set `deduplicate=True` to use only one row of each.",
             stacklevel=4,
         )
 

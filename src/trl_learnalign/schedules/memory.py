@@ -5,6 +5,7 @@ import numpy as np
 from .predictor import HALF_LIFE, all_fail
 
 
+COOLDOWN = 0.1, 2, 25  # chunks until a prompt may come again: this share of those of the pool, at least, at most
 LONGEST_REST = 6  # doublings of the cooldown of a mastered or never-solved prompt
 SUSPICION = 0.1  # probability of failing so often, below which a prompt is a suspect
 MOST_SUSPECTS = 1000
@@ -17,6 +18,7 @@ class PromptMemory:
 
     Args:
         size (`int`): N.
+        chunks_of_pool (`float`): chunks that the pool makes.
 
     Attributes:
         successes, failures (`np.ndarray`): of the prompt's own rollouts, faded to the time of the last visit, float32.
@@ -31,7 +33,7 @@ class PromptMemory:
 
     NAMES = "successes", "failures", "last", "visits", "ready", "solved", "failed", "surprise"
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, chunks_of_pool: float):
         self.successes = np.zeros(size, np.float32)
         self.failures = np.zeros(size, np.float32)
         self.last = np.full(size, -1, np.int32)
@@ -40,15 +42,17 @@ class PromptMemory:
         self.solved = np.zeros(size, np.uint8)
         self.failed = np.zeros(size, np.uint8)
         self.surprise = np.zeros(size, np.float32)
+        share, least, most = COOLDOWN
+        self.cooldown = int(np.clip(share * chunks_of_pool, least, most))
 
     def evidence(self, rows: np.ndarray, chunk: int) -> tuple[np.ndarray, np.ndarray]:
         """Successes and failures of these rows, faded to a chunk, of shape `(n,)` each."""
         faded = 0.5 ** ((chunk - self.last[rows]) / HALF_LIFE)
         return faded * self.successes[rows], faded * self.failures[rows]
 
-    def rest(self, rows: np.ndarray, chunk: int, cooldown: int) -> None:
-        """These rows are drawn for a chunk: none of them comes again for `cooldown` chunks."""
-        self.ready[rows] = chunk + cooldown
+    def rest(self, rows: np.ndarray, chunk: int) -> None:
+        """These rows are drawn for a chunk: none of them comes again for a while."""
+        self.ready[rows] = chunk + self.cooldown
 
     def resting(self, rows: np.ndarray) -> np.ndarray:
         """Whether these rows were always or never solved at their last visit, so that they come again for a review."""
@@ -66,25 +70,18 @@ class PromptMemory:
         self.surprise[rows[successes > 0]] = -np.inf
 
     def update(
-        self,
-        rows: np.ndarray,
-        chunk: int,
-        cooldown: int,
-        successes: np.ndarray,
-        trials: np.ndarray,
-        equal: np.ndarray,
+        self, rows: np.ndarray, chunk: int, successes: np.ndarray, trials: np.ndarray, equal: np.ndarray
     ) -> None:
         """
-        These rows had `successes` of `trials` in a chunk; `equal` where all rewards were equal. They rest for
-        `cooldown` chunks, doubled for each visit in a row that was all right or all wrong. A row may be there twice,
-        where a pool is smaller than a chunk; one without a trial is left out.
+        These rows had `successes` of `trials` in a chunk; `equal` where all rewards were equal. A row may be
+        there twice, where a pool is smaller than a chunk; one without a trial is left out.
         """
         known = trials > 0
         rows, successes, trials, equal = rows[known], successes[known], trials[known], equal[known]
         for places in _distinct(rows):
-            self._update(rows[places], chunk, cooldown, successes[places], trials[places], equal[places])
+            self._update(rows[places], chunk, successes[places], trials[places], equal[places])
 
-    def _update(self, rows, chunk, cooldown, successes, trials, equal):
+    def _update(self, rows, chunk, successes, trials, equal):
         before = self.evidence(rows, chunk)
         self.successes[rows] = before[0] + successes
         self.failures[rows] = before[1] + trials - successes
@@ -94,7 +91,7 @@ class PromptMemory:
         for streak, now in ((self.solved, good), (self.failed, ~good)):
             streak[rows] = np.where(equal & now, np.minimum(streak[rows], 254) + 1, 0)
         doublings = np.minimum(np.maximum(self.solved[rows], self.failed[rows]), LONGEST_REST).astype(np.int32)
-        self.ready[rows] = chunk + cooldown * 2**doublings
+        self.ready[rows] = chunk + self.cooldown * 2**doublings
 
     def is_suspect(self, rows: np.ndarray) -> np.ndarray:
         """Whether so many failures of these rows were improbable."""

@@ -24,8 +24,6 @@ logger = logging.getLogger(__name__)
 
 CANDIDATES = 16_384  # prompts that a chunk is chosen from, at random; all of a smaller pool
 UNIFORM = 0.05  # of a chunk: uniform draws from the whole pool, which measure the pool and the predictor
-REPEAT = 0.4  # a prompt may come again when so many of those that promise as much could have come
-LEAST_COOLDOWN = 2  # chunks
 LEAST_NOISE = 0.02  # variance within groups of graded rewards, over that of successes
 REVIEW = 0.05  # of a chunk: mastered and never-solved prompts whose time has come
 
@@ -37,7 +35,6 @@ class _Drawn:
     rows: np.ndarray  # (n,) int32
     uniform: np.ndarray  # (n,) bool
     predicted: np.ndarray  # (n,) float64, success
-    cooldown: int  # chunks that these rows rest, at least
     learnt: bool  # whether anything had been observed
 
 
@@ -47,7 +44,8 @@ class OnlineSchedule(Schedule):
 
     The success rate of a prompt has a Beta posterior: the prior comes from a regression on features of the prompt
     ([`SuccessPredictor`]), which all observations share; the prompt's own successes and failures are added, and fade.
-    Of random candidates a chunk takes those with the greatest E[p (1 - p)]. One prompt in twenty is drawn uniformly
+    Of random candidates a chunk takes those with the greatest E[p (1 - p)] / (1 + v), where v is the number of recent
+    visits, which fade alike. One prompt in twenty is drawn uniformly
     from the whole pool, which measures the pool and the predictor without bias; one in twenty is a review of a prompt
     that was always or never solved when it was last seen: such a prompt rests twice as long after each visit.
 
@@ -104,7 +102,7 @@ class OnlineSchedule(Schedule):
         if self.features is None:  # `prepare` comes later
             return
         self.predictor = SuccessPredictor(self.features)
-        self.memory = PromptMemory(self.layout.pool_size)
+        self.memory = PromptMemory(self.layout.pool_size, len(self.pool) / self.layout.chunk_prompts)
         self.judge = Judge()
         self.scale, self.curve = RewardScale(), VarianceCurve()
         self.history = History()
@@ -137,7 +135,7 @@ class OnlineSchedule(Schedule):
         candidates = self._candidates(generator)
         a, b = self.posterior(candidates, chunk)
         # The last digits may differ between processes, whose choices must not
-        utility = np.round(self.utility(a, b), 9)
+        utility = np.round(self.utility(a, b) / (1 + self._recent_visits(candidates, chunk)), 9)
         ranked = np.lexsort((generator.random(len(candidates)), -utility))
         rested = self.memory.ready[candidates] <= chunk
         gain = self._gain(a, b)
@@ -150,17 +148,8 @@ class OnlineSchedule(Schedule):
             rows += self._best(candidates, ranked, rested, rows, number - uniform, generator)
         rows = np.array(rows + self._uniform(number - len(rows)), dtype=np.int32)  # a pool may be smaller than a chunk
         a, b = self.posterior(rows, chunk)
-        cooldown = self._cooldown(gain, ranked[:number])
-        self.memory.rest(rows, chunk, cooldown)
-        return _Drawn(rows, np.arange(number) < uniform, a / (a + b), cooldown, self.observed > 0)
-
-    def _cooldown(self, gain, best) -> int:
-        """
-        So many chunks that most prompts which promise as much as the best come before one of them comes again: a few
-        prompts seen often would bring more live groups, and less success on others.
-        """
-        share = round(gain.mean() / max(gain[best].mean(), 1e-12), 9)  # of the pool
-        return max(LEAST_COOLDOWN, round(REPEAT * share * len(self.pool) / self.layout.chunk_prompts))
+        self.memory.rest(rows, chunk)
+        return _Drawn(rows, np.arange(number) < uniform, a / (a + b), self.observed > 0)
 
     def _best(self, candidates, ranked, rested, taken, number, generator) -> list[int]:
         """Reviews, then the best that have rested, then those that have rested longest."""
@@ -190,6 +179,16 @@ class OnlineSchedule(Schedule):
     def graded(self) -> bool:
         """Whether rewards are graded, so that their variance counts."""
         return self.config.learnability == "variance"
+
+    def _recent_visits(self, rows, chunk):
+        """Visits that have not faded: what a prompt teaches, it teaches less each time."""
+        rollouts = sum(self.memory.evidence(rows, chunk)) / self._weight
+        return rollouts / self.layout.group_size
+
+    @property
+    def _weight(self) -> float:
+        """Successes that a rollout says as much as; a graded one that varies less says more."""
+        return 1 / max(self.curve.ratio, LEAST_NOISE) if self.graded else 1.0
 
     def _candidates(self, generator):
         if len(self.pool) <= CANDIDATES:
@@ -234,9 +233,8 @@ class OnlineSchedule(Schedule):
         else:
             self.memory.suspect(drawn.rows, *self.posterior(drawn.rows, chunk), successes, trials)
         self.predictor.observe(chunk, drawn.rows, successes, trials, noise)
-        # A rollout that varies less than a success says more
-        weight = 1.0 if noise is None else 1 / max(noise, LEAST_NOISE)
-        self.memory.update(drawn.rows, chunk, drawn.cooldown, weight * successes, weight * trials, equal)
+        weight = self._weight
+        self.memory.update(drawn.rows, chunk, weight * successes, weight * trials, equal)
         self.observed = chunk + 1
         self.drawn = {number: one for number, one in self.drawn.items() if number >= chunk}
         self._record(chunk, drawn, live, seen, observed)
@@ -401,7 +399,7 @@ class OnlineSchedule(Schedule):
 
 
 _PARTS = "memory", "judge", "predictor", "scale", "curve", "history"
-_DRAWN = "rows", "uniform", "predicted", "cooldown", "learnt"
+_DRAWN = "rows", "uniform", "predicted", "learnt"
 _LOGGED = "live_fraction", "predicted_success", "observed_success", "pool_success", "skill", "headroom", "retired"
 
 
