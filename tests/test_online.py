@@ -9,6 +9,7 @@ import torch
 from trl.trainer.utils import RepeatSampler
 
 from trl_learnalign import LearnAlignConfig, LearnAlignSampler
+from trl_learnalign.callback import first_rollouts
 from trl_learnalign.layout import Layout
 from trl_learnalign.schedules import judge, memory, online, predictor
 from trl_learnalign.schedules.graded import VarianceCurve
@@ -165,6 +166,15 @@ def test_posteriors_and_rests_are_those_of_a_loop_over_prompts():
         rest = cooldown * 2 ** min(max(right_streak, failed_streak), memory.LONGEST_REST)
         drawn_again = row in rows[40]  # not yet observed
         assert schedule.memory.ready[row] == (40 + cooldown if drawn_again else last + rest)
+
+
+@pytest.mark.parametrize("number", [2, 4, 8, 12, 24, 48])
+def test_one_process_has_the_first_rollout_of_each_group_though_groups_are_split(number):
+    wanted = {100 + place: place for place in range(6)}  # rows, and places in a chunk of 6 groups of 8
+    found = []
+    for start in range(0, 48, number):
+        found += [(row, start + at) for row, at in first_rollouts(wanted, start, number, 8).items()]
+    assert sorted(found) == [(100 + place, 8 * place) for place in range(6)]
 
 
 # Choice ------------------------------------------------------------------------------------------------------------

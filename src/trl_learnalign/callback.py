@@ -172,8 +172,8 @@ class LearnAlignCallback(TrainerCallback):
         self._check_row(chunk, start // layout.group_size, inputs[0])
         wanted = self.schedule.observe(chunk, rewards.reshape(layout.chunk_prompts, layout.group_size, -1))
         if wanted:  # the same on all processes
-            firsts = {row: place * layout.group_size - start for row, place in wanted.items()}
-            own = {row: prompt_text(completions[at]) for row, at in firsts.items() if 0 <= at < len(inputs)}
+            firsts = first_rollouts(wanted, start, len(inputs), layout.group_size)
+            own = {row: prompt_text(completions[at]) for row, at in firsts.items()}
             self.schedule.remember({row: text for part in gather_object([own]) for row, text in part.items()})
         for name, value in self.schedule.metrics().items():
             if np.isfinite(value):
@@ -240,3 +240,12 @@ class LearnAlignCallback(TrainerCallback):
 
     def _initial_file(self):
         return self._directory() / "initial.safetensors"
+
+
+def first_rollouts(places: dict[int, int], start: int, number: int, group_size: int) -> dict[int, int]:
+    """
+    Of the groups at these places of a chunk those whose first rollout is among the `number` of this process, which
+    begin at `start`; with its place among them. A group may be on several processes.
+    """
+    firsts = {row: place * group_size - start for row, place in places.items()}
+    return {row: at for row, at in firsts.items() if 0 <= at < number}
