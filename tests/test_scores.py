@@ -87,6 +87,18 @@ def test_a_score_from_outside_is_one_entry(tmp_path, monkeypatch):
     assert table["score"].tolist() == (-(table["success_rate"] - 0.75).abs()).tolist()
 
 
+def test_groups_of_equal_graded_rewards_are_never_chosen(tmp_path):
+    """Though one of each group could not be scored: the mean of seven equal rewards may be off in the last digit."""
+
+    def reward(completions, row, **kwargs):
+        rewards = [1.7 * (place % 2) if r in (3, 8) else (r + 1) / 30 for place, r in enumerate(row)]
+        return [None if place % 8 == 0 else value for place, value in enumerate(rewards)]
+
+    settings = config(score="learnability", learnability="variance")
+    selection = select_prompts(make_trainer(tmp_path, reward=reward, num_generations=8), settings)
+    assert sorted(selection.indices) == [3, 8] and selection.num_learnable() == 2
+
+
 def test_a_condition_on_the_dataset_saves_rollouts(tmp_path):
     seen = Seen(digit_reward)
     trainer = make_trainer(tmp_path, reward=seen, dataset=graded())
