@@ -181,6 +181,20 @@ def selection_step(layout):
     return next(step for step in range(1000) if layout.chunks_trained(step) >= layout.warmup_chunks)
 
 
+def test_a_resume_with_more_workers_may_not_skip_chunks(tmp_path):
+    """Whole, the run has 7 chunks in an epoch; with two workers it would have 8, and skip two at each epoch's end."""
+    kwargs = {"gradient_accumulation_steps": 4, "steps_per_generation": 1, "num_train_epochs": 3}
+    kwargs |= {"save_strategy": "steps", "save_steps": 5}
+    settings = config(num_prompts=20, warmup_prompts=4, score="random")
+    whole = make_trainer(tmp_path, settings, **kwargs)
+    whole.train()
+    assert whole._get_train_sampler().layout.epoch_chunks == 7
+    resumed = make_trainer(tmp_path, settings, dataloader_num_workers=2, **kwargs)
+    assert resumed._get_train_sampler().layout.epoch_chunks == 8
+    with pytest.raises(ValueError, match="another stream.*read_ahead.* was 1 and is 5.*settings"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+
+
 class Killed(Exception):
     pass
 
