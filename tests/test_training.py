@@ -14,6 +14,7 @@ from tiny import (
     graded_reward,
     lora,
     make_dataset,
+    make_model,
     make_trainer,
     parity_reward,
     weights,
@@ -23,8 +24,10 @@ from trl import GRPOTrainer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignMixin, LearnAlignSampler, Selection, select_prompts
 from trl_learnalign.disk import digest
+from trl_learnalign.host import find_host
 from trl_learnalign.measures import gradients
 from trl_learnalign.restart import restart
+from trl_learnalign.rewards import source_of
 from trl_learnalign.state import STATE_FILE
 
 
@@ -322,6 +325,48 @@ def test_a_selection_is_made_again_where_it_would_be_another(tmp_path, first, se
     assert Selection.load(step).provenance["key"] == keys[2] and (step / "rollouts.parquet").is_file()
     select_prompts(make_trainer(tmp_path, **second), config())
     assert not (step / "rollouts.parquet").exists()  # those of the selection that was replaced
+
+
+def test_a_selection_depends_on_tokens_rewards_and_what_functions_were_made_with(tmp_path):
+    trainer = make_trainer(tmp_path, dataset=make_dataset(conversational=True))
+    host, choice = find_host(trainer), config(score="learnability")
+    keys = [select_prompts(trainer, choice).provenance["key"]]
+    trainer.processing_class.chat_template = trainer.processing_class.chat_template.replace("a:", "t:")
+    keys.append(select_prompts(trainer, choice).provenance["key"])
+    assert keys[0] != keys[1]
+
+    known = [host.identity()]
+    trainer._tokenizer(["1", "22"], padding=True, truncation=True, max_length=5)  # which it notes
+    assert host.identity() == known[0]
+    trainer._tokenizer.add_tokens(["12"])
+    known.append(host.identity())
+    trainer.args.vllm_structured_outputs_regex = "[0-9]+"
+    known.append(host.identity())
+    trainer.reward_func_names = ["judge"]
+    for name in ("one/judge", "another/judge"):
+        model = make_model()
+        model.config._name_or_path = name
+        trainer.reward_funcs = [model]
+        known.append(host.identity())
+    assert all(a != b for i, a in enumerate(known) for b in known[:i])
+
+
+def test_what_a_function_was_made_with_identifies_it():
+    def make(least, seen, *, calls=0, most=3):
+        def reward(completions, weight=least, *, most=most, **kwargs):
+            nonlocal calls
+            calls += 1
+            seen.append(len(completions))
+            return [float(least <= len(completion) <= most) * weight for completion in completions]
+
+        return reward
+
+    first = source_of(make(1, []))
+    assert first == source_of(make(1, [2, 3], calls=4))  # states, which change with every call
+    assert len({first, source_of(make(5, [])), source_of(make(1, [], most=4))}) == 3
+    wrapped = [update_wrapper(lambda *args, f=f, **kwargs: f(*args, **kwargs), f) for f in (make(1, []), make(5, []))]
+    assert source_of(wrapped[0]) != source_of(wrapped[1])
+    assert len({source_of(function) for function in (print, make, Seen, shifted_by(1), shifted_by(2))}) == 5
 
 
 def test_features_lost_between_sum_and_scores_are_an_error_not_a_score(tmp_path, monkeypatch):
