@@ -369,6 +369,38 @@ def test_what_a_function_was_made_with_identifies_it():
     assert len({source_of(function) for function in (print, make, Seen, shifted_by(1), shifted_by(2))}) == 5
 
 
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_run_resumes_with_functions_objects_and_tuples_as_settings(tmp_path, changed):
+    """A checkpoint names what cannot be written into it by what it is, not by where it lies in memory."""
+
+    def build():
+        score = [partial(ranked_on, k=2), Ranked()][changed]
+        choice = config(score=score, score_measures=("rollouts",), warmup_prompts=4)
+        return make_trainer(tmp_path, choice, max_steps=4, save_strategy="steps", save_steps=2)
+
+    build().train()
+    resumed = build()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.state.global_step == 4
+
+
+def ranked_on(table, k):
+    return table["success_rate"] * k
+
+
+class Ranked:
+    def __call__(self, table):
+        return table["success_rate"]
+
+
+def test_names_of_scores_tell_their_arguments_and_no_addresses():
+    names = [config(score=score).to_dict()["score"] for score in (partial(ranked_on, k=2), Ranked(), ranked_on)]
+    assert names == [f"{__name__}.ranked_on(k=2)", f"{__name__}.Ranked", f"{__name__}.ranked_on"]
+    targets = [config(score="target", target_dataset=make_dataset(2).select(rows)) for rows in ([0, 1], [1, 0])]
+    assert targets[0].changes(targets[1].to_dict()).keys() == {"target_dataset"}
+    assert not targets[0].changes(targets[0].to_dict())
+
+
 def test_features_lost_between_sum_and_scores_are_an_error_not_a_score(tmp_path, monkeypatch):
     weighted_sum = gradients.GradientFeatures.weighted_sum
 

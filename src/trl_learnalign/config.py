@@ -7,6 +7,7 @@ from datasets import Dataset
 
 from .choice import QUOTAS, TAKES, Condition
 from .knobs import check, explain
+from .rows import dataset_fingerprint
 from .scores import OWN_MEASURES, SCORES, find_score, score_name
 
 
@@ -193,6 +194,8 @@ class LearnAlignConfig:
     pass_rate_column: str | None = None
 
     def __post_init__(self):
+        if isinstance(self.score_measures, tuple):  # as a checkpoint has it
+            self.score_measures = list(self.score_measures)
         for one in fields(self):
             if one.name not in ("score", "target_dataset"):  # which may be more than texts
                 check(one, type(self).__annotations__[one.name], getattr(self, one.name), _LEAST, _TEXTS)
@@ -280,9 +283,9 @@ class LearnAlignConfig:
         return {name: (was[name], value) for name, value in self.to_dict().items() if value != was[name]}
 
     def to_dict(self) -> dict:
-        """The fields as a dictionary of plain values; a function by its name."""
+        """The fields as a dictionary of plain values; a function by its name, a dataset by its rows."""
         values = {one.name: getattr(self, one.name) for one in fields(self)}
         target = self.target_dataset
         if isinstance(target, Dataset):
-            values["target_dataset"] = f"Dataset of {len(target)} rows"
+            values["target_dataset"] = f"Dataset of {len(target)} rows, {dataset_fingerprint(target)[:16]}"
         return values | {"score": score_name(self.score)}

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from .rewards import partial_arguments
+
 
 if TYPE_CHECKING:
     import pandas
@@ -113,8 +115,13 @@ def find_score(score: str | Callable, measures: Sequence[str] | None) -> Score:
 
 
 def score_name(score: str | Callable) -> str:
-    """A score for people and for files."""
-    return score if isinstance(score, str) else f"{score.__module__}.{getattr(score, '__qualname__', score)}"
+    """A score for people and for files: a function by its name, an object by its class."""
+    if isinstance(score, str):
+        return score
+    if isinstance(score, functools.partial):
+        return score_name(score.func) + partial_arguments(score)
+    named = score if hasattr(score, "__qualname__") else type(score)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 @functools.cache
