@@ -118,6 +118,23 @@ def test_a_condition_on_what_was_measured(tmp_path):
     assert set(selection.indices) == set(table.index[expected])
 
 
+def test_a_condition_on_a_name_of_a_column_and_a_measure_is_refused(tmp_path):
+    """As a dataset that a selection has written has it: the two would be mixed up."""
+    dataset = graded().add_column("success_rate", [0.5] * ROWS)
+    trainer = make_trainer(tmp_path, dataset=dataset)
+    with pytest.raises(ValueError, match="'success_rate' is both a column of the training dataset and measured"):
+        select_prompts(trainer, config(score="learnability", where="success_rate < .5"))
+    settings = config(score="column:grade", where="success_rate < .6")  # nothing is measured
+    assert len(select_prompts(trainer, settings).indices) == 8
+
+
+def test_a_condition_on_the_score(tmp_path):
+    settings = config(score="learnability", where="score > .2 and source == 'book'", num_prompts=ROWS)
+    table = table_of(select_prompts(make_trainer(tmp_path, dataset=graded()), settings))
+    assert table["eligible"].equals(((table["score"] > 0.2) & (table.index % 3 != 0)).rename("eligible"))
+    assert 0 < table["eligible"].sum() < (table["score"] > 0.2).sum()
+
+
 @pytest.mark.parametrize("quota", ["proportional", "equal"])
 def test_quotas(tmp_path, quota):
     settings = config(score="learnability", num_prompts=6, quota_column="source", quota=quota)

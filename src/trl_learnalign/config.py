@@ -121,9 +121,9 @@ class LearnAlignConfig:
         target_column (`str`, *optional*):
             A column of the target dataset that names the subtask of each row. Without it there is one.
         where (`str`, *optional*):
-            Choose only prompts for which this holds, a condition on columns of the dataset and of `scores.parquet`
-            such as `"completion_length_mean < 800 and source != 'forum'"`. If it needs columns of the dataset alone,
-            other prompts are not rolled out.
+            Choose only prompts for which this holds, a condition on columns of the dataset, on what is measured and on
+            `score`, such as `"completion_length_mean < 800 and source != 'forum'"`. If it needs columns of the dataset
+            alone, other prompts are not rolled out.
         quota_column (`str`, *optional*):
             A column of the dataset whose values each get a quota of the chosen prompts.
         quota (`str`, *optional*, defaults to `"proportional"`):
