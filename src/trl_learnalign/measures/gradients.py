@@ -85,11 +85,20 @@ class GradientFeatures:
 
     def weighted_sum(self, weights: torch.Tensor) -> torch.Tensor:
         """
-        sum_j w_j phi_j / |phi_j| over the prompts of this process, of shape `(d,)`, float64; w by dataset index.
+        sum_j w_j phi_j / |phi_j| over the prompts of this process, float64; w by dataset index.
+
+        Args:
+            weights (`torch.Tensor` of shape `(..., N)`): one or more w. All sums take one pass.
+
+        Returns:
+            `torch.Tensor` of shape `(..., d)`.
         """
-        total = torch.zeros(self.engine.feature_dim, dtype=torch.float64)
+        total = torch.zeros(*weights.shape[:-1], self.engine.feature_dim, dtype=torch.float64)
+        sums = list(zip(total.view(-1, total.shape[-1]), weights.view(-1, weights.shape[-1]), strict=True))
         for indices, features in self._computed():
-            add_unit_features(total, features, weights[indices])
+            for one, own in sums:
+                if own[indices].any():
+                    add_unit_features(one, features, own[indices])
             del features  # may be as large as the LoRA
         return total
 
