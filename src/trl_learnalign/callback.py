@@ -183,7 +183,7 @@ class LearnAlignCallback(TrainerCallback):
 
     def _check_row(self, chunk, place, found):
         """The rewards must be those of the prompts that the schedule believes them to be of."""
-        row = self.sampler.chunk(chunk)[place]
+        row = self.sampler.drawn(chunk)[place]
         expected = self.host.dataset[row]
         if "prompt" in expected and found["prompt"] != expected["prompt"]:
             raise RuntimeError(
