@@ -20,6 +20,7 @@ from tiny import (
     weights,
 )
 from torch.utils.data import Sampler
+from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignMixin, LearnAlignSampler, Selection, select_prompts
@@ -196,6 +197,40 @@ def test_a_resume_with_more_workers_may_not_skip_chunks(tmp_path):
     assert resumed._get_train_sampler().layout.epoch_chunks == 8
     with pytest.raises(ValueError, match="another stream.*read_ahead.* was 1 and is 5.*settings"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+
+
+class OutOfTime(TrainerCallback):
+    """Ends a run after a step, as a limit of its time does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_training_stop = True
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_run_that_is_ending_makes_no_selection(tmp_path, saves):
+    """The one that is resumed makes it."""
+    kwargs = {"max_steps": 6, "save_strategy": "steps" if saves else "no", "save_steps": 100}
+    whole = make_trainer(tmp_path / "whole", config(), **kwargs)
+    whole.train()
+    (step,) = (selection.provenance["global_step"] for selection in whole._learnalign.selections)
+    seen = Seen(digit_reward)
+    stopped = make_trainer(tmp_path / "stopped", config(), reward=seen, **kwargs)
+    if saves:
+        stopped.add_callback(OutOfTime(step))  # after the one that finds the selection due
+    else:
+        stopped.callback_handler.callbacks.insert(1, OutOfTime(step))
+    stopped.train()
+    assert stopped.state.global_step == step and not stopped._learnalign.selections
+    assert len(seen.rows) == 16 * step and not list(tmp_path.glob("stopped/learnalign/step-*"))
+    if saves:
+        resumed = make_trainer(tmp_path / "stopped", config(), **kwargs)
+        resumed.train(resume_from_checkpoint=True)
+        assert resumed._learnalign.selections[0].indices == whole._learnalign.selections[0].indices
+        assert_same_weights(weights(whole), weights(resumed))
 
 
 class Killed(Exception):

@@ -114,14 +114,14 @@ class LearnAlignCallback(TrainerCallback):
             self._report()
         if self._pending is None and self.schedule.due(state.global_step, state.max_steps, self.sampler.cursor):
             self._pending = self.sampler.cursor
-            if args.save_strategy == "no":
-                self._select(state)
-            else:
+            if args.save_strategy != "no":
                 control.should_save = True
+            elif not control.should_training_stop:
+                self._select(state)
 
     def on_save(self, args, state, control, **kwargs):
         self._report()
-        if self._pending is not None:
+        if self._pending is not None and not control.should_training_stop:  # else the run that is resumed selects
             self._select(state)
 
     def on_step_begin(self, args, state, control, **kwargs):
