@@ -263,7 +263,7 @@ MISTAKES = [
     (
         ["--reward_funcs", "rewards.py:smal_digits"],
         1,
-        "no function 'smal_digits' in rewards, which `reward_funcs` names (did you mean 'small_digits'?)",
+        "no function 'smal_digits' in rewards.py, which `reward_funcs` names (did you mean 'small_digits'?)",
     ),
     (["--reward_funcs", "acuracy_reward"], 1, "(did you mean 'accuracy_reward'?)"),
     (

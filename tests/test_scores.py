@@ -1,5 +1,6 @@
 """What prompts are ranked on, and taken by: through real selections and real training runs."""
 
+import sys
 from collections import Counter
 
 import numpy as np
@@ -58,6 +59,27 @@ def test_a_function_ranks_what_was_measured(tmp_path, score):
     best = table[table["eligible"]].sort_values("score", ascending=False)["score"].head(8)
     assert table.loc[selection.indices, "score"].tolist() == best.tolist()
     assert selection.measures == ("rollouts",) and table["alignment"].isna().all()
+
+
+def test_a_file_with_the_name_of_a_module_replaces_nothing(tmp_path):
+    import statistics
+
+    from trl_learnalign.build import load_reward
+
+    file = tmp_path / "statistics.py"
+    file.write_text("def f(*args, **kwargs):\n    return 'mine'\n")
+    loaded = scores.load_function(f"{file}:f"), load_reward(f"{file}:f")
+    assert sys.modules["statistics"] is statistics and [function() for function in loaded] == ["mine"] * 2
+
+
+@pytest.mark.parametrize("load", ["score", "reward"])
+def test_a_file_that_fails_is_told_with_its_line(tmp_path, load):
+    from trl_learnalign.build import load_reward
+
+    file = tmp_path / "broken.py"
+    file.write_text("limit = 3\nleast = limitt\n")
+    with pytest.raises(ValueError, match=r"The file of the .*broken.py:f' failed in line 2: NameError"):
+        config(score=f"{file}:f") if load == "score" else load_reward(f"{file}:f")
 
 
 def test_a_function_of_gradients_and_columns(tmp_path):

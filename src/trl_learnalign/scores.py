@@ -1,14 +1,13 @@
 """What prompts are ranked on: functions of what was measured, each with the measures that it needs."""
 
 import functools
-import importlib.util
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from .rewards import partial_arguments
+from .user_code import load_file
 
 
 if TYPE_CHECKING:
@@ -130,7 +129,7 @@ def load_function(name: str) -> Callable:
     A function by `file.py:function`.
 
     Raises:
-        `ValueError`: no such file or function.
+        `ValueError`: no such file or function, or the file failed.
     """
     file, _, function = name.rpartition(":")
     if not file.endswith(".py"):
@@ -140,10 +139,7 @@ def load_function(name: str) -> Callable:
         )
     if not Path(file).is_file():
         raise ValueError(f"`score` is {name!r}, but there is no file '{file}'. Paths are relative to where you call.")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    module = load_file(file, f"score {name!r}")
     if not callable(getattr(module, function, None)):
         raise ValueError(f"`score` is {name!r}, but there is no function '{function}' in '{file}'.")
     return getattr(module, function)
