@@ -82,6 +82,31 @@ def test_a_file_that_fails_is_told_with_its_line(tmp_path, load):
         config(score=f"{file}:f") if load == "score" else load_reward(f"{file}:f")
 
 
+@pytest.mark.parametrize("measures", [["rollouts"], ["gradients"]])
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda table: table[["success_rate"]], "a DataFrame without a column `score`, but with success_rate"),
+        (lambda table: 3.0, "The score returned 3.0, but must return a number for each row"),
+        (lambda table: None, "The score returned None, but must"),
+        (lambda table: [1.0] * 5, "returned 5 values for 24 prompts"),
+    ],
+)
+def test_a_function_that_returns_no_score_is_told(tmp_path, measures, returned, message):
+    with pytest.raises(ValueError, match=message):
+        select_prompts(make_trainer(tmp_path), config(score=returned, score_measures=measures))
+
+
+def test_a_function_may_return_rows_in_any_order_with_more_columns(tmp_path):
+    def shuffled(table):
+        return table.assign(score=table.index * 1.0, mine=1)[::-1]
+
+    trainer = make_trainer(tmp_path)
+    table = table_of(select_prompts(trainer, config(score=shuffled, score_measures=["gradients"])))
+    assert table["score"].tolist() == list(range(ROWS)) and "mine" not in table
+    assert table["alignment"].notna().any()
+
+
 def test_a_function_of_gradients_and_columns(tmp_path):
     """It sees what LearnAlign ranks on, and the dataset's own columns."""
     names = []

@@ -1,7 +1,7 @@
 """What prompts are ranked on: functions of what was measured, each with the measures that it needs."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -52,7 +52,8 @@ class Score:
         rank (`Callable`):
             Takes the table of what was measured, a row per prompt by dataset row, and the [`Alignments`] (`None`
             without gradients). Returns the score of each prompt, higher is better, as a Series, or a DataFrame with
-            the column `score` and others to keep. A prompt with a NaN is never chosen.
+            the column `score` and other columns of `scores.parquet`, such as `alignment`; any more are left out. A
+            prompt with a NaN is never chosen.
         code (`Callable`, *optional*): a function of the user's, whose source a selection depends on.
         columns (`tuple[str, ...]`): columns of the dataset that the table must hold; `None` for all that hold numbers
             or text.
@@ -108,9 +109,42 @@ def find_score(score: str | Callable, measures: Sequence[str] | None) -> Score:
         if align is None:
             return function(table)
         aligned = align(table["learnability"]).drop(columns="score")
-        return aligned.assign(score=function(table.join(aligned)))
+        found = by_row(function(table.join(aligned)), table.index)
+        return aligned.drop(columns=found.columns, errors="ignore").join(found)
 
     return Score(tuple(name for name in MEASURES if name in needs), rank, None, function)
+
+
+def by_row(returned, index: "pandas.Index") -> "pandas.DataFrame":
+    """
+    What a score returned, with the column `score`, by dataset row: a Series or a DataFrame of these rows in any order,
+    or as many values in their order.
+
+    Raises:
+        `ValueError`: it is none of these.
+    """
+    import pandas as pd
+
+    if isinstance(returned, pd.DataFrame):
+        if "score" not in returned:
+            raise ValueError(
+                f"The score returned a DataFrame without a column `score`, but with {', '.join(map(str, returned))}. "
+                "Return a Series, or name the column `score`."
+            )
+        columns = returned
+    elif isinstance(returned, str) or not isinstance(returned, Sized):
+        raise ValueError(
+            f"The score returned {returned!r}, but must return a number for each row of the table. Return a Series."
+        )
+    else:
+        columns = pd.DataFrame({"score": returned})
+    if len(columns) != len(index):
+        raise ValueError(
+            f"The score returned {len(columns)} values for {len(index)} prompts. Return one for each row of the table."
+        )
+    if isinstance(returned, pd.Series | pd.DataFrame) and set(columns.index) == set(index):
+        return columns.reindex(index)  # by row, whatever the order
+    return columns.set_axis(index)
 
 
 def score_name(score: str | Callable) -> str:
