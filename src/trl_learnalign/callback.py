@@ -53,10 +53,12 @@ class LearnAlignCallback(TrainerCallback):
             raise TypeError(f"`sampler` must be a LearnAlignSampler, but is a {type(sampler).__name__}.")
         self.host = find_host(trainer)
         self.config, self.schedule = sampler.config, sampler.schedule
-        self.host.check(self.config, self.schedule.selects)
-        self.schedule.check(self.host)
-        if self.config.after_warmup == "restart":
-            check_restart(self.host)
+        with Peers(trainer.accelerator) as peers:  # what one process alone finds wrong ends all
+            self.host.check(self.config, self.schedule.selects)
+            self.schedule.check(self.host)
+            if self.config.after_warmup == "restart":
+                check_restart(self.host)
+            peers.wait()
         read = self.host.layout()
         prompts, warmup = self.schedule.prompts_per_epoch(read["pool_size"], read["chunk_prompts"])
         sampler.bind(Layout(**read, num_prompts=prompts, warmup_prompts=warmup))
