@@ -152,9 +152,7 @@ def test_another_read_ahead_is_refused_where_it_changes_the_length_of_an_epoch()
     with pytest.raises(ValueError, match="another stream.*read_ahead.*`dataloader_num_workers`.* was 1 and is 5"):
         longer.load_state_dict(saved)
     bound(**settings, read_ahead=2).load_state_dict(saved)  # the epochs are as long
-    bound(**settings, warmup_prompts=0, read_ahead=5).load_state_dict(
-        bound(**settings, warmup_prompts=0).state_dict()
-    )
+    bound(**settings, warmup_prompts=0, read_ahead=5).load_state_dict(bound(**settings, warmup_prompts=0).state_dict())
     del saved["layout"]["read_ahead"]  # of version 0.1
     longer.load_state_dict(saved)
 

@@ -82,8 +82,8 @@ class LearnAlignSampler(Sampler[int]):
         outside = [row for row in rows if not 0 <= row < layout.pool_size]
         if outside:
             raise ValueError(
-                f"{name}.prompts({i}) returned row {outside[0]}, but the training dataset has {layout.pool_size} rows, "
-                "counted from 0. Return rows that it has."
+                f"{name}.prompts({i}) returned row {outside[0]}, but the training dataset has {layout.pool_size} "
+                "rows, counted from 0. Return rows that it has."
             )
         return rows
 
