@@ -53,6 +53,16 @@ if task == "main killed":  # before: a run without a whole checkpoint, which onl
         make_trainer(path, config()).train(resume_from_checkpoint=True)
     except Exception as error:
         print(f"rank {rank}: {type(error).__name__}: {error}", file=open(f"{path}/refused-{rank}.txt", "w"))
+if task == "target missing":  # on the disk of one node
+    make_dataset(6).to_json(f"{path}/here-{rank}.jsonl")
+    choice = config(score="target", target_dataset=f"{path}/{'here' if rank == 0 else 'nowhere'}-{rank}.jsonl")
+    for begin in (lambda: make_trainer(path, choice), lambda: select_prompts(make_trainer(path), choice)):
+        try:
+            begin()
+            print(f"rank {rank} has begun", flush=True)
+        except Exception as error:
+            print(f"{type(error).__name__}: {error}", flush=True)
+    os._exit(0)
 trainer = make_trainer(path, reward=slow_reward, dataset=make_dataset(23), per_device_train_batch_size=8)
 assert trainer.accelerator.num_processes == 2
 if task == "slow":  # it ends well; then, with the same processes, one is killed

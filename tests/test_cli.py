@@ -154,6 +154,8 @@ def test_dry_run_of_a_choice_at_random(folder):
         (["--no_such_flag", "1"], "unrecognized arguments: --no_such_flag 1"),
         (["--num_prompts", "0"], "must be at least 1"),
         (["--format", "xml"], "invalid choice: 'xml'"),
+        (["--schedule", "online"], "`schedule` is 'online', but such a run chooses its prompts while it trains"),
+        (["--schedule", "later"], "must be one of staged, online"),
     ],
 )
 def test_bad_input(folder, arguments, message, monkeypatch, capsys):
@@ -162,6 +164,16 @@ def test_bad_input(folder, arguments, message, monkeypatch, capsys):
         cli.main(["select", "--config", "run.yaml", *arguments])
     assert message in capsys.readouterr().err + str(stopped.value.code)
     assert stopped.value.code != 0
+
+
+def test_a_training_script_of_an_online_run_is_told_by_name(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    settings = yaml.safe_load((folder / "run.yaml").read_text())
+    (folder / "online.yaml").write_text(yaml.safe_dump(settings | {"schedule": "online"}))
+    with pytest.raises(SystemExit):
+        cli.main(["select", "--config", "online.yaml"])
+    said = capsys.readouterr().err
+    assert "`schedule` is 'online', but such a run chooses" in said and "warmup_prompts" not in said
 
 
 def test_what_is_missing_and_what_is_taken(folder, monkeypatch, capsys):
@@ -263,7 +275,7 @@ MISTAKES = [
     (
         ["--reward_funcs", "rewards.py:smal_digits"],
         1,
-        "no function 'smal_digits' in rewards, which `reward_funcs` names (did you mean 'small_digits'?)",
+        "no function 'smal_digits' in rewards.py, which `reward_funcs` names (did you mean 'small_digits'?)",
     ),
     (["--reward_funcs", "acuracy_reward"], 1, "(did you mean 'accuracy_reward'?)"),
     (

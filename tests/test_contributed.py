@@ -3,6 +3,8 @@ What a contributor writes for a new score: one function and one test; and for a 
 Nothing of the package is touched.
 """
 
+import itertools
+
 import numpy as np
 import pytest
 from tiny import (
@@ -17,8 +19,9 @@ from tiny import (
     make_trainer,
     weights,
 )
+from trl import GRPOTrainer
 
-from trl_learnalign import LearnAlignGRPOTrainer, LearnAlignSampler, Selection, select_prompts
+from trl_learnalign import LearnAlignCallback, LearnAlignGRPOTrainer, LearnAlignSampler, Selection, select_prompts
 from trl_learnalign.schedules import Schedule
 
 
@@ -108,3 +111,44 @@ def test_unsolved(tmp_path):
         make_trainer(tmp_path, config(), num_train_epochs=2).train(resume_from_checkpoint=True)
     with pytest.raises(TypeError, match="`schedule` must be a Schedule, but is a type"):
         LearnAlignSampler(config(), schedule=Unsolved)
+
+
+class Dealt(Schedule):
+    """Deals rows from an iterator, so a chunk that is asked for twice would be another."""
+
+    short, beyond = 0, 0
+
+    def start(self):
+        self.rows = itertools.cycle(range(self.layout.pool_size))
+
+    def prompts(self, chunk):
+        return [next(self.rows) + self.beyond for _ in range(self.layout.chunk_prompts - self.short)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient_accumulation_steps": 3, "steps_per_generation": 1},
+        {"dataloader_num_workers": 2, "max_steps": 6},
+        {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4, "steps_per_generation": 2},
+    ],
+)
+def test_a_chunk_is_asked_for_once(tmp_path, changes):
+    seen, choice = Seen(), config()
+    settings = {"max_steps": 4} | changes
+    trainer = make_trainer(tmp_path, cls=GRPOTrainer, reward=seen, **settings)
+    trainer.add_callback(LearnAlignCallback(trainer, LearnAlignSampler(choice, schedule=Dealt(choice))))
+    trainer.train()
+    rows = seen.rows[:: trainer.num_generations]
+    assert len(rows) >= 16 and rows == [place % 24 for place in range(len(rows))]
+
+
+@pytest.mark.parametrize(("fault", "message"), [("short", "returned 3 rows, but a chunk has 4"), ("beyond", "row 24")])
+def test_a_schedule_of_yours_that_is_wrong_is_named(tmp_path, fault, message):
+    choice = config()
+    schedule = Dealt(choice)
+    setattr(schedule, fault, 1)
+    trainer = make_trainer(tmp_path, cls=GRPOTrainer, max_steps=8)
+    trainer.add_callback(LearnAlignCallback(trainer, LearnAlignSampler(choice, schedule=schedule)))
+    with pytest.raises(ValueError, match=rf"Dealt.prompts\(\d\) returned.*{message}|{message}"):
+        trainer.train()

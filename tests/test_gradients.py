@@ -535,6 +535,26 @@ def test_a_pass_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert not len(log.inside("parts")) and not sum(file.stat().st_size for file in log.path.glob("parts/*"))
 
 
+def test_microbatches_of_another_budget_do_not_stay_in_the_log(tmp_path, monkeypatch):
+    """A run that ran out of memory is often run again with another `max_tokens_per_batch`."""
+    trainer, tasks = make_trainer(tmp_path), random_tasks(12)
+    prepare(path := tmp_path / "log", "key")
+
+    def compute(budget):
+        log = Log(path, "key", 0)
+        source = GradientFeatures(find_host(trainer), 256, 0, lengths_of(tasks), tasks.__getitem__, log, budget)
+        with dropout_off(trainer.model):
+            source.compute()
+
+    with monkeypatch.context() as patch:
+        stop_at(patch, PromptGradients, "collect", 3)
+        with pytest.raises(KeyboardInterrupt):
+            compute(40)
+    assert sum(file.stat().st_size for file in path.glob("parts/*"))
+    compute(60)
+    assert not sum(file.stat().st_size for file in path.glob("parts/*"))
+
+
 def count_calls(monkeypatch, owner, name):
     calls, original = [], getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda *args, **kwargs: (calls.append(args), original(*args, **kwargs))[1])

@@ -312,6 +312,14 @@ def test_restart_with_a_used_optimizer(tmp_path):
         trainer.train()
 
 
+def test_restart_with_a_reference_policy_that_follows(tmp_path):
+    make_model().save_pretrained(tmp_path / "policy")
+    kwargs = {"model": str(tmp_path / "policy"), "peft": False, "beta": 0.1, "sync_ref_model": True}
+    with pytest.raises(ValueError, match="after_warmup='restart'.*sync_ref_model=True.*Set `sync_ref_model=False`"):
+        make_trainer(tmp_path, config(after_warmup="restart", score="learnability"), **kwargs)
+    make_trainer(tmp_path, config(score="learnability"), **kwargs)
+
+
 def test_restart_without_its_first_weights(tmp_path):
     kwargs = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1}
     make_trainer(tmp_path, config(after_warmup="restart"), **kwargs).train()

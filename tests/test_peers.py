@@ -78,6 +78,14 @@ def test_what_fails_on_the_main_process_is_known_though_the_store_ends_with_it(t
     )
 
 
+def test_what_one_node_lacks_ends_both_before_anything_is_generated(tmp_path):
+    """When the trainer is built, and in `select_prompts`."""
+    (main, other), codes = run("target missing", tmp_path)
+    assert codes == [0, 0]
+    assert other.count("FileNotFoundError: `target_dataset` is") == 2, other
+    assert main.count("failed on another process. process 1: FileNotFoundError: `target_dataset` is") == 2, main
+
+
 @pytest.mark.slow
 def test_a_main_process_that_does_not_answer_is_named(tmp_path):
     """As after the loss of a node: the connection stays open and nothing comes."""

@@ -143,6 +143,20 @@ def test_cursor_follows_what_was_drawn():
     assert sampler.cursor == 2
 
 
+def test_another_read_ahead_is_refused_where_it_changes_the_length_of_an_epoch():
+    """The number of workers decides how long the warm-up is, and so where the chunks of each epoch begin."""
+    settings = {"num_prompts": 5, "repeats": 1, "accumulation": 4, "epochs": 3.0}
+    saved = bound(**settings).state_dict()
+    longer = bound(**settings, read_ahead=5)
+    assert longer.layout.epoch_chunks != bound(**settings).layout.epoch_chunks
+    with pytest.raises(ValueError, match="another stream.*read_ahead.*`dataloader_num_workers`.* was 1 and is 5"):
+        longer.load_state_dict(saved)
+    bound(**settings, read_ahead=2).load_state_dict(saved)  # the epochs are as long
+    bound(**settings, warmup_prompts=0, read_ahead=5).load_state_dict(bound(**settings, warmup_prompts=0).state_dict())
+    del saved["layout"]["read_ahead"]  # of version 0.1
+    longer.load_state_dict(saved)
+
+
 def test_one_sampler_serves_one_trainer():
     sampler = bound()
     with pytest.raises(ValueError, match="already belongs to a trainer.*new LearnAlignSampler"):

@@ -1,5 +1,6 @@
 """What prompts are ranked on, and taken by: through real selections and real training runs."""
 
+import sys
 from collections import Counter
 
 import numpy as np
@@ -60,6 +61,52 @@ def test_a_function_ranks_what_was_measured(tmp_path, score):
     assert selection.measures == ("rollouts",) and table["alignment"].isna().all()
 
 
+def test_a_file_with_the_name_of_a_module_replaces_nothing(tmp_path):
+    import statistics
+
+    from trl_learnalign.build import load_reward
+
+    file = tmp_path / "statistics.py"
+    file.write_text("def f(*args, **kwargs):\n    return 'mine'\n")
+    loaded = scores.load_function(f"{file}:f"), load_reward(f"{file}:f")
+    assert sys.modules["statistics"] is statistics and [function() for function in loaded] == ["mine"] * 2
+
+
+@pytest.mark.parametrize("load", ["score", "reward"])
+def test_a_file_that_fails_is_told_with_its_line(tmp_path, load):
+    from trl_learnalign.build import load_reward
+
+    file = tmp_path / "broken.py"
+    file.write_text("limit = 3\nleast = limitt\n")
+    with pytest.raises(ValueError, match=r"The file of the .*broken.py:f' failed in line 2: NameError"):
+        config(score=f"{file}:f") if load == "score" else load_reward(f"{file}:f")
+
+
+@pytest.mark.parametrize("measures", [["rollouts"], ["gradients"]])
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda table: table[["success_rate"]], "a DataFrame without a column `score`, but with success_rate"),
+        (lambda table: 3.0, "The score returned 3.0, but must return a number for each row"),
+        (lambda table: None, "The score returned None, but must"),
+        (lambda table: [1.0] * 5, "returned 5 values for 24 prompts"),
+    ],
+)
+def test_a_function_that_returns_no_score_is_told(tmp_path, measures, returned, message):
+    with pytest.raises(ValueError, match=message):
+        select_prompts(make_trainer(tmp_path), config(score=returned, score_measures=measures))
+
+
+def test_a_function_may_return_rows_in_any_order_with_more_columns(tmp_path):
+    def shuffled(table):
+        return table.assign(score=table.index * 1.0, mine=1)[::-1]
+
+    trainer = make_trainer(tmp_path)
+    table = table_of(select_prompts(trainer, config(score=shuffled, score_measures=["gradients"])))
+    assert table["score"].tolist() == list(range(ROWS)) and "mine" not in table
+    assert table["alignment"].notna().any()
+
+
 def test_a_function_of_gradients_and_columns(tmp_path):
     """It sees what LearnAlign ranks on, and the dataset's own columns."""
     names = []
@@ -87,6 +134,18 @@ def test_a_score_from_outside_is_one_entry(tmp_path, monkeypatch):
     assert table["score"].tolist() == (-(table["success_rate"] - 0.75).abs()).tolist()
 
 
+def test_groups_of_equal_graded_rewards_are_never_chosen(tmp_path):
+    """Though one of each group could not be scored: the mean of seven equal rewards may be off in the last digit."""
+
+    def reward(completions, row, **kwargs):
+        rewards = [1.7 * (place % 2) if r in (3, 8) else (r + 1) / 30 for place, r in enumerate(row)]
+        return [None if place % 8 == 0 else value for place, value in enumerate(rewards)]
+
+    settings = config(score="learnability", learnability="variance")
+    selection = select_prompts(make_trainer(tmp_path, reward=reward, num_generations=8), settings)
+    assert sorted(selection.indices) == [3, 8] and selection.num_learnable() == 2
+
+
 def test_a_condition_on_the_dataset_saves_rollouts(tmp_path):
     seen = Seen(digit_reward)
     trainer = make_trainer(tmp_path, reward=seen, dataset=graded())
@@ -104,6 +163,23 @@ def test_a_condition_on_what_was_measured(tmp_path):
     expected = (table["learnability"] > 0) & (table["success_rate"] < 0.5) & (table.index % 3 != 0)
     assert len(table) == 20 and table["eligible"].equals(expected.rename("eligible"))
     assert set(selection.indices) == set(table.index[expected])
+
+
+def test_a_condition_on_a_name_of_a_column_and_a_measure_is_refused(tmp_path):
+    """As a dataset that a selection has written has it: the two would be mixed up."""
+    dataset = graded().add_column("success_rate", [0.5] * ROWS)
+    trainer = make_trainer(tmp_path, dataset=dataset)
+    with pytest.raises(ValueError, match="'success_rate' is both a column of the training dataset and measured"):
+        select_prompts(trainer, config(score="learnability", where="success_rate < .5"))
+    settings = config(score="column:grade", where="success_rate < .6")  # nothing is measured
+    assert len(select_prompts(trainer, settings).indices) == 8
+
+
+def test_a_condition_on_the_score(tmp_path):
+    settings = config(score="learnability", where="score > .2 and source == 'book'", num_prompts=ROWS)
+    table = table_of(select_prompts(make_trainer(tmp_path, dataset=graded()), settings))
+    assert table["eligible"].equals(((table["score"] > 0.2) & (table.index % 3 != 0)).rename("eligible"))
+    assert 0 < table["eligible"].sum() < (table["score"] > 0.2).sum()
 
 
 @pytest.mark.parametrize("quota", ["proportional", "equal"])

@@ -78,6 +78,16 @@ def test_variance_is_scaled_to_the_range_of_the_pool():
     assert equal[0] == 0.0 and equal[1].isnan() and equal.dtype == variance.dtype == torch.float64
 
 
+@pytest.mark.parametrize("size", [3, 5, 7, 8, 12])
+def test_equal_rewards_have_no_variance_at_all(size):
+    """Odd groups, and groups without one of their rewards: the mean of equal numbers may be off in the last digit."""
+    rewards = (torch.arange(1, 50) / 49)[:, None].repeat(1, size)
+    rewards[::2, 0] = torch.nan
+    rewards[-1, -1] = 2.0
+    variance = scoring.reward_variance(rewards)
+    assert (variance[:-1] == 0.0).all() and variance[-1] > 0
+
+
 def test_choice_never_fills_up_with_unlearnable_prompts():
     scores = torch.tensor([0.0, -0.5, 0.3, 0.3, 0.0])
     learnability = torch.tensor([0.0, 0.1, 0.2, 0.2, 0.0])

@@ -158,6 +158,19 @@ print(log.read(1) == b"x" * 500, log.read(2), log.read(3))
     assert opened(path).read(3) == b"y"
 
 
+def test_a_file_is_emptied_though_other_records_are_stale(tmp_path):
+    """Those of another process, and of its own those that nothing needs any more."""
+    opened(tmp_path / "log", rank=1).append([(1, bytes(5000))])
+    opened(tmp_path / "log").append([(2, bytes(5000))])
+    log = opened(tmp_path / "log")
+    log.keep([1, 3])
+    log.append([(3, bytes(5000))])
+    assert 1 in log and 2 not in log and 3 in log
+    log.discard([3])
+    assert not (log.path / "00000-00000.log").stat().st_size and (log.path / "00001-00000.log").stat().st_size
+    assert log.read(1) == bytes(5000)
+
+
 def test_files_are_of_bounded_size_and_few(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "SEGMENT_BYTES", 10_000)
     log = opened(tmp_path / "log")

@@ -7,7 +7,7 @@ from datasets import Dataset
 from tiny import Seen, config, make_dataset, make_trainer, parity_reward
 
 from trl_learnalign import Selection, select_prompts
-from trl_learnalign.measures import alignments
+from trl_learnalign.measures import alignments, gradients
 
 
 def target_rows(num=6):
@@ -63,6 +63,23 @@ def test_scores_are_the_largest_cosines_with_the_mean_of_a_subtask(tmp_path, mon
         assert table.loc[index, "gradient_norm"] == pytest.approx(phi.norm().item(), rel=1e-5)
     assert selection.indices == table[table["eligible"]].sort_values("rank").index[:8].tolist()
     assert selection.provenance["target"]["num_rows"] == 6
+
+
+def test_subtasks_cost_no_more_gradients(tmp_path, monkeypatch):
+    """Though exact gradients are too large to be kept: one pass over the target, whatever its subtasks."""
+    monkeypatch.setattr(gradients, "EXACT_BYTES", 0)
+    rows, collect = [], gradients.PromptGradients.collect
+
+    def counted(self, counts, *args):
+        rows[-1] += sum(counts)
+        return collect(self, counts, *args)
+
+    monkeypatch.setattr(gradients.PromptGradients, "collect", counted)
+    target = target_rows().add_column("each", list(range(6)))
+    for column in (None, "task", "each"):
+        rows.append(0)
+        select(tmp_path / str(column), score="target", target_dataset=target, target_column=column)
+    assert rows[0] > 0 and rows[0] == rows[1] == rows[2]
 
 
 def test_a_target_in_training_and_from_a_file(tmp_path):

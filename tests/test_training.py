@@ -14,17 +14,21 @@ from tiny import (
     graded_reward,
     lora,
     make_dataset,
+    make_model,
     make_trainer,
     parity_reward,
     weights,
 )
 from torch.utils.data import Sampler
+from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignMixin, LearnAlignSampler, Selection, select_prompts
 from trl_learnalign.disk import digest
+from trl_learnalign.host import find_host
 from trl_learnalign.measures import gradients
 from trl_learnalign.restart import restart
+from trl_learnalign.rewards import source_of
 from trl_learnalign.state import STATE_FILE
 
 
@@ -181,6 +185,54 @@ def selection_step(layout):
     return next(step for step in range(1000) if layout.chunks_trained(step) >= layout.warmup_chunks)
 
 
+def test_a_resume_with_more_workers_may_not_skip_chunks(tmp_path):
+    """Whole, the run has 7 chunks in an epoch; with two workers it would have 8, and skip two at each epoch's end."""
+    kwargs = {"gradient_accumulation_steps": 4, "steps_per_generation": 1, "num_train_epochs": 3}
+    kwargs |= {"save_strategy": "steps", "save_steps": 5}
+    settings = config(num_prompts=20, warmup_prompts=4, score="random")
+    whole = make_trainer(tmp_path, settings, **kwargs)
+    whole.train()
+    assert whole._get_train_sampler().layout.epoch_chunks == 7
+    resumed = make_trainer(tmp_path, settings, dataloader_num_workers=2, **kwargs)
+    assert resumed._get_train_sampler().layout.epoch_chunks == 8
+    with pytest.raises(ValueError, match="another stream.*read_ahead.* was 1 and is 5.*settings"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+
+
+class OutOfTime(TrainerCallback):
+    """Ends a run after a step, as a limit of its time does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_training_stop = True
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_run_that_is_ending_makes_no_selection(tmp_path, saves):
+    """The one that is resumed makes it."""
+    kwargs = {"max_steps": 6, "save_strategy": "steps" if saves else "no", "save_steps": 100}
+    whole = make_trainer(tmp_path / "whole", config(), **kwargs)
+    whole.train()
+    (step,) = (selection.provenance["global_step"] for selection in whole._learnalign.selections)
+    seen = Seen(digit_reward)
+    stopped = make_trainer(tmp_path / "stopped", config(), reward=seen, **kwargs)
+    if saves:
+        stopped.add_callback(OutOfTime(step))  # after the one that finds the selection due
+    else:
+        stopped.callback_handler.callbacks.insert(1, OutOfTime(step))
+    stopped.train()
+    assert stopped.state.global_step == step and not stopped._learnalign.selections
+    assert len(seen.rows) == 16 * step and not list(tmp_path.glob("stopped/learnalign/step-*"))
+    if saves:
+        resumed = make_trainer(tmp_path / "stopped", config(), **kwargs)
+        resumed.train(resume_from_checkpoint=True)
+        assert resumed._learnalign.selections[0].indices == whole._learnalign.selections[0].indices
+        assert_same_weights(weights(whole), weights(resumed))
+
+
 class Killed(Exception):
     pass
 
@@ -308,6 +360,80 @@ def test_a_selection_is_made_again_where_it_would_be_another(tmp_path, first, se
     assert Selection.load(step).provenance["key"] == keys[2] and (step / "rollouts.parquet").is_file()
     select_prompts(make_trainer(tmp_path, **second), config())
     assert not (step / "rollouts.parquet").exists()  # those of the selection that was replaced
+
+
+def test_a_selection_depends_on_tokens_rewards_and_what_functions_were_made_with(tmp_path):
+    trainer = make_trainer(tmp_path, dataset=make_dataset(conversational=True))
+    host, choice = find_host(trainer), config(score="learnability")
+    keys = [select_prompts(trainer, choice).provenance["key"]]
+    trainer.processing_class.chat_template = trainer.processing_class.chat_template.replace("a:", "t:")
+    keys.append(select_prompts(trainer, choice).provenance["key"])
+    assert keys[0] != keys[1]
+
+    known = [host.identity()]
+    trainer._tokenizer(["1", "22"], padding=True, truncation=True, max_length=5)  # which it notes
+    assert host.identity() == known[0]
+    trainer._tokenizer.add_tokens(["12"])
+    known.append(host.identity())
+    trainer.args.vllm_structured_outputs_regex = "[0-9]+"
+    known.append(host.identity())
+    trainer.reward_func_names = ["judge"]
+    for name in ("one/judge", "another/judge"):
+        model = make_model()
+        model.config._name_or_path = name
+        trainer.reward_funcs = [model]
+        known.append(host.identity())
+    assert all(a != b for i, a in enumerate(known) for b in known[:i])
+
+
+def test_what_a_function_was_made_with_identifies_it():
+    def make(least, seen, *, calls=0, most=3):
+        def reward(completions, weight=least, *, most=most, **kwargs):
+            nonlocal calls
+            calls += 1
+            seen.append(len(completions))
+            return [float(least <= len(completion) <= most) * weight for completion in completions]
+
+        return reward
+
+    first = source_of(make(1, []))
+    assert first == source_of(make(1, [2, 3], calls=4))  # states, which change with every call
+    assert len({first, source_of(make(5, [])), source_of(make(1, [], most=4))}) == 3
+    wrapped = [update_wrapper(lambda *args, f=f, **kwargs: f(*args, **kwargs), f) for f in (make(1, []), make(5, []))]
+    assert source_of(wrapped[0]) != source_of(wrapped[1])
+    assert len({source_of(function) for function in (print, make, Seen, shifted_by(1), shifted_by(2))}) == 5
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_run_resumes_with_functions_objects_and_tuples_as_settings(tmp_path, changed):
+    """A checkpoint names what cannot be written into it by what it is, not by where it lies in memory."""
+
+    def build():
+        score = [partial(ranked_on, k=2), Ranked()][changed]
+        choice = config(score=score, score_measures=("rollouts",), warmup_prompts=4)
+        return make_trainer(tmp_path, choice, max_steps=4, save_strategy="steps", save_steps=2)
+
+    build().train()
+    resumed = build()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.state.global_step == 4
+
+
+def ranked_on(table, k):
+    return table["success_rate"] * k
+
+
+class Ranked:
+    def __call__(self, table):
+        return table["success_rate"]
+
+
+def test_names_of_scores_tell_their_arguments_and_no_addresses():
+    names = [config(score=score).to_dict()["score"] for score in (partial(ranked_on, k=2), Ranked(), ranked_on)]
+    assert names == [f"{__name__}.ranked_on(k=2)", f"{__name__}.Ranked", f"{__name__}.ranked_on"]
+    targets = [config(score="target", target_dataset=make_dataset(2).select(rows)) for rows in ([0, 1], [1, 0])]
+    assert targets[0].changes(targets[1].to_dict()).keys() == {"target_dataset"}
+    assert not targets[0].changes(targets[0].to_dict())
 
 
 def test_features_lost_between_sum_and_scores_are_an_error_not_a_score(tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 import ast
 import difflib
 import importlib
-import importlib.util
 import os
 import sys
 from dataclasses import dataclass, field
@@ -16,9 +15,10 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, get_peft_
 
 from .config import LearnAlignConfig
 from .prompts import check_dataset
-from .rewards import check_success_reward, last_line
+from .rewards import check_success_reward
 from .rows import read_dataset
 from .selection import check_score_columns
+from .user_code import load_file
 
 
 @dataclass
@@ -185,17 +185,7 @@ def load_reward(name: str):
     if file:
         if not Path(file).is_file():
             raise FileNotFoundError(f"The reward function '{name}' should be in '{file}', but there is no such file.")
-        spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            place = last_line(error, spec.origin)
-            raise ValueError(
-                f"The file of the reward function '{name}' failed{f' in line {place}' if place else ''}: "
-                f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}."
-            ) from error
+        module = load_file(file, f"reward function '{name}'")
         names = _functions_of(Path(file))
     else:
         sys.path.insert(0, os.getcwd())
@@ -210,7 +200,7 @@ def load_reward(name: str):
         names = dir(module)
     if not callable(getattr(module, function, None)):
         raise ValueError(
-            f"There is no function '{function}' in {module.__name__}, which `reward_funcs` names"
+            f"There is no function '{function}' in {file or module.__name__}, which `reward_funcs` names"
             f"{nearest(function, names)}."
         )
     return getattr(module, function)

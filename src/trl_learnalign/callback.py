@@ -53,10 +53,12 @@ class LearnAlignCallback(TrainerCallback):
             raise TypeError(f"`sampler` must be a LearnAlignSampler, but is a {type(sampler).__name__}.")
         self.host = find_host(trainer)
         self.config, self.schedule = sampler.config, sampler.schedule
-        self.host.check(self.config, self.schedule.selects)
-        self.schedule.check(self.host)
-        if self.config.after_warmup == "restart":
-            check_restart(self.host)
+        with Peers(trainer.accelerator) as peers:  # what one process alone finds wrong ends all
+            self.host.check(self.config, self.schedule.selects)
+            self.schedule.check(self.host)
+            if self.config.after_warmup == "restart":
+                check_restart(self.host)
+            peers.wait()
         read = self.host.layout()
         prompts, warmup = self.schedule.prompts_per_epoch(read["pool_size"], read["chunk_prompts"])
         sampler.bind(Layout(**read, num_prompts=prompts, warmup_prompts=warmup))
@@ -114,14 +116,14 @@ class LearnAlignCallback(TrainerCallback):
             self._report()
         if self._pending is None and self.schedule.due(state.global_step, state.max_steps, self.sampler.cursor):
             self._pending = self.sampler.cursor
-            if args.save_strategy == "no":
-                self._select(state)
-            else:
+            if args.save_strategy != "no":
                 control.should_save = True
+            elif not control.should_training_stop:
+                self._select(state)
 
     def on_save(self, args, state, control, **kwargs):
         self._report()
-        if self._pending is not None:
+        if self._pending is not None and not control.should_training_stop:  # else the run that is resumed selects
             self._select(state)
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -181,7 +183,7 @@ class LearnAlignCallback(TrainerCallback):
 
     def _check_row(self, chunk, place, found):
         """Raises an error unless the rewards are those of the prompts that the schedule chose."""
-        row = self.sampler.chunk(chunk)[place]
+        row = self.sampler.drawn(chunk)[place]
         expected = self.host.dataset[row]
         if "prompt" in expected and found["prompt"] != expected["prompt"]:
             raise RuntimeError(

@@ -142,6 +142,7 @@ def _parse(path, rest):
     parser = TrlParser(_KINDS, prog=_SELECT)
     parser.error = _usage_error
     parser.set_defaults(warmup_prompts=0)  # the default is for training; here a warm-up must be asked for
+    next(action for action in parser._actions if action.dest == "schedule").type = _staged
     if path is not None:
         _check_config(path)
         rest = ["--config", path, *rest]
@@ -157,6 +158,16 @@ def _parse(path, rest):
         _usage_error(f"unrecognized arguments: {' '.join(misspelt)}{hints}")
     script, config, training_args, model_args = parsed
     return script, config, training_args, model_args, unknown
+
+
+def _staged(schedule: str) -> str:
+    """Of the YAML file, too. The configuration itself would complain of `warmup_prompts`, which is set here."""
+    if schedule == "online":
+        raise argparse.ArgumentTypeError(
+            "`schedule` is 'online', but such a run chooses its prompts while it trains, so there is nothing to "
+            "select. Leave it out here, and set it in the LearnAlignConfig of a training script."
+        )
+    return schedule
 
 
 def _names() -> list[str]:

@@ -32,15 +32,21 @@ def dataset_columns(dataset: Dataset, rows: Sequence[int], names: Sequence[str] 
 def check_columns(dataset: Dataset, config: LearnAlignConfig) -> None:
     """
     Raises:
-        `ValueError`: `score`, `where` or `quota_column` name a column that there is not, or a score that holds no
-            numbers.
+        `ValueError`: `score`, `where` or `quota_column` name a column that there is not, a score that holds no
+            numbers, or `where` a column of the dataset that has the name of what is measured.
     """
     wanted = {"score": find_score(config.score, config.score_measures).columns or ()}
     if config.quota_column is not None:
         wanted["quota_column"] = (config.quota_column,)
-    measured = {name for measure in config.measures for name in MEASURED[measure]}
+    measured = {"score"}.union(*(MEASURED[measure] for measure in config.measures))
     if config.where is not None:
-        wanted["where"] = Condition(config.where).columns - measured
+        named = Condition(config.where).columns
+        for name in sorted(named & measured & set(dataset.column_names)):
+            raise ValueError(
+                f"`where` is {config.where!r}, but '{name}' is both a column of the training dataset and measured by "
+                "the selection. Rename or remove the column."
+            )
+        wanted["where"] = named - measured
     for knob, names in wanted.items():
         more = f", and measured: {', '.join(sorted(measured))}" if knob == "where" and measured else ""
         check_named(dataset, knob, getattr(config, knob), names, more)

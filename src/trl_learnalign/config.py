@@ -7,6 +7,7 @@ from datasets import Dataset
 
 from .choice import QUOTAS, TAKES, Condition
 from .knobs import check, explain
+from .rows import dataset_fingerprint
 from .scores import OWN_MEASURES, SCORES, find_score, score_name
 
 
@@ -121,9 +122,9 @@ class LearnAlignConfig:
         target_column (`str`, *optional*):
             A column of the target dataset that names the subtask of each row. By default all rows are one task.
         where (`str`, *optional*):
-            Choose only prompts that meet this condition on columns of the dataset and of `scores.parquet`, such as
-            `"completion_length_mean < 800 and source != 'forum'"`. If it names only columns of the dataset, other
-            prompts are not rolled out.
+            Choose only prompts that meet this condition on columns of the dataset, on what is measured and on `score`,
+            such as `"completion_length_mean < 800 and source != 'forum'"`. If it names only columns of the dataset,
+            other prompts are not rolled out.
         quota_column (`str`, *optional*):
             A column of the dataset. Each of its values gets a quota of the chosen prompts.
         quota (`str`, *optional*, defaults to `"proportional"`):
@@ -196,6 +197,8 @@ class LearnAlignConfig:
     pass_rate_column: str | None = None
 
     def __post_init__(self):
+        if isinstance(self.score_measures, tuple):  # as a checkpoint has it
+            self.score_measures = list(self.score_measures)
         for one in fields(self):
             if one.name not in ("score", "target_dataset"):  # which may be more than texts
                 check(one, type(self).__annotations__[one.name], getattr(self, one.name), _LEAST, _TEXTS)
@@ -283,9 +286,9 @@ class LearnAlignConfig:
         return {name: (was[name], value) for name, value in self.to_dict().items() if value != was[name]}
 
     def to_dict(self) -> dict:
-        """The fields as a dictionary of plain values; a function by its name."""
+        """The fields as a dictionary of plain values; a function by its name, a dataset by its rows."""
         values = {one.name: getattr(self, one.name) for one in fields(self)}
         target = self.target_dataset
         if isinstance(target, Dataset):
-            values["target_dataset"] = f"Dataset of {len(target)} rows"
+            values["target_dataset"] = f"Dataset of {len(target)} rows, {dataset_fingerprint(target)[:16]}"
         return values | {"score": score_name(self.score)}

@@ -13,7 +13,7 @@ from .config import LearnAlignConfig
 from .host import find_host
 from .parts import rollouts_at_once
 from .scores import score_name
-from .selector import SelectionRun
+from .selector import SelectionRun, checked_run
 from .summaries import OUTCOME_LABELS
 
 
@@ -24,8 +24,7 @@ def plan_selection(trainer: Trainer, config: LearnAlignConfig) -> tuple[str, boo
     whole pool. Every process must call this.
     """
     host = find_host(trainer)
-    host.check(config)
-    whole = SelectionRun(host, config, 0)
+    whole = checked_run(host, config, 0)
     prompts, world = len(whole.pool), trainer.accelerator.num_processes
     lines = [f"pool: {prompts:,} prompts x {whole.num_rollouts} rollouts = {prompts * whole.num_rollouts:,}"]
     if not config.measures:

@@ -96,10 +96,18 @@ class Layout:
     def differences(self, saved: dict) -> list[str]:
         """What a stream depends on and `saved`, the fields of another layout, has otherwise: a text for each."""
         return [
-            f"{name} was {saved.get(name)!r} and is {getattr(self, name)!r}"
+            f"{_EXPLAINED.get(name, name)} was {saved.get(name)!r} and is {getattr(self, name)!r}"
             for name in STREAM_FIELDS
-            if saved.get(name) != getattr(self, name) and (name != "epochs" or self.warmup_end)
+            if saved.get(name) != getattr(self, name) and self._matters(name, saved)
         ]
+
+    def _matters(self, name, saved):
+        match name:
+            case "epochs":
+                return self.warmup_end > 0
+            case "read_ahead":  # version 0.1 did not write it
+                return name in saved and replace(self, read_ahead=saved[name]).epoch_chunks != self.epoch_chunks
+        return True
 
 
 def to_train_longer(layout: Layout, epochs) -> str:
@@ -113,8 +121,8 @@ def to_train_longer(layout: Layout, epochs) -> str:
     )
 
 
-# Fields that a stream depends on: with a warm-up `epochs` decides the length of an epoch; `read_ahead` is left out, as
-# the log says where a selection really took effect
+# Fields that a stream depends on. With a warm-up `epochs` and `read_ahead` decide the length of an epoch; else neither
+# matters, as the log says where a selection really took effect
 STREAM_FIELDS = (
     "pool_size",
     "num_prompts",
@@ -123,7 +131,9 @@ STREAM_FIELDS = (
     "repeats",
     "group_size",
     "accumulation",
+    "read_ahead",
     "epochs",
     "shuffle",
     "seed",
 )
+_EXPLAINED = {"read_ahead": "read_ahead (1 + `dataloader_num_workers` x `dataloader_prefetch_factor`)"}

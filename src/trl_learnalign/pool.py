@@ -13,6 +13,7 @@ from .choice import Condition, draw_order
 from .columns import dataset_columns
 from .config import LearnAlignConfig
 from .rows import read_dataset
+from .scores import by_row
 from .selection import SCORES_SCHEMA
 
 
@@ -150,15 +151,7 @@ def scores_table(
 
 
 def _with_score(table, ranked):
-    columns = ranked if isinstance(ranked, pd.DataFrame) else pd.DataFrame({"score": ranked})
-    if len(columns) != len(table):
-        raise ValueError(
-            f"The score returned {len(columns)} values for {len(table)} prompts. Return one for each row of the table."
-        )
-    if isinstance(ranked, pd.Series | pd.DataFrame) and set(columns.index) == set(table.index):
-        columns = columns.reindex(table.index)  # by row, whatever the order
-    else:
-        columns = columns.set_axis(table.index)
+    columns = by_row(ranked, table.index)
     try:
         score = pd.to_numeric(columns["score"]).astype(float)
     except (TypeError, ValueError) as error:

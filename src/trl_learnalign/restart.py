@@ -13,11 +13,17 @@ from .peers import Peers
 def check_restart(host) -> None:
     """
     Raises:
-        `ValueError`: weights that are sharded.
+        `ValueError`: weights that are sharded, or a reference policy that follows them.
     """
     if host.is_sharded:
         raise ValueError(
             "`after_warmup='restart'` is not supported with FSDP or DeepSpeed, which keep weights of their own. Use "
+            "`after_warmup='continue'`."
+        )
+    if host.args.sync_ref_model:
+        raise ValueError(
+            "`after_warmup='restart'` goes back to the first weights, but with `sync_ref_model=True` the reference "
+            "policy of the KL term has followed the warm-up and would stay there. Set `sync_ref_model=False`, or use "
             "`after_warmup='continue'`."
         )
 

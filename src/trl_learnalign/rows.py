@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import weakref
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,6 +10,7 @@ from datasets import Dataset, load_dataset
 
 
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_FINGERPRINTS = weakref.WeakKeyDictionary()
 
 
 def read_dataset(name: str, knob: str, config: str | None = None, split: str = "train") -> Dataset:
@@ -72,8 +74,14 @@ def _broken_line(file) -> str | None:
 def dataset_fingerprint(dataset: Dataset) -> str:
     """
     Hash of the rows and their order. Unlike the fingerprint that `datasets` keeps, it does not change with the way
-    that the same rows were made, which may be different in every process.
+    that the same rows were made, which may be different in every process. Computed once for each dataset.
     """
+    if dataset not in _FINGERPRINTS:
+        _FINGERPRINTS[dataset] = _fingerprint(dataset)
+    return _FINGERPRINTS[dataset]
+
+
+def _fingerprint(dataset):
     hashed = hashlib.sha256(str(dataset.features).encode())
     for batch in dataset.with_format("arrow").iter(batch_size=1000):
         sink = pa.BufferOutputStream()

@@ -1,5 +1,6 @@
 """Chunks of a schedule, in the order in which TRL's trainers read their batches."""
 
+import math
 from collections.abc import Iterator
 
 from torch.utils.data import Sampler
@@ -40,6 +41,7 @@ class LearnAlignSampler(Sampler[int]):
         self.layout: Layout | None = None
         self.epoch = 0
         self.cursor = 0
+        self._drawn: dict[int, list[int]] = {}  # the last chunks, as they were drawn
 
     def bind(self, layout: Layout) -> None:
         """
@@ -60,11 +62,34 @@ class LearnAlignSampler(Sampler[int]):
     def reset(self) -> None:
         """Begins a new run."""
         self.epoch = self.cursor = 0
+        self._drawn = {}
         self.schedule.start()
 
     def chunk(self, i: int) -> list[int]:
-        """Dataset rows of the prompts of chunk `i`, of length `chunk_prompts`."""
-        return [int(row) for row in self.schedule.prompts(i)]
+        """
+        Dataset rows of the prompts of chunk `i`, of length `chunk_prompts`.
+
+        Raises:
+            `ValueError`: the schedule gave another number of rows, or one that the dataset does not have.
+        """
+        rows, layout = [int(row) for row in self.schedule.prompts(i)], self._bound()
+        name = type(self.schedule).__name__
+        if len(rows) != layout.chunk_prompts:
+            raise ValueError(
+                f"{name}.prompts({i}) returned {len(rows)} rows, but a chunk has {layout.chunk_prompts}. Return "
+                "`layout.chunk_prompts` rows for every chunk."
+            )
+        outside = [row for row in rows if not 0 <= row < layout.pool_size]
+        if outside:
+            raise ValueError(
+                f"{name}.prompts({i}) returned row {outside[0]}, but the training dataset has {layout.pool_size} "
+                "rows, counted from 0. Return rows that it has."
+            )
+        return rows
+
+    def drawn(self, i: int) -> list[int]:
+        """The rows of chunk `i` as they were drawn, if it is one of the last, else as the schedule has them."""
+        return self._drawn[i] if i in self._drawn else self.chunk(i)
 
     def set_epoch(self, epoch: int) -> None:
         """The next iteration yields epoch `epoch`."""
@@ -72,9 +97,12 @@ class LearnAlignSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         first = self.epoch * self._bound().epoch_chunks
+        # Those whose rewards are still to come: of the step under way and of what is read ahead
+        kept = 1 + math.ceil((self.layout.accumulation + self.layout.read_ahead) / self.layout.repeats)
         for i in range(first, first + self.layout.epoch_chunks):
             self.cursor = i + 1
-            prompts = self.chunk(i)
+            prompts = self._drawn[i] = self.chunk(i)
+            self._drawn = {number: rows for number, rows in self._drawn.items() if i - kept < number <= i}
             for _ in range(self.layout.repeats):
                 for index in prompts:
                     for _ in range(self.layout.group_size):
@@ -146,3 +174,4 @@ class LearnAlignSampler(Sampler[int]):
         Restores the schedule. Raises a `ValueError` as [`~LearnAlignSampler.schedule_state`] and the schedule do.
         """
         self.schedule.load_state_dict(self.schedule_state(saved))
+        self._drawn = {}

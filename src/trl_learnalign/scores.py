@@ -1,12 +1,13 @@
 """What prompts are ranked on: functions of what was measured, each with the measures that it needs."""
 
 import functools
-import importlib.util
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+
+from .rewards import partial_arguments
+from .user_code import load_file
 
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ class Score:
         rank (`Callable`):
             Takes the table of what was measured, a row per prompt by dataset row, and the [`Alignments`] (`None`
             without gradients). Returns the score of each prompt, higher is better, as a Series, or a DataFrame with
-            the column `score` and others to keep. A prompt with a NaN is never chosen.
+            the column `score` and other columns of `scores.parquet`, such as `alignment`; any more are left out. A
+            prompt with a NaN is never chosen.
         code (`Callable`, *optional*): a function of the user's, whose source a selection depends on.
         columns (`tuple[str, ...]`): columns of the dataset that the table must hold; `None` for all that hold numbers
             or text.
@@ -107,14 +109,52 @@ def find_score(score: str | Callable, measures: Sequence[str] | None) -> Score:
         if align is None:
             return function(table)
         aligned = align(table["learnability"]).drop(columns="score")
-        return aligned.assign(score=function(table.join(aligned)))
+        found = by_row(function(table.join(aligned)), table.index)
+        return aligned.drop(columns=found.columns, errors="ignore").join(found)
 
     return Score(tuple(name for name in MEASURES if name in needs), rank, None, function)
 
 
+def by_row(returned, index: "pandas.Index") -> "pandas.DataFrame":
+    """
+    What a score returned, with the column `score`, by dataset row: a Series or a DataFrame of these rows in any order,
+    or as many values in their order.
+
+    Raises:
+        `ValueError`: it is none of these.
+    """
+    import pandas as pd
+
+    if isinstance(returned, pd.DataFrame):
+        if "score" not in returned:
+            raise ValueError(
+                f"The score returned a DataFrame without a column `score`, but with {', '.join(map(str, returned))}. "
+                "Return a Series, or name the column `score`."
+            )
+        columns = returned
+    elif isinstance(returned, str) or not isinstance(returned, Sized):
+        raise ValueError(
+            f"The score returned {returned!r}, but must return a number for each row of the table. Return a Series."
+        )
+    else:
+        columns = pd.DataFrame({"score": returned})
+    if len(columns) != len(index):
+        raise ValueError(
+            f"The score returned {len(columns)} values for {len(index)} prompts. Return one for each row of the table."
+        )
+    if isinstance(returned, pd.Series | pd.DataFrame) and set(columns.index) == set(index):
+        return columns.reindex(index)  # by row, whatever the order
+    return columns.set_axis(index)
+
+
 def score_name(score: str | Callable) -> str:
-    """A score for people and for files."""
-    return score if isinstance(score, str) else f"{score.__module__}.{getattr(score, '__qualname__', score)}"
+    """A score for people and for files: a function by its name, an object by its class."""
+    if isinstance(score, str):
+        return score
+    if isinstance(score, functools.partial):
+        return score_name(score.func) + partial_arguments(score)
+    named = score if hasattr(score, "__qualname__") else type(score)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 @functools.cache
@@ -123,7 +163,7 @@ def load_function(name: str) -> Callable:
     A function by `file.py:function`.
 
     Raises:
-        `ValueError`: no such file or function.
+        `ValueError`: no such file or function, or the file failed.
     """
     file, _, function = name.rpartition(":")
     if not file.endswith(".py"):
@@ -135,10 +175,7 @@ def load_function(name: str) -> Callable:
         raise ValueError(
             f"`score` is {name!r}, but there is no file '{file}'. Paths are relative to the working directory."
         )
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    module = load_file(file, f"score {name!r}")
     if not callable(getattr(module, function, None)):
         raise ValueError(f"`score` is {name!r}, but there is no function '{function}' in '{file}'.")
     return getattr(module, function)

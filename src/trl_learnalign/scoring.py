@@ -38,7 +38,8 @@ def reward_variance(rewards: torch.Tensor) -> torch.Tensor:
         rewards (`torch.Tensor` of shape `(n, G)`): NaN where a rollout could not be scored.
 
     Returns:
-        `torch.Tensor` of shape `(n,)`, float64, in [0, .25]; NaN for a group without a scorable rollout.
+        `torch.Tensor` of shape `(n,)`, float64, in [0, .25]; exactly 0 for a group of equal rewards; NaN for a group
+        without a scorable rollout.
     """
     rewards = rewards.double()
     known = rewards[~rewards.isnan()]
@@ -46,7 +47,10 @@ def reward_variance(rewards: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(rewards[:, 0]).masked_fill(rewards.isnan().all(1), torch.nan)
     scaled = (rewards - known.min()) / (known.max() - known.min())
     mean = scaled.nanmean(1, keepdim=True)
-    return (scaled - mean).square().nanmean(1)
+    unknown = rewards.isnan()
+    # The mean of equal numbers may be off in the last digit
+    equal = rewards.masked_fill(unknown, -torch.inf).amax(1) == rewards.masked_fill(unknown, torch.inf).amin(1)
+    return (scaled - mean).square().nanmean(1).masked_fill(equal, 0.0)
 
 
 def feature_norms(features: torch.Tensor) -> torch.Tensor:

@@ -70,14 +70,21 @@ def select_at_stage(trainer: Trainer, config: LearnAlignConfig, stage: int, keep
     [`select_prompts`], with the number of selections before this one in a staged run. In training nothing that was
     measured is kept, as the next step changes the weights.
     """
-    host = find_host(trainer)
-    host.check(config)
-    if host.is_sharded and trainer.optimizer is None:
-        raise ValueError(
-            "FSDP and DeepSpeed shard the weights when training starts, so nothing can be selected before. Use "
-            "`LearnAlignSampler` with `warmup_prompts=0`, or launch this script with DDP."
-        )
-    return SelectionRun(host, config, stage, keep_measures).run()
+    return checked_run(find_host(trainer), config, stage, keep_measures).run()
+
+
+def checked_run(host: Host, config: LearnAlignConfig, stage: int, keep_measures: bool = False) -> "SelectionRun":
+    """A selection to be made. What one process alone finds wrong, such as a file that its node lacks, ends all."""
+    with Peers(host.accelerator) as peers:
+        host.check(config)
+        if host.is_sharded and host.trainer.optimizer is None:
+            raise ValueError(
+                "FSDP and DeepSpeed shard the weights when training starts, so nothing can be selected before. Use "
+                "`LearnAlignSampler` with `warmup_prompts=0`, or launch this script with DDP."
+            )
+        run = SelectionRun(host, config, stage, keep_measures)
+        peers.wait()
+    return run
 
 
 class SelectionRun:

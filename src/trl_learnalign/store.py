@@ -140,11 +140,15 @@ class Log:
             ) from error
 
     def discard(self, names: Iterable[int]) -> None:
-        """Forgets records. Once there are no others, the file of this process is emptied."""
+        """Forgets records. Once the file of this process has no others, it is emptied."""
         self._index.remove(names)
-        if self._stream is not None and not len(self._index):
+        if self._stream is not None and not self._index.has_any_in(self._current):
             self._stream.truncate(0)
             self._end = 0
+
+    def keep(self, names: Iterable[int]) -> None:
+        """Forgets all records but these."""
+        self._index.remove(names, but=True)
 
     def read(self, name: int) -> bytes | None:
         """The payload of a record; `None` if there is none."""
@@ -225,10 +229,15 @@ class _Index:
             return None
         return int(self._files[place]), int(self._offsets[place])
 
-    def remove(self, names):
+    def remove(self, names, but=False):
+        """These, or all but these."""
         self._merge()
-        kept = ~np.isin(self._names, np.fromiter(names, np.uint64))
+        kept = np.isin(self._names, np.fromiter(names, np.uint64), invert=not but)
         self._names, self._files, self._offsets = self._names[kept], self._files[kept], self._offsets[kept]
+
+    def has_any_in(self, file):
+        self._merge()
+        return bool((self._files == file).any())
 
     def __len__(self):
         return len(self._recent) + len(self._names)

@@ -1,5 +1,6 @@
 """A trainer of TRL, as measures, scores and schedules see it: what GRPOTrainer and RLOOTrainer have in common."""
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer
 
 from ..config import LearnAlignConfig
+from ..disk import digest
 from ..gradients import dropout_off
 from ..groups import Group, Row
 from ..rewards import source_of
@@ -36,7 +38,7 @@ SETTINGS = (
     "beta",
     "mask_truncated_completions",
 )
-ARGUMENTS = ("bf16", "fp16", "generation_kwargs", "chat_template_kwargs")
+ARGUMENTS = ("bf16", "fp16", "generation_kwargs", "chat_template_kwargs", "vllm_structured_outputs_regex")
 
 
 class Host(ABC):
@@ -142,8 +144,8 @@ class Host(ABC):
         tools = getattr(self.trainer, "tools", None) or ()
         code = [*tools, *(self.environments or {}).values(), self.rollout_func]
         settings["code"] = [source_of(part) for part in code if part is not None]
-        rewards = dict(zip(self.reward_names, map(source_of, self.trainer.reward_funcs), strict=True))
-        return {"generation": settings, "rewards": rewards}
+        rewards = list(zip(self.reward_names, map(source_of, self.trainer.reward_funcs), strict=True))
+        return {"generation": settings, "tokenizer": _tokenizer(self.trainer), "rewards": rewards}
 
     def weights_digest(self) -> str:
         """See [`~trl_learnalign.host.weights.weights_digest`]."""
@@ -330,6 +332,18 @@ class Host(ABC):
         """To be called after the weights were changed by something else than a step: vLLM still holds the old ones."""
         if self.trainer.use_vllm:
             self.trainer._last_loaded_step = -1
+
+
+def _tokenizer(trainer):
+    """What makes tokens of a prompt and text of a completion."""
+    tokenizer, template = trainer._tokenizer, trainer.processing_class.chat_template
+    try:
+        whole = json.loads(tokenizer.backend_tokenizer.to_str())
+        content = {name: part for name, part in whole.items() if name not in ("padding", "truncation")}  # of a call
+    except AttributeError:  # not a fast one
+        content = sorted(tokenizer.get_vocab().items())
+    ends = tokenizer.eos_token_id, tokenizer.pad_token_id
+    return digest([content, ends, template, getattr(trainer, "chat_template", None)])
 
 
 _SCALING = ("peft_type", "r", "lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern")  # of an adapter's weights

@@ -72,18 +72,18 @@ class GradientAlignments:
         source = self._source(own, found, run.open_log("target-gradients"))
         names = ["all"] * len(target) if self.config.target_column is None else target[self.config.target_column]
         learnable = found.indices[found.learnability > 0].tolist()
-        directions, without = [], []
+        weights, without = [], []
         for name in sorted(set(names), key=str):
             members = [index for index in learnable if names[index] == name]
             if not members:
                 without.append(str(name))
                 continue
-            weights = torch.zeros(len(target), dtype=torch.float64)
-            weights[members] = 1 / len(members)
-            directions.append(self._sum(source, weights))
+            weights.append(torch.zeros(len(target), dtype=torch.float64))
+            weights[-1][members] = 1 / len(members)
+        directions = self._sum(source, torch.stack(weights)) if weights else None
         run.clock("target gradients", started)
         run.provenance["target"] = {"num_rows": len(target), "learnable": len(learnable), "without": without}
-        if not directions:
+        if directions is None:
             raise RuntimeError(
                 f"No prompt of `target_dataset` is learnable: all {len(target)} were always or never solved, so the "
                 "target has no gradient. Warm up longer, use more `num_rollouts`, or other target prompts."
@@ -94,7 +94,7 @@ class GradientAlignments:
                 "learnable, so they have no gradient. Warm up longer, use more `num_rollouts`, or other target "
                 "prompts."
             )
-        return torch.stack(directions)
+        return directions
 
     def _source(self, own: Rollouts, pool: Pool, log: Log) -> GradientFeatures:
         learnable = {
@@ -134,7 +134,7 @@ class GradientAlignments:
         return chosen[counts[chosen]]
 
     def _sum(self, source, weights):
-        """The weighted sum over the prompts of all processes."""
+        """See [`GradientFeatures.weighted_sum`], over the prompts of all processes."""
         total = source.weighted_sum(weights)
         self.peers.wait()
         accelerator = self.run.accelerator

@@ -64,12 +64,15 @@ class GradientFeatures:
         longest = max((int(own.max()) for own in lengths.values() if len(own)), default=0)
         self.max_tokens = max_tokens or host.args.per_device_train_batch_size * longest
         self.engine = PromptGradients(host.policy, dim, seed, probe=not host.has_adapter)
-        most = max(self.peers.gather(len(lengths)))
+        most, left_over = map(max, zip(*self.peers.gather((len(lengths), len(self.parts))), strict=True))
         self.kept = dim is not None or most * self.engine.feature_dim * 4 <= EXACT_BYTES
         self.did_not_fit = math.inf  # tokens of the smallest microbatch that was too large for the memory
         self.entropy_masks = {}  # by prompt, a bit for each token of its rows
         # Exact gradients too large to be kept are made one prompt at a time, so that only a few are in memory
         self.windows = pack(lengths, self.max_tokens, WINDOW if self.kept else 1)
+        if left_over:  # maybe by another number of processes, or in microbatches of another size
+            names = {name for window in self.windows for name in window.parts()}
+            self.parts.keep(set().union(*self.peers.gather(names)))
 
     def num_tokens(self) -> tuple[int, int]:
         """Tokens of the rows of this process's prompts: their own, and with the padding of the microbatches."""
@@ -82,11 +85,20 @@ class GradientFeatures:
 
     def weighted_sum(self, weights: torch.Tensor) -> torch.Tensor:
         """
-        sum_j w_j phi_j / |phi_j| over the prompts of this process, of shape `(d,)`, float64; w by dataset index.
+        sum_j w_j phi_j / |phi_j| over the prompts of this process, float64; w by dataset index.
+
+        Args:
+            weights (`torch.Tensor` of shape `(..., N)`): one or more w. All sums take one pass.
+
+        Returns:
+            `torch.Tensor` of shape `(..., d)`.
         """
-        total = torch.zeros(self.engine.feature_dim, dtype=torch.float64)
+        total = torch.zeros(*weights.shape[:-1], self.engine.feature_dim, dtype=torch.float64)
+        sums = list(zip(total.view(-1, total.shape[-1]), weights.view(-1, weights.shape[-1]), strict=True))
         for indices, features in self._computed():
-            add_unit_features(total, features, weights[indices])
+            for one, own in sums:
+                if own[indices].any():
+                    add_unit_features(one, features, own[indices])
             del features  # may be as large as the LoRA
         return total
 
@@ -174,7 +186,7 @@ class GradientFeatures:
             bar.update()
         if self.kept:
             self.log.append([(window.name, features.numpy())])
-            self.parts.discard([window.part(number) for number in range(len(microbatches))])
+            self.parts.discard(window.parts())
         return features
 
     def _missing_parts(self, window):

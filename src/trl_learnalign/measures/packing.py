@@ -39,6 +39,10 @@ class Window:
         """The name of a microbatch."""
         return stable_hash(self.name, number)
 
+    def parts(self) -> list[int]:
+        """The names of all microbatches."""
+        return [self.part(number) for number in range(len(self.microbatches()))]
+
     def microbatches(self) -> list[tuple[dict[int, int], list[Place]]]:
         """
         How many rows each prompt has in a microbatch, and these rows, those of a prompt together. Made when they are
