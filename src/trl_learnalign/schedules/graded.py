@@ -33,7 +33,7 @@ class RewardScale:
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         """Restores what `state_dict` returned."""
         if state["recent"].ndim != 1:
-            raise ValueError(f"rewards have the shape {state["recent"].shape}")
+            raise ValueError(f"rewards have the shape {state['recent'].shape}")
         self._recent = state["recent"].copy()
 
 
