@@ -524,6 +524,29 @@ def test_one_success_ends_a_suspicion():
     assert schedule.observe(22, rewards) == {}  # nor does it come again after a success
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda rewards: 0.5 * rewards, "no rollout counts as a success, though rewards differ (the last ones lie"),
+        (lambda rewards: 2 + rewards, "every rollout counts as a success"),
+        (lambda rewards: np.nan * rewards, "no rollout of the first chunk has a reward"),
+        (lambda rewards: rewards, None),
+        (lambda rewards: 0 * rewards, None),  # nothing is known of what a success would be
+    ],
+)
+def test_where_success_cannot_be_predicted_it_is_said_once(caplog, change, words):
+    world = World()
+    world.schedule.host.accelerator.is_main_process = True
+    rewards = world.rewards
+    world.rewards = lambda rows: change(rewards(rows))
+    world.run(12)
+    found = [record.message for record in caplog.records if "Success cannot be predicted" in record.message]
+    assert len(found) == (words is not None)
+    assert all(
+        words in message and ("success_threshold" in message or "reward functions" in message) for message in found
+    )
+
+
 def test_a_visit_without_a_reward_changes_nothing():
     world = World()
     world.run(20)

@@ -188,13 +188,15 @@ def tuning() -> str:
     rows = [
         [
             run["what"],
-            run["pool"],
+            f"{run['pool']}, {'seeds' if len(run['seeds']) > 1 else 'seed'} {' and '.join(map(str, run['seeds']))}",
             *(", ".join(f"{100 * value:.1f}" for value in run[name]) for name in ("live", "end")),
             ", ".join(f"{value:,}" for value in run["distinct"]),
         ]
         for run in json.loads(TUNING.read_text(encoding="utf-8"))["runs"]
     ]
-    return table("a prompt rests for | pool | live groups, % | success at the end, % | distinct prompts", rows)
+    return table(
+        "after a visit a prompt rests for | pool | live groups, % | success at the end, % | distinct prompts", rows
+    )
 
 
 def names() -> dict:

@@ -11,7 +11,7 @@ from . import online_figures
 from .disk import write_atomically
 from .online_tables import count_states, find_run, load_tables, write_tables
 from .page import MISSING, fact_list, figure, filled, html_table, long_text, number
-from .schedules.overview import live_shares
+from .summaries import live_shares
 from .trackers import log_figures
 
 

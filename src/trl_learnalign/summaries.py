@@ -1,7 +1,9 @@
-"""A selection in words."""
+"""Selections and online runs in a few words and numbers."""
 
 import math
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 
 if TYPE_CHECKING:
@@ -55,3 +57,27 @@ def _outcomes(selection):
         for name, (pool, chosen) in selection.outcomes().items()
         if not math.isnan(pool)
     }
+
+
+def live_shares(column, chunk_prompts: int) -> tuple[float, float, float]:
+    """
+    Shares of live groups over the chunks that were chosen: of chosen prompts, of the uniform draws beside them, and
+    the number of these. Where nothing was chosen the last two are those of all chunks.
+
+    Args:
+        column: gives a column of the history by its name, of shape `(chunks,)`.
+        chunk_prompts (`int`): prompts of a chunk.
+    """
+    chosen, uniform, draws = (column(name).astype(float) for name in ("live_chosen", "live_uniform", "uniform_draws"))
+    choosing = column("choosing") > 0
+    part = choosing if choosing.any() else np.ones(len(choosing), bool)
+    return (
+        _weighted(chosen[part], chunk_prompts - draws[part]),
+        _weighted(uniform[part], draws[part]),
+        float(draws[part].sum()),
+    )
+
+
+def _weighted(values, weights):
+    known = np.isfinite(values) & (weights > 0)
+    return float(np.average(values[known], weights=weights[known])) if known.any() else math.nan

@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 
+UNIFORM = 0.05  # of a chunk: uniform draws from the whole pool, which measure the pool and the predictor
 TRIED = 64  # uniform draws before the predictor is judged
 BEGIN_SKILL, LEAST_SKILL = 0.1, 0.05  # to begin with choosing, and to go on
 LEAST_HEADROOM = 1.1

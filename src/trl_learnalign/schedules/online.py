@@ -13,9 +13,17 @@ from ..rewards import check_success_reward
 from .base import RandomOrder, Schedule
 from .graded import RewardScale, VarianceCurve
 from .history import History
-from .judge import TRIED, Judge
+from .judge import TRIED, UNIFORM, Judge
 from .memory import MOST_SUSPECTS, RETIRED_AFTER, PromptMemory
-from .overview import periods, prompt_columns, summary_lines, switch_line
+from .overview import (
+    nothing_to_predict,
+    periods,
+    plan_lines,
+    prompt_columns,
+    summary_lines,
+    switch_line,
+    warning,
+)
 from .predictor import SuccessPredictor, expected_learnability, live_probability
 from .prompt_features import check_online, eligible_rows, prompt_features
 
@@ -23,7 +31,6 @@ from .prompt_features import check_online, eligible_rows, prompt_features
 logger = logging.getLogger(__name__)
 
 CANDIDATES = 16_384  # prompts that a chunk is chosen from, at random; all of a smaller pool
-UNIFORM = 0.05  # of a chunk: uniform draws from the whole pool, which measure the pool and the predictor
 LEAST_NOISE = 0.02  # variance within groups of graded rewards, over that of successes
 REVIEW = 0.05  # of a chunk: mastered and never-solved prompts whose time has come
 
@@ -243,20 +250,9 @@ class OnlineSchedule(Schedule):
         return self._suspicious(drawn.rows)
 
     def _warn_of_rewards(self, rewards):
-        """Where nothing can be learnt from them, though training goes on."""
-        groups, successes, live = self.history.by_visit.sum(0)
-        known, text = rewards[np.isfinite(rewards)], None
-        if not groups:
-            text = "no rollout of the first chunk has a reward: all are None or NaN. Check the reward functions"
-        elif not self.graded and live and successes in (0, groups):
-            text = (
-                f"of the first {groups:,.0f} groups {'every' if successes else 'no'} rollout counts as a success, "
-                f"though rewards differ (the last ones lie between {known.min():g} and {known.max():g}): a rollout "
-                f"succeeds where its reward is at least `success_threshold={self.config.success_threshold:g}`. Set "
-                '`success_threshold`, or `learnability="variance"` for graded rewards'
-            )
+        text = nothing_to_predict(self, rewards)
         if text and self.host.accelerator.is_main_process:
-            logger.warning(f"Success cannot be predicted, so draws stay uniform: {text}.")
+            logger.warning(text)
 
     def _suspicious(self, rows) -> dict[int, int]:
         """Suspects among these rows whose completion is not known yet, with their places."""
@@ -310,39 +306,11 @@ class OnlineSchedule(Schedule):
 
     def plan(self, step, max_steps, due):
         """See [`Schedule`]."""
-        prompts, pool = self.layout.prompts_trained(max_steps), len(self.pool)
-        by = ["length"] * (self.features.shape[1] > 1) + [
-            name for name in (self.config.group_column, self.config.pass_rate_column) if name
-        ]
-        by += ["hidden states"] * (self.features_key is not None)
-        return [
-            f"steps {step + 1} to {max_steps} train on random prompts until success is predicted well enough, then on "
-            f"chosen ones ({UNIFORM:.0%} stay random).",
-            f"{prompts:,.0f} prompts in all, {self.layout.chunk_prompts} at once, from a pool of {pool:,}: "
-            f"{prompts / pool:.2f} visits per prompt.",
-            f"success is predicted from a prompt's own rewards, and from {', '.join(by) or 'nothing else'}.",
-        ]
+        return plan_lines(self, step, max_steps)
 
     def warning(self, max_steps):
         """See [`Schedule`]."""
-        texts = []
-        if not self.layout.shuffle:
-            texts.append(
-                "`shuffle_dataset=False` has no effect on this schedule: prompts are chosen, and those that are not "
-                "come in random order."
-            )
-        pool, chunk = len(self.pool), self.layout.chunk_prompts
-        if pool < chunk:
-            texts.append(f"The pool has {pool} prompts and a chunk {chunk}, so a prompt comes several times in one.")
-        visits = self.layout.prompts_trained(max_steps) / pool
-        if not (self.features_key or self.config.group_column or self.config.pass_rate_column or visits >= 1):
-            possible = "" if self.config.prompt_features else "set `prompt_features=True`, "
-            texts.append(
-                f"The run has only {visits:.2f} visits per prompt, so most prompts are trained on once at most. Of "
-                "the others only the length is known: choosing online can hardly help. To change that, "
-                f"{possible}name a `group_column` or a `pass_rate_column`, or take a smaller pool."
-            )
-        return " ".join(texts) or None
+        return warning(self, max_steps)
 
     def report(self, host, directory):
         """See [`Schedule`]. Once per step."""

@@ -1,11 +1,11 @@
 """The state and history of an online schedule as tables and lines, for its report, a model card and the output."""
 
-import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .judge import BEGIN_SKILL, LEAST_HEADROOM, PATIENCE, TRIED, Judge
+from ..summaries import live_shares
+from .judge import BEGIN_SKILL, LEAST_HEADROOM, PATIENCE, TRIED, UNIFORM, Judge
 from .memory import RETIRED_AFTER
 
 
@@ -108,30 +108,6 @@ def switch_line(chunk: int, judge: Judge, graded: bool) -> str:
     return f"{start} draws are uniform: choosing promised little {headroom}."
 
 
-def live_shares(column, chunk_prompts: int) -> tuple[float, float, float]:
-    """
-    Shares of live groups over the chunks that were chosen: of chosen prompts, of the uniform draws beside them, and
-    the number of these. Where nothing was chosen the last two are those of all chunks.
-
-    Args:
-        column: gives a column of the history by its name, of shape `(chunks,)`.
-        chunk_prompts (`int`): prompts of a chunk.
-    """
-    chosen, uniform, draws = (column(name).astype(float) for name in ("live_chosen", "live_uniform", "uniform_draws"))
-    choosing = column("choosing") > 0
-    part = choosing if choosing.any() else np.ones(len(choosing), bool)
-    return (
-        _weighted(chosen[part], chunk_prompts - draws[part]),
-        _weighted(uniform[part], draws[part]),
-        float(draws[part].sum()),
-    )
-
-
-def _weighted(values, weights):
-    known = np.isfinite(values) & (weights > 0)
-    return float(np.average(values[known], weights=weights[known])) if known.any() else math.nan
-
-
 def summary_lines(schedule: "OnlineSchedule") -> list[str]:
     """Sentences about the run for a model card; none before the first observation."""
     history, layout = schedule.history, schedule.layout
@@ -156,3 +132,65 @@ def summary_lines(schedule: "OnlineSchedule") -> list[str]:
         f"At the end {latest['retired']:,.0f} prompts had been solved by all rollouts of their last visits, and "
         f"{latest['parked']:,.0f} by none.",
     ]
+
+
+def plan_lines(schedule: "OnlineSchedule", step: int, max_steps: int) -> list[str]:
+    """Three lines for the start of a run; see [`Schedule.plan`]."""
+    layout, config = schedule.layout, schedule.config
+    prompts, pool = layout.prompts_trained(max_steps), len(schedule.pool)
+    by = ["length"] * (schedule.features.shape[1] > 1)
+    by += [name for name in (config.group_column, config.pass_rate_column) if name]
+    by += ["hidden states"] * (schedule.features_key is not None)
+    return [
+        f"steps {step + 1} to {max_steps} train on random prompts until success is predicted well enough, then on "
+        f"chosen ones ({UNIFORM:.0%} stay random).",
+        f"{prompts:,.0f} prompts in all, {layout.chunk_prompts} at once, from a pool of {pool:,}: "
+        f"{prompts / pool:.2f} visits per prompt.",
+        f"success is predicted from a prompt's own rewards, and from {', '.join(by) or 'nothing else'}.",
+    ]
+
+
+def warning(schedule: "OnlineSchedule", max_steps: int) -> str | None:
+    """What a new run should be warned of; see [`Schedule.warning`]."""
+    layout, config, pool, texts = schedule.layout, schedule.config, len(schedule.pool), []
+    if not layout.shuffle:
+        texts.append(
+            "`shuffle_dataset=False` has no effect on this schedule: prompts are chosen, and those that are not come "
+            "in random order."
+        )
+    if pool < layout.chunk_prompts:
+        texts.append(
+            f"The pool has {pool} prompts and a chunk {layout.chunk_prompts}, so a prompt comes several times in one."
+        )
+    visits = layout.prompts_trained(max_steps) / pool
+    if not (schedule.features_key or config.group_column or config.pass_rate_column or visits >= 1):
+        possible = "" if config.prompt_features else "set `prompt_features=True`, "
+        texts.append(
+            f"The run has only {visits:.2f} visits per prompt, so most prompts are trained on once at most. Of the "
+            "others only the length is known: choosing online can hardly help. To change that, "
+            f"{possible}name a `group_column` or a `pass_rate_column`, or take a smaller pool."
+        )
+    return " ".join(texts) or None
+
+
+def nothing_to_predict(schedule: "OnlineSchedule", rewards: np.ndarray) -> str | None:
+    """
+    A warning where success cannot be predicted from what was observed so far, though training goes on.
+
+    Args:
+        schedule ([`OnlineSchedule`]): after some groups.
+        rewards (`np.ndarray`): the latest that decide success.
+    """
+    groups, successes, live = schedule.history.by_visit.sum(0)
+    known = rewards[np.isfinite(rewards)]
+    start = "Success cannot be predicted, so draws stay uniform"
+    if not groups:
+        return f"{start}: no rollout of the first chunk has a reward: all are None or NaN. Check the reward functions."
+    if schedule.graded or not live or 0 < successes < groups:
+        return None
+    return (
+        f"{start}: of the first {groups:,.0f} groups {'every' if successes else 'no'} rollout counts as a success, "
+        f"though rewards differ (the last ones lie between {known.min():g} and {known.max():g}). A rollout succeeds "
+        f"where its reward is at least `success_threshold={schedule.config.success_threshold:g}`. Set "
+        '`success_threshold`, or `learnability="variance"` for graded rewards.'
+    )
