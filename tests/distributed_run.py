@@ -143,7 +143,7 @@ def run_online(task, path, seen, **kwargs):
     class Fault(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if task == "online differs" and rank == 1 and state.global_step == 3:
-                schedule.memory.successes[0] += 1
+                schedule.memory.visits[0] += 1
 
     def full(*args, original=checkpoint_state.write_arrays):
         if task == "online cannot write" and rank == 0 and trainer.state.global_step == 3:

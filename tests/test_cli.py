@@ -155,7 +155,7 @@ def test_dry_run_of_a_choice_at_random(folder):
         (["--num_prompts", "0"], "must be at least 1"),
         (["--format", "xml"], "invalid choice: 'xml'"),
         (["--schedule", "online"], "`schedule` is 'online', but such a run chooses its prompts while it trains"),
-        (["--schedule", "later"], "must be one of staged, online"),
+        (["--schedule", "later"], "invalid choice: 'later'"),
     ],
 )
 def test_bad_input(folder, arguments, message, monkeypatch, capsys):

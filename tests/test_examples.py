@@ -136,7 +136,7 @@ def test_equations_online_end_to_end(tmp_path):
         *(EXAMPLES / "grpo_gsm8k.py", "--config", EXAMPLES / "equations_online.yaml", "--output_dir", tmp_path),
         *("--max_steps", "4", "--per_device_train_batch_size", "64"),
     )
-    assert "32 prompts in all from a pool of 7,473: 0.00 visits per prompt." in output
+    assert "32 prompts in all, 8 at once, from a pool of 7,473: 0.00 visits per prompt." in output
     assert "success is predicted from a prompt's own rewards, and from length, hidden states." in output
     history = pq.read_table(tmp_path / "learnalign/online_history.parquet")
     assert history["chunk"].to_pylist() == [0, 1, 2, 3] and history["visited"].to_pylist() == [8, 16, 24, 32]

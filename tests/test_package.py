@@ -124,7 +124,12 @@ def test_every_undocumented_name_of_a_trainer_is_checked(kind, extra):
     used = used_names(file for file in SOURCES if file.parent.name == "host" and file.stem != "names")
     needed = used & own_names(kind)
     known = {*names.COMMON, *extra, *names.WITH_VLLM}
-    optional = {"environment_factories", "rollout_func", "_batch_environments"}  # that not every trainer has
+    optional = {
+        "chat_template",
+        "environment_factories",
+        "rollout_func",
+        "_batch_environments",
+    }  # that not every trainer has
     assert needed - known - optional == set() and len(needed) > 15
     other = {*names.GRPO, *names.RLOO} - {*extra}
     unused = known - used - set(check_kind(kind).settings)

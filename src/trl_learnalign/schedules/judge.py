@@ -29,14 +29,15 @@ class Judge:
         self.choosing = self.switched = False
         self.headroom, self.predicted = 1.0, 0.5
         self.in_vain = 0  # chunks in a row without skill or headroom
-        # Of uniform draws: squared errors of the predictor and of the mean, successes, predicted successes, draws
-        self.sums = np.zeros(5)
+        # Of uniform draws: squared errors of the predictor and of the mean, successes, draws; of those that were drawn
+        # after anything was learnt: successes less predicted ones, draws
+        self.sums = np.zeros(6)
 
     @property
     def able(self) -> bool:
         """Whether success was predicted better than by the mean, on enough uniform draws."""
         wanted = LEAST_SKILL if self.choosing else BEGIN_SKILL
-        return bool(self.sums[4] >= TRIED and self.skill > wanted)
+        return bool(self.sums[3] >= TRIED and self.skill > wanted)
 
     @property
     def skill(self) -> float:
@@ -50,8 +51,10 @@ class Judge:
         Of the whole pool: the mean prediction, corrected by its mean error on the latest uniform draws, which is
         unbiased as long as the policy and the predictor stay as they are. NaN before the first draw.
         """
-        _, _, successes, predicted, draws = self.sums
-        return float(np.clip(self.predicted + (successes - predicted) / draws, 0, 1)) if draws else math.nan
+        _, _, successes, draws, beyond, learnt = self.sums
+        if not learnt:
+            return float(successes / draws) if draws else math.nan
+        return float(np.clip(self.predicted + beyond / learnt, 0, 1))
 
     def look(self, gain: np.ndarray, best: np.ndarray, predicted: float) -> None:
         """
@@ -75,10 +78,11 @@ class Judge:
         """
         if not len(observed):
             return
-        errors = np.array([0.0, 0.0, observed.sum(), predicted.sum(), len(observed)])
+        errors = np.array([0.0, 0.0, observed.sum(), len(observed), 0.0, 0.0])
         if learnt:
-            mean = self.sums[2] / self.sums[4] if self.sums[4] else 0.5
+            mean = self.sums[2] / self.sums[3] if self.sums[3] else 0.5
             errors[:2] = ((predicted - observed) ** 2).sum(), ((mean - observed) ** 2).sum()
+            errors[4:] = (observed - predicted).sum(), len(observed)
         self.sums = self.sums * MEMORY ** len(observed) + errors
 
     def state_dict(self) -> dict:

@@ -124,8 +124,8 @@ def summary_lines(schedule: "OnlineSchedule") -> list[str]:
         lines.append(f"{uniform:.0%} of the groups were live (their rewards differed).")
     elif draws:
         lines.append(
-            f"Where prompts were chosen, {chosen:.0%} of their groups were live (their rewards differed), and of the "
-            f"{draws:,.0f} groups drawn uniformly beside them {uniform:.0%}."
+            f"Where prompts were chosen, {chosen:.0%} of their groups were live (their rewards differed), against "
+            f"{uniform:.0%} of those drawn uniformly beside them ({draws:,.0f})."
         )
     return [
         *lines,
