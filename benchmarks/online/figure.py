@@ -31,6 +31,8 @@ def draw(runs, path) -> None:
             looks = list(zip(*(run["looks"] for run in found), strict=True))
             rollouts = [fmean(look["rollouts"] for look in part) / 1000 for part in looks]
             rates = [[100 * look["sampled"] for look in part] for part in looks]
+            if len(rates) == 2:  # only the start and the end were measured
+                rollouts, rates = rollouts[1:], rates[1:]
             style = {"color": colour, "marker": marker, "label": f"{name}, {len(found)} seeds"}
             axes.plot(rollouts, [fmean(part) for part in rates], **style)
             axes.fill_between(rollouts, [*map(min, rates)], [*map(max, rates)], color=colour, alpha=0.12, linewidth=0)

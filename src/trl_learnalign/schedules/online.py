@@ -142,7 +142,7 @@ class OnlineSchedule(Schedule):
         candidates = self._candidates(generator)
         a, b = self.posterior(candidates, chunk)
         # The last digits may differ between processes, whose choices must not
-        utility = np.round(self.utility(a, b) / (1 + self._recent_visits(candidates, chunk)), 9)
+        utility = np.round(self.utility(a, b) / (1 + self._recent_visits(a, b)), 9)
         ranked = np.lexsort((generator.random(len(candidates)), -utility))
         rested = self.memory.ready[candidates] <= chunk
         gain = self._gain(a, b)
@@ -187,10 +187,9 @@ class OnlineSchedule(Schedule):
         """Whether rewards are graded, so that their variance counts."""
         return self.config.learnability == "variance"
 
-    def _recent_visits(self, rows, chunk):
-        """Visits that have not faded: what a prompt teaches, it teaches less each time."""
-        rollouts = sum(self.memory.evidence(rows, chunk)) / self._weight
-        return rollouts / self.layout.group_size
+    def _recent_visits(self, a, b):
+        """Visits that have not faded, from the posteriors: what a prompt teaches, it teaches less each time."""
+        return (a + b - self.predictor.concentration) / (self._weight * self.layout.group_size)
 
     @property
     def _weight(self) -> float:
