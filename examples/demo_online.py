@@ -40,6 +40,7 @@ import matplotlib.pyplot as plt
 PROMPTS, GROUP = 16, 8  # of a step; rollouts of a prompt
 ARMS = {"uniform": "random prompts", "online": "chosen online"}
 COLOURS = {"uniform": "#000000", "online": "#D55E00"}
+WINDOW = 10  # steps
 LOOKS = 5  # at held-out success, after the first
 
 
@@ -154,13 +155,16 @@ def watch(runs, messages, steps) -> tuple[dict, dict]:
     return live, looks
 
 
-def rollouts_to(looks, goal) -> float | None:
-    """Rollouts until success is `goal`, on the line between two looks; None if it never is."""
-    points = sorted(looks.items())
-    for (start, before), (end, after) in zip(points, points[1:], strict=False):
+def curve(looks) -> list[tuple[int, float]]:
+    """Rollouts and success."""
+    return [(PROMPTS * GROUP * step, rate) for step, rate in sorted(looks.items())]
+
+
+def rollouts_to(points, goal) -> float | None:
+    """Rollouts until a curve is at `goal`, on the line between two looks; None if it never is."""
+    for (start, before), (stop, after) in zip(points, points[1:], strict=False):
         if after >= goal:
-            share = max(0.0, goal - before) / max(after - before, 1e-9)
-            return PROMPTS * GROUP * (start + share * (end - start))
+            return start + max(0.0, goal - before) / max(after - before, 1e-9) * (stop - start)
     return None
 
 
@@ -168,15 +172,14 @@ def draw(live, looks, path) -> None:
     """Held-out success and live groups against rollouts."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
     for arm, name in ARMS.items():
-        steps, rates = zip(*sorted(looks[arm].items()), strict=True)
-        left.plot(PROMPTS * GROUP * np.array(steps), 100 * np.array(rates), marker="o", color=COLOURS[arm], label=name)
-        width = min(10, len(live[arm]))
-        smooth = np.convolve(live[arm], np.ones(width) / width, "valid")
+        rollouts, rates = zip(*curve(looks[arm]), strict=True)
+        left.plot(rollouts, 100 * np.array(rates), marker="o", color=COLOURS[arm], label=name)
+        smooth = [np.mean(live[arm][max(0, end - WINDOW) : end]) for end in range(1, len(live[arm]) + 1)]
         right.plot(
-            PROMPTS * GROUP * np.arange(width, len(live[arm]) + 1), 100 * smooth, color=COLOURS[arm], label=name
+            PROMPTS * GROUP * np.arange(1, len(smooth) + 1), 100 * np.array(smooth), color=COLOURS[arm], label=name
         )
     left.set_ylabel("held-out success, %")
-    right.set_ylabel(f"live groups, %, mean of {width} steps")
+    right.set_ylabel(f"live groups, %, mean of {WINDOW} steps")
     right.set_ylim(0, 100)
     for axes in (left, right):
         axes.set_xlabel("rollouts generated")
@@ -218,7 +221,7 @@ def main():
         rates = "".join(f"{looks[arm][step]:8.3f}" for step in steps)
         print(f"  {name:15s}  {rates}   {np.mean(live[arm]):11.0%}")
     total = PROMPTS * GROUP * arguments.steps
-    needed = rollouts_to(looks["online"], looks["uniform"][arguments.steps])
+    needed = rollouts_to(curve(looks["online"]), looks["uniform"][arguments.steps])
     print(
         "  Chosen online, the final success of random prompts is not reached."
         if needed is None

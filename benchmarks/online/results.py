@@ -1,13 +1,19 @@
 """The runs of run.py as they are kept in the repository, and what is said of several seeds."""
 
 import json
+import sys
 from pathlib import Path
 from statistics import fmean, stdev
 
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "examples"))
+
+from demo_online import rollouts_to
 from pools import POOLS
 
 
-FILE = Path(__file__).resolve().parents[1] / "results" / "online.json"
+FILE = ROOT / "benchmarks" / "results" / "online.json"
 ARMS = {
     "uniform": "uniform draws (stock GRPOTrainer)",
     "online": "online",
@@ -83,14 +89,6 @@ def curve(runs) -> list[tuple[float, float]]:
         (fmean(found[step]["rollouts"] for found in looks), fmean(found[step]["sampled"] for found in looks))
         for step in steps
     ]
-
-
-def rollouts_to(points, goal) -> float | None:
-    """Rollouts until a curve is at `goal`, on the line between two looks; None if it never is."""
-    for (start, before), (stop, after) in zip(points, points[1:], strict=False):
-        if after >= goal:
-            return start + max(0.0, goal - before) / max(after - before, 1e-9) * (stop - start)
-    return None
 
 
 def share(pairs) -> float | None:
