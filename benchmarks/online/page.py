@@ -92,7 +92,8 @@ def dirt() -> str:
     for pool in ("hard-wrong", "clean-wrong"):
         for run, uniform in paired(RUNS, pool, "online"):
             found = {int(first): right for first, right in run["suspects"].items()}
-            first = " / ".join(f"{right} of the first {number}" for number, right in sorted(found.items())[:3])
+            known = [number for number in sorted(found) if number <= _number(run["suspects"])]
+            first = " / ".join(f"{found[number]} of the first {number}" for number in known)
             rows.append(
                 [
                     f"{pool}, seed {run['seed']}",
@@ -136,8 +137,36 @@ def times_live(pool) -> str:
     return f"{fmean(run['live_share'] / other['live_share'] for run, other in paired(RUNS, pool, 'online')):.1f}"
 
 
-def headroom_live() -> str:
-    return ", ".join(f"{run['headroom']:.2f}" for run in of(RUNS, "live", "online"))
+def more_bars() -> str:
+    """The goals of the other two pools."""
+    live, wrong = paired(RUNS, "live", "online"), paired(RUNS, "hard-wrong", "online")
+    paid = fmean(run["wrong"] / other["wrong"] for run, other in wrong)
+    found = [(max(run["suspects"].values()), _number(run["suspects"])) for run, _ in wrong]
+    right = ", ".join(f"{good} of {number}" for good, number in found)
+    close = all(abs(gained) <= 1 for gained in gains(live))
+    rows = [
+        ["every prompt live", "the same success", f"{points(gains(live))} points", "met" if close else "missed"],
+        ["", "uniform draws", uniform_live(), "met" if all(_same(*pair) for pair in live) else "missed"],
+        ["a tenth of the labels wrong", "no more rollouts on them", f"{paid:.2f} x", "met" if paid <= 1 else "missed"],
+        ["", "half of the 800 wrong labels are suspects", f"suspects that are wrong: {right}", "missed"],
+    ]
+    return table("pool | goal | measured | ", rows)
+
+
+def _number(suspects) -> int:
+    """Of all suspects: run.py writes how many are right among the first 10, 30, 100, 300 and all of them."""
+    return next((int(first) for first in suspects if int(first) not in (10, 30, 100, 300)), 0)
+
+
+def _same(run, uniform) -> bool:
+    """Whether a run was the uniform one: it never chose."""
+    return run["distinct"] == uniform["distinct"] and end(run) == end(uniform)
+
+
+def uniform_live() -> str:
+    """Of the runs on prompts that are all live."""
+    pairs = paired(RUNS, "live", "online")
+    return f"{sum(_same(*pair) for pair in pairs)} of {len(pairs)} runs never chose"
 
 
 def verdicts() -> str:
@@ -155,8 +184,7 @@ def verdicts() -> str:
         _over("online without features"),
     ]
     return "\n".join(
-        f"{number}. **{'It is so' if so else 'It is not so'}**: {text}."
-        for number, (so, text, *_) in enumerate(lines, 1)
+        f"{number}. **{'Yes' if so else 'No'}**: {text}." for number, (so, text, *_) in enumerate(lines, 1)
     )
 
 
@@ -206,9 +234,10 @@ def names() -> dict:
         "outcome": outcome,
         "verdicts": verdicts,
         "bars": bars,
+        "more_bars": more_bars,
         "dirt": dirt,
         "tuning": tuning,
-        "headroom_live": headroom_live,
+        "uniform_live": uniform_live,
         "table": tables(),
         "gain": {name: gain(pool) for name, pool in pools.items()},
         "share": {name: needed(share(paired(RUNS, pool, "online"))) for name, pool in pools.items()},
