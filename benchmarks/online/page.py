@@ -28,6 +28,7 @@ FIGURE = ROOT / "docs" / "figures" / "online.png"
 FRONT = ROOT / "README.md", ROOT / "docs" / "index.md"
 MARKS = "<!-- written by benchmarks/online/page.py -->\n", "<!-- end -->\n"
 TUNING = ROOT / "benchmarks" / "results" / "online_tuning.json"
+ALIGNMENT = ROOT / "benchmarks" / "results" / "online_alignment.json"
 RUNS = results.load()
 RIVALS = "mopps", "beta mean", "greso", "pools"
 GOALS = [  # live groups against uniform, rollouts to uniform's end
@@ -227,6 +228,18 @@ def tuning() -> str:
     )
 
 
+def alignment() -> str:
+    """How much of the alignments of other prompts features explain."""
+    rows = [
+        [name, f"{found['learnable']:,}", *(f"{value:.2f}" for value in found["explained"].values())]
+        + [f"{found['other_seed']:.2f}"]
+        for name, found in json.loads(ALIGNMENT.read_text(encoding="utf-8")).items()
+    ]
+    return table(
+        "policy | learnable prompts | from 300 | from 1,000 | from 3,000 | correlation between two seeds", rows
+    )
+
+
 def names() -> dict:
     """What the templates may say."""
     pools = {pool.replace("-", "_"): pool for pool in results.POOLS if paired(RUNS, pool, "online")}
@@ -237,6 +250,7 @@ def names() -> dict:
         "more_bars": more_bars,
         "dirt": dirt,
         "tuning": tuning,
+        "alignment": alignment,
         "uniform_live": uniform_live,
         "table": tables(),
         "gain": {name: gain(pool) for name, pool in pools.items()},

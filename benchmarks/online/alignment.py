@@ -1,0 +1,87 @@
+"""
+Do features of prompts tell which prompts' gradients are aligned with the mean, so that alignments of the prompts that
+training has just seen could be shared with others?
+
+    python benchmarks/online/alignment.py --dataset_path DIR
+
+Alignments are those of the selections of docs/evidence.md (benchmarks/results/evidence/scores.parquet), features those
+that an online run computes, of the first policy and of one that was warmed up in the same way. A ridge regression is
+fitted to the alignments of some learnable prompts and judged on all others. Writes
+benchmarks/results/online_alignment.json.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pyarrow.parquet as pq
+from pools import make_pool
+from results import ROOT
+from run import Recorder, build_trainer, warm_up
+
+from trl_learnalign import LearnAlignConfig
+from trl_learnalign.host import find_host
+from trl_learnalign.peers import Peers
+from trl_learnalign.schedules.prompt_features import prompt_features
+
+
+SEED, DRAWS, SEEN, RIDGES = 0, 3, (300, 1000, 3000), (3, 10, 30, 100)
+
+
+def features(rows, adapter) -> np.ndarray:
+    """What an online run knows of each prompt at its start, shape (N, D)."""
+    with TemporaryDirectory() as folder:
+        trainer = build_trainer("uniform", adapter, rows, Recorder(), 1, SEED, folder, 1e-3, [])
+        with Peers(trainer.accelerator) as peers:
+            found, _ = prompt_features(find_host(trainer), LearnAlignConfig(schedule="online"), peers)
+    return found.astype(np.float64)
+
+
+def explained(x, alignments, seen, others, ridge) -> float:
+    """R^2 on the other prompts."""
+    precision = ridge * np.diag(np.arange(x.shape[1]) > 0)  # the constant is free
+    weights = np.linalg.solve(x[seen].T @ x[seen] + precision, x[seen].T @ alignments[seen])
+    errors = alignments[others] - x[others] @ weights
+    return 1 - (errors**2).sum() / ((alignments[others] - alignments[seen].mean()) ** 2).sum()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset_path", type=Path, required=True)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/online"), help="where the warmed-up policy is")
+    arguments = parser.parse_args()
+    rows = make_pool("clean", arguments.dataset_path).rows
+    rows = rows.add_column("row", list(range(len(rows))))
+    scores = pq.read_table(ROOT / "benchmarks/results/evidence/scores.parquet").to_pandas()
+    result = {}
+    for name, adapter in (("first policy", None), ("after the warm-up", warm_up(SEED, rows, arguments))):
+        x = features(rows, adapter)
+        own, other = (
+            scores[(scores["cold"] == (adapter is None)) & (scores["seed"] == seed)]
+            .set_index("index")["alignment"]
+            .reindex(range(len(rows)))
+            .to_numpy()
+            for seed in (SEED, SEED + 1)
+        )
+        known, both = np.flatnonzero(np.isfinite(own)), np.isfinite(own) & np.isfinite(other)
+        random = np.random.default_rng(0)
+        draws = [random.permutation(known) for _ in range(DRAWS)]
+        result[name] = {
+            "learnable": len(known),
+            "other_seed": float(np.corrcoef(own[both], other[both])[0, 1]),
+            "explained": {
+                str(seen): float(
+                    max(np.mean([explained(x, own, d[:seen], d[seen:], ridge) for d in draws]) for ridge in RIDGES)
+                )
+                for seen in SEEN
+            },
+        }
+    text = json.dumps(result, indent=1)
+    (ROOT / "benchmarks/results/online_alignment.json").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
