@@ -231,8 +231,11 @@ def tuning() -> str:
 def alignment() -> str:
     """How much of the alignments of other prompts features explain."""
     rows = [
-        [name, f"{found['learnable']:,}", *(f"{value:.2f}" for value in found["explained"].values())]
-        + [f"{found['other_seed']:.2f}"]
+        [
+            name,
+            f"{found['learnable']:,}",
+            *(f"{value:.2f}" for value in [*found["explained"].values(), found["other_seed"]]),
+        ]
         for name, found in json.loads(ALIGNMENT.read_text(encoding="utf-8")).items()
     ]
     return table(
