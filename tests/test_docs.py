@@ -65,7 +65,8 @@ def test_quick_start_of_the_readme_runs(tmp_path, monkeypatch):
 
 
 def test_gains_in_the_readme_are_those_of_the_evidence():
-    gains = re.findall(r"[+-][\d.]+ \[[^]]+\]", (ROOT / "README.md").read_text())
+    _, _, rest = re.split("<!-- .*? -->", (ROOT / "README.md").read_text())  # `page.py --check` reads the table
+    gains = re.findall(r"[+-][\d.]+ \[[^]]+\]", rest)
     evidence = (ROOT / "docs/evidence.md").read_text()
     assert len(gains) == 3 and all(gain in evidence for gain in gains)
     took = re.search(
