@@ -271,6 +271,7 @@ def test_demo_online(tmp_path):
     assert Path(report).read_text().startswith("<!doctype html>")
 
 
+@pytest.mark.slow
 def test_a_process_of_the_demo_that_fails_ends_it(tmp_path):
     command = [sys.executable, EXAMPLES / "demo_online.py", "--output_dir", "/dev/null/runs", "--pool", "40"]
     ended = subprocess.run([*map(str, command), "--steps", "2", "--test", "4"], capture_output=True, text=True)
