@@ -12,7 +12,7 @@ one is TRL's own trainer, the other has the three lines that choose every batch 
 import argparse
 import copy
 import time
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from queue import Empty
@@ -210,7 +210,6 @@ def main():
         messages = manager.Queue()
         runs = [processes.submit(train, arm, arguments, messages) for arm in ARMS]
         live, looks = watch(runs, messages, arguments.steps)
-        wait(runs)
     figure = arguments.output_dir / "success.png"
     draw(live, looks, figure)
 

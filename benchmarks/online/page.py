@@ -259,8 +259,6 @@ def names() -> dict:
         "gain": {name: gain(pool) for name, pool in pools.items()},
         "share": {name: needed(share(paired(RUNS, pool, "online"))) for name, pool in pools.items()},
         "times_live": {name: times_live(pool) for name, pool in pools.items()},
-        "seeds": {name: len(paired(RUNS, pool, "online")) for name, pool in pools.items()},
-        "refill_share": needed(share(paired(RUNS, "hard", "online", "refill"))),
     }
 
 
