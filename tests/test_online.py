@@ -14,7 +14,7 @@ from trl_learnalign.layout import Layout
 from trl_learnalign.schedules import judge, memory, online, predictor
 from trl_learnalign.schedules.graded import VarianceCurve
 from trl_learnalign.schedules.predictor import SuccessPredictor, expected_learnability, live_probability
-from trl_learnalign.state import join, split
+from trl_learnalign.state import _decided, join, split
 
 
 GROUP = 8
@@ -175,6 +175,16 @@ def test_one_process_has_the_first_rollout_of_each_group_though_groups_are_split
     for start in range(0, 48, number):
         found += [(row, start + at) for row, at in first_rollouts(wanted, start, number, 8).items()]
     assert sorted(found) == [(100 + place, 8 * place) for place in range(6)]
+
+
+def test_processes_are_compared_by_decisions_and_not_by_last_digits():
+    values, arrays = split({"skill": 0.3, "observed": 4, "rows": np.arange(3), "q": np.array([0.1, 0.2])})
+    decided = _decided(values, arrays)
+    nearly = split({"skill": 0.3 + 1e-16, "observed": 4, "rows": np.arange(3), "q": np.nextafter([0.1, 0.2], 1)})
+    assert _decided(*nearly) == decided
+    for change in ({"observed": 5}, {"rows": np.array([0, 2, 1])}):
+        other = {"skill": 0.3, "observed": 4, "rows": np.arange(3), "q": np.array([0.1, 0.2])} | change
+        assert _decided(*split(other)) != decided
 
 
 # Choice ------------------------------------------------------------------------------------------------------------
