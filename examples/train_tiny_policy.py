@@ -23,13 +23,13 @@ CHARACTERS = "0123456789+-*/().;="
 MAX_LENGTH = 256
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(characters: str = CHARACTERS) -> PreTrainedTokenizerFast:
     """One token a character; nothing is added when a prompt is encoded, and decoding joins without spaces.
 
     Byte-pair encoding without merges, since AutoTokenizer of transformers 5 rebuilds the tokenizer of any Qwen2 model
     as byte-pair encoding. So the loaded tokenizer is the saved one.
     """
-    vocab = {token: i for i, token in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *CHARACTERS])}
+    vocab = {token: i for i, token in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *characters])}
     core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()

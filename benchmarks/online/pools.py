@@ -8,16 +8,20 @@ prints what each pool is made of, and the share of its groups that are live at t
 and test.jsonl. Without it generated chains stand in.
 
 `hard` is 2,000 equations of GSM8K, 4,800 chains far too hard for the tiny policy, and 1,200 trivial ones; `hard-10`
-and `hard-50` have fewer and more equations, `hard-small` a tenth of all. `clean` is all equations; `live` those whose
-success rate under the first policy is well inside (0, 1). `hard-wrong` and `clean-wrong` have a wrong answer in every
-tenth row.
+and `hard-50` have fewer and more equations, `hard-small` a twentieth of all, and `mastered` is mostly trivial. `clean`
+is all equations; `live` those whose success rate under the first policy is well inside (0, 1). `hard-wrong` and
+`clean-wrong` have a wrong answer in every tenth row, `hard-wrong-30` in three of ten. In `hard-copies` a fifth of the
+rows are copies of others with two operands exchanged, and of `hard-noisy` a failed rollout is rewarded now and then.
+`skills` and `skills-target` are those of skills.py, for a policy of their own.
 """
 
 import argparse
 import os
 import random
+import re
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 
@@ -41,13 +45,18 @@ MIXED = {
     "hard-10": {EQUATION: 800, HARD: 6600, TRIVIAL: 600},
     "hard": SIZES,
     "hard-50": {EQUATION: 4800, HARD: 2000, TRIVIAL: 1200},
-    "hard-small": {EQUATION: 200, HARD: 480, TRIVIAL: 120},
+    "hard-small": {EQUATION: 100, HARD: 240, TRIVIAL: 60},
+    "mastered": {EQUATION: 2000, HARD: 0, TRIVIAL: 6000},
 }
-POOLS = (*MIXED, "clean", "live", "hard-wrong", "clean-wrong")
-WRONG_SHARE = 0.1
+WRONG_SHARES = {"hard-wrong": 0.1, "hard-wrong-30": 0.3, "clean-wrong": 0.1}
+SKILLS = "skills", "skills-target"
+POOLS = (*MIXED, "clean", "live", *WRONG_SHARES, "hard-copies", "hard-noisy", *SKILLS)
+COPIES = 0.2  # of the rows of `hard-copies`
+FALSE_POSITIVES = 0.05  # of the failed rollouts of `hard-noisy`
 LIVE_BETWEEN = (0.3, 0.7)  # success rates of the pool `live`, of `LIVE_SAMPLES` rollouts
 LIVE_SAMPLES = 16
 MAX_COMPLETION = 56  # characters, each a token; the longest of an equation has 53
+TARGET_PROMPTS = 64
 
 
 @dataclass(frozen=True)
@@ -57,8 +66,20 @@ class Pool:
     """
 
     rows: Dataset
-    kind: np.ndarray  # (N,) of hard_pool.KINDS
-    wrong: np.ndarray  # (N,) of booleans: the answer is not the right one
+    kind: np.ndarray  # (N,) of hard_pool.KINDS, or of skills the task times four plus the level
+    wrong: np.ndarray  # (N,) of booleans: the answer is not the right one, or the prompt is a copy
+    false_positives: float = 0.0  # share of the failed rollouts that are rewarded
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all runs on a pool have in common: where they start, what is rewarded, and what they are judged by."""
+
+    policy: Path
+    reward: Callable
+    test: Dataset
+    target: Dataset | None = None
+    max_completion: int = MAX_COMPLETION
 
 
 def read_equations(dataset_path: Path | None) -> tuple[Dataset, Dataset]:
@@ -72,9 +93,16 @@ def make_pool(name: str, dataset_path: Path | None, seed: int = 0, cache: Path |
     """
     The pool `name`, equal for equal `seed`. `live` needs rollouts of all equations, kept in the folder `cache`.
     """
+    if name in SKILLS:
+        from skills import LEVELS, split
+
+        rows = split(name)[0]
+        kinds = LEVELS * np.array(rows["task"], np.int8) + np.array(rows["level"], np.int8)
+        return Pool(rows.remove_columns("level"), kinds, np.zeros(len(rows), bool))
     equations = read_equations(dataset_path)[0]
-    if name.startswith("hard"):
-        rows = hard_pool(equations, seed, MIXED[name.removesuffix("-wrong")])
+    mixed = name if name in MIXED else "hard" if name.startswith("hard") else None
+    if mixed is not None:
+        rows = hard_pool(equations, seed, MIXED[mixed])
         pool = Pool(rows.remove_columns("kind"), np.array(rows["kind"], np.int8), np.zeros(len(rows), bool))
     else:
         pool = _all(equations)
@@ -82,7 +110,26 @@ def make_pool(name: str, dataset_path: Path | None, seed: int = 0, cache: Path |
         rates = first_successes(equations, LIVE_SAMPLES, cache, f"equations-{dataset_path is None}") / LIVE_SAMPLES
         rows = np.flatnonzero((rates >= LIVE_BETWEEN[0]) & (rates <= LIVE_BETWEEN[1]))
         pool = Pool(pool.rows.select(rows), pool.kind[rows], pool.wrong[rows])
-    return _mislabelled(pool, seed) if name.endswith("-wrong") else pool
+    if name == "hard-copies":
+        return _with_copies(pool, seed)
+    if name == "hard-noisy":
+        return replace(pool, false_positives=FALSE_POSITIVES)
+    return _mislabelled(pool, WRONG_SHARES[name], seed) if name in WRONG_SHARES else pool
+
+
+def make_task(name: str, dataset_path: Path | None, folder: Path) -> Task:
+    """What the runs on the pool `name` have in common. `folder` holds the policy of skills_policy.py."""
+    if name not in SKILLS:
+        return Task(POLICY, equations_reward, read_equations(dataset_path)[1])
+    from skills import exact_reward, split
+
+    policy = folder / "skills-policy"
+    if not (policy / "config.json").is_file():
+        sys.exit(
+            f"'{policy}' has no policy. `python benchmarks/online/skills_policy.py --output_dir {policy}` trains it."
+        )
+    _, test, target = split(name)
+    return Task(policy, exact_reward, test, target.select(range(TARGET_PROMPTS)), max_completion=28)
 
 
 def _all(equations: Dataset) -> Pool:
@@ -90,10 +137,27 @@ def _all(equations: Dataset) -> Pool:
     return Pool(rows, np.full(len(rows), EQUATION, np.int8), np.zeros(len(rows), bool))
 
 
-def _mislabelled(pool: Pool, seed: int) -> Pool:
+def _with_copies(pool: Pool, seed: int) -> Pool:
+    """A fifth of the rows become near-duplicates of others: `48+24` of `24+48`."""
+    rng = random.Random(seed + 1)
+    rows = rng.sample(range(len(pool.rows)), round(2 * COPIES * len(pool.rows)))
+    prompts, answers = list(pool.rows["prompt"]), list(pool.rows["answer"])
+    kind, copies = pool.kind.copy(), np.zeros(len(prompts), bool)
+    for copy, row in zip(rows[::2], rows[1::2], strict=True):
+        prompts[copy], answers[copy], kind[copy] = exchanged(prompts[row]), answers[row], kind[row]
+        copies[copy] = True
+    return Pool(Dataset.from_dict({"prompt": prompts, "answer": answers}), kind, copies)
+
+
+def exchanged(prompt: str) -> str:
+    """The prompt with the operands of its first sum or product of two numbers exchanged, if it has one."""
+    return re.sub(r"(?<![^;])([\d.]+)([+*])([\d.]+)(?=[;=])", r"\3\2\1", prompt, count=1)
+
+
+def _mislabelled(pool: Pool, share: float, seed: int) -> Pool:
     rng = random.Random(seed + 1)
     wrong = np.zeros(len(pool.rows), bool)
-    wrong[rng.sample(range(len(wrong)), round(WRONG_SHARE * len(wrong)))] = True
+    wrong[rng.sample(range(len(wrong)), round(share * len(wrong)))] = True
     answers = [_wrong(row["answer"], rng) if bad else row["answer"] for row, bad in zip(pool.rows, wrong, strict=True)]
     rows = Dataset.from_dict({"prompt": pool.rows["prompt"], "answer": answers})
     return Pool(rows, pool.kind, wrong)
@@ -108,19 +172,19 @@ def _wrong(answer: str, rng: random.Random) -> str:
             return other
 
 
-def load_policy():
-    model = AutoModelForCausalLM.from_pretrained(POLICY, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(POLICY)
+def load_policy(path: Path = POLICY):
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(path)
 
 
-def count_successes(model, tokenizer, rows: Dataset, samples: int, seed: int = 0) -> np.ndarray:
+def count_successes(model, tokenizer, rows: Dataset, samples: int, seed=0, reward=equations_reward) -> np.ndarray:
     """Of every row, how many of `samples` completions at temperature 1 succeed, shape (N,)."""
     torch.manual_seed(seed)
     prompts = [prompt for prompt in rows["prompt"] for _ in range(samples)]
     answers = [answer for answer in rows["answer"] for _ in range(samples)]
     with torch.inference_mode():
         completions = generate(model, tokenizer, prompts, do_sample=True, batch_size=256)
-    return np.array(equations_reward(completions, answers), np.int16).reshape(-1, samples).sum(1)
+    return np.array(reward(completions, answers), np.int16).reshape(-1, samples).sum(1)
 
 
 def first_successes(rows: Dataset, samples: int, cache: Path | None, name: str) -> np.ndarray:
@@ -147,7 +211,8 @@ def main() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     for name in arguments.pools:
         pool = make_pool(name, arguments.dataset_path, arguments.seed, arguments.output_dir / "pools")
-        counts = count_successes(*load_policy(), pool.rows, 8)
+        task = make_task(name, arguments.dataset_path, arguments.output_dir)
+        counts = count_successes(*load_policy(task.policy), pool.rows, 8, reward=task.reward)
         lengths = np.array([len(prompt) for prompt in pool.rows["prompt"]])
         print(f"{name}: {len(counts)} prompts, {(pool.wrong).mean():.2f} with wrong answers", flush=True)
         for label, chosen in [("all", counts >= 0)] + [(kind, pool.kind == kind) for kind in set(pool.kind.tolist())]:

@@ -7,7 +7,9 @@ writes runs/online/POOL/ARM-SEED.json; a run that is there already is left out, 
 --arms, --pools and --seeds take several, one after another; another call beside it takes other runs. DIR holds GSM8K's
 train.jsonl and test.jsonl. Without it generated chains stand in.
 
-`uniform` is stock GRPOTrainer, `refill` and the other methods are those of baselines.py. The policy trains as
+`uniform` is stock GRPOTrainer, `refill` and the other methods are those of baselines.py. The arms of `SELECTIONS` roll
+the pool out first and train on a fixed choice; those that end in "then online" choose online among the better half of
+the learnable prompts. What that costs is part of a run's rollouts. The policy trains as
 benchmarks/gsm8k_equations/grid.py trains it: LoRA, 16 prompts x 8 rollouts a step. On the pools `clean` and
 `clean-wrong` it is warmed up first, on 300 random prompts, the same for all arms.
 """
@@ -19,11 +21,13 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import pandas as pd
 import torch
 from peft import LoraConfig, PeftModel
 from transformers import PrinterCallback, TrainerCallback
@@ -34,32 +38,57 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks" / "gsm8k_equations")]
 
 from baselines import SCHEDULES, RefillingTrainer
-from equations import equations_reward
 from grid import training_arguments
-from pools import POOLS, load_policy, make_pool, read_equations
+from pools import POOLS, TARGET_PROMPTS, load_policy, make_pool, make_task
 from train_tiny_policy import generate
 
-from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler
+from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler, select_prompts
 
 
 CHUNK, GROUP, WARMUP_STEPS = 16, 8, 19
 SAMPLES = 8  # of a row held out at the end; half as many before
 PARTS = 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1  # of a run, at which held-out success is measured
-ONLINE = {"online": {}, "online without features": {"prompt_features": False}}
-ARMS = ("uniform", *SCHEDULES, "refill", *ONLINE)
+ONLINE = {
+    "online": {},
+    "online without features": {"prompt_features": False},
+    "online with groups": {"group_column": "task"},
+}
+
+
+def learnable_only(table):
+    """The score of the arm `filter`: at random among the learnable prompts."""
+    values = pd.Series(np.random.default_rng(0).random(len(table)), table.index)
+    return values.where(table["learnability"] > 0)
+
+
+# Settings of a selection before the first step. "then online" keeps the better half of the learnable prompts
+SELECTIONS = {
+    "filter": {"score": learnable_only, "score_measures": ["rollouts"]},
+    "learnability": {"score": "learnability"},
+    "learnalign": {"score": "learnalign"},
+    "target": {"score": "target"},
+    "target alignment": {"score": "target_alignment"},
+    "learnalign then online": {"score": "learnalign"},
+    "target then online": {"score": "target_alignment"},
+}
+CHOSEN = 200  # prompts of a selection
+ARMS = ("uniform", *SCHEDULES, "refill", *ONLINE, *SELECTIONS)
 WARM_POOLS = ("clean", "clean-wrong")
 
 
 class Recorder:
-    """The reward, and the rows and successes of every group it was asked for: of training, all that was rolled out."""
+    """The reward, and the rows and successes of every group it was asked for: all that was rolled out."""
 
-    __name__ = "equations_reward"
-
-    def __init__(self):
+    def __init__(self, reward, false_positives=0.0, seed=0):
+        self.reward, self.false_positives, self.rng = reward, false_positives, np.random.default_rng(seed)
+        self.__name__ = reward.__name__
         self.rows, self.successes, self.lengths, self.calls = [], [], [], []
 
     def __call__(self, completions, answer, row, **kwargs):
-        rewards = equations_reward(completions, answer)
+        rewards = self.reward(completions, answer)
+        if self.false_positives:
+            lucky = self.rng.random(len(rewards)) < self.false_positives
+            rewards = np.maximum(rewards, lucky).tolist()
         self.rows += row[::GROUP]
         self.successes += np.array(rewards, int).reshape(-1, GROUP).sum(1).tolist()
         self.lengths += np.array([len(text) for text in completions]).reshape(-1, GROUP).sum(1).tolist()
@@ -70,7 +99,7 @@ class Recorder:
         return GROUP * len(self.rows)
 
 
-def look(model, tokenizer, rows, samples) -> dict:
+def look(model, tokenizer, rows, samples, reward) -> dict:
     """Success on rows held out at temperature 1, and of at least one of `samples`; mean length in tokens."""
     if isinstance(model, PeftModel):
         model = copy.deepcopy(model).merge_and_unload()  # faster; the copy leaves the one in training as it is
@@ -79,22 +108,27 @@ def look(model, tokenizer, rows, samples) -> dict:
     prompts, answers = list(rows["prompt"]), list(rows["answer"])
     with torch.no_grad():
         texts = generate(model, tokenizer, [prompt for prompt in prompts for _ in range(samples)], do_sample=True)
-    sampled = np.array(equations_reward(texts, [answer for answer in answers for _ in range(samples)]))
-    sampled = sampled.reshape(-1, samples)
+    sampled = np.array(reward(texts, [answer for answer in answers for _ in range(samples)])).reshape(-1, samples)
     torch.set_rng_state(state)
     model.train(modes)
+    rates = pd.Series(sampled.mean(1)).groupby(rows["task"] if "task" in rows.column_names else [0] * len(rows)).mean()
     return {
         "sampled": round(float(sampled.mean()), 4),
         f"pass@{samples}": round(float((sampled.max(1) > 0).mean()), 4),
         "length": round(float(np.mean([len(text) + 1 for text in texts])), 2),  # with the end token
-    }
+    } | ({"tasks": [round(float(rate), 3) for rate in rates]} if len(rates) > 1 else {})
 
 
 class Looks(TrainerCallback):
     """Looks after each step by which so many rollouts of `marks` are made, and ends training after the last."""
 
-    def __init__(self, tokenizer, rows, recorder, marks):
-        self.tokenizer, self.rows, self.recorder, self.marks = tokenizer, rows, recorder, sorted(marks)
+    def __init__(self, task, recorder, marks):
+        self.task, self.tokenizer, self.recorder, self.marks = (
+            task,
+            load_policy(task.policy)[1],
+            recorder,
+            sorted(marks),
+        )
         self.looks, self.away, self.started = [], 0.0, time.perf_counter()
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -111,24 +145,28 @@ class Looks(TrainerCallback):
     def look(self, step, model, samples):
         now = time.perf_counter()
         seconds = round(now - self.started - self.away, 1)
-        measured = look(model, self.tokenizer, self.rows, samples)
+        measured = look(model, self.tokenizer, self.task.test, samples, self.task.reward)
         self.looks.append({"step": step, "rollouts": self.recorder.rollouts(), "seconds": seconds, **measured})
         self.away += time.perf_counter() - now
 
 
-def build_trainer(arm, adapter, rows, reward, steps, seed, folder, learning_rate, callbacks):
-    model, tokenizer = load_policy()
+def build_trainer(arm, task, adapter, rows, reward, steps, seed, folder, learning_rate, callbacks, **settings):
+    """A trainer that chooses prompts by `arm`; `settings` are more settings of this package."""
+    model, tokenizer = load_policy(task.policy)
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     if adapter is not None:
         model, lora = PeftModel.from_pretrained(model, adapter, is_trainable=True), None
     args = training_arguments(folder, learning_rate, steps, seed)
+    args.max_completion_length = task.max_completion
     kwargs = {}
     if arm in SCHEDULES:
         config = LearnAlignConfig(write_report=False)
         kwargs["train_sampler"] = LearnAlignSampler(config, schedule=SCHEDULES[arm](config))
     elif arm in ONLINE:
-        config = LearnAlignConfig(schedule="online", write_report=False, **ONLINE[arm])
+        config = LearnAlignConfig(schedule="online", write_report=False, **ONLINE[arm], **settings)
         kwargs["train_sampler"] = LearnAlignSampler(config)
+    elif arm in SELECTIONS:
+        kwargs["train_sampler"] = LearnAlignSampler(selection_config(arm, task))
     kind = LearnAlignGRPOTrainer if kwargs else RefillingTrainer if arm == "refill" else GRPOTrainer
     trainer = kind(
         model=model,
@@ -146,6 +184,22 @@ def build_trainer(arm, adapter, rows, reward, steps, seed, folder, learning_rate
     return trainer
 
 
+def selection_config(arm, task, chosen=CHOSEN):
+    """Of a selection before the first step."""
+    settings = dict(SELECTIONS[arm])
+    if settings["score"] in ("target", "target_alignment"):
+        target = task.target.select_columns(["prompt", "answer", "task"])
+        settings["target_dataset"] = target.add_column("row", [-1] * len(target))
+    return LearnAlignConfig(num_prompts=chosen, warmup_prompts=0, write_report=False, **settings)
+
+
+def better_half(arm, task, adapter, rows, recorder, seed, folder, learning_rate):
+    """The rows that the selection of an arm ranks in the better half of the learnable ones, with success rates."""
+    trainer = build_trainer("uniform", task, adapter, rows, recorder, 1, seed, folder, learning_rate, [])
+    selection = select_prompts(trainer, selection_config(arm, task, len(rows)))
+    return selection.to_dataset(rows).select(range(len(selection.indices) // 2))
+
+
 def fresh_rows(rows, seed):
     """Prompts that training has not drawn: from the other end of the same kind of random order."""
     order = np.random.default_rng(seed).permutation(len(rows))
@@ -160,7 +214,7 @@ def fresh_rows(rows, seed):
     return fresh
 
 
-def warm_up(seed, rows, arguments) -> Path:
+def warm_up(seed, task, rows, arguments) -> Path:
     """The adapter after the warm-up. Of several processes that need it one makes it, and the others wait."""
     path = arguments.output_dir / f"warm-{seed}"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -168,8 +222,8 @@ def warm_up(seed, rows, arguments) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (path / "adapter_config.json").is_file():
             with TemporaryDirectory() as folder:
-                recorder = Recorder()
-                trainer = build_trainer("uniform", None, rows, recorder, WARMUP_STEPS, seed, folder, 1e-3, [])
+                recorder = Recorder(task.reward)
+                trainer = build_trainer("uniform", task, None, rows, recorder, WARMUP_STEPS, seed, folder, 1e-3, [])
                 trainer.train()
                 trainer.model.save_pretrained(path)
     return path
@@ -177,37 +231,56 @@ def warm_up(seed, rows, arguments) -> Path:
 
 def run(arm, name, seed, arguments) -> dict:
     pool = make_pool(name, arguments.dataset_path, seed, arguments.output_dir / "pools")
-    test = read_equations(arguments.dataset_path)[1]
-    test = test.select(range(min(arguments.test, len(test))))
+    task = make_task(name, arguments.dataset_path, arguments.output_dir)
+    task = replace(task, test=task.test.select(range(min(arguments.test, len(task.test)))))
     rows = pool.rows.add_column("row", list(range(len(pool.rows))))
     adapter = None
     if name in WARM_POOLS:
         clean = make_pool("clean", arguments.dataset_path, seed).rows
-        adapter = warm_up(seed, clean.add_column("row", list(range(len(clean)))), arguments)
-    steps, recorder = arguments.steps, Recorder()
-    # After as many rollouts as one chunk a step makes, since a refill makes more
+        adapter = warm_up(seed, task, clean.add_column("row", list(range(len(clean)))), arguments)
+    steps, recorder = arguments.steps, Recorder(task.reward, pool.false_positives, seed)
+    # After as many rollouts as one chunk a step makes, since a refill makes more, and a selection comes before
     marks = [round(steps * part) * CHUNK * GROUP for part in PARTS]
-    looks = Looks(load_policy()[1], test, recorder, marks)
+    looks = Looks(task, recorder, marks)
+    common = recorder, steps, seed
     with TemporaryDirectory() as folder:
-        trainer = build_trainer(arm, adapter, rows, recorder, steps, seed, folder, arguments.learning_rate, [looks])
+        settings = {}
+        if arm.endswith("then online"):
+            rows = better_half(arm, task, adapter, rows, recorder, seed, folder, arguments.learning_rate)
+            settings = {"pass_rate_column": "success_rate"}
+        selected = len(recorder.rows)
+        trainer = build_trainer(
+            "online" if settings else arm,
+            task,
+            adapter,
+            rows,
+            *common,
+            folder,
+            arguments.learning_rate,
+            [looks],
+            **settings,
+        )
         trainer.train()
         logs = trainer.state.log_history
         result = {"suspects": suspects(trainer, pool)} if arm in ONLINE and pool.wrong.any() else {}
-    successes, trained = np.array(recorder.successes), np.array(recorder.rows)
+    if arm in SELECTIONS and not selected:  # made by the trainer
+        selected = len(pool.rows) + (TARGET_PROMPTS if arm.startswith("target") else 0)
+    # Of training alone
+    successes, trained = np.array(recorder.successes[selected:]), np.array(recorder.rows[selected:])
     live = (successes > 0) & (successes < GROUP)
     names = sorted({key for log in logs for key in log if key.startswith("learnalign/")})
+    batches = [call - selected for call in recorder.calls if call > selected]
     return (
         result
         | {
             "looks": looks.looks,
-            "live": [
-                int(part.sum()) for part in np.split(live, recorder.calls[:-1])
-            ],  # groups, of each batch generated
-            "groups": [len(part) for part in np.split(live, recorder.calls[:-1])],
+            "live": [int(part.sum()) for part in np.split(live, batches[:-1])],  # groups, of each batch generated
+            "groups": [len(part) for part in np.split(live, batches[:-1])],
             "live_share": round(float(live.mean()), 4),
             "distinct": len(set(trained.tolist())),
             "rollouts": recorder.rollouts(),
-            "kinds": [int((pool.kind[trained] == kind).sum()) for kind in (0, 1, 2)],
+            "selection_rollouts": GROUP * selected,
+            "kinds": np.bincount(pool.kind[trained], minlength=int(pool.kind.max()) + 1).tolist(),
             "wrong": int(pool.wrong[trained].sum()),
             "completion_length": round(sum(recorder.lengths) / recorder.rollouts(), 2),
             "logged": {key: [log[key] for log in logs if key in log] for key in names},

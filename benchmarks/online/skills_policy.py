@@ -1,0 +1,173 @@
+"""
+Trains the policy that the runs on many skills start from, a character model from scratch.
+
+    python benchmarks/online/skills_policy.py [--output_dir runs/online/skills-policy]
+
+First it practises the easier levels with right answers. Then, for a short while, with answers many of which are wrong:
+half of these by a slip that is the same for all answers of a task, half by a character at random. Tasks differ in how
+many are wrong; some are right throughout. So at the start some skills are mastered, others succeed now and then and
+have each something of their own to unlearn, and the harder levels are out of reach.
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "examples"))
+
+from skills import CHARACTERS, LEVELS, TASKS, exact_reward, examples, held_out, split
+from train_tiny_policy import build_model, build_tokenizer, generate, save
+
+
+PRACTICE = (4, 3, 1, 0)  # how often each level comes
+KEPT = 20_000  # different examples of a task and level to practise with
+# Of the practised answers of a task how many are wrong in the second phase, at the levels 0, 1 and 2
+WRONG = {
+    "chain_sum": (0, 0.5, 0.9),
+    "products": (0, 0.6, 0.9),
+    "gcd": (0.7, 0.85, 0.95),
+    "lcm": (0.8, 0.9, 0.95),
+    "count_bits": (0, 0.7, 0.95),
+    "simple_equations": (0.7, 0.85, 0.95),
+    "number_sequence": (0.6, 0.8, 0.95),
+    "spell_backward": (0, 0.6, 0.9),
+    "fraction_simplification": (0.7, 0.85, 0.95),
+    "prime_factorization": (0.8, 0.9, 0.95),
+    "decimal_chain_sum": (0, 0.6, 0.9),
+    "complex_arithmetic": (0.6, 0.8, 0.95),
+    "base_conversion": (0.8, 0.9, 0.95),
+    "number_sorting": (0, 0.6, 0.9),
+}
+CLASSES = "0123456789", "abcdefghijklmnopqrstuvwxyz"
+
+
+def spoilt(answer: str, number: int, rng: random.Random) -> str:
+    """The answer with a wrong character: by the slip of the task `number`, or somewhere at random."""
+    places = [place for place, char in enumerate(answer) if char.isalnum()]
+    slip = rng.random() < 0.5
+    place = places[-1] if slip else rng.choice(places)
+    chars = next(chars for chars in CLASSES if answer[place] in chars)
+    step = 1 + number % 8 if slip else rng.randrange(1, len(chars))
+    return answer[:place] + chars[(chars.index(answer[place]) + step) % len(chars)] + answer[place + 1 :]
+
+
+def practice_rows(seed: int, kept: int, without: set[str]) -> dict[tuple[int, int], list]:
+    """Of every task and practised level the (prompt, answer) pairs, without the prompts `without`."""
+    rows = {}
+    for number, task in enumerate(TASKS):
+        for level in range(LEVELS):
+            if PRACTICE[level]:
+                found = {}
+                for tried, (prompt, answer) in enumerate(examples(task, level, seed + 100 + level)):
+                    if prompt not in without:
+                        found[prompt] = answer
+                    if len(found) == kept or tried == 2 * kept:
+                        break
+                rows[number, level] = list(found.items())
+    return rows
+
+
+def batches(rows, tokenizer, size, wrong, rng, count=50):
+    """`count` batches of token ids and labels, prompts of like length together; the loss is on answers only."""
+    cells = [(number, level) for number, level in rows]
+    drawn = []
+    for number, level in rng.choices(cells, [PRACTICE[level] for _, level in cells], k=size * count):
+        prompt, answer = rng.choice(rows[number, level])
+        if wrong and rng.random() < WRONG[TASKS[number].name][level]:
+            answer = spoilt(answer, number, rng)
+        ids = tokenizer(prompt + answer)["input_ids"] + [tokenizer.eos_token_id]
+        drawn.append((ids, len(prompt)))
+    drawn.sort(key=lambda row: len(row[0]))
+    parts = [drawn[first : first + size] for first in range(0, len(drawn), size)]
+    rng.shuffle(parts)
+    for part in parts:
+        width = max(len(ids) for ids, _ in part)
+        ids = torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in part])
+        labels = torch.tensor([[-100] * begin + ids[begin:] + [-100] * (width - len(ids)) for ids, begin in part])
+        yield ids, labels
+
+
+def train(model, tokenizer, rows, steps, rate, wrong, size, seed):
+    rng = random.Random(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=steps + 1, pct_start=0.1)
+    model.train()
+    step, started = 0, time.perf_counter()
+    while step < steps:
+        for ids, labels in batches(rows, tokenizer, size, wrong, rng):
+            loss = model(input_ids=ids, labels=labels).loss
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            step += 1
+            if step % 250 == 0:
+                print(f"step {step}, loss {loss.item():.3f}, {time.perf_counter() - started:.0f} s", flush=True)
+            if step == steps:
+                break
+
+
+def start(model, tokenizer, rows, samples=8) -> torch.Tensor:
+    """Success rates of these rows at temperature 1, shape (N,)."""
+    torch.manual_seed(0)
+    prompts = [prompt for prompt in rows["prompt"] for _ in range(samples)]
+    answers = [answer for answer in rows["answer"] for _ in range(samples)]
+    with torch.inference_mode():
+        texts = generate(model, tokenizer, prompts, do_sample=True)
+    return torch.tensor(exact_reward(texts, answers)).view(-1, samples).mean(1)
+
+
+def print_start(model, tokenizer, rows):
+    rates, tasks, levels = start(model, tokenizer, rows), torch.tensor(rows["task"]), torch.tensor(rows["level"])
+
+    def shares(rates):
+        return [round(float(part.float().mean()), 3) for part in (rates, rates == 1, (rates > 0) & (rates < 1))]
+
+    print("success, always, live:", *shares(rates))
+    for number, task in enumerate(TASKS):
+        print(task.name, *(shares(rates[(tasks == number) & (levels == level)]) for level in range(LEVELS)))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/online/skills-policy"))
+    parser.add_argument("--hidden_size", type=int, default=128)
+    parser.add_argument("--num_layers", type=int, default=4)
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--clean_steps", type=int, default=5000)
+    parser.add_argument("--clean_rate", type=float, default=3e-3)
+    parser.add_argument("--wrong_steps", type=int, default=300)
+    parser.add_argument("--wrong_rate", type=float, default=1e-3)
+    parser.add_argument("--init_from", type=Path, help="begin the second phase from this model")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.manual_seed(arguments.seed)
+    tokenizer = build_tokenizer(CHARACTERS)
+    test = split("skills")[1]
+    rows = practice_rows(arguments.seed, KEPT, held_out())
+    sizes = {f"{TASKS[number].name} {level}": len(found) for (number, level), found in rows.items()}
+    print("different examples:", json.dumps(sizes), flush=True)
+    if arguments.init_from:
+        model = build_model(tokenizer, arguments.hidden_size, arguments.num_layers).from_pretrained(
+            arguments.init_from
+        )
+    else:
+        model = build_model(tokenizer, arguments.hidden_size, arguments.num_layers)
+        train(model, tokenizer, rows, arguments.clean_steps, arguments.clean_rate, False, arguments.batch_size, 1)
+        save(model, tokenizer, arguments.output_dir.with_name(arguments.output_dir.name + "-clean"))
+        print_start(model, tokenizer, test)
+    train(model, tokenizer, rows, arguments.wrong_steps, arguments.wrong_rate, True, arguments.batch_size, 2)
+    save(model, tokenizer, arguments.output_dir)
+    print_start(model, tokenizer, test)
+
+
+if __name__ == "__main__":
+    main()
