@@ -129,7 +129,7 @@ def make_task(name: str, dataset_path: Path | None, folder: Path) -> Task:
             f"'{policy}' has no policy. `python benchmarks/online/skills_policy.py --output_dir {policy}` trains it."
         )
     _, test, target = split(name)
-    return Task(policy, exact_reward, test, target.select(range(TARGET_PROMPTS)), max_completion=28)
+    return Task(policy, exact_reward, test, target.select(range(min(TARGET_PROMPTS, len(target)))), max_completion=28)
 
 
 def _all(equations: Dataset) -> Pool:

@@ -39,7 +39,7 @@ sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks" / "gsm8k_equatio
 
 from baselines import SCHEDULES, RefillingTrainer
 from grid import training_arguments
-from pools import POOLS, TARGET_PROMPTS, load_policy, make_pool, make_task
+from pools import POOLS, load_policy, make_pool, make_task
 from train_tiny_policy import generate
 
 from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler, select_prompts
@@ -111,7 +111,8 @@ def look(model, tokenizer, rows, samples, reward) -> dict:
     sampled = np.array(reward(texts, [answer for answer in answers for _ in range(samples)])).reshape(-1, samples)
     torch.set_rng_state(state)
     model.train(modes)
-    rates = pd.Series(sampled.mean(1)).groupby(rows["task"] if "task" in rows.column_names else [0] * len(rows)).mean()
+    tasks = list(rows["task"]) if "task" in rows.column_names else [0] * len(rows)
+    rates = pd.Series(sampled.mean(1)).groupby(tasks).mean()
     return {
         "sampled": round(float(sampled.mean()), 4),
         f"pass@{samples}": round(float((sampled.max(1) > 0).mean()), 4),
@@ -130,10 +131,15 @@ class Looks(TrainerCallback):
             sorted(marks),
         )
         self.looks, self.away, self.started = [], 0.0, time.perf_counter()
+        self.selected = None  # groups rolled out before the first step
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.started = time.perf_counter()
         self.look(0, model, SAMPLES // 2)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.selected is None:
+            self.selected = len(self.recorder.rows)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         left = [mark for mark in self.marks if mark > self.recorder.rollouts()]
@@ -184,20 +190,20 @@ def build_trainer(arm, task, adapter, rows, reward, steps, seed, folder, learnin
     return trainer
 
 
-def selection_config(arm, task, chosen=CHOSEN):
-    """Of a selection before the first step."""
+def selection_config(arm, task, chosen=None):
+    """Of a selection before the first step, of `CHOSEN` prompts by default."""
     settings = dict(SELECTIONS[arm])
     if settings["score"] in ("target", "target_alignment"):
         target = task.target.select_columns(["prompt", "answer", "task"])
         settings["target_dataset"] = target.add_column("row", [-1] * len(target))
-    return LearnAlignConfig(num_prompts=chosen, warmup_prompts=0, write_report=False, **settings)
+    return LearnAlignConfig(num_prompts=chosen or CHOSEN, warmup_prompts=0, write_report=False, **settings)
 
 
 def better_half(arm, task, adapter, rows, recorder, seed, folder, learning_rate):
     """The rows that the selection of an arm ranks in the better half of the learnable ones, with success rates."""
     trainer = build_trainer("uniform", task, adapter, rows, recorder, 1, seed, folder, learning_rate, [])
     selection = select_prompts(trainer, selection_config(arm, task, len(rows)))
-    return selection.to_dataset(rows).select(range(len(selection.indices) // 2))
+    return selection.to_dataset(rows, with_scores=True).select(range(len(selection.indices) // 2))
 
 
 def fresh_rows(rows, seed):
@@ -248,7 +254,6 @@ def run(arm, name, seed, arguments) -> dict:
         if arm.endswith("then online"):
             rows = better_half(arm, task, adapter, rows, recorder, seed, folder, arguments.learning_rate)
             settings = {"pass_rate_column": "success_rate"}
-        selected = len(recorder.rows)
         trainer = build_trainer(
             "online" if settings else arm,
             task,
@@ -263,9 +268,7 @@ def run(arm, name, seed, arguments) -> dict:
         trainer.train()
         logs = trainer.state.log_history
         result = {"suspects": suspects(trainer, pool)} if arm in ONLINE and pool.wrong.any() else {}
-    if arm in SELECTIONS and not selected:  # made by the trainer
-        selected = len(pool.rows) + (TARGET_PROMPTS if arm.startswith("target") else 0)
-    # Of training alone
+    selected = looks.selected  # what follows is of training alone
     successes, trained = np.array(recorder.successes[selected:]), np.array(recorder.rows[selected:])
     live = (successes > 0) & (successes < GROUP)
     names = sorted({key for log in logs for key in log if key.startswith("learnalign/")})

@@ -27,7 +27,8 @@ LONGEST = 60, 24  # characters of a prompt and of an answer
 class Task:
     """
     How a task of reasoning-gym is written. `text` makes the prompt's body from the metadata of an example, and
-    `answer` its answer, by default that of the example. `levels` are the settings of the generator.
+    `answer` its answer, by default that of the example; None leaves the example out. `levels` are the settings of the
+    generator.
     """
 
     name: str
@@ -48,6 +49,11 @@ def _expression(example):
 def _fraction(example):
     data = example["metadata"]
     return f"{data['numerator']}/{data['denominator']}"
+
+
+def _equation(example):
+    text = _squeezed(re.sub("[a-z]", "x", example["metadata"]["equation"]))
+    return text if "x" in text else None  # every number would solve it
 
 
 def _complex(example):
@@ -102,7 +108,7 @@ TASKS = (
     Task(
         "simple_equations",
         "f",
-        lambda example: _squeezed(re.sub("[a-z]", "x", example["metadata"]["equation"])),
+        _equation,
         tuple(
             {"min_terms": terms, "max_terms": terms, "min_value": 1, "max_value": most}
             for terms, most in ((2, 9), (2, 30), (3, 50), (5, 200))
@@ -192,9 +198,11 @@ def examples(task: Task, level: int, seed: int):
     """Yields different (prompt, answer) pairs of a task and level, at most 100,000 tries."""
     tries = 100_000
     for example in reasoning_gym.create_dataset(task.name, size=tries, seed=seed, **task.levels[level]):
-        prompt, answer = f"{task.letter}{task.text(example)}=", _squeezed(task.answer(example))
-        if len(prompt) <= LONGEST[0] and 0 < len(answer) <= LONGEST[1] and set(prompt + answer) <= set(CHARACTERS):
-            yield prompt, answer
+        text, answer = task.text(example), _squeezed(task.answer(example))
+        if text is None or len(text) > LONGEST[0] or not 0 < len(answer) <= LONGEST[1]:
+            continue
+        if set(text + answer) <= set(CHARACTERS):
+            yield f"{task.letter}{text}=", answer
 
 
 # The tasks of the target testbed's test, a fifth of its pool: all have something to be learnt at the start
