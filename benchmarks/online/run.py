@@ -21,6 +21,7 @@ import json
 import os
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -42,7 +43,7 @@ from grid import training_arguments
 from pools import POOLS, load_policy, make_pool, make_task
 from train_tiny_policy import generate
 
-from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler, select_prompts
+from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler, schedules, select_prompts
 
 
 CHUNK, GROUP, WARMUP_STEPS = 16, 8, 19
@@ -52,6 +53,13 @@ ONLINE = {
     "online": {},
     "online without features": {"prompt_features": False},
     "online with groups": {"group_column": "task"},
+    "online without reviews": {},
+    "online without fading": {},
+}
+# What such an arm changes: a constant, in the modules that have it
+CHANGED = {
+    "online without reviews": ("REVIEW", 0.0, (schedules.online,)),
+    "online without fading": ("HALF_LIFE", 1e9, (schedules.memory, schedules.predictor)),
 }
 
 
@@ -199,6 +207,18 @@ def selection_config(arm, task, chosen=None):
     return LearnAlignConfig(num_prompts=chosen or CHOSEN, warmup_prompts=0, write_report=False, **settings)
 
 
+@contextmanager
+def changed(arm):
+    """The constant of an ablation, while a run lasts."""
+    name, value, modules = CHANGED.get(arm, ("", None, ()))
+    before = [getattr(module, name) for module in modules]
+    for module in modules:
+        setattr(module, name, value)
+    yield
+    for module, old in zip(modules, before, strict=True):
+        setattr(module, name, old)
+
+
 def better_half(arm, task, adapter, rows, recorder, seed, folder, learning_rate):
     """The rows that the selection of an arm ranks in the better half of the learnable ones, with success rates."""
     trainer = build_trainer("uniform", task, adapter, rows, recorder, 1, seed, folder, learning_rate, [])
@@ -328,9 +348,9 @@ def main():
                 if json.loads(file.read_text())["conditions"] != conditions:
                     sys.exit(f"'{file}' was made under other conditions. Pass another --output_dir, or move it away.")
                 continue
-            result = {"arm": arm, "pool": name, "seed": seed, "conditions": conditions} | run(
-                arm, name, seed, arguments
-            )
+            with changed(arm):
+                found = run(arm, name, seed, arguments)
+            result = {"arm": arm, "pool": name, "seed": seed, "conditions": conditions} | found
             temporary = file.with_suffix(f".{os.getpid()}.tmp")
             temporary.write_text(json.dumps(result) + "\n")
             temporary.replace(file)

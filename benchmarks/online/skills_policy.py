@@ -3,10 +3,8 @@ Trains the policy that the runs on many skills start from, a character model fro
 
     python benchmarks/online/skills_policy.py [--output_dir runs/online/skills-policy]
 
-First it practises the easier levels with right answers. Then, for a short while, with answers many of which are wrong:
-half of these by a slip that is the same for all answers of a task, half by a character at random. Tasks differ in how
-many are wrong; some are right throughout. So at the start some skills are mastered, others succeed now and then and
-have each something of their own to unlearn, and the harder levels are out of reach.
+It practises the easier levels of all tasks, and is stopped early. So some skills are nearly mastered, others succeed
+now and then, and most of the harder levels are out of reach.
 """
 
 import argparse
@@ -26,36 +24,8 @@ from skills import CHARACTERS, LEVELS, TASKS, exact_reward, examples, held_out, 
 from train_tiny_policy import build_model, build_tokenizer, generate, save
 
 
-PRACTICE = (4, 3, 1, 0)  # how often each level comes
+PRACTICE = (6, 2, 0.5, 0)  # how often each level comes
 KEPT = 20_000  # different examples of a task and level to practise with
-# Of the practised answers of a task how many are wrong in the second phase, at the levels 0, 1 and 2
-WRONG = {
-    "chain_sum": (0, 0.5, 0.9),
-    "products": (0, 0.6, 0.9),
-    "gcd": (0.7, 0.85, 0.95),
-    "lcm": (0.8, 0.9, 0.95),
-    "count_bits": (0, 0.7, 0.95),
-    "simple_equations": (0.7, 0.85, 0.95),
-    "number_sequence": (0.6, 0.8, 0.95),
-    "spell_backward": (0, 0.6, 0.9),
-    "fraction_simplification": (0.7, 0.85, 0.95),
-    "prime_factorization": (0.8, 0.9, 0.95),
-    "decimal_chain_sum": (0, 0.6, 0.9),
-    "complex_arithmetic": (0.6, 0.8, 0.95),
-    "base_conversion": (0.8, 0.9, 0.95),
-    "number_sorting": (0, 0.6, 0.9),
-}
-CLASSES = "0123456789", "abcdefghijklmnopqrstuvwxyz"
-
-
-def spoilt(answer: str, number: int, rng: random.Random) -> str:
-    """The answer with a wrong character: by the slip of the task `number`, or somewhere at random."""
-    places = [place for place, char in enumerate(answer) if char.isalnum()]
-    slip = rng.random() < 0.5
-    place = places[-1] if slip else rng.choice(places)
-    chars = next(chars for chars in CLASSES if answer[place] in chars)
-    step = 1 + number % 8 if slip else rng.randrange(1, len(chars))
-    return answer[:place] + chars[(chars.index(answer[place]) + step) % len(chars)] + answer[place + 1 :]
 
 
 def practice_rows(seed: int, kept: int, without: set[str]) -> dict[tuple[int, int], list]:
@@ -74,14 +44,12 @@ def practice_rows(seed: int, kept: int, without: set[str]) -> dict[tuple[int, in
     return rows
 
 
-def batches(rows, tokenizer, size, wrong, rng, count=50):
+def batches(rows, tokenizer, size, rng, count=50):
     """`count` batches of token ids and labels, prompts of like length together; the loss is on answers only."""
     cells = [(number, level) for number, level in rows]
     drawn = []
     for number, level in rng.choices(cells, [PRACTICE[level] for _, level in cells], k=size * count):
         prompt, answer = rng.choice(rows[number, level])
-        if wrong and rng.random() < WRONG[TASKS[number].name][level]:
-            answer = spoilt(answer, number, rng)
         ids = tokenizer(prompt + answer)["input_ids"] + [tokenizer.eos_token_id]
         drawn.append((ids, len(prompt)))
     drawn.sort(key=lambda row: len(row[0]))
@@ -94,14 +62,14 @@ def batches(rows, tokenizer, size, wrong, rng, count=50):
         yield ids, labels
 
 
-def train(model, tokenizer, rows, steps, rate, wrong, size, seed):
+def train(model, tokenizer, rows, steps, rate, size, seed):
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=steps + 1, pct_start=0.1)
     model.train()
     step, started = 0, time.perf_counter()
     while step < steps:
-        for ids, labels in batches(rows, tokenizer, size, wrong, rng):
+        for ids, labels in batches(rows, tokenizer, size, rng):
             loss = model(input_ids=ids, labels=labels).loss
             optimizer.zero_grad()
             loss.backward()
@@ -142,11 +110,8 @@ def main():
     parser.add_argument("--hidden_size", type=int, default=128)
     parser.add_argument("--num_layers", type=int, default=4)
     parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--clean_steps", type=int, default=5000)
-    parser.add_argument("--clean_rate", type=float, default=3e-3)
-    parser.add_argument("--wrong_steps", type=int, default=300)
-    parser.add_argument("--wrong_rate", type=float, default=1e-3)
-    parser.add_argument("--init_from", type=Path, help="begin the second phase from this model")
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
@@ -155,16 +120,8 @@ def main():
     rows = practice_rows(arguments.seed, KEPT, held_out())
     sizes = {f"{TASKS[number].name} {level}": len(found) for (number, level), found in rows.items()}
     print("different examples:", json.dumps(sizes), flush=True)
-    if arguments.init_from:
-        model = build_model(tokenizer, arguments.hidden_size, arguments.num_layers).from_pretrained(
-            arguments.init_from
-        )
-    else:
-        model = build_model(tokenizer, arguments.hidden_size, arguments.num_layers)
-        train(model, tokenizer, rows, arguments.clean_steps, arguments.clean_rate, False, arguments.batch_size, 1)
-        save(model, tokenizer, arguments.output_dir.with_name(arguments.output_dir.name + "-clean"))
-        print_start(model, tokenizer, test)
-    train(model, tokenizer, rows, arguments.wrong_steps, arguments.wrong_rate, True, arguments.batch_size, 2)
+    model = build_model(tokenizer, arguments.hidden_size, arguments.num_layers)
+    train(model, tokenizer, rows, arguments.steps, arguments.rate, arguments.batch_size, arguments.seed)
     save(model, tokenizer, arguments.output_dir)
     print_start(model, tokenizer, test)
 
