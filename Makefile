@@ -80,15 +80,20 @@ evidence: $(VENV)/installed
 # The same for docs/evidence_online.md, in two processes; the pools and seeds of its tables
 ONLINE := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/online/run.py --dataset_path $(DATASET)
 RIVALS := "beta mean" mopps greso pools
+STATIC := filter learnability learnalign target "target alignment" "target then online" "learnalign then online"
 online = $(ONLINE) --pool hard --seeds 0 1 2 3 4 --arms online uniform refill; \
 	$(ONLINE) --pool clean --seeds 0 1 2 --arms online uniform --steps 250 --output_dir runs/online-250; \
-	$(ONLINE) --pool hard --seeds 0 1 --arms "online without features" $(RIVALS); \
-	$(ONLINE) --pool hard-small --seeds 0 1 --arms online uniform $(RIVALS); \
-	$(ONLINE) --pools hard-wrong live hard-10 hard-50 --seeds 0 1 --arms online uniform
+	$(ONLINE) --pool hard --seeds 0 1 2 3 4 --arms "online without features"; \
+	$(ONLINE) --pool hard --seeds 0 1 --arms $(RIVALS); \
+	$(ONLINE) --pool hard-small --seeds 0 1 --arms online uniform $(RIVALS) "online without reviews" "online without fading"; \
+	$(ONLINE) --pools hard-wrong hard-wrong-30 hard-copies hard-noisy live hard-10 hard-50 --seeds 0 1 --arms online uniform; \
+	$(ONLINE) --pool skills --seeds 0 1 2 --arms online uniform "online with groups" --steps 300 --output_dir runs/online-300; \
+	$(ONLINE) --pool skills-target --seeds 0 1 2 --arms online uniform $(STATIC) --steps 300 --output_dir runs/online-300
 evidence-online: $(VENV)/installed
 	$(if $(DATASET),,$(error Say where GSM8K is: make evidence-online DATASET=DIR))
+	$(BIN)/python benchmarks/online/skills_policy.py --output_dir runs/online-300/skills-policy
 	($(online)) & ($(online)); wait
-	$(BIN)/python benchmarks/online/page.py --runs runs/online runs/online-250
+	$(BIN)/python benchmarks/online/page.py --runs runs/online runs/online-250 runs/online-300
 
 # A small version of it: two seeds, three arms, one number of prompts, a small pool
 evidence-small: $(VENV)/installed

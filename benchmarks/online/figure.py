@@ -1,4 +1,4 @@
-"""The figure of the front pages: held-out success against rollouts."""
+"""The figures: held-out success against rollouts, of the front pages and of the other testbeds."""
 
 from statistics import fmean
 
@@ -16,14 +16,19 @@ STYLES = {
     "online": ("#D55E00", "*", "chosen online"),
     "refill": ("#56B4E9", "s", "refill (DAPO)"),
     "mopps": ("#CC79A7", "D", "MoPPS"),
+    "learnability": ("#009E73", "v", "selection by learnability"),
+    "target": ("#0072B2", "^", "selection by the target"),
+    "target then online": ("#E69F00", "P", "target's half, then online"),
 }
-PANELS = {"hard": "a quarter can be learnt, most are too hard", "clean": "all can be learnt, nearly half are live"}
+FRONT = {"hard": "a quarter can be learnt, most are too hard", "clean": "all can be learnt, nearly half are live"}
+MORE = {"skills": "many skills", "skills-target": "many skills, of which three are tested"}
 
 
-def draw(runs, path) -> None:
-    """Means over seeds, with the range of the seeds."""
-    figure, panels = plt.subplots(1, len(PANELS), figsize=(10, 4), sharey=True)
-    for axes, (pool, title) in zip(panels, PANELS.items(), strict=True):
+def draw(runs, path, panels=FRONT) -> None:
+    """Means over seeds, with the range of the seeds; a panel for each pool."""
+    pools = panels
+    figure, panels = plt.subplots(1, len(pools), figsize=(10, 4), sharey=pools is FRONT)
+    for axes, (pool, title) in zip(panels, pools.items(), strict=True):
         for arm, (colour, marker, name) in STYLES.items():
             found = of(runs, pool, arm)
             if not found:

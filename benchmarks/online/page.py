@@ -18,19 +18,37 @@ from statistics import fmean
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import results
-from figure import draw
+from figure import MORE, draw
 from pages import ROOT, fill, publish, table
 from results import ARMS, end, gains, interval, of, paired, share
+from skills import TASKS
 
 
 PAGE = ROOT / "docs" / "evidence_online.md"
 FIGURE = ROOT / "docs" / "figures" / "online.png"
+MORE_FIGURE = ROOT / "docs" / "figures" / "online_skills.png"
 FRONT = ROOT / "README.md", ROOT / "docs" / "index.md"
 MARKS = "<!-- written by benchmarks/online/page.py -->\n", "<!-- end -->\n"
 TUNING = ROOT / "benchmarks" / "results" / "online_tuning.json"
 ALIGNMENT = ROOT / "benchmarks" / "results" / "online_alignment.json"
 RUNS = results.load()
 RIVALS = "mopps", "beta mean", "greso", "pools"
+DIRT = {
+    "hard-wrong": "wrong answers, 10 %",
+    "hard-wrong-30": "wrong answers, 30 %",
+    "clean-wrong": "wrong answers, 10 % of all equations",
+    "hard-copies": "near-duplicates, 20 %",
+    "hard-noisy": "rewards, 5 % false positives",
+}
+SHARES = {
+    "hard-10": "800 equations, 6,600 too hard, 600 trivial",
+    "hard": "the hard pool",
+    "hard-50": "4,800 equations, 2,000 too hard, 1,200 trivial",
+    "clean": "all equations, after a warm-up",
+    "live": "equations that are live at the start",
+    "mastered": "2,000 equations, 6,000 trivial",
+    "skills": "many skills",
+}
 GOALS = [  # live groups against uniform, rollouts to uniform's end
     ("hard", 2.5, 1 / 3, "the hard pool"),
     ("clean", 1.2, 1 / 1.5, "all equations, after a warm-up"),
@@ -55,6 +73,11 @@ def needed(found) -> str:
     return "never" if found is None else f"{100 * found:.0f} %"
 
 
+def tokens(run) -> float:
+    """That a run generated, those of a selection among them."""
+    return run["rollouts"] * run["completion_length"]
+
+
 def arms(pool) -> str:
     """A row for each arm."""
     rows = []
@@ -73,11 +96,13 @@ def arms(pool) -> str:
                 percent(end(run, "pass@8") for run in runs),
                 f"{fmean(run['distinct'] for run in runs):,.0f}",
                 f"{fmean(end(run, 'length') for run in runs):.1f}",
+                percent(tokens(run) / tokens(other) for run, other in pairs) if pairs else "",
             ]
         )
     return table(
         "prompts chosen by | seeds | live groups, % | success at the end, % | over uniform, points | "
-        "rollouts to uniform's end, % of all | pass@8, % | distinct prompts | length, tokens",
+        "rollouts to uniform's end, % of all | pass@8, % | distinct prompts | length, tokens | "
+        "tokens generated, % of uniform's",
         rows,
     )
 
@@ -90,22 +115,68 @@ def tables() -> dict[str, str]:
 def dirt() -> str:
     """Who trains on wrong labels, and how many suspects have one."""
     rows = []
-    for pool in ("hard-wrong", "clean-wrong"):
+    for pool, name in DIRT.items():
         for run, uniform in paired(RUNS, pool, "online"):
-            found = {int(first): right for first, right in run["suspects"].items()}
-            known = [number for number in sorted(found) if number <= _number(run["suspects"])]
-            first = " / ".join(f"{found[number]} of the first {number}" for number in known)
+            found = {int(first): right for first, right in run.get("suspects", {}).items()}
+            known = [number for number in sorted(found) if number <= _number(found)]
+            dirty = pool != "hard-noisy"  # where every prompt is
             rows.append(
                 [
-                    f"{pool}, seed {run['seed']}",
-                    f"{8 * run['wrong']:,} ({8 * uniform['wrong']:,})",
+                    f"{name}, seed {run['seed']}",
+                    f"{8 * run['wrong']:,} ({8 * uniform['wrong']:,})" if dirty else "",
                     f"{100 * end(run):.1f} ({100 * end(uniform):.1f})",
-                    first,
+                    " / ".join(f"{found[number]} of the first {number}" for number in known)
+                    if "wrong" in pool
+                    else "",
+                ]
+            )
+    return table("dirt | rollouts on it (uniform) | success at the end, % (uniform) | suspects that are wrong", rows)
+
+
+def by_share() -> str:
+    """What choosing online brings, by how much of a pool is live."""
+    rows = []
+    for pool, name in SHARES.items():
+        pairs = paired(RUNS, pool, "online")
+        if pairs:
+            rows.append(
+                [
+                    name,
+                    str(len(pairs)),
+                    percent(other["live_share"] for _, other in pairs),
+                    times_live(pool),
+                    points(gains(pairs)),
+                    needed(share(pairs)),
                 ]
             )
     return table(
-        "pool | rollouts on wrong labels (uniform) | success at the end, % (uniform) | suspects that are wrong", rows
+        "pool | seeds | live groups of random prompts, % | of online, times as many | success at the end, points "
+        "over random prompts | rollouts to their end",
+        rows,
     )
+
+
+def skill_differences(arm="online", pool="skills") -> list[float]:
+    """Of every skill the points by which an arm ends above uniform draws, means over seeds."""
+    differences = [
+        [100 * (a - b) for a, b in zip(run["looks"][-1]["tasks"], other["looks"][-1]["tasks"], strict=True)]
+        for run, other in paired(RUNS, pool, arm)
+    ]
+    return [fmean(part) for part in zip(*differences, strict=True)]
+
+
+def by_skill() -> str:
+    """Where each skill ends."""
+    rows = []
+    for place, task in enumerate(TASKS):
+        values = [100 * fmean(run["looks"][0]["tasks"][place] for run in of(RUNS, "skills", "uniform"))]
+        values += [
+            100 * fmean(run["looks"][-1]["tasks"][place] for run in of(RUNS, "skills", arm))
+            for arm in ("uniform", "online", "online with groups")
+            if of(RUNS, "skills", arm)
+        ]
+        rows.append([task.name, *(f"{value:.1f}" for value in values)])
+    return table("skill | at the start, % | random prompts | online | online, `group_column`", rows)
 
 
 def bars() -> str:
@@ -159,6 +230,34 @@ def _number(suspects) -> int:
     return next((int(first) for first in suspects if int(first) not in (10, 30, 100, 300)), 0)
 
 
+def more_verdicts() -> str:
+    """What came of the ways that were named before the runs on the other testbeds."""
+    few, half = (gains(paired(RUNS, pool, "online")) for pool in ("hard-10", "hard-50"))
+    dirty = {name: gains(paired(RUNS, pool, "online")) for pool, name in DIRT.items() if paired(RUNS, pool, "online")}
+    skills, worst = gains(paired(RUNS, "skills", "online")), min(skill_differences())
+    lines = [
+        (
+            min(few) <= 0 or fmean(half) < 0,
+            f"{points(few)} points with a tenth of the prompts live, {points(half)} points with half of them",
+        ),
+        min((_over(arm, "hard-small") for arm in RIVALS if of(RUNS, "hard-small", arm)), key=lambda one: one[2]),
+        (
+            any(fmean(found) < 0 for found in dirty.values()),
+            "; ".join(f"{name}: {points(found)} points" for name, found in dirty.items()),
+        ),
+        (
+            fmean(skills) < 0 or worst <= -10,
+            f"{points(skills)} points; the skill that compares worst ends {worst:+.1f} points from where random "
+            "prompts bring it",
+        ),
+        min(
+            (_over(arm, "skills-target", "target") for arm in ("learnability", "filter", "online")),
+            key=lambda one: one[2],
+        ),
+    ]
+    return _answers(lines, 6)
+
+
 def _same(run, uniform) -> bool:
     """Whether a run was the uniform one: it never chose."""
     return run["distinct"] == uniform["distinct"] and end(run) == end(uniform)
@@ -184,19 +283,25 @@ def verdicts() -> str:
         min((_over(arm) for arm in RIVALS if paired(RUNS, "hard", "online", arm)), key=lambda one: one[2]),
         _over("online without features"),
     ]
+    return _answers(lines, 1)
+
+
+def _answers(lines, first) -> str:
+    """A numbered list of answers, from (so, text, ...)."""
     return "\n".join(
-        f"{number}. **{'Yes' if so else 'No'}**: {text}." for number, (so, text, *_) in enumerate(lines, 1)
+        f"{number}. **{'Yes' if so else 'No'}**: {text}." for number, (so, text, *_) in enumerate(lines, first)
     )
 
 
-def _over(arm):
-    """Whether online does not end above another arm on the hard pool, what is said of it, and the mean difference."""
-    found = gains(paired(RUNS, "hard", "online", arm))
+def _over(arm, pool="hard", one="online"):
+    """Whether an arm does not end above another one on a pool, what is said of it, and the mean difference."""
+    found = gains(paired(RUNS, pool, one, arm))
     around = interval(found)
     so = (around[0] if around else min(found)) <= 0
     return (
         so,
-        f"online ends {points(found)} points above {ARMS[arm]} ({len(found)} {'seeds' if len(found) > 1 else 'seed'})",
+        f"{ARMS[one]} ends {points(found)} points above {ARMS[arm]} "
+        f"({len(found)} {'seeds' if len(found) > 1 else 'seed'})",
         fmean(found),
     )
 
@@ -249,6 +354,9 @@ def names() -> dict:
     return {
         "outcome": outcome,
         "verdicts": verdicts,
+        "more_verdicts": more_verdicts,
+        "by_share": by_share,
+        "by_skill": by_skill,
         "bars": bars,
         "more_bars": more_bars,
         "dirt": dirt,
@@ -271,6 +379,12 @@ def front(path, known) -> str:
     return before + MARKS[0] + "\n" + fill(template, known) + "\n" + MARKS[1] + after
 
 
+def figures():
+    """Of the front pages, and of the other testbeds."""
+    draw(RUNS, FIGURE)
+    draw(RUNS, MORE_FIGURE, MORE)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", type=Path, default=[])
@@ -282,7 +396,7 @@ def main():
     known = names()
     pages = {PAGE: fill((HERE / "evidence_online.md.in").read_text(encoding="utf-8"), known)}
     pages |= {path: front(path, known) for path in FRONT}
-    publish(pages, "benchmarks/online/page.py", after=lambda: draw(RUNS, FIGURE))
+    publish(pages, "benchmarks/online/page.py", after=figures)
 
 
 if __name__ == "__main__":

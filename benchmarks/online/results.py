@@ -18,11 +18,21 @@ ARMS = {
     "uniform": "uniform draws (stock GRPOTrainer)",
     "online": "online",
     "online without features": "online, `prompt_features=False`",
+    "online with groups": "online, `group_column`",
+    "online without reviews": "online, without reviews",
+    "online without fading": "online, observations never fade",
     "mopps": "MoPPS (Beta posterior, Thompson draws)",
     "beta mean": "Beta posterior, its mean",
     "greso": "GRESO (skips after zero variance)",
     "pools": "pools by the last success rate (prime-rl)",
     "refill": "refill (DAPO), at equal rollouts",
+    "filter": "filter: random among the learnable",
+    "learnability": "selection by learnability",
+    "learnalign": "selection by LearnAlign",
+    "target": "selection by the target: V x alignment",
+    "target alignment": "selection by the target: alignment alone",
+    "learnalign then online": "LearnAlign's better half, then online",
+    "target then online": "the target's better half, then online",
 }
 STUDENT = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # 97.5 % quantiles of t, by degrees of freedom
 

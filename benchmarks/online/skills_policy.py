@@ -3,8 +3,12 @@ Trains the policy that the runs on many skills start from, a character model fro
 
     python benchmarks/online/skills_policy.py [--output_dir runs/online/skills-policy]
 
-It practises the easier levels of all tasks, and is stopped early. So some skills are nearly mastered, others succeed
-now and then, and most of the harder levels are out of reach.
+Half an hour on one core; a policy that is there already is left as it is.
+
+First it practises the easier levels with right answers. Then, for a short while, with answers many of which are wrong:
+half of these by a slip that is the same for all answers of a task, half by a character at random. Tasks differ in how
+many are wrong; some are right throughout. So at the start some skills are mastered, others succeed now and then and
+have each something of their own to unlearn, and the harder levels are out of reach.
 """
 
 import argparse
@@ -26,6 +30,35 @@ from train_tiny_policy import build_model, build_tokenizer, generate, save
 
 PRACTICE = (6, 2, 0.5, 0)  # how often each level comes
 KEPT = 20_000  # different examples of a task and level to practise with
+# How many of the practised answers of a task are wrong in the second phase; where it is not 0, more at higher levels
+WRONG = {
+    "chain_sum": 0.5,
+    "products": 0,
+    "gcd": 0.6,
+    "lcm": 0.6,
+    "count_bits": 0.5,
+    "simple_equations": 0.6,
+    "number_sequence": 0.5,
+    "spell_backward": 0,
+    "fraction_simplification": 0.6,
+    "prime_factorization": 0.5,
+    "decimal_chain_sum": 0.4,
+    "complex_arithmetic": 0.5,
+    "base_conversion": 0.5,
+    "number_sorting": 0,
+}
+MORE = 0.15  # wrong answers for each level
+CLASSES = "0123456789", "abcdefghijklmnopqrstuvwxyz"
+
+
+def spoilt(answer: str, number: int, rng: random.Random) -> str:
+    """The answer with a wrong character: by the slip of the task `number`, or somewhere at random."""
+    places = [place for place, char in enumerate(answer) if char.isalnum()]
+    slip = rng.random() < 0.5
+    place = places[-1] if slip else rng.choice(places)
+    chars = next(chars for chars in CLASSES if answer[place] in chars)
+    step = 1 + number % 8 if slip else rng.randrange(1, len(chars))
+    return answer[:place] + chars[(chars.index(answer[place]) + step) % len(chars)] + answer[place + 1 :]
 
 
 def practice_rows(seed: int, kept: int, without: set[str]) -> dict[tuple[int, int], list]:
@@ -44,12 +77,15 @@ def practice_rows(seed: int, kept: int, without: set[str]) -> dict[tuple[int, in
     return rows
 
 
-def batches(rows, tokenizer, size, rng, count=50):
+def batches(rows, tokenizer, size, wrong, rng, count=50):
     """`count` batches of token ids and labels, prompts of like length together; the loss is on answers only."""
     cells = [(number, level) for number, level in rows]
     drawn = []
     for number, level in rng.choices(cells, [PRACTICE[level] for _, level in cells], k=size * count):
         prompt, answer = rng.choice(rows[number, level])
+        share = wrong and WRONG[TASKS[number].name]
+        if share and rng.random() < share + MORE * level:
+            answer = spoilt(answer, number, rng)
         ids = tokenizer(prompt + answer)["input_ids"] + [tokenizer.eos_token_id]
         drawn.append((ids, len(prompt)))
     drawn.sort(key=lambda row: len(row[0]))
@@ -62,14 +98,14 @@ def batches(rows, tokenizer, size, rng, count=50):
         yield ids, labels
 
 
-def train(model, tokenizer, rows, steps, rate, size, seed):
+def train(model, tokenizer, rows, steps, rate, wrong, size, seed):
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=steps + 1, pct_start=0.1)
     model.train()
     step, started = 0, time.perf_counter()
     while step < steps:
-        for ids, labels in batches(rows, tokenizer, size, rng):
+        for ids, labels in batches(rows, tokenizer, size, wrong, rng):
             loss = model(input_ids=ids, labels=labels).loss
             optimizer.zero_grad()
             loss.backward()
@@ -112,8 +148,13 @@ def main():
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--rate", type=float, default=3e-3)
+    parser.add_argument("--wrong_steps", type=int, default=300)
+    parser.add_argument("--wrong_rate", type=float, default=1e-3)
+    parser.add_argument("--init_from", type=Path, help="begin the second phase from this model")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if (arguments.output_dir / "config.json").is_file():
+        return print(f"'{arguments.output_dir}' has a policy already.")
     torch.manual_seed(arguments.seed)
     tokenizer = build_tokenizer(CHARACTERS)
     test = split("skills")[1]
@@ -121,7 +162,15 @@ def main():
     sizes = {f"{TASKS[number].name} {level}": len(found) for (number, level), found in rows.items()}
     print("different examples:", json.dumps(sizes), flush=True)
     model = build_model(tokenizer, arguments.hidden_size, arguments.num_layers)
-    train(model, tokenizer, rows, arguments.steps, arguments.rate, arguments.batch_size, arguments.seed)
+    size, seed = arguments.batch_size, arguments.seed
+    if arguments.init_from:
+        model = type(model).from_pretrained(arguments.init_from)
+    else:
+        train(model, tokenizer, rows, arguments.steps, arguments.rate, False, size, seed)
+        save(model, tokenizer, arguments.output_dir.with_name(f"{arguments.output_dir.name}-clean"))
+        print_start(model, tokenizer, test)
+    torch.manual_seed(seed)  # the same second phase with and without --init_from
+    train(model, tokenizer, rows, arguments.wrong_steps, arguments.wrong_rate, True, size, seed + 1)
     save(model, tokenizer, arguments.output_dir)
     print_start(model, tokenizer, test)
 
