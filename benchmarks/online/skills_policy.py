@@ -32,10 +32,10 @@ PRACTICE = (6, 2, 0.5, 0)  # how often each level comes
 KEPT = 20_000  # different examples of a task and level to practise with
 # How many of the practised answers of a task are wrong in the second phase; where it is not 0, more at higher levels
 WRONG = {
-    "chain_sum": 0.5,
+    "chain_sum": 0,
     "products": 0,
     "gcd": 0.6,
-    "lcm": 0.6,
+    "lcm": 0,
     "count_bits": 0.5,
     "simple_equations": 0.6,
     "number_sequence": 0.5,
