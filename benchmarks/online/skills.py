@@ -243,11 +243,6 @@ def split(name: str, seed: int = 1) -> tuple[Dataset, Dataset, Dataset]:
     return tuple(Dataset.from_dict(dict(zip(names, zip(*part, strict=True), strict=True))) for part in parts)
 
 
-def held_out() -> set[str]:
-    """The prompts that no policy practises: those of all tests and target sets."""
-    return {prompt for name in SPLITS for part in split(name)[1:] for prompt in part["prompt"]}
-
-
 def exact_reward(completions, answer, **kwargs) -> list[float]:
     """1.0 where the completion is the answer to the letter."""
     return [float(text.strip() == right) for text, right in zip(completions, answer, strict=True)]
