@@ -20,7 +20,7 @@ sys.path.insert(0, str(HERE.parent))
 import results
 from figure import MORE, draw
 from pages import ROOT, fill, publish, table
-from results import ARMS, end, gains, interval, of, paired, share
+from results import ARMS, area_gains, end, gains, interval, of, paired, share
 from skills import TASKS
 
 
@@ -92,6 +92,7 @@ def arms(pool) -> str:
                 percent(run["live_share"] for run in runs),
                 percent(end(run) for run in runs),
                 "" if arm == "uniform" else points(gains(pairs)),
+                "" if arm == "uniform" else points(area_gains(pairs)),
                 needed(share(pairs)).removesuffix(" %"),
                 percent(end(run, "pass@8") for run in runs),
                 f"{fmean(run['distinct'] for run in runs):,.0f}",
@@ -101,7 +102,7 @@ def arms(pool) -> str:
         )
     return table(
         "prompts chosen by | seeds | live groups, % | success at the end, % | over uniform, points | "
-        "rollouts to uniform's end, % of all | pass@8, % | distinct prompts | length, tokens | "
+        "the same, mean over the run | rollouts to uniform's end, % of all | pass@8, % | distinct prompts | length, tokens | "
         "tokens generated, % of uniform's",
         rows,
     )
@@ -146,12 +147,13 @@ def by_share() -> str:
                     percent(other["live_share"] for _, other in pairs),
                     times_live(pool),
                     points(gains(pairs)),
+                    points(area_gains(pairs)),
                     needed(share(pairs)),
                 ]
             )
     return table(
         "pool | seeds | live groups of random prompts, % | of online, times as many | success at the end, points "
-        "over random prompts | rollouts to their end",
+        "over random prompts | the same, mean over the run | rollouts to their end",
         rows,
     )
 

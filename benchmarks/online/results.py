@@ -2,6 +2,7 @@
 
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -79,6 +80,36 @@ def end(run, name="sampled") -> float:
 def gains(pairs) -> list[float]:
     """Points of success at the end over the other run of each pair."""
     return [100 * (end(run) - end(other)) for run, other in pairs]
+
+
+def area_gains(pairs) -> list[float]:
+    """
+    Points of mean success over the whole run, by the trapezoid rule over rollouts, over the other run of each pair.
+    Where one run of a pair was measured less often, only what both have counts; before a selection ends, success is
+    that of the start.
+    """
+    found = []
+    for run, other in pairs:
+        looks, others = _curve(run), _curve(other)
+        if not run.get("selection_rollouts"):
+            least = min(looks, others, key=len)
+            looks, others = (
+                [min(measured, key=lambda look: abs(look[0] - rollouts)) for rollouts, _ in least]
+                for measured in (looks, others)
+            )
+        found.append(100 * (_mean(looks) - _mean(others)))
+    return found
+
+
+def _curve(run):
+    return [(look["rollouts"], look["sampled"]) for look in run["looks"]]
+
+
+def _mean(looks):
+    """Of success over rollouts, by the trapezoid rule."""
+    looks = [(0, looks[0][1]), *looks]
+    parts = [(x - before_x) * (y + before_y) / 2 for (before_x, before_y), (x, y) in pairwise(looks)]
+    return sum(parts) / looks[-1][0]
 
 
 def interval(values) -> tuple[float, float] | None:
