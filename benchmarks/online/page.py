@@ -102,8 +102,8 @@ def arms(pool) -> str:
         )
     return table(
         "prompts chosen by | seeds | live groups, % | success at the end, % | over uniform, points | "
-        "the same, mean over the run | rollouts to uniform's end, % of all | pass@8, % | distinct prompts | length, tokens | "
-        "tokens generated, % of uniform's",
+        "the same, mean over the run | rollouts to uniform's end, % of all | pass@8, % | distinct prompts | "
+        "length, tokens | tokens generated, % of uniform's",
         rows,
     )
 
