@@ -3,7 +3,7 @@
 from statistics import fmean
 
 import matplotlib
-from results import end, of
+from results import end, of, shared
 
 
 matplotlib.use("Agg")
@@ -33,7 +33,7 @@ def draw(runs, path, panels=FRONT) -> None:
             found = of(runs, pool, arm)
             if not found:
                 continue
-            looks = list(zip(*(run["looks"] for run in found), strict=True))
+            looks = list(zip(*shared(found), strict=True))
             rollouts = [fmean(look["rollouts"] for look in part) / 1000 for part in looks]
             rates = [[100 * look["sampled"] for look in part] for part in looks]
             if len(rates) == 2:  # only the start and the end were measured

@@ -89,27 +89,18 @@ def area_gains(pairs) -> list[float]:
     that of the start.
     """
     found = []
-    for run, other in pairs:
-        looks, others = _curve(run), _curve(other)
-        if not run.get("selection_rollouts"):
-            least = min(looks, others, key=len)
-            looks, others = (
-                [min(measured, key=lambda look: abs(look[0] - rollouts)) for rollouts, _ in least]
-                for measured in (looks, others)
-            )
-        found.append(100 * (_mean(looks) - _mean(others)))
+    for pair in pairs:
+        selected = any(run.get("selection_rollouts") for run in pair)
+        first, second = [run["looks"] for run in pair] if selected else shared(pair)
+        found.append(100 * (_mean(first) - _mean(second)))
     return found
-
-
-def _curve(run):
-    return [(look["rollouts"], look["sampled"]) for look in run["looks"]]
 
 
 def _mean(looks):
     """Of success over rollouts, by the trapezoid rule."""
-    looks = [(0, looks[0][1]), *looks]
-    parts = [(x - before_x) * (y + before_y) / 2 for (before_x, before_y), (x, y) in pairwise(looks)]
-    return sum(parts) / looks[-1][0]
+    places = [(0, looks[0]["sampled"]), *((look["rollouts"], look["sampled"]) for look in looks)]
+    parts = [(after - before) * (low + high) / 2 for (before, low), (after, high) in pairwise(places)]
+    return sum(parts) / places[-1][0]
 
 
 def interval(values) -> tuple[float, float] | None:
@@ -120,15 +111,23 @@ def interval(values) -> tuple[float, float] | None:
     return fmean(values) - half, fmean(values) + half
 
 
-def curve(runs) -> list[tuple[float, float]]:
-    """Rollouts and success, means over runs, at the looks that all of them have."""
-    looks = [{look["step"]: look for look in run["looks"]} for run in runs]
-    if len({tuple(found) for found in looks}) > 1 and runs[0]["arm"] == "refill":  # whose steps cost differently
-        looks = [dict(enumerate(run["looks"])) for run in runs]
-    steps = sorted(set.intersection(*map(set, looks)))
+def shared(runs) -> list[list[dict]]:
+    """
+    The measurements that all runs have, a list of each run's: those nearest to the ones of the run that was measured
+    least often. Their rollouts differ by a step's at most.
+    """
+    least = min((run["looks"] for run in runs), key=len)
     return [
-        (fmean(found[step]["rollouts"] for found in looks), fmean(found[step]["sampled"] for found in looks))
-        for step in steps
+        [min(run["looks"], key=lambda look: abs(look["rollouts"] - known["rollouts"])) for known in least]
+        for run in runs
+    ]
+
+
+def curve(runs) -> list[tuple[float, float]]:
+    """Rollouts and success, means over runs, where all of them were measured."""
+    return [
+        tuple(fmean(look[name] for look in looks) for name in ("rollouts", "sampled"))
+        for looks in zip(*shared(runs), strict=True)
     ]
 
 
