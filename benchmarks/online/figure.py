@@ -20,15 +20,18 @@ STYLES = {
     "target": ("#0072B2", "^", "selection by the target"),
     "target then online": ("#E69F00", "P", "target's half, then online"),
 }
-FRONT = {"hard": "a quarter can be learnt, most are too hard", "clean": "all can be learnt, nearly half are live"}
-MORE = {"skills": "many skills", "skills-target": "many skills, of which three are tested"}
+FRONT = {
+    "hard": "a quarter can be learnt, most are too hard",
+    "clean": "all can be learnt, nearly half are live",
+    "skills": "many skills, most levels too hard",
+}
+TARGET = {"skills-target": "many skills, of which three are tested"}
 
 
-def draw(runs, path, panels=FRONT) -> None:
+def draw(runs, path, pools=FRONT) -> None:
     """Means over seeds, with the range of the seeds; a panel for each pool."""
-    pools = panels
-    figure, panels = plt.subplots(1, len(pools), figsize=(10, 4), sharey=pools is FRONT)
-    for axes, (pool, title) in zip(panels, pools.items(), strict=True):
+    figure, panels = plt.subplots(1, len(pools), figsize=(1 + 4.4 * len(pools), 4), squeeze=False)
+    for axes, (pool, title) in zip(panels[0], pools.items(), strict=True):
         for arm, (colour, marker, name) in STYLES.items():
             found = of(runs, pool, arm)
             if not found:
@@ -38,7 +41,11 @@ def draw(runs, path, panels=FRONT) -> None:
             rates = [[100 * look["sampled"] for look in part] for part in looks]
             if len(rates) == 2:  # only the start and the end were measured
                 rollouts, rates = rollouts[1:], rates[1:]
-            style = {"color": colour, "marker": marker, "label": f"{name}, {len(found)} seeds"}
+            style = {
+                "color": colour,
+                "marker": marker,
+                "label": f"{name}, {len(found)} seed{'s' if len(found) > 1 else ''}",
+            }
             axes.plot(rollouts, [fmean(part) for part in rates], **style)
             axes.fill_between(rollouts, [*map(min, rates)], [*map(max, rates)], color=colour, alpha=0.12, linewidth=0)
         goal = fmean(end(run) for run in of(runs, pool, "uniform"))
@@ -47,7 +54,7 @@ def draw(runs, path, panels=FRONT) -> None:
         axes.set_xlabel("rollouts generated, thousands")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, loc="lower right")
-    panels[0].set_ylabel("held-out success, %")
+    panels[0][0].set_ylabel("held-out success, %")
     figure.tight_layout()
     figure.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(figure)

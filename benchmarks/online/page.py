@@ -18,7 +18,7 @@ from statistics import fmean
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import results
-from figure import MORE, draw
+from figure import TARGET, draw
 from pages import ROOT, fill, publish, table
 from results import ARMS, area_gains, end, gains, interval, of, paired, share
 from skills import TASKS
@@ -26,7 +26,7 @@ from skills import TASKS
 
 PAGE = ROOT / "docs" / "evidence_online.md"
 FIGURE = ROOT / "docs" / "figures" / "online.png"
-MORE_FIGURE = ROOT / "docs" / "figures" / "online_skills.png"
+TARGET_FIGURE = ROOT / "docs" / "figures" / "online_target.png"
 FRONT = ROOT / "README.md", ROOT / "docs" / "index.md"
 MARKS = "<!-- written by benchmarks/online/page.py -->\n", "<!-- end -->\n"
 TUNING = ROOT / "benchmarks" / "results" / "online_tuning.json"
@@ -169,17 +169,14 @@ def skill_differences(arm="online", pool="skills") -> list[float]:
 
 
 def by_skill() -> str:
-    """Where each skill ends."""
+    """Where each skill begins and ends, means over seeds."""
+    known = [arm for arm in ("uniform", "online", "online with groups") if of(RUNS, "skills", arm)]
     rows = []
     for place, task in enumerate(TASKS):
-        values = [100 * fmean(run["looks"][0]["tasks"][place] for run in of(RUNS, "skills", "uniform"))]
-        values += [
-            100 * fmean(run["looks"][-1]["tasks"][place] for run in of(RUNS, "skills", arm))
-            for arm in ("uniform", "online", "online with groups")
-            if of(RUNS, "skills", arm)
-        ]
-        rows.append([task.name, *(f"{value:.1f}" for value in values)])
-    return table("skill | at the start, % | random prompts | online | online, `group_column`", rows)
+        found = [run["looks"][0] for run in of(RUNS, "skills", "uniform")]
+        parts = [found] + [[run["looks"][-1] for run in of(RUNS, "skills", arm)] for arm in known]
+        rows.append([task.name, *(percent(look["tasks"][place] for look in part) for part in parts)])
+    return table(" | ".join(["skill", "at the start, %", *(ARMS[arm] for arm in known)]), rows)
 
 
 def bars() -> str:
@@ -383,9 +380,9 @@ def front(path, known) -> str:
 
 
 def figures():
-    """Of the front pages, and of the other testbeds."""
+    """Of the front pages, and of the target."""
     draw(RUNS, FIGURE)
-    draw(RUNS, MORE_FIGURE, MORE)
+    draw(RUNS, TARGET_FIGURE, TARGET)
 
 
 def main():
