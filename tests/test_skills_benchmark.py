@@ -1,14 +1,16 @@
 """The testbeds of many skills and of a target."""
 
 import random
+import re
 from argparse import Namespace
+from decimal import Decimal
 from fractions import Fraction
 from math import gcd, lcm, prod
 
 import numpy as np
 import pools
 import pytest
-import reasoning_gym
+import results
 import run
 import skills
 import skills_policy
@@ -39,6 +41,8 @@ def right(task, body):
     """The answer, by other means than those of reasoning-gym; None for tasks that are not worked out here."""
     if task in ("chain_sum", "products"):
         return str(eval(body))
+    if task == "decimal_chain_sum":
+        return str(sum(map(Decimal, re.findall(r"[+-]?[\d.]+", body))))
     if task in ("gcd", "lcm"):
         return str((gcd if task == "gcd" else lcm)(*map(int, body.split(","))))
     if task == "count_bits":
@@ -77,15 +81,7 @@ def test_the_answers_are_right_and_so_are_the_prompts_made_of_the_questions(part
         else:
             continue
         checked.add(task)
-    assert len(checked) == len(TASKS) - 2  # not the sequences and the decimal sums
-
-
-def test_reasoning_gym_accepts_the_answers_that_are_as_it_writes_them():
-    for task in TASKS:
-        made = reasoning_gym.create_dataset(task.name, size=5, seed=3, **task.levels[1])
-        for example in made:
-            if skills._squeezed(task.answer(example)) == example["answer"]:
-                assert made.score_answer(example["answer"], example) == 1.0
+    assert len(checked) == len(TASKS) - 1  # not the sequences
 
 
 def test_spoilt_answers_are_wrong():
@@ -100,9 +96,11 @@ def test_spoilt_answers_are_wrong():
 def test_copies_say_the_same_in_other_words():
     pool = pools.make_pool("hard-copies", None)
     assert pool.wrong.sum() == 1600
-    rows = np.flatnonzero(pool.wrong)
-    others = set(pool.rows["prompt"])
-    assert all(pools.exchanged(pools.exchanged(pool.rows[int(row)]["prompt"])) in others for row in rows[:200])
+    prompts, answers = list(pool.rows["prompt"]), list(pool.rows["answer"])
+    known = {(prompts[row], answers[row]) for row in np.flatnonzero(~pool.wrong)}
+    for row in np.flatnonzero(pool.wrong)[:200]:
+        original = pools.exchanged(prompts[row])
+        assert original != prompts[row] and (original, answers[row]) in known
     assert pools.exchanged("24+48;72/2=") == "48+24;72/2=" and pools.exchanged("5-3;2*4=") == "5-3;4*2="
     assert pools.exchanged("1+2+3=") == "1+2+3="
 
@@ -136,7 +134,36 @@ def test_what_a_selection_rolls_out_is_part_of_the_runs_rollouts(small, arm):
     trained = sum(result["groups"])
     assert result["rollouts"] == result["selection_rollouts"] + run.GROUP * trained and trained % run.CHUNK == 0
     assert 0 <= result["rollouts"] - 7 * run.CHUNK * run.GROUP < run.CHUNK * run.GROUP
-    assert sum(result["kinds"]) == trained and result["distinct"] <= {"filter": 20, "target": 20}.get(arm, 56)
+    assert sum(result["kinds"]) == trained and result["distinct"] <= {
+        "filter": 20,
+        "target": 20,
+        "target then online": 28,
+    }.get(arm, 56)
     assert [look["step"] for look in result["looks"]][-1] == trained // run.CHUNK
     tasks = set(skills.split("skills-target")[1]["task"])
     assert len(result["looks"][-1]["tasks"]) == len(tasks) == 3
+
+
+def measured(rollouts, rates, seed=0, **more):
+    looks = [{"rollouts": a, "sampled": b} for a, b in zip(rollouts, rates, strict=True)]
+    conditions = {"data": "", "steps": 1, "learning_rate": 1} | more.pop("conditions", {})
+    return {"pool": "hard", "seed": seed, "looks": looks, "conditions": conditions, **more}
+
+
+def test_means_over_runs_and_what_runs_share():
+    often, seldom = measured([0, 100, 200, 400], [0, 0.4, 0.6, 0.6]), measured([0, 190, 400], [0, 0.2, 0.6])
+    assert [[look["rollouts"] for look in looks] for looks in results.shared([often, seldom])] == [
+        [0, 200, 400],
+        [0, 190, 400],
+    ]
+    # (200 x .3 + 200 x .6) / 400 = .45; (190 x .1 + 210 x .4) / 400 = .2575
+    assert results.area_gains([(often, seldom)]) == pytest.approx([100 * (0.45 - 0.2575)])
+    # After a selection of 200 rollouts: .2 before it ends, of 400 in all, then on the mean of .2 and .8
+    late = measured([200, 400], [0.2, 0.8], selection_rollouts=200)
+    assert results.area_gains([(late, seldom)]) == pytest.approx([100 * (0.35 - 0.2575)])
+
+
+def test_runs_under_other_conditions_are_not_compared():
+    one, two = measured([0], [0], arm="online"), measured([0], [0], arm="uniform", conditions={"learning_rate": 2})
+    with pytest.raises(ValueError, match="online was run with"):
+        results.paired([one, two], "hard", "online")

@@ -62,7 +62,8 @@ TARGET_PROMPTS = 64
 @dataclass(frozen=True)
 class Pool:
     """
-    `rows` is what a trainer gets (`prompt`, `answer`). `kind` and `wrong` tell what each row is, to the judge alone.
+    `rows` is what a trainer gets (`prompt`, `answer`, of skills also `task`). `kind` and `wrong` tell what each row is,
+    to the judge alone.
     """
 
     rows: Dataset
@@ -91,7 +92,8 @@ def read_equations(dataset_path: Path | None) -> tuple[Dataset, Dataset]:
 
 def make_pool(name: str, dataset_path: Path | None, seed: int = 0, cache: Path | None = None) -> Pool:
     """
-    The pool `name`, equal for equal `seed`. `live` needs rollouts of all equations, kept in the folder `cache`.
+    The pool `name`, equal for equal `seed`; those of skills are the same for every seed. `live` needs rollouts of all
+    equations, kept in the folder `cache`.
     """
     if name in SKILLS:
         from skills import LEVELS, split
@@ -140,10 +142,12 @@ def _all(equations: Dataset) -> Pool:
 def _with_copies(pool: Pool, seed: int) -> Pool:
     """A fifth of the rows become near-duplicates of others: `48+24` of `24+48`."""
     rng = random.Random(seed + 1)
-    rows = rng.sample(range(len(pool.rows)), round(2 * COPIES * len(pool.rows)))
     prompts, answers = list(pool.rows["prompt"]), list(pool.rows["answer"])
     kind, copies = pool.kind.copy(), np.zeros(len(prompts), bool)
-    for copy, row in zip(rows[::2], rows[1::2], strict=True):
+    rows = rng.sample(range(len(prompts)), len(prompts))
+    number = round(COPIES * len(prompts))
+    originals = [row for row in rows[number:] if exchanged(prompts[row]) != prompts[row]][:number]
+    for copy, row in zip(rows[:number], originals, strict=True):
         prompts[copy], answers[copy], kind[copy] = exchanged(prompts[row]), answers[row], kind[row]
         copies[copy] = True
     return Pool(Dataset.from_dict({"prompt": prompts, "answer": answers}), kind, copies)

@@ -69,7 +69,14 @@ def of(runs, pool, arm) -> list[dict]:
 def paired(runs, pool, arm, other="uniform") -> list[tuple[dict, dict]]:
     """Runs of an arm, each with that of another arm of the same seed."""
     others = {run["seed"]: run for run in of(runs, pool, other)}
-    return [(run, others[run["seed"]]) for run in of(runs, pool, arm) if run["seed"] in others]
+    pairs = [(run, others[run["seed"]]) for run in of(runs, pool, arm) if run["seed"] in others]
+    for pair in pairs:
+        first, second = (
+            {name: run["conditions"][name] for name in ("data", "steps", "learning_rate")} for run in pair
+        )
+        if first != second:
+            raise ValueError(f"{pool}: {arm} was run with {first}, {other} with {second}.")
+    return pairs
 
 
 def end(run, name="sampled") -> float:

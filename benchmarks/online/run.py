@@ -17,6 +17,7 @@ benchmarks/gsm8k_equations/grid.py trains it: LoRA, 16 prompts x 8 rollouts a st
 import argparse
 import copy
 import fcntl
+import hashlib
 import json
 import os
 import sys
@@ -63,15 +64,19 @@ CHANGED = {
 }
 
 
-def learnable_only(table):
+def learnable_only(seed):
     """The score of the arm `filter`: at random among the learnable prompts."""
-    values = pd.Series(np.random.default_rng(0).random(len(table)), table.index)
-    return values.where(table["learnability"] > 0)
+
+    def score(table):
+        values = pd.Series(np.random.default_rng(seed).random(len(table)), table.index)
+        return values.where(table["learnability"] > 0)
+
+    return score
 
 
 # Settings of a selection before the first step. "then online" keeps the better half of the learnable prompts
 SELECTIONS = {
-    "filter": {"score": learnable_only, "score_measures": ["rollouts"]},
+    "filter": {"score": "learnable_only", "score_measures": ["rollouts"]},
     "learnability": {"score": "learnability"},
     "learnalign": {"score": "learnalign"},
     "target": {"score": "target"},
@@ -79,7 +84,7 @@ SELECTIONS = {
     "learnalign then online": {"score": "learnalign"},
     "target then online": {"score": "target_alignment"},
 }
-CHOSEN = 200  # prompts of a selection
+CHOSEN = 100  # prompts of a selection, less than half of the learnable ones
 ARMS = ("uniform", *SCHEDULES, "refill", *ONLINE, *SELECTIONS)
 WARM_POOLS = ("clean", "clean-wrong")
 
@@ -180,7 +185,7 @@ def build_trainer(arm, task, adapter, rows, reward, steps, seed, folder, learnin
         config = LearnAlignConfig(schedule="online", write_report=False, **ONLINE[arm], **settings)
         kwargs["train_sampler"] = LearnAlignSampler(config)
     elif arm in SELECTIONS:
-        kwargs["train_sampler"] = LearnAlignSampler(selection_config(arm, task))
+        kwargs["train_sampler"] = LearnAlignSampler(selection_config(arm, task, seed))
     kind = LearnAlignGRPOTrainer if kwargs else RefillingTrainer if arm == "refill" else GRPOTrainer
     trainer = kind(
         model=model,
@@ -198,9 +203,11 @@ def build_trainer(arm, task, adapter, rows, reward, steps, seed, folder, learnin
     return trainer
 
 
-def selection_config(arm, task, chosen=None):
+def selection_config(arm, task, seed, chosen=None):
     """Of a selection before the first step, of `CHOSEN` prompts by default."""
     settings = dict(SELECTIONS[arm])
+    if settings["score"] == "learnable_only":
+        settings["score"] = learnable_only(seed)
     if settings["score"] in ("target", "target_alignment"):
         target = task.target.select_columns(["prompt", "answer", "task"])
         settings["target_dataset"] = target.add_column("row", [-1] * len(target))
@@ -214,15 +221,17 @@ def changed(arm):
     before = [getattr(module, name) for module in modules]
     for module in modules:
         setattr(module, name, value)
-    yield
-    for module, old in zip(modules, before, strict=True):
-        setattr(module, name, old)
+    try:
+        yield
+    finally:
+        for module, old in zip(modules, before, strict=True):
+            setattr(module, name, old)
 
 
 def better_half(arm, task, adapter, rows, recorder, seed, folder, learning_rate):
     """The rows that the selection of an arm ranks in the better half of the learnable ones, with success rates."""
     trainer = build_trainer("uniform", task, adapter, rows, recorder, 1, seed, folder, learning_rate, [])
-    selection = select_prompts(trainer, selection_config(arm, task, len(rows)))
+    selection = select_prompts(trainer, selection_config(arm, task, seed, len(rows)))
     return selection.to_dataset(rows, with_scores=True).select(range(len(selection.indices) // 2))
 
 
@@ -339,6 +348,8 @@ def main():
     for name, seed, arm in [(n, s, a) for n in arguments.pools for s in arguments.seeds for a in arguments.arms]:
         file = arguments.output_dir / name / f"{arm.replace(' ', '-')}-{seed}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
+        policy = make_task(name, arguments.dataset_path, arguments.output_dir).policy / "model.safetensors"
+        conditions["policy"] = hashlib.sha256(policy.read_bytes()).hexdigest()[:16]
         with open(file.with_suffix(".lock"), "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -6,10 +6,11 @@ Trains the policy that the runs on many skills start from, a character model fro
 Half an hour on one core; a policy that is there already is left as it is.
 
 First it practises the easier levels with right answers. Then, for a short while, with answers many of which are wrong:
-half of these by a slip that is the same for all answers of a task, half by a character at random. Tasks differ in how
-many are wrong; some are right throughout. So at the start some skills are mastered, others succeed now and then and
-have each something of their own to unlearn, and the harder levels are out of reach. Prompts of the pool and of the
-test may be among those that are practised: a skill that was practised is what training is to bring back.
+half of these by a slip that is the same for all answers of a task (of two pairs of tasks it is the same slip), half by
+a character at random. Tasks differ in how many are wrong; some are right throughout. So at the start some skills are
+mastered, others succeed now and then and have something to unlearn, and the harder levels are out of reach. Prompts of
+the pool and of the test may be among those that are practised: a skill that was practised is what training is to bring
+back.
 """
 
 import argparse
