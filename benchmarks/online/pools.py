@@ -62,7 +62,7 @@ TARGET_PROMPTS = 64
 @dataclass(frozen=True)
 class Pool:
     """
-    `rows` is what a trainer gets (`prompt`, `answer`, of skills also `task`). `kind` and `wrong` tell what each row is,
+    `rows` is what a trainer gets (`prompt`, `answer`; of skills `task`). `kind` and `wrong` tell what each row is,
     to the judge alone.
     """
 
