@@ -25,7 +25,7 @@ FRONT = {
     "clean": "all can be learnt, nearly half are live",
     "skills": "many skills, most levels too hard",
 }
-TARGET = {"skills-target": "many skills, of which three are tested"}
+ONE = {"skills-target": "many skills, of which three are tested"}
 
 
 def draw(runs, path, pools=FRONT) -> None:
@@ -54,7 +54,7 @@ def draw(runs, path, pools=FRONT) -> None:
         axes.set_xlabel("rollouts generated, thousands")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, loc="lower right")
-    panels[0][0].set_ylabel("held-out success, %")
+    panels[0][0].set_ylabel("success on the test, %")
     figure.tight_layout()
     figure.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(figure)

@@ -18,10 +18,10 @@ from statistics import fmean
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import results
-from figure import TARGET, draw
+from figure import ONE, draw
 from pages import ROOT, fill, publish, table
 from results import ARMS, area_gains, end, gains, interval, of, paired, share
-from skills import TASKS
+from skills import LEVELS, TARGET, TASKS
 
 
 PAGE = ROOT / "docs" / "evidence_online.md"
@@ -78,6 +78,12 @@ def tokens(run) -> float:
     return run["rollouts"] * run["completion_length"]
 
 
+def of_target(run) -> float:
+    """The share of training that was of the tasks that the test asks for."""
+    names = [task.name for task in TASKS]
+    return sum(sum(run["kinds"][LEVELS * place :][:LEVELS]) for place in map(names.index, TARGET)) / sum(run["kinds"])
+
+
 def arms(pool) -> str:
     """A row for each arm."""
     rows = []
@@ -98,12 +104,14 @@ def arms(pool) -> str:
                 f"{fmean(run['distinct'] for run in runs):,.0f}",
                 f"{fmean(end(run, 'length') for run in runs):.1f}",
                 percent(tokens(run) / tokens(other) for run, other in pairs) if pairs else "",
+                *([percent(map(of_target, runs))] if pool == "skills-target" else []),
             ]
         )
     return table(
         "prompts chosen by | seeds | live groups of training, % | success at the end, % | over uniform, points | "
         "the same, mean over the run | rollouts to uniform's end, % of all | pass@8, % | "
-        "distinct prompts of training | length, tokens | tokens generated, % of uniform's",
+        "distinct prompts of training | length, tokens | tokens generated, % of uniform's"
+        + (" | of the target, %" if pool == "skills-target" else ""),
         rows,
     )
 
@@ -387,7 +395,7 @@ def front(path, known) -> str:
 def figures():
     """Of the front pages, and of the target."""
     draw(RUNS, FIGURE)
-    draw(RUNS, TARGET_FIGURE, TARGET)
+    draw(RUNS, TARGET_FIGURE, ONE)
 
 
 def main():
