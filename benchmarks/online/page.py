@@ -49,10 +49,14 @@ SHARES = {
     "hard-small": "the small pool",
     "skills": "many skills",
 }
-GOALS = [  # live groups against uniform, rollouts to uniform's end
+GOALS = [  # live groups against uniform (None: no goal), rollouts to uniform's end
     ("hard", 2.5, 1 / 3, "the hard pool"),
+    ("hard-10", None, 1 / 3, "a tenth live"),
+    ("hard-small", None, 1 / 3, "the small pool"),
+    ("skills", None, 1 / 3, "many skills"),
     ("clean", 1.2, 1 / 1.5, "all equations, after a warm-up"),
 ]
+REFILL_GOAL = 0.35  # of refill's rollouts, to its final success
 
 
 def percent(values) -> str:
@@ -193,16 +197,17 @@ def bars() -> str:
         pairs = paired(RUNS, pool, "online")
         ratio = fmean(run["live_share"] / uniform["live_share"] for run, uniform in pairs)
         taken, gained = share(pairs), gains(pairs)
-        met = ratio >= factor, taken is not None and taken <= most, fmean(gained) >= 0
+        upper = (interval(gained) or (0, fmean(gained)))[1]  # not below by more than the interval
+        met = factor is None or ratio >= factor, taken is not None and taken <= most, upper >= 0
         texts = (
-            f">= {factor} x: {ratio:.2f}",
+            f"{'' if factor is None else f'>= {factor} x: '}{ratio:.2f}",
             f"<= {100 * most:.0f} %: {needed(taken)}",
             f"not below: {points(gained)} points",
         )
-        rows.append(
-            [name, str(len(pairs))]
-            + [f"{text} ({'met' if good else 'missed'})" for text, good in zip(texts, met, strict=True)]
-        )
+        met = [("met" if good else "missed") for good in met]
+        if factor is None:
+            met[0] = "no goal"
+        rows.append([name, str(len(pairs)), *(f"{text} ({word})" for text, word in zip(texts, met, strict=True))])
     return table("pool | seeds | live groups against uniform | rollouts to uniform's end | success at the end", rows)
 
 
@@ -217,18 +222,39 @@ def times_live(pool) -> str:
 
 
 def more_bars() -> str:
-    """The goals of the other two pools."""
+    """The goals of other kinds."""
     live, wrong = paired(RUNS, "live", "online"), paired(RUNS, "hard-wrong", "online")
     paid = fmean(run["wrong"] / other["wrong"] for run, other in wrong)
     found = [(max(run["suspects"].values()), _number(run["suspects"])) for run, _ in wrong]
     right = ", ".join(f"{good} of {number}" for good, number in found)
     close = all(abs(gained) <= 1 for gained in gains(live))
+    refill = share(paired(RUNS, "hard", "online", "refill"))
+    ahead = {arm: gains(paired(RUNS, "skills-target", "target", arm)) for arm in BLIND}
+    first = all((interval(found) or (min(found), 0))[0] > 0 for found in ahead.values())
     rows = [
-        ["every prompt live", "the same success", f"{points(gains(live))} points", "met" if close else "missed"],
-        ["", "uniform draws", uniform_live(), "met" if all(_same(*pair) for pair in live) else "missed"],
-        ["a tenth of the labels wrong", "no more rollouts on them", f"{paid:.2f} x", "met" if paid <= 1 else "missed"],
-        ["", "half of the 800 wrong labels are suspects", f"suspects that are wrong: {right}", "missed"],
+        ["every prompt live", "the same success", f"{points(gains(live))} points", close],
+        ["", "uniform draws", uniform_live(), all(_same(*pair) for pair in live)],
+        [
+            "the hard pool",
+            f"refill's success after {100 * REFILL_GOAL:.0f} % of its rollouts",
+            needed(refill),
+            refill is not None and refill <= REFILL_GOAL,
+        ],
+        ["a tenth of the labels wrong", "no more rollouts on them", f"{paid:.2f} x", paid <= 1],
+        [
+            "",
+            "half of the 800 wrong labels are suspects",
+            f"suspects that are wrong: {right}",
+            all(good >= 400 for good, _ in found),
+        ],
+        [
+            "a target",
+            "selection by the target ahead of every other, with intervals above 0",
+            "; ".join(f"{points(found)} points over {ARMS[arm]}" for arm, found in ahead.items()),
+            first,
+        ],
     ]
+    rows = [[*texts, "met" if good else "missed"] for *texts, good in rows]
     return table("pool | goal | measured | ", rows)
 
 
