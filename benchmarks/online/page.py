@@ -170,6 +170,25 @@ def by_share() -> str:
     )
 
 
+def ablations() -> str:
+    """What online loses without each of its parts."""
+    rows = []
+    for arm in ("online without features", "online without reviews", "online without fading"):
+        for pool in ("hard", "hard-small", "skills"):
+            pairs = paired(RUNS, pool, arm, "online")
+            if pairs:
+                row = [ARMS[arm], pool, str(len(pairs)), points(gains(pairs)), points(area_gains(pairs))]
+                parts = [f"{fmean(part['distinct'] for part in runs):,.0f}" for runs in zip(*pairs, strict=True)]
+                rows.append(
+                    [*row, *(percent(run["live_share"] for run in runs) for runs in zip(*pairs, strict=True)), *parts]
+                )
+    return table(
+        "prompts chosen by | pool | seeds | success at the end, points over online | the same, mean over the run | "
+        "live groups, % | of online, % | distinct prompts | of online",
+        rows,
+    )
+
+
 def skill_differences(arm="online", pool="skills") -> list[float]:
     """Of every skill the points by which an arm ends above uniform draws, means over seeds."""
     differences = [
@@ -352,7 +371,9 @@ def outcome() -> str:
         f"On a pool of which a quarter can be learnt, prompts chosen online end {points(gains(hard))} points above "
         f"random ones after equally many rollouts, with {times_live('hard')} times as many live groups, and are where "
         f"these end after {needed(share(hard))} of the rollouts. On clean equations, of which nearly half are live, "
-        f"they end {points(gains(clean))} points above random ones."
+        f"they end {points(gains(clean))} points above random ones. On many skills it is "
+        f"{points(gains(paired(RUNS, 'skills', 'online')))} points and on a small pool "
+        f"{points(gains(paired(RUNS, 'hard-small', 'online')))}: there choosing does not pay."
     )
 
 
@@ -395,6 +416,7 @@ def names() -> dict:
         "verdicts": verdicts,
         "more_verdicts": more_verdicts,
         "by_share": by_share,
+        "ablations": ablations,
         "by_skill": by_skill,
         "bars": bars,
         "more_bars": more_bars,
