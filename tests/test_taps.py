@@ -76,7 +76,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rewards_of_training_with_the_number_of_their_batch(tmp_path, layout):
-    """Also in every run that is resumed from one of its checkpoints, wherever in a chunk that is."""
+    """Also in a run that is resumed, at the first and at the last checkpoint of each place in a chunk."""
     choice, settings = config(score="random", num_prompts=13, warmup_prompts=6), LAYOUTS[layout]
     trainer, asked, seen = run(tmp_path, choice, **settings)
     stream = trainer._get_train_sampler().layout
@@ -85,8 +85,10 @@ def test_rewards_of_training_with_the_number_of_their_batch(tmp_path, layout):
     for (batch, rows, rewards), (expected, asked_rows, asked_rewards) in zip(seen, asked.calls, strict=True):
         assert (batch, rows) == (expected, asked_rows) and rewards[:, 0].tolist() == asked_rewards
     chunks = [rows for _, rows, _ in seen]
-    resumed = 0
+    resumed, places = 0, {}
     for step in range(1, trainer.state.global_step):
+        places.setdefault(stream.batches_trained(step) % stream.repeats, []).append(step)
+    for step in sorted({step for steps in places.values() for step in (steps[0], steps[-1])}):
         before = stream.batches_trained(step)
         again, asked, seen = run(tmp_path, choice, str(tmp_path / f"checkpoint-{step}"), **settings, save_steps=10**6)
         assert before + again.batches == trainer.batches
