@@ -113,14 +113,16 @@ def make_batches(rng: random.Random, tokenizer, batch_size: int, noise: tuple[fl
         yield torch.tensor(ids), torch.tensor(labels)
 
 
-def train(model, tokenizer, steps: int, lr: float, noise: tuple[float, float] | None, args, seed: int) -> None:
-    rng = random.Random(seed)
+def fit(model, batches, steps: int, lr: float, after_step) -> None:
+    """
+    Trains on what `batches()` yields, again and again; `after_step(step, loss, seconds)` is called after every step.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps + 1, pct_start=0.1)
     model.train()
     step, started = 0, time.time()
     while step < steps:
-        for ids, labels in make_batches(rng, tokenizer, args.batch_size, noise):
+        for ids, labels in batches():
             # Padding is on the right, so that causal attention alone keeps it out.
             loss = model(input_ids=ids, labels=labels).loss
             optimizer.zero_grad()
@@ -129,13 +131,22 @@ def train(model, tokenizer, steps: int, lr: float, noise: tuple[float, float] | 
             optimizer.step()
             schedule.step()
             step += 1
-            if step % 100 == 0:
-                print(f"step {step} loss {loss.item():.3f} seconds {time.time() - started:.0f}", flush=True)
-            if args.eval_every and step % args.eval_every == 0:
-                print(json.dumps(evaluate(model, tokenizer, generate_chains(300, seed=10_000))), flush=True)
-                model.train()
+            after_step(step, loss, time.time() - started)
             if step == steps:
                 break
+
+
+def train(model, tokenizer, steps: int, lr: float, noise: tuple[float, float] | None, args, seed: int) -> None:
+    rng = random.Random(seed)
+
+    def after_step(step, loss, seconds):
+        if step % 100 == 0:
+            print(f"step {step} loss {loss.item():.3f} seconds {seconds:.0f}", flush=True)
+        if args.eval_every and step % args.eval_every == 0:
+            print(json.dumps(evaluate(model, tokenizer, generate_chains(300, seed=10_000))), flush=True)
+            model.train()
+
+    fit(model, lambda: make_batches(rng, tokenizer, args.batch_size, noise), steps, lr, after_step)
 
 
 @torch.no_grad()

@@ -167,3 +167,15 @@ def test_runs_under_other_conditions_are_not_compared():
     one, two = measured([0], [0], arm="online"), measured([0], [0], arm="uniform", conditions={"learning_rate": 2})
     with pytest.raises(ValueError, match="online was run with"):
         results.paired([one, two], "hard", "online")
+
+
+def test_an_ablation_changes_its_constant_and_puts_it_back_even_after_an_error():
+    modules = run.schedules.memory, run.schedules.predictor
+    before = [module.HALF_LIFE for module in modules]
+    with pytest.raises(KeyError), run.changed("online without fading"):
+        assert [module.HALF_LIFE for module in modules] == [1e9, 1e9]
+        raise KeyError
+    assert [module.HALF_LIFE for module in modules] == before
+    with run.changed("online without reviews"):
+        assert run.schedules.online.REVIEW == 0
+    assert run.schedules.online.REVIEW > 0

@@ -17,7 +17,6 @@ import argparse
 import json
 import random
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -27,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
 from skills import CHARACTERS, LEVELS, TASKS, exact_reward, examples, split
-from train_tiny_policy import build_model, build_tokenizer, generate, save
+from train_tiny_policy import build_model, build_tokenizer, fit, generate, save
 
 
 PRACTICE = (4, 3, 1, 0)  # how often each level comes
@@ -101,23 +100,12 @@ def batches(rows, tokenizer, size, wrong, rng, count=50):
 
 def train(model, tokenizer, rows, steps, rate, wrong, size, seed):
     rng = random.Random(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=steps + 1, pct_start=0.1)
-    model.train()
-    step, started = 0, time.perf_counter()
-    while step < steps:
-        for ids, labels in batches(rows, tokenizer, size, wrong, rng):
-            loss = model(input_ids=ids, labels=labels).loss
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            step += 1
-            if step % 250 == 0:
-                print(f"step {step}, loss {loss.item():.3f}, {time.perf_counter() - started:.0f} s", flush=True)
-            if step == steps:
-                break
+
+    def after_step(step, loss, seconds):
+        if step % 250 == 0:
+            print(f"step {step}, loss {loss.item():.3f}, {seconds:.0f} s", flush=True)
+
+    fit(model, lambda: batches(rows, tokenizer, size, wrong, rng), steps, rate, after_step)
 
 
 def start(model, tokenizer, rows, samples=8) -> torch.Tensor:
