@@ -82,13 +82,14 @@ ONLINE := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 OMP_NUM_THREADS
 RIVALS := "beta mean" mopps greso pools
 STATIC := filter learnability learnalign target "target alignment" "target then online" "learnalign then online"
 online = $(ONLINE) --pool hard --seeds 0 1 2 3 4 --arms online uniform refill; \
-	$(ONLINE) --pool clean --seeds 0 1 2 --arms online uniform --steps 250 --output_dir runs/online-250; \
+	$(ONLINE) --pool clean --seeds 0 1 2 3 4 --arms online uniform --steps 250 --output_dir runs/online-250; \
 	$(ONLINE) --pool hard --seeds 0 1 2 3 4 --arms "online without features"; \
 	$(ONLINE) --pool hard --seeds 0 1 --arms $(RIVALS); \
-	$(ONLINE) --pool hard-small --seeds 0 1 --arms online uniform $(RIVALS) "online without reviews" "online without fading"; \
-	$(ONLINE) --pool hard --seeds 0 1 --arms "online without reviews" "online without fading"; \
-	$(ONLINE) --pools hard-wrong hard-wrong-30 hard-copies hard-noisy live hard-10 hard-50 --seeds 0 1 --arms online uniform; \
-	$(ONLINE) --pool skills --seeds 0 1 2 --arms online uniform "online with groups" "online without fading" --steps 300 --learning_rate 4e-4 --output_dir runs/online-300; \
+	$(ONLINE) --pool hard-small --seeds 0 1 2 3 4 --arms online uniform "online without fading" "online without longer rests"; \
+	$(ONLINE) --pool hard-small --seeds 0 1 --arms $(RIVALS); \
+	$(ONLINE) --pools hard-10 hard-50 --seeds 0 1 2 3 4 --arms online uniform; \
+	$(ONLINE) --pools hard-wrong hard-wrong-30 hard-copies hard-noisy live mastered --seeds 0 1 --arms online uniform; \
+	$(ONLINE) --pool skills --seeds 0 1 2 --arms online uniform "online with groups" --steps 300 --learning_rate 4e-4 --output_dir runs/online-300; \
 	$(ONLINE) --pool skills-target --seeds 0 1 2 --arms online uniform $(STATIC) --steps 300 --learning_rate 4e-4 --output_dir runs/online-300
 evidence-online: $(VENV)/installed
 	$(if $(DATASET),,$(error Say where GSM8K is: make evidence-online DATASET=DIR))

@@ -242,11 +242,10 @@ def test_the_best_that_have_rested_are_chosen_and_recent_visits_count_against_a_
         visits = fade * (memory_.successes[row] + memory_.failures[row]) / GROUP
         if memory_.ready[row] <= chunk:
             scores[row] = a * b / ((a + b) * (a + b + 1)) / (1 + visits)
-    resting = memory_.resting(np.arange(2000))
     rows = schedule.prompts(chunk)
     drawn = schedule.drawn[chunk]
-    best = [row for row, uniform in zip(rows, drawn.uniform, strict=True) if not uniform and not resting[row]]
-    assert len(best) >= 12 and set(best) <= scores.keys()
+    best = [row for row, uniform in zip(rows, drawn.uniform, strict=True) if not uniform]
+    assert len(best) >= 15 and set(best) <= scores.keys()
     others = [score for row, score in scores.items() if row not in set(rows)]
     assert min(scores[row] for row in best) >= max(others) - 1e-6
     again = [row for row in best if memory_.visits[row]]
@@ -276,7 +275,7 @@ def test_solved_and_failed_prompts_come_back_after_twice_the_time():
             visits.setdefault(row, []).append(chunk)
     solved = [len(visits.get(row, ())) for row in range(32)]
     live = [len(visits.get(row, ())) for row in range(32, 64)]
-    assert np.mean(solved) >= 2 and np.mean(live) > 3 * np.mean(solved)  # reviewed, but seldom
+    assert np.mean(solved) >= 2 and np.mean(live) > 3 * np.mean(solved)  # seldom, but again
 
 
 def test_skill_and_success_of_the_pool_are_those_of_uniform_draws():

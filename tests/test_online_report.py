@@ -93,7 +93,7 @@ def test_every_prompt_is_in_the_table(run):
 
 def test_a_prompt_is_live_new_resting_retired_or_parked():
     world = World(size=400, chunk=8, mean=0.0)
-    world.run(60)
+    world.run(120)
     schedule = world.schedule
     states = schedule.prompt_columns()["state"]
     for row, state in enumerate(states.tolist()):
@@ -116,7 +116,7 @@ def test_every_chunk_is_in_the_history(run):
     assert tuple(table) == COLUMNS and len(table) == len(schedule.history.chunks) == 20
     np.testing.assert_array_equal(table.astype(float), schedule.history.chunks)
     assert numbers(path)["step"] == numbers(path)["max_steps"] == 20
-    for name in ("calibration", "by_visit", "reviews"):
+    for name in ("calibration", "by_visit", "revisits"):
         np.testing.assert_array_equal(numbers(path)[name], getattr(schedule.history, name))
 
 
@@ -132,7 +132,7 @@ def test_suspects_have_their_texts(run):
         assert one["completion"] == schedule.completions[one["index"]]
 
 
-def test_reviews_are_those_of_a_loop():
+def test_revisits_are_those_of_a_loop():
     world = World(size=64, chunk=8, mean=0.0, spread=6.0)
     schedule, expected = world.schedule, np.zeros((2, 2))
     streaks = np.zeros((2, 64), int)
@@ -146,7 +146,7 @@ def test_reviews_are_those_of_a_loop():
                 if streaks[kind, row] >= memory.RETIRED_AFTER:
                     expected[kind] += [1, not same]
                 streaks[kind, row] = streaks[kind, row] + 1 if same else 0
-    np.testing.assert_array_equal(schedule.history.reviews, expected)
+    np.testing.assert_array_equal(schedule.history.revisits, expected)
     assert (expected > 0).all()
 
 

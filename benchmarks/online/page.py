@@ -49,6 +49,13 @@ SHARES = {
     "hard-small": "the small pool",
     "skills": "many skills",
 }
+ABLATIONS = {  # and what each is compared with
+    "online without features": "online",
+    "online without fading": "online",
+    "online without longer rests": "online",
+    "online with reviews": "online",
+    "online with reviews without fading": "online with reviews",
+}
 GOALS = [  # live groups against uniform (None: no goal), rollouts to uniform's end
     ("hard", 2.5, 1 / 3, "the hard pool"),
     ("hard-10", None, 1 / 3, "a tenth live"),
@@ -171,20 +178,21 @@ def by_share() -> str:
 
 
 def ablations() -> str:
-    """What online loses without each of its parts."""
+    """What online loses or gains without a part, or with one more."""
     rows = []
-    for arm in ("online without features", "online without reviews", "online without fading"):
-        for pool in ("hard", "hard-small", "skills"):
-            pairs = paired(RUNS, pool, arm, "online")
+    for arm, other in ABLATIONS.items():
+        for pool in results.POOLS:
+            pairs = paired(RUNS, pool, arm, other)
             if pairs:
-                row = [ARMS[arm], pool, str(len(pairs)), points(gains(pairs)), points(area_gains(pairs))]
+                labels = [ARMS[arm], ARMS[other], pool]
+                row = [*labels, str(len(pairs)), points(gains(pairs)), points(area_gains(pairs))]
                 parts = [f"{fmean(part['distinct'] for part in runs):,.0f}" for runs in zip(*pairs, strict=True)]
                 rows.append(
                     [*row, *(percent(run["live_share"] for run in runs) for runs in zip(*pairs, strict=True)), *parts]
                 )
     return table(
-        "prompts chosen by | pool | seeds | success at the end, points over online | the same, mean over the run | "
-        "live groups, % | of online, % | distinct prompts | of online",
+        "prompts chosen by | compared with | pool | seeds | success at the end, points over the other | the same, "
+        "mean over the run | live groups, % | of the other, % | distinct prompts | of the other",
         rows,
     )
 

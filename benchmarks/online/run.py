@@ -54,13 +54,13 @@ ONLINE = {
     "online": {},
     "online without features": {"prompt_features": False},
     "online with groups": {"group_column": "task"},
-    "online without reviews": {},
     "online without fading": {},
+    "online without longer rests": {},
 }
 # What such an arm changes: a constant, in the modules that have it
 CHANGED = {
-    "online without reviews": ("REVIEW", 0.0, (schedules.online,)),
     "online without fading": ("HALF_LIFE", 1e9, (schedules.memory, schedules.predictor)),
+    "online without longer rests": ("LONGEST_REST", 0, (schedules.memory,)),
 }
 
 

@@ -166,11 +166,11 @@ def _states(prompts, run) -> str:
         for kind, outcome, (visits, changed) in zip(
             ("retired", "parked"),
             ("were not solved by all rollouts any more", "were solved by some rollouts"),
-            run["reviews"],
+            run["revisits"],
             strict=True,
         )
     ]
-    return table + f"<p>Reviews: {' '.join(lines)}</p>"
+    return table + f"<p>{' '.join(lines)}</p>"
 
 
 def _suspects(suspects, run) -> str:

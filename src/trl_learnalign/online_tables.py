@@ -153,7 +153,7 @@ def _numbers(schedule, host) -> dict:
         "pool_success": _finite(schedule.judge.pool_success),
         "calibration": history.calibration.tolist(),
         "by_visit": history.by_visit.tolist(),
-        "reviews": history.reviews.tolist(),
+        "revisits": history.revisits.tolist(),
         "periods": schedule.periods(),
         "graded": schedule.graded,
         "settings": {

@@ -21,7 +21,7 @@ COLUMNS = (
 )
 BINS = 10  # of predicted success
 VISITS = 20  # later visits count as the last
-_SUMS = ("calibration", "by_visit", "reviews")
+_SUMS = ("calibration", "by_visit", "revisits")
 
 
 class History:
@@ -31,8 +31,8 @@ class History:
         calibration (`np.ndarray` of shape `(2, BINS, 3)`): for chosen prompts and for uniform draws, by predicted
             success: groups, sum of predicted and sum of observed success.
         by_visit (`np.ndarray` of shape `(VISITS, 3)`): by number of the visit: groups, sum of success, live groups.
-        reviews (`np.ndarray` of shape `(2, 2)`): of prompts solved, and not solved, by all rollouts of several visits:
-            later visits, and those after which that was no longer so.
+        revisits (`np.ndarray` of shape `(2, 2)`): of prompts solved, and not solved, by all rollouts of several
+            visits: later visits, and those after which that was no longer so.
     """
 
     names = COLUMNS
@@ -42,7 +42,7 @@ class History:
         self._number = 0
         self.calibration = np.zeros((2, BINS, 3))
         self.by_visit = np.zeros((VISITS, 3))
-        self.reviews = np.zeros((2, 2))
+        self.revisits = np.zeros((2, 2))
 
     @property
     def groups(self) -> float:
@@ -70,9 +70,9 @@ class History:
         places = np.minimum(visits, VISITS - 1)
         np.add.at(self.by_visit, places, np.stack([np.ones(len(places)), observed, live], 1))
 
-    def count_reviews(self, retired, solved, parked, failed) -> None:
+    def count_revisits(self, retired, solved, parked, failed) -> None:
         """Counts the groups of a chunk, all arguments of shape `(n,)`: before it, and in it."""
-        self.reviews += [
+        self.revisits += [
             [before.sum(), (before & ~now).sum()] for before, now in ((retired, solved), (parked, failed))
         ]
 

@@ -54,10 +54,6 @@ class PromptMemory:
         """These rows are drawn for a chunk: none of them comes again for a while."""
         self.ready[rows] = chunk + self.cooldown
 
-    def resting(self, rows: np.ndarray) -> np.ndarray:
-        """Whether these rows were always or never solved at their last visit, so that they come again for a review."""
-        return (self.solved[rows] > 0) | (self.failed[rows] > 0)
-
     def suspect(
         self, rows: np.ndarray, a: np.ndarray, b: np.ndarray, successes: np.ndarray, trials: np.ndarray
     ) -> None:

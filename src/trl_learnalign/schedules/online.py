@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 CANDIDATES = 16_384  # prompts that a chunk is chosen from, at random; all of a smaller pool
 LEAST_NOISE = 0.02  # variance within groups of graded rewards, over that of successes
-REVIEW = 0.05  # of a chunk: mastered and never-solved prompts whose time has come
 
 
 @dataclass
@@ -53,8 +52,8 @@ class OnlineSchedule(Schedule):
     ([`SuccessPredictor`]), which all observations share; the prompt's own successes and failures are added, and fade.
     Of random candidates a chunk takes those with the greatest E[p (1 - p)] / (1 + v), where v is the number of recent
     visits, which fade alike. One prompt in twenty is drawn uniformly
-    from the whole pool, which measures the pool and the predictor without bias; one in twenty is a review of a prompt
-    that was always or never solved when it was last seen: such a prompt rests twice as long after each visit.
+    from the whole pool, which measures the pool and the predictor without bias. After each visit a prompt rests, twice
+    as long each time in a row that it was always, or never, solved.
 
     Draws are uniform, in the random order that TRL would have in the first epoch, until the predictor has been better
     than the mean on uniform draws, and again where choosing would not make more groups live for `PATIENCE` chunks.
@@ -152,24 +151,19 @@ class OnlineSchedule(Schedule):
         uniform = _rounded(UNIFORM * number, generator) if self.judge.choosing else number
         rows = self._uniform(uniform)
         if uniform < number:
-            rows += self._best(candidates, ranked, rested, rows, number - uniform, generator)
+            rows += self._best(candidates, ranked, rested, rows, number - uniform)
         rows = np.array(rows + self._uniform(number - len(rows)), dtype=np.int32)  # a pool may be smaller than a chunk
         a, b = self.posterior(rows, chunk)
         self.memory.rest(rows, chunk)
         return _Drawn(rows, np.arange(number) < uniform, a / (a + b), self.observed > 0)
 
-    def _best(self, candidates, ranked, rested, taken, number, generator) -> list[int]:
-        """Reviews, then the best that have rested, then those that have rested longest."""
+    def _best(self, candidates, ranked, rested, taken, number) -> list[int]:
+        """The best that have rested, then those that have rested longest."""
         free = ~np.isin(candidates, taken)
-        ready = self.memory.ready[candidates]
-        review = np.flatnonzero(rested & free & self.memory.resting(candidates))
-        review = review[np.lexsort((review, ready[review]))]
-        review = review[: _rounded(REVIEW * self.layout.chunk_prompts, generator)]
-        free[review] = False
         best = ranked[(rested & free)[ranked]]
         others = np.flatnonzero(free & ~rested)
-        others = others[np.argsort(ready[others], kind="stable")]
-        return candidates[np.concatenate([review, best, others])[:number]].tolist()
+        others = others[np.argsort(self.memory.ready[candidates[others]], kind="stable")]
+        return candidates[np.concatenate([best, others])[:number]].tolist()
 
     def utility(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """
@@ -230,7 +224,7 @@ class OnlineSchedule(Schedule):
         self.history.count(drawn.predicted[seen], observed, uniform, live[seen], self.memory.visits[rows])
         retired, parked = (streak[rows] >= RETIRED_AFTER for streak in (self.memory.solved, self.memory.failed))
         good = observed >= 0.5
-        self.history.count_reviews(retired, equal[seen] & good, parked, equal[seen] & ~good)
+        self.history.count_revisits(retired, equal[seen] & good, parked, equal[seen] & ~good)
         self.judge.measure(drawn.predicted[seen][uniform], observed[uniform], drawn.learnt)
         noise = None
         if self.graded:
