@@ -3,10 +3,10 @@ A small experiment on two CPU cores: GRPO on prompts chosen online beside GRPO o
 
     python examples/demo_online.py [--dataset_path DIR]
 
-The pool is one that nobody curated: a quarter are equations that the tiny policy can learn, most are far too hard for
-it, and some are trivial. Two processes train on it at the same time, from the same policy, with equally many rollouts:
-one is TRL's own trainer, the other has the three lines that choose every batch of prompts online. DIR holds GSM8K's
-`train.jsonl` and `test.jsonl`, whose equations are then used in place of generated ones.
+The pool was not filtered by difficulty: a quarter are equations that the tiny policy can learn, most are far too hard
+for it, and some are trivial. Two processes train on it at the same time, from the same policy, with equally many
+rollouts: one is TRL's own trainer, the other has the three lines that choose every batch of prompts online. DIR holds
+GSM8K's `train.jsonl` and `test.jsonl`, whose equations are then used in place of generated ones.
 """
 
 import argparse

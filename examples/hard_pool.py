@@ -1,6 +1,6 @@
 """
-A pool as nobody curated it, of prompts for the tiny policy: some equations that it can learn, many chains that are far
-too hard for it, and some trivial sums.
+A pool that was not filtered by difficulty, of prompts for the tiny policy: some equations that it can learn, many
+chains that are far too hard for it, and some trivial sums.
 """
 
 import random

@@ -264,7 +264,7 @@ def test_prompts_rest():
         seen |= dict.fromkeys(rows.tolist(), chunk)
 
 
-def test_solved_and_failed_prompts_come_back_after_twice_the_time():
+def test_solved_and_failed_prompts_rest_twice_as_long():
     world = World(size=64, chunk=8, mean=0.0, spread=0.0, noise=0.0)
     world.logits[:32] = 30.0  # always solved
     schedule = world.schedule

@@ -3,7 +3,9 @@
 from decimal import Decimal
 from functools import reduce
 from operator import add, mul, sub
+from pathlib import Path
 
+import alignment
 import baselines
 import numpy as np
 import pools
@@ -95,3 +97,11 @@ def test_a_refill_trains_on_groups_with_a_gradient_and_pays_for_the_others(tmp_p
     trainer.train()
     assert [(live, size) for live, size, _ in steps] == [(16, 16)] * 3  # a third of the prompts has a gradient
     assert steps[-1][2] > 3 * 16
+
+
+def test_features_of_the_study_of_alignments_are_those_of_an_online_run(hard):
+    rows = hard.rows.select(range(24)).add_column("row", list(range(24)))
+    task = pools.make_task("hard", None, Path())
+    found = alignment.features(task, rows, None)
+    assert len(found) == 24 and found.shape[1] > 2 and np.isfinite(found).all()
+    assert (found == 1).all(0).any() and np.ptp(found, axis=0).max() > 0.5  # a constant, and what differs

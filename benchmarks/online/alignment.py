@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow.parquet as pq
-from pools import make_pool
+from pools import make_pool, make_task
 from results import ROOT
 from run import Recorder, build_trainer, warm_up
 
@@ -30,10 +30,10 @@ from trl_learnalign.schedules.prompt_features import prompt_features
 SEED, DRAWS, SEEN, RIDGES = 0, 3, (300, 1000, 3000), (3, 10, 30, 100)
 
 
-def features(rows, adapter) -> np.ndarray:
+def features(task, rows, adapter) -> np.ndarray:
     """What an online run knows of each prompt at its start, shape (N, D)."""
     with TemporaryDirectory() as folder:
-        trainer = build_trainer("uniform", adapter, rows, Recorder(), 1, SEED, folder, 1e-3, [])
+        trainer = build_trainer("uniform", task, adapter, rows, Recorder(task.reward), 1, SEED, folder, 1e-3, [])
         with Peers(trainer.accelerator) as peers:
             found, _ = prompt_features(find_host(trainer), LearnAlignConfig(schedule="online"), peers)
     return found.astype(np.float64)
@@ -52,12 +52,13 @@ def main():
     parser.add_argument("--dataset_path", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/online"), help="where the warmed-up policy is")
     arguments = parser.parse_args()
+    task = make_task("clean", arguments.dataset_path, arguments.output_dir)
     rows = make_pool("clean", arguments.dataset_path).rows
     rows = rows.add_column("row", list(range(len(rows))))
     scores = pq.read_table(ROOT / "benchmarks/results/evidence/scores.parquet").to_pandas()
     result = {}
-    for name, adapter in (("first policy", None), ("after the warm-up", warm_up(SEED, rows, arguments))):
-        x = features(rows, adapter)
+    for name, adapter in (("first policy", None), ("after the warm-up", warm_up(SEED, task, rows, arguments))):
+        x = features(task, rows, adapter)
         own, other = (
             scores[(scores["cold"] == (adapter is None)) & (scores["seed"] == seed)]
             .set_index("index")["alignment"]

@@ -1,5 +1,5 @@
 """
-What others do with the rewards of training, on the same path as the online schedule: one class a method, with the
+What others do with the rewards of training, as schedules of this package: one class a method, with the
 constants of its authors' code. None of them makes a rollout of its own, but for `RefillingTrainer`.
 
 - `BetaMean`, `MoPPS` (arXiv 2507.04632): a Beta posterior for each prompt; of 16 times as many random candidates those
@@ -49,7 +49,7 @@ class _Baseline(Schedule):
         raise NotImplementedError
 
     def learn(self, rows, successes):
-        """That of `group_size` rollouts of each of these rows so many have succeeded."""
+        """Learns how many of the `group_size` rollouts of each of these rows have succeeded."""
 
 
 class BetaMean(_Baseline):
@@ -85,8 +85,8 @@ DEAD_TARGETS = {"easy": 1 / 12, "hard": 1 / 6}  # of GRESO: shares of a chunk wi
 
 class GRESO(_Baseline):
     """
-    `keep` is the probability that one more visit without a gradient leaves a prompt with, of always and of never
-    solved prompts.
+    `keep` is the factor by which each further visit without a gradient lowers the probability of drawing a prompt: one
+    for always and one for never solved prompts.
     """
 
     LEAST, STEP, BOUNDS = 0.01, 0.01, (0.05, 0.95)

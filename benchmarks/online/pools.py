@@ -1,6 +1,6 @@
 """
-Pools of prompts on which choosing online is tried: most of a pool as nobody curated it, and those where nothing can be
-won.
+Pools of prompts on which choosing online is tried: those that were not filtered by difficulty, and some where nothing
+can be won.
 
     python benchmarks/online/pools.py --dataset_path DIR [--pools hard clean]
 
@@ -63,7 +63,7 @@ TARGET_PROMPTS = 64
 class Pool:
     """
     `rows` is what a trainer gets (`prompt`, `answer`; of skills `task`). `kind` and `wrong` tell what each row is,
-    to the judge alone.
+    for the evaluation only; the trainer does not get them.
     """
 
     rows: Dataset

@@ -18,17 +18,17 @@ from .trackers import log_figures
 REPORT_FILE = "report.html"
 MOST_SUSPECTS_SHOWN = 20
 _SAMPLES = {
-    "live": ("Live now", "Those with the highest predicted learnability."),
+    "live": ("Live at the last visit", "Those with the highest predicted learnability."),
     "retired": ("Retired", "Solved by all rollouts of their last visits; those seen last."),
     "parked": ("Parked", "Solved by no rollout of their last visits; those seen last."),
     "new": ("Never visited", "At random."),
 }
 _STATES = {
     "new": "never visited",
-    "live": "the rewards of the last visit differed",
-    "resting": "the rewards of the last visit were all equal, for the first time: the next visit comes twice as late",
-    "retired": "all rollouts of the last two visits or more succeeded: each next visit comes twice as late",
-    "parked": "no rollout of the last two visits or more succeeded: each next visit comes twice as late",
+    "live": "some rollouts of the last visit succeeded, others failed",
+    "resting": "all rollouts of the last visit succeeded, or none did, for the first time: it rests twice as long",
+    "retired": "all rollouts of the last two visits or more succeeded: each visit doubles the rest, up to 64 times",
+    "parked": "no rollout of the last two visits or more succeeded: each visit doubles the rest, up to 64 times",
 }
 
 

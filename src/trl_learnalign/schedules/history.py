@@ -14,7 +14,7 @@ COLUMNS = (
     "pool_success",
     "skill",
     "headroom",
-    "choosing",  # whether the chunk was, not drawn uniformly
+    "choosing",  # whether the chunk was chosen; else it was drawn uniformly
     "visited",  # distinct prompts so far
     "retired",
     "parked",
@@ -31,8 +31,8 @@ class History:
         calibration (`np.ndarray` of shape `(2, BINS, 3)`): for chosen prompts and for uniform draws, by predicted
             success: groups, sum of predicted and sum of observed success.
         by_visit (`np.ndarray` of shape `(VISITS, 3)`): by number of the visit: groups, sum of success, live groups.
-        revisits (`np.ndarray` of shape `(2, 2)`): of prompts solved, and not solved, by all rollouts of several
-            visits: later visits, and those after which that was no longer so.
+        revisits (`np.ndarray` of shape `(2, 2)`): of prompts solved by all, and by no, rollouts of several visits in
+            a row: later visits, and those after which that was no longer so.
     """
 
     names = COLUMNS

@@ -99,15 +99,15 @@ class PromptMemory:
 
     def suspects(self) -> tuple[np.ndarray, np.ndarray]:
         """
-        Rows that were never solved though the predictor was sure that they would be, at most `MOST_SUSPECTS`, most
-        suspicious first, and how probable so many failures were for each.
+        Rows that were never solved though so many failures were predicted with a probability below `SUSPICION`, and
+        that probability of each. At most `MOST_SUSPECTS`, most suspicious first.
         """
         rows = np.flatnonzero(self.surprise > -np.log(SUSPICION))
         rows = rows[np.lexsort((rows, -self.surprise[rows]))][:MOST_SUSPECTS]
         return rows, np.exp(-self.surprise[rows].astype(np.float64))
 
     def counts(self) -> dict[str, int]:
-        """How many prompts were visited, were solved or not solved by all rollouts of their last visits."""
+        """How many prompts were visited, and were solved by all, or by no, rollouts of their last visits."""
         return {
             "visited": np.count_nonzero(self.visits),
             "retired": np.count_nonzero(self.solved >= RETIRED_AFTER),

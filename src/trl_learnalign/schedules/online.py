@@ -51,12 +51,13 @@ class OnlineSchedule(Schedule):
     The success rate of a prompt has a Beta posterior: the prior comes from a regression on features of the prompt
     ([`SuccessPredictor`]), which all observations share; the prompt's own successes and failures are added, and fade.
     Of random candidates a chunk takes those with the greatest E[p (1 - p)] / (1 + v), where v is the number of recent
-    visits, which fade alike. One prompt in twenty is drawn uniformly
-    from the whole pool, which measures the pool and the predictor without bias. After each visit a prompt rests, twice
-    as long each time in a row that it was always, or never, solved.
+    visits, which fade alike. After each visit a prompt rests, twice as long each time in a row that all its rollouts
+    succeeded, or none did. One prompt in twenty is drawn uniformly from the whole pool, which measures the pool and
+    the predictor.
 
     Draws are uniform, in the random order that TRL would have in the first epoch, until the predictor has been better
-    than the mean on uniform draws, and again where choosing would not make more groups live for `PATIENCE` chunks.
+    than the mean on uniform draws and choosing is expected to make more groups live, and again when either has not
+    been so for `PATIENCE` chunks.
 
     Args:
         config ([`LearnAlignConfig`]): of the sampler.
@@ -158,7 +159,7 @@ class OnlineSchedule(Schedule):
         return _Drawn(rows, np.arange(number) < uniform, a / (a + b), self.observed > 0)
 
     def _best(self, candidates, ranked, rested, taken, number) -> list[int]:
-        """The best that have rested, then those that have rested longest."""
+        """The best that have rested, then those whose rest ends soonest."""
         free = ~np.isin(candidates, taken)
         best = ranked[(rested & free)[ranked]]
         others = np.flatnonzero(free & ~rested)
@@ -329,7 +330,7 @@ class OnlineSchedule(Schedule):
     # Checkpoints ------------------------------------------------------------------------------------------------
 
     def state_dict(self):
-        """See [`Schedule`]: 26 bytes a prompt, what was observed last, and 48 bytes a chunk."""
+        """See [`Schedule`]: 26 bytes a prompt, what was observed last, and 56 bytes a chunk."""
         drawn = sorted(self.drawn.items())
         return {
             **{name: getattr(self, name).state_dict() for name in _PARTS},

@@ -66,7 +66,7 @@ def periods(history: "History", chunk_prompts: int) -> list:
         elif start == 0 and end + 1 < len(choosing):
             why = (
                 f"at the start, until at least {TRIED} uniform draws had shown that the prediction is better than the "
-                f"mean"
+                "mean and that choosing should help"
             )
         elif start == 0 and (end + 1) * chunk_prompts < TRIED:
             why = f"the prediction is judged after {TRIED} uniform draws"
@@ -167,7 +167,7 @@ def warning(schedule: "OnlineSchedule", max_steps: int) -> str | None:
         possible = "" if config.prompt_features else "set `prompt_features=True`, "
         texts.append(
             f"The run has only {visits:.2f} visits per prompt, so most prompts are trained on once at most. Of the "
-            "others only the length is known: choosing online can hardly help. To change that, "
+            "others only the length is known: the choice may be little better than random. To change that, "
             f"{possible}name a `group_column` or a `pass_rate_column`, or take a smaller pool."
         )
     return " ".join(texts) or None
