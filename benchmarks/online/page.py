@@ -1,6 +1,6 @@
 """
 Collects the runs of run.py, and writes docs/evidence_online.md, its figure, and the table of the front pages from
-them, so that nobody types a number.
+them, so that no number of a table is typed.
 
     python benchmarks/online/page.py [--runs DIR ...] [--check]
 
@@ -47,6 +47,7 @@ SHARES = {
     "clean": "all equations, after a warm-up",
     "live": "equations that are live at the start",
     "hard-small": "the small pool",
+    "mastered": "2,000 equations, 6,000 trivial",
     "skills": "many skills",
 }
 ABLATIONS = {  # and what each is compared with
@@ -119,9 +120,9 @@ def arms(pool) -> str:
             ]
         )
     return table(
-        "prompts chosen by | seeds | live groups of training, % | success at the end, % | over uniform, points | "
-        "the same, mean over the run | rollouts to uniform's end, % of all | pass@8, % | "
-        "distinct prompts of training | length, tokens | tokens generated, % of uniform's"
+        "prompts chosen by | seeds | live groups of training, % | success at the end, % | over random prompts, "
+        "points | the same, mean over the run | rollouts to the end of random prompts, % | pass@8, % | "
+        "distinct prompts of training | length, tokens | tokens generated, % of random prompts'"
         + (" | of the target, %" if pool == "skills-target" else ""),
         rows,
     )
@@ -145,12 +146,14 @@ def dirt() -> str:
                     f"{name}, seed {run['seed']}",
                     f"{8 * run['wrong']:,} ({8 * uniform['wrong']:,})" if dirty else "",
                     f"{100 * end(run):.1f} ({100 * end(uniform):.1f})",
-                    " / ".join(f"{found[number]} of the first {number}" for number in known)
-                    if "wrong" in pool
-                    else "",
+                    ", ".join(f"{found[number]} of the first {number}" for number in known) if "wrong" in pool else "",
                 ]
             )
-    return table("dirt | rollouts on it (uniform) | success at the end, % (uniform) | suspects that are wrong", rows)
+    return table(
+        "pool | rollouts on such prompts, online (random prompts) | success at the end, %, online (random prompts) | "
+        "suspects that are wrong",
+        rows,
+    )
 
 
 def by_share() -> str:
@@ -184,7 +187,7 @@ def ablations() -> str:
         for pool in results.POOLS:
             pairs = paired(RUNS, pool, arm, other)
             if pairs:
-                labels = [ARMS[arm], ARMS[other], pool]
+                labels = [ARMS[arm], ARMS[other], SHARES.get(pool) or DIRT[pool]]
                 row = [*labels, str(len(pairs)), points(gains(pairs)), points(area_gains(pairs))]
                 parts = [f"{fmean(part['distinct'] for part in runs):,.0f}" for runs in zip(*pairs, strict=True)]
                 rows.append(
@@ -235,7 +238,9 @@ def bars() -> str:
         if factor is None:
             met[0] = "no goal"
         rows.append([name, str(len(pairs)), *(f"{text} ({word})" for text, word in zip(texts, met, strict=True))])
-    return table("pool | seeds | live groups against uniform | rollouts to uniform's end | success at the end", rows)
+    return table(
+        "pool | seeds | live groups against random prompts | rollouts to their end | success at the end", rows
+    )
 
 
 def gain(pool) -> str:
@@ -295,7 +300,8 @@ def more_verdicts() -> str:
     few, half = (gains(paired(RUNS, pool, "online")) for pool in ("hard-10", "hard-50"))
     dirty = {name: gains(paired(RUNS, pool, "online")) for pool, name in DIRT.items() if paired(RUNS, pool, "online")}
     small = min((_over(arm, "hard-small") for arm in RIVALS if of(RUNS, "hard-small", arm)), key=_worst)
-    skills, worst = gains(paired(RUNS, "skills", "online")), min(skill_differences())
+    skills, differences = gains(paired(RUNS, "skills", "online")), skill_differences()
+    worst = min(differences)
     lines = [
         (
             min(few) <= 0 or fmean(half) < 0,
@@ -308,8 +314,8 @@ def more_verdicts() -> str:
         ),
         (
             fmean(skills) < 0 or worst <= -10,
-            f"{points(skills)} points; the skill that compares worst ends {worst:+.1f} points from where random "
-            "prompts bring it",
+            f"{points(skills)} points; `{TASKS[differences.index(worst)].name}`, the skill that compares worst, ends "
+            f"{-worst:.1f} points below random prompts",
         ),
         min(
             (_over(arm, "skills-target", "target") for arm in BLIND),
@@ -355,7 +361,7 @@ def _worst(answer):
 def _answers(lines, first) -> str:
     """A numbered list of answers, from (so, text, ...)."""
     return "\n".join(
-        f"{number}. **{'Yes' if so else 'No'}**: {text}." for number, (so, text, *_) in enumerate(lines, first)
+        f"{number}. **{'Failed' if so else 'Passed'}**: {text}." for number, (so, text, *_) in enumerate(lines, first)
     )
 
 

@@ -16,7 +16,7 @@ from pools import POOLS
 
 FILE = ROOT / "benchmarks" / "results" / "online.json"
 ARMS = {
-    "uniform": "uniform draws (stock GRPOTrainer)",
+    "uniform": "random prompts (stock GRPOTrainer)",
     "online": "online",
     "online without features": "online, `prompt_features=False`",
     "online with groups": "online, `group_column`",
@@ -32,10 +32,10 @@ ARMS = {
     "filter": "filter: random among the learnable",
     "learnability": "selection by learnability",
     "learnalign": "selection by LearnAlign",
-    "target": "selection by the target: V x alignment",
+    "target": "selection by the target: learnability x alignment",
     "target alignment": "selection by the target: alignment alone",
-    "learnalign then online": "LearnAlign's better half, then online",
-    "target then online": "the target's better half, then online",
+    "learnalign then online": "LearnAlign's better half of the learnable, then online",
+    "target then online": "the half of the learnable best aligned with the target, then online",
 }
 STUDENT = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # 97.5 % quantiles of t, by degrees of freedom
 
