@@ -57,6 +57,7 @@ ABLATIONS = {  # and what each is compared with
     "online with reviews": "online",
     "online with reviews without fading": "online with reviews",
 }
+NAMES = SHARES | DIRT | {"skills-target": "the target"}
 GOALS = [  # live groups against uniform (None: no goal), rollouts to uniform's end
     ("hard", 2.5, 1 / 3, "the hard pool"),
     ("hard-10", None, 1 / 3, "a tenth live"),
@@ -187,7 +188,7 @@ def ablations() -> str:
         for pool in results.POOLS:
             pairs = paired(RUNS, pool, arm, other)
             if pairs:
-                labels = [ARMS[arm], ARMS[other], SHARES.get(pool) or DIRT[pool]]
+                labels = [ARMS[arm], ARMS[other], NAMES[pool]]
                 row = [*labels, str(len(pairs)), points(gains(pairs)), points(area_gains(pairs))]
                 parts = [f"{fmean(part['distinct'] for part in runs):,.0f}" for runs in zip(*pairs, strict=True)]
                 rows.append(
@@ -380,14 +381,13 @@ def _over(arm, pool="hard", one="online"):
 
 def outcome() -> str:
     """The first sentence of the page."""
-    hard, clean = paired(RUNS, "hard", "online"), paired(RUNS, "clean", "online")
+    hard = paired(RUNS, "hard", "online")
+    clean, skills, small = (points(gains(paired(RUNS, pool, "online"))) for pool in ("clean", "skills", "hard-small"))
     return (
         f"On a pool of which a quarter can be learnt, prompts chosen online end {points(gains(hard))} points above "
         f"random ones after equally many rollouts, with {times_live('hard')} times as many live groups, and are where "
         f"these end after {needed(share(hard))} of the rollouts. On clean equations, of which nearly half are live, "
-        f"they end {points(gains(clean))} points above random ones. On many skills it is "
-        f"{points(gains(paired(RUNS, 'skills', 'online')))} points and on a small pool "
-        f"{points(gains(paired(RUNS, 'hard-small', 'online')))}: there choosing does not pay."
+        f"it is {clean} points, on many skills {skills} and on a small pool {small}: there choosing does not pay."
     )
 
 
