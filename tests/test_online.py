@@ -276,6 +276,28 @@ def test_solved_and_failed_prompts_rest_twice_as_long():
     solved = [len(visits.get(row, ())) for row in range(32)]
     live = [len(visits.get(row, ())) for row in range(32, 64)]
     assert np.mean(solved) >= 2 and np.mean(live) > 3 * np.mean(solved)  # seldom, but again
+    kept = schedule.memory
+    streaks = np.maximum(kept.solved, kept.failed).astype(int)
+    assert streaks.min() == 0 and streaks.max() >= 3
+    known = np.setdiff1d(np.arange(64), schedule.drawn[200].rows)  # all but those of the chunk that comes next
+    rests = kept.cooldown * 2 ** np.minimum(streaks, 6)
+    np.testing.assert_array_equal(kept.ready[known], (kept.last + rests)[known])
+
+
+def test_where_too_few_have_rested_those_whose_rest_ends_soonest_are_next():
+    world = World(size=64, chunk=8)
+    schedule = world.schedule
+    schedule.judge.look = lambda *args: setattr(schedule.judge, "choosing", True)
+    world.run(20)
+    ready = schedule.memory.ready
+    ready[:] = 1000 + np.random.default_rng(0).permutation(64)
+    ready[5] = 0  # the only one that has rested
+    before = ready.copy()
+    rows = np.array(schedule.prompts(21))
+    best = rows[~schedule.drawn[21].uniform]
+    free = np.setdiff1d(np.arange(64), rows[schedule.drawn[21].uniform])
+    assert len(best) >= 7
+    assert best.tolist() == sorted(free, key=lambda row: before[row])[: len(best)]
 
 
 def test_skill_and_success_of_the_pool_are_those_of_uniform_draws():

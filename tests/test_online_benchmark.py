@@ -3,17 +3,19 @@
 from decimal import Decimal
 from functools import reduce
 from operator import add, mul, sub
-from pathlib import Path
+from types import SimpleNamespace
 
 import alignment
 import baselines
 import numpy as np
 import pools
 import pytest
+import run
 from tiny import Seen, config, make_dataset, make_trainer
 from transformers import AutoTokenizer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignSampler
+from trl_learnalign.schedules.memory import PromptMemory
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +101,23 @@ def test_a_refill_trains_on_groups_with_a_gradient_and_pays_for_the_others(tmp_p
     assert steps[-1][2] > 3 * 16
 
 
-def test_features_of_the_study_of_alignments_are_those_of_an_online_run(hard):
+def test_features_of_the_study_of_alignments_are_those_of_an_online_run(hard, tmp_path):
     rows = hard.rows.select(range(24)).add_column("row", list(range(24)))
-    task = pools.make_task("hard", None, Path())
-    found = alignment.features(task, rows, None)
-    assert len(found) == 24 and found.shape[1] > 2 and np.isfinite(found).all()
-    assert (found == 1).all(0).any() and np.ptp(found, axis=0).max() > 0.5  # a constant, and what differs
+    task = pools.make_task("hard", None, tmp_path)
+    reward = run.Recorder(task.reward)
+    trainer = run.build_trainer("online", task, None, rows, reward, 1, alignment.SEED, str(tmp_path), 1e-3, [])
+    trainer.train()
+    expected = trainer._learnalign.sampler.schedule.features
+    assert expected.shape[1] > 10  # hidden states, too
+    np.testing.assert_array_equal(alignment.features(task, rows, None), expected)
+
+
+@pytest.mark.parametrize("number", [7, 10, 12])
+def test_wrong_answers_are_counted_among_as_many_suspects_as_there_are(number):
+    memory = PromptMemory(100, 10)
+    memory.surprise[:number] = np.linspace(9, 8, number)
+    wrong = np.arange(100) % 2 == 1
+    schedule = SimpleNamespace(memory=memory)
+    trainer = SimpleNamespace(_learnalign=SimpleNamespace(sampler=SimpleNamespace(schedule=schedule)))
+    found = run.suspects(trainer, SimpleNamespace(wrong=wrong))
+    assert found == ({"10": 5} if number > 10 else {}) | {str(number): number // 2}

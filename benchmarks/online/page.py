@@ -139,15 +139,16 @@ def dirt() -> str:
     rows = []
     for pool, name in DIRT.items():
         for run, uniform in paired(RUNS, pool, "online"):
-            found = {int(first): right for first, right in run.get("suspects", {}).items()}
-            known = [number for number in sorted(found) if number <= _number(found)]
+            found = run.get("suspects", {})
             dirty = pool != "hard-noisy"  # where every prompt is
             rows.append(
                 [
                     f"{name}, seed {run['seed']}",
                     f"{8 * run['wrong']:,} ({8 * uniform['wrong']:,})" if dirty else "",
                     f"{100 * end(run):.1f} ({100 * end(uniform):.1f})",
-                    ", ".join(f"{found[number]} of the first {number}" for number in known) if "wrong" in pool else "",
+                    ", ".join(f"{right} of the first {first}" for first, right in found.items())
+                    if "wrong" in pool
+                    else "",
                 ]
             )
     return table(
@@ -258,7 +259,7 @@ def more_bars() -> str:
     """The goals of other kinds."""
     live, wrong = paired(RUNS, "live", "online"), paired(RUNS, "hard-wrong", "online")
     paid = fmean(run["wrong"] / other["wrong"] for run, other in wrong)
-    found = [(max(run["suspects"].values()), _number(run["suspects"])) for run, _ in wrong]
+    found = [(right, int(number)) for number, right in (list(run["suspects"].items())[-1] for run, _ in wrong)]
     right = ", ".join(f"{good} of {number}" for good, number in found)
     close = all(abs(gained) <= 1 for gained in gains(live))
     refill = share(paired(RUNS, "hard", "online", "refill"))
@@ -289,11 +290,6 @@ def more_bars() -> str:
     ]
     rows = [[*texts, "met" if good else "missed"] for *texts, good in rows]
     return table("pool | goal | measured | ", rows)
-
-
-def _number(suspects) -> int:
-    """Of all suspects: run.py writes how many are right among the first 10, 30, 100, 300 and all of them."""
-    return next((int(first) for first in suspects if int(first) not in (10, 30, 100, 300)), 0)
 
 
 def more_verdicts() -> str:

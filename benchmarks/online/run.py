@@ -321,9 +321,10 @@ def run(arm, name, seed, arguments) -> dict:
 
 
 def suspects(trainer, pool) -> dict:
-    """Of the prompts that the schedule suspects, most suspicious first: how many have wrong answers."""
+    """How many of the first 10, 30, 100 and 300 prompts that the schedule suspects, and of all, have wrong answers."""
     rows = trainer._learnalign.sampler.schedule.memory.suspects()[0]
-    return {str(first): int(pool.wrong[rows[:first]].sum()) for first in sorted({10, 30, 100, 300, len(rows)})}
+    firsts = [first for first in (10, 30, 100, 300) if first < len(rows)]
+    return {str(first): int(pool.wrong[rows[:first]].sum()) for first in [*firsts, len(rows)]}
 
 
 def main():
