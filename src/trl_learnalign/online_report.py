@@ -104,8 +104,8 @@ def _intro(run, step) -> str:
     return (
         "This page shows which prompts an online run trained on, and why. From the rewards of training so far, the "
         "schedule predicts which prompts some rollouts will solve and others will not. Only such <em>live</em> groups "
-        "have a gradient. A few prompts of every chunk are drawn uniformly from the whole pool; they measure, without "
-        "bias, how good the policy and the prediction are. The figures show live groups, success and prediction by "
+        "have a gradient. A few prompts of every chunk are drawn uniformly from the whole pool; they measure how good "
+        "the policy and the prediction are. The figures show live groups, success and prediction by "
         "chunk. The tables show when prompts were chosen and when not, which prompts come less often because they are "
         "always or never solved, and which may have a wrong answer or wrong grading. The page shows the state at step "
         f"{step}. It is written with each checkpoint and at the end of training, and does not refresh by itself."
