@@ -11,6 +11,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
@@ -135,15 +136,24 @@ def run_online(task, path, seen, **kwargs):
     if task in ("online alone", "resume online doubled"):
         kwargs["per_device_train_batch_size"] = 16
     settings = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1} | kwargs
+    settings |= {"save_strategy": "no"} if task == "online draws otherwise" else {}
     seen.reward = fixed_reward
+    if task == "online reward returns texts" and rank == 1:
+        seen.reward = lambda completions, row, **kwargs: ["1.0"] * len(row)
     choice = online(prompt_features=task == "online with hidden states")
     trainer = make_trainer(path, choice, reward=seen, dataset=make_dataset(23), **settings)
     schedule, result = trainer._learnalign.schedule, {"chunks": drawn(trainer)}
 
     class Fault(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            if task == "online differs" and rank == 1 and state.global_step == 3:
-                schedule.memory.visits[0] += 1
+            if rank == 1 and state.global_step == 3:
+                if task == "online differs":
+                    schedule.memory.visits[0] += 1
+                elif task == "online draws otherwise":  # and no checkpoint is saved that would find it out
+                    schedule.memory.ready[:] = 0
+                    schedule.memory.failures[:] = np.arange(23)
+                elif task == "online asks otherwise":  # by a number that no checkpoint compares
+                    schedule.memory.surprise[:] = 3
 
     def full(*args, original=checkpoint_state.write_arrays):
         if task == "online cannot write" and rank == 0 and trainer.state.global_step == 3:
@@ -263,6 +273,9 @@ def main(task, path):
             | "online alone"
             | "online with hidden states"
             | "online differs"
+            | "online draws otherwise"
+            | "online asks otherwise"
+            | "online reward returns texts"
             | "online cannot write"
             | "resume online"
             | "resume online doubled"
@@ -273,7 +286,8 @@ def main(task, path):
             trainer = train(path, seen, config={"score": "random"}, save_strategy="steps", save_steps=2, **kwargs)
             result |= {"rewards": [], "inputs": [], "writers": []}
 
-            def observer(batch, inputs, completions, rewards):
+            def observer(batch, inputs, completions, rewards, trained):
+                assert trained.shape == (16,) and trained.all()
                 result["rewards"].append([batch, rewards.tolist()])
                 result["inputs"] += [row["row"] for row in inputs]
 

@@ -110,6 +110,7 @@ TASKS = (
     ),
     *("nothing to learn on one", "taps", "checkpoint fails"),
     *("online", "online with hidden states", "online differs", "online cannot write"),
+    *("online draws otherwise", "online asks otherwise", "online reward returns texts"),
 )
 AGAIN = {
     "save": "resume",
@@ -388,13 +389,15 @@ def test_nodes_with_disks_of_their_own(tmp_path):
 
 
 def test_a_reward_that_fails_in_training_ends_all_processes(tmp_path):
-    """TRL's own step: the process that fails ends, and the launcher and the collectives end the other."""
+    """In TRL's own step: the process that fails says why, and the other that it did."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
     started = time.monotonic()
     done = subprocess.run(
         [*command, "train reward fails", str(tmp_path)], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
     )
-    assert done.returncode != 0 and "ValueError: the grader broke" in done.stderr
+    assert done.returncode != 0
+    assert "RewardError: The reward function `broken` failed: ValueError: the grader broke" in done.stderr
+    assert "RuntimeError: Process 1 failed in a generation for training" in done.stderr
     assert time.monotonic() - started < 100  # start included; the time-out of the process group is half an hour
 
 
@@ -476,6 +479,31 @@ def test_schedules_that_differ_end_both_processes_at_the_next_checkpoint(first):
         assert rank["step"] == 3
     assert (path / "checkpoint-2/trainer_state.json").is_file()
     assert not (path / "checkpoint-3/trainer_state.json").exists()
+
+
+def test_schedules_that_draw_otherwise_end_both_processes_with_the_next_rewards(first):
+    """Though no checkpoint is saved, where they would be compared."""
+    path, ranks = first["online draws otherwise"]
+    for rank in ranks:
+        assert rank["error"].startswith("RuntimeError: The processes have drawn different prompts")
+        assert 3 <= rank["step"] <= 5 and len({rank["step"] for rank in ranks}) == 1
+    assert not list(path.glob("checkpoint-*"))
+
+
+def test_the_main_process_decides_whose_completions_are_asked_for(first):
+    """Else one process would wait for the other in a collective that it never enters."""
+    _, (one, two) = first["online asks otherwise"]
+    assert one["chunks"] == two["chunks"] == first["online"][1][0]["chunks"] and "error" not in one
+    assert one["step"] == two["step"] == 10
+
+
+def test_rewards_that_are_no_numbers_end_both_processes(first):
+    _, (one, two) = first["online reward returns texts"]
+    assert two["error"].startswith(
+        "RewardError: The reward function `fixed_reward` failed: TypeError: reward 0 is '1.0'"
+    )
+    assert one["error"].startswith("RuntimeError: Process 1 failed in a generation for training")
+    assert one["step"] == two["step"] == 0
 
 
 def test_a_schedule_that_one_process_cannot_write_ends_all(first):

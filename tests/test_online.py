@@ -1,6 +1,7 @@
 """The online schedule on simulated policies, against plain loops, and through trainer.train()."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,12 +9,15 @@ import pytest
 import torch
 from trl.trainer.utils import RepeatSampler
 
-from trl_learnalign import LearnAlignConfig, LearnAlignSampler
+from trl_learnalign import LearnAlignConfig, LearnAlignSampler, scoring
 from trl_learnalign.callback import first_rollouts
+from trl_learnalign.host import Host
 from trl_learnalign.layout import Layout
 from trl_learnalign.schedules import judge, memory, online, predictor
+from trl_learnalign.schedules.draws import UniformDraws
 from trl_learnalign.schedules.graded import VarianceCurve
-from trl_learnalign.schedules.predictor import SuccessPredictor, expected_learnability, live_probability
+from trl_learnalign.schedules.predictor import SuccessPredictor, expected_learnability
+from trl_learnalign.schedules.scored import has_gradient
 from trl_learnalign.state import _decided, join, split
 
 
@@ -24,15 +28,12 @@ def host(names=("reward",), weights=None):
     """As far as the schedule's arithmetic needs a trainer; the runs below have a real one."""
     weights = torch.tensor(weights or [1.0] * len(names))
 
-    def deciding(rewards, config):
-        if config.success_reward is not None:
-            return rewards[:, :, names.index(config.success_reward)]
-        return rewards[:, :, 0] if rewards.shape[2] == 1 else total(rewards)
-
     def total(rewards):
         return (rewards * weights).nansum(-1).masked_fill(rewards.isnan().all(-1), torch.nan)
 
-    return SimpleNamespace(deciding=deciding, total=total, accelerator=SimpleNamespace(is_main_process=False))
+    found = SimpleNamespace(reward_names=list(names), total=total, accelerator=SimpleNamespace(is_main_process=False))
+    found.deciding = partial(Host.deciding, found)
+    return found
 
 
 class World:
@@ -92,8 +93,8 @@ def test_expectations_are_integrals_over_the_beta_density(a, b):
     density /= density.sum()
     ends = np.array([a]), np.array([b])
     assert expected_learnability(*ends)[0] == pytest.approx((density * p * (1 - p)).sum(), rel=2e-3)
-    live = (density * (1 - p**GROUP - (1 - p) ** GROUP)).sum()
-    assert live_probability(*ends, GROUP)[0] == pytest.approx(live, rel=2e-3)
+    fail = (density * (1 - p) ** GROUP).sum()
+    assert predictor.all_fail(*ends, GROUP)[0] == pytest.approx(fail, rel=2e-3)
 
 
 def test_the_regression_is_the_minimum_of_its_loss():
@@ -158,8 +159,8 @@ def test_posteriors_and_rests_are_those_of_a_loop_over_prompts():
             right_streak = right_streak + 1 if own == GROUP else 0
             failed_streak = failed_streak + 1 if own == 0 else 0
         assert (schedule.memory.solved[row], schedule.memory.failed[row], schedule.memory.visits[row]) == (
-            right_streak,
-            failed_streak,
+            min(GROUP * right_streak, 255),
+            min(GROUP * failed_streak, 255),
             len(visits),
         )
         last, cooldown = visits[-1][0], schedule.memory.cooldown
@@ -277,7 +278,7 @@ def test_solved_and_failed_prompts_rest_twice_as_long():
     live = [len(visits.get(row, ())) for row in range(32, 64)]
     assert np.mean(solved) >= 2 and np.mean(live) > 3 * np.mean(solved)  # seldom, but again
     kept = schedule.memory
-    streaks = np.maximum(kept.solved, kept.failed).astype(int)
+    streaks = np.maximum(kept.solved, kept.failed).astype(int) // GROUP
     assert streaks.min() == 0 and streaks.max() >= 3
     known = np.setdiff1d(np.arange(64), schedule.drawn[200].rows)  # all but those of the chunk that comes next
     rests = kept.cooldown * 2 ** np.minimum(streaks, 6)
@@ -297,7 +298,8 @@ def test_where_too_few_have_rested_those_whose_rest_ends_soonest_are_next():
     best = rows[~schedule.drawn[21].uniform]
     free = np.setdiff1d(np.arange(64), rows[schedule.drawn[21].uniform])
     assert len(best) >= 7
-    assert best.tolist() == sorted(free, key=lambda row: before[row])[: len(best)]
+    flying = schedule.drawn[20].rows  # drawn, but not yet observed: those come last
+    assert best.tolist() == sorted(free, key=lambda row: (row in flying, before[row]))[: len(best)]
 
 
 def test_skill_and_success_of_the_pool_are_those_of_uniform_draws():
@@ -557,7 +559,7 @@ def test_one_success_ends_a_suspicion():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda rewards: 0.5 * rewards, "no rollout counts as a success, though rewards differ (the last ones lie"),
+        (lambda rewards: 0.5 * rewards, "no rollout counts as a success, though rewards differ (they lie between 0"),
         (lambda rewards: 2 + rewards, "every rollout counts as a success"),
         (lambda rewards: np.nan * rewards, "no rollout of the first chunk has a reward"),
         (lambda rewards: rewards, None),
@@ -577,17 +579,6 @@ def test_where_success_cannot_be_predicted_it_is_said_once(caplog, change, words
     )
 
 
-def test_a_visit_without_a_reward_changes_nothing():
-    world = World()
-    world.run(20)
-    memory = world.schedule.memory
-    row = int(np.flatnonzero(memory.failed)[0])
-    before = {name: values[row].item() for name, values in memory.state_dict().items()}
-    nothing = np.zeros(1)
-    memory.update(np.array([row]), 30, nothing, nothing, np.array([True]))
-    assert before == {name: values[row].item() for name, values in memory.state_dict().items()}
-
-
 def test_the_order_of_the_file_is_not_that_of_uniform_draws():
     world = World(shuffle=False)
     assert world.run(1)[0].tolist() != list(range(16))
@@ -605,3 +596,213 @@ def test_wrong_labels_are_suspects_and_get_no_more_rollouts():
     seen = np.intersect1d(rows, wrong)
     assert np.isin(suspects[: len(seen)], wrong).sum() >= 0.5 * len(seen)
     assert (np.diff(chances) >= -1e-8).all()
+
+
+# Groups that say nothing -------------------------------------------------------------------------------------------
+
+
+def world_with_unscored(share, known, **settings):
+    """Rows that never get a reward; a feature tells them, or nothing does."""
+    world = World(spread=1.5, **settings)
+    none = world.random.random(len(world.logits)) < share
+    if known:
+        columns = [world.schedule.features, none[:, None], ~none[:, None]]
+        world.schedule.set_features(np.concatenate(columns, axis=1).astype(np.float16))
+    inner = world.rewards
+
+    def rewards(rows):
+        found = inner(rows)
+        found[none[rows]] = np.nan
+        return found
+
+    world.rewards = rewards
+    return world, none
+
+
+@pytest.mark.parametrize(("share", "known", "most"), [(0.5, True, 0.1), (0.5, False, 0.3), (0.05, False, 0.03)])
+@pytest.mark.parametrize("mean", [-1.5, 1.5])
+def test_rows_that_are_never_scored_get_few_rollouts(share, known, most, mean):
+    """However much the prior promises of them, which no observation ever corrects."""
+    world, none = world_with_unscored(share, known, mean=mean)
+    rows = world.run(100)
+    assert none[np.concatenate(rows[50:])].mean() <= most
+    visited = np.unique(np.concatenate(rows))
+    schedule = world.schedule
+    assert (schedule.memory.visits[visited] > 0).all()
+    assert schedule.metrics()["unscored"] == none[visited].sum()
+    assert set(schedule.prompt_columns()["state"][none & (schedule.memory.visits > 0)]) == {"unscored"}
+
+
+def test_a_visit_without_a_reward_is_a_visit_and_doubles_the_rest():
+    world = World()
+    world.run(20)
+    memory_ = world.schedule.memory
+    row = int(np.flatnonzero(memory_.failed)[0])
+    evidence = [one.item() for one in memory_.evidence(np.array([row]), 40)]
+    before = memory_.visits[row], memory_.solved[row], memory_.failed[row]
+    for number, chunk in enumerate((21, 30, 31), start=1):
+        memory_.update(np.array([row]), chunk, np.zeros(1), np.zeros(1), np.array([True]))
+        assert memory_.unscored[row] == number
+        assert memory_.ready[row] == chunk + memory_.cooldown * 2**number
+    # What was known of it stays, and fades as it would have
+    assert (memory_.visits[row] - 3, memory_.solved[row], memory_.failed[row]) == before
+    assert [one.item() for one in memory_.evidence(np.array([row]), 40)] == pytest.approx(evidence)
+    memory_.update(np.array([row]), 40, np.ones(1), np.full(1, 8.0), np.array([False]))
+    assert memory_.unscored[row] == -1 and memory_.ready[row] == 40 + memory_.cooldown
+
+
+def test_of_several_success_rewards_the_first_that_gave_one_decides():
+    rewards = np.array([[[np.nan, 0.3, 1.0], [0.0, 1.0, 1.0], [np.nan, np.nan, 1.0], [np.nan, np.nan, np.nan]]])
+    found = Host.deciding(
+        host(("a", "b", "c")), torch.from_numpy(rewards), LearnAlignConfig(success_reward=["a", "b"])
+    )
+    np.testing.assert_array_equal(found.numpy(), [[0.3, 0.0, np.nan, np.nan]])
+    assert LearnAlignConfig(success_reward=["a"]).success_reward == "a"
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.3, 0.7, 0.9, 0.95, 1.0, -0.7, 0.0])
+def test_a_reward_equal_to_the_threshold_is_a_success_in_both_halves(threshold):
+    """TRL's rewards are float32; the sum of several may be off in the last digit."""
+    for reward in (np.float32(threshold), np.nextafter(np.float32(threshold), np.float32(-9 * bool(threshold)))):
+        world = World(success_threshold=threshold)
+        rows = world.schedule.prompts(0)
+        world.schedule.observe(0, np.full((16, GROUP, 1), reward, dtype=float))
+        assert (world.schedule.memory.successes[rows] == GROUP).all()
+        assert scoring.success_rates(torch.full((1, GROUP), float(reward)), threshold).item() == 1.0
+    below = np.float32(threshold - 1e-4)
+    assert scoring.success_rates(torch.full((1, GROUP), float(below)), threshold).item() == 0.0
+
+
+def test_a_group_has_a_gradient_where_a_rollout_in_the_loss_differs_from_the_mean():
+    """Against a loop."""
+    random = np.random.default_rng(0)
+    total = random.choice([0.0, 0.1, 0.5, 1.0, np.nan], size=(500, 4))
+    masked = random.random((500, 4)) < 0.5
+    expected = []
+    for rewards, out in zip(total.tolist(), masked.tolist(), strict=True):
+        known = [reward for reward in rewards if not math.isnan(reward)]
+        mean = sum(known) / max(1, len(known))
+        expected.append(
+            any(not m and not math.isnan(r) and abs(r - mean) > 1e-9 for r, m in zip(rewards, out, strict=True))
+        )
+    np.testing.assert_array_equal(has_gradient(total, masked), expected)
+    assert not has_gradient(np.full((1, 3), 0.1), np.zeros((1, 3), bool)).any()  # whose mean is off in the last digit
+
+
+def test_groups_without_a_token_in_the_loss_are_dead_and_rest():
+    world = World(mean=0.0, spread=0.1)
+    cut = world.random.random(2000) < 0.5  # all their completions are too long
+    for chunk in range(40):
+        rows = np.array(world.schedule.prompts(chunk))
+        rewards = world.rewards(rows)
+        masked = np.repeat(cut[rows][:, None], GROUP, axis=1)
+        masked[~cut[rows], :2] = True
+        world.schedule.masked(chunk, masked)
+        world.schedule.observe(chunk, rewards)
+        assert world.schedule.metrics()["live_fraction"] <= 1 - cut[rows].mean()
+    visited = world.schedule.memory.visits > 0
+    np.testing.assert_array_equal((world.schedule.memory.unscored > 0)[visited], cut[visited])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda rewards, rng: rewards * np.where(rng.random(rewards.shape) < 0.05, 1.0, rng.uniform(0.9, 0.99)),
+            "better",
+        ),
+        (lambda rewards, rng: np.where(rewards > 0, 3.0, rng.uniform(0.9, 1.2, rewards.shape)), "worse"),
+        (lambda rewards, rng: rewards + 0.25 * (rng.random(rewards.shape) < 0.5), None),  # points for the form
+    ],
+)
+def test_shaped_rewards_on_the_wrong_side_of_the_threshold_are_told(caplog, change, words):
+    world = World(mean=0.0, spread=1.0)
+    world.schedule.host.accelerator.is_main_process = True
+    rewards, random = world.rewards, np.random.default_rng(0)
+    world.rewards = lambda rows: change(rewards(rows), random)
+    world.run(12)
+    found = [record.message for record in caplog.records if "half of their range" in record.message]
+    assert len(found) == (words is not None)
+    assert all(f"rewards of the {words} half" in message and "success_threshold" in message for message in found)
+
+
+# What is asked and what is ranked ----------------------------------------------------------------------------------
+
+
+def test_with_large_groups_the_schedule_chooses_what_varies_more(monkeypatch):
+    """All of 64 rollouts are hardly ever equal, but p (1 - p) differs all the same."""
+    monkeypatch.setattr(f"{__name__}.GROUP", 64)
+    world = World(mean=0.0, spread=1.4, noise=0.5)
+    rows = np.concatenate(world.run(80)[20:])
+    p = 1 / (1 + np.exp(-world.logits))
+    assert world.schedule.judge.choosing
+    assert (p * (1 - p))[rows].mean() > 1.15 * (p * (1 - p)).mean()
+
+
+def test_two_equal_rollouts_say_less_than_eight(monkeypatch):
+    """At p = .3 two are equal in 58 % of the visits."""
+    monkeypatch.setattr(f"{__name__}.GROUP", 2)
+    world = World(size=1000, mean=-0.85, spread=0.0, noise=0.0)
+    world.schedule.judge.look = lambda *args: setattr(world.schedule.judge, "choosing", True)
+    world.run(150)
+    counts = world.schedule.memory.counts()
+    assert counts["visited"] == 1000 and counts["parked"] <= 3 and counts["retired"] == 0
+
+
+# Reading ahead -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "choosing"), [(400, True), (96, True), (400, False)])
+def test_what_is_in_flight_is_not_drawn_again_while_others_are_free(size, choosing):
+    """Seventeen chunks are drawn before the rewards of the first are known, as by `dataloader_num_workers=8`."""
+    world = World(size=size, chunk=8, mean=-1.0)
+    schedule = world.schedule
+    schedule.judge.look = lambda *args: setattr(schedule.judge, "choosing", choosing)
+    drawn = [np.array(schedule.prompts(chunk)) for chunk in range(17)]
+    for chunk in range(60):
+        drawn.append(np.array(schedule.prompts(chunk + 17)))
+        flying = np.concatenate(drawn[chunk : chunk + 18])
+        numbers = np.bincount(flying, minlength=size)
+        if size == 400:
+            assert numbers.max() <= (1 if choosing else 2)  # a pass of the stock order may end in between
+        else:
+            assert numbers.max() <= 3 and (numbers > 0).sum() >= 80  # 144 places, 96 prompts
+        schedule.observe(chunk, world.rewards(drawn[chunk]))
+
+
+def test_uniform_draws_that_wait_come_later():
+    """So in the end every row comes equally often."""
+    draws = UniformDraws(np.arange(50), seed=0)
+    random, found = np.random.default_rng(0), []
+    for _ in range(500):
+        found += draws.take(1, random.permutation(50)[:20])
+        again = UniformDraws(np.arange(50), seed=0)
+        again.load_state_dict(draws.state_dict())
+        assert again.postponed == draws.postponed and len(draws.postponed) <= 50
+    counts = np.bincount(found, minlength=50)
+    assert counts.min() >= 8 and counts.max() <= 11
+    plain = UniformDraws(np.arange(50), seed=0)
+    theirs = RepeatSampler(range(50), mini_repeat_count=1, batch_size=50, repeat_count=1, shuffle=True, seed=0)
+    assert plain.take(100) == [*theirs, *theirs]
+    assert sorted(UniformDraws(np.arange(4), 0).take(4, np.arange(4))) == [0, 1, 2, 3]  # none is free
+
+
+def test_one_prompt_a_chunk_is_chosen_from_though_a_draw_is_uniform():
+    """A chunk that is one uniform draw is no time without choosing."""
+    world = World(chunk=1)
+    world.run(400)
+    history = world.schedule.history
+    choosing = history.column("choosing") > 0
+    alone = choosing & (history.column("uniform_draws") == 1)
+    assert choosing.any() and alone.any()
+    flips = np.count_nonzero(np.diff(choosing))
+    assert len(world.schedule.periods()) == flips + 1 <= 8
+
+
+def test_suspects_are_not_told_before_the_prediction_was_tried():
+    world = World(size=12, chunk=1)
+    for chunk in range(judge.TRIED - 1):
+        world.schedule.prompts(chunk)
+        world.schedule.observe(chunk, np.zeros((1, GROUP, 1)))
+    assert world.schedule.num_suspects() == 0 and not len(world.schedule.suspects()[0])
+    assert world.schedule.memory.solved_by() == (0, 12)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import trl
 from datasets import Dataset
 from packaging.version import Version
@@ -37,11 +38,14 @@ from trl import GRPOTrainer, RLOOTrainer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignGRPOTrainer, LearnAlignMixin, LearnAlignSampler, online_report
 from trl_learnalign.measures.hidden_states import FILE
+from trl_learnalign.rewards import RewardError
 from trl_learnalign.schedules import judge, memory
 from trl_learnalign.state import STATE_FILE, split
 
 
-METRICS = "live_fraction predicted_success observed_success skill headroom pool_success retired suspects".split()
+METRICS = (
+    "choosing live_fraction predicted_success observed_success skill headroom pool_success retired unscored suspects"
+).split()
 LOGGED = {f"learnalign/{name}" for name in METRICS}
 EVERY_STEP = {"save_strategy": "steps", "save_steps": 1}
 
@@ -90,8 +94,6 @@ def expected(calls, size):
     for chunk, (rows, rewards) in enumerate(calls):
         for first in range(0, len(rows), 4):
             row, own = rows[first], [r for r in rewards[first : first + 4] if r is not None and math.isfinite(r)]
-            if not own:
-                continue
             faded = 0.5 ** ((chunk - last[row]) / memory.HALF_LIFE)
             successes[row] = successes[row] * faded + sum(r >= 1 for r in own)
             failures[row] = failures[row] * faded + sum(r < 1 for r in own)
@@ -502,7 +504,10 @@ def test_columns_that_tell_of_success(tmp_path, capsys):
     trainer.train()
     assert trainer._learnalign.schedule.features.shape == (24, 1 + 1 + 3 + 1)
     said = capsys.readouterr().out
-    assert "LearnAlign plan: steps 1 to 2 train on random prompts until success is predicted well enough" in said
+    assert (
+        "LearnAlign plan: steps 1 to 2 train on random prompts, as TRL would: a prediction is judged after 4 random "
+        "prompts, so nothing can be chosen before step 3." in said
+    )
     assert "LearnAlign plan: 8 prompts in all, 4 at once, from a pool of 24: 0.33 visits per prompt." in said
     assert "length, kind, rate." in said
 
@@ -626,7 +631,7 @@ def with_column(values):
         (
             {"success_reward": "other"},
             [0] * 24,
-            "`success_reward` is 'other', which is not among the trainer's reward",
+            "`success_reward` is 'other', but 'other' is not among the trainer's reward",
         ),
     ],
 )
@@ -672,3 +677,109 @@ def test_a_report_that_cannot_be_written_is_no_reason_to_end_a_run(tmp_path, mon
         trainer.train()
     assert trainer.state.global_step == 2 and "could not be written (ZeroDivisionError" in caplog.text
     assert Path(tmp_path, "checkpoint-2", STATE_FILE).is_file()
+
+
+# Groups that say nothing -------------------------------------------------------------------------------------------
+
+
+def odd_rows(completions, row, **kwargs):
+    return [reward if r % 2 else None for r, reward in zip(row, parity_reward(completions), strict=True)]
+
+
+def even_rows(completions, row, **kwargs):
+    return [None if r % 2 else reward for r, reward in zip(row, parity_reward(completions), strict=True)]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_reward_function_for_each_task(tmp_path, caplog, monkeypatch, several):
+    """TRL's documented pattern: each gives None for the rows of the other."""
+    monkeypatch.setattr(judge, "TRIED", 16)
+    names = ["odd_rows", "even_rows"] if several else "odd_rows"
+    choice = online(success_reward=names)
+    rewards = [odd_rows, even_rows]
+    trainer = make_trainer(tmp_path, choice, reward=rewards, max_steps=12, dataset=make_dataset(48))
+    chunks = drawn(trainer)
+    trainer.train()
+    memory_ = trainer._learnalign.schedule.memory
+    visits = np.bincount(np.concatenate([chunks[i] for i in range(12)]), minlength=48)
+    np.testing.assert_array_equal(memory_.visits, visits)  # those without a reward, too
+    unscored = (memory_.visits > 0) & (np.arange(48) % 2 == 0)
+    warned = [record.message for record in caplog.records if "no reward that decides success" in record.message]
+    if several:
+        assert not (memory_.unscored > 0).any() and not warned
+        assert (memory_.successes + memory_.failures > 0).sum() == (visits > 0).sum()
+        return
+    np.testing.assert_array_equal(memory_.unscored > 0, unscored)
+    chosen = np.concatenate([chunks[i] for i in range(4, 12)])
+    assert (chosen % 2 == 0).mean() <= 0.5
+    assert len(warned) == 1 and "odd_rows, even_rows: where each scores the rows of its own task" in warned[0]
+    assert [entry["learnalign/unscored"] for entry in logged(trainer)][-1] == unscored.sum()
+
+
+def test_completions_that_are_all_cut_off_make_dead_groups(tmp_path, caplog, monkeypatch):
+    """With `mask_truncated_completions` no token of theirs is in the loss: the trainer's own gradient says so."""
+    monkeypatch.setattr(judge, "TRIED", 16)
+    settings = {"mask_truncated_completions": True, "max_completion_length": 1, "max_steps": 6}
+    trainer = make_trainer(tmp_path, online(), reward=parity_reward, **settings)
+    trainer.train()
+    cut = [entry["completions/clipped_ratio"] for entry in logged(trainer)]
+    assert np.mean(cut) > 0.8
+    for entry in logged(trainer):
+        assert (entry["learnalign/live_fraction"] > 0) == (entry["grad_norm"] > 0)
+    assert trainer._learnalign.schedule.memory.unscored.max() > 0
+    assert any(
+        "have no token in the loss: all their completions were cut off" in record.message and "%" in record.message
+        for record in caplog.records
+    )
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        (lambda n: ["1.0"] * n, "TypeError: reward 0 is '1.0', a str, not a number"),
+        (lambda n: 1.0, "TypeError: it returned 1.0, a float, in place of a list of rewards"),
+        (lambda n: "1" * n, "a str, in place of a list of rewards"),
+        (lambda n: {"a": 1.0}, "a dict, in place of a list of rewards"),
+        (lambda n: None, "TypeError: it returned None, a NoneType, in place of a list"),
+        (lambda n: np.float64(1), "in place of a list of rewards"),
+        (lambda n: [1.0] * (n - 1), "ValueError: it returned 15 rewards for 16 completions"),
+    ],
+)
+@pytest.mark.parametrize("selects", [False, True])
+def test_rewards_that_are_none_are_told_by_the_function_and_the_reason(tmp_path, caplog, returned, words, selects):
+    """The same in training and in a selection, and without TRL's line of a row that had no reward."""
+
+    def odd(completions, **kwargs):
+        return returned(len(completions))
+
+    choice = config(score="learnability", warmup_prompts=0, num_rollouts=4) if selects else online()
+    with pytest.raises(RewardError, match="The reward function `odd` failed: .*It must return a number") as caught:
+        make_trainer(tmp_path, choice, reward=odd, max_steps=1).train()
+    assert words in str(caught.value) and "All reward functions returned None" not in caplog.text
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor, iter, lambda values: np.array(values) > 0])
+def test_rewards_of_every_kind_that_trl_takes(tmp_path, kind):
+    """They make the same run."""
+    paid, plain = (Paid(lambda completions, row, k=k: k(digit_reward(completions, row))) for k in (kind, list))
+    made = []
+    for path, reward in (("a", paid), ("b", plain)):
+        trainer = make_trainer(tmp_path / path, online(), reward=reward, max_steps=2)
+        trainer.train()
+        made.append(weights(trainer))
+    assert_same_weights(*made)
+
+
+def test_the_plan_says_from_which_step_prompts_can_be_chosen(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(judge, "TRIED", 16)
+    trainer = make_trainer(tmp_path, online(), max_steps=12, **EVERY_STEP)
+    trainer.train()
+    first = int(np.flatnonzero(trainer._learnalign.schedule.history.column("choosing"))[0]) + 1
+    said = capsys.readouterr().out
+    assert "steps 1 to 12 train on random prompts, as TRL would, until success is predicted well enough" in said
+    assert f"(not before step {first})" in said
+    make_trainer(tmp_path, online(), max_steps=12).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert "steps 3 to 12 train on random prompts" in (said := capsys.readouterr().out)
+    assert f"(not before step {first})" in said
+    make_trainer(tmp_path, online(), max_steps=12).train(resume_from_checkpoint=str(tmp_path / "checkpoint-11"))
+    assert "step 12 trains on chosen prompts, as long as choosing helps" in capsys.readouterr().out

@@ -41,6 +41,57 @@ def selection_warning(selection: "Selection") -> str | None:
     return _all_equal(selection, config["learnability"])
 
 
+def pool_warnings(selection: "Selection") -> list[str]:
+    """Warnings about prompts that could not be measured as the user would expect, a paragraph each."""
+    provenance, texts = selection.provenance, []
+    rows, pool, config = provenance.get("unscorable", ()), selection.num_pool(), provenance.get("config", {})
+    if rows and selection.scores.num_rows:
+        elsewhere = provenance.get("scored_elsewhere", 0)
+        remedy = (
+            f"{elsewhere:,} of them have other rewards: where each function scores the rows of its own task, name all "
+            "that decide in `success_reward`."
+            if elsewhere
+            else "Check what the reward function makes of these rows."
+        )
+        texts.append(
+            f"{len(rows):,} of {pool:,} prompts ({len(rows) / pool:.0%}) are left out, as none of their rollouts has "
+            f"a reward that decides success: all are None, NaN or infinite ({_rows(rows)}). {remedy}"
+        )
+    if without := provenance.get("without_gradient"):
+        masked = provenance["masked"]
+        reason = (
+            f"the completions that make the difference were cut off, and `mask_truncated_completions=True` leaves "
+            f"these out of the loss ({masked:.0%} of all completions). Raise `max_completion_length`."
+            if masked
+            else "their total rewards are equal. Give the reward that decides success a weight in `reward_weights`."
+        )
+        texts.append(
+            f"{without:,} of {pool:,} prompts count as not learnable although the rewards of their rollouts differ, "
+            f"as they have no gradient: {reason}"
+        )
+    if selection.indices and (doubt := provenance.get("doubt")):  # else `selection_warning` speaks of the threshold
+        texts.append(threshold_warning(doubt, config["success_threshold"]))
+    return texts
+
+
+def threshold_warning(doubt: tuple[float, float, float] | None, threshold: float) -> str | None:
+    """A warning about what [`~trl_learnalign.scoring.doubtful_threshold`] found, if it found something."""
+    if doubt is None:
+        return None
+    share, least, most = doubt
+    half, what = ("better", "no successes") if share > 0 else ("worse", "successes")
+    return (
+        f"Most rewards of the {half} half of their range count as {what}: {abs(share):.0%} of them, between "
+        f"{least:.7g} and {most:.7g}. A rollout succeeds where its reward is at least `success_threshold` "
+        f"({threshold:.7g}). If that is not meant, prompts are chosen by a wrong success rate: set it, or use "
+        "`learnability='variance'`, which is for graded rewards."
+    )
+
+
+def _rows(rows):
+    return f"row{'s' * (len(rows) > 1)} {', '.join(map(str, rows[:5]))}{' and others' * (len(rows) > 5)}"
+
+
 def _conditions(selection, chosen, config):
     """Fewer than were asked for, as a condition or missing scores leave prompts out."""
     reasons = [f"`where` ({config['where']}) holds for" * bool(config.get("where")), "the score has a number for"]
@@ -81,7 +132,7 @@ def _graded(selection, threshold, differ):
     )
     return (
         f"No prompt is learnable, although the rewards of {differ:,} of {selection.scores.num_rows:,} prompts differ "
-        f"between their rollouts. A success is a reward of at least `success_threshold` ({threshold:g}), {where} "
+        f"between their rollouts. A success is a reward of at least `success_threshold` ({threshold:.7g}), {where} "
         f"({_seen(selection)}). Use `learnability='variance'`, which is for graded rewards, or another "
         "`success_threshold`."
     )
@@ -108,4 +159,4 @@ def _seen(selection):
     if not selection.provenance.get("reward_range"):
         return "the range of the rewards was not kept"
     least, most = selection.provenance["reward_range"]
-    return f"all rewards are {least:.4g}" if least == most else f"rewards are between {least:.4g} and {most:.4g}"
+    return f"all rewards are {least:.7g}" if least == most else f"rewards are between {least:.7g} and {most:.7g}"

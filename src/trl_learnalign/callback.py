@@ -1,11 +1,12 @@
 """When to select, what the schedule is told, and what is logged."""
 
+import hashlib
 import logging
 import time
 from pathlib import Path
 
 import numpy as np
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import Trainer, TrainerCallback
 
 from . import trackers
@@ -69,7 +70,7 @@ class LearnAlignCallback(TrainerCallback):
         self._lock = None
         self._checkpoints = CheckpointState(self.host, sampler)
         self.host.replace_sampler(self._train_sampler)
-        self.host.on_rewards(self._observe)
+        self.host.on_rewards(self._observe, self._check_rows)
         self.host.before_checkpoint(lambda *where: self._checkpoints.write(*where, self._pending))
         self.host.add_tag("learnalign")
 
@@ -167,13 +168,15 @@ class LearnAlignCallback(TrainerCallback):
 
     # The rewards of training ------------------------------------------------------------------------------------
 
-    def _observe(self, batch, inputs, completions, rewards):
+    def _observe(self, batch, inputs, completions, rewards, trained):
         layout = self.sampler.layout
-        chunk = batch // layout.repeats
-        start = self.trainer.accelerator.process_index * len(inputs)  # of its rollouts; it may split a group
-        self._check_row(chunk, start // layout.group_size, inputs[0])
-        wanted = self.schedule.observe(chunk, rewards.reshape(layout.chunk_prompts, layout.group_size, -1))
-        if wanted:  # the same on all processes
+        chunk, groups = batch // layout.repeats, (layout.chunk_prompts, layout.group_size)
+        if not trained.all():
+            self.schedule.masked(chunk, ~trained.reshape(groups))
+        wanted = self.schedule.observe(chunk, rewards.reshape(*groups, -1))
+        # The main process decides what is asked for: the others may have rounded otherwise
+        if wanted := broadcast_object_list([wanted or {}])[0]:
+            start = self.trainer.accelerator.process_index * len(inputs)  # of its rollouts; it may split a group
             firsts = first_rollouts(wanted, start, len(inputs), layout.group_size)
             own = {row: prompt_text(completions[at]) for row, at in firsts.items()}
             self.schedule.remember({row: text for part in gather_object([own]) for row, text in part.items()})
@@ -181,9 +184,20 @@ class LearnAlignCallback(TrainerCallback):
             if np.isfinite(value):
                 self.host.log_metric(f"learnalign/{name}", float(value))
 
-    def _check_row(self, chunk, place, found):
-        """Raises an error unless the rewards are those of the prompts that the schedule chose."""
-        row = self.sampler.drawn(chunk)[place]
+    def _check_rows(self, batch, inputs) -> int:
+        """
+        A digest of the chunk's rows. Raises an error unless the rewards are those of the prompts that the schedule
+        chose.
+        """
+        layout = self.sampler.layout
+        chunk = batch // layout.repeats
+        rows = self.sampler.drawn(chunk)
+        start = self.trainer.accelerator.process_index * len(inputs)
+        self._check_row(chunk, rows[start // layout.group_size], inputs[0])
+        content = np.array([chunk, *rows], np.int64).tobytes()
+        return int.from_bytes(hashlib.blake2b(content, digest_size=7).digest())
+
+    def _check_row(self, chunk, row, found):
         expected = self.host.dataset[row]
         if "prompt" in expected and found["prompt"] != expected["prompt"]:
             raise RuntimeError(

@@ -7,6 +7,7 @@ from datasets import Dataset
 
 from .choice import QUOTAS, TAKES, Condition
 from .knobs import check, explain
+from .rewards import success_names
 from .rows import dataset_fingerprint
 from .scores import OWN_MEASURES, SCORES, find_score, score_name
 
@@ -51,7 +52,6 @@ _LEAST = {
     "fold": (1, "It is the step through the ranking."),
     "selection_seed": (0, "Use None for the trainer's seed."),
 }
-_TEXTS = {"success_reward": ("the name of a reward function", "Use None if there is only one.")}
 
 
 @explain
@@ -91,9 +91,12 @@ class LearnAlignConfig:
             `"success_rate"`: V = p (1 - p). `"variance"`, for graded rewards: V = the variance of a prompt's rewards,
             scaled to their range over the pool; for rewards of 0 and 1 the two are equal.
         success_threshold (`float`, *optional*, defaults to `1.0`):
-            A rollout is a success if its reward is at least this value.
-        success_reward (`str`, *optional*):
-            Name of the reward function that decides success. Required with several reward functions.
+            A rollout is a success if its reward is at least this value, up to the rounding of float32 (one part in a
+            million).
+        success_reward (`list[str]` or `str`, *optional*):
+            Name of the reward function that decides success. Required with several reward functions. With a function
+            for each task, which gives `None` for the rows of the others, name several: of a rollout the first that
+            gave a reward decides.
         gradient_rollouts (`str`, *optional*, defaults to `"all"`):
             Rollouts of a group that enter its gradient: `"all"`, or `"one_correct"`, only the first successful one.
             The paper does the latter on DAPO-MATH-17K to save time.
@@ -172,7 +175,7 @@ class LearnAlignConfig:
     score_measures: list[str] | None = None
     learnability: str = field(default="success_rate", metadata={"choices": ["success_rate", "variance"]})
     success_threshold: float = 1.0
-    success_reward: str | None = None
+    success_reward: list[str] | None | str = None  # noqa: RUF036 in this order the parser takes it for a list
     gradient_rollouts: str = field(default="all", metadata={"choices": ["all", "one_correct"]})
     projection_dim: int | None = 32768
     max_tokens_per_batch: int | None = None
@@ -199,9 +202,10 @@ class LearnAlignConfig:
     def __post_init__(self):
         if isinstance(self.score_measures, tuple):  # as a checkpoint has it
             self.score_measures = list(self.score_measures)
+        self._check_success_reward()
         for one in fields(self):
-            if one.name not in ("score", "target_dataset"):  # which may be more than texts
-                check(one, type(self).__annotations__[one.name], getattr(self, one.name), _LEAST, _TEXTS)
+            if one.name not in ("score", "target_dataset", "success_reward"):  # which may be more than texts
+                check(one, type(self).__annotations__[one.name], getattr(self, one.name), _LEAST)
         if self.projection_dim is not None and self.projection_dim > MAX_PROJECTION_DIM:
             raise ValueError(
                 f"`projection_dim` is {self.projection_dim}, but must be at most {MAX_PROJECTION_DIM}. Use None for "
@@ -222,6 +226,18 @@ class LearnAlignConfig:
                 f"`candidate_prompts` ({self.candidate_prompts}) is smaller than `num_prompts` ({self.num_prompts}), "
                 "so there would be nothing to choose from. Raise the first or lower the second."
             )
+
+    def _check_success_reward(self):
+        names = self.success_reward
+        if isinstance(names, list | tuple):
+            names = list(names)
+            self.success_reward = names[0] if len(names) == 1 else names  # a command line makes a list of one
+        if names is None or (names and all(isinstance(name, str) for name in success_names(names))):
+            return
+        raise ValueError(
+            f"`success_reward` must be the name of a reward function, or a list of names, but is {names!r}. Use None "
+            "if there is only one."
+        )
 
     def _check_score(self):
         if not isinstance(self.score, str | Callable):

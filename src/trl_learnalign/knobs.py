@@ -24,14 +24,13 @@ def explain(kind: type) -> type:
     return kind
 
 
-def check(one: Field, annotation, value, least: dict, texts: dict) -> None:
+def check(one: Field, annotation, value, least: dict) -> None:
     """
     Args:
         one (`Field`): of a dataclass.
         annotation: its type; a TrlParser overwrites that of the field.
         value: to be checked.
         least (`dict[str, tuple[int, str]]`): of each integer field the least value, and what to do instead.
-        texts (`dict[str, tuple[str, str]]`): what a text is, and what to do instead; by default any text or `None`.
 
     Raises:
         `ValueError`: the value is not of that type or in its range.
@@ -43,8 +42,7 @@ def check(one: Field, annotation, value, least: dict, texts: dict) -> None:
         if not isinstance(value, str) or value not in choices:
             raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but is {value!r}.")
     elif str in kinds and not isinstance(value, str):
-        what, remedy = texts.get(name, ("a text", "Use None for none."))
-        raise ValueError(f"`{name}` must be {what}, but is {value!r}. {remedy}")
+        raise ValueError(f"`{name}` must be a text, but is {value!r}. Use None for none.")
     elif bool in kinds and not isinstance(value, bool):
         raise ValueError(f"`{name}` must be True or False, but is {value!r}.")
     elif int in kinds:

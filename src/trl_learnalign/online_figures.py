@@ -268,7 +268,7 @@ def _coverage(columns, run) -> Drawing:
     return Drawing(
         "online_coverage",
         f"Of a pool of {run['pool']:,}: different prompts visited so far; those that are retired (solved by all "
-        "rollouts of the last two visits or more) and parked (by none).",
+        "of the last sixteen rollouts or more) and parked (by none).",
         f"At the end {last['visited']:,.0f} visited, {last['retired']:,.0f} retired, {last['parked']:,.0f} parked.",
         draw,
     )

@@ -22,13 +22,15 @@ _SAMPLES = {
     "retired": ("Retired", "Solved by all rollouts of their last visits; those seen last."),
     "parked": ("Parked", "Solved by no rollout of their last visits; those seen last."),
     "new": ("Never visited", "At random."),
+    "unscored": ("Unscored", "No reward that decides success, or no token in the loss; those seen last."),
 }
 _STATES = {
     "new": "never visited",
     "live": "some rollouts of the last visit succeeded, others failed",
-    "resting": "all rollouts of the last visit succeeded, or none did, for the first time: it rests twice as long",
-    "retired": "all rollouts of the last two visits or more succeeded: each visit doubles the rest, up to 64 times",
-    "parked": "no rollout of the last two visits or more succeeded: each visit doubles the rest, up to 64 times",
+    "resting": "all rollouts of the last visit succeeded, or none did: eight such rollouts double the rest",
+    "retired": "the last sixteen rollouts or more succeeded: eight more double the rest, up to 64 times",
+    "parked": "the last sixteen rollouts or more failed: eight more double the rest, up to 64 times",
+    "unscored": "the last visit had no reward that decides success, or no token in the loss: each doubles the rest",
 }
 
 
@@ -130,6 +132,7 @@ def _facts(prompts, history, run) -> dict[str, str]:
         "draws now": "chosen" if run["choosing"] else "uniform",
         "retired": f"{states.get('retired', 0):,}",
         "parked": f"{states.get('parked', 0):,}",
+        "unscored": f"{states.get('unscored', 0):,}",
         "suspects": f"{run['suspects']:,}",
     }
 
@@ -179,8 +182,14 @@ def _suspects(suspects, run) -> str:
         "function may not accept the right one; others are only harder than predicted. The chance is the predicted "
         "probability that all their rollouts fail.</p>"
     )
+    if not run.get("skilled", True):
+        explanation += (
+            f"<p>The prediction is hardly better than the mean success of the pool (skill {run['skill']:.2f}), so "
+            "these are prompts that failed more often than that mean lets expect, whatever they are like.</p>"
+        )
     if not suspects.num_rows:
-        none = "With graded rewards suspects are not searched for." if run["graded"] else "There are none."
+        none = "There are none." if run.get("tried", True) else "None are listed before the prediction was tried."
+        none = "With graded rewards suspects are not searched for." if run["graded"] else none
         return explanation + f"<p>{none}</p>"
     answers = [
         name for name in suspects.column_names if name not in ("index", "prompt", "completion", "visits", "chance")

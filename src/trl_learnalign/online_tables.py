@@ -37,7 +37,7 @@ ANSWER_COLUMNS = (
     "target",
 )
 _PLAIN = ("string", "large_string", "int", "uint", "float", "bool")
-_COUNTS = ("chunk", "visited", "retired", "parked")
+_COUNTS = ("chunk", "visited", "retired", "parked", "unscored")
 _PACKAGES = ("trl-learnalign", "trl", "transformers", "accelerate", "torch")
 
 
@@ -83,7 +83,7 @@ def _history_table(history) -> pa.Table:
 
 
 def _suspects_table(schedule, dataset) -> pa.Table:
-    rows, chance = schedule.memory.suspects()
+    rows, chance = schedule.suspects()
     answers = [name for name in ANSWER_COLUMNS if _is_plain(dataset, name)]
     texts = _texts(dataset, rows, answers)
     completions = [schedule.completions.get(row) for row in rows.tolist()]
@@ -119,7 +119,7 @@ def _samples(columns, dataset) -> dict[str, list[dict]]:
     """Some prompts of each state but `resting`, with their numbers."""
     random = np.random.default_rng(0)
     found = {}
-    for state in ("live", "retired", "parked", "new"):
+    for state in ("live", "retired", "parked", "new", "unscored"):
         places = np.flatnonzero(columns["state"] == state)
         if state == "new":
             places = random.choice(places, min(SAMPLES, len(places)), replace=False)
@@ -146,9 +146,11 @@ def _numbers(schedule, host) -> dict:
         "pool": len(schedule.pool),
         "chunk_prompts": schedule.layout.chunk_prompts,
         "plan": schedule.plan(0, state.max_steps, False),
-        "suspects": schedule.memory.num_suspects(),
+        "suspects": schedule.num_suspects(),
         "choosing": schedule.judge.choosing,
         "skill": schedule.judge.skill,
+        "skilled": schedule.judge.skilled,
+        "tried": schedule.judge.tried,
         "headroom": schedule.judge.headroom,
         "pool_success": _finite(schedule.judge.pool_success),
         "calibration": history.calibration.tolist(),

@@ -17,6 +17,9 @@ from .scores import by_row
 from .selection import SCORES_SCHEMA
 
 
+_ROUNDING = 1e-9
+
+
 @dataclass
 class Pool:
     """The scorable prompts, by dataset index, with n groups of G rollouts."""
@@ -28,21 +31,27 @@ class Pool:
     advantages: torch.Tensor  # (n, G)
     lengths: torch.Tensor  # (n, G), tokens
     unscorable: list[int]  # indices of the prompts left out
+    scored_elsewhere: int  # how many of these have rewards that do not decide success
+    masked: float  # share of the rollouts without a token in the loss
+    without_gradient: int  # prompts whose rewards differ, but not those of rollouts in the loss
+    doubt: tuple[float, float, float] | None  # of the threshold, see `scoring.doubtful_threshold`
 
     @classmethod
-    def of_rewards(cls, indices, rewards, penalties, lengths, config: LearnAlignConfig, host) -> "Pool":
+    def of_rewards(cls, indices, rewards, penalties, lengths, trained, config: LearnAlignConfig, host) -> "Pool":
         """
         Args:
             indices (`torch.Tensor` of shape `(n,)`): dataset indices in any order.
             rewards (`torch.Tensor` of shape `(n, G, F)`): NaN where a reward function gave none.
             penalties (`torch.Tensor` of shape `(n, G)`): see [`Group`].
             lengths (`torch.Tensor` of shape `(n, G)`): tokens of the completions.
+            trained (`torch.Tensor` of shape `(n, G)`): how many of these are in the loss. What has no gradient is not
+                learnable.
             config ([`LearnAlignConfig`]): says what success and learnability are.
             host ([`Host`]): says how rewards become advantages.
         """
         order = indices.argsort()
-        indices, rewards, penalties, lengths = (
-            part[order] for part in (indices, rewards, penalties, lengths.double())
+        indices, rewards, penalties, lengths, trained = (
+            part[order] for part in (indices, rewards, penalties, lengths.double(), trained)
         )
         deciding = host.deciding(rewards, config)
         scorable = ~deciding.isnan().all(1)
@@ -52,13 +61,31 @@ class Pool:
         else:
             learnability = scoring.learnability(success_rate)
         advantages = host.advantages(rewards, penalties)
+        # Advantages of equal rewards may be off in the last digit
+        without_gradient = (learnability > 0) & ~((trained > 0) & (advantages.abs() > _ROUNDING)).any(1)
+        learnability = learnability.masked_fill(without_gradient, 0.0)
+        graded = config.learnability == "variance"
         columns = (indices, deciding, success_rate, learnability, advantages, lengths)
-        return cls(*(column[scorable] for column in columns), unscorable=indices[~scorable].tolist())
+        return cls(
+            *(column[scorable] for column in columns),
+            unscorable=indices[~scorable].tolist(),
+            scored_elsewhere=int((~scorable & ~rewards.isnan().all(2).all(1)).sum()),
+            masked=(trained == 0).double().mean().item(),
+            without_gradient=int(without_gradient.sum()),
+            doubt=None if graded else scoring.doubtful_threshold(deciding.numpy(), config.success_threshold),
+        )
 
-    def reward_range(self) -> list[float] | None:
-        """The least and the greatest of the rewards that decide success; `None` without a scorable prompt."""
-        known = self.deciding[~self.deciding.isnan()]
-        return [known.min().item(), known.max().item()] if known.numel() else None
+    def provenance(self) -> dict:
+        """What a selection notes of the rollouts of its pool."""
+        known = self.deciding[~self.deciding.isnan()].numpy()
+        return {
+            "unscorable": self.unscorable,
+            "scored_elsewhere": self.scored_elsewhere,
+            "masked": self.masked,
+            "without_gradient": self.without_gradient,
+            "doubt": self.doubt,
+            "reward_range": [known.min().item(), known.max().item()] if len(known) else None,
+        }
 
     def table(self) -> pd.DataFrame:
         """

@@ -5,7 +5,7 @@ import functools
 import inspect
 import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 
 import torch
@@ -13,13 +13,13 @@ from torch import nn
 
 
 class RewardError(RuntimeError):
-    """A reward function failed in a selection."""
+    """A reward function failed."""
 
 
 @contextmanager
 def guarded(functions: list, names: list[str]):
     """
-    Yields wrappers of reward functions that give no reward if the function raises, returns something else than
+    Yields wrappers of reward functions that give a reward of 0 if the function raises, returns something else than
     numbers (or `None`), or the wrong number of them, so that the collectives that follow find every process there. On
     exit the first failure is raised. Reward models are left as they are.
 
@@ -31,7 +31,7 @@ def guarded(functions: list, names: list[str]):
     if failures:
         name, error = failures[0]
         raise RewardError(
-            f"The reward function `{name}` failed in a selection: {type(error).__name__}: {error}{_place(error)}. It "
+            f"The reward function `{name}` failed: {type(error).__name__}: {error}{_place(error)}. It "
             "must return a number (or None, where a completion cannot be scored) for every completion. Correct it and "
             "run again."
         ) from error
@@ -53,7 +53,12 @@ def last_line(error: BaseException, file: str) -> int | None:
     return lines[-1] if lines else None
 
 
-def check_success_reward(names: list[str], success_reward: str | None, learnability: str) -> None:
+def success_names(success_reward: str | list[str]) -> list[str]:
+    """The names in the setting `success_reward`, in their order."""
+    return [success_reward] if isinstance(success_reward, str) else list(success_reward)
+
+
+def check_success_reward(names: list[str], success_reward: str | list[str] | None, learnability: str) -> None:
     """
     Raises:
         `ValueError`: it is not clear which of the reward functions `names` decides success.
@@ -62,15 +67,20 @@ def check_success_reward(names: list[str], success_reward: str | None, learnabil
         if len(names) > 1 and learnability == "success_rate":
             raise ValueError(
                 f"The trainer has several reward functions ({', '.join(names)}), and LearnAlign must know which one "
-                "decides success. Set `success_reward` to one of these names, or use `learnability='variance'`, which "
-                "takes the total reward."
+                "decides success. Set `success_reward` to one of these names, or to several if each scores the rows "
+                "of its own task; or use `learnability='variance'`, which takes the total reward."
             )
-    elif names.count(success_reward) != 1:
-        times = "not" if success_reward not in names else "more than once"
-        raise ValueError(
-            f"`success_reward` is {success_reward!r}, which is {times} among the trainer's reward functions: "
-            f"{', '.join(names)}."
-        )
+        return
+    wanted = success_names(success_reward)
+    for name in wanted:
+        times = "not" if name not in names else "more than once" if names.count(name) > 1 else None
+        if times is not None:
+            raise ValueError(
+                f"`success_reward` is {success_reward!r}, but {name!r} is {times} among the trainer's reward "
+                f"functions: {', '.join(names)}. Correct the name."
+            )
+    if len(set(wanted)) < len(wanted):
+        raise ValueError(f"`success_reward` is {success_reward!r}, which names a function twice. Name it once.")
 
 
 def _guard(function, name, failures) -> Callable:
@@ -79,7 +89,7 @@ def _guard(function, name, failures) -> Callable:
 
     def failed(error, kwargs):
         failures.append((name, error))
-        return [None] * len(kwargs["completions"])
+        return [0.0] * len(kwargs["completions"])  # for None TRL would warn, with a whole row
 
     if is_async(function):
 
@@ -162,7 +172,29 @@ def is_async(function) -> bool:
 
 
 def _checked(rewards, number):
-    rewards = [torch.nan if reward is None else float(reward) for reward in rewards]
+    """
+    What a reward function returned for a number of completions, as a list of numbers.
+
+    Raises:
+        `TypeError`, `ValueError`: it is no list of numbers, or one of another length.
+    """
+    if isinstance(rewards, str | bytes | dict) or not isinstance(rewards, Iterable) or _is_scalar(rewards):
+        raise TypeError(
+            f"it returned {_shortened(rewards)}, a {type(rewards).__name__}, in place of a list of rewards"
+        )
+    rewards = list(rewards)
+    for place, reward in enumerate(rewards):
+        if isinstance(reward, str | bytes | dict):
+            raise TypeError(f"reward {place} is {_shortened(reward)}, a {type(reward).__name__}, not a number")
     if len(rewards) != number:
         raise ValueError(f"it returned {len(rewards)} rewards for {number} completions")
-    return rewards
+    return [torch.nan if reward is None else float(reward) for reward in rewards]
+
+
+def _is_scalar(value) -> bool:
+    """A tensor or an array without dimensions has the methods of an iterable, but is a number."""
+    return getattr(value, "ndim", None) == 0
+
+
+def _shortened(value) -> str:
+    return repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:60]}..."

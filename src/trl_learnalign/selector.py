@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import Trainer
 
-from .advice import selection_warning
+from .advice import pool_warnings, selection_warning
 from .columns import candidate_rows, dataset_columns
 from .config import FREE_ON_RESUME, LearnAlignConfig
 from .disk import DirectoryLock, make_directory, scratch
@@ -141,7 +141,7 @@ class SelectionRun:
             if self.reused:
                 tqdm.write(f"Used again: {_REUSED.format(self.path, selection.provenance.get('made', 'unknown'))}")
             tqdm.write(selection.summary())
-            if (warning := selection_warning(selection)) is not None:
+            for warning in filter(None, (selection_warning(selection), *pool_warnings(selection))):
                 logger.warning(warning)
             if report is not None:
                 tqdm.write(f"{'Why each prompt was chosen' if selection.indices else 'Report'}: {report}")
@@ -184,7 +184,7 @@ class SelectionRun:
             own = roll_out(self, self.dataset, self.pool, log)
             self.clock("rollouts", started)
             pool = self.gather_rewards(own)
-            self.provenance |= {"unscorable": pool.unscorable, "reward_range": pool.reward_range()}
+            self.provenance |= pool.provenance()
             align = GradientAlignments(self, own, pool) if "gradients" in self.score.requires else None
             selection = self._choose(pool.table(), align)
         self._publish(selection, own, pool)
@@ -218,10 +218,11 @@ class SelectionRun:
 
     def gather_rewards(self, own: Rollouts) -> Pool:
         """What the rollouts of all processes found out, on every process."""
-        columns = own.rows, own.rewards, own.penalties, own.lengths
+        columns = own.rows, own.rewards, own.penalties, own.lengths, own.trained
         gathered = zip(*self.peers.gather(columns), strict=True)
-        indices, rewards, penalties, lengths = (torch.from_numpy(np.concatenate(parts)) for parts in gathered)
-        return Pool.of_rewards(indices, rewards, penalties, lengths, self.config, self.host)
+        return Pool.of_rewards(
+            *(torch.from_numpy(np.concatenate(parts)) for parts in gathered), self.config, self.host
+        )
 
     # Choice and files -------------------------------------------------------------------------------------------
 

@@ -10,19 +10,21 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..peers import Peers
+from ..rewards import RewardError, guarded
 from .generation import SELECTING
 
 
 Undo = Callable[[], None]
-RewardObserver = Callable[[int, list[dict], list, np.ndarray], None]
+RewardObserver = Callable[[int, list[dict], list, np.ndarray, np.ndarray], None]
+RowCheck = Callable[[int, list[dict]], int]
 CheckpointWriter = Callable[[Path, bool, Peers], None]
 
 
-def observe_rewards(trainer: Trainer, observer: RewardObserver) -> Undo:
+def observe_rewards(trainer: Trainer, observer: RewardObserver, check: RowCheck | None = None) -> Undo:
     """
-    Calls `observer(batch_in_run, inputs, completions, rewards)` after every generation for training, on every process;
-    not of an evaluation, nor of a selection. A batch is what one backward takes; a chunk is generated for at once and
-    makes several.
+    Calls `observer(batch_in_run, inputs, completions, rewards, trained)` after every generation for training, on every
+    process; not of an evaluation, nor of a selection. A batch is what one backward takes; a chunk is generated for at
+    once and makes several.
 
     - `batch_in_run` (`int`): training batches before this one in the whole run, also those before the checkpoint that
       it was resumed from. After a resume inside a chunk the rest of that chunk is generated again, with the number of
@@ -32,36 +34,72 @@ def observe_rewards(trainer: Trainer, observer: RewardObserver) -> Undo:
     - `completions` (`list`): of these rows, as the reward functions got them.
     - `rewards` (`np.ndarray` of shape `(rows of all processes, F)`, float64): in the order of the chunk; NaN where a
       reward function gave none, or an infinite one.
+    - `trained` (`np.ndarray` of shape `(rows of all processes,)`, bool): in the same order; whether a token of the
+      completion is in the loss. None is of a truncated completion under `mask_truncated_completions`.
+
+    `check(batch_in_run, inputs)` comes before, and returns a digest (a number below 2**63) of what must be the same on
+    all processes. A reward function that fails, or returns no numbers, a failure of `check` and digests that differ
+    end all processes with an error, none of which is left waiting for the others.
+
+    Raises:
+        [`RewardError`]: a reward function failed.
+        `RuntimeError`: the digests differ, or another process failed.
 
     Returns:
         a function that ends it.
     """
     counter = _BatchCounter(trainer)
     batch, prompts_drawn = None, {}  # of the generation under way, if it is for training; prompts by `id` of their row
+    seen = []  # rows, completions and rewards of that generation
 
     def train(inner, *args, **kwargs):
         counter.count()
         return inner(*args, **kwargs)
 
     def generate(inner, inputs, *args, **kwargs):
-        nonlocal batch, prompts_drawn
+        nonlocal batch, prompts_drawn, seen
         # Asked before the generation, as some ways to generate leave the model in another mode
         training = trainer.is_in_train and trainer.model.training and trainer not in SELECTING
-        before, batch, prompts_drawn = (batch, prompts_drawn), None, {}
+        before, batch, prompts_drawn, seen = (batch, prompts_drawn, seen), None, {}, []
         if training:
             batch = counter.batches_before()
             prompts_drawn = {id(row): copy.deepcopy(row["prompt"]) for row in inputs if "prompt" in row}
         try:
-            return inner(inputs, *args, **kwargs)
+            if not training:
+                return inner(inputs, *args, **kwargs)
+            output = failure = None
+            functions = trainer.reward_funcs
+            try:
+                with guarded(functions, trainer.reward_func_names) as trainer.reward_funcs:
+                    output = inner(inputs, *args, **kwargs)
+            except RewardError as error:  # the generation itself has ended
+                failure = error
+            finally:
+                trainer.reward_funcs = functions
+            tell(output, failure)
+            return output
         finally:
-            batch, prompts_drawn = before
+            batch, prompts_drawn, seen = before
+
+    def tell(output, failure):
+        """Of one generation, once all processes are known to have come through it alike."""
+        digest, trained = 0, np.zeros(0, bool)
+        try:
+            if failure is None:
+                trained = _in_loss(output)
+                digest = check(batch, seen[0][0]) if check is not None and seen else 0
+        except Exception as error:
+            failure = error
+        trained = _agreed(trainer, failure, digest, trained)
+        for rows, completions, rewards in seen:
+            observer(batch, rows, completions, rewards, trained)
 
     def reward(inner, inputs, prompts, completions, *args, **kwargs):
         rewards = inner(inputs, prompts, completions, *args, **kwargs)
         if batch is not None:
-            seen = rewards.detach().cpu().double()
+            found = rewards.detach().cpu().double()
             rows = [row | {"prompt": prompts_drawn[id(row)]} if id(row) in prompts_drawn else row for row in inputs]
-            observer(batch, rows, completions, seen.masked_fill(~seen.isfinite(), torch.nan).numpy())
+            seen.append((rows, completions, found.masked_fill(~found.isfinite(), torch.nan).numpy()))
         return rewards
 
     methods = {"training_step": train, "_generate_and_score_completions": generate, "_calculate_rewards": reward}
@@ -72,6 +110,46 @@ def observe_rewards(trainer: Trainer, observer: RewardObserver) -> Undo:
             one()
 
     return undo
+
+
+def _in_loss(output: dict) -> np.ndarray:
+    """Whether a token of each completion of a generation is in the loss, of shape `(rows,)`."""
+    mask = output["completion_mask"]
+    if "tool_mask" in output:
+        mask = mask * output["tool_mask"]
+    return (mask.sum(1) > 0).cpu().numpy()
+
+
+def _agreed(trainer, failure: Exception | None, digest: int, trained: np.ndarray) -> np.ndarray:
+    """
+    `trained` of all processes, in their order. One collective, which all processes enter, those with a `failure`, too.
+
+    Raises:
+        the `failure`; or `RuntimeError`: one of another process, or other digests there.
+    """
+    accelerator = trainer.accelerator
+    if accelerator.num_processes > 1:
+        rows = torch.zeros(trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation)
+        rows[: len(trained)] = torch.from_numpy(trained)
+        own = torch.tensor([failure is not None, digest, *rows.tolist()], dtype=torch.int64)
+        found = accelerator.gather(own[None].to(accelerator.device)).cpu()
+    else:
+        found = torch.tensor([[failure is not None, digest]])
+    if failure is not None:
+        raise failure
+    failed = found[:, 0].nonzero().flatten().tolist()
+    if failed:
+        raise RuntimeError(
+            f"Process {', '.join(map(str, failed))} failed in a generation for training, so this process ends, too. "
+            "Its own output has the cause."
+        )
+    if len(found[:, 1].unique()) > 1:
+        raise RuntimeError(
+            "The processes have drawn different prompts and would train on them. Their processors or libraries may "
+            f"round differently (digests: {', '.join(f'{one:015x}'[:8] for one in found[:, 1].tolist())}). Resume "
+            "from the last checkpoint on equal machines."
+        )
+    return found[:, 2:].bool().flatten().numpy() if accelerator.num_processes > 1 else trained
 
 
 def write_before_checkpoints(trainer: Trainer, write: CheckpointWriter) -> Undo:

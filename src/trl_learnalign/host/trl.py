@@ -17,7 +17,7 @@ from ..config import LearnAlignConfig
 from ..disk import digest
 from ..gradients import dropout_off
 from ..groups import Group, Row
-from ..rewards import source_of
+from ..rewards import source_of, success_names
 from . import generation, taps
 from .checks import check_selection, check_trainer
 from .generation import NoLogps
@@ -232,10 +232,18 @@ class Host(ABC):
         return (rewards * weights).nansum(-1).masked_fill(rewards.isnan().all(-1), torch.nan)
 
     def deciding(self, rewards: torch.Tensor, config: LearnAlignConfig) -> torch.Tensor:
-        """Of rewards of shape `(n, G, F)` the one that decides success, of shape `(n, G)`."""
-        if config.success_reward is not None:
-            return rewards[:, :, self.reward_names.index(config.success_reward)]
-        return rewards[:, :, 0] if rewards.shape[2] == 1 else self.total(rewards)
+        """
+        Of rewards of shape `(n, G, F)` the one that decides success, of shape `(n, G)`: of several functions that
+        `success_reward` names, the first that gave a reward for the rollout.
+        """
+        if config.success_reward is None:
+            return rewards[:, :, 0] if rewards.shape[2] == 1 else self.total(rewards)
+        first, *others = (
+            rewards[:, :, self.reward_names.index(name)] for name in success_names(config.success_reward)
+        )
+        for other in others:
+            first = first.where(~first.isnan(), other)
+        return first
 
     @abstractmethod
     def advantages(self, rewards: torch.Tensor, penalties: torch.Tensor) -> torch.Tensor:
@@ -307,9 +315,9 @@ class Host(ABC):
         """From now on `make(dataset)` makes the sampler of training; `None` stands for the training dataset."""
         self.trainer._get_train_sampler = make
 
-    def on_rewards(self, observer: taps.RewardObserver) -> taps.Undo:
+    def on_rewards(self, observer: taps.RewardObserver, check: taps.RowCheck | None = None) -> taps.Undo:
         """See [`~trl_learnalign.host.taps.observe_rewards`]."""
-        return taps.observe_rewards(self.trainer, observer)
+        return taps.observe_rewards(self.trainer, observer, check)
 
     def before_checkpoint(self, write: taps.CheckpointWriter) -> taps.Undo:
         """See [`~trl_learnalign.host.taps.write_before_checkpoints`]."""

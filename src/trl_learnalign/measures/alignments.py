@@ -125,7 +125,7 @@ class GradientAlignments:
         """Which rollouts of a group carry a gradient."""
         chosen = np.arange(len(advantages), dtype=np.uint8 if len(advantages) < 256 else np.int32)
         if self.config.gradient_rollouts == "one_correct":
-            successes = (deciding >= self.config.success_threshold).nonzero().flatten().tolist()
+            successes = scoring.is_success(deciding, self.config.success_threshold).nonzero().flatten().tolist()
             first = successes[0] if successes else int(deciding.nan_to_num(-torch.inf).argmax())
             chosen = chosen[first : first + 1]
         counts = own.trained[own.place(index)] > 0

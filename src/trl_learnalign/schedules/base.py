@@ -103,6 +103,16 @@ class Schedule:
             indices (`Sequence[int]`): the chosen dataset rows, best first; empty if no prompt is learnable.
         """
 
+    def masked(self, chunk: int, masked: np.ndarray) -> None:
+        """
+        Receives, before the rewards of a chunk, which of its rollouts have no token in the loss, as truncated ones
+        under `mask_truncated_completions`. Called only where there are some.
+
+        Args:
+            chunk (`int`): the chunk.
+            masked (`np.ndarray` of shape `(n, G)`): bool.
+        """
+
     def observe(self, chunk: int, rewards: np.ndarray) -> dict[int, int] | None:
         """
         Receives the rewards of training. A chunk may be observed twice, where a resumed run generates it

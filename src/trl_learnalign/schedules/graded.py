@@ -15,10 +15,19 @@ class RewardScale:
     def __init__(self):
         self._recent = np.zeros(0, np.float32)
 
-    def __call__(self, rewards: np.ndarray) -> np.ndarray:
-        """Learns from these rewards, and returns them scaled; NaN stays."""
+    @property
+    def recent(self) -> np.ndarray:
+        """The latest rewards, of shape `(n,)`, float32."""
+        return self._recent
+
+    def learn(self, rewards: np.ndarray) -> None:
+        """Notes these rewards; NaN is none."""
         known = rewards[np.isfinite(rewards)]
         self._recent = np.concatenate([self._recent, known.astype(np.float32)])[-self.RECENT :]
+
+    def __call__(self, rewards: np.ndarray) -> np.ndarray:
+        """Learns from these rewards, and returns them scaled; NaN stays."""
+        self.learn(rewards)
         if not len(self._recent):
             return np.full(rewards.shape, np.nan)
         least, greatest = np.quantile(self._recent.astype(np.float64), self.ENDS)

@@ -14,10 +14,11 @@ COLUMNS = (
     "pool_success",
     "skill",
     "headroom",
-    "choosing",  # whether the chunk was chosen; else it was drawn uniformly
+    "choosing",  # whether prompts were chosen (one in twenty is drawn uniformly all the same); else all were drawn so
     "visited",  # distinct prompts so far
     "retired",
     "parked",
+    "unscored",
 )
 BINS = 10  # of predicted success
 VISITS = 20  # later visits count as the last

@@ -18,8 +18,8 @@ class Judge:
     Attributes:
         choosing (`bool`): whether chunks are chosen; else they are drawn uniformly.
         switched (`bool`): whether that was otherwise for the chunk before.
-        headroom (`float`): the expected gain (live groups, or variance) of the best prompts, divided by that of random
-            ones.
+        headroom (`float`): what prompts are ranked on (the expected variance of their rewards), of the best ones
+            divided by that of random ones.
         predicted (`float`): mean success that is predicted of random prompts.
     """
 
@@ -34,10 +34,27 @@ class Judge:
         self.sums = np.zeros(6)
 
     @property
+    def tried(self) -> bool:
+        """Whether there were enough uniform draws to judge by."""
+        return bool(self.sums[3] >= TRIED)
+
+    def chunks_to_try(self, draws: int) -> int:
+        """How many chunks of so many uniform draws are to be observed until the prediction is `tried`."""
+        count, chunks = self.sums[3], 0
+        while count < TRIED:
+            count, chunks = count * MEMORY**draws + draws, chunks + 1
+        return chunks
+
+    @property
+    def skilled(self) -> bool:
+        """Whether the prediction is clearly better than the mean."""
+        return self.skill > BEGIN_SKILL
+
+    @property
     def able(self) -> bool:
         """Whether success was predicted better than by the mean, on enough uniform draws."""
         wanted = LEAST_SKILL if self.choosing else BEGIN_SKILL
-        return bool(self.sums[3] >= TRIED and self.skill > wanted)
+        return self.tried and self.skill > wanted
 
     @property
     def skill(self) -> float:
@@ -56,17 +73,17 @@ class Judge:
             return float(successes / draws) if draws else math.nan
         return float(np.clip(self.predicted + beyond / learnt, 0, 1))
 
-    def look(self, gain: np.ndarray, best: np.ndarray, predicted: float) -> None:
+    def look(self, utility: np.ndarray, best: np.ndarray, predicted: float) -> None:
         """
         Decides about the next chunk.
 
         Args:
-            gain (`np.ndarray` of shape `(n,)`): the expected gain of each of n random candidates.
+            utility (`np.ndarray` of shape `(n,)`): what each of n random candidates is ranked on.
             best (`np.ndarray`): places of those that would be chosen.
             predicted (`float`): mean success predicted of the candidates.
         """
         self.predicted = float(predicted)
-        self.headroom = float(gain[best].mean() / max(gain.mean(), 1e-12)) if len(best) else 1.0
+        self.headroom = float(utility[best].mean() / max(utility.mean(), 1e-12)) if len(best) else 1.0
         before, good = self.choosing, self.able and self.headroom >= LEAST_HEADROOM
         self.in_vain = 0 if good else self.in_vain + 1
         self.choosing = good or (self.choosing and self.in_vain < PATIENCE)

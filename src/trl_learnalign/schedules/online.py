@@ -2,7 +2,6 @@
 
 import logging
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +9,14 @@ import torch
 from tqdm.auto import tqdm
 
 from ..rewards import check_success_reward
-from .base import RandomOrder, Schedule
+from ..scoring import is_success
+from . import draws, judge
+from .base import Schedule
+from .draws import Drawn, UniformDraws
 from .graded import RewardScale, VarianceCurve
 from .history import History
-from .judge import TRIED, UNIFORM, Judge
-from .memory import MOST_SUSPECTS, RETIRED_AFTER, PromptMemory
+from .judge import UNIFORM, Judge
+from .memory import MOST_SUSPECTS, PromptMemory
 from .overview import (
     nothing_to_predict,
     periods,
@@ -24,24 +26,15 @@ from .overview import (
     switch_line,
     warning,
 )
-from .predictor import SuccessPredictor, expected_learnability, live_probability
+from .predictor import SuccessPredictor, expected_learnability
 from .prompt_features import check_online, eligible_rows, prompt_features
+from .scored import Scored, has_gradient
 
 
 logger = logging.getLogger(__name__)
 
 CANDIDATES = 16_384  # prompts that a chunk is chosen from, at random; all of a smaller pool
 LEAST_NOISE = 0.02  # variance within groups of graded rewards, over that of successes
-
-
-@dataclass
-class _Drawn:
-    """A chunk that was chosen, and what was expected of it."""
-
-    rows: np.ndarray  # (n,) int32
-    uniform: np.ndarray  # (n,) bool
-    predicted: np.ndarray  # (n,) float64, success
-    learnt: bool  # whether anything had been observed
 
 
 class OnlineSchedule(Schedule):
@@ -52,8 +45,9 @@ class OnlineSchedule(Schedule):
     ([`SuccessPredictor`]), which all observations share; the prompt's own successes and failures are added, and fade.
     Of random candidates a chunk takes those with the greatest E[p (1 - p)] / (1 + v), where v is the number of recent
     visits, which fade alike. After each visit a prompt rests, twice as long each time in a row that all its rollouts
-    succeeded, or none did. One prompt in twenty is drawn uniformly from the whole pool, which measures the pool and
-    the predictor.
+    succeeded, or none did, or none had an outcome. Where some had none, utilities are multiplied by the predicted
+    chance of one ([`Scored`]). One prompt in twenty is drawn uniformly from the whole pool, which measures the pool
+    and the predictor. What was drawn and not yet observed is not drawn again while other prompts are free.
 
     Draws are uniform, in the random order that TRL would have in the first epoch, until the predictor has been better
     than the mean on uniform draws and choosing is expected to make more groups live, and again when either has not
@@ -111,14 +105,15 @@ class OnlineSchedule(Schedule):
         self.predictor = SuccessPredictor(self.features)
         self.memory = PromptMemory(self.layout.pool_size, len(self.pool) / self.layout.chunk_prompts)
         self.judge = Judge()
+        self.scored = Scored(self.features)
         self.scale, self.curve = RewardScale(), VarianceCurve()
         self.history = History()
         self.completions: dict[int, str] = {}  # of suspects, by row
-        self.drawn: dict[int, _Drawn] = {}
+        self.drawn: dict[int, Drawn] = {}
         self.observed = 0  # chunks before this one were observed
-        self.position = 0  # in the random order
+        self._masked: dict[int, np.ndarray] = {}  # rollouts without a token in the loss, by chunk
         self._reported: int | None = None  # the step of the last report
-        self._random = RandomOrder(len(self.pool), self.layout.seed)
+        self.order = UniformDraws(self.pool, self.layout.seed)
         seed = self.config.selection_seed
         self._seed = self.layout.seed if seed is None else seed
 
@@ -136,34 +131,38 @@ class OnlineSchedule(Schedule):
             self.drawn[chunk] = self._choose(chunk)
         return self.drawn[chunk].rows.tolist()
 
-    def _choose(self, chunk) -> _Drawn:
+    def _choose(self, chunk) -> Drawn:
         number = self.layout.chunk_prompts
         generator = np.random.Generator(np.random.Philox(key=[self._seed % 2**64, chunk]))
         candidates = self._candidates(generator)
         a, b = self.posterior(candidates, chunk)
+        utility = self.utility(a, b) * self.scored.chance(candidates, self.memory.unscored[candidates])
         # The last digits may differ between processes, whose choices must not
-        utility = np.round(self.utility(a, b) / (1 + self._recent_visits(a, b)), 9)
-        ranked = np.lexsort((generator.random(len(candidates)), -utility))
-        rested = self.memory.ready[candidates] <= chunk
-        gain = self._gain(a, b)
-        self.judge.look(gain, ranked[rested[ranked]][:number], (a / (a + b)).mean())
+        ranks = np.round(utility / (1 + self._recent_visits(a, b)), 9)
+        ranked = np.lexsort((generator.random(len(candidates)), -ranks))
+        flying = draws.in_flight(self.drawn, self.observed)
+        rested = (self.memory.ready[candidates] <= chunk) & ~np.isin(candidates, flying)
+        self.judge.look(utility, ranked[rested[ranked]][:number], (a / (a + b)).mean())
         if self.judge.switched and self.host.accelerator.is_main_process:
-            tqdm.write(switch_line(chunk, self.judge, self.graded))
+            tqdm.write(switch_line(chunk, self.judge))
         uniform = _rounded(UNIFORM * number, generator) if self.judge.choosing else number
-        rows = self._uniform(uniform)
+        rows = self.order.take(uniform, flying if self.judge.choosing else None)
         if uniform < number:
-            rows += self._best(candidates, ranked, rested, rows, number - uniform)
-        rows = np.array(rows + self._uniform(number - len(rows)), dtype=np.int32)  # a pool may be smaller than a chunk
+            rows += self._best(candidates, ranked, rested, flying, rows, number - uniform)
+        rows += self.order.take(number - len(rows))  # a pool may be smaller than a chunk
+        rows = np.array(rows, dtype=np.int32)
         a, b = self.posterior(rows, chunk)
         self.memory.rest(rows, chunk)
-        return _Drawn(rows, np.arange(number) < uniform, a / (a + b), self.observed > 0)
+        return Drawn(rows, np.arange(number) < uniform, a / (a + b), self.observed > 0, self.judge.choosing)
 
-    def _best(self, candidates, ranked, rested, taken, number) -> list[int]:
-        """The best that have rested, then those whose rest ends soonest."""
+    def _best(self, candidates, ranked, rested, flying, taken, number) -> list[int]:
+        """The best that have rested, then those whose rest ends soonest, and at last those in flight, least often."""
         free = ~np.isin(candidates, taken)
         best = ranked[(rested & free)[ranked]]
         others = np.flatnonzero(free & ~rested)
-        others = others[np.argsort(self.memory.ready[candidates[others]], kind="stable")]
+        rows = candidates[others]
+        times = np.bincount(flying, minlength=self.layout.pool_size)[rows]
+        others = others[np.lexsort((self.memory.ready[rows], times))]
         return candidates[np.concatenate([best, others])[:number]].tolist()
 
     def utility(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -172,10 +171,6 @@ class OnlineSchedule(Schedule):
         variance.
         """
         return self.curve(a / (a + b)) if self.graded else expected_learnability(a, b)
-
-    def _gain(self, a, b):
-        """What choosing should increase: live groups, or variance."""
-        return self.curve(a / (a + b)) if self.graded else live_probability(a, b, self.layout.group_size)
 
     @property
     def graded(self) -> bool:
@@ -196,11 +191,6 @@ class OnlineSchedule(Schedule):
             return self.pool
         return self.pool[generator.choice(len(self.pool), CANDIDATES, replace=False, shuffle=False)]
 
-    def _uniform(self, number) -> list[int]:
-        rows = [int(self.pool[self._random[self.position + i]]) for i in range(number)]
-        self.position += number
-        return rows
-
     def posterior(self, rows: np.ndarray, chunk: int) -> tuple[np.ndarray, np.ndarray]:
         """a and b of the Beta posteriors of the success rates of these rows, of shape `(n,)` each."""
         prior, strength = self.predictor.predict(rows), self.predictor.concentration
@@ -209,22 +199,28 @@ class OnlineSchedule(Schedule):
 
     # Learning ---------------------------------------------------------------------------------------------------
 
+    def masked(self, chunk, masked):
+        """See [`Schedule`]."""
+        self._masked = {chunk: masked}
+
     def observe(self, chunk, rewards):
         """See [`Schedule`]. A chunk that was observed before, or never drawn, changes nothing."""
         if chunk < self.observed or chunk not in self.drawn:
             return None
         drawn = self.drawn[chunk]
         deciding, total = self._rewards(rewards)
+        masked = self._masked.pop(chunk, np.zeros(deciding.shape, bool))
+        deciding = np.where(masked.all(1, keepdims=True), np.nan, deciding)  # it teaches nothing, whatever its rewards
         outcomes = self._outcomes(deciding)
         trials, successes = np.isfinite(outcomes).sum(1), np.nansum(outcomes, axis=1)
         equal = np.nan_to_num(outcomes, nan=-np.inf).max(1) == np.nan_to_num(outcomes, nan=np.inf).min(1)
-        live = np.array([len(set(row[np.isfinite(row)].tolist())) > 1 for row in total])
+        live = has_gradient(total, masked)
         seen = trials > 0
-        before = self.history.groups
+        before = self.history.groups, self.scored.counts[0]
         rows, observed, uniform = drawn.rows[seen], successes[seen] / trials[seen], drawn.uniform[seen]
         self.history.count(drawn.predicted[seen], observed, uniform, live[seen], self.memory.visits[rows])
-        retired, parked = (streak[rows] >= RETIRED_AFTER for streak in (self.memory.solved, self.memory.failed))
         good = observed >= 0.5
+        retired, parked = self.memory.is_retired(rows), self.memory.is_parked(rows)
         self.history.count_revisits(retired, equal[seen] & good, parked, equal[seen] & ~good)
         self.judge.measure(drawn.predicted[seen][uniform], observed[uniform], drawn.learnt)
         noise = None
@@ -234,19 +230,33 @@ class OnlineSchedule(Schedule):
         else:
             self.memory.suspect(drawn.rows, *self.posterior(drawn.rows, chunk), successes, trials)
         self.predictor.observe(chunk, drawn.rows, successes, trials, noise)
-        weight = self._weight
-        self.memory.update(drawn.rows, chunk, weight * successes, weight * trials, equal)
+        self.scored.observe(chunk, drawn.rows, seen, masked)
+        self.memory.update(drawn.rows, chunk, successes, trials, equal, self._weight)
         self.observed = chunk + 1
         self.drawn = {number: one for number, one in self.drawn.items() if number >= chunk}
         self._record(chunk, drawn, live, seen, observed)
-        if before < TRIED <= self.history.groups or (chunk == 0 and not seen.any()):
-            self._warn_of_rewards(deciding)
+        self._warn_of_rewards(*(one < judge.TRIED for one in before), chunk == 0 and not seen.any())
         return self._suspicious(drawn.rows)
 
-    def _warn_of_rewards(self, rewards):
-        text = nothing_to_predict(self, rewards)
-        if text and self.host.accelerator.is_main_process:
-            logger.warning(text)
+    def _warn_of_rewards(self, few_scored, few, nothing):
+        """Once, when enough was seen; at once where nothing of the first chunk can be learnt from."""
+        texts = []
+        if (few_scored and self.history.groups >= judge.TRIED) or nothing:
+            texts.append(nothing_to_predict(self))
+        if few and self.scored.counts[0] >= judge.TRIED:
+            texts += self.scored.warnings(self.host.reward_names)
+        for text in filter(None, texts):
+            if self.host.accelerator.is_main_process:
+                logger.warning(text)
+
+    def suspects(self) -> tuple[np.ndarray, np.ndarray]:
+        """See [`PromptMemory.suspects`]; none before the prediction was tried."""
+        rows, chances = self.memory.suspects()
+        return (rows, chances) if self.judge.tried else (rows[:0], chances[:0])
+
+    def num_suspects(self) -> int:
+        """Number of all of them."""
+        return self.memory.num_suspects() if self.judge.tried else 0
 
     def _suspicious(self, rows) -> dict[int, int]:
         """Suspects among these rows whose completion is not known yet, with their places."""
@@ -270,7 +280,8 @@ class OnlineSchedule(Schedule):
         """1 for a success, else 0; graded rewards scaled to [0, 1]. NaN where there is none; of shape `(n, G)`."""
         if self.graded:
             return self.scale(deciding)
-        return np.where(np.isfinite(deciding), deciding >= self.config.success_threshold, np.nan)
+        self.scale.learn(deciding)
+        return np.where(np.isfinite(deciding), is_success(deciding, self.config.success_threshold), np.nan)
 
     def _record(self, chunk, drawn, live, seen, observed):
         uniform, chosen = drawn.uniform & seen, ~drawn.uniform & seen
@@ -286,7 +297,7 @@ class OnlineSchedule(Schedule):
                 "pool_success": self.judge.pool_success,
                 "skill": self.judge.skill,
                 "headroom": self.judge.headroom,
-                "choosing": not drawn.uniform.all(),
+                "choosing": drawn.choosing,
                 **self.memory.counts(),
             }
         )
@@ -294,7 +305,7 @@ class OnlineSchedule(Schedule):
     def metrics(self):
         """See [`Schedule`]."""
         latest = self.history.latest()
-        return {name: latest[name] for name in _LOGGED if name in latest} | {"suspects": self.memory.num_suspects()}
+        return {name: latest[name] for name in _LOGGED if name in latest} | {"suspects": self.num_suspects()}
 
     # What is said -----------------------------------------------------------------------------------------------
 
@@ -330,17 +341,12 @@ class OnlineSchedule(Schedule):
     # Checkpoints ------------------------------------------------------------------------------------------------
 
     def state_dict(self):
-        """See [`Schedule`]: 26 bytes a prompt, what was observed last, and 56 bytes a chunk."""
-        drawn = sorted(self.drawn.items())
+        """See [`Schedule`]: 27 bytes a prompt, what was observed last, and 60 bytes a chunk."""
         return {
             **{name: getattr(self, name).state_dict() for name in _PARTS},
-            "drawn": {
-                "chunks": np.array([chunk for chunk, _ in drawn], dtype=np.int64),
-                **{name: _stacked([getattr(one, name) for _, one in drawn]) for name in _DRAWN},
-            },
+            "drawn": draws.stacked(self.drawn),
             "features_key": self.features_key,
             "observed": self.observed,
-            "position": self.position,
         }
 
     def load_state_dict(self, state):
@@ -349,10 +355,7 @@ class OnlineSchedule(Schedule):
         try:
             for name in _PARTS:
                 getattr(self, name).load_state_dict(state[name])
-            self.observed, self.position = int(state["observed"]), int(state["position"])
-            drawn = state["drawn"]
-            parts = zip(drawn["chunks"].tolist(), *(drawn[name] for name in _DRAWN), strict=True)
-            self.drawn = {chunk: _Drawn(*part) for chunk, *part in parts}
+            self.observed, self.drawn = int(state["observed"]), draws.unstacked(state["drawn"])
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise ValueError(
                 f"The state of the online schedule in the checkpoint is damaged or of other data: {error!r}. Resume "
@@ -360,13 +363,11 @@ class OnlineSchedule(Schedule):
             ) from error
 
 
-_PARTS = "memory", "judge", "predictor", "scale", "curve", "history"
-_DRAWN = "rows", "uniform", "predicted", "learnt"
-_LOGGED = "live_fraction", "predicted_success", "observed_success", "pool_success", "skill", "headroom", "retired"
-
-
-def _stacked(arrays):
-    return np.stack(arrays) if arrays else np.zeros((0, 0))
+_PARTS = "memory", "judge", "predictor", "scored", "scale", "curve", "history", "order"
+_LOGGED = (
+    *("choosing", "live_fraction", "live_chosen", "live_uniform", "predicted_success", "observed_success"),
+    *("pool_success", "skill", "headroom", "retired", "unscored"),
+)
 
 
 def _rounded(number: float, generator) -> int:

@@ -1,19 +1,22 @@
 """The state and history of an online schedule as tables and lines, for its report, a model card and the output."""
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..advice import threshold_warning
+from ..scoring import doubtful_threshold
 from ..summaries import live_shares
-from .judge import BEGIN_SKILL, LEAST_HEADROOM, PATIENCE, TRIED, UNIFORM, Judge
-from .memory import RETIRED_AFTER
+from . import judge
+from .judge import BEGIN_SKILL, LEAST_HEADROOM, PATIENCE, UNIFORM, Judge
 
 
 if TYPE_CHECKING:
     from .history import History
     from .online import OnlineSchedule
 
-STATES = ("new", "live", "resting", "retired", "parked")
+STATES = ("new", "live", "resting", "retired", "parked", "unscored")
 MOST_PERIODS = 20
 _BLOCK = 16_384  # prompts whose success is predicted at once, in float64
 
@@ -28,12 +31,12 @@ def prompt_columns(schedule: "OnlineSchedule") -> dict[str, np.ndarray]:
     posteriors = [np.stack(schedule.posterior(block, schedule.observed)) for block in blocks]
     a, b = np.concatenate(posteriors, axis=1)
     successes, failures, visits = memory.successes[rows], memory.failures[rows], memory.visits[rows]
-    solved, failed = memory.solved[rows], memory.failed[rows]
     trials = successes + failures
     conditions = {
-        "retired": solved >= RETIRED_AFTER,
-        "parked": failed >= RETIRED_AFTER,
-        "resting": (solved > 0) | (failed > 0),
+        "unscored": memory.unscored[rows] > 0,
+        "retired": memory.is_retired(rows),
+        "parked": memory.is_parked(rows),
+        "resting": (memory.solved[rows] > 0) | (memory.failed[rows] > 0),
         "live": visits > 0,
     }
     places = [STATES.index(name) for name in conditions]
@@ -65,11 +68,11 @@ def periods(history: "History", chunk_prompts: int) -> list:
             why = None
         elif start == 0 and end + 1 < len(choosing):
             why = (
-                f"at the start, until at least {TRIED} uniform draws had shown that the prediction is better than the "
+                f"at the start, until at least {judge.TRIED} uniform draws had shown that the prediction is better than the "
                 "mean and that choosing should help"
             )
-        elif start == 0 and (end + 1) * chunk_prompts < TRIED:
-            why = f"the prediction is judged after {TRIED} uniform draws"
+        elif start == 0 and (end + 1) * chunk_prompts < judge.TRIED:
+            why = f"the prediction is judged after {judge.TRIED} uniform draws"
         elif skill[start if start else end] <= BEGIN_SKILL:
             why = f"the prediction was hardly better than the mean (needed: a skill of {BEGIN_SKILL})"
         else:
@@ -87,20 +90,20 @@ def periods(history: "History", chunk_prompts: int) -> list:
     return found
 
 
-def switch_line(chunk: int, judge: Judge, graded: bool) -> str:
+def switch_line(chunk: int, judge: Judge) -> str:
     """
     The line printed when a schedule starts or stops choosing.
 
     Args:
         chunk (`int`): the first chunk that is chosen, or drawn uniformly.
         judge ([`Judge`]): its judge.
-        graded (`bool`): whether rewards are graded.
     """
     start = f"LearnAlign, chunk {chunk}: from now on"
     if judge.choosing:
-        gain = f"{judge.headroom:.1f} x as often as random ones"
-        gain = f"have {judge.headroom:.1f} x the variance of random ones" if graded else f"be live {gain}"
-        return f"{start} prompts are chosen by predicted learnability: they should {gain} (skill {judge.skill:.2f})."
+        return (
+            f"{start} prompts are chosen by predicted learnability: their rewards should have {judge.headroom:.1f} x "
+            f"the variance of those of random prompts (skill {judge.skill:.2f})."
+        )
     if not judge.able:
         skill = f"for {PATIENCE} chunks (skill {judge.skill:.2f})"
         return f"{start} draws are uniform: the prediction of success was hardly better than the mean {skill}."
@@ -116,8 +119,8 @@ def summary_lines(schedule: "OnlineSchedule") -> list[str]:
         return []
     chunks, (chosen, uniform, draws) = len(history.chunks), live_shares(history.column, layout.chunk_prompts)
     lines = [
-        f"{latest['visited']:,.0f} of {len(schedule.pool):,} prompts were trained on, in {chunks:,} chunks of "
-        f"{layout.chunk_prompts} prompts with {layout.group_size} rollouts each.",
+        f"{latest['visited']:,.0f} of {len(schedule.pool):,} prompts were trained on, in {counted(chunks, 'chunk')} "
+        f"of {counted(layout.chunk_prompts, 'prompt')} with {layout.group_size} rollouts each.",
         f"{history.column('choosing').mean():.0%} of the chunks were chosen, the others drawn uniformly.",
     ]
     if not np.isfinite(chosen):
@@ -127,11 +130,18 @@ def summary_lines(schedule: "OnlineSchedule") -> list[str]:
             f"Where prompts were chosen, {chosen:.0%} of their groups were live (their rewards differed), against "
             f"{uniform:.0%} of those drawn uniformly beside them ({draws:,.0f})."
         )
-    return [
-        *lines,
-        f"At the end {latest['retired']:,.0f} prompts had been solved by all rollouts of their last visits, and "
-        f"{latest['parked']:,.0f} by none.",
-    ]
+    if not schedule.graded:
+        by_all, by_none = schedule.memory.solved_by()
+        lines.append(
+            f"Of the prompts trained on, {by_all:,} were solved by all of their rollouts so far, and {by_none:,} by "
+            "none."
+        )
+    if latest["unscored"]:
+        lines.append(
+            f"{latest['unscored']:,.0f} of them had no reward that decides success, or no token in the loss, at their "
+            "last visit."
+        )
+    return lines
 
 
 def plan_lines(schedule: "OnlineSchedule", step: int, max_steps: int) -> list[str]:
@@ -142,12 +152,43 @@ def plan_lines(schedule: "OnlineSchedule", step: int, max_steps: int) -> list[st
     by += [name for name in (config.group_column, config.pass_rate_column) if name]
     by += ["hidden states"] * (schedule.features_key is not None)
     return [
-        f"steps {step + 1} to {max_steps} train on random prompts until success is predicted well enough, then on "
-        f"chosen ones ({UNIFORM:.0%} stay random).",
+        _when(schedule, step, max_steps),
         f"{prompts:,.0f} prompts in all, {layout.chunk_prompts} at once, from a pool of {pool:,}: "
         f"{prompts / pool:.2f} visits per prompt.",
         f"success is predicted from a prompt's own rewards, and from {', '.join(by) or 'nothing else'}.",
     ]
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: `1 chunk`, `2 chunks`."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def first_choice(schedule: "OnlineSchedule") -> int:
+    """
+    The optimizer step before which no chosen prompt can come, as the prediction must have been tried when a chunk is
+    drawn, and the dataloader reads ahead.
+    """
+    layout = schedule.layout
+    chunks = schedule.observed + schedule.judge.chunks_to_try(layout.chunk_prompts)
+    return layout.steps_of(chunks + math.ceil(layout.read_ahead / layout.repeats)) + 1
+
+
+def _when(schedule, step, max_steps):
+    """Which steps train on random prompts, and which on chosen ones."""
+    steps = f"steps {step + 1} to {max_steps} train on" if step + 1 < max_steps else f"step {max_steps} trains on"
+    if schedule.judge.choosing:
+        return f"{steps} chosen prompts, as long as choosing helps ({UNIFORM:.0%} are random)."
+    first = first_choice(schedule)
+    if first > max_steps:
+        return (
+            f"{steps} random prompts, as TRL would: a prediction is judged after {judge.TRIED} random prompts, so nothing "
+            f"can be chosen before step {first}. To see prompts chosen, train longer."
+        )
+    return (
+        f"{steps} random prompts, as TRL would, until success is predicted well enough (not before step "
+        f"{max(first, step + 1)}), then on chosen ones ({UNIFORM:.0%} stay random)."
+    )
 
 
 def warning(schedule: "OnlineSchedule", max_steps: int) -> str | None:
@@ -173,24 +214,31 @@ def warning(schedule: "OnlineSchedule", max_steps: int) -> str | None:
     return " ".join(texts) or None
 
 
-def nothing_to_predict(schedule: "OnlineSchedule", rewards: np.ndarray) -> str | None:
+def nothing_to_predict(schedule: "OnlineSchedule") -> str | None:
     """
-    A warning where success cannot be predicted from what was observed so far, though training goes on.
+    A warning where success cannot be predicted from what was observed so far, or is probably not what the user calls
+    so. Training goes on.
 
     Args:
         schedule ([`OnlineSchedule`]): after some groups.
-        rewards (`np.ndarray`): the latest that decide success.
     """
     groups, successes, live = schedule.history.by_visit.sum(0)
-    known = rewards[np.isfinite(rewards)]
+    known, threshold = schedule.scale.recent, schedule.config.success_threshold
     start = "Success cannot be predicted, so draws stay uniform"
     if not groups:
-        return f"{start}: no rollout of the first chunk has a reward: all are None or NaN. Check the reward functions."
-    if schedule.graded or not live or 0 < successes < groups:
+        return (
+            f"{start}: no rollout of the first chunk has a reward that decides success and a token in the loss. Check "
+            "the reward functions; where completions are cut off, raise `max_completion_length`."
+        )
+    if schedule.graded or not live:
         return None
+    remedy = (
+        f"A rollout succeeds where its reward is at least `success_threshold={threshold:.7g}`. Set "
+        '`success_threshold`, or `learnability="variance"` for graded rewards.'
+    )
+    if 0 < successes < groups:
+        return threshold_warning(doubtful_threshold(known, threshold), threshold)
     return (
         f"{start}: of the first {groups:,.0f} groups {'every' if successes else 'no'} rollout counts as a success, "
-        f"though rewards differ (the last ones lie between {known.min():g} and {known.max():g}). A rollout succeeds "
-        f"where its reward is at least `success_threshold={schedule.config.success_threshold:g}`. Set "
-        '`success_threshold`, or `learnability="variance"` for graded rewards.'
+        f"though rewards differ (they lie between {known.min():.7g} and {known.max():.7g}). {remedy}"
     )

@@ -115,11 +115,6 @@ def expected_learnability(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return a * b / ((a + b) * (a + b + 1))
 
 
-def live_probability(a: np.ndarray, b: np.ndarray, trials: int) -> np.ndarray:
-    """Probability that `trials` rollouts do not all succeed, nor all fail, for p ~ Beta(a, b)."""
-    return 1 - all_fail(b, a, trials) - all_fail(a, b, trials)
-
-
 def all_fail(a: np.ndarray, b: np.ndarray, trials: "np.ndarray | float") -> np.ndarray:
     """Probability that `trials` rollouts all fail, for p ~ Beta(a, b): B(a, b + n) / B(a, b)."""
     return np.exp(_log_gamma(b + trials) - _log_gamma(b) + _log_gamma(a + b) - _log_gamma(a + b + trials))
