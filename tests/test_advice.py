@@ -5,6 +5,7 @@ What is said where nothing was chosen, or less than was asked for: the same in P
 import logging
 import re
 
+import pandas as pd
 import pytest
 from tiny import config, make_trainer
 
@@ -86,6 +87,84 @@ def test_warning_names_the_reason_and_the_remedy(case, tmp_path, caplog, capsys)
     if words is not None:
         assert re.search(words, said[0]) and "\n" not in said[0]
         assert ("`learnability='variance'`" in said[0]) == case.startswith("graded")
+
+
+def odd(completions, row, **kwargs):
+    return [float(i % 2) if r % 2 else None for i, r in enumerate(row)]
+
+
+def even(completions, row, **kwargs):
+    return [None if r % 2 else float(i % 2) for i, r in enumerate(row)]
+
+
+def selected(path, caplog, reward, choice, **changes):
+    """The selection, and the warnings of it."""
+    trainer = make_trainer(path, reward=reward, max_steps=1, **changes)
+    with caplog.at_level(logging.WARNING, "trl_learnalign"):
+        selection = select_prompts(trainer, config(**({"score": "learnability"} | choice)))
+    return selection, [one.getMessage() for one in caplog.records if one.name.startswith("trl_learnalign")]
+
+
+def test_prompts_without_a_deciding_reward_are_left_out_with_a_warning(tmp_path, caplog):
+    """A whole task, if `success_reward` names the function of the other."""
+    selection, said = selected(tmp_path / "a", caplog, [odd, even], {"success_reward": "odd"})
+    assert selection.provenance["unscorable"] == list(range(0, 24, 2)) and len(said) == 1
+    assert "12 of 24 prompts (50%) are left out" in said[0] and "rows 0, 2, 4, 6, 8 and others" in said[0]
+    assert "12 of them have other rewards" in said[0] and "name all that decide in `success_reward`" in said[0]
+    caplog.clear()
+    selection, said = selected(tmp_path / "b", caplog, [odd, even], {"success_reward": ["odd", "even"]})
+    assert not selection.provenance["unscorable"] and not said and selection.num_learnable() == 24
+    _, said = selected(tmp_path / "c", caplog, odd, {})
+    assert len(said) == 1 and "Check what the reward function makes of these rows" in said[0]
+
+
+@pytest.mark.parametrize("score", ["learnability", "learnalign"])
+def test_what_has_no_token_in_the_loss_is_not_learnable(tmp_path, caplog, score):
+    """By `mask_truncated_completions`: the trainer's own gradient of such groups is 0."""
+    settings = {"mask_truncated_completions": True, "max_completion_length": 1}
+    selection, said = selected(tmp_path, caplog, cycle(0, 1), {"score": score, "save_rollouts": True}, **settings)
+    table = selection.to_pandas()
+    ended = sum(  # groups with a completion that ended by itself
+        any(ids[-1] in (0, 1) for ids in rows)
+        for rows in read_rollouts(tmp_path).groupby("index")["completion_ids"].apply(list)
+    )
+    assert selection.num_learnable() == ended < 24
+    if score == "learnalign":
+        assert (table.loc[table["learnability"] > 0, "gradient_norm"] > 0).all()
+    assert len([text for text in said if "leaves these out of the loss" in text]) == 1
+    assert f"{24 - ended} of 24 prompts count as not learnable" in said[-1]
+    assert not any("although the rewards of" in text and "success_threshold" in text for text in said)
+
+
+def read_rollouts(path):
+    (file,) = path.rglob("rollouts.parquet")
+    return pd.read_parquet(file)
+
+
+def test_a_success_that_has_no_weight_has_no_gradient(tmp_path, caplog):
+    reward, form = cycle(0, 1), constant(1.0)
+    form.__name__ = "form"
+    settings = {"reward_weights": [0.0, 1.0]}
+    selection, said = selected(tmp_path, caplog, [reward, form], {"success_reward": "reward"}, **settings)
+    assert not selection.indices and len(said) == 1 and "a weight in `reward_weights`" in said[0]
+
+
+def test_a_threshold_on_the_wrong_side_of_shaped_rewards_is_told(tmp_path, caplog):
+    selection, said = selected(tmp_path, caplog, cycle(0, 0.95, 0, 0.9, 0, 0.97, 0, 1.0), {})
+    assert selection.indices and len(said) == 1
+    assert "75% of them, between 0.9 and 0.97" in said[0] and "`success_threshold` (1)" in said[0]
+
+
+@pytest.mark.parametrize(("reward", "threshold"), [(0.9999999, 1.0), (0.7, 0.7), (0.9, 0.9), (0.95, 0.95)])
+def test_a_reward_as_great_as_the_threshold_is_a_success(tmp_path, caplog, reward, threshold):
+    """Up to the rounding of float32."""
+    selection, said = selected(tmp_path, caplog, cycle(0, reward), {"success_threshold": threshold})
+    assert not said and selection.mean_success_rates()[0] == 0.5
+
+
+def test_messages_have_enough_digits(tmp_path, caplog):
+    _, said = selected(tmp_path, caplog, cycle(0, 0.99999), {})
+    assert "which no reward reaches (rewards are between 0 and 0.99999)" in said[0]
 
 
 def test_range_of_a_selection_made_by_an_earlier_version(tmp_path):

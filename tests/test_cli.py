@@ -291,7 +291,7 @@ MISTAKES = [
     (
         ["--reward_funcs", "fails.py:reward"],
         1,
-        "`reward` failed in a selection: KeyError: 'points' (FOLDER/fails.py, line 2). It",
+        "`reward` failed: KeyError: 'points' (FOLDER/fails.py, line 2). It",
     ),
     (
         ["--reward_funcs", "rewards.py:small_digits", "two.py:good"],

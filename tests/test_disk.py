@@ -100,7 +100,7 @@ def test_a_failed_run_lets_the_next_one_in(tmp_path):
     def failing(completions, **kwargs):
         raise ValueError("not today")
 
-    with pytest.raises(RuntimeError, match="`failing` failed in a selection: ValueError: not today"):
+    with pytest.raises(RuntimeError, match="`failing` failed: ValueError: not today"):
         select_prompts(make_trainer(tmp_path, reward=failing), config())
     assert (tmp_path / "learnalign").resolve() not in DirectoryLock._held
 

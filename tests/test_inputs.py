@@ -74,8 +74,13 @@ def test_several_rewards_need_a_name(tmp_path):
     rewards = [graded_reward, digit_reward]
     with pytest.raises(ValueError, match=r"several reward functions \(graded_reward, digit_reward\).*success_reward"):
         make_trainer(tmp_path, config(), reward=rewards)
-    with pytest.raises(ValueError, match="'accuracy', which is not among.*graded_reward, digit_reward"):
+    with pytest.raises(ValueError, match="but 'accuracy' is not among.*graded_reward, digit_reward"):
         make_trainer(tmp_path, config(success_reward="accuracy"), reward=rewards)
+    with pytest.raises(ValueError, match="names a function twice"):
+        make_trainer(tmp_path, config(success_reward=["digit_reward"] * 2), reward=rewards)
+    for names in ([], [3], {"digit_reward"}):
+        with pytest.raises(ValueError, match="`success_reward` must be the name of a reward function, or a list of"):
+            config(success_reward=names)
     with pytest.raises(ValueError, match="more than once"):
         make_trainer(tmp_path, config(success_reward="digit_reward"), reward=[digit_reward, digit_reward])
     with pytest.raises(ValueError, match="'x', which is not among"):
@@ -170,7 +175,7 @@ def in_a_loop(function):
         (lambda completions: [1.0], "ValueError: it returned 1 rewards for 16 completions"),
         (lambda completions: [1.0] * 99, "ValueError: it returned 99 rewards for 16 completions"),
         (lambda completions: None, "TypeError"),
-        (lambda completions: ["good"] * len(completions), "ValueError: could not convert string to float"),
+        (lambda completions: ["good"] * len(completions), "TypeError: reward 0 is 'good', a str, not a number"),
         (lambda completions: [[1.0, 2.0]] * len(completions), "TypeError"),
     ],
 )
@@ -178,9 +183,7 @@ def test_a_reward_function_that_fails_is_named_with_its_cause(tmp_path, answer, 
     tally["nonsense: reward functions"] += 1
     trainer = make_trainer(tmp_path, reward=wrapper(broken_reward(answer)))
     functions = list(trainer.reward_funcs)
-    with pytest.raises(
-        RewardError, match=rf"`broken` failed in a selection: {cause}.*Correct it and run again"
-    ) as caught:
+    with pytest.raises(RewardError, match=rf"`broken` failed: {cause}.*Correct it and run again") as caught:
         select_prompts(trainer, config())
     assert type(caught.value.__cause__).__name__ in cause
     assert trainer.reward_funcs == functions

@@ -35,6 +35,8 @@ def selection_warning(selection: "Selection") -> str | None:
             f"No prompt could be scored: the rewards of all {len(selection.provenance['unscorable']):,} prompts were "
             "None, NaN or infinite. Check the reward function."
         )
+    if selection.provenance.get("without_gradient"):
+        return None  # `pool_warnings` says it
     differ = pc.sum(pc.greater(selection.scores["reward_std"], _ROUNDING)).as_py()
     if config["learnability"] == "success_rate" and differ:
         return _graded(selection, config["success_threshold"], differ)

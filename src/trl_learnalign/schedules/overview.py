@@ -68,8 +68,8 @@ def periods(history: "History", chunk_prompts: int) -> list:
             why = None
         elif start == 0 and end + 1 < len(choosing):
             why = (
-                f"at the start, until at least {judge.TRIED} uniform draws had shown that the prediction is better than the "
-                "mean and that choosing should help"
+                f"at the start, until at least {judge.TRIED} uniform draws had shown that the prediction is better "
+                "than the mean and that choosing should help"
             )
         elif start == 0 and (end + 1) * chunk_prompts < judge.TRIED:
             why = f"the prediction is judged after {judge.TRIED} uniform draws"
@@ -182,8 +182,8 @@ def _when(schedule, step, max_steps):
     first = first_choice(schedule)
     if first > max_steps:
         return (
-            f"{steps} random prompts, as TRL would: a prediction is judged after {judge.TRIED} random prompts, so nothing "
-            f"can be chosen before step {first}. To see prompts chosen, train longer."
+            f"{steps} random prompts, as TRL would: a prediction is judged after {judge.TRIED} random prompts, so "
+            f"nothing can be chosen before step {first}. To see prompts chosen, train longer."
         )
     return (
         f"{steps} random prompts, as TRL would, until success is predicted well enough (not before step "
