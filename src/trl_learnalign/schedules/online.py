@@ -234,7 +234,7 @@ class OnlineSchedule(Schedule):
         self.memory.update(drawn.rows, chunk, successes, trials, equal, self._weight)
         self.observed = chunk + 1
         self.drawn = {number: one for number, one in self.drawn.items() if number >= chunk}
-        self._record(chunk, drawn, live, seen, observed)
+        self._record(chunk, drawn, live, observed)
         self._warn_of_rewards(*(one < judge.TRIED for one in before), chunk == 0 and not seen.any())
         return self._suspicious(drawn.rows)
 
@@ -283,8 +283,8 @@ class OnlineSchedule(Schedule):
         self.scale.learn(deciding)
         return np.where(np.isfinite(deciding), is_success(deciding, self.config.success_threshold), np.nan)
 
-    def _record(self, chunk, drawn, live, seen, observed):
-        uniform, chosen = drawn.uniform & seen, ~drawn.uniform & seen
+    def _record(self, chunk, drawn, live, observed):
+        uniform, chosen = drawn.uniform, ~drawn.uniform
         self.history.add(
             {
                 "chunk": chunk,

@@ -124,10 +124,10 @@ def summary_lines(schedule: "OnlineSchedule") -> list[str]:
         f"{history.column('choosing').mean():.0%} of the chunks were chosen, the others drawn uniformly.",
     ]
     if not np.isfinite(chosen):
-        lines.append(f"{uniform:.0%} of the groups were live (their rewards differed).")
+        lines.append(f"{uniform:.0%} of the groups were live (they had a gradient).")
     elif draws:
         lines.append(
-            f"Where prompts were chosen, {chosen:.0%} of their groups were live (their rewards differed), against "
+            f"Where prompts were chosen, {chosen:.0%} of their groups were live (they had a gradient), against "
             f"{uniform:.0%} of those drawn uniformly beside them ({draws:,.0f})."
         )
     if not schedule.graded:
