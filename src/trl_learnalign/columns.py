@@ -8,7 +8,6 @@ from datasets import Dataset, Value
 
 from .choice import Condition
 from .config import LearnAlignConfig
-from .scores import find_score
 
 
 # Columns that a measure adds to the table
@@ -35,7 +34,7 @@ def check_columns(dataset: Dataset, config: LearnAlignConfig) -> None:
         `ValueError`: `score`, `where` or `quota_column` name a column that there is not, a score that holds no
             numbers, or `where` a column of the dataset that has the name of what is measured.
     """
-    wanted = {"score": find_score(config.score, config.score_measures).columns or ()}
+    wanted = {"score": config.ranking().columns or ()}
     if config.quota_column is not None:
         wanted["quota_column"] = (config.quota_column,)
     measured = {"score"}.union(*(MEASURED[measure] for measure in config.measures))
