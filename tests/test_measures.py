@@ -292,7 +292,7 @@ def test_rollouts_are_not_in_memory(tmp_path, monkeypatch):
     )
     trainer = make_trainer(tmp_path, dataset=make_dataset(1).select([0] * prompts))
     run = SelectionRun(find_host(trainer), config(rollout_batch_prompts=8), 0)
-    run.keys = run._keys()
+    run.make_keys()
     with run.host.left_as_found(8):
         log = run.open_log("rollouts")
         gc.collect()

@@ -44,7 +44,7 @@ def parts_of(run: "SelectionRun", weights: str) -> dict[str, dict[str, str]]:
         "`num_rollouts`": run.num_rollouts,
         "prompts at once (`rollout_batch_prompts`)": run.prompts_at_once,
         "rollouts at once": rollouts_at_once(host, run.num_rollouts),
-        "penalties": host.has_penalties and "gradients" in run.score.requires,
+        "penalties": host.has_penalties and "gradients" in run.config.measures,
         "rows": [dataset_fingerprint(host.dataset), len(run.dataset)],
         "transform of the rows": found["prompts"]["transform"],
     }

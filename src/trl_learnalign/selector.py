@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 
 from .advice import selection_warning
-from .columns import candidate_rows, dataset_columns
+from .columns import candidate_rows
 from .config import LearnAlignConfig
 from .disk import DirectoryLock, make_directory, scratch
 from .host import Host, find_host
@@ -22,7 +22,7 @@ from .keys import keys_of, other_settings, parts_of
 from .measures.alignments import GradientAlignments, Target, roll_out_target
 from .measures.rollouts import Rollouts, prompts_at_once, roll_out, save_shard
 from .peers import Peers
-from .pool import Pool, draw_pool, load_target, scores_table
+from .pool import Pool, draw_pool, load_target, rank, scores_table
 from .projection import stable_hash
 from .prompts import equal_prompts
 from .scores import SCORES
@@ -44,8 +44,8 @@ def select_prompts(trainer: Trainer, config: LearnAlignConfig | None = None) -> 
     With several processes every process must call this; all get the same selection. One line about it is printed, and
     its files, with a report, are left in `OUTPUT_DIR/learnalign/step-{global_step:06d}/` (see docs/files.md). A
     selection there that was made from the same policy, data, rewards and settings is reused, unless its score is a
-    function of your own, and an interrupted one is finished. What was measured stays in `OUTPUT_DIR/_learnalign/`: another score at the same weights measures
-    only what it needs besides.
+    function of your own, and an interrupted one is finished. What was measured stays in `OUTPUT_DIR/_learnalign/`:
+    another score at the same weights measures only what it needs besides.
 
     Args:
         trainer ([`~trl.GRPOTrainer`] or [`~trl.RLOOTrainer`]): supplies the policy, the prompts, the generation and
@@ -158,10 +158,7 @@ class SelectionRun:
             selection = self._choose(table)
             self._publish(selection)
             return selection
-        self.peers.wait()  # before the collective operations of sharded weights
-        weights = self.host.weights_digest()
-        self.parts = self.peers.broadcast(parts_of(self, weights))
-        self.keys = keys_of(self.parts)
+        self.make_keys()
         self.provenance |= {"key": self.keys["selection"], "made_from": self.parts["selection"]}
         found = self._finished()
         self.reused = found is not None
@@ -224,8 +221,8 @@ class SelectionRun:
             if self.accelerator.is_main_process:
                 logger.warning(
                     f"No prompt of `target_dataset` is learnable: all {len(self.target)} were always or never solved, "
-                    f"so the target has no gradient, and this selection is made by `learnability` instead. Warm up "
-                    "longer, use more `num_rollouts`, or other target prompts."
+                    "or could not be scored, so the target has no gradient, and this selection is made by "
+                    "`learnability` instead. Warm up longer, use more `num_rollouts`, or other target prompts."
                 )
         return target
 
@@ -235,6 +232,13 @@ class SelectionRun:
     def path_of_measures(self) -> Path:
         """The directory of what is measured at this step."""
         return scratch(self.path.parent) / self.path.name
+
+    def make_keys(self) -> None:
+        """What the selection and its measures are made from, and the keys that follow. All processes must call this."""
+        self.peers.wait()  # before the collective operations of sharded weights
+        weights = self.host.weights_digest()
+        self.parts = self.peers.broadcast(parts_of(self, weights))
+        self.keys = keys_of(self.parts)
 
     def open_log(self, measure: str) -> Log:
         """The log of a measure, as far as it was made under the same key. All processes must call this."""
@@ -266,8 +270,7 @@ class SelectionRun:
 
     def _choose(self, table, align=None) -> Selection:
         dataset, stage = self.host.dataset, self.provenance["stage"]
-        more = dataset_columns(dataset, table.index, self.score.columns)
-        ranked = self.score.rank(more.drop(columns=table.columns, errors="ignore").join(table), align)
+        ranked = rank(self.score, table, dataset, align)
         # With all scores equal the ties are the choice
         seed = stable_hash(self.seed, "random" if self.config.score == "random" else "ties", stage)
         scores = scores_table(table, ranked, dataset, self.config, seed)

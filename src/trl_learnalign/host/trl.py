@@ -146,6 +146,15 @@ class Host(ABC):
         """See [`~trl_learnalign.host.identities.prompt_identity`]."""
         return identities.prompt_identity(self, dataset)
 
+    def remember_functions(self) -> None:
+        """
+        Looks at the user's functions as they are before training calls them, and at weights that it will shard. What
+        changes later of the functions' own doing is no part of their identity.
+        """
+        self.unidentified()
+        if self.is_sharded:
+            self.base_identity()
+
     def unidentified(self) -> list[str]:
         """See [`~trl_learnalign.host.identities.unidentified`]."""
         return identities.unidentified(self)

@@ -136,7 +136,7 @@ def roll_out(run, dataset: Dataset, rows: list[int], log: Log, phase: str = "rol
     size = run.prompts_at_once
     batches = [rows[start : start + size] for start in range(0, len(rows), size)]
     world, rank = run.accelerator.num_processes, run.accelerator.process_index
-    gradients = "gradients" in run.score.requires
+    gradients = "gradients" in run.config.measures
     if (rows_that_fit := log.read(_FITTING + rank)) is not None:
         # Or the rollouts would be others than without the interruption
         host.halving.rows = int.from_bytes(rows_that_fit, "big")
