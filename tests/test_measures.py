@@ -209,6 +209,8 @@ def test_rounds(tmp_path, monkeypatch):
 def test_prompts_at_once_by_default(tmp_path, training, pool, expected):
     host = find_host(make_trainer(tmp_path, per_device_train_batch_size=8 * training))
     assert rollouts.prompts_at_once(host, config(), 8, pool) == expected
+    host.trainer.is_fsdp_enabled = True  # where generation cannot go on in halves
+    assert rollouts.prompts_at_once(host, config(), 8, pool) == training
 
 
 # Memory of the device

@@ -234,7 +234,7 @@ class SelectionRun:
         return scratch(self.path.parent) / self.path.name
 
     def make_keys(self) -> None:
-        """What the selection and its measures are made from, and the keys that follow. All processes must call this."""
+        """What a selection and its measures are made from, and their keys. All processes must call this."""
         self.peers.wait()  # before the collective operations of sharded weights
         weights = self.host.weights_digest()
         self.parts = self.peers.broadcast(parts_of(self, weights))
