@@ -442,7 +442,7 @@ def test_measures_made_from_something_else_are_discarded(tmp_path, monkeypatch, 
     seen = Seen(digit_reward)
     select_prompts(make_trainer(tmp_path, reward=seen, temperature=0.5), config())
     assert len(seen.rows) == 24 * 8
-    assert "other weights, data, rewards or settings" in caplog.text
+    assert "from other reward function `digit_reward`, `temperature`, so it is discarded" in caplog.text
 
 
 def test_staged_selection(tmp_path):
