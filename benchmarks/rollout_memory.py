@@ -72,7 +72,7 @@ def work(directory, arguments):
     )
     choice = LearnAlignConfig(num_rollouts=8, rollout_batch_prompts=BATCH, max_tokens_per_batch=16_000)
     run = SelectionRun(find_host(trainer), choice, 0)
-    run.keys = run._keys()
+    run.make_keys()
     syncs, before, started = count_syncs(), resident(), time.perf_counter()
     with run.host.left_as_found(8):
         log = run.open_log("rollouts")

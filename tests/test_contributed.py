@@ -105,9 +105,7 @@ def test_unsolved(tmp_path):
         again, since = train_on_unsolved(tmp_path, resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert since == rows[4 * step :]
         assert_same_weights(weights(again), weights(whole))
-    with pytest.raises(
-        ValueError, match="with the schedule Unsolved, but this sampler has StagedSchedule|num_prompts was"
-    ):
+    with pytest.raises(ValueError, match="with the schedule Unsolved, but this sampler has StagedSchedule"):
         make_trainer(tmp_path, config(), num_train_epochs=2).train(resume_from_checkpoint=True)
     with pytest.raises(TypeError, match="`schedule` must be a Schedule, but is a type"):
         LearnAlignSampler(config(), schedule=Unsolved)

@@ -209,6 +209,8 @@ def test_rounds(tmp_path, monkeypatch):
 def test_prompts_at_once_by_default(tmp_path, training, pool, expected):
     host = find_host(make_trainer(tmp_path, per_device_train_batch_size=8 * training))
     assert rollouts.prompts_at_once(host, config(), 8, pool) == expected
+    host.trainer.is_fsdp_enabled = True  # where generation cannot go on in halves
+    assert rollouts.prompts_at_once(host, config(), 8, pool) == training
 
 
 # Memory of the device
@@ -292,7 +294,7 @@ def test_rollouts_are_not_in_memory(tmp_path, monkeypatch):
     )
     trainer = make_trainer(tmp_path, dataset=make_dataset(1).select([0] * prompts))
     run = SelectionRun(find_host(trainer), config(rollout_batch_prompts=8), 0)
-    run.keys = run._keys()
+    run.make_keys()
     with run.host.left_as_found(8):
         log = run.open_log("rollouts")
         gc.collect()

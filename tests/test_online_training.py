@@ -390,7 +390,7 @@ def test_a_checkpoint_without_its_state_is_passed_over_or_refused(finished, copi
 
 def test_what_a_resumed_run_must_not_change(copied):
     for choice, changes, message in (
-        (config(), {}, "schedule OnlineSchedule, but this sampler has StagedSchedule|num_prompts was 24 and is 8"),
+        (config(), {}, "schedule OnlineSchedule .*but this sampler has StagedSchedule"),
         (online(), {}, "`prompt_features` was True and is False"),
         (online(prompt_features=True, success_threshold=0.5), {}, "`success_threshold` was 1.0 and is 0.5"),
         (None, {"seed": 8}, "seed was 7 and is 8"),

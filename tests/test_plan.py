@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 from test_sampler import LAYOUT
-from tiny import Seen, assert_same_weights, config, digit_reward, make_trainer, weights
+from tiny import Seen, assert_same_weights, config, digit_reward, make_trainer, online, parity_reward, weights
 
 from trl_learnalign import LearnAlignConfig, Selection, select_prompts
 from trl_learnalign.disk import digest
+from trl_learnalign.host import generation
 from trl_learnalign.plan import estimate_line, plan_lines, rollouts_text, warmup_warning
 from trl_learnalign.runs import load_run
 from trl_learnalign.schedules.staged import Version
@@ -107,6 +108,11 @@ def test_estimate_is_in_proportion():
 
 # Of real runs
 
+
+def shortest(table):
+    return 1 / table["completion_length_mean"]
+
+
 KWARGS = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
 
 
@@ -198,6 +204,64 @@ def test_what_decides_nothing_may_change(run, tmp_path, capsys, caplog):
     assert "The warm-up takes" not in caplog.text
 
 
+BEFORE = {
+    **{"num_rollouts": 4, "rollout_batch_prompts": 2, "score": shortest, "score_measures": ["rollouts"]},
+    **{"learnability": "variance", "success_threshold": 0.5, "success_reward": "digit_reward"},
+    **{"candidate_prompts": 20, "deduplicate": True, "where": "row > 1", "quota_column": "row", "quota": "equal"},
+    **{"take": "proportional", "prompt_order": "ranked", "selection_seed": 3},
+}
+
+
+def test_what_only_the_coming_selection_uses_may_change_until_it_is_made(run, tmp_path, capsys, caplog):
+    """And the run is then the one that had it from the start: up to the selection they are the same."""
+    shutil.copytree(run[1], tmp_path / "run")
+    again, _ = resumed(tmp_path / "run", 1, config(**BEFORE), capsys)
+    whole = make_trainer(tmp_path / "whole", config(**BEFORE), reward=Seen(digit_reward), **KWARGS)
+    whole.train()
+    log = again._get_train_sampler().schedule.log
+    assert log == whole._get_train_sampler().schedule.log != run[0]._get_train_sampler().schedule.log
+    assert_same_weights(weights(again), weights(whole))
+    assert "`where` was None and is 'row > 1'" in caplog.text
+    assert "the selections to come follow the new values" in caplog.text
+    with pytest.raises(ValueError, match="`where` was 'row > 1' and is None.*The selections so far were made with"):
+        resumed(tmp_path / "run", 4, config(**(BEFORE | {"where": None})), capsys)
+
+
+@pytest.mark.parametrize(("changes", "name"), [({"num_prompts": 6}, "num_prompts"), ({"after_warmup": "restart"}, "")])
+def test_what_training_has_begun_with_may_not_change_before_a_selection_either(run, capsys, changes, name):
+    with pytest.raises(ValueError, match=f"follows from `{name}`" if name else "`after_warmup` was 'continue'"):
+        resumed(run[1], 1, config(**changes), capsys)
+
+
+def test_the_advice_against_full_memory_can_be_followed(tmp_path, monkeypatch, capsys):
+    """In any selection: the run goes on from the checkpoint with fewer prompts at once."""
+    kwargs = {"reward": Seen(parity_reward), "per_device_train_batch_size": 16, "num_train_epochs": 2}
+    kwargs |= {"save_strategy": "steps", "save_steps": 1}
+    settings = {"reselect_every": 0.5, "rollout_batch_prompts": 4, "score": "learnability"}
+    full = []
+
+    def generate(host, dataset, rows, *args, original=generation.generate_groups):
+        if full and len(rows) > 2:
+            raise MemoryError("4 rollouts at once do not fit. Lower `rollout_batch_prompts`")
+        return original(host, dataset, rows, *args)
+
+    monkeypatch.setattr(generation, "generate_groups", generate)
+    trainer = make_trainer(tmp_path, config(**settings), **kwargs)
+    accept = trainer._learnalign.schedule.accept
+    trainer._learnalign.schedule.accept = lambda *version: (full.append(version), accept(*version))
+    with pytest.raises(MemoryError):
+        trainer.train()
+    assert len(full) == 1
+    again = make_trainer(tmp_path, config(**settings | {"rollout_batch_prompts": 2}), **kwargs)
+    again.train(resume_from_checkpoint=True)
+    assert len(again._get_train_sampler().schedule.log) > 2 and again.state.global_step == again.state.max_steps
+
+
+def test_another_schedule_is_named(run, capsys):
+    with pytest.raises(ValueError, match=r"schedule StagedSchedule \(`schedule='staged'`\).*has OnlineSchedule"):
+        resumed(run[1], 4, online(), capsys)
+
+
 def test_checkpoints_of_version_0_1_0_know_no_config(run, tmp_path, capsys):
     trainer, path, *_ = run
     shutil.copytree(path, tmp_path / "old")
@@ -261,4 +325,4 @@ def test_a_finished_selection_that_is_used_again_says_so(tmp_path, capsys):
         assert len(first.select(500).indices) == first.num_learnable()
     select_prompts(make_trainer(tmp_path), config(score="learnability", num_rollouts=3))
     out = capsys.readouterr().out
-    assert f"Will be replaced: '{path}' holds a selection from other" in out and "Used again" not in out
+    assert f"Will be replaced: '{path}' holds a selection from other `num_rollouts`" in out and "Used again" not in out

@@ -187,7 +187,7 @@ def test_unbound_sampler_says_what_to_do():
         (lambda s: s.update(state="x"), "damaged"),
         (
             lambda s: s.update(schedule="OnlineSchedule"),
-            "schedule OnlineSchedule, but this sampler has StagedSchedule",
+            r"schedule OnlineSchedule .*, but this sampler has StagedSchedule",
         ),
         (lambda s: s.pop("schedule"), "damaged.*schedule"),
     ],

@@ -1,5 +1,6 @@
 """What prompts are ranked on, and taken by: through real selections and real training runs."""
 
+import pickle
 import sys
 from collections import Counter
 
@@ -8,7 +9,7 @@ import pandas as pd
 import pytest
 from tiny import Seen, config, digit_reward, make_dataset, make_trainer
 
-from trl_learnalign import Selection, scores, select_prompts
+from trl_learnalign import Selection, rehearsal, scores, select_prompts, trackers
 from trl_learnalign.cli import main as command
 
 
@@ -274,6 +275,110 @@ def test_scores_are_matched_by_row_whatever_their_order(tmp_path, form):
 def test_what_cannot_be_is_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         select_prompts(make_trainer(tmp_path, dataset=graded()), config(**{"score": "learnability"} | settings))
+
+
+def reads_a_file(table):
+    return pd.read_csv("not/yet/there.csv")["score"]
+
+
+def misspells(table):
+    return table["sucess_rate"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"where": "completion_length_mean < '800'"}, "cannot be compared"),
+        ({"where": "score > 'x'", "score": "learnalign"}, "cannot be compared"),
+        ({"score": misspells, "score_measures": ["rollouts"]}, r"misspells failed .*line \d+\): KeyError: 'sucess"),
+        ({"score": lambda table: 1 / 0, "score_measures": ["gradients"]}, "made-up measurements.*ZeroDivisionError"),
+        ({"score": lambda table: ["a"] * len(table), "score_measures": ["gradients"]}, "not a number for every"),
+    ],
+)
+def test_what_cannot_be_is_known_before_the_warm_up(tmp_path, settings, message):
+    """When the trainer is made: nothing was trained or rolled out that could be lost."""
+    seen = Seen()
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, config(**settings), reward=seen, dataset=graded())
+    assert not seen.rows
+
+
+@pytest.mark.parametrize(("name", "measure"), [("alignment", "gradients"), ("success_rate", "rollouts")])
+def test_a_column_with_the_name_of_a_measure_is_refused_for_a_function(tmp_path, name, measure):
+    dataset = graded().add_column(name, [0.5] * ROWS)
+    settings = config(score=lambda table: table[name], score_measures=[measure])
+    with pytest.raises(ValueError, match=f"'{name}' is both a column of the training dataset and measured"):
+        make_trainer(tmp_path, settings, dataset=dataset)
+    select_prompts(make_trainer(tmp_path, dataset=dataset), config(score=lambda table: table[name]))
+
+
+def test_a_function_that_needs_a_file_of_the_warm_up_is_only_warned_of(tmp_path, caplog):
+    make_trainer(tmp_path, config(score=reads_a_file), dataset=graded())
+    assert "made-up measurements" in caplog.text and "If it will be right" in caplog.text
+
+
+def test_functions_of_any_kind_pass_the_rehearsal(tmp_path, monkeypatch):
+    """Quantiles, groups, as many values as the pool has rows; of a large pool a part, whose failure is no error."""
+    fixed = list(range(ROWS))
+
+    def spread(table):
+        best = table["success_rate"].quantile(0.9) - table.groupby("source")["alignment"].transform("mean")
+        return (best + table["completion_length_mean"].rank() + np.random.rand(len(table)) + fixed).where(
+            table["learnability"] > 0
+        )
+
+    before = np.random.get_state()[1].tolist()
+    settings = config(score=spread, score_measures=["gradients"], where="success_rate <= 1 and alignment > -2")
+    make_trainer(tmp_path, settings, dataset=graded())
+    state = np.random.get_state()[1].tolist()
+    make_trainer(tmp_path, config(), dataset=graded())
+    assert np.random.get_state()[1].tolist() == state and len(before) == len(state)
+    monkeypatch.setattr(rehearsal, "MOST_ROWS", 5)
+    make_trainer(tmp_path, settings, dataset=graded())
+
+
+def test_a_file_that_changes_counts_for_the_next_configuration(tmp_path):
+    """The function of a run is the one that its configuration was made with, like a reward function."""
+    file = tmp_path / "mine.py"
+    file.write_text("def rank(table):\n    return table['grade']\n")
+    first = config(score=f"{file}:rank")
+    file.write_text("def rank(table):\n    return -table['grade']\n")
+    second = config(score=f"{file}:rank")
+    file.unlink()
+    found = [
+        table_of(select_prompts(make_trainer(tmp_path, dataset=graded()), one))["score"] for one in (first, second)
+    ]
+    assert found[0].dropna().equals(-found[1].dropna())
+    assert pickle.loads(pickle.dumps(config(score="learnability"))) == config(score="learnability")
+
+
+def test_a_resumed_run_ranks_again_and_rolls_nothing_out_again(tmp_path, monkeypatch):
+    """Killed after a selection by a function of one's own, before a checkpoint holds it."""
+    seen = Seen(digit_reward)
+    settings = config(score=misspelt_no_more, score_measures=["gradients"], warmup_prompts=4, num_prompts=4)
+    kwargs = {"reward": seen, "save_strategy": "steps", "save_steps": 1, "max_steps": 6}
+    measures = tmp_path / "_learnalign"
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trackers, "log_values", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make_trainer(tmp_path, settings, **kwargs).train()
+    before = len(seen.rows)
+    assert list(measures.glob("step-*"))
+    trainer = make_trainer(tmp_path, settings, **kwargs)
+    trainer.train(resume_from_checkpoint=True)
+    trained = (
+        trainer.state.max_steps - min(one.provenance["global_step"] for one in trainer._learnalign.selections)
+    ) * 16
+    assert len(seen.rows) - before == trained and trainer._learnalign.selections[0].indices
+    assert not list(measures.glob("step-*"))
+
+
+def misspelt_no_more(table):
+    return table["success_rate"]
 
 
 def test_nothing_eligible_says_why(tmp_path, caplog):

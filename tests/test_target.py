@@ -5,8 +5,9 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny import Seen, config, make_dataset, make_trainer, parity_reward
+from trl import GRPOTrainer, RLOOTrainer
 
-from trl_learnalign import Selection, select_prompts
+from trl_learnalign import LearnAlignCallback, LearnAlignSampler, Selection, select_prompts
 from trl_learnalign.measures import alignments, gradients
 
 
@@ -130,13 +131,64 @@ def test_targets_that_cannot_be_are_refused(tmp_path, settings, message):
         select(tmp_path, **settings)
 
 
-def test_a_target_that_nothing_can_be_learned_from(tmp_path):
-    def never_for_the_target(completions, row, **kwargs):
-        return [0.0 if i >= 100 else r for i, r in zip(row, parity_reward(completions), strict=True)]
+def never_for_the_target(completions, row, **kwargs):
+    return [0.0 if i >= 100 else r for i, r in zip(row, parity_reward(completions), strict=True)]
 
-    trainer = make_trainer(tmp_path, reward=never_for_the_target, dataset=make_dataset(12))
-    with pytest.raises(RuntimeError, match="No prompt of `target_dataset` is learnable: all 6"):
-        select_prompts(trainer, config(score="target", target_dataset=target_rows()))
+
+@pytest.mark.parametrize("kind", [GRPOTrainer, RLOOTrainer])
+def test_a_target_that_nothing_can_be_learned_from(tmp_path, caplog, capsys, kind):
+    """Through training: it is rolled out first, and the selection is made by learnability, with one warning."""
+    seen = Seen(never_for_the_target)
+    settings = config(score="target", target_dataset=target_rows(), warmup_prompts=0, write_report=True)
+    trainer = make_trainer(tmp_path, dataset=make_dataset(12), reward=seen, cls=kind, max_steps=2, beta=0.1)
+    trainer.add_callback(LearnAlignCallback(trainer, LearnAlignSampler(settings)))
+    trainer.train()
+    assert all(row >= 100 for row in seen.rows[: 6 * 8]) and all(row < 100 for row in seen.rows[6 * 8 :])
+    assert caplog.text.count("No prompt of `target_dataset` is learnable: all 6") == 1
+    assert "by learnability instead" in capsys.readouterr().out
+    selection = Selection.load(tmp_path / "learnalign/step-000000")
+    table, page = table_of(selection), (tmp_path / "learnalign/report.html").read_text()
+    assert table["score"].equals(table["learnability"].rename("score")) and table["alignment"].isna().all()
+    assert selection.measures == ("rollouts",) and len(selection.indices) == 8
+    assert selection.provenance["target"] == {
+        "num_rows": 6, "learnable": 0, "without": [], "instead": "learnability"
+    }  # fmt: skip
+    assert "by learnability instead, as no prompt of the target was learnable" in page
+
+
+def test_rollouts_for_a_target_without_use_serve_another_score(tmp_path):
+    """Though no gradient was taken of them."""
+    seen, settings = Seen(never_for_the_target), {"dataset": make_dataset(12), "cls": RLOOTrainer, "beta": 0.1}
+    trainer = make_trainer(tmp_path, reward=seen, **settings)
+    select_prompts(trainer, config(score="target", target_dataset=target_rows()))
+    before = len(seen.rows)
+    found = select_prompts(trainer, config())
+    other = make_trainer(tmp_path / "fresh", reward=never_for_the_target, **settings)
+    assert len(seen.rows) == before and found.scores.equals(select_prompts(other, config()).scores)
+
+
+@pytest.mark.parametrize(
+    ("change", "column", "message"),
+    [
+        ({"prompt": [None, "1="]}, None, r"`target_dataset` has prompts .*null: row 0"),
+        ({"prompt": ["1=", ""]}, None, r"`target_dataset` has prompts .*empty: row 1"),
+        ({"task": [["a"], ["b"]]}, "task", "`target_column` is 'task', whose values are no names of subtasks"),
+        ({"task": [{"a": 1}, {"a": 2}]}, "task", "`target_column` is 'task', whose values are no names of subtasks"),
+    ],
+)
+def test_a_target_is_looked_at_like_the_dataset(tmp_path, change, column, message):
+    seen = Seen()
+    target = Dataset.from_dict({"prompt": ["1=", "2="], "row": [100, 101], "task": ["a", "b"]} | change)
+    settings = config(score="target", target_dataset=target, target_column=column)
+    with pytest.raises(ValueError, match=message):  # when the trainer is made, long before the selection
+        make_trainer(tmp_path, settings, reward=seen, dataset=make_dataset(12))
+    assert not seen.rows
+
+
+def test_a_subtask_may_have_no_name(tmp_path):
+    target = target_rows(4).remove_columns("task").add_column("task", [1, None, None, 1])
+    selection, _ = select(tmp_path, score="target", target_dataset=target, target_column="task")
+    assert selection.provenance["target"]["without"] == [] and len(selection.indices) == 8
 
 
 def test_a_pool_without_a_reward_is_told_so(tmp_path, caplog):

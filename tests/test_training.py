@@ -28,7 +28,6 @@ from trl_learnalign.disk import digest
 from trl_learnalign.host import find_host
 from trl_learnalign.measures import gradients
 from trl_learnalign.restart import restart
-from trl_learnalign.rewards import source_of
 from trl_learnalign.state import STATE_FILE
 
 
@@ -386,24 +385,6 @@ def test_a_selection_depends_on_tokens_rewards_and_what_functions_were_made_with
     assert all(a != b for i, a in enumerate(known) for b in known[:i])
 
 
-def test_what_a_function_was_made_with_identifies_it():
-    def make(least, seen, *, calls=0, most=3):
-        def reward(completions, weight=least, *, most=most, **kwargs):
-            nonlocal calls
-            calls += 1
-            seen.append(len(completions))
-            return [float(least <= len(completion) <= most) * weight for completion in completions]
-
-        return reward
-
-    first = source_of(make(1, []))
-    assert first == source_of(make(1, [2, 3], calls=4))  # states, which change with every call
-    assert len({first, source_of(make(5, [])), source_of(make(1, [], most=4))}) == 3
-    wrapped = [update_wrapper(lambda *args, f=f, **kwargs: f(*args, **kwargs), f) for f in (make(1, []), make(5, []))]
-    assert source_of(wrapped[0]) != source_of(wrapped[1])
-    assert len({source_of(function) for function in (print, make, Seen, shifted_by(1), shifted_by(2))}) == 5
-
-
 @pytest.mark.parametrize("changed", [False, True])
 def test_a_run_resumes_with_functions_objects_and_tuples_as_settings(tmp_path, changed):
     """A checkpoint names what cannot be written into it by what it is, not by where it lies in memory."""
@@ -461,7 +442,7 @@ def test_measures_made_from_something_else_are_discarded(tmp_path, monkeypatch, 
     seen = Seen(digit_reward)
     select_prompts(make_trainer(tmp_path, reward=seen, temperature=0.5), config())
     assert len(seen.rows) == 24 * 8
-    assert "other weights, data, rewards or settings" in caplog.text
+    assert "from other reward function `digit_reward`, `temperature`, so it is discarded" in caplog.text
 
 
 def test_staged_selection(tmp_path):

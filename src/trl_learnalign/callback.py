@@ -18,7 +18,7 @@ from .prompts import prompt_text
 from .restart import check_restart, restart, save_initial_weights
 from .sampler import LearnAlignSampler
 from .selection import Selection
-from .selector import select_at_stage
+from .selector import forget_measures, select_at_stage
 from .state import CheckpointState
 
 
@@ -124,6 +124,8 @@ class LearnAlignCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         self._report()
+        if self._pending is None and self.selections:  # this checkpoint holds the last one
+            forget_measures(self.host)
         if self._pending is not None and not control.should_training_stop:  # else the run that is resumed selects
             self._select(state)
 
@@ -133,6 +135,8 @@ class LearnAlignCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self._report()
+        if self._pending is None and self.selections:
+            forget_measures(self.host)
         self._say_end()
         self.unlock()
 

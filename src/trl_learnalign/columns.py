@@ -8,7 +8,7 @@ from datasets import Dataset, Value
 
 from .choice import Condition
 from .config import LearnAlignConfig
-from .scores import find_score
+from .scores import score_name
 
 
 # Columns that a measure adds to the table
@@ -33,9 +33,10 @@ def check_columns(dataset: Dataset, config: LearnAlignConfig) -> None:
     """
     Raises:
         `ValueError`: `score`, `where` or `quota_column` name a column that there is not, a score that holds no
-            numbers, or `where` a column of the dataset that has the name of what is measured.
+            numbers, `where` a column of the dataset that has the name of what is measured, or a function of the
+            user's would find such a column.
     """
-    wanted = {"score": find_score(config.score, config.score_measures).columns or ()}
+    wanted = {"score": config.ranking().columns or ()}
     if config.quota_column is not None:
         wanted["quota_column"] = (config.quota_column,)
     measured = {"score"}.union(*(MEASURED[measure] for measure in config.measures))
@@ -47,6 +48,13 @@ def check_columns(dataset: Dataset, config: LearnAlignConfig) -> None:
                 "the selection. Rename or remove the column."
             )
         wanted["where"] = named - measured
+    if config.ranking().code is not None:
+        for name in sorted((measured - {"score"}) & set(dataset.column_names)):
+            raise ValueError(
+                f"`score` is a function of yours ({score_name(config.score)}), but '{name}' is both a column of the "
+                "training dataset and measured by the selection, so that it would find only one of them. Rename or "
+                "remove the column."
+            )
     for knob, names in wanted.items():
         more = f", and measured: {', '.join(sorted(measured))}" if knob == "where" and measured else ""
         check_named(dataset, knob, getattr(config, knob), names, more)

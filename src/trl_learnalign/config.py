@@ -9,7 +9,7 @@ from .choice import QUOTAS, TAKES, Condition
 from .knobs import check, explain
 from .rewards import success_names
 from .rows import dataset_fingerprint
-from .scores import OWN_MEASURES, SCORES, find_score, score_name
+from .scores import OWN_MEASURES, SCORES, Score, find_score, score_name
 
 
 SCHEDULE_NAMES = ("staged", "online")
@@ -36,9 +36,15 @@ STAGED_ONLY = (
     "save_rollouts",
 )
 _ONLINE_ONLY = ("prompt_features", "group_column", "pass_rate_column")
-# What a resumed run may change. The first decides when prompts are selected again; none changes what a selection
-# chooses
-FREE_ON_RESUME = ("reselect_every", "max_tokens_per_batch", "save_rollouts", "write_report")
+# What a resumed run may always change: when prompts are selected again, how much is computed at once, and which files
+# are written. None changes the rule that a selection chooses by
+FREE_ON_RESUME = ("reselect_every", "rollout_batch_prompts", "max_tokens_per_batch", "save_rollouts", "write_report")
+# And what it may change besides while no selection has been made: what only the coming one uses
+FREE_BEFORE_SELECTION = (
+    *("num_rollouts", "score", "score_measures", "learnability", "success_threshold", "success_reward"),
+    *("gradient_rollouts", "projection_dim", "candidate_prompts", "deduplicate", "target_dataset", "target_column"),
+    *("where", "quota_column", "quota", "take", "prompt_order", "fold", "selection_seed"),
+)
 MAX_PROJECTION_DIM = 1 << 24
 # Least value of each integer, and what to do instead
 _LEAST = {
@@ -74,9 +80,10 @@ class LearnAlignConfig:
             Rollouts for each prompt of the pool, at least 2. By default the trainer's `num_generations`.
         rollout_batch_prompts (`int`, *optional*):
             Prompts that a process generates for at once in a selection, at least 1. By default as many as in training,
-            doubled up to six times while the pool has 64 such batches (not with a reward model). In every round all
-            processes wait for the longest completion, so fewer, larger rounds are faster. If memory is full,
-            generation goes on in halves. Another batch size gives other rollouts.
+            doubled up to six times while the pool has 64 such batches (not with a reward model or sharded weights). In
+            every round all processes wait for the longest completion, so fewer, larger rounds are faster. If memory is
+            full, generation goes on in halves, unless the weights are sharded. Another batch size gives other
+            rollouts.
         score (`str` or `Callable`, *optional*, defaults to `"learnalign"`):
             What prompts are ranked by: `"learnalign"` (Eq. 8), `"learnability"` (V alone; no gradients), `"alignment"`
             (Eq. 8 without V), `"random"` (no rollouts), `"target"` (V times the alignment with the mean gradient of
@@ -199,6 +206,8 @@ class LearnAlignConfig:
     group_column: str | None = None
     pass_rate_column: str | None = None
 
+    _found = None  # the score, as it was last looked for, with the settings that it follows from
+
     def __post_init__(self):
         if isinstance(self.score_measures, tuple):  # as a checkpoint has it
             self.score_measures = list(self.score_measures)
@@ -252,7 +261,8 @@ class LearnAlignConfig:
                 f"`score_measures` is {measures!r}, but is only for your own functions, and `score` is "
                 f"{self.score!r}. Leave it out."
             )
-        find_score(self.score, measures)
+        self._found = None  # a file is read anew by every configuration
+        self.ranking()
 
     def _check_schedule(self):
         """Raises an error for settings of the other schedule, which would have no effect."""
@@ -291,7 +301,20 @@ class LearnAlignConfig:
     @property
     def measures(self) -> tuple[str, ...]:
         """What the score needs: `"rollouts"`, `"gradients"`, both or nothing."""
-        return find_score(self.score, self.score_measures).requires
+        return self.ranking().requires
+
+    def ranking(self) -> Score:
+        """
+        What prompts are ranked by. A file with a function is read when the configuration is made: edited later, it
+        counts for the next one, as that of a reward function does.
+        """
+        wanted = self.score, self.score_measures
+        if self._found is None or self._found[0] != wanted:
+            self._found = wanted, find_score(*wanted)
+        return self._found[1]
+
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if name != "_found"}
 
     def changes(self, saved: dict) -> dict[str, tuple]:
         """

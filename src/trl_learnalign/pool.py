@@ -6,14 +6,15 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Value
 
 from . import scoring
 from .choice import Condition, draw_order
 from .columns import dataset_columns
 from .config import LearnAlignConfig
+from .prompts import check_prompts
 from .rows import read_dataset
-from .scores import by_row
+from .scores import Alignments, Score, by_row
 from .selection import SCORES_SCHEMA
 
 
@@ -109,7 +110,8 @@ def load_target(dataset: Dataset, config: LearnAlignConfig) -> Dataset | None:
     The rows of the target; `None` without one. `dataset` is the training dataset, whose columns it must have.
 
     Raises:
-        `ValueError`: it cannot be read, is empty, or lacks a column.
+        `ValueError`: it cannot be read, is empty, lacks a column, has a prompt that nothing can be generated for, or
+            no names of subtasks in `target_column`.
     """
     if config.target_dataset is None:
         return None
@@ -125,7 +127,24 @@ def load_target(dataset: Dataset, config: LearnAlignConfig) -> Dataset | None:
             f"{', '.join(target.column_names)}. It needs those of the training dataset, for its prompts and the "
             "reward functions, and `target_column`."
         )
+    check_prompts(target, "`target_dataset`")
+    if config.target_column is not None:
+        kind = target.features[config.target_column]
+        if not isinstance(kind, Value | ClassLabel):
+            raise ValueError(
+                f"`target_column` is {config.target_column!r}, whose values are no names of subtasks: the column is "
+                f"{kind}. Use a column of texts or of numbers."
+            )
     return target
+
+
+def rank(score: Score, table: pd.DataFrame, dataset: Dataset, align: Alignments | None) -> "pd.DataFrame | pd.Series":
+    """
+    What a score returns for a table of what was measured, by dataset row, to which the columns of the dataset that it
+    needs are added.
+    """
+    more = dataset_columns(dataset, table.index, score.columns)
+    return score.rank(more.drop(columns=table.columns, errors="ignore").join(table), align)
 
 
 def scores_table(

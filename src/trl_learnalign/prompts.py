@@ -37,9 +37,10 @@ def check_dataset(dataset, needs_prompt: bool = True) -> None:
         )
 
 
-def check_prompts(dataset: Dataset) -> None:
+def check_prompts(dataset: Dataset, what: str = "The training dataset") -> None:
     """
     Looks at every prompt, column by column, before anything is generated. A dataset without a column `prompt` passes.
+    Messages call the dataset `what`.
 
     Raises:
         `ValueError`: a prompt is null, an empty text or an empty list of messages, or one of its messages has neither
@@ -55,7 +56,7 @@ def check_prompts(dataset: Dataset) -> None:
     if found:
         reasons = "; ".join(f"{reason}: {_listed(rows)}" for reason, rows in found.items())
         raise ValueError(
-            f"The training dataset has prompts that nothing can be generated for ({reasons}). Correct these rows "
+            f"{what} has prompts that nothing can be generated for ({reasons}). Correct these rows "
             "(counted from 0), or leave them out with `dataset.filter` or `dataset.select`."
         )
 

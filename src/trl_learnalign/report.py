@@ -15,7 +15,7 @@ from .page import MISSING, fact_list, figure, filled, html_table, long_text, num
 from .runs import load_last
 from .samples import extremes, most_characters, rows_of, shares, shortened, shown
 from .selection import TEXTS_FILE
-from .summaries import OUTCOME_LABELS, how
+from .summaries import OUTCOME_LABELS, how, instead
 
 
 REPORT_FILE = "report.html"
@@ -162,6 +162,8 @@ def _notes(selection) -> str:
         notes.append(
             f"{unscorable:,} prompts were left out: none of their rollouts got a reward that is a finite number."
         )
+    if other := instead(selection):
+        notes.append(f"Prompts were chosen{other}.")
     if (warning := selection_warning(selection)) is not None:
         notes.append(warning)
     return "".join(f"<p>{html.escape(note)}</p>" for note in notes)

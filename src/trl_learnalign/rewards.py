@@ -1,10 +1,8 @@
 """Reward functions that fail with a clear error on all processes, so that none is left waiting in a collective."""
 
-import dis
 import functools
 import inspect
 import traceback
-import types
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 
@@ -108,41 +106,6 @@ def _guard(function, name, failures) -> Callable:
                 return failed(error, kwargs)
 
     return stand_in
-
-
-def source_of(function) -> str:
-    """
-    What identifies a function or an object of the user's: its source or that of its class, the arguments of a
-    `functools.partial`, the name or path of a model, and the plain values among the defaults and the variables that a
-    function was made with. Not the state of an object or of a list, nor variables that the function sets, which may
-    change with every call.
-    """
-    if isinstance(function, functools.partial):
-        return f"{source_of(function.func)} {partial_arguments(function)}"
-    named = getattr(getattr(function, "config", None), "_name_or_path", "") if isinstance(function, nn.Module) else ""
-    return " ".join([_source(function), named, *_made_with(function), *_made_with(inspect.unwrap(function))])
-
-
-def _source(function):
-    for told in (function, type(function)):
-        try:
-            return inspect.getsource(told)
-        except (OSError, TypeError):  # an object, a builtin, or defined where there is no source
-            pass
-    return type(function).__qualname__
-
-
-def _made_with(function):
-    """The defaults of a function and the variables of its closure, as texts."""
-    code = getattr(function, "__code__", None)
-    if code is None:
-        return []
-    rebound = {one.argval for one in dis.get_instructions(code) if one.opname == "STORE_DEREF"}
-    cells = zip(code.co_freevars, function.__closure__ or (), strict=False)
-    found = {f"default {place}": value for place, value in enumerate(function.__defaults__ or ())}
-    found |= function.__kwdefaults__ or {}
-    found |= {name: cell.cell_contents for name, cell in cells if name not in rebound and cell != types.CellType()}
-    return [f"{name}={_type_of(value) if isinstance(value, list) else plain(value)}" for name, value in found.items()]
 
 
 def partial_arguments(function: functools.partial) -> str:

@@ -90,3 +90,11 @@ def _fingerprint(dataset):
             writer.write_table(table)
         hashed.update(sink.getvalue())
     return hashed.hexdigest()
+
+
+def format_of(dataset: Dataset) -> dict:
+    """What a dataset makes of its rows when they are read: a format or a function, and the columns that are left."""
+    found = dataset.format
+    if found["type"] is None and set(found["columns"]) == set(dataset.column_names):
+        return {}
+    return {name: found[name] for name in ("type", "format_kwargs", "columns", "output_all_columns")}

@@ -152,20 +152,20 @@ class LearnAlignSampler(Sampler[int]):
             raise ValueError(f"The sampler state in the checkpoint is damaged: {error!r}.") from error
         if version not in (1, STATE_VERSION):
             raise ValueError(f"The sampler state has version {version!r}, but this package reads {STATE_VERSION}.")
+        if name != type(self.schedule).__name__:
+            raise ValueError(
+                f"The checkpoint was written with the schedule {_called(name)}, but this sampler has "
+                f"{_called(type(self.schedule).__name__)}. Resume with the same `schedule`, or start a new run from "
+                "the weights of this one."
+            )
         if changed:
             raise ValueError(
                 "The checkpoint was written for another stream of prompts: "
                 + "; ".join(changed)
-                + f". {to_train_longer(layout, was.get('epochs'))}Resume with the "
+                + f". {_fixed(layout, was)}{to_train_longer(layout, was.get('epochs'))}Resume with the "
                 "settings, the data and the number of processes of the first run (or keep "
                 "`per_device_train_batch_size` x processes, `steps_per_generation` and `gradient_accumulation_steps` "
                 "the same), or start a new run."
-            )
-        if name != type(self.schedule).__name__:
-            raise ValueError(
-                f"The checkpoint was written with the schedule {name}, but this sampler has "
-                f"{type(self.schedule).__name__}. Resume with the same `schedule`, or start a new run from the "
-                "weights of this one."
             )
         return state
 
@@ -175,3 +175,15 @@ class LearnAlignSampler(Sampler[int]):
         """
         self.schedule.load_state_dict(self.schedule_state(saved))
         self._drawn = {}
+
+
+def _called(schedule: str) -> str:
+    """A schedule by its class, and as `LearnAlignConfig` calls it."""
+    names = [name for name, kind in SCHEDULES.items() if kind.__name__ == schedule]
+    return f"{schedule} (`schedule={names[0]!r}`)" if names else schedule
+
+
+def _fixed(layout, was) -> str:
+    """Why numbers of prompts cannot change, if one did."""
+    names = [name for name in ("num_prompts", "warmup_prompts") if was.get(name) != getattr(layout, name)]
+    return f"The length of an epoch follows from {' and '.join(f'`{name}`' for name in names)}. " if names else ""

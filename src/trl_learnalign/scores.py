@@ -157,7 +157,6 @@ def score_name(score: str | Callable) -> str:
     return f"{named.__module__}.{named.__qualname__}"
 
 
-@functools.cache
 def load_function(name: str) -> Callable:
     """
     A function by `file.py:function`.

@@ -1,7 +1,5 @@
 """One selection: rollouts, gradients, scores, choice, files."""
 
-import hashlib
-import json
 import logging
 import shutil
 import time
@@ -16,19 +14,18 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 
 from .advice import pool_warnings, selection_warning
-from .columns import candidate_rows, dataset_columns
-from .config import FREE_ON_RESUME, LearnAlignConfig
+from .columns import candidate_rows
+from .config import LearnAlignConfig
 from .disk import DirectoryLock, make_directory, scratch
 from .host import Host, find_host
-from .measures.alignments import GradientAlignments
+from .keys import keys_of, other_settings, parts_of
+from .measures.alignments import GradientAlignments, Target, roll_out_target
 from .measures.rollouts import Rollouts, prompts_at_once, roll_out, save_shard
-from .parts import rollouts_at_once
 from .peers import Peers
-from .pool import Pool, draw_pool, load_target, scores_table
+from .pool import Pool, draw_pool, load_target, rank, scores_table
 from .projection import stable_hash
 from .prompts import equal_prompts
-from .rewards import source_of
-from .scores import find_score
+from .scores import SCORES
 from .selection import SELECTION_FILE, Selection, dataset_fingerprint
 from .store import Log, prepare
 from .texts import texts_table
@@ -46,9 +43,9 @@ def select_prompts(trainer: Trainer, config: LearnAlignConfig | None = None) -> 
 
     With several processes every process must call this; all get the same selection. One line about it is printed, and
     its files, with a report, are left in `OUTPUT_DIR/learnalign/step-{global_step:06d}/` (see docs/files.md). A
-    selection there that was made from the same weights, data, rewards and settings is reused, and an interrupted
-    one is finished. What was measured stays in `OUTPUT_DIR/_learnalign/`: another score at the same weights measures
-    only what it needs besides.
+    selection there that was made from the same policy, data, rewards and settings is reused, unless its score is a
+    function of your own, and an interrupted one is finished. What was measured stays in `OUTPUT_DIR/_learnalign/`:
+    another score at the same weights measures only what it needs besides.
 
     Args:
         trainer ([`~trl.GRPOTrainer`] or [`~trl.RLOOTrainer`]): supplies the policy, the prompts, the generation and
@@ -87,6 +84,13 @@ def checked_run(host: Host, config: LearnAlignConfig, stage: int, keep_measures:
     return run
 
 
+def forget_measures(host: Host) -> None:
+    """Deletes what the last selection of a run measured; for when a checkpoint holds its result."""
+    if host.accelerator.is_local_main_process:
+        for path in scratch(Path(host.args.output_dir) / "learnalign").glob("step-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 class SelectionRun:
     """The state of one selection, phase by phase."""
 
@@ -100,7 +104,7 @@ class SelectionRun:
         self.num_rollouts = config.num_rollouts or host.group_size
         self.keep_measures = keep_measures
         self.dataset = host.visible()
-        self.score = find_score(config.score, config.score_measures)
+        self.score = config.ranking()
         rows = candidate_rows(host.dataset, config)
         self.pool = draw_pool(rows, config.candidate_prompts, stable_hash(self.seed, "pool", stage))
         self.prompts_at_once = prompts_at_once(host, config, self.num_rollouts, len(self.pool))
@@ -154,11 +158,18 @@ class SelectionRun:
             selection = self._choose(table)
             self._publish(selection)
             return selection
-        self.keys = self._keys()
-        self.provenance["key"] = self.keys["selection"]
+        self.make_keys()
+        self.provenance |= {"key": self.keys["selection"], "made_from": self.parts["selection"]}
         found = self._finished()
         self.reused = found is not None
-        return found if self.reused else self._scored()
+        if self.reused:
+            return found
+        if self.accelerator.is_main_process and (unknown := self.host.unidentified()):
+            logger.warning(
+                f"{'; '.join(unknown)}: LearnAlign cannot tell whether that is the same another time, so a selection "
+                "that is interrupted starts again, and nothing that was measured is used twice."
+            )
+        return self._scored()
 
     def _finished(self):
         """A finished selection with the same key."""
@@ -169,8 +180,14 @@ class SelectionRun:
             except (OSError, ValueError):
                 found = None
             if found is not None and found.provenance.get("key") != self.provenance["key"]:
-                tqdm.write(f"Will be replaced: {_REPLACED.format(self.path, found.provenance.get('made', 'unknown'))}")
+                other, made = (
+                    other_settings(found.provenance, self.provenance),
+                    found.provenance.get("made", "unknown"),
+                )
+                tqdm.write(f"Will be replaced: {_REPLACED.format(self.path, other, made)}")
                 found = None
+            elif self.score.code is not None:
+                found = None  # what a function of the user's returns may depend on anything
         found = self.peers.broadcast(found)
         if found is not None:
             self._tidy_up()
@@ -180,15 +197,34 @@ class SelectionRun:
         self._make_room()
         log = self.open_log("rollouts")
         with self.host.left_as_found(self.num_rollouts):
+            target = self._rolled_out_target() if self.target is not None else None
             started = time.perf_counter()
             own = roll_out(self, self.dataset, self.pool, log)
             self.clock("rollouts", started)
             pool = self.gather_rewards(own)
             self.provenance |= pool.provenance()
-            align = GradientAlignments(self, own, pool) if "gradients" in self.score.requires else None
+            align = GradientAlignments(self, own, pool, target) if "gradients" in self.score.requires else None
             selection = self._choose(pool.table(), align)
         self._publish(selection, own, pool)
         return selection
+
+    def _rolled_out_target(self) -> Target:
+        """Of few prompts, so before the pool. Without a learnable one the selection is made by learnability."""
+        started = time.perf_counter()
+        target = roll_out_target(self)
+        self.clock("target rollouts", started)
+        self.provenance["target"] = {"num_rows": len(self.target), "learnable": len(target.learnable), "without": []}
+        if not target.learnable:
+            self.score = SCORES["learnability"]
+            self.provenance |= {"measures": list(self.score.requires)}
+            self.provenance["target"]["instead"] = "learnability"
+            if self.accelerator.is_main_process:
+                logger.warning(
+                    f"No prompt of `target_dataset` is learnable: all {len(self.target)} were always or never solved, "
+                    "or could not be scored, so the target has no gradient, and this selection is made by "
+                    "`learnability` instead. Warm up longer, use more `num_rollouts`, or other target prompts."
+                )
+        return target
 
     # Measures ---------------------------------------------------------------------------------------------------
 
@@ -197,13 +233,20 @@ class SelectionRun:
         """The directory of what is measured at this step."""
         return scratch(self.path.parent) / self.path.name
 
+    def make_keys(self) -> None:
+        """What a selection and its measures are made from, and their keys. All processes must call this."""
+        self.peers.wait()  # before the collective operations of sharded weights
+        weights = self.host.weights_digest()
+        self.parts = self.peers.broadcast(parts_of(self, weights))
+        self.keys = keys_of(self.parts)
+
     def open_log(self, measure: str) -> Log:
         """The log of a measure, as far as it was made under the same key. All processes must call this."""
         path, key = self.path_of_measures / measure, self.keys[measure]
         # The other nodes come second; they have work only if they have their own disks
         for mine in (self.accelerator.is_main_process, self.accelerator.is_local_main_process):
             if mine:
-                prepare(path, key)
+                prepare(path, key, self.parts[measure])
             self.peers.wait()
         make_directory(path)  # in a dry run, where each process has one
         return Log(path, key, self.accelerator.process_index)
@@ -228,8 +271,7 @@ class SelectionRun:
 
     def _choose(self, table, align=None) -> Selection:
         dataset, stage = self.host.dataset, self.provenance["stage"]
-        more = dataset_columns(dataset, table.index, self.score.columns)
-        ranked = self.score.rank(more.drop(columns=table.columns, errors="ignore").join(table), align)
+        ranked = rank(self.score, table, dataset, align)
         # With all scores equal the ties are the choice
         seed = stable_hash(self.seed, "random" if self.config.score == "random" else "ties", stage)
         scores = scores_table(table, ranked, dataset, self.config, seed)
@@ -273,43 +315,15 @@ class SelectionRun:
             )
 
     def _tidy_up(self):
-        """Deletes what was measured, on every node, unless another score may use it."""
-        if self.accelerator.is_local_main_process and not self.keep_measures:
+        """
+        Deletes what was measured, on every node, unless another score may use it, or a resumed run, which computes a
+        score of the user's own again.
+        """
+        if self.accelerator.is_local_main_process and not self.keep_measures and self.score.code is None:
             shutil.rmtree(self.path_of_measures, ignore_errors=True)
         self.peers.wait()
 
     # Small things -----------------------------------------------------------------------------------------------
-
-    def _keys(self) -> dict[str, str]:
-        """
-        Hashes of everything that a selection, and each measure, is made from: equal keys mean equal selections. No
-        measure depends on the score, nor the rollouts on what is taken from them.
-        """
-        rolled_out = {name: self.provenance[name] for name in _KEY_FIELDS}
-        rolled_out["prompts_at_once"] = self.prompts_at_once
-        rolled_out["rollouts_at_once"] = rollouts_at_once(self.host, self.num_rollouts)
-        rolled_out["penalties"] = self.host.has_penalties and "gradients" in self.score.requires
-        rolled_out |= self.host.identity()
-        self.peers.wait()  # before the collective operations of sharded weights
-        rolled_out["weights"] = self.host.weights_digest()
-        config = self.provenance["config"]
-        features = {name: config[name] for name in _KEY_OF_GRADIENTS}
-        target = {"target": dataset_fingerprint(self.target)} if self.target is not None else {}
-        rows = hashlib.sha256(np.array(self.pool, np.int64).tobytes()).hexdigest()
-        made_from = {
-            "rollouts": rolled_out | {"pool": rows},
-            "gradients": rolled_out | {"pool": rows} | features,
-            "target-rollouts": rolled_out | target,
-            "target-gradients": rolled_out | target | features,
-            "selection": rolled_out
-            | target
-            | {
-                "config": {name: value for name, value in config.items() if name not in _NOT_IN_KEY},
-                "stage": self.provenance["stage"],
-                "score": None if self.score.code is None else source_of(self.score.code),
-            },
-        }
-        return self.peers.broadcast({name: _digest(parts) for name, parts in made_from.items()})
 
     def clock(self, phase: str, started: float) -> None:
         """Notes the seconds that a phase took."""
@@ -317,18 +331,10 @@ class SelectionRun:
 
 
 _REUSED = (
-    "'{}' holds this selection already, from the same weights, data, rewards and settings (made: {}). Its times are "
+    "'{}' holds this selection already, from the same policy, rows, rewards and settings (made: {}). Its times are "
     "those of that run. To select again, delete that directory or pass another `output_dir`."
 )
 _REPLACED = (
-    "'{}' holds a selection from other weights, data, rewards or settings (made: {}). To keep it, stop here and move "
-    "that directory, or pass another `output_dir`."
+    "'{}' holds a selection from other {} (made: {}). To keep it, stop here and move that directory, or pass another "
+    "`output_dir`."
 )
-_NOT_IN_KEY = set(FREE_ON_RESUME) - {"save_rollouts"}  # which the files of a selection depend on
-_KEY_FIELDS = ("seed", "global_step", "num_rollouts", "dataset_fingerprint", "num_rows", "model")
-# What decides which rollouts make a gradient, and how long a feature is
-_KEY_OF_GRADIENTS = ("gradient_rollouts", "projection_dim", "success_threshold", "success_reward", "learnability")
-
-
-def _digest(made_from):
-    return hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()

@@ -8,7 +8,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from .config import FREE_ON_RESUME
+from .config import FREE_BEFORE_SELECTION, FREE_ON_RESUME
 from .disk import digest, write_atomically
 from .peers import Peers
 from .selection import dataset_fingerprint
@@ -151,6 +151,7 @@ class CheckpointState:
             "dataset_fingerprint": self._fingerprint,
             "num_processes": self.host.accelerator.num_processes,
             "config": self.config.to_dict(),
+            "stage": self.sampler.schedule.stage,
         }
         self.host.trainer.state.stateful_callbacks[STATE_KEY] = content | {"sha256": digest(content)}
 
@@ -187,25 +188,33 @@ class CheckpointState:
         if saved["dataset_fingerprint"] != self._fingerprint:
             raise ValueError(
                 "The training dataset has other rows, or the same in another order, than when the checkpoint was "
-                "written, so its selection would name the wrong prompts. Resume with the same dataset, or start a new "
-                "run."
+                "written, whose prompts are named by their rows. Resume with the same dataset, or start a new run."
             )
-        self._check_config(saved.get("config", self.config.to_dict()))  # version 0.1.0 did not record it
+        # Versions before did not record the one or the other
+        self._check_config(saved.get("config", self.config.to_dict()), saved.get("stage"))
         return schedule_state, saved["pending"]
 
-    def _check_config(self, saved):
+    def _check_config(self, saved, stage):
         changes = {
             name: f"`{name}` was {was!r} and is {now!r}"
             for name, (was, now) in self.config.changes(saved).items()
             if name not in ("num_prompts", "warmup_prompts", "schedule")  # the sampler compares them
         }
-        refused = [text for name, text in changes.items() if name not in FREE_ON_RESUME]
+        free = FREE_ON_RESUME
+        if self.sampler.schedule.selects and stage == 0:
+            free += FREE_BEFORE_SELECTION
+        refused = [text for name, text in changes.items() if name not in free]
         if refused:
+            chosen = "The selections so far were made" if self.sampler.schedule.selects else "Prompts were chosen"
             raise ValueError(
-                f"The LearnAlignConfig is not that of the checkpoint: {'; '.join(refused)}. The selections so far "
-                "were made with the old values. Resume with these, or start a new run in another `output_dir` (with "
+                f"The LearnAlignConfig is not that of the checkpoint: {'; '.join(refused)}. {chosen} "
+                "with the old values. Resume with these, or start a new run in another `output_dir` (with "
                 "the weights of this one, if you like). On resuming, only "
-                f"{', '.join(f'`{name}`' for name in FREE_ON_RESUME)} may change."
+                f"{', '.join(f'`{name}`' for name in free)} may change."
             )
-        if "reselect_every" in changes and self.host.accelerator.is_main_process:
-            logger.warning(f"{changes['reselect_every']}: the selections to come follow the new value.")
+        said = [text for name, text in changes.items() if name not in ("max_tokens_per_batch", *_OF_FILES)]
+        if said and self.host.accelerator.is_main_process:
+            logger.warning(f"{'; '.join(said)}: the selections to come follow the new values.")
+
+
+_OF_FILES = ("save_rollouts", "write_report")

@@ -253,29 +253,54 @@ class _Index:
         self._recent = {}
 
 
-def prepare(path: Path, key: str) -> None:
+def other_parts(was: dict, now: dict, old: dict | None = None, new: dict | None = None) -> str:
+    """
+    Names of the parts that differ, for people; with their values where `old` and `new` have some.
+
+    Args:
+        was (`dict[str, str]`): digests by the name of a part.
+        now (`dict[str, str]`): the same of something else.
+        old (`dict`, *optional*): values by the name of a setting, whose part is named as it is between backquotes.
+        new (`dict`, *optional*): the same of something else.
+    """
+    names = []
+    for name in {**now, **was}:
+        if was.get(name) != now.get(name):
+            setting = name.strip("`")
+            values = old is not None and setting in old and old[setting] != new.get(setting)
+            names.append(f"{name} (it was {old[setting]!r} and is {new.get(setting)!r})" if values else name)
+    return ", ".join(names) or "weights, data, rewards or settings"
+
+
+def prepare(path: Path, key: str, parts: dict[str, str] | None = None) -> None:
     """
     Makes the directory of a [`Log`], empty unless it was made under the same key. For one process of each disk, before
     the others open it.
+
+    Args:
+        path (`Path`): the directory.
+        key (`str`): see [`Log`].
+        parts (`dict[str, str]`, *optional*): what the key follows from: digests by name, to tell what is another.
     """
-    known = _key_of(path)
+    known, was = _manifest(path)
     if path.exists() and known != key:
         logger.warning(
-            f"'{path}' was made from other weights, data, rewards or settings, so it is discarded and the selection "
-            "starts again."
+            f"'{path}' was made from other {other_parts(was, parts or {})}, so it is discarded and measured again."
         )
         shutil.rmtree(path, ignore_errors=True)  # each record has the key as well
     remove_leftovers(path)
-    if _key_of(path) != key:
+    if _manifest(path)[0] != key:
         make_directory(path)
-        write_json(path / _MANIFEST, {"key": key})
+        write_json(path / _MANIFEST, {"key": key, "made_from": parts or {}})
 
 
-def _key_of(path):
+def _manifest(path) -> tuple[str | None, dict]:
+    """The key, and what it follows from."""
     try:
-        return json.loads((path / _MANIFEST).read_text(encoding="utf-8"))["key"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        content = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        return content["key"], dict(content.get("made_from", {}))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None, {}
 
 
 def _packed(fields):

@@ -16,7 +16,13 @@ OUTCOME_LABELS = {"success_rate": "mean success rate", "reward_mean": "mean rewa
 def how(selection: "Selection") -> str:
     """How prompts were chosen."""
     score = selection.provenance["config"]["score"]
-    return "at random" if score == "random" else f"by {score}"
+    return "at random" if score == "random" else f"by {score}" + instead(selection)
+
+
+def instead(selection: "Selection") -> str:
+    """That another score than the one of the configuration was used, and why; empty where none was."""
+    other = selection.provenance.get("target", {}).get("instead")
+    return f" (by {other} instead, as no prompt of the target was learnable)" if other else ""
 
 
 def summary(selection: "Selection") -> str:
@@ -26,7 +32,7 @@ def summary(selection: "Selection") -> str:
     pool = f"pool {selection.num_pool()}"
     if provenance["unscorable"]:
         pool += f" ({len(provenance['unscorable'])} unscorable: no finite reward)"
-    chosen = f"chosen {len(selection.indices)}" + manner
+    chosen = f"chosen {len(selection.indices)}" + (manner or instead(selection))
     if provenance.get("duplicates"):
         chosen += f" ({len(provenance['duplicates'])} duplicates left out)"
     parts = [pool, chosen]

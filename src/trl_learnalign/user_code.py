@@ -1,7 +1,13 @@
-"""Python files of the user's."""
+"""Python files of the user's, and which modules are."""
 
+import functools
+import hashlib
+import importlib.metadata
 import importlib.util
+import site
 import sys
+import sysconfig
+import uuid
 from pathlib import Path
 from types import ModuleType
 
@@ -34,3 +40,48 @@ def load_file(file: str, what: str) -> ModuleType:
             f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}."
         ) from error
     return module
+
+
+@functools.cache
+def _installed() -> tuple[str, ...]:
+    paths = sysconfig.get_paths()
+    found = [paths["purelib"], paths["platlib"], *site.getsitepackages(), site.getusersitepackages()]
+    return tuple(str(Path(one).resolve()) for one in found)
+
+
+@functools.cache
+def is_library(name: str) -> bool:
+    """Whether a module is of Python or of an installed package, and so known by its version."""
+    top = name.partition(".")[0]
+    if top in sys.stdlib_module_names or top == __package__:
+        return top != "__main__"
+    if top == "__main__" or not top:
+        return False
+    try:
+        spec = getattr(sys.modules.get(top), "__spec__", None) or importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return False
+    places = [spec.origin or "", *(spec.submodule_search_locations or ())] if spec is not None else []
+    return any(str(Path(place).resolve()).startswith(_installed()) for place in places if place)
+
+
+@functools.cache
+def version_of(name: str) -> str:
+    """Of Python or of an installed package that a module is part of; of a module of the user's nothing."""
+    top = name.partition(".")[0]
+    if not is_library(name):
+        return ""
+    if top in sys.stdlib_module_names:
+        return sys.version.partition(" ")[0]
+    try:
+        return importlib.metadata.version(top)
+    except importlib.metadata.PackageNotFoundError:
+        return str(getattr(sys.modules.get(top), "__version__", ""))
+
+
+def file_of(name: str) -> str:
+    """Digest of the file of a compiled module."""
+    try:
+        return hashlib.sha256(Path(sys.modules[name].__file__).read_bytes()).hexdigest()
+    except (OSError, KeyError, AttributeError, TypeError):
+        return uuid.uuid4().hex

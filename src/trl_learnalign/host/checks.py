@@ -11,8 +11,13 @@ from ..config import LearnAlignConfig
 from ..gradients import UnseenParametersError, check_parameters, unseen_message
 from ..pool import load_target
 from ..prompts import check_dataset, check_duplicates, check_prompts
+from ..rehearsal import rehearse
 from ..rewards import check_success_reward
 from .generation import is_colocated
+from .random import random_state, set_random_state
+
+
+_LONG = 1000  # tokens, where nothing limits a completion
 
 
 def check_trainer(host, config: LearnAlignConfig) -> None:
@@ -30,6 +35,7 @@ def check_trainer(host, config: LearnAlignConfig) -> None:
             f"The launcher started {launched} processes, but the trainer sees {seen}: each would train by itself and "
             f"write to the same files. On a machine without a GPU set `use_cpu=True` in {type(trainer.args).__name__}."
         )
+    host.remember_functions()
     dataset = trainer.train_dataset
     check_dataset(dataset, needs_prompt=host.environments is None)
     if _is_placeholder(dataset):
@@ -50,9 +56,9 @@ def check_selection(host, config: LearnAlignConfig) -> None:
     Raises an error for all settings of a trainer with which a selection would fail or be wrong.
 
     Raises:
-        `ValueError`: an unknown column, an unknown or missing reward name, vLLM set up so that TRL mixes completions
-            up; and where gradients are wanted: an unknown loss, a multimodal dataset, sharded weights without an
-            adapter.
+        `ValueError`: an unknown column, a score, a condition or a target that cannot be used, an unknown or missing
+            reward name, vLLM set up so that TRL mixes completions up; and where gradients are wanted: an unknown loss,
+            a multimodal dataset, sharded weights without an adapter.
         [`UnseenParametersError`]: trainable tensors whose gradients would be missed.
     """
     dataset = host.dataset
@@ -64,6 +70,10 @@ def check_selection(host, config: LearnAlignConfig) -> None:
         )
     check_columns(dataset, config)
     load_target(dataset, config)
+    randomness = random_state()  # a function of the user's may draw from it
+    longest = getattr(host.args, "max_completion_length", None) or _LONG
+    rehearse(dataset, config, config.num_rollouts or host.group_size, longest)
+    set_random_state(randomness)
     if not config.measures:
         return
     check_success_reward(host.reward_names, config.success_reward, config.learnability)

@@ -1,6 +1,5 @@
 """A trainer of TRL, as measures, scores and schedules see it: what GRPOTrainer and RLOOTrainer have in common."""
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,11 +13,10 @@ from torch.utils.data import Sampler
 from transformers import Trainer
 
 from ..config import LearnAlignConfig
-from ..disk import digest
 from ..gradients import dropout_off
 from ..groups import Group, Row
-from ..rewards import source_of, success_names
-from . import generation, taps
+from ..rewards import success_names
+from . import generation, identities, taps
 from .checks import check_selection, check_trainer
 from .generation import NoLogps
 from .memory import Halving
@@ -38,7 +36,11 @@ SETTINGS = (
     "beta",
     "mask_truncated_completions",
 )
-ARGUMENTS = ("bf16", "fp16", "generation_kwargs", "chat_template_kwargs", "vllm_structured_outputs_regex")
+ARGUMENTS = (
+    *("bf16", "fp16", "cast_lm_head_to_fp32", "generation_kwargs", "cache_implementation"),
+    *("use_transformers_paged", "use_transformers_continuous_batching"),
+    *("vllm_structured_outputs_regex", "vllm_model_impl", "vllm_max_model_length"),
+)
 
 
 class Host(ABC):
@@ -132,20 +134,31 @@ class Host(ABC):
 
     def identity(self) -> dict:
         """
-        What rollouts and gradients depend on besides the weights, the data and LearnAlign's own settings, for JSON.
+        What rollouts and gradients depend on besides the weights, the data and LearnAlign's own settings, for JSON:
+        see [`~trl_learnalign.host.identities.identity`].
         """
-        settings = {name: getattr(self.trainer, name, None) for name in self.settings}
-        settings |= {name: getattr(self.args, name) for name in self.arguments}
-        settings["reward_weights"] = self.trainer.reward_weights.tolist()
-        adapters = getattr(self.model, "peft_config", {})
-        settings["adapters"] = {
-            name: [getattr(one, field, None) for field in _SCALING] for name, one in adapters.items()
-        }
-        tools = getattr(self.trainer, "tools", None) or ()
-        code = [*tools, *(self.environments or {}).values(), self.rollout_func]
-        settings["code"] = [source_of(part) for part in code if part is not None]
-        rewards = list(zip(self.reward_names, map(source_of, self.trainer.reward_funcs), strict=True))
-        return {"generation": settings, "tokenizer": _tokenizer(self.trainer), "rewards": rewards}
+        return identities.identity(self)
+
+    def base_identity(self) -> dict:
+        """See [`~trl_learnalign.host.identities.base_identity`]."""
+        return identities.base_identity(self)
+
+    def prompt_identity(self, dataset: Dataset | None = None) -> dict:
+        """See [`~trl_learnalign.host.identities.prompt_identity`]."""
+        return identities.prompt_identity(self, dataset)
+
+    def remember_functions(self) -> None:
+        """
+        Looks at the user's functions as they are before training calls them, and at weights that it will shard. What
+        changes later of the functions' own doing is no part of their identity.
+        """
+        self.unidentified()
+        if self.is_sharded:
+            self.base_identity()
+
+    def unidentified(self) -> list[str]:
+        """See [`~trl_learnalign.host.identities.unidentified`]."""
+        return identities.unidentified(self)
 
     def weights_digest(self) -> str:
         """See [`~trl_learnalign.host.weights.weights_digest`]."""
@@ -340,18 +353,3 @@ class Host(ABC):
         """To be called after the weights were changed by something else than a step: vLLM still holds the old ones."""
         if self.trainer.use_vllm:
             self.trainer._last_loaded_step = -1
-
-
-def _tokenizer(trainer):
-    """What makes tokens of a prompt and text of a completion."""
-    tokenizer, template = trainer._tokenizer, trainer.processing_class.chat_template
-    try:
-        whole = json.loads(tokenizer.backend_tokenizer.to_str())
-        content = {name: part for name, part in whole.items() if name not in ("padding", "truncation")}  # of a call
-    except AttributeError:  # not a fast one
-        content = sorted(tokenizer.get_vocab().items())
-    ends = tokenizer.eos_token_id, tokenizer.pad_token_id
-    return digest([content, ends, template, getattr(trainer, "chat_template", None)])
-
-
-_SCALING = ("peft_type", "r", "lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern")  # of an adapter's weights

@@ -2,12 +2,14 @@
 
 import logging
 import time
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
 
 from .. import scoring
+from ..columns import dataset_columns
 from ..groups import Row
 from ..pool import Pool
 from ..store import Log
@@ -18,6 +20,35 @@ from .rollouts import Rollouts, roll_out
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Target:
+    """
+    The rollouts of a target.
+
+    Attributes:
+        own ([`Rollouts`]): this process's.
+        found ([`Pool`]): what all rollouts found out.
+        learnable (`list[int]`): rows of the target with V > 0.
+    """
+
+    own: Rollouts
+    found: Pool
+    learnable: list[int]
+
+
+def roll_out_target(run) -> Target:
+    """
+    Rolls out the prompts of a selection's target. All processes must call this.
+
+    Args:
+        run ([`SelectionRun`]): the selection, inside [`Host.left_as_found`].
+    """
+    dataset, rows = run.host.visible(run.target), list(range(len(run.target)))
+    own = roll_out(run, dataset, rows, run.open_log("target-rollouts"), "target rollouts")
+    found = run.gather_rewards(own)
+    return Target(own, found, found.indices[found.learnability > 0].tolist())
+
+
 class GradientAlignments:
     """
     Implements [`Alignments`] on all processes of a selection.
@@ -26,10 +57,11 @@ class GradientAlignments:
         run ([`SelectionRun`]): the selection, inside [`Host.left_as_found`].
         own ([`Rollouts`]): this process's, of the pool.
         pool ([`Pool`]): what all rollouts found out.
+        target ([`Target`], *optional*): with a learnable prompt, where the score needs one.
     """
 
-    def __init__(self, run, own: Rollouts, pool: Pool):
-        self.run, self.own, self.pool = run, own, pool
+    def __init__(self, run, own: Rollouts, pool: Pool, target: Target | None = None):
+        self.run, self.own, self.pool, self._target = run, own, pool, target
         self.config, self.host, self.peers = run.config, run.host, run.peers
 
     def __call__(self, weights: pd.Series) -> pd.DataFrame:
@@ -62,32 +94,24 @@ class GradientAlignments:
 
     def _directions(self) -> torch.Tensor:
         """g_s of each subtask s that has a learnable prompt, of shape `(S, d)`, float64."""
-        run, target = self.run, self.run.target
+        run, rows, target = self.run, self.run.target, self._target
         started = time.perf_counter()
-        dataset = self.host.visible(target)
-        own = roll_out(run, dataset, list(range(len(target))), run.open_log("target-rollouts"), "target rollouts")
-        found = run.gather_rewards(own)
-        run.clock("target rollouts", started)
-        started = time.perf_counter()
-        source = self._source(own, found, run.open_log("target-gradients"))
-        names = ["all"] * len(target) if self.config.target_column is None else target[self.config.target_column]
-        learnable = found.indices[found.learnability > 0].tolist()
+        source = self._source(target.own, target.found, run.open_log("target-gradients"))
+        names = ["all"] * len(rows)
+        if self.config.target_column is not None:
+            column = dataset_columns(rows, range(len(rows)), [self.config.target_column])[self.config.target_column]
+            names = [None if missing else name for name, missing in zip(column, column.isna(), strict=True)]
         weights, without = [], []
         for name in sorted(set(names), key=str):
-            members = [index for index in learnable if names[index] == name]
+            members = [index for index in target.learnable if names[index] == name]
             if not members:
                 without.append(str(name))
                 continue
-            weights.append(torch.zeros(len(target), dtype=torch.float64))
+            weights.append(torch.zeros(len(rows), dtype=torch.float64))
             weights[-1][members] = 1 / len(members)
-        directions = self._sum(source, torch.stack(weights)) if weights else None
+        directions = self._sum(source, torch.stack(weights))
         run.clock("target gradients", started)
-        run.provenance["target"] = {"num_rows": len(target), "learnable": len(learnable), "without": without}
-        if directions is None:
-            raise RuntimeError(
-                f"No prompt of `target_dataset` is learnable: all {len(target)} were always or never solved, so the "
-                "target has no gradient. Warm up longer, use more `num_rollouts`, or other target prompts."
-            )
+        run.provenance["target"]["without"] = without
         if without and run.accelerator.is_main_process:
             logger.warning(
                 f"These subtasks of the target are left out: {', '.join(without)}. None of their prompts is "

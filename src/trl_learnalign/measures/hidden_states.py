@@ -93,7 +93,8 @@ def hidden_states(host: Host, directory: Path, peers: Peers, key: str | None = N
     made_from = {
         "format": _FORMAT,
         "dataset": dataset_fingerprint(host.dataset),
-        "model": host.model.config._name_or_path or host.model.config.model_type,
+        "model": host.base_identity(),
+        "prompts": host.prompt_identity(),
         "weights": host.weights_digest(),
         "sizes": [COMPONENTS, SAMPLE, WINDOW, tokens_at_once(host)],
     }

@@ -31,12 +31,13 @@ def prompts_at_once(host: Host, config, num_rollouts: int, pool: int) -> int:
     Prompts of a batch, which one process generates for at once: `rollout_batch_prompts`, or training's batch, doubled
     while the pool of `pool` prompts has `LEAST_BATCHES` of them and at most `MOST_FOLD` times. It does not depend on
     the number of processes, since the rollouts depend on it. A reward model scores all rollouts of a batch at once,
-    and cannot do so in halves: there it is training's.
+    and cannot do so in halves, nor can sharded weights generate in halves: there it is training's.
     """
     if config.rollout_batch_prompts is not None:
         return config.rollout_batch_prompts
     size = least = prompts_per_batch(host, num_rollouts)
-    while not host.has_reward_model and size < MOST_FOLD * least and 2 * size * LEAST_BATCHES <= pool:
+    at_once = host.has_reward_model or host.is_sharded
+    while not at_once and size < MOST_FOLD * least and 2 * size * LEAST_BATCHES <= pool:
         size *= 2
     return size
 
@@ -135,7 +136,7 @@ def roll_out(run, dataset: Dataset, rows: list[int], log: Log, phase: str = "rol
     size = run.prompts_at_once
     batches = [rows[start : start + size] for start in range(0, len(rows), size)]
     world, rank = run.accelerator.num_processes, run.accelerator.process_index
-    gradients = "gradients" in run.score.requires
+    gradients = "gradients" in run.config.measures
     if (rows_that_fit := log.read(_FITTING + rank)) is not None:
         # Or the rollouts would be others than without the interruption
         host.halving.rows = int.from_bytes(rows_that_fit, "big")

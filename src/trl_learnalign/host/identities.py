@@ -1,0 +1,120 @@
+"""What a trainer's rollouts and gradients depend on, besides its trainable weights, in parts for JSON."""
+
+from weakref import WeakKeyDictionary
+
+from datasets import Dataset
+from transformers import Trainer
+
+from ..contents import digest_of_tensors, tokenizer_content
+from ..disk import digest
+from ..identity import identify, unknown_parts
+from ..rows import format_of
+
+
+_SCALING = ("peft_type", "r", "lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern")  # of an adapter's weights
+# Of a model's configuration: what training sets, and what says nothing about the policy
+_UNUSED = ("use_cache", "transformers_version", "pad_token_id", "bos_token_id", "eos_token_id", "quantization_config")
+_BEFORE_SHARDING: WeakKeyDictionary[Trainer, str] = WeakKeyDictionary()
+
+
+def base_identity(host) -> dict:
+    """
+    The model that the trainable weights belong to: name and revision, configuration, quantization, precision, the kind
+    of attention, how it is run, and a sample of each tensor that is not trained, the reference policy's included.
+
+    Weights that FSDP shards are looked at before training begins, and so when the callback or the trainer is made; of
+    those that are sharded at once (ZeRO-3) only names, types and shapes are known.
+    """
+    trainer, model = host.trainer, host.model
+    config, reference = model.config, getattr(trainer, "ref_model", None)
+    if host.is_sharded:
+        if trainer not in _BEFORE_SHARDING:
+            whole = trainer.optimizer is None
+            _BEFORE_SHARDING[trainer] = _frozen(model, reference) if whole else "sharded"
+        weights = _BEFORE_SHARDING[trainer]
+    else:
+        weights = _frozen(model, reference)
+    quantization = getattr(config, "quantization_config", None)
+    generation = getattr(model, "generation_config", None)
+    return {
+        "name": config._name_or_path or config.model_type,
+        "revision": getattr(config, "_commit_hash", None),
+        "config": _document(config),
+        "generation": None if generation is None else _document(generation),
+        "quantization": identify(quantization if not hasattr(quantization, "to_dict") else quantization.to_dict()),
+        "dtype": str(getattr(config, "dtype", None)),
+        "attention": getattr(config, "_attn_implementation", None),
+        "vllm": trainer.use_vllm and trainer.vllm_mode,
+        "weights": weights,
+    }
+
+
+def _frozen(model, reference):
+    parts = [digest_of_tensors(model, lambda parameter: not parameter.requires_grad)]
+    return digest(parts if reference is None else [*parts, digest_of_tensors(reference)])
+
+
+def _document(config):
+    values = config.to_dict()
+    return identify({name: values[name] for name in sorted(values) if name[0] != "_" and name not in _UNUSED})
+
+
+def prompt_identity(host, dataset: Dataset | None = None) -> dict:
+    """
+    What makes tokens of the rows of a dataset, by default of the training dataset: the transform that makes the rows
+    as the trainer reads them, the tokenizer, the chat template, the tools.
+    """
+    trainer = host.trainer
+    tokenizer, processor = trainer._tokenizer, trainer.processing_class
+    images = getattr(processor, "image_processor", None)
+    template = [processor.chat_template, getattr(trainer, "chat_template", None)]
+    return {
+        "transform": _transform(host.dataset if dataset is None else dataset),
+        "tokenizer": digest([tokenizer_content(tokenizer), None if images is None else identify(images.to_dict())]),
+        "chat template": digest([template, identify(getattr(trainer.args, "chat_template_kwargs", None))]),
+        "tools": [identify(tool) for tool in getattr(trainer, "tools", None) or ()],
+    }
+
+
+def _transform(dataset):
+    made = format_of(dataset)
+    return identify(made) if made else None
+
+
+def identity(host) -> dict:
+    """What rollouts and gradients depend on besides the weights, the data and LearnAlign's own settings."""
+    trainer = host.trainer
+    settings = {name: getattr(trainer, name, None) for name in host.settings}
+    settings |= {name: getattr(trainer.args, name, None) for name in host.arguments}
+    settings["reward_weights"] = trainer.reward_weights.tolist()
+    adapters = getattr(host.model, "peft_config", {})
+    settings["adapters"] = {name: [getattr(one, field, None) for field in _SCALING] for name, one in adapters.items()}
+    return {
+        "generation": {name: digest(_plain(value)) for name, value in settings.items()},
+        "environments": {name: identify(one) for name, one in (host.environments or {}).items()},
+        "rollout_func": None if host.rollout_func is None else identify(host.rollout_func),
+        "rewards": list(zip(host.reward_names, map(identify, trainer.reward_funcs), strict=True)),
+        "base model": host.base_identity(),
+        "prompts": host.prompt_identity(),
+    }
+
+
+def _plain(value):
+    """As it is, if JSON can hold it; anything else by what it is."""
+    if isinstance(value, dict):
+        return {str(name): _plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else identify(value)
+
+
+def unidentified(host) -> list[str]:
+    """Each function of the user's that depends on something that cannot be identified, with what that is."""
+    trainer, made = host.trainer, format_of(host.dataset)
+    rewards = zip(host.reward_names, trainer.reward_funcs, strict=True)
+    functions = {f"the reward function `{name}`": one for name, one in rewards}
+    functions |= {"a tool": getattr(trainer, "tools", None), "an environment": host.environments}
+    functions |= {"`rollout_func`": host.rollout_func, "the transform of the training dataset": made}
+    functions |= {"`generation_kwargs`": trainer.args.generation_kwargs}
+    found = {name: unknown_parts(function) for name, function in functions.items() if function}
+    return [f"{name} depends on {', '.join(parts)}" for name, parts in found.items() if parts]
