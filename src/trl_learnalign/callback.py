@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 
 from . import trackers
-from .disk import DirectoryLock
+from .disk import DirectoryLock, initial_weights_of
 from .host import find_host
 from .layout import Layout
 from .peers import Peers
@@ -19,6 +19,7 @@ from .sampler import LearnAlignSampler
 from .selection import Selection
 from .selector import select_at_stage
 from .state import CheckpointState
+from .uploads import warn_of_uploads
 
 
 logger = logging.getLogger(__name__)
@@ -102,6 +103,7 @@ class LearnAlignCallback(TrainerCallback):
                 elif self.config.after_warmup == "restart":
                     save_initial_weights(self.host, self._initial_file())
             peers.wait()
+        warn_of_uploads(self.trainer, self.config)
         self._say_plan(state)
         self._since = state.global_step, time.perf_counter()
         if self._pending is not None:
@@ -241,7 +243,7 @@ class LearnAlignCallback(TrainerCallback):
         return Path(self.trainer.args.output_dir) / "learnalign"
 
     def _initial_file(self):
-        return self._directory() / "initial.safetensors"
+        return initial_weights_of(self._directory())
 
 
 def first_rollouts(places: dict[int, int], start: int, number: int, group_size: int) -> dict[int, int]:

@@ -18,7 +18,7 @@ from transformers import Trainer
 from .advice import selection_warning
 from .columns import candidate_rows, dataset_columns
 from .config import FREE_ON_RESUME, LearnAlignConfig
-from .disk import DirectoryLock, make_directory, scratch
+from .disk import DirectoryLock, make_directory, rollouts_of, scratch
 from .host import Host, find_host
 from .measures.alignments import GradientAlignments
 from .measures.rollouts import Rollouts, prompts_at_once, roll_out, save_shard
@@ -32,6 +32,7 @@ from .scores import find_score
 from .selection import SELECTION_FILE, Selection, dataset_fingerprint
 from .store import Log, prepare
 from .texts import texts_table
+from .uploads import warn_of_uploads
 
 
 logger = logging.getLogger(__name__)
@@ -132,6 +133,7 @@ class SelectionRun:
             with self.peers:
                 if self.accelerator.is_main_process:
                     lock = DirectoryLock(self.path.parent)
+                    warn_of_uploads(self.host.trainer, self.config)
                 selection = self._run()
                 report = self._report()
         finally:
@@ -247,14 +249,13 @@ class SelectionRun:
     def _save_rollouts(self, own, pool):
         """A file of each process. Those of a selection that this one replaces are deleted."""
         if self.accelerator.is_local_main_process:
-            for file in self.path.glob("rollouts*.parquet"):
-                file.unlink(missing_ok=True)
+            shutil.rmtree(rollouts_of(self.path), ignore_errors=True)
         self.peers.wait()
         if own is not None and self.config.save_rollouts:
-            make_directory(self.path)
+            make_directory(rollouts_of(self.path))
             world, rank = self.accelerator.num_processes, self.accelerator.process_index
             name = "rollouts.parquet" if world == 1 else f"rollouts-{rank:05d}-of-{world:05d}.parquet"
-            save_shard(self.path / name, own, pool)
+            save_shard(rollouts_of(self.path) / name, own, pool)
         self.peers.wait()
 
     def _report(self) -> Path | None:
