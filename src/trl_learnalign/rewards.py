@@ -19,7 +19,7 @@ class RewardError(RuntimeError):
 @contextmanager
 def guarded(functions: list, names: list[str]):
     """
-    Yields wrappers of reward functions that give no reward if the function raises, returns something else than
+    Yields wrappers of reward functions that give a reward of 0 if the function raises, returns something else than
     numbers (or `None`), or the wrong number of them, so that the collectives that follow find every process there. On
     exit the first failure is raised. Reward models are left as they are.
 
@@ -79,7 +79,7 @@ def _guard(function, name, failures) -> Callable:
 
     def failed(error, kwargs):
         failures.append((name, error))
-        return [None] * len(kwargs["completions"])
+        return [0.0] * len(kwargs["completions"])  # not used: TRL itself complains where all are None
 
     if is_async(function):
 
