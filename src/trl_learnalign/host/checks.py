@@ -93,7 +93,7 @@ def check_selection(host, config: LearnAlignConfig) -> None:
 
 def _check_template(trainer):
     processor, dataset = trainer.processing_class, trainer.train_dataset
-    if "prompt" not in dataset.column_names or isinstance(dataset[0]["prompt"], str):
+    if "prompt" not in dataset.column_names or not isinstance(dataset[0]["prompt"], list):
         return
     templates = [getattr(part, "chat_template", None) for part in (processor, trainer)]
     if not any(templates):
