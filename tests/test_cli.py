@@ -1,5 +1,7 @@
 """`trl-learnalign` as it is called: through its installed command, on one process and on two."""
 
+import datetime
+import gzip
 import json
 import os
 import re
@@ -7,7 +9,9 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -183,32 +187,11 @@ def test_what_is_missing_and_what_is_taken(folder, monkeypatch, capsys):
         (folder / "less.yaml").write_text(yaml.safe_dump({k: v for k, v in settings.items() if k != name}))
         with pytest.raises(SystemExit, match=f"Set `{name}`"):
             cli.main(["select", "--config", "less.yaml"])
-    make_dataset().add_column("success_rate", [0.5] * 24).to_json("taken.jsonl")
-    with pytest.raises(SystemExit, match="has columns that the selection adds: .'success_rate'"):
-        cli.main(["select", "--config", "run.yaml", "--dataset_name", "taken.jsonl"])
     for arguments in ([], ["train"]):
         with pytest.raises(SystemExit, match="usage"):
             cli.main(arguments)
     with pytest.raises(SystemExit, match="holds no finished selection"):
         cli.main(["report", "policy"])
-
-
-def test_pushed_with_a_card(folder, monkeypatch):
-    """Everything but the Hub itself, which takes the place of a folder here."""
-    import huggingface_hub
-    from datasets import Dataset
-
-    monkeypatch.chdir(folder)
-    pushed = {}
-    monkeypatch.setattr(Dataset, "push_to_hub", lambda rows, repo: pushed.update(rows=rows, repo=repo))
-    card = huggingface_hub.DatasetCard("---\ndataset_info:\n  features: []\n---\nempty")
-    monkeypatch.setattr(huggingface_hub.DatasetCard, "load", lambda repo: card)
-    monkeypatch.setattr(huggingface_hub.DatasetCard, "push_to_hub", lambda card, repo: pushed.update(card=str(card)))
-    cli.main(["select", "--config", "run.yaml", "--push_to_hub", "someone/best"])
-    assert pushed["repo"] == "someone/best" and pushed["rows"].num_rows == 5
-    text = pushed["card"]
-    assert "dataset_info" in text and "- learnalign" in text and "5 prompts of mine.jsonl" in text
-    assert "arXiv:2506.11480" in text and "| `num_prompts` | 5 |" in text
 
 
 @pytest.fixture
@@ -239,7 +222,11 @@ BAD = {
     "broken.json": '[{"prompt": "1+1="},\n {"prompt" "2+2="}]\n',
     "mine.txt": "1+1=\n",
     "question.jsonl": '{"question": "1+1=", "answer": "2"}\n',
-    "both.jsonl": '{"question": "1+1=", "answer": "2", "prompt": "", "solution": ""}\n',
+    "both.jsonl": '{"question": "1+1=", "dataset_prompt": "2", "prompt": "", "solution": ""}\n',
+    **{
+        f"{name}.jsonl": f'{{"prompt": "1+1=", "{name}": "2"}}\n'
+        for name in ("prompts", "completions", "completion_ids", "trainer_state")
+    },
     "list.yaml": "- a\n- b\n",
     "broken.yaml": "a: 1\nb: [1\nc: 2\n",
     "empty.yaml": "",
@@ -264,12 +251,24 @@ MISTAKES = [
         1,
         "'broken.json', which cannot be read: Expecting ':' delimiter: line 2 column 12",
     ),
-    (["--dataset_name", "mine.txt"], 1, "'mine.txt', but only files named .jsonl, .json, .parquet, .csv can be read"),
+    (
+        ["--dataset_name", "mine.txt"],
+        1,
+        "'mine.txt', but only files named .jsonl, .json, .parquet, .csv, also with .gz",
+    ),
     (["--dataset_name", "nowhere"], 1, "`dataset_name` is 'nowhere', which could not be loaded"),
     (["--dataset_name", "question.jsonl"], 1, "no column `prompt`. Its columns are: question, answer. Rename"),
     (["--prompt_column", "promt"], 1, "no column 'promt' (did you mean 'prompt'?). It has: prompt, row."),
-    (["--dataset_name", "both.jsonl", "--prompt_column", "question"], 1, "'question' is to be used as `prompt`, but"),
-    (["--dataset_name", "both.jsonl", "--answer_column", "answer"], 1, "'answer' is to be used as `solution`, but"),
+    (
+        ["--dataset_name", "both.jsonl", "--prompt_column", "question"],
+        1,
+        "'prompt' is to be used as `dataset_prompt`, but",
+    ),
+    *(
+        (["--dataset_name", f"{name}.jsonl"], 1, f"has a column '{name}', but TRL passes")
+        for name in ("prompts", "completions", "completion_ids", "trainer_state")
+    ),
+    (["--dataset_name", "broken.js*"], 1, "'broken.json', which cannot be read"),
     (["--reward_funcs", "rewards.py"], 1, "Name the function in it, too, such as `rewards.py:small_digits`."),
     (["--reward_funcs", "two.py"], 1, "such as `two.py:good`."),
     (
@@ -383,6 +382,7 @@ def test_command_that_does_not_exist(capsys):
 
 def test_nothing_chosen_is_said_and_fails(folder, monkeypatch, run):
     monkeypatch.chdir(folder)
+    hub = Hub(monkeypatch)
     (folder / "graded.py").write_text(
         "def graded(completions, **kwargs):\n    return [(0, 0.3, 0.7)[i % 3] for i in range(len(completions))]\n"
     )
@@ -390,7 +390,11 @@ def test_nothing_chosen_is_said_and_fails(folder, monkeypatch, run):
     for more in (["--dry_run"], ["--format", "jsonl", "--push_to_hub", "no/where"]):
         code, said = run("--reward_funcs", "graded.py:graded", *more)
         assert code == 1 and words in said and "Why each prompt was chosen" not in said
-    assert "Report: out/learnalign/report.html" in said and not list(Path("out/learnalign").glob("selected*"))
+    assert (
+        not hub.calls
+        and "Report: out/learnalign/report.html" in said
+        and not list(Path("out/learnalign").glob("selected*"))
+    )
     code, said = run("--reward_funcs", "graded.py:graded", "--learnability", "variance")
     assert code == 0 and "Why each prompt was chosen" in said and "No prompt" not in said
 
@@ -414,6 +418,296 @@ def test_columns_by_other_names(folder, monkeypatch, run):
     for line in lines:
         assert {name: line[name] for name in rows[0]} in rows
         assert set(line) == {*rows[0], "success_rate", "learnalign_score"}
+
+
+QUICK = ("--write_report", "false", "--score", "learnability")
+
+
+class Hub:
+    """Takes the place of the Hub, at the calls of its clients, and keeps what is pushed."""
+
+    def __init__(self, monkeypatch, files=None, public=False):
+        self.files, self.public, self.calls = files, public, []
+        self.card = huggingface_hub.DatasetCard("---\nlicense: mit\ntags:\n- mine\n---\nMy words.")
+        for name in ("whoami", "repo_exists", "dataset_info"):
+            monkeypatch.setattr(huggingface_hub.HfApi, name, getattr(self, name))
+        monkeypatch.setattr(Dataset, "push_to_hub", self.push)
+        monkeypatch.setattr(huggingface_hub.DatasetCard, "load", self.load)
+        monkeypatch.setattr(huggingface_hub.DatasetCard, "push_to_hub", self.push_card)
+
+    @property
+    def whoami(self):
+        return lambda api: self.calls.append(("whoami", api.token)) or {"name": "someone"}
+
+    @property
+    def repo_exists(self):
+        return lambda api, repo, repo_type: self.files is not None
+
+    @property
+    def dataset_info(self):
+        siblings = [SimpleNamespace(rfilename=name) for name in self.files or ()]
+        return lambda api, repo: SimpleNamespace(siblings=siblings, private=not self.public)
+
+    @property
+    def push(self):
+        return lambda rows, repo, **access: self.calls.append(("rows", repo, access, rows))
+
+    def load(self, repo, token):
+        self.calls.append(("card read", repo, token))
+        return self.card
+
+    @property
+    def push_card(self):
+        return lambda card, repo, token: self.calls.append(("card", repo, token, str(card)))
+
+
+def test_pushed_privately_with_a_card_without_paths(folder, monkeypatch, run):
+    """Everything but the Hub itself: the rows go to a private repository, with the token of the YAML file."""
+    monkeypatch.chdir(folder)
+    hub = Hub(monkeypatch)
+    (folder / "own.py").write_text("def own(table):\n    return table['success_rate']\n")
+    paths = [
+        *("--dataset_name", str(folder / "mine.jsonl"), "--model_name_or_path", str(folder / "policy")),
+        *("--score", f"{folder}/own.py:own", "--score_measures", "rollouts"),
+    ]
+    code, said = run(*QUICK[:2], "--push_to_hub", "best", "--hub_token", "secret", *paths)
+    assert code == 0 and "https://huggingface.co/datasets/someone/best" in said
+    asked, (_, repo, access, rows), read, (_, card_repo, token, text) = hub.calls
+    assert asked == ("whoami", "secret") and read == ("card read", "someone/best", "secret")
+    assert access == {"private": True, "token": "secret"} and token == "secret"
+    assert repo == card_repo == "someone/best" and rows.num_rows == 5
+    assert {"license: mit", "- mine", "- learnalign"} <= set(text.split("---")[1].split("\n"))
+    assert "# 5 prompts of mine, selected" in text and "policy `policy`" in text and "| `score` | own.py:own |" in text
+    assert str(folder) not in text and "| `num_prompts` | 5 |" in text and "arXiv:2506.11480" in text
+    # Public only if that is asked for
+    hub.calls.clear()
+    assert run(*QUICK[:2], "--push_to_hub", "someone/best", "--hub_private_repo", "false", *paths)[0] == 0
+    assert [call[2] for call in hub.calls if call[0] == "rows"] == [{"private": False, "token": None}]
+
+
+def test_what_exists_on_the_hub_is_not_replaced_unless_asked(folder, monkeypatch, run):
+    """Before anything is measured."""
+    monkeypatch.chdir(folder)
+    push = [*QUICK, "--push_to_hub", "someone/best"]
+    hub = Hub(monkeypatch, files=[".gitattributes", "README.md", "data/train.parquet"])
+    code, said = run(*push)
+    assert code == 1 and "'someone/best', which exists and holds README.md, data/train.parquet: its rows" in said
+    assert "add `--overwrite`" in said and not hub.calls and not Path("out").exists()
+    assert run(*push, "--overwrite")[0] == 0 and [call[0] for call in hub.calls] == ["rows", "card read", "card"]
+    hub = Hub(monkeypatch, files=[".gitattributes"], public=True)  # made by hand, and still empty
+    code, said = run(*push)
+    assert code == 1 and "'someone/best', which is public, but rows are pushed to private" in said and not hub.calls
+    assert run(*push, "--hub_private_repo", "false")[0] == 0 and len(hub.calls) == 3
+
+    def unknown(api, repo, repo_type):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_exists", unknown)
+    code, said = run(*push)
+    assert code == 1 and "the Hub could not be asked about it (ConnectionError: no network)" in said
+
+
+VALUES = [
+    {
+        "prompt": f"{i % 10}+{i // 10}=",
+        "row": i,
+        "answer": str(i) if i % 2 else i,
+        "date": f"2026-01-{i + 1:02}T10:00:00",
+        "rate": 0.13845678901234498 + i,
+        "tiny": (i + 1) * 1.6e-11,
+        "big": 2**53 + 1 + i,
+        "text": "é\u2028\x00</script> \U0001f600",
+        "extra_info": {"index": i, "split": "a"},
+        "reward_model": {"ground_truth": str(i) if i % 2 else [i], "style": "rule"},
+        "tools": [{"name": "f", "properties": {f"p{i % 3}": {"type": "integer"}}}],
+        **({"note": None} if i % 3 else {}),
+    }
+    for i in range(24)
+]
+NESTED = ("extra_info", "prompt", "date", "rate", "tiny", "text", "row", "big")
+
+
+def write_values(path, layout):
+    lines = [json.dumps(row, ensure_ascii=layout == "jsonl").replace("1.6e-11", "16.0E-12") for row in VALUES]
+    if layout == "jsonl":
+        path.write_text("\ufeff" + "".join(f"{line}\r\n" for line in lines), encoding="utf-8")
+    elif layout == "gz":
+        path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    elif layout == "array":
+        path.write_text(json.dumps(VALUES, indent=2), encoding="utf-8")
+    else:
+        rows = [{name: value for name, value in row.items() if name in NESTED} for row in VALUES]
+        path.write_text(json.dumps({"version": "1", "data": rows}), encoding="utf-8")
+
+
+def chosen_of(path):
+    """The rows of an export, and the same of the source, in the order of the export."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    return lines, [VALUES[line["row"]] for line in lines]
+
+
+@pytest.mark.parametrize(
+    "name", ["values.jsonl", "values.jsonl.gz", "array.json", "data.json", "part*.jsonl", "parts"]
+)
+def test_exported_lines_hold_what_the_files_held(folder, monkeypatch, run, name):
+    monkeypatch.chdir(folder)
+    layout = {"values.jsonl.gz": "gz", "array.json": "array", "data.json": "data"}.get(name, "jsonl")
+    if name.startswith("part"):
+        where = folder if "*" in name else folder / "parts"
+        where.mkdir(exist_ok=True)
+        for part in range(2):
+            rows = "".join(json.dumps(row) + "\n" for row in VALUES[part * 12 : part * 12 + 12])
+            (where / f"part{part}.jsonl").write_text(rows)
+    else:
+        write_values(folder / name, layout)
+    code, said = run(*QUICK, "--dataset_name", name, "--format", "jsonl", "--score", "random")
+    assert code == 0, said
+    lines, held = chosen_of(folder / "out/learnalign/selected.jsonl")
+    assert len(lines) == 5
+    for line, row in zip(lines, held, strict=True):
+        added = {name: line.pop(name) for name in ("learnalign_score", "success_rate")}
+        row = {name: value for name, value in row.items() if name in NESTED or layout != "data"}
+        assert line == row and repr(line) == repr(row) and added["success_rate"] is None
+    if name == "values.jsonl":  # byte for byte
+        texts = (folder / name).read_text(encoding="utf-8-sig").split("\n")
+        exported = (folder / "out/learnalign/selected.jsonl").read_text(encoding="utf-8").split("\n")
+        assert all(
+            text.startswith(texts[row["row"]].strip()[:-1] + ", ")
+            for text, row in zip(exported[:-1], held, strict=True)
+        )
+    # What reading changed is said by column, once; with mixed types it may also cut the last digit of numbers
+    changed = re.findall(r"'(\w+)' \(.{,200}? becomes", said.partition("other values than it holds: ")[2])
+    mixed = {"answer", "reward_model"} if layout != "data" else set()
+    assert said.count("reads other values than it holds: ") == 1
+    assert mixed <= set(changed) <= mixed | {"date", "rate", "tiny"}
+
+
+def test_numbers_too_large_are_said_and_kept(folder, monkeypatch, run):
+    monkeypatch.chdir(folder)
+    rows = [{"prompt": row["prompt"], "row": row["row"], "big": 10**25 + row["row"]} for row in make_dataset()]
+    Path("big.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for kind in ("jsonl", "parquet"):
+        code, said = run(
+            *QUICK, "--dataset_name", "big.jsonl", "--format", kind, "--score", "random", "--output_dir", kind
+        )
+        assert code == 0 and (kind == "parquet") == ("exported as JSON texts, as arrow holds only" in said)
+    for line in map(json.loads, Path("jsonl/learnalign/selected.jsonl").read_text().splitlines()):
+        assert line["big"] == 10**25 + line["row"]
+    for row in pq.read_table("parquet/learnalign/selected.parquet").to_pylist():
+        assert row["big"] == str(10**25 + row["row"])
+
+
+def test_exported_parquet_is_nested_where_arrow_can_hold_it(folder, monkeypatch, run):
+    monkeypatch.chdir(folder)
+    write_values(folder / "values.jsonl", "jsonl")
+    code, said = run(
+        "--dataset_name", "values.jsonl", "--format", "parquet", "--num_prompts", "24", "--score", "random"
+    )
+    assert code == 0
+    table = pq.read_table(folder / "out/learnalign/selected.parquet")
+    texts = said.split("values of one type: ")[1].split(". `datasets`")[0].split(", ")
+    rows = table.to_pylist()
+    for row in rows:
+        held = VALUES[row["row"]]
+        for name in NESTED:
+            assert row[name] == held[name], name
+        for name in set(texts) & set(held):  # whole columns
+            assert json.loads(row[name]) == held[name]
+        assert row["tools"][0]["name"] == "f"
+        assert json.loads(row["tools"][0]["properties"]) == held["tools"][0]["properties"]
+    assert set(texts) == {"answer", "reward_model", "tools.properties"}
+    again = Dataset.from_parquet(str(folder / "out/learnalign/selected.parquet"))
+    assert [row["answer"] for row in again] == [VALUES[row["row"]]["answer"] for row in again]
+
+
+def test_rows_of_other_sources_keep_their_digits_and_dates(folder, monkeypatch, run):
+    """Of a parquet file and of a directory of `save_to_disk`; a CSV file has no types, so what is guessed is said."""
+    monkeypatch.chdir(folder)
+    moment = datetime.datetime(2026, 1, 16, 10)
+    columns = {"prompt": make_dataset()["prompt"][:], "row": list(range(24)), "rate": [0.13845678901234498] * 24}
+    rows = Dataset.from_dict(columns | {"tiny": [1.6e-11] * 24, "date": [moment] * 24, "nan": [float("nan")] * 24})
+    rows.to_parquet("rows.parquet")
+    rows.save_to_disk("saved")
+    for name in ("rows.parquet", "saved"):
+        assert (
+            run(
+                *QUICK, "--dataset_name", name, "--format", "jsonl", "--score", "random", "--output_dir", name + "-out"
+            )[0]
+            == 0
+        )
+        for line in Path(name + "-out/learnalign/selected.jsonl").read_text().splitlines():
+            line = json.loads(line)
+            assert (line["rate"], line["tiny"], line["date"]) == (0.13845678901234498, 1.6e-11, "2026-01-16T10:00:00")
+            assert line["nan"] is None
+    lines = [f"{i % 10}+{i // 10}=,{i},00{i},{'NA' if i == 3 else 'yes'},{i / 8}" for i in range(24)]
+    Path("rows.csv").write_text("prompt,row,code,word,rate\n" + "\n".join(lines) + "\n")
+    said = run(*QUICK, "--dataset_name", "rows.csv", "--score", "random")[1]
+    assert "'code' ('000' becomes 0 in row 0, and 23 more); 'word' ('NA' becomes None in row 3). Reward" in said
+
+
+def test_a_file_that_changes_meanwhile_is_not_read_again(folder, monkeypatch, run):
+    monkeypatch.chdir(folder)
+    Path("edits.py").write_text(
+        "def edits(completions, row, **kwargs):\n    open('mine.jsonl', 'a').write('\\n')\n"
+        "    return [float(i % 2) for i in range(len(row))]\n"
+    )
+    code, said = run(*QUICK, "--reward_funcs", "edits.py:edits", "--format", "jsonl")
+    assert code == 0 and "was changed since the selection began, so the exported rows" in said
+    for line in map(json.loads, Path("out/learnalign/selected.jsonl").read_text().splitlines()):
+        assert line["prompt"] == make_dataset()[line["row"]]["prompt"]
+
+
+def test_a_selection_is_selected_from_and_names_in_use_are_set_aside(folder, monkeypatch, run):
+    monkeypatch.chdir(folder)
+    assert run(*QUICK, "--format", "jsonl", "--num_prompts", "12")[0] == 0
+    shutil.move("out/learnalign/selected.jsonl", "again.jsonl")
+    code, said = run(
+        *QUICK, "--dataset_name", "again.jsonl", "--format", "jsonl", "--output_dir", "two", "--num_prompts", "3"
+    )
+    assert code == 0 and "The dataset is an earlier selection: its columns learnalign_score and success_rate" in said
+    lines = [json.loads(line) for line in Path("two/learnalign/selected.jsonl").read_text().splitlines()]
+    table = Selection.load("two/learnalign/step-000000").to_pandas()
+    assert [line["success_rate"] for line in lines] == table["success_rate"][table["selected"]].tolist()
+    assert all(list(line) == ["prompt", "row", "learnalign_score", "success_rate"] for line in lines)
+    # A column of the user's own of that name, and one of the name that another is to be used as
+    rows = [
+        {"prompt": "no", "question": row["prompt"], "row": row["row"], "success_rate": 7} for row in make_dataset()
+    ]
+    Path("taken.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("sees.py").write_text(
+        "def sees(prompts, completions, dataset_prompt, dataset_success_rate, **kwargs):\n"
+        "    assert set(dataset_prompt) == {'no'} != set(prompts) and set(dataset_success_rate) == {7}\n"
+        "    return [float(i % 2) for i in range(len(prompts))]\n"
+    )
+    more = ["--prompt_column", "question", "--reward_funcs", "sees.py:sees", "--format", "jsonl"]
+    code, said = run(*QUICK, "--dataset_name", "taken.jsonl", "--output_dir", "three", *more)
+    assert code == 0 and "the column 'prompt' of the dataset is passed to reward functions as `dataset_prompt`" in said
+    for line in map(json.loads, Path("three/learnalign/selected.jsonl").read_text().splitlines()):
+        old = {name: line[name] for name in ("prompt", "question", "row")}
+        assert old | {"success_rate": line["dataset_success_rate"]} == rows[line["row"]]
+        assert line["success_rate"] == 0.5
+
+
+def test_prompts_that_end_with_the_answer_and_models_without_a_template(folder, monkeypatch, run):
+    monkeypatch.chdir(folder)
+    ask = [{"role": "user", "content": "1+1="}]
+    rows = [ask + [{"role": "assistant", "content": "2"}] * (i % 3 == 0) for i in range(24)]
+    Path("sft.jsonl").write_text("".join(json.dumps({"messages": row, "row": i}) + "\n" for i, row in enumerate(rows)))
+    sft = ["--dataset_name", "sft.jsonl", "--prompt_column", "messages"]
+    with pytest.warns(UserWarning, match="^8 of 24 prompts end with a message of the assistant, so the policy reads"):
+        assert run(*QUICK, *sft, "--score", "random")[0] == 0
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    make_model().save_pretrained("base")
+    tokenizer.save_pretrained("base")
+    code, said = run(*QUICK, *sft, "--model_name_or_path", "base")
+    assert code == 1 and "messages, but the tokenizer of the policy ('base') has no chat template" in said
+
+
+def test_an_error_of_a_reward_is_said_once(mistakes, monkeypatch, run):
+    monkeypatch.chdir(mistakes)
+    said = run("--reward_funcs", "fails.py:reward")[1]
+    assert "KeyError: 'points'" in said and "All reward functions returned None" not in said
 
 
 def training_script(*arguments, callbacks=(), model=None):

@@ -175,7 +175,7 @@ def test_selection_is_the_same_for_any_number_of_processes(tmp_path, first, on_f
 
 
 def rollouts_of(path):
-    files = sorted(path.glob("learnalign/*/rollouts*.parquet"))
+    files = sorted(path.glob("_learnalign/rollouts/*/rollouts*.parquet"))
     table = pandas.concat(map(pandas.read_parquet, files)).sort_values("index", kind="stable")
     return [file.name for file in files], table.reset_index(drop=True)
 
@@ -384,7 +384,7 @@ def test_nodes_with_disks_of_their_own(tmp_path):
     for rank in "01":
         log = tmp_path / rank / "_learnalign" / "step-000000" / "rollouts"
         assert json.loads((log / "manifest.json").read_text())["key"] != keys[rank]
-        shards = [file.name for file in (tmp_path / rank).glob("learnalign/*/rollouts*.parquet")]
+        shards = [file.name for file in (tmp_path / rank).glob("_learnalign/rollouts/*/rollouts*.parquet")]
         assert shards == [f"rollouts-0000{rank}-of-00002.parquet"]
 
 

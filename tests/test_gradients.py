@@ -391,7 +391,7 @@ def test_no_backward_for_prompts_without_learnability(tmp_path, monkeypatch):
     selection = select_prompts(trainer, LearnAlignConfig(num_prompts=8, learnability="variance", save_rollouts=True))
     import pyarrow.parquet as pq
 
-    table = pq.read_table(tmp_path / "learnalign/step-000000/rollouts.parquet").to_pylist()
+    table = pq.read_table(tmp_path / "_learnalign/rollouts/step-000000/rollouts.parquet").to_pylist()
     carrying = [row for row in table if row["advantage"] != 0]
     assert len(seen) == len(carrying) < len(table)
     learnable = dict(

@@ -326,7 +326,7 @@ def test_restart_with_a_reference_policy_that_follows(tmp_path):
 def test_restart_without_its_first_weights(tmp_path):
     kwargs = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1}
     make_trainer(tmp_path, config(after_warmup="restart"), **kwargs).train()
-    (tmp_path / "learnalign" / "initial.safetensors").unlink()
+    (tmp_path / "_learnalign" / "initial.safetensors").unlink()
     trainer = make_trainer(tmp_path, config(after_warmup="restart"), **kwargs)
     with pytest.raises(FileNotFoundError, match=r"initial.safetensors.*after_warmup='restart'"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
-from tiny import config, make_trainer, parity_reward
+from tiny import config, make_trainer, online, parity_reward
 from transformers import TrainerCallback
 
 from trl_learnalign import Selection, select_prompts, store
@@ -244,7 +244,7 @@ def test_model_card(tmp_path):
     assert "## Prompts" not in (tmp_path / "plain/README.md").read_text()
 
 
-def test_what_is_pushed_with_a_checkpoint(tmp_path, monkeypatch):
+def test_what_is_pushed_with_a_checkpoint(tmp_path, monkeypatch, caplog):
     """All of Trainer's own pushing; only the calls of the Hub's client copy the files to another folder instead."""
     hub = tmp_path / "hub"
 
@@ -265,12 +265,15 @@ def test_what_is_pushed_with_a_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.trainer.hf_api", Client)
     run = make_trainer(
         tmp_path / "run",
-        config(write_report=True),
+        config(write_report=True, save_rollouts=True, after_warmup="restart"),
         num_train_epochs=2,
         save_strategy="steps",
         save_steps=2,
         push_to_hub=True,
     )
+    for name in ("initial.safetensors", "step-000009/rollouts.parquet"):  # as an earlier version left them
+        (tmp_path / "run/learnalign/step-000009").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run/learnalign" / name).write_text("of an earlier run")
     pushed = []
     run.add_callback(Noted(pushed, hub))
     run.train()
@@ -279,6 +282,51 @@ def test_what_is_pushed_with_a_checkpoint(tmp_path, monkeypatch):
     assert Selection.load(step).indices == Selection.load(tmp_path / "run/learnalign/step-000002").indices
     assert (hub / "learnalign/report.html").is_file() and not list(hub.rglob("*.log"))
     assert (hub / "adapter_model.safetensors").is_file()
+    # Neither completions nor first weights, which stay here
+    assert not [*hub.rglob("rollouts*"), *hub.rglob("initial*")]
+    scratch = tmp_path / "run/_learnalign"
+    assert (scratch / "rollouts/step-000002/rollouts.parquet").stat().st_size > 1000
+    assert (scratch / "rollouts/step-000009/rollouts.parquet").read_text() == "of an earlier run"
+    assert (scratch / "initial.safetensors").stat().st_size > 1000
+    (warning,) = [record.getMessage() for record in caplog.records if "`push_to_hub=True` uploads" in record.message]
+    assert "report.html, step-*/texts.parquet, in `learnalign/`, go to 'someone/run', which will be public" in warning
+    assert "the Hub could not be asked" in warning and "set `hub_private_repo=True`;" in warning
+
+
+@pytest.mark.parametrize(
+    ("private", "wanted", "schedule", "words"),
+    [
+        (True, None, "staged", None),
+        (False, True, "staged", "texts.parquet, in `learnalign/`, go to 'someone/mine', which is public."),
+        (False, None, "online", "suspects.parquet, online.json, selected.jsonl, in `learnalign/`, go to"),
+        (None, True, "staged", None),
+    ],
+)
+def test_uploads_are_warned_of_where_the_repository_is_public(
+    tmp_path, monkeypatch, caplog, private, wanted, schedule, words
+):
+    """By what the Hub says, and where it says nothing by what was asked for."""
+
+    def told(client, repo):
+        assert repo == "someone/mine" and client.token == "secret"
+        if private is None:
+            raise ConnectionError("no network")
+        return SimpleNamespace(private=private)
+
+    client = SimpleNamespace(create_repo=lambda name, **kwargs: SimpleNamespace(repo_id=f"someone/{name}"))
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: client)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", told)
+    chosen = online(write_report=True) if schedule == "online" else config()
+    (tmp_path / "learnalign").mkdir()
+    if schedule == "online":
+        (tmp_path / "learnalign/selected.jsonl").write_text("{}")
+    more = {"push_to_hub": True, "hub_private_repo": wanted, "hub_token": "secret", "hub_model_id": "mine"}
+    trainer = make_trainer(tmp_path, chosen, max_steps=4, hub_strategy="end", **more)
+    trainer.train()
+    if schedule == "staged":
+        select_prompts(trainer, chosen)
+    found = [record.getMessage() for record in caplog.records if "`push_to_hub=True` uploads" in record.message]
+    assert len(found) == (words is not None) and all(words in text for text in found)
 
 
 class SlowUpload:

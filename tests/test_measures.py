@@ -84,7 +84,8 @@ def test_text_of_rollouts_that_were_made_before(tmp_path, counted):
     select(tmp_path / "fresh", save_rollouts=True)
     assert counted()[0] == 2 * 24
     again, fresh = (
-        pq.read_table(path / "learnalign/step-000000/rollouts.parquet") for path in (tmp_path, tmp_path / "fresh")
+        pq.read_table(path / "_learnalign/rollouts/step-000000/rollouts.parquet")
+        for path in (tmp_path, tmp_path / "fresh")
     )
     assert again.equals(fresh) and again.num_rows == 24 * 8
 
@@ -231,7 +232,7 @@ def test_generation_in_halves_where_memory_is_full(tmp_path, monkeypatch, caplog
     settings = {"rollout_batch_prompts": 4, "save_rollouts": True}
     whole = select(tmp_path / "whole", **settings)
     assert attempts == [32, 16, 8, 8, 8, 8, *([8] * 20)] and "32 rollouts at once do not fit" in caplog.text
-    table = pq.read_table(tmp_path / "whole/learnalign/step-000000/rollouts.parquet").to_pandas()
+    table = pq.read_table(tmp_path / "whole/_learnalign/rollouts/step-000000/rollouts.parquet").to_pandas()
     assert table.groupby("index").size().tolist() == [8] * 24
     completions = {tuple(part["completion"]) for _, part in table.groupby("index")}
     assert len(completions) == 24  # of different random numbers

@@ -16,6 +16,7 @@ from datasets import Dataset
 from tiny import config, digit_reward, graded_reward, make_trainer, parity_reward
 
 from trl_learnalign import Selection, select_prompts
+from trl_learnalign.disk import rollouts_of
 from trl_learnalign.dry_run import plan_selection
 from trl_learnalign.prompts import prompt_text
 from trl_learnalign.report import write_report
@@ -96,7 +97,7 @@ def test_completions_are_those_of_the_rollouts(tmp_path):
     trainer = make_trainer(tmp_path, reward=[digit_reward, parity_reward], reward_weights=[1.0, 0.5])
     select_prompts(trainer, reported(save_rollouts=True, success_reward="digit_reward"))
     step = tmp_path / "learnalign/step-000000"
-    rollouts = pq.read_table(step / "rollouts.parquet").to_pandas().groupby("index").first()
+    rollouts = pq.read_table(rollouts_of(step) / "rollouts.parquet").to_pandas().groupby("index").first()
     shown = [row for row in pq.read_table(step / "texts.parquet").to_pylist() if row["completion"] is not None]
     assert shown
     for row in shown:

@@ -7,6 +7,7 @@ import pytest
 from tiny import config, digit_reward, make_dataset, make_trainer
 
 from trl_learnalign import Selection, select_prompts
+from trl_learnalign.disk import rollouts_of
 from trl_learnalign.samples import extremes
 from trl_learnalign.selection import SCORES_SCHEMA
 
@@ -20,9 +21,7 @@ def saved(tmp_path_factory):
 
 def test_what_is_written(saved):
     selection, path = saved
-    assert sorted(file.name for file in path.iterdir()) == [
-        *("rollouts.parquet", "scores.parquet", "selection.json", "texts.parquet")
-    ]
+    assert sorted(file.name for file in path.iterdir()) == [*("scores.parquet", "selection.json", "texts.parquet")]
     table = pq.read_table(path / "scores.parquet").to_pandas()
     assert list(table.columns) == SCORES_SCHEMA.names and table["index"].tolist() == list(range(24))
     assert table.sort_values("rank")["index"].tolist()[:8] == selection.indices
@@ -33,7 +32,7 @@ def test_what_is_written(saved):
         == table["gradient_norm"].gt(0).sum()
     )
     assert (table["score"][table["learnability"] == 0] == 0).all()
-    rollouts = pq.read_table(path / "rollouts.parquet").to_pandas()
+    rollouts = pq.read_table(rollouts_of(path) / "rollouts.parquet").to_pandas()
     assert rollouts.groupby("index").size().tolist() == [8] * 24
     rate = rollouts["rewards"].map(lambda rewards: rewards[0] >= 1).groupby(rollouts["index"]).mean()
     assert rate.tolist() == table["success_rate"].tolist()
@@ -47,7 +46,7 @@ def test_what_is_written(saved):
 
 def test_cost_is_counted_in_tokens(saved):
     selection, path = saved
-    rollouts = pq.read_table(path / "rollouts.parquet").to_pandas()
+    rollouts = pq.read_table(rollouts_of(path) / "rollouts.parquet").to_pandas()
     prompts = [len(text) for text in make_dataset()["prompt"]]  # one token a character
     tokens = rollouts["completion_ids"].map(len) + rollouts["index"].map(prompts.__getitem__)
     cost = selection.provenance["cost"]
@@ -103,7 +102,7 @@ def copy_of(path, tmp_path):
         (lambda p: change(p, indices=[0, 1]), ValueError, "checksum"),
         (lambda p: change(p, indices=None), ValueError, "checksum"),
         (
-            lambda p: pq.write_table(pq.read_table(p / "rollouts.parquet"), p / "scores.parquet"),
+            lambda p: pq.write_table(pq.read_table(p / "texts.parquet"), p / "scores.parquet"),
             ValueError,
             "not the one",
         ),
@@ -146,7 +145,7 @@ def test_no_more_is_generated_at_once_than_in_training(tmp_path):
         trainer = make_trainer(path, reward=reward, dataset=make_dataset(6), **changes)
         select_prompts(trainer, config(num_rollouts=10, save_rollouts=True))
         assert trainer.num_generations == 4
-        return pq.read_table(path / "learnalign/step-000000/rollouts.parquet").to_pandas()
+        return pq.read_table(path / "_learnalign/rollouts/step-000000/rollouts.parquet").to_pandas()
 
     table = select(tmp_path / "parts", per_device_train_batch_size=4)
     assert calls == [[index] * size for index in range(6) for size in (4, 4, 2)]

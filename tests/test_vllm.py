@@ -18,6 +18,7 @@ from tiny import digit_reward, make_dataset, make_model, make_tokenizer
 from torch.testing import assert_close
 
 from trl_learnalign import Selection
+from trl_learnalign.disk import rollouts_of
 from trl_learnalign.groups import deal
 
 
@@ -47,7 +48,7 @@ def launch(task, path, processes=1):
 
 def load(path):
     (step,) = (path / "learnalign").glob("step-*")
-    files = sorted(step.glob("rollouts*.parquet"))  # one for each process
+    files = sorted(rollouts_of(step).glob("rollouts*.parquet"))  # one for each process
     table = pd.concat([pq.read_table(file).to_pandas() for file in files]).sort_values("index", kind="stable")
     return Selection.load(step), table.reset_index(drop=True)
 

@@ -14,10 +14,11 @@ from transformers import AutoConfig, set_seed
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from .config import LearnAlignConfig
+from .files import JsonRows
 from .prompts import check_dataset
 from .rewards import check_success_reward
-from .rows import read_dataset
-from .selection import check_score_columns
+from .rows import read_source
+from .selection import SCORE_COLUMNS
 from .user_code import load_file
 
 
@@ -42,16 +43,44 @@ class SelectArguments(ScriptArguments):
         default=None, metadata={"help": "Directory to save the adapter in after the warm-up."}
     )
 
-    def renamed(self) -> dict[str, str]:
-        """Columns that the trainer gets under another name: the dataset's name -> the trainer's."""
+    def wanted(self, columns: list[str]) -> dict[str, str]:
+        """
+        Columns that the trainer gets under another name: the dataset's name -> the trainer's. One that has such a name
+        already gets another, as in `dataset_prompt`.
+        """
         pairs = {self.prompt_column: "prompt", self.answer_column: "solution"}
-        return {old: new for old, new in pairs.items() if old not in (None, new)}
+        pairs = {old: new for old, new in pairs.items() if old not in (None, new)}
+        taken = [new for new in pairs.values() if new in columns and new not in pairs]
+        return pairs | {name: f"dataset_{name}" for name in taken}
+
+
+@dataclass
+class Rows:
+    """
+    What is selected from.
+
+    Attributes:
+        dataset (`Dataset`): the rows, with the names of the trainer.
+        source ([`JsonRows`], *optional*): the same rows as JSON files hold them.
+        renamed (`dict[str, str]`): the dataset's names of columns -> the trainer's, where they differ.
+        aside (`dict[str, str]`): columns named as those that the selection adds -> their names here and in exports.
+        notes (`list[str]`): what is to be said about them.
+    """
+
+    dataset: Dataset
+    source: JsonRows | None
+    renamed: dict[str, str]
+    aside: dict[str, str]
+    notes: list[str]
 
 
 def build_trainer(
     arguments: SelectArguments, training_args: GRPOConfig, model_args: ModelConfig, config: LearnAlignConfig
-) -> GRPOTrainer:
-    """A stock trainer, as a training script builds it. All checks that do not need the model come first."""
+) -> tuple[GRPOTrainer, Rows]:
+    """
+    A stock trainer, as a training script builds it, and what it selects from. All checks that do not need the model
+    come first.
+    """
     if arguments.dataset_name is None:
         raise ValueError(
             "There is nothing to select from. Set `dataset_name` to a dataset of the Hub, a directory or a file."
@@ -81,9 +110,8 @@ def build_trainer(
     if "rollouts" in config.measures and None not in names:
         check_success_reward(names, config.success_reward, config.learnability)
     _check_model(model_args)
-    dataset = read_rows(arguments)
-    check_dataset(dataset)
-    check_score_columns(dataset)
+    rows = read_rows(arguments)
+    check_dataset(rows.dataset)
     peft_config = get_peft_config(model_args)
     if arguments.adapter is not None:
         peft_config = PeftConfig.from_pretrained(arguments.adapter)
@@ -101,13 +129,13 @@ def build_trainer(
         model=model_args.model_name_or_path,
         reward_funcs=reward_funcs,
         args=training_args,
-        train_dataset=dataset,
+        train_dataset=rows.dataset,
         peft_config=peft_config,
         quantization_config=get_quantization_config(model_args),
     )
     if arguments.adapter is not None:
         load_adapter(trainer, arguments.adapter)
-    return trainer
+    return trainer, rows
 
 
 def _check_model(model_args):
@@ -150,26 +178,47 @@ def load_adapter(trainer: GRPOTrainer, path: str) -> None:
 # Rows --------------------------------------------------------------------------------------------------------------
 
 
-def read_rows(arguments: SelectArguments) -> Dataset:
+def read_rows(arguments: SelectArguments) -> Rows:
     """
-    The training split of a dataset of the Hub or of a directory, or the rows of one file, with the trainer's names.
+    The training split of a dataset of the Hub or of a directory, or the rows of files, with the trainer's names. The
+    scores that an earlier export added are left out.
+
+    Raises:
+        `ValueError`, `FileNotFoundError`: they cannot be read, or a column that is named is not there.
     """
-    dataset = read_dataset(
+    notes = []
+    dataset, source = read_source(
         arguments.dataset_name, "dataset_name", arguments.dataset_config, arguments.dataset_train_split
     )
+    taken = [name for name in SCORE_COLUMNS if name in dataset.column_names]
+    if len(taken) == len(SCORE_COLUMNS):
+        dataset, taken = dataset.remove_columns(taken), []
+        notes.append(
+            f"The dataset is an earlier selection: its columns {' and '.join(SCORE_COLUMNS)} are left out, and those "
+            "of this selection take their place."
+        )
+    aside = {name: f"dataset_{name}" for name in taken}
+    for old, new in aside.items():
+        dataset = dataset.rename_column(old, new)
+        notes.append(f"The selection adds a column '{old}', so that of the dataset is called '{new}'.")
     columns = dataset.column_names
-    for old, new in arguments.renamed().items():
+    renamed = arguments.wanted(columns)
+    for old, new in renamed.items():
         if old not in columns:
             raise ValueError(
                 f"The dataset has no column '{old}'{nearest(old, columns)}. It has: {', '.join(columns)}."
             )
-        if new in columns:
+        if new in columns and new not in renamed:
             raise ValueError(
                 f"The column '{old}' is to be used as `{new}`, but the dataset has a column of that name, too. Remove "
                 "or rename one of them."
             )
-        dataset = dataset.rename_column(old, new)
-    return dataset
+        if new == f"dataset_{old}":
+            notes.append(
+                f"Another column is used as `{old}`, so the column '{old}' of the dataset is passed to reward "
+                f"functions as `{new}`. Exported rows keep the names of the dataset."
+            )
+    return Rows(dataset.rename_columns(renamed), source, renamed, aside, notes)
 
 
 # Reward functions --------------------------------------------------------------------------------------------------

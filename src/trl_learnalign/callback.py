@@ -10,7 +10,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers import Trainer, TrainerCallback
 
 from . import trackers
-from .disk import DirectoryLock
+from .disk import DirectoryLock, initial_weights_of
 from .host import find_host
 from .layout import Layout
 from .peers import Peers
@@ -20,6 +20,7 @@ from .sampler import LearnAlignSampler
 from .selection import Selection
 from .selector import forget_measures, select_at_stage
 from .state import CheckpointState
+from .uploads import warn_of_uploads
 
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ class LearnAlignCallback(TrainerCallback):
                 elif self.config.after_warmup == "restart":
                     save_initial_weights(self.host, self._initial_file())
             peers.wait()
+        warn_of_uploads(self.trainer, self.config)
         self._say_plan(state)
         self._since = state.global_step, time.perf_counter()
         if self._pending is not None:
@@ -259,7 +261,7 @@ class LearnAlignCallback(TrainerCallback):
         return Path(self.trainer.args.output_dir) / "learnalign"
 
     def _initial_file(self):
-        return self._directory() / "initial.safetensors"
+        return initial_weights_of(self._directory())
 
 
 def first_rollouts(places: dict[int, int], start: int, number: int, group_size: int) -> dict[int, int]:

@@ -17,14 +17,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import yaml
-from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser
 
 from .build import SelectArguments, build_trainer, nearest
 from .callback import LearnAlignCallback
-from .cards import dataset_card
 from .config import LearnAlignConfig
+from .disk import make_directory, write_atomically
 from .dry_run import plan_selection
+from .exports import check_repository, exact, push_rows, write_lines
 from .online_report import rewrite_online_report
 from .report import write_report
 from .sampler import LearnAlignSampler
@@ -40,7 +40,8 @@ _UNUSED = ("dataset_test_split", "dataset_streaming", "ignore_bias_buffers")  # 
 _EPILOG = """
 Of TRL's arguments `--model_name_or_path` is needed, and `--output_dir`, `--use_peft`, `--lora_target_modules`,
 `--per_device_train_batch_size`, `--num_generations` and `--max_completion_length` are often wanted; see `--help-all`.
-Everything but `--config`, `--dry_run`, `--format` and `--push_to_hub` can be set in the YAML file instead.
+Everything but `--config`, `--dry_run`, `--format`, `--push_to_hub` and `--overwrite` can be set in the YAML file
+instead.
 """
 
 
@@ -89,12 +90,13 @@ def _select(arguments: list[str]) -> None:
         return _help(options.help_all)
     try:
         script, config, training_args, model_args, unknown = _parse(options.config, rest)
-        trainer = build_trainer(script, training_args, model_args, config)
+        _check_push(options, training_args)
+        trainer, rows = build_trainer(script, training_args, model_args, config)
     except (ValueError, OSError, ImportError) as error:  # of TRL, transformers and peft: of what they were given
         sys.exit(f"{_SELECT}: {_paragraph(error)}")
     main_process = trainer.accelerator.is_main_process
     if main_process:
-        for line in (_left_out(unknown), _policy(config, script, model_args)):
+        for line in (_left_out(unknown), _policy(config, script, model_args), *rows.notes):
             if line is not None:
                 logger.warning(line)
     if options.dry_run:
@@ -109,7 +111,7 @@ def _select(arguments: list[str]) -> None:
         )
         learnable = len(selection.indices) > 0
         if main_process and learnable and (options.format or options.push_to_hub):
-            _export(trainer, selection, options, script)
+            _export(trainer, selection, options, script, rows)
     trainer.accelerator.end_training()
     if not learnable:
         sys.exit(1)
@@ -134,7 +136,15 @@ def _own_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--format", choices=["jsonl", "parquet"], help="also write the chosen rows to a file of this kind"
     )
-    parser.add_argument("--push_to_hub", "--push-to-hub", metavar="REPO", help="also push the chosen rows to the Hub")
+    parser.add_argument(
+        "--push_to_hub",
+        "--push-to-hub",
+        metavar="REPO",
+        help="also push the chosen rows to the Hub, to a private repository unless `hub_private_repo` is false",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="with --push_to_hub: replace rows and card of a repository"
+    )
     return parser
 
 
@@ -171,7 +181,14 @@ def _staged(schedule: str) -> str:
 
 
 def _names() -> list[str]:
-    return ["config", "dry_run", "format", "push_to_hub", *(field.name for kind in _KINDS for field in fields(kind))]
+    return [
+        "config",
+        "dry_run",
+        "format",
+        "push_to_hub",
+        "overwrite",
+        *(field.name for kind in _KINDS for field in fields(kind)),
+    ]
 
 
 def _check_config(path: str) -> None:
@@ -290,33 +307,50 @@ def _after_warmup(trainer: GRPOTrainer, config: LearnAlignConfig, script: Select
 # Rows --------------------------------------------------------------------------------------------------------------
 
 
-def _export(trainer, selection, options, script) -> None:
-    rows = selection.to_dataset(trainer.train_dataset, with_scores=True)
-    rows = rows.rename_columns({new: old for old, new in script.renamed().items()})
-    if options.format:
-        target = Path(trainer.args.output_dir) / "learnalign" / f"selected.{options.format}"
-        print(f"{len(rows)} rows: {write_rows(rows, target)}")
+def _check_push(options, training_args) -> None:
+    """Before anything is measured."""
     if options.push_to_hub:
-        print(push_rows(rows, selection, options.push_to_hub, script.dataset_name))
+        options.push_to_hub = check_repository(options.push_to_hub, *_access(training_args), options.overwrite)
 
 
-def write_rows(rows: Dataset, target: Path) -> Path:
-    """As JSON lines or parquet, by the name of the file."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    rows.to_json(str(target), force_ascii=False) if target.suffix == ".jsonl" else rows.to_parquet(str(target))
-    return target
+def _access(training_args) -> tuple[bool, str | None]:
+    """Whether rows are pushed to a private repository, as they are unless told otherwise, and with which token."""
+    return training_args.hub_private_repo is not False, training_args.hub_token
 
 
-def push_rows(rows: Dataset, selection: Selection, repo: str, source: str) -> str:
-    """Pushes the chosen rows as a dataset, and a card that says how they were chosen."""
-    from huggingface_hub import DatasetCard
+def _export(trainer, selection, options, script, rows) -> None:
+    held = None if rows.source is None else rows.source.pick(selection.indices, len(rows.dataset))
+    if rows.source is not None and held is None:
+        logger.warning(
+            f"'{script.dataset_name}' cannot be read row by row, or was changed since the selection began, so the "
+            "exported rows have the values that `datasets` read then."
+        )
+    if held is not None:
+        held = [{rows.aside.get(name, name): value for name, value in row.items()} for row in held]
+    chosen = selection.to_dataset(trainer.train_dataset, with_scores=True)
+    chosen = chosen.rename_columns({new: old for old, new in rows.renamed.items()})
+    if options.format == "jsonl":
+        target = _target(trainer, "jsonl")
+        write_lines(chosen, held, target)
+        print(f"{len(chosen)} rows: {target}")
+    if options.format == "parquet" or options.push_to_hub:
+        chosen, texts = exact(chosen, held)
+        if texts:
+            logger.warning(
+                "These columns, or parts of them, are exported as JSON texts, as arrow holds only values of one type: "
+                f"{', '.join(texts)}. `datasets` decodes them; for any other reader use `--format jsonl`."
+            )
+    if options.format == "parquet":
+        target = _target(trainer, "parquet")
+        make_directory(target.parent)
+        write_atomically(target, lambda temporary: chosen.to_parquet(str(temporary)))
+        print(f"{len(chosen)} rows: {target}")
+    if options.push_to_hub:
+        print(push_rows(chosen, selection, options.push_to_hub, script.dataset_name, *_access(trainer.args)))
 
-    rows.push_to_hub(repo)
-    card = DatasetCard.load(repo)  # with what `datasets` has written about the files
-    card.data.tags = ["learnalign", "trl"]
-    card.text = dataset_card(selection, source)
-    card.push_to_hub(repo)
-    return f"https://huggingface.co/datasets/{repo}"
+
+def _target(trainer, kind) -> Path:
+    return Path(trainer.args.output_dir) / "learnalign" / f"selected.{kind}"
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ class LearnAlignConfig:
         fold (`int`, *optional*, defaults to `3`):
             The step of `prompt_order="folding"`, at least 1.
         save_rollouts (`bool`, *optional*, defaults to `False`):
-            Write `rollouts.parquet` next to `scores.parquet`.
+            Keep all rollouts, in `_learnalign/rollouts/`, which is never uploaded.
         write_report (`bool`, *optional*, defaults to `True`):
             Write `report.html` and its figures after every selection, and log the figures to TensorBoard, W&B and
             trackio if `report_to` names them.

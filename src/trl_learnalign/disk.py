@@ -58,9 +58,30 @@ def scratch(directory: Path) -> Path:
     return directory.with_name(f"_{directory.name}")
 
 
+def rollouts_of(step: Path) -> Path:
+    """Directory of the rollouts that are kept of the selection in the directory `step`: no upload takes them."""
+    return scratch(step.parent) / "rollouts" / step.name
+
+
+def initial_weights_of(directory: Path) -> Path:
+    """File of the weights that `after_warmup="restart"` goes back to: no upload takes it."""
+    return scratch(directory) / "initial.safetensors"
+
+
+def hide_from_uploads(directory: Path) -> None:
+    """Moves what earlier versions kept in `directory`, where an upload would take it."""
+    files = {file: rollouts_of(file.parent) / file.name for file in directory.glob("step-*/rollouts*.parquet")}
+    first = initial_weights_of(directory)
+    for file, target in (files | {directory / first.name: first}).items():
+        if file.is_file() and not target.exists():
+            make_directory(target.parent)
+            os.replace(file, target)
+
+
 def _where_temporary(path):
     for directory in path.parents:
         beside = scratch(directory) if directory.name == "learnalign" else None
+        beside = directory if directory.name == "_learnalign" else beside
         if beside is not None and beside.is_dir() and beside.stat().st_dev == path.parent.stat().st_dev:
             return beside
     return path.parent
@@ -145,6 +166,7 @@ class DirectoryLock:
             remove_leftovers(directory)
         for journal in self.path.glob("step-*/journal"):  # where version 0.1 had them
             shutil.rmtree(journal, ignore_errors=True)
+        hide_from_uploads(self.path)
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         return descriptor

@@ -4,8 +4,10 @@ text.
 """
 
 import hashlib
+import json
 import warnings
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
@@ -13,13 +15,21 @@ from datasets import Dataset
 
 _SHOWN = 10  # rows that an error names
 _BATCH = 1000
+# Arguments of reward functions, besides the columns
+_OF_REWARDS = {
+    "prompts": "the prompts",
+    "completions": "what was generated",
+    "completion_ids": "the tokens generated",
+    "trainer_state": "the state of the trainer",
+}
 _WHAT_IS_ASKED = ("prompt", "image", "images")  # columns that GRPOTrainer makes a prompt from
 
 
 def check_dataset(dataset, needs_prompt: bool = True) -> None:
     """
-    Raises a `ValueError` for a dataset whose rows cannot be picked by number, that has none, or that has no column
-    `prompt` although no environment supplies the prompts.
+    Raises a `ValueError` for a dataset whose rows cannot be picked by number, that has none, that has no column
+    `prompt` although no environment supplies the prompts, or a column whose name is that of an argument of reward
+    functions.
     """
     if not isinstance(dataset, Dataset):
         raise ValueError(
@@ -35,6 +45,39 @@ def check_dataset(dataset, needs_prompt: bool = True) -> None:
             "the one that holds the prompts with `dataset.rename_column`, or name it with `--prompt_column` on the "
             "command line."
         )
+    for name in set(_OF_REWARDS) & set(dataset.column_names):
+        raise ValueError(
+            f"The training dataset has a column '{name}', but TRL passes {_OF_REWARDS[name]} to reward functions "
+            "under that name. Rename the column with `dataset.rename_column`, or in the file, or remove it."
+        )
+
+
+def warn_of_answers(dataset: Dataset) -> None:
+    """Warns of prompts that end with a message of the assistant, with their number."""
+    if "prompt" not in dataset.column_names:
+        return
+    tables = _batches(dataset, ["prompt"])
+    answered = sum(_answered(chunk) for table in tables for chunk in table["prompt"].chunks)
+    if answered:
+        warnings.warn(
+            f"{answered:,} of {len(dataset):,} prompts end with a message of the assistant, so the policy reads the "
+            "answer and is then asked for another one. Let the prompts end with the question, for example with "
+            "`dataset.map(lambda row: {'prompt': row['prompt'][:-1]})`.",
+            stacklevel=4,
+        )
+
+
+def _answered(column: pa.Array) -> int:
+    kind = column.type
+    if not pa.types.is_list(kind) and not pa.types.is_large_list(kind):
+        return 0
+    lengths = pc.list_value_length(column).fill_null(0).to_numpy()
+    last = pc.list_flatten(column).take(pa.array(np.cumsum(lengths)[lengths > 0] - 1))
+    if pa.types.is_struct(kind.value_type):
+        messages = last.to_pylist()
+    else:  # messages with different members are JSON texts
+        messages = [json.loads(text or "null") for text in last.to_pylist()]
+    return sum(isinstance(message, dict) and message.get("role") == "assistant" for message in messages)
 
 
 def check_prompts(dataset: Dataset, what: str = "The training dataset") -> None:

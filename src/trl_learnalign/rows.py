@@ -1,24 +1,43 @@
 """Rows from a file, a directory or the Hub, and a hash of them."""
 
+import glob
+import gzip
 import hashlib
 import json
+import logging
+import os
 import weakref
 from pathlib import Path
 
 import pyarrow as pa
-from datasets import Dataset, load_dataset
+from datasets import Dataset, load_dataset, load_dataset_builder, load_from_disk
 
+from .files import CHECKED, JsonRows, csv_changes, is_zipped, json_changes, list_of_rows
+
+
+logger = logging.getLogger(__name__)
 
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_READABLE = f"{', '.join(_READERS)}, also with .gz,"
 _FINGERPRINTS = weakref.WeakKeyDictionary()
+_COMPARED = set()  # files whose rows were compared with what was read
 
 
 def read_dataset(name: str, knob: str, config: str | None = None, split: str = "train") -> Dataset:
+    """The rows of [`read_source`]."""
+    return read_source(name, knob, config, split)[0]
+
+
+def read_source(
+    name: str, knob: str, config: str | None = None, split: str = "train"
+) -> tuple[Dataset, JsonRows | None]:
     """
-    The rows of one file, or a split of a dataset of the Hub or of a directory.
+    The rows of one file or of the files that a pattern such as `data/*.jsonl` names; of a directory that
+    `save_to_disk` wrote; or a split of a dataset of the Hub or of a directory. And where these are JSON files, the
+    same rows as the files hold them. The first process warns, once for each file, of columns that reading changes.
 
     Args:
-        name (`str`): path or name.
+        name (`str`): path, pattern or name.
         knob (`str`): the setting that holds it, for messages.
         config (`str`, *optional*): configuration of the dataset.
         split (`str`, *optional*, defaults to `"train"`): its split.
@@ -27,35 +46,84 @@ def read_dataset(name: str, knob: str, config: str | None = None, split: str = "
         `ValueError`, `FileNotFoundError`: there is no such file or dataset, or it cannot be read.
     """
     file = Path(name)
-    if file.suffix in _READERS or file.is_file():
-        return _read_file(file, knob)
-    try:
-        return load_dataset(name, config, split=split)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"`{knob}` is '{file}', which could not be loaded: {error}") from error
+    if glob.has_magic(name) and (files := sorted(map(Path, glob.glob(name, recursive=True)))):
+        dataset, source = _read_files(files, knob)
+    elif _kind(file) in _READERS or file.is_file():
+        dataset, source = _read_files([file], knob)
+    else:
+        dataset, source = _read_directory(name, knob, config, split)
+    _warn_of_changes(dataset, source, file, knob)
+    return dataset, source
 
 
-def _read_file(file, knob):
-    if file.suffix not in _READERS:
-        raise ValueError(f"`{knob}` is '{file}', but only files named {', '.join(_READERS)} can be read.")
-    if not file.is_file():
-        raise FileNotFoundError(f"`{knob}` is '{file}', but there is no such file.")
-    with file.open("rb") as lines:
-        if not any(line.strip() for line in lines):
-            raise ValueError(f"`{knob}` is '{file}', which is empty.")
+def _kind(file):
+    return Path(file.stem).suffix if is_zipped(file) else file.suffix
+
+
+def _read_directory(name, knob, config, split):
     try:
-        return load_dataset(_READERS[file.suffix], data_files=str(file), split="train")
+        if (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
+            saved = load_from_disk(name)
+            return (saved[split] if isinstance(saved, dict) else saved), None
+        dataset = load_dataset(name, config, split=split)
+        files = []
+        if Path(name).is_dir():
+            listed = load_dataset_builder(name, config).config.data_files or {}
+            files = [Path(file) for file in listed.get(split, ())]
+    except (ValueError, OSError, KeyError) as error:
+        raise ValueError(f"`{knob}` is '{name}', which could not be loaded: {error}") from error
+    are_json = files and all(file.is_file() and _READERS.get(_kind(file)) == "json" for file in files)
+    return dataset, JsonRows(files) if are_json else None
+
+
+def _read_files(files, knob):
+    kinds = {_READERS.get(_kind(file)) for file in files}
+    for file in files:
+        if _kind(file) not in _READERS:
+            raise ValueError(f"`{knob}` is '{file}', but only files named {_READABLE} can be read.")
+        if not file.is_file():
+            raise FileNotFoundError(f"`{knob}` is '{file}', but there is no such file.")
+        with file.open("rb") as lines:
+            if not any(line.strip() for line in lines):
+                raise ValueError(f"`{knob}` is '{file}', which is empty.")
+    if len(kinds) > 1:
+        raise ValueError(f"`{knob}` names files of several kinds: {', '.join(map(str, files))}. Name those of one.")
+    (kind,) = kinds
+    # The rows may be in a member of the only object in the file
+    field = list_of_rows(files[0]) if len(files) == 1 and _kind(files[0]) == ".json" else None
+    more = {} if field is None else {"field": field}
+    try:
+        dataset = load_dataset(kind, data_files=list(map(str, files)), split="train", **more)
     except Exception as error:  # each reader has errors of its own
         cause = error.__cause__ or error
-        place = _broken_line(file) if _READERS[file.suffix] == "json" else None
+        file, place = files[0], None
+        if kind == "json":
+            file, place = next(((file, place) for file in files if (place := _broken_line(file))), (file, None))
         raise ValueError(
             f"`{knob}` is '{file}', which cannot be read: {place or f'{type(cause).__name__}: {cause}'}."
         ) from error
+    return dataset, JsonRows(files, field) if kind == "json" else None
+
+
+def _warn_of_changes(dataset, source, file, knob):
+    if int(os.environ.get("RANK", 0)) != 0 or (knob, file) in _COMPARED:
+        return
+    _COMPARED.add((knob, file))
+    columns = json_changes(dataset, source) if source is not None else []
+    if source is None and file.suffix == ".csv" and file.is_file():
+        columns = csv_changes(dataset, file)
+    if columns:
+        looked = f" (of the first {CHECKED:,} rows)" if len(dataset) > CHECKED else ""
+        logger.warning(
+            f"`{knob}` is '{file}', and `datasets` reads other values than it holds{looked}: {'; '.join(columns)}. "
+            "Reward functions and conditions get what was read. To keep the values, give the rows as parquet, which "
+            "holds the types of its columns, or let all values of a column be of one type."
+        )
 
 
 def _broken_line(file) -> str | None:
     """What is wrong with the first line of a JSON file that is no row."""
-    content = file.read_bytes()
+    content = gzip.decompress(file.read_bytes()) if is_zipped(file) else file.read_bytes()
     if file.suffix == ".json" and content.lstrip().startswith(b"["):  # an array over many lines
         try:
             json.loads(content)

@@ -16,7 +16,7 @@ from transformers import Trainer
 from .advice import pool_warnings, selection_warning
 from .columns import candidate_rows
 from .config import LearnAlignConfig
-from .disk import DirectoryLock, make_directory, scratch
+from .disk import DirectoryLock, make_directory, rollouts_of, scratch
 from .host import Host, find_host
 from .keys import keys_of, other_settings, parts_of
 from .measures.alignments import GradientAlignments, Target, roll_out_target
@@ -29,6 +29,7 @@ from .scores import SCORES
 from .selection import SELECTION_FILE, Selection, dataset_fingerprint
 from .store import Log, prepare
 from .texts import texts_table
+from .uploads import warn_of_uploads
 
 
 logger = logging.getLogger(__name__)
@@ -136,6 +137,7 @@ class SelectionRun:
             with self.peers:
                 if self.accelerator.is_main_process:
                     lock = DirectoryLock(self.path.parent)
+                    warn_of_uploads(self.host.trainer, self.config)
                 selection = self._run()
                 report = self._report()
         finally:
@@ -290,14 +292,13 @@ class SelectionRun:
     def _save_rollouts(self, own, pool):
         """A file of each process. Those of a selection that this one replaces are deleted."""
         if self.accelerator.is_local_main_process:
-            for file in self.path.glob("rollouts*.parquet"):
-                file.unlink(missing_ok=True)
+            shutil.rmtree(rollouts_of(self.path), ignore_errors=True)
         self.peers.wait()
         if own is not None and self.config.save_rollouts:
-            make_directory(self.path)
+            make_directory(rollouts_of(self.path))
             world, rank = self.accelerator.num_processes, self.accelerator.process_index
             name = "rollouts.parquet" if world == 1 else f"rollouts-{rank:05d}-of-{world:05d}.parquet"
-            save_shard(self.path / name, own, pool)
+            save_shard(rollouts_of(self.path) / name, own, pool)
         self.peers.wait()
 
     def _report(self) -> Path | None:

@@ -10,7 +10,7 @@ from ..columns import check_columns
 from ..config import LearnAlignConfig
 from ..gradients import UnseenParametersError, check_parameters, unseen_message
 from ..pool import load_target
-from ..prompts import check_dataset, check_duplicates, check_prompts
+from ..prompts import check_dataset, check_duplicates, check_prompts, warn_of_answers
 from ..rehearsal import rehearse
 from ..rewards import check_success_reward
 from .generation import is_colocated
@@ -26,7 +26,7 @@ def check_trainer(host, config: LearnAlignConfig) -> None:
 
     Raises:
         `ValueError`: processes that are not connected, a streaming dataset, an environment that owns the data, no
-            column `prompt`.
+            column `prompt`; messages, but a tokenizer without a chat template.
     """
     trainer = host.trainer
     launched, seen = int(os.environ.get("WORLD_SIZE", 1)), trainer.accelerator.num_processes
@@ -46,6 +46,9 @@ def check_trainer(host, config: LearnAlignConfig) -> None:
     own_rollouts = host.rollout_func is not None
     if not own_rollouts:  # which may need no prompt
         check_prompts(dataset)
+        _check_template(trainer)
+        if trainer.accelerator.is_main_process:
+            warn_of_answers(dataset)
     # With an environment or a `rollout_func` equal prompts may be different tasks
     equal_tasks = not own_rollouts and not host.environments
     check_duplicates(dataset, config.deduplicate, warn=equal_tasks and trainer.accelerator.is_main_process)
@@ -96,6 +99,20 @@ def check_selection(host, config: LearnAlignConfig) -> None:
         if getattr(adapter, "target_parameters", None):  # their A and B are multiplied without their layers' forward
             raise UnseenParametersError(unseen_message([f"target_parameters={adapter.target_parameters}"]))
     check_parameters(model, probe=not host.has_adapter)
+
+
+def _check_template(trainer):
+    processor, dataset = trainer.processing_class, trainer.train_dataset
+    if "prompt" not in dataset.column_names or not isinstance(dataset[0]["prompt"], list):
+        return
+    templates = [getattr(part, "chat_template", None) for part in (processor, trainer)]
+    if not any(templates):
+        name = getattr(getattr(processor, "tokenizer", processor), "name_or_path", "")
+        raise ValueError(
+            f"The prompts are messages, but the tokenizer of the policy ('{name}') has no chat template to make text "
+            "of them, as those of base models. Use a model with one, set `tokenizer.chat_template` before the trainer "
+            "is made (or save such a tokenizer with the model), or give the prompts as text."
+        )
 
 
 def _is_placeholder(dataset):
