@@ -16,12 +16,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM, Qwen2M
 from workload import peak_bytes
 
 from trl_learnalign import LearnAlignConfig, select_prompts
-from trl_learnalign.gradients import PROBE_RANK, PromptGradients, UnseenParametersError, dropout_off
+from trl_learnalign.gradients import PROBE_RANK, PromptGradients, UnseenParametersError
 from trl_learnalign.groups import Row
 from trl_learnalign.host import find_host, objective
 from trl_learnalign.host.objective import policy_objective
 from trl_learnalign.measures.gradients import GradientFeatures
 from trl_learnalign.measures.packing import WINDOW, pack
+from trl_learnalign.modes import dropout_off
 from trl_learnalign.projection import stable_hash
 from trl_learnalign.scoring import scores_of_batches
 from trl_learnalign.store import Log, prepare

@@ -14,6 +14,7 @@ from .host import find_host
 from .layout import Layout
 from .peers import Peers
 from .prompts import prompt_text
+from .reading import has_transform, read_rows
 from .restart import check_restart, restart, save_initial_weights
 from .sampler import LearnAlignSampler
 from .selection import Selection
@@ -182,10 +183,15 @@ class LearnAlignCallback(TrainerCallback):
                 self.host.log_metric(f"learnalign/{name}", float(value))
 
     def _check_row(self, chunk, place, found):
-        """Raises an error unless the rewards are those of the prompts that the schedule chose."""
+        """
+        Raises an error unless the rewards are those of the prompts that the schedule chose. Not with a transform,
+        which may make another prompt of the row each time.
+        """
+        if has_transform(self.host.dataset):
+            return
         row = self.sampler.drawn(chunk)[place]
-        expected = self.host.dataset[row]
-        if "prompt" in expected and found["prompt"] != expected["prompt"]:
+        (expected,) = read_rows(self.host.dataset, [row])
+        if "prompt" in expected and np.any(found["prompt"] != expected["prompt"]):
             raise RuntimeError(
                 f"Training generated for another prompt than row {row}, which the schedule had chosen for chunk "
                 f"{chunk}, so its rewards would be credited to the wrong prompts. Something between dataset and "

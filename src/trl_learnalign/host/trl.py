@@ -15,8 +15,8 @@ from transformers import Trainer
 
 from ..config import LearnAlignConfig
 from ..disk import digest
-from ..gradients import dropout_off
 from ..groups import Group, Row
+from ..modes import dropout_off
 from ..rewards import source_of
 from . import generation, taps
 from .checks import check_selection, check_trainer

@@ -10,7 +10,8 @@ from datasets import Dataset
 from ..choice import Condition
 from ..columns import candidate_rows, check_named, check_numbers, dataset_columns
 from ..measures.hidden_states import hidden_states, reason_against
-from ..prompts import equal_prompts, prompt_text
+from ..prompts import equal_prompts, prompt_lengths
+from ..reading import columns_read
 
 
 logger = logging.getLogger(__name__)
@@ -73,8 +74,8 @@ def column_features(dataset: Dataset, config) -> np.ndarray:
     have mean 0 and variance 1.
     """
     columns = [np.ones(len(dataset), np.float16)]
-    if "prompt" in dataset.column_names:
-        columns.append(_standard(np.log1p(_lengths(dataset))))
+    if "prompt" in columns_read(dataset):
+        columns.append(_standard(np.log1p(prompt_lengths(dataset))))
     if config.group_column is not None:
         codes, names = pd.factorize(_column(dataset, config.group_column), use_na_sentinel=False)
         columns += [(codes == code).astype(np.float16) for code in range(len(names))] if len(names) > 1 else []
@@ -83,13 +84,6 @@ def column_features(dataset: Dataset, config) -> np.ndarray:
         rates = rates.fillna(rates.mean()).clip(0.02, 0.98)
         columns.append(_standard(np.log(rates / (1 - rates)).to_numpy()))
     return np.stack(columns, axis=1)
-
-
-def _lengths(dataset):
-    lengths = []
-    for batch in dataset.select_columns(["prompt"]).iter(batch_size=1000):
-        lengths += [len(prompt_text(prompt)) for prompt in batch["prompt"]]
-    return np.array(lengths, dtype=float)
 
 
 def _column(dataset, name) -> pd.Series:
