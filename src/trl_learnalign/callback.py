@@ -102,8 +102,10 @@ class LearnAlignCallback(TrainerCallback):
                     self._pending = 0
                 elif self.config.after_warmup == "restart":
                     save_initial_weights(self.host, self._initial_file())
+            self._say_plan(state)
+            if saved is None:
+                self.schedule.look(self.host, peers)
             peers.wait()
-        self._say_plan(state)
         self._since = state.global_step, time.perf_counter()
         if self._pending is not None:
             self._select(state)

@@ -30,7 +30,7 @@ from .prompts import equal_prompts
 from .rewards import source_of
 from .scores import find_score
 from .selection import SELECTION_FILE, Selection, dataset_fingerprint
-from .store import Log, prepare
+from .store import Log, open_log
 from .texts import texts_table
 
 
@@ -199,14 +199,7 @@ class SelectionRun:
 
     def open_log(self, measure: str) -> Log:
         """The log of a measure, as far as it was made under the same key. All processes must call this."""
-        path, key = self.path_of_measures / measure, self.keys[measure]
-        # The other nodes come second; they have work only if they have their own disks
-        for mine in (self.accelerator.is_main_process, self.accelerator.is_local_main_process):
-            if mine:
-                prepare(path, key)
-            self.peers.wait()
-        make_directory(path)  # in a dry run, where each process has one
-        return Log(path, key, self.accelerator.process_index)
+        return open_log(self.path_of_measures / measure, self.keys[measure], self.accelerator, self.peers)
 
     def _make_room(self):
         """Deletes what was measured at other steps, and by earlier versions."""

@@ -12,8 +12,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from accelerate import Accelerator
 
 from .disk import make_directory, remove_leftovers, write_json
+from .peers import Peers
 
 
 logger = logging.getLogger(__name__)
@@ -261,14 +263,24 @@ def prepare(path: Path, key: str) -> None:
     known = _key_of(path)
     if path.exists() and known != key:
         logger.warning(
-            f"'{path}' was made from other weights, data, rewards or settings, so it is discarded and the selection "
-            "starts again."
+            f"'{path}' was made from other weights, data, rewards or settings, so it is discarded and made again."
         )
         shutil.rmtree(path, ignore_errors=True)  # each record has the key as well
     remove_leftovers(path)
     if _key_of(path) != key:
         make_directory(path)
         write_json(path / _MANIFEST, {"key": key})
+
+
+def open_log(path: Path, key: str, accelerator: Accelerator, peers: Peers) -> Log:
+    """The log in a directory, as far as it was made under the same key. All processes must call this."""
+    # The other nodes come second; they have work only if they have their own disks
+    for mine in (accelerator.is_main_process, accelerator.is_local_main_process):
+        if mine:
+            prepare(path, key)
+        peers.wait()
+    make_directory(path)  # in a dry run, where each process has one
+    return Log(path, key, accelerator.process_index)
 
 
 def _key_of(path):

@@ -24,6 +24,7 @@ from .generation import NoLogps
 from .memory import Halving
 from .names import check_names
 from .objective import policy
+from .trial import try_rewards
 from .weights import weights_digest
 
 
@@ -51,6 +52,7 @@ class Host(ABC):
     Attributes:
         trainer: as it was passed.
         halving ([`Halving`]): how many rollouts fit into the memory at once.
+        resumed_from (`Path`, *optional*): the checkpoint that the run was resumed from.
         names (`tuple[str, ...]`): undocumented names of the trainer that are used here.
         settings (`tuple[str, ...]`): attributes that rollouts and gradients depend on.
         arguments (`tuple[str, ...]`): fields of `args` that they depend on.
@@ -64,6 +66,7 @@ class Host(ABC):
         check_names(trainer, self.names)
         self.trainer = trainer
         self.halving = Halving()
+        self.resumed_from: Path | None = None
 
     # What it is -------------------------------------------------------------------------------------------------
 
@@ -236,6 +239,10 @@ class Host(ABC):
         if config.success_reward is not None:
             return rewards[:, :, self.reward_names.index(config.success_reward)]
         return rewards[:, :, 0] if rewards.shape[2] == 1 else self.total(rewards)
+
+    def try_rewards(self) -> None:
+        """See [`~trl_learnalign.host.trial.try_rewards`]."""
+        try_rewards(self)
 
     @abstractmethod
     def advantages(self, rewards: torch.Tensor, penalties: torch.Tensor) -> torch.Tensor:
