@@ -71,6 +71,7 @@ class OnlineSchedule(Schedule):
         self.choosable = self.pool  # those that may be chosen; uniform draws are of the pool
         self.features: np.ndarray | None = None
         self.hidden: PromptFeatures | None = None  # the hidden states among them
+        self.features_key: str | None = None  # theirs
         self.known: list[str] = []  # what success is predicted from, besides a prompt's own rewards
         self.host = None
 
@@ -96,7 +97,8 @@ class OnlineSchedule(Schedule):
 
     def _take(self, hidden):
         features, self.hidden = whole_features(self.host.dataset, self.config, hidden)
-        self.set_features(features, None if hidden is None else hidden.rows)
+        self.features_key, rows = (None, None) if hidden is None else (hidden.key, hidden.rows)
+        self.set_features(features, rows)
 
     def _read_completions(self, peers):
         """Those of suspects are in no checkpoint. All processes must know of the same."""
@@ -352,7 +354,7 @@ class OnlineSchedule(Schedule):
                 "chunks": np.array([chunk for chunk, _ in drawn], dtype=np.int64),
                 **{name: _stacked([getattr(one, name) for _, one in drawn]) for name in _DRAWN},
             },
-            "features_key": None if self.hidden is None else self.hidden.key,
+            "features_key": self.features_key,
             "observed": self.observed,
             "position": self.position,
         }
