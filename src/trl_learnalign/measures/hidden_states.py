@@ -28,6 +28,7 @@ SAMPLE = 2048  # prompts that the components are found with
 WINDOW = 1024  # prompts that a process tokenises at once, sorts by length, and keeps on disk when they are done
 _FORMAT = 2
 _FLAT = 1e-4  # of the largest: a dimension that varies less is as good as constant
+_PADDED = 1.03  # most tokens of a batch with its padding, over those without
 _COUNTED = 256  # prompts whose tokens are counted for the plan
 _BASIS = 1 << 40  # name of the record of the components, behind all windows
 
@@ -228,15 +229,18 @@ def _prompt_ids(host, rows):
 
 def _pack(ids: list[list[int]], tokens: int) -> list[list[int]]:
     """
-    Places of prompts in batches of at most so many tokens with padding, longest first; a longer prompt has one for
-    itself.
+    Places of prompts in batches of at most so many tokens, hardly any of them padding, longest first; a longer prompt
+    has one for itself.
     """
-    order = sorted(range(len(ids)), key=lambda place: -len(ids[place]))
-    batches, start = [], 0
-    while start < len(order):
-        number = max(1, tokens // max(1, len(ids[order[start]])))
-        batches.append(order[start : start + number])
-        start += number
+    batches, longest, held = [], 0, 0
+    for place in sorted(range(len(ids)), key=lambda place: -len(ids[place])):
+        length = max(1, len(ids[place]))
+        padded = longest * (len(batches[-1]) + 1) if batches else 0
+        if not batches or padded > tokens or padded > _PADDED * (held + length):
+            batches.append([])
+            longest, held = length, 0
+        batches[-1].append(place)
+        held += length
     return batches
 
 
