@@ -24,6 +24,7 @@ from tiny import (
     drawn,
     fixed_reward,
     make_dataset,
+    make_model,
     make_trainer,
     online,
     weights,
@@ -88,10 +89,18 @@ class HiddenStates(TrainerCallback):
         forwards = []
         host = find_host(self.trainer)
         with Peers(self.trainer.accelerator) as peers:
-            hook = host.policy.register_forward_pre_hook(lambda *args: forwards.append(1))
+            backbone = host.model.get_base_model().get_decoder()
+            hook = backbone.register_forward_pre_hook(
+                lambda module, args, kwargs: forwards.append(kwargs["input_ids"].dim()), with_kwargs=True
+            )
             values = hidden_states.hidden_states(host, Path(self.path), peers).values
             hook.remove()
-        self.found = {"features": values.tolist(), "forwards": len(forwards)}
+        compared = 0 if host.is_sharded else 2  # once whole and once half
+        self.found = {
+            "features": values.tolist(),
+            "forwards": len(forwards) - compared,
+            "dimensions": sorted(set(forwards)),
+        }
 
 
 def train(path, seen, **changes):
@@ -263,7 +272,9 @@ def main(task, path):
                     result["error"] = str(error)
         case "hidden states":
             hidden_states.SAMPLE, hidden_states.WINDOW = 10, 4
-            trainer = make_trainer(path, reward=seen, dataset=make_dataset(23), max_steps=1, **kwargs)
+            # Several end tokens, as Llama 3 has them
+            model = make_model(eos_token_id=[1, 2])
+            trainer = make_trainer(path, reward=seen, dataset=make_dataset(23), model=model, max_steps=1, **kwargs)
             callback = HiddenStates(trainer, path)
             trainer.add_callback(callback)
             trainer.train()

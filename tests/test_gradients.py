@@ -9,19 +9,30 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import config, graded_reward, lora, make_dataset, make_model, parity_reward, weights
+from tiny import (
+    assert_same_weights,
+    config,
+    graded_reward,
+    lora,
+    make_dataset,
+    make_model,
+    online,
+    parity_reward,
+    weights,
+)
 from tiny import make_trainer as make_any_trainer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 from workload import peak_bytes
 
 from trl_learnalign import LearnAlignConfig, select_prompts
-from trl_learnalign.gradients import PROBE_RANK, PromptGradients, UnseenParametersError, dropout_off
+from trl_learnalign.gradients import PROBE_RANK, PromptGradients, UnseenParametersError
 from trl_learnalign.groups import Row
 from trl_learnalign.host import find_host, objective
 from trl_learnalign.host.objective import policy_objective
 from trl_learnalign.measures.gradients import GradientFeatures
 from trl_learnalign.measures.packing import WINDOW, pack
+from trl_learnalign.modes import checkpoints, dropout_off
 from trl_learnalign.projection import stable_hash
 from trl_learnalign.scoring import scores_of_batches
 from trl_learnalign.store import Log, prepare
@@ -658,3 +669,102 @@ def test_groups_of_one_size_are_computed_together(tmp_path):
     with engine:
         engine.collect(list(counts.values()), max(map(len, rows)), lambda: policy_objective(trainer, rows))
     assert len(calls) == 3 * len(engine._taps)
+
+
+class PacksItsWeight(torch.nn.Linear):
+    """As bitsandbytes' Linear4bit on some CPUs: in eval mode it packs its weight for good, without a gradient then."""
+
+    packed = False
+
+    def forward(self, x):
+        self.packed = self.packed or not self.training
+        return super().forward(x.detach() if self.packed else x)
+
+
+def with_dropout():
+    return make_model(attention_dropout=0.3)
+
+
+def quantized():
+    model = with_dropout()
+    for module in model.model.modules():
+        if type(module) is torch.nn.Linear:
+            module.__class__ = PacksItsWeight
+    return model
+
+
+def test_layers_that_drop_nothing_stay_in_their_mode(tmp_path):
+    """A selection with and without gradients, and training after each."""
+    expected = {}
+    for make in (with_dropout, quantized):
+        for score in ("learnalign", "learnability"):
+            trainer = make_any_trainer(
+                tmp_path / f"{make.__name__}-{score}",
+                config(score=score, warmup_prompts=0),
+                model=make(),
+                reward=parity_reward,
+                max_steps=3,
+            )
+            trainer.train()
+            packing = [module for module in trainer.model.modules() if isinstance(module, PacksItsWeight)]
+            assert not any(module.packed for module in packing)
+            assert_same_weights(weights(trainer), expected.setdefault(score, weights(trainer)))
+    assert packing
+
+
+def test_hidden_states_leave_such_layers_as_they_are(tmp_path):
+    trainer = make_any_trainer(tmp_path, online(prompt_features=True), model=quantized(), max_steps=2)
+    trainer.train()
+    packing = [module for module in trainer.model.modules() if isinstance(module, PacksItsWeight)]
+    assert packing and not any(module.packed for module in packing)
+    assert trainer._learnalign.schedule.hidden.values.shape[1] > 0
+
+
+class OfALibrary(torch.nn.Module):
+    """A layer for quantized weights that is no `nn.Linear`."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.register_buffer("qweight", torch.zeros(4, 4).to(kind))
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.uint8, torch.float8_e4m3fn])
+def test_quantized_layers_of_any_kind_stay_in_their_mode(kind):
+    model = torch.nn.Sequential(
+        OfALibrary(kind), torch.nn.Dropout(0.5), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 4)
+    )
+    with dropout_off(model):
+        assert [module.training for module in model] == [True, False, False, True]
+    assert all(module.training for module in model.modules())
+
+
+class Recomputes(torch.nn.Module):
+    """A model of one block that computes its activations again in the backward pass, in train mode."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.embed, self.block, self.head = torch.nn.Embedding(9, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 9)
+        setattr(self.block, name, True)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        if self.block.training:
+            x = torch.utils.checkpoint.checkpoint(lambda x: self.block(x), x, use_reentrant=True)
+        return self.head(x)
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def get_output_embeddings(self):
+        return self.head
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_blocks_that_checkpoint_are_known_by_either_name(name):
+    """transformers 6 has the second. The block must stay in train mode, and the probe must get a graph."""
+    model, ids = Recomputes(name), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    model.block.register_module("drop", torch.nn.Dropout(0.5))
+    with dropout_off(model), PromptGradients(model, None, 0, probe=True) as gradients:
+        assert checkpoints(model.block) and not model.block.drop.training and not model.embed.training
+        found = gradients.collect([1, 1], 3, lambda: model(ids)[:, :, 0].sum())
+    assert found.shape == (2, 4 * PROBE_RANK) and (found.norm(dim=1) > 0).all()

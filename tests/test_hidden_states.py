@@ -6,15 +6,27 @@ import torch
 from datasets import Dataset
 from test_distributed import SHARDED, alone, launch
 from tiny import make_dataset, make_model, make_trainer, weights
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from trl_learnalign.host import find_host
+from trl_learnalign.measures import half_forward
 from trl_learnalign.measures import hidden_states as measure
+from trl_learnalign.measures.half_forward import HalfForward
+from trl_learnalign.modes import as_in_evaluation
 from trl_learnalign.peers import Peers
 
 
 def features(trainer, path, **kwargs):
     with Peers(trainer.accelerator) as peers:
         return measure.hidden_states(find_host(trainer), path, peers, **kwargs)
+
+
+def features_again(trainer, path, key, checkpoint=None):
+    host = find_host(trainer)
+    host.resumed_from = checkpoint
+    with Peers(trainer.accelerator) as peers:
+        return measure.features_of_the_run(host, path, peers, key)
 
 
 def with_dropout(path, dataset, **changes):
@@ -51,19 +63,39 @@ def of_unequal_lengths(num=60):
 
 
 class Counter:
-    """Counts forwards, their tokens with padding, and the positions that reach the head."""
+    """Counts forwards of the backbone, their tokens with padding, those that reach its last layer, and its head."""
 
-    def __init__(self, model):
-        self.forwards = self.tokens = self.heads = 0
-        model.register_forward_pre_hook(self.count, with_kwargs=True)
+    def __init__(self, trainer):
+        model = trainer.accelerator.unwrap_model(trainer.model).get_base_model()
+        self.forwards = self.tokens = self.ends = self.heads = 0
+        model.model.register_forward_pre_hook(self.count, with_kwargs=True)
+        model.model.layers[-1].register_forward_hook(self.count_end)
         model.get_output_embeddings().register_forward_pre_hook(self.count_head)
 
     def count(self, module, args, kwargs):
         self.forwards += 1
         self.tokens += kwargs["input_ids"].numel()
 
+    def count_end(self, module, args, output):
+        self.ends += 1
+
     def count_head(self, module, args):
         self.heads += args[0].shape[:-1].numel()
+
+
+def of_kind(kind, layers):
+    sizes = {"hidden_size": 16, "num_hidden_layers": layers, "num_attention_heads": 2, "vocab_size": 22}
+    common = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
+    torch.manual_seed(0)
+    match kind:
+        case "Qwen2":
+            return make_model(num_hidden_layers=layers, attention_dropout=0.5)
+        case "Llama":
+            return LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=32, **common))
+        case "GPT-2":
+            return GPT2LMHeadModel(GPT2Config(vocab_size=22, n_embd=16, n_layer=layers, n_head=2, **common))
+        case "OPT":
+            return OPTForCausalLM(OPTConfig(**sizes, ffn_dim=32, word_embed_proj_dim=16, **common))
 
 
 @pytest.mark.parametrize("conversational", [False, True])
@@ -93,23 +125,79 @@ def test_the_policy_is_left_as_found(tmp_path):
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
 
 
-def test_every_prompt_goes_through_the_policy_once_and_its_last_token_alone_to_the_head(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["Qwen2", "Llama", "GPT-2", "OPT"])
+@pytest.mark.parametrize(("layers", "peft"), [(4, True), (5, False)])
+def test_half_of_the_layers_gives_the_state_in_the_middle_of_all(tmp_path, kind, layers, peft):
+    """Of the whole model in eval mode, from whatever mode the trainer has left it in."""
+    trainer = make_trainer(tmp_path, model=of_kind(kind, layers), peft=peft, gradient_checkpointing=peft)
+    host, ids = find_host(trainer), [[3, 4, 5, 6, 7], [8, 9], [7]]
+    layer = (
+        len(trainer.model.get_decoder().layers if kind != "GPT-2" else trainer.model.base_model.h) if not peft else 4
+    )
+    assert layer == layers
+    with as_in_evaluation(host.policy), torch.no_grad():
+        forward = HalfForward(host)
+        found = forward(ids)
+    assert forward._decoder is not None
+    trainer.model.eval()
+    for one, state in zip(ids, found, strict=True):
+        with torch.no_grad():
+            states = trainer.model(torch.tensor([one]), output_hidden_states=True).hidden_states
+        np.testing.assert_allclose(state, states[len(states) // 2][0].mean(0).numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("why", ["one layer", "other states", "its own signature"])
+def test_where_the_short_way_is_another_the_whole_policy_runs(tmp_path, monkeypatch, why):
+    trainer = make_trainer(tmp_path, model=make_model(num_hidden_layers=1 if why == "one layer" else 4))
+    host, ids = find_host(trainer), [[3, 4, 5, 6, 7], [8, 9]]
+    decoder = host.model.get_base_model().model
+    if why == "other states":  # those after another layer
+        monkeypatch.setattr(half_forward, "_first_half", lambda model: (decoder, [], decoder.layers[3]))
+    if why == "its own signature":
+        monkeypatch.setattr(half_forward, "_first_half", lambda model: (torch.nn.Linear(2, 2), [], decoder.layers[2]))
+    with as_in_evaluation(host.policy), torch.no_grad():
+        found = HalfForward(host)(ids)
+        states = trainer.model(torch.tensor([ids[0]]), output_hidden_states=True).hidden_states
+    np.testing.assert_allclose(found[0], states[len(states) // 2][0].mean(0).numpy(), atol=1e-6)
+
+
+def test_every_prompt_goes_through_half_of_the_policy_once_and_not_through_the_head(tmp_path, monkeypatch):
+    """But for one beginning of a prompt, on which that is compared with the whole policy."""
     monkeypatch.setattr(measure, "SAMPLE", 20)
+    monkeypatch.setattr(half_forward, "MOST_TOKENS", 256)
     dataset = of_unequal_lengths(200)
-    trainer = make_trainer(tmp_path, dataset=dataset, per_device_train_batch_size=16, max_completion_length=16)
-    counter = Counter(trainer.accelerator.unwrap_model(trainer.model).base_model.model)
+    trainer = make_trainer(tmp_path, dataset=dataset)
+    counter = Counter(trainer)
     features(trainer, tmp_path)
     tokens = sum(len(ids) for ids in trainer._tokenize_prompts(list(dataset["prompt"]))[0])
-    assert counter.heads == 200
-    assert tokens <= counter.tokens <= 1.2 * tokens  # sorted by length, little is padding
-    assert counter.forwards <= 2 + 1.5 * tokens / (16 * 16)
+    assert (counter.ends, counter.heads) == (1, 1)
+    assert tokens <= counter.tokens <= 1.03 * tokens + 64
+    lengths = {len(ids) for ids in trainer._tokenize_prompts(list(dataset["prompt"]))[0]}
+    assert counter.forwards <= 2 + 2 * len(lengths) + tokens / 256  # in two windows
+
+
+def test_they_take_half_of_the_operations_of_the_layers(tmp_path, monkeypatch):
+    prompts = [f"{i:03}+{i * 7 % 997:03}=" for i in range(300)]
+    trainer = make_trainer(
+        tmp_path, dataset=Dataset.from_dict({"prompt": prompts}), model=make_model(num_hidden_layers=4)
+    )
+    host = find_host(trainer)
+    ids = host.prompt_ids([{"prompt": prompt} for prompt in prompts])
+    with FlopCounterMode(display=False) as whole, torch.no_grad():
+        host.model.get_base_model().model(torch.tensor(ids))
+    with FlopCounterMode(display=False) as found:
+        features(trainer, tmp_path)
+    assert found.get_total_flops() <= 0.51 * whole.get_total_flops()
 
 
 @pytest.mark.parametrize("fits", [3, 0])
-def test_forwards_are_halved_where_memory_is_full(tmp_path, fits):
+def test_forwards_are_halved_where_memory_is_full(tmp_path, monkeypatch, fits):
+    """What fits is found out once."""
+    monkeypatch.setattr(measure, "WINDOW", 8)
     trainer = make_trainer(tmp_path, dataset=make_dataset(24))
     expected = features(trainer, tmp_path / "before").values
-    forward, sizes = trainer.model.forward, []
+    decoder, sizes = trainer.model.get_base_model().model, []
+    forward = decoder.forward
 
     def full(*args, input_ids, **kwargs):
         sizes.append(len(input_ids))
@@ -117,10 +205,11 @@ def test_forwards_are_halved_where_memory_is_full(tmp_path, fits):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return forward(*args, input_ids=input_ids, **kwargs)
 
-    trainer.model.forward = full
+    decoder.forward = full
     if fits:
         np.testing.assert_allclose(features(trainer, tmp_path / "after").values, expected, atol=2e-3)
-        assert sum(size for size in sizes if size <= fits) == 24
+        assert sum(size for size in sizes if size <= fits) == 24 + 2  # with those that are compared
+        assert [size for size in sizes if size > fits] == [8, 4]
     else:
         with pytest.raises(MemoryError, match="Set `prompt_features=False`"):
             features(trainer, tmp_path / "after")
@@ -128,22 +217,63 @@ def test_forwards_are_halved_where_memory_is_full(tmp_path, fits):
 
 def test_they_are_read_back_where_data_and_weights_are_the_same(tmp_path):
     trainer = make_trainer(tmp_path, dataset=of_unequal_lengths())
-    counter = Counter(trainer.accelerator.unwrap_model(trainer.model).base_model.model)
+    counter = Counter(trainer)
     first = features(trainer, tmp_path)
     made = counter.forwards
     again = features(trainer, tmp_path)
     assert counter.forwards == made and again.key == first.key and np.array_equal(again.values, first.values)
 
-    path = tmp_path / measure.FILE
+    path = tmp_path / first.file
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # a flipped bit
     assert np.array_equal(features(trainer, tmp_path).values, first.values) and counter.forwards == 2 * made
+    assert path.read_bytes() == content == first.content()
 
     with torch.no_grad():
         next(iter(weights_of(trainer))).add_(0.5)
     other = features(trainer, tmp_path)
     assert other.key != first.key and counter.forwards == 3 * made
     assert not np.array_equal(other.values, first.values)
+    assert path.read_bytes() == content  # beside the other's
+
+
+def test_of_some_rows(tmp_path):
+    trainer = make_trainer(tmp_path, dataset=of_unequal_lengths())
+    rows = np.array([2, 3, 5, 7, 11, 13, 17, 40], dtype=np.int32)
+    counter = Counter(trainer)
+    found = features(trainer, tmp_path, rows=rows)
+    assert found.rows.tolist() == rows.tolist() and counter.tokens < 8 * 20 + 64
+    alone = make_trainer(tmp_path, dataset=of_unequal_lengths().select(rows))
+    np.testing.assert_allclose(found.values, features(alone, tmp_path / "alone").values, atol=2e-3)
+    whole = found.spread(60)
+    assert np.array_equal(whole[rows], found.values) and not np.delete(whole, rows, axis=0).any()
+
+
+@pytest.mark.parametrize("killed_at", [3, 7])
+def test_a_killed_run_goes_on_from_the_windows_that_are_done(tmp_path, monkeypatch, killed_at):
+    """In the sample, and after it, when what is on disk was projected already."""
+    monkeypatch.setattr(measure, "SAMPLE", 20)
+    monkeypatch.setattr(measure, "WINDOW", 5)
+    trainer = make_trainer(tmp_path, dataset=make_dataset(50))  # ten windows, a forward each
+    expected = features(trainer, tmp_path / "whole").values
+    call, calls = HalfForward.__call__, []
+
+    def until(self, ids):
+        calls.append(len(ids))
+        if len(calls) > killed_at:
+            raise KeyboardInterrupt
+        return call(self, ids)
+
+    path = tmp_path / "run/learnalign"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(HalfForward, "__call__", until)
+        features(trainer, path)
+    monkeypatch.setattr(HalfForward, "__call__", lambda self, ids: calls.append(len(ids)) or call(self, ids))
+    del calls[:]
+    found = features(trainer, path)
+    assert len(calls) == 10 - killed_at
+    assert np.array_equal(found.values, expected)
+    assert not (tmp_path / "run/_learnalign/hidden_states").exists()
 
 
 def weights_of(trainer):
@@ -151,19 +281,24 @@ def weights_of(trainer):
 
 
 def test_a_resumed_run_gets_those_it_began_with_or_an_error(tmp_path):
+    """Those of the checkpoint, even where the directory of the run has none; they are put there."""
     trainer = make_trainer(tmp_path, dataset=of_unequal_lengths())
-    first = features(trainer, tmp_path)
+    first = features(trainer, tmp_path / "run")
+    first.write(tmp_path / "checkpoint", tmp_path / "run")
+    assert (tmp_path / "checkpoint" / first.file).samefile(tmp_path / "run" / first.file)  # no copy
     with torch.no_grad():
         for parameter in weights_of(trainer):
             parameter.add_(0.5)
-    counter = Counter(trainer.accelerator.unwrap_model(trainer.model).base_model.model)
-    assert np.array_equal(features(trainer, tmp_path, key=first.key).values, first.values)
+    counter = Counter(trainer)
+    for directory, checkpoint in (("run", None), ("other", tmp_path / "checkpoint"), ("other", None)):
+        found = features_again(trainer, tmp_path / directory, first.key, checkpoint)
+        assert np.array_equal(found.values, first.values) and found.sha256 == first.sha256
     assert counter.forwards == 0
-    with pytest.raises(ValueError, match="holds features of another run"):
-        features(trainer, tmp_path, key="0" * 64)
-    (tmp_path / measure.FILE).unlink()
-    with pytest.raises(ValueError, match="holds no features of prompts"):
-        features(trainer, tmp_path, key=first.key)
+    with pytest.raises(ValueError, match=r"prompt_features-0{16}\.safetensors.*cannot be computed again"):
+        features_again(trainer, tmp_path / "run", "0" * 64)
+    (tmp_path / "run" / first.file).unlink()
+    with pytest.raises(ValueError, match="is missing or damaged"):
+        features_again(trainer, tmp_path / "run", first.key)
 
 
 def test_prompts_that_only_training_knows_are_named(tmp_path):
@@ -206,4 +341,5 @@ def test_two_processes_come_to_the_same(tmp_path, of_one_process, how):
     np.testing.assert_allclose(ranks[0]["features"], of_one_process["features"], atol=2e-3)
     # The forward of sharded weights takes both; else each process has its own batches
     numbers = [rank["forwards"] for rank in ranks]
+    assert all(rank["dimensions"] == [2] for rank in ranks)
     assert numbers[0] == numbers[1] if how else sum(numbers) == of_one_process["forwards"]

@@ -2,9 +2,13 @@
 
 import asyncio
 import math
+import random
+import re
 
+import numpy as np
 import pytest
-from datasets import Dataset, IterableDataset
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset
 from tiny import (
     config,
     digit_reward,
@@ -14,6 +18,7 @@ from tiny import (
     make_model,
     make_tokenizer,
     make_trainer,
+    online,
     parity_reward,
 )
 from torch.utils.data import Sampler
@@ -25,6 +30,8 @@ from trl_learnalign import (
     Selection,
     select_prompts,
 )
+from trl_learnalign.host import find_host
+from trl_learnalign.host.trial import COMPLETION, try_rewards
 from trl_learnalign.rewards import RewardError
 
 
@@ -47,6 +54,27 @@ def test_streaming_dataset(tmp_path):
     stream = IterableDataset.from_generator(lambda: iter(make_dataset()))
     with pytest.raises(ValueError, match="IterableDataset.*without streaming"):
         make_trainer(tmp_path, config(), dataset=stream, max_steps=5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda rows: DatasetDict(train=rows, test=rows),
+            r'DatasetDict with the splits train, test.*`dataset\["train"\]`',
+        ),
+        (
+            lambda rows: rows.to_list(),
+            r"type list, but.*`datasets.Dataset`. Make one with `Dataset.from_list\(rows\)`",
+        ),
+        (lambda rows: rows.to_dict(), r"type dict, but.*Make one with `Dataset.from_dict"),
+        (lambda rows: rows.to_pandas(), r"type DataFrame, but.*Make one with `Dataset.from_pandas"),
+        (lambda rows: range(3), r"type range, but.*Make one\."),
+    ],
+)
+def test_what_is_no_dataset_is_told_what_it_is(tmp_path, make, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, config(), dataset=make(make_dataset()))
 
 
 def test_environment_that_owns_the_data(tmp_path):
@@ -370,3 +398,80 @@ def test_dataset_without_prompts_is_refused_before_a_model_is_loaded(tmp_path):
             environment_factory=Environment,
             train_sampler=LearnAlignSampler(config()),
         )
+
+
+def reward_of(function):
+    """With the name `own`."""
+
+    def own(prompts, completions, completion_ids, **kwargs):
+        return function(completions, kwargs)
+
+    return own
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda completions, row: [row["answer"]] * 4, "KeyError: 'answer'"),
+        (lambda completions, row: [c["content"] for c in completions], "TypeError: string indices"),
+        (lambda completions, row: [c.contents for c in completions], "AttributeError"),
+        (lambda completions, row: ["1.0"] * 4, "it returned texts, such as '1.0'"),
+        (lambda completions, row: 0.5, "it returned 0.5, which is no list"),
+        (lambda completions, row: "0000", "it returned texts, such as '0000'"),
+        (lambda completions, row: [0.0] * 3, "it returned 3 rewards for 4 completions"),
+        (lambda completions, row: [{}] * 4, "it returned {}, which is no number"),
+    ],
+)
+def test_a_reward_function_that_cannot_work_is_found_before_the_forward_over_the_pool(
+    tmp_path, function, message, capsys
+):
+    """After the plan, so that one sees what is under way."""
+    trainer = make_trainer(tmp_path, online(prompt_features=True), reward=reward_of(function), max_steps=1)
+    forwards = []
+    trainer.model.register_forward_pre_hook(lambda *args: forwards.append(1))
+    with pytest.raises(
+        RewardError, match=rf"`own` failed on a made-up completion of row 0, before training: .*{message}"
+    ):
+        trainer.train()
+    output = capsys.readouterr().out
+    assert not forwards and "from length, hidden states" in output and "first a forward" not in output
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda completions, row: [int(c) for c in completions],
+        lambda completions, row: [c.split("=")[1] for c in completions],
+        lambda completions, row: [re.search("[0-9]", c).group() for c in completions],
+        lambda completions, row: [{"0": 1.0}[c[0]] for c in completions],
+        lambda completions, row: [eval(c) for c in completions],
+    ],
+)
+def test_an_exception_that_the_made_up_completion_may_be_the_cause_of_is_a_warning(tmp_path, function, caplog):
+    try_rewards(find_host(make_trainer(tmp_path, reward=reward_of(function))))
+    assert f"when it was tried with the completion '{COMPLETION}'" in caplog.text
+
+
+async def asked_for(completions, row, **kwargs):
+    return [None, True, np.float32(0.5), torch.tensor(1)]
+
+
+def test_a_trial_leaves_no_trace_and_has_the_shape_of_training(tmp_path):
+    seen = []
+
+    def looks(prompts, completions, completion_ids, row, log_metric, trainer_state, **kwargs):
+        seen.append((prompts, completions, row))
+        log_metric("mine", 1.0)
+        return [random.random() for _ in completions]
+
+    dataset = make_dataset(conversational=True)
+    trainer = make_trainer(tmp_path, reward=[looks, asked_for], dataset=dataset)
+    state, metrics = random.getstate(), str(trainer._metrics)
+    try_rewards(find_host(trainer))
+    message = [{"role": "assistant", "content": COMPLETION}]
+    assert seen == [([dataset[0]["prompt"]] * 4, [message] * 4, [0] * 4)]
+    assert random.getstate() == state and str(trainer._metrics) == metrics
+    trainer._metrics["train"].clear()
+    trainer.rollout_func = lambda prompts, trainer: None  # which may add arguments
+    try_rewards(find_host(trainer))
+    assert len(seen) == 1

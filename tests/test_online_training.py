@@ -37,9 +37,10 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer, RLOOTrainer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignGRPOTrainer, LearnAlignMixin, LearnAlignSampler, online_report
-from trl_learnalign.measures.hidden_states import FILE
+from trl_learnalign.host.trial import COMPLETION
 from trl_learnalign.rewards import RewardError
-from trl_learnalign.schedules import judge, memory
+from trl_learnalign.schedules import judge, memory, prompt_features
+from trl_learnalign.schedules.base import RandomOrder
 from trl_learnalign.state import STATE_FILE, split
 
 
@@ -78,7 +79,8 @@ class Paid:
 
     def __call__(self, completions, row, **kwargs):
         rewards = self.reward(completions=completions, row=row)
-        self.calls.append((row, rewards))
+        if COMPLETION not in completions:  # the trial before hidden states are computed
+            self.calls.append((row, rewards))
         return rewards
 
     @property
@@ -168,7 +170,7 @@ def test_hidden_states_of_the_prompts_cost_no_generation_and_change_nothing_else
     check_counts(trainer._learnalign.schedule, paid.calls)
     features = trainer._learnalign.schedule.features
     assert features.shape[0] == 24 and features.shape[1] > 2 and features.dtype == np.float16
-    assert (tmp_path / "a/learnalign" / FILE).is_file()
+    assert features_file(tmp_path / "a/learnalign").is_file()
     make_trainer(tmp_path / "b", online(), reward=plain, max_steps=1).train()
     assert paid.calls[0] == plain.calls[0]
 
@@ -352,14 +354,78 @@ def copied(finished, tmp_path):
 
 def test_hidden_states_are_those_that_the_run_began_with(finished, copied):
     """They are read, not made again from the weights of now."""
-    before = (copied / "learnalign" / FILE).read_bytes()
+    file = features_file(copied / "learnalign")
+    before = file.read_bytes()
     trainer, paid = resume(copied, checkpoint=str(copied / "checkpoint-3"))
     assert paid.calls == finished[1].calls[3:]
     assert_same_weights(weights(trainer), finished[2])
-    assert (copied / "learnalign" / FILE).read_bytes() == before
-    (copied / "learnalign" / FILE).unlink()
-    with pytest.raises(ValueError, match=r"prompt_features\.safetensors' holds no features.*cannot be computed again"):
-        resume(copied)
+    assert file.read_bytes() == before
+
+
+def features_file(directory):
+    (file,) = directory.glob("prompt_features-*")
+    return file
+
+
+def test_a_checkpoint_alone_is_enough_to_resume(finished, copied, tmp_path):
+    """Moved to another place, after another run in its directory, into another; and it can be resumed again."""
+    original = features_file(finished[0] / "checkpoint-3")
+    assert original.samefile(features_file(finished[0] / "learnalign"))  # no copy
+    make_trainer(copied, online(prompt_features=True, where="row < 20"), max_steps=1, reward=Paid()).train()
+    assert len(list((copied / "learnalign").glob("prompt_features-*"))) == 2
+    moved = tmp_path / "moved"
+    shutil.move(copied / "checkpoint-3", moved)
+    shutil.rmtree(copied)
+    trainer, paid = resume(tmp_path / "other", checkpoint=str(moved), **EVERY_STEP)
+    assert paid.calls == finished[1].calls[3:]
+    assert features_file(tmp_path / "other/checkpoint-5").read_bytes() == original.read_bytes()
+    shutil.rmtree(tmp_path / "other/learnalign")
+    trainer, paid = resume(tmp_path / "other", checkpoint=str(tmp_path / "other/checkpoint-5"))
+    assert paid.calls == finished[1].calls[5:]
+    assert_same_weights(weights(trainer), finished[2])
+
+
+@pytest.mark.parametrize("loss", ["missing", "damaged"])
+def test_a_checkpoint_without_its_features_is_passed_over_or_refused(finished, copied, loss):
+    for step in (4, 5):
+        file = features_file(copied / f"checkpoint-{step}")
+        content = file.read_bytes()
+        file.unlink()
+        if loss == "damaged":  # not the file that the other checkpoints are linked to
+            file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    what = "is missing" if loss == "missing" else "does not agree with its checksum"
+    with pytest.raises(ValueError, match=f"checkpoint-5' is not complete: prompt_features-.*{what}"):
+        resume(copied, checkpoint=str(copied / "checkpoint-5"))
+    trainer, paid = resume(copied)
+    assert paid.calls == finished[1].calls[3:]
+
+
+def test_of_a_large_pool_a_part_that_the_run_can_visit_is_looked_at(tmp_path, monkeypatch, capsys):
+    """Uniform draws are those of a run without hidden states, and in the part, as is what is chosen."""
+    monkeypatch.setattr(prompt_features, "PER_VISIT", 2)
+    monkeypatch.setattr(prompt_features, "LEAST_PART", 8)
+    choose_at_once(monkeypatch.setattr)
+    dataset = make_dataset(100)
+    runs = {}
+    for name, choice in (("part", online(prompt_features=True, where="row < 90")), ("none", online(where="row < 90"))):
+        paid = runs[name] = Paid()
+        trainer = make_trainer(tmp_path / name, choice, reward=paid, dataset=dataset, max_steps=6, **EVERY_STEP)
+        trainer.train()
+        schedule = trainer._learnalign.schedule
+        if name == "part":
+            assert "first a forward over 48 of 100 prompts" in capsys.readouterr().out
+            part = schedule
+    assert part.choosable.tolist() == part.hidden.rows.tolist() and len(part.choosable) == 48 and len(part.pool) == 90
+    order = RandomOrder(90, part.layout.seed)
+    assert set(part.choosable.tolist()) == {order[place] for place in range(48)}
+    assert {row for chunk in runs["part"].chunks for row in chunk} <= set(part.choosable.tolist())
+    assert runs["part"].chunks[0] == runs["none"].chunks[0]
+    longer = {"max_steps": 9, "save_strategy": "no"}  # the part stays
+    resumed = make_trainer(
+        tmp_path / "part", online(prompt_features=True, where="row < 90"), dataset=dataset, **longer
+    )
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed._learnalign.schedule.choosable.tolist() == part.choosable.tolist()
 
 
 @pytest.mark.parametrize("loss", ["missing", "cut short", "another"])

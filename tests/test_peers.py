@@ -1,13 +1,19 @@
 """A process that dies, freezes or gets stuck, where no launcher ends the other: it is named, and a slow one is not."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.distributed as dist
+
+from trl_learnalign.peers import Peers
 
 
 SCRIPT = Path(__file__).with_name("peers_run.py")
@@ -97,3 +103,12 @@ def test_a_main_process_that_does_not_answer_is_named(tmp_path):
 def test_a_process_that_is_stuck_is_named_after_the_time_out_of_the_process_group(tmp_path):
     (main,), _ = run("stuck", tmp_path, ends=[0])
     assert "PeerError: Process 1 made no progress for 8 s, which is the time-out of the process group" in main
+
+
+def test_a_torch_without_its_store_is_found_when_the_trainer_is_built(monkeypatch):
+    accelerator = SimpleNamespace(process_index=0, num_processes=2)
+    Peers(accelerator)
+    monkeypatch.delattr(dist.distributed_c10d, "_get_default_store")
+    with pytest.raises(RuntimeError, match=rf"torch {re.escape(torch.__version__)} .*`_get_default_store`.*Install"):
+        Peers(accelerator)
+    Peers(SimpleNamespace(process_index=0, num_processes=1))

@@ -1,13 +1,14 @@
 """Prompts that nothing can be generated for, and equal prompts."""
 
 import random
+import re
 
 import pytest
 from datasets import Dataset
-from tiny import Seen, config, lora, make_dataset, make_model, make_tokenizer, make_trainer, parity_reward
+from tiny import Seen, config, lora, make_dataset, make_model, make_tokenizer, make_trainer, online, parity_reward
 
 from trl_learnalign import LearnAlignCallback, LearnAlignGRPOTrainer, LearnAlignSampler, select_prompts
-from trl_learnalign.prompts import check_duplicates, check_prompts, equal_prompts
+from trl_learnalign.prompts import check_duplicates, check_prompts, equal_prompts, prompt_lengths
 
 
 def user(content, **more):
@@ -195,3 +196,93 @@ def test_training_on_different_prompts(tmp_path, caplog, recwarn):
 def test_nothing_to_compare():
     with pytest.raises(ValueError, match="`deduplicate=True` compares the column `prompt`.*only these: row"):
         check_duplicates(make_dataset().remove_columns("prompt"), True, warn=True)
+
+
+# Rows as the trainer reads them -----------------------------------------------------------------------------------
+
+
+RANDOM = random.Random(0)
+
+
+def of_another_column(rows):
+    return {"prompt": [f"0+{q}" if s == "a" else q for q, s in zip(rows["prompt"], rows["source"], strict=True)]}
+
+
+def made(rows):
+    return {"prompt": list(rows["question"]), "row": rows["row"]}
+
+
+def augmented(rows):
+    return rows | {"prompt": [f"{RANDOM.randrange(10)}+{prompt}" for prompt in rows["prompt"]]}
+
+
+def as_read(kind):
+    plain = make_dataset(24).add_column("source", ["a", "b"] * 12)
+    match kind:
+        case "reads another column":
+            return plain.with_transform(of_another_column)
+        case "makes the prompt":
+            return plain.rename_column("prompt", "question").with_transform(made)
+        case "is random":
+            return plain.with_transform(augmented)
+    return plain.with_format(kind)
+
+
+KINDS = ["reads another column", "makes the prompt", "is random", "pandas", "numpy", "torch"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dataset_with_a_transform_or_a_format_is_trained_on(tmp_path, kind):
+    """With all that the online schedule asks of a dataset; and a selection. Once with reports, which take long."""
+    settings, report = {"reward": parity_reward, "dataset": as_read(kind)}, kind == "reads another column"
+    choice = {"prompt_features": True, "group_column": "source", "where": "row < 20", "deduplicate": True}
+    choice = online(**choice, write_report=report)
+    trainer = make_trainer(tmp_path / "online", choice, max_steps=3, **settings)
+    trainer.train()
+    assert trainer.state.global_step == 3 and (tmp_path / "online/learnalign/report.html").is_file() == report
+    lengths = {"reads another column": 6, "makes the prompt": 4, "is random": 6}
+    assert prompt_lengths(trainer.train_dataset)[0] == lengths.get(kind, 4)
+    choice = config(score="learnability", where="source == 'a'", write_report=report)
+    selection = select_prompts(make_trainer(tmp_path / "select", **settings), choice)
+    assert selection.indices and all(index % 2 == 0 for index in selection.indices)
+
+
+def test_a_transform_is_asked_for_whole_rows_and_for_each_once():
+    read = []
+
+    def transform(rows):
+        read.extend(rows["row"])
+        return {"prompt": [f"{row % 7}+{kind}" for row, kind in zip(rows["row"], rows["kind"], strict=True)]}
+
+    stored = Dataset.from_dict({"row": list(range(2500)), "kind": ["a", "bb"] * 1250})
+    dataset = stored.with_transform(transform)
+    check_prompts(dataset)
+    expected = [f"{row % 7}+{'a' if row % 2 == 0 else 'bb'}" for row in range(2500)]
+    assert equal_prompts(dataset) == [expected.index(prompt) for prompt in expected]
+    assert prompt_lengths(dataset).tolist() == [len(prompt) for prompt in expected]
+    assert read.count(1234) == 1  # and row 0 where only the names of the columns are asked for
+    dataset.set_transform(lambda rows: {"prompt": ["same"] * len(rows["row"])})
+    assert equal_prompts(dataset) == [0] * 2500
+
+
+@pytest.mark.parametrize("prompts", [["a", "", None, "b"], [[user("a")], [], [user(None)], [None], [user("")], None]])
+def test_faults_that_a_transform_makes_are_named_as_those_of_a_file(prompts):
+    stored = rows_of(prompts)
+    with pytest.raises(ValueError) as expected:
+        check_prompts(stored)
+    made = rows_of(["a"] * len(prompts)).with_transform(lambda rows: {"prompt": [prompts[row] for row in rows["row"]]})
+    with pytest.raises(ValueError) as found:
+        check_prompts(made)
+    assert reasons(found) == reasons(expected)
+
+
+def reasons(error):
+    return set(re.search(r"generated for \((.*)\)\. Correct", str(error.value))[1].split("; "))
+
+
+def test_a_column_that_only_a_transform_makes_is_told_of(tmp_path):
+    dataset = make_dataset().with_transform(lambda rows: rows | {"kind": ["a"] * len(rows["row"])})
+    with pytest.raises(
+        ValueError, match=r"no column 'kind'.*a transform makes are not seen: write them with `dataset.map`"
+    ):
+        make_trainer(tmp_path, online(group_column="kind"), dataset=dataset)

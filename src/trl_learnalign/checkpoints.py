@@ -80,8 +80,7 @@ def damage(checkpoint: Path, shared: bool = True) -> str | None:
         missing = [rank for rank in range(processes) if not (checkpoint / f"rng_state_{rank}.pth").is_file()]
         if 0 < len(missing) < processes:
             return f"rng_state_{missing[0]}.pth is missing"
-    arrays = ours.get("arrays") if isinstance(ours, dict) else None
-    return _damage_of_arrays(checkpoint, arrays) if isinstance(arrays, dict) else None
+    return _damage_of_ours(checkpoint, ours) if isinstance(ours, dict) else None
 
 
 def _damage_of_file(file):
@@ -97,14 +96,20 @@ def _damage_of_file(file):
         return f"{file.name} is damaged ({error})"
 
 
-def _damage_of_arrays(checkpoint, entry):
-    """Of the schedule's state: `trainer_state.json` names their file and its digest."""
-    name = Path(str(entry.get("file"))).name
-    try:
-        found = hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
-    except OSError:
-        return f"{name} is missing"
-    return None if found == entry.get("sha256") else f"{name} does not agree with its checksum"
+def _damage_of_ours(checkpoint, ours):
+    """Of the schedule's state and files: `trainer_state.json` names each file with its digest."""
+    arrays, files = ours.get("arrays"), ours.get("files")
+    named = dict(files) if isinstance(files, dict) else {}
+    if isinstance(arrays, dict):
+        named[str(arrays.get("file"))] = arrays.get("sha256")
+    for name, digest in named.items():
+        file = checkpoint / Path(name).name
+        try:
+            found = hashlib.sha256(file.read_bytes()).hexdigest()
+        except OSError:
+            return f"{file.name} is missing"
+        if found != digest:
+            return f"{file.name} does not agree with its checksum"
 
 
 def _damage_of_shards(index):

@@ -8,6 +8,7 @@ from datasets import Dataset, Value
 
 from .choice import Condition
 from .config import LearnAlignConfig
+from .reading import has_transform
 from .scores import score_name
 
 
@@ -20,7 +21,10 @@ MEASURED = {
 
 
 def dataset_columns(dataset: Dataset, rows: Sequence[int], names: Sequence[str] | None) -> pd.DataFrame:
-    """Columns of the dataset by dataset row; `None`: all that hold numbers or text."""
+    """
+    Columns of the dataset by dataset row, as they are stored: a transform is not asked. `None`: all that hold numbers
+    or text.
+    """
     if names is None:
         names = [name for name, kind in dataset.features.items() if isinstance(kind, Value)]
     index = pd.Index(rows, name="index", dtype="int64")
@@ -68,10 +72,11 @@ def check_named(dataset: Dataset, knob: str, value, names: Iterable[str], more: 
         `ValueError`: the value of the setting `knob` names a column that there is not; `more` ends the list of those
             that there are.
     """
+    made = " (those that a transform makes are not seen: write them with `dataset.map`)" * has_transform(dataset)
     for name in sorted(set(names) - set(dataset.column_names)):
         raise ValueError(
             f"`{knob}` is {value!r}, but the training dataset has no column '{name}'. Its columns "
-            f"are: {', '.join(dataset.column_names)}{more}. Correct the name."
+            f"are: {', '.join(dataset.column_names)}{more}{made}. Correct the name."
         )
 
 

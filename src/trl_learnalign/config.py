@@ -163,8 +163,8 @@ class LearnAlignConfig:
             needs no extra rollouts, and the settings of a selection do not apply.
         prompt_features (`bool`, *optional*, defaults to `True`):
             Online: also use the policy's hidden states of the prompts, to predict the success of prompts not trained
-            on yet. This takes one forward over the pool when training begins. Images and prompts that an environment
-            supplies have no such features.
+            on yet. This takes one forward over the pool, or over a random part of a large one, through half of the
+            layers when training begins. Images and prompts that an environment supplies have no such features.
         group_column (`str`, *optional*):
             Online: a column of the dataset, such as a source or a kind, that the prediction may use as a category.
         pass_rate_column (`str`, *optional*):

@@ -10,12 +10,12 @@ gradient. `weight.grad` is never written, so neither optimizers nor reduction ho
 """
 
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from .modes import checkpoints
 from .projection import Concatenation, Sketch, stable_hash
 
 
@@ -101,7 +101,7 @@ class PromptGradients:
             for parameter in self._restore:
                 parameter.requires_grad_(False)
         self._hook = None
-        if self.probe and any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
+        if self.probe and any(map(checkpoints, self.model.modules())):
             # Reentrant checkpointing drops the graph of a block none of whose inputs requires a gradient
             embeddings = self.model.get_input_embeddings()
             self._hook = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
@@ -257,31 +257,3 @@ def unseen_message(names: list[str]) -> str:
         f"tensors would be missed: {shown}. Train without them (no `use_dora`, `bias`, `modules_to_save`, "
         "`target_parameters` or LoRA on embeddings), or use `score='learnability'`, which takes no gradients."
     )
-
-
-def turn_dropout_off(model: nn.Module) -> None:
-    """
-    Puts every module in eval mode but the root and those that checkpoint activations, which need train mode for it
-    (and TRL reads its own mode off the root).
-    """
-    for module in model.modules():
-        module.training = bool(getattr(module, "gradient_checkpointing", False))
-    model.training = True
-
-
-@contextmanager
-def dropout_off(model: nn.Module) -> Iterator[None]:
-    """
-    Calls [`turn_dropout_off`], and puts all modes back on exit. Meanwhile `nn.functional.dropout` does nothing: layers
-    that checkpoint activations stay in train mode, and some (OPT's, for one) call it themselves.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    dropout = nn.functional.dropout
-    turn_dropout_off(model)
-    nn.functional.dropout = lambda input, p=0.5, training=True, inplace=False: input
-    try:
-        yield
-    finally:
-        nn.functional.dropout = dropout
-        for module, training in modes:
-            module.training = training

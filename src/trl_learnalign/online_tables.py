@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from .config import STAGED_ONLY
 from .disk import make_directory, write_json, write_parquet
 from .prompts import prompt_text
+from .reading import columns_read, read_prompts, read_rows
 from .samples import shortened
 from .texts import columns_text
 
@@ -105,14 +106,14 @@ def _is_plain(dataset, name) -> bool:
 
 def _texts(dataset, rows, answers=()) -> dict[str, list]:
     """Prompt and answers of these rows as text."""
-    named = "prompt" in dataset.column_names
-    names = [*(["prompt"] if named else []), *answers] if named else dataset.column_names
-    found = {"prompt": [], **{name: [] for name in answers}}
-    for row in dataset.select_columns(names).select(rows):
-        found["prompt"].append(shortened(prompt_text(row["prompt"]) if named else columns_text(row)))
-        for name in answers:
-            found[name].append(None if row[name] is None else shortened(str(row[name])))
-    return found
+    rows = [int(row) for row in rows]
+    named = "prompt" in columns_read(dataset)
+    found = read_prompts(dataset, rows) if named else read_rows(dataset, rows)
+    texts = {"prompt": [shortened(prompt_text(one) if named else columns_text(one)) for one in found]}
+    for name in answers:
+        column = dataset.with_format(None).select_columns([name])[rows][name]
+        texts[name] = [None if value is None else shortened(str(value)) for value in column]
+    return texts
 
 
 def _samples(columns, dataset) -> dict[str, list[dict]]:

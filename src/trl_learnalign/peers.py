@@ -8,6 +8,7 @@ import time
 from concurrent.futures import Future
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
@@ -28,10 +29,15 @@ class Peers:
 
     Args:
         accelerator ([`~accelerate.Accelerator`]): of the trainer.
+
+    Raises:
+        `RuntimeError`: see [`check_store`].
     """
 
     def __init__(self, accelerator: Accelerator):
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        if self.world > 1:
+            check_store()
         self._thread = None
         self._meetings = 0
 
@@ -280,6 +286,19 @@ def _looks(seconds):
 
 def _names(ranks):
     return ", ".join(map(str, ranks))
+
+
+def check_store() -> None:
+    """
+    Raises:
+        `RuntimeError`: this torch does not hand out its store, whose name is private.
+    """
+    if not hasattr(dist.distributed_c10d, "_get_default_store"):
+        raise RuntimeError(
+            f"torch {torch.__version__} has no `_get_default_store` in `torch.distributed.distributed_c10d`, through "
+            "which the processes tell each other of errors. Install an earlier torch, or a newer trl-learnalign; one "
+            "process alone does not need it."
+        )
 
 
 def _default_store():

@@ -6,11 +6,16 @@ text.
 import hashlib
 import json
 import warnings
+import weakref
+from dataclasses import dataclass, field
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+
+from .reading import columns_read, has_transform, read_prompts, read_rows
 
 
 _SHOWN = 10  # rows that an error names
@@ -23,6 +28,7 @@ _OF_REWARDS = {
     "trainer_state": "the state of the trainer",
 }
 _WHAT_IS_ASKED = ("prompt", "image", "images")  # columns that GRPOTrainer makes a prompt from
+_LOOKS = weakref.WeakKeyDictionary()
 
 
 def check_dataset(dataset, needs_prompt: bool = True) -> None:
@@ -32,16 +38,12 @@ def check_dataset(dataset, needs_prompt: bool = True) -> None:
     functions.
     """
     if not isinstance(dataset, Dataset):
-        raise ValueError(
-            f"The training dataset has the type {type(dataset).__name__}, which can be read only once and in order, "
-            "but prompts are chosen by their rows. Load it without streaming, or use "
-            "`Dataset.from_list(list(stream.take(n)))`."
-        )
+        raise ValueError(f"The training dataset {_what_it_is(dataset)}")
     if len(dataset) == 0:
         raise ValueError("The training dataset is empty, so there is no prompt to choose.")
-    if needs_prompt and "prompt" not in dataset.column_names:
+    if needs_prompt and "prompt" not in (columns := columns_read(dataset)):
         raise ValueError(
-            f"The training dataset has no column `prompt`. Its columns are: {', '.join(dataset.column_names)}. Rename "
+            f"The training dataset has no column `prompt`. Its columns are: {', '.join(columns)}. Rename "
             "the one that holds the prompts with `dataset.rename_column`, or name it with `--prompt_column` on the "
             "command line."
         )
@@ -52,12 +54,32 @@ def check_dataset(dataset, needs_prompt: bool = True) -> None:
         )
 
 
+def _what_it_is(dataset) -> str:
+    """What a training dataset is that is no `datasets.Dataset`, and how to make it one."""
+    kind = type(dataset).__name__
+    if isinstance(dataset, dict) and any(isinstance(part, Dataset | IterableDataset) for part in dataset.values()):
+        splits = ", ".join(map(str, dataset))
+        return f'is a {kind} with the splits {splits}. Pass one of them, such as `dataset["{next(iter(dataset))}"]`.'
+    if isinstance(dataset, IterableDataset):
+        return (
+            f"has the type {kind}, which can be read only once and in order, but prompts are chosen by their rows. "
+            "Load it without streaming, or use `Dataset.from_list(list(stream.take(n)))`."
+        )
+    makers = {list: "from_list(rows)", tuple: "from_list(list(rows))", dict: "from_dict(columns)"}
+    makers |= {pd.DataFrame: "from_pandas(frame)"}
+    how = next((f" with `Dataset.{make}`" for made, make in makers.items() if isinstance(dataset, made)), "")
+    return f"has the type {kind}, but prompts are chosen from the rows of a `datasets.Dataset`. Make one{how}."
+
+
 def warn_of_answers(dataset: Dataset) -> None:
     """Warns of prompts that end with a message of the assistant, with their number."""
-    if "prompt" not in dataset.column_names:
+    if "prompt" not in columns_read(dataset):
         return
-    tables = _batches(dataset, ["prompt"])
-    answered = sum(_answered(chunk) for table in tables for chunk in table["prompt"].chunks)
+    if has_transform(dataset):
+        answered = _look(dataset).answered
+    else:
+        tables = _batches(dataset, ["prompt"])
+        answered = sum(_answered(chunk) for table in tables for chunk in table["prompt"].chunks)
     if answered:
         warnings.warn(
             f"{answered:,} of {len(dataset):,} prompts end with a message of the assistant, so the policy reads the "
@@ -77,25 +99,25 @@ def _answered(column: pa.Array) -> int:
         messages = last.to_pylist()
     else:  # messages with different members are JSON texts
         messages = [json.loads(text or "null") for text in last.to_pylist()]
-    return sum(isinstance(message, dict) and message.get("role") == "assistant" for message in messages)
+    return sum(map(_is_answer, messages))
+
+
+def _is_answer(message) -> bool:
+    return isinstance(message, dict) and message.get("role") == "assistant"
 
 
 def check_prompts(dataset: Dataset, what: str = "The training dataset") -> None:
     """
-    Looks at every prompt, column by column, before anything is generated. A dataset without a column `prompt` passes.
-    Messages call the dataset `what`.
+    Looks at every prompt, column by column, before anything is generated; with a transform row by row, as the trainer
+    reads them. A dataset without a column `prompt` passes. Messages call the dataset `what`.
 
     Raises:
         `ValueError`: a prompt is null, an empty text or an empty list of messages, or one of its messages has neither
             content nor tool calls. Names the rows.
     """
-    if "prompt" not in dataset.column_names:
+    if "prompt" not in columns_read(dataset):
         return
-    found, start = {}, 0
-    for table in _batches(dataset, ["prompt"]):
-        for reason, rows in _faults(table.combine_chunks()["prompt"].chunk(0)).items():  # else a chunk may be a row
-            found.setdefault(reason, []).extend(start + row for row in rows)
-        start += len(table)
+    found = _look(dataset).faults if has_transform(dataset) else _stored_faults(dataset)
     if found:
         reasons = "; ".join(f"{reason}: {_listed(rows)}" for reason, rows in found.items())
         raise ValueError(
@@ -110,14 +132,96 @@ def equal_prompts(dataset: Dataset) -> list[int]:
     their texts (or messages) and their images are; answers and other columns are not compared. Without a column
     `prompt` no two rows are the same.
     """
-    if "prompt" not in dataset.column_names:
+    if "prompt" not in columns_read(dataset):
         return list(range(len(dataset)))
+    if has_transform(dataset):
+        return list(_look(dataset).first)
     first, rows = {}, []
     for table in _batches(dataset, [name for name in _WHAT_IS_ASKED if name in dataset.column_names]):
         for row in zip(*(column.to_pylist() for column in table.columns), strict=True):
-            key = hashlib.blake2b(repr(row).encode(), digest_size=16).digest()
-            rows.append(first.setdefault(key, len(rows)))
+            rows.append(first.setdefault(_key(row), len(rows)))
     return rows
+
+
+def prompt_lengths(dataset: Dataset) -> np.ndarray:
+    """Characters of each prompt's text, of shape `(N,)`, float64."""
+    if has_transform(dataset):
+        return np.array(_look(dataset).lengths, dtype=float)
+    batches = (range(start, min(start + _BATCH, len(dataset))) for start in range(0, len(dataset), _BATCH))
+    lengths = [len(prompt_text(prompt)) for batch in batches for prompt in read_prompts(dataset, batch)]
+    return np.array(lengths, dtype=float)
+
+
+def _key(values) -> bytes:
+    return hashlib.blake2b(repr(values).encode(), digest_size=16).digest()
+
+
+@dataclass
+class _Look:
+    """What one pass through a transform shows of every row."""
+
+    transform: object
+    faults: dict[str, list[int]] = field(default_factory=dict)
+    first: list[int] = field(default_factory=list)  # row with the same prompt
+    lengths: list[int] = field(default_factory=list)
+    answered: int = 0  # prompts that end with a message of the assistant
+
+
+def _look(dataset) -> _Look:
+    """Once for each transform of a dataset, which may be slow."""
+    transform, known = dataset.format["format_kwargs"], _LOOKS.get(dataset)
+    if known is not None and known.transform == transform:
+        return known
+    look, first = _Look(transform), {}
+    for start in range(0, len(dataset), _BATCH):
+        for place, row in enumerate(read_rows(dataset, range(start, min(start + _BATCH, len(dataset)))), start):
+            prompt = row["prompt"]
+            if (reason := _fault(prompt)) is not None:
+                look.faults.setdefault(reason, []).append(place)
+            key = _key([_plain(row[name]) for name in _WHAT_IS_ASKED if name in row])
+            look.first.append(first.setdefault(key, place))
+            look.lengths.append(len(prompt_text(prompt)))
+            look.answered += isinstance(prompt, list) and len(prompt) > 0 and _is_answer(prompt[-1])
+    _LOOKS[dataset] = look
+    return look
+
+
+def _fault(prompt) -> str | None:
+    """As [`_faults`], of one prompt."""
+    if prompt is None:
+        return "null"
+    if not isinstance(prompt, str | list):
+        return None
+    if not prompt:
+        return "empty"
+    silent = isinstance(prompt, list) and any(
+        message is None
+        or (
+            isinstance(message, dict)
+            and "content" in message
+            and message["content"] is message.get("tool_calls") is None
+        )
+        for message in prompt
+    )
+    return "a message without content" if silent else None
+
+
+def _plain(value):
+    """An image, which a transform has decoded, by its content."""
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return [type(value).__name__, value.tobytes()] if callable(getattr(value, "tobytes", None)) else value
+
+
+def _stored_faults(dataset):
+    found, start = {}, 0
+    for table in _batches(dataset, ["prompt"]):
+        for reason, rows in _faults(table.combine_chunks()["prompt"].chunk(0)).items():  # else a chunk may be a row
+            found.setdefault(reason, []).extend(start + row for row in rows)
+        start += len(table)
+    return found
 
 
 def _batches(dataset, columns):
@@ -167,10 +271,10 @@ def check_duplicates(dataset: Dataset, deduplicate: bool, warn: bool) -> None:
     Raises:
         `ValueError`: `deduplicate` without a column `prompt`.
     """
-    if deduplicate and "prompt" not in dataset.column_names:
+    if deduplicate and "prompt" not in (columns := columns_read(dataset)):
         raise ValueError(
             "`deduplicate=True` compares the column `prompt`, but the training dataset has only these: "
-            f"{', '.join(dataset.column_names)}. Set `deduplicate=False`."
+            f"{', '.join(columns)}. Set `deduplicate=False`."
         )
     if deduplicate or not warn:
         return

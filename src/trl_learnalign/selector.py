@@ -27,7 +27,7 @@ from .projection import stable_hash
 from .prompts import equal_prompts
 from .scores import SCORES
 from .selection import SELECTION_FILE, Selection, dataset_fingerprint
-from .store import Log, prepare
+from .store import Log, open_log
 from .texts import texts_table
 from .uploads import warn_of_uploads
 
@@ -244,14 +244,8 @@ class SelectionRun:
 
     def open_log(self, measure: str) -> Log:
         """The log of a measure, as far as it was made under the same key. All processes must call this."""
-        path, key = self.path_of_measures / measure, self.keys[measure]
-        # The other nodes come second; they have work only if they have their own disks
-        for mine in (self.accelerator.is_main_process, self.accelerator.is_local_main_process):
-            if mine:
-                prepare(path, key, self.parts[measure])
-            self.peers.wait()
-        make_directory(path)  # in a dry run, where each process has one
-        return Log(path, key, self.accelerator.process_index)
+        path, parts = self.path_of_measures / measure, self.parts[measure]
+        return open_log(path, self.keys[measure], self.accelerator, self.peers, parts)
 
     def _make_room(self):
         """Deletes what was measured at other steps, and by earlier versions."""

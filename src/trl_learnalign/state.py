@@ -116,16 +116,15 @@ class CheckpointState:
     def __init__(self, host, sampler):
         self.host, self.sampler, self.config = host, sampler, sampler.config
         self._fingerprint = dataset_fingerprint(host.dataset)
-        self._directory: Path | None = None  # of the checkpoint that the run was resumed from
         host.on_resume(self._note)
 
     def _note(self, directory):
-        self._directory = directory
+        self.host.resumed_from = directory
 
     def write(self, directory: Path, is_writer: bool, peers: Peers, pending: int | None) -> None:
         """
         Puts the state into the trainer's, which the checkpoint in `directory` will hold, and its arrays into a file
-        there.
+        there, beside those that the schedule writes.
 
         Args:
             directory (`Path`): the checkpoint.
@@ -138,6 +137,7 @@ class CheckpointState:
         """
         values, arrays = split({"sampler": self.sampler.state_dict()})
         entry = write_arrays(directory, arrays, is_writer)
+        files = self.sampler.schedule.write_files(directory, is_writer)
         found = peers.gather(_decided(values, arrays))
         if len(set(found)) > 1:  # the same on all processes, so all raise
             raise RuntimeError(
@@ -147,6 +147,7 @@ class CheckpointState:
             )
         content = values | {
             "arrays": entry,
+            "files": files,
             "pending": pending,
             "dataset_fingerprint": self._fingerprint,
             "num_processes": self.host.accelerator.num_processes,
@@ -182,7 +183,7 @@ class CheckpointState:
                 f"The LearnAlign state in the checkpoint of step {state.global_step} is damaged: it does not agree "
                 "with its checksum. Resume from an earlier checkpoint."
             )
-        arrays = read_arrays(self._directory, saved.get("arrays"))
+        arrays = read_arrays(self.host.resumed_from, saved.get("arrays"))
         whole = join({"sampler": saved["sampler"]}, arrays)
         schedule_state = self.sampler.schedule_state(whole["sampler"])
         if saved["dataset_fingerprint"] != self._fingerprint:

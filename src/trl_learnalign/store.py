@@ -12,8 +12,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from accelerate import Accelerator
 
 from .disk import make_directory, remove_leftovers, write_json
+from .peers import Peers
 
 
 logger = logging.getLogger(__name__)
@@ -292,6 +294,20 @@ def prepare(path: Path, key: str, parts: dict[str, str] | None = None) -> None:
     if _manifest(path)[0] != key:
         make_directory(path)
         write_json(path / _MANIFEST, {"key": key, "made_from": parts or {}})
+
+
+def open_log(path: Path, key: str, accelerator: Accelerator, peers: Peers, parts: dict[str, str] | None = None) -> Log:
+    """
+    The log in a directory, as far as it was made under the same key. All processes must call this. `parts`: see
+    [`prepare`].
+    """
+    # The other nodes come second; they have work only if they have their own disks
+    for mine in (accelerator.is_main_process, accelerator.is_local_main_process):
+        if mine:
+            prepare(path, key, parts)
+        peers.wait()
+    make_directory(path)  # in a dry run, where each process has one
+    return Log(path, key, accelerator.process_index)
 
 
 def _manifest(path) -> tuple[str | None, dict]:

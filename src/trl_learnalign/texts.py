@@ -6,6 +6,7 @@ import pyarrow as pa
 import torch
 
 from .prompts import prompt_text
+from .reading import columns_read, read_prompts, read_rows
 from .samples import extremes, shortened, shown
 
 
@@ -22,7 +23,7 @@ def texts_table(host, dataset, selection, own, peers) -> pa.Table | None:
     """
     ends = {index for indices in extremes(selection) for index in indices}
     listed = ends.union(shown(selection))
-    named = "prompt" in dataset.column_names
+    named = "prompt" in columns_read(dataset)
     rolled_out = [row for row in sorted(listed) if own is not None and row in own]
     completions = {row: _first_completion(host, own.group(row)) for row in rolled_out if row in ends}
     supplied = {} if named else {row: host.text(own.group(row).prompt_ids[0]) for row in rolled_out}
@@ -31,11 +32,11 @@ def texts_table(host, dataset, selection, own, peers) -> pa.Table | None:
     if peers.rank != 0:
         return None
     indices = sorted(listed)
-    rows = dataset.select(indices)
     if named:
-        texts = [prompt_text(prompt) for prompt in rows["prompt"]]
+        texts = [prompt_text(prompt) for prompt in read_prompts(dataset, indices)]
     else:
-        texts = [supplied.get(index) or columns_text(row) for index, row in zip(indices, rows, strict=True)]
+        rows = zip(indices, read_rows(dataset, indices), strict=True)
+        texts = [supplied.get(index) or columns_text(row) for index, row in rows]
     texts = [shortened(text) for text in texts]
     none = (None, None)
     return pa.table(

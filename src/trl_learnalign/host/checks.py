@@ -11,6 +11,7 @@ from ..config import LearnAlignConfig
 from ..gradients import UnseenParametersError, check_parameters, unseen_message
 from ..pool import load_target
 from ..prompts import check_dataset, check_duplicates, check_prompts, warn_of_answers
+from ..reading import columns_read, read_prompts
 from ..rehearsal import rehearse
 from ..rewards import check_success_reward
 from .generation import is_colocated
@@ -84,7 +85,7 @@ def check_selection(host, config: LearnAlignConfig) -> None:
     if "gradients" not in config.measures:
         return
     host.check_loss()
-    if {"image", "images"} & set(dataset.column_names):
+    if {"image", "images"} & set(columns_read(dataset)):
         raise ValueError(
             "The training dataset has images, and gradients of multimodal prompts are not supported. Use "
             "`score='learnability'`, which takes no gradients."
@@ -117,8 +118,10 @@ def _check_template(trainer):
 
 def _is_placeholder(dataset):
     """GRPOTrainer makes such a dataset when it is given none and an environment supplies the prompts."""
+    if dataset.column_names != ["prompt"]:
+        return False
     empty = [{"role": "user", "content": ""}]
-    return dataset.column_names == ["prompt"] and all(prompt == empty for prompt in dataset[:10]["prompt"])
+    return all(prompt == empty for prompt in read_prompts(dataset, range(min(10, len(dataset)))))
 
 
 def check_vllm(host) -> None:

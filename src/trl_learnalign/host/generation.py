@@ -11,9 +11,10 @@ import torch
 from datasets import Dataset
 from transformers import Trainer, set_seed
 
-from ..gradients import turn_dropout_off
 from ..groups import Group, shared
+from ..modes import turn_dropout_off
 from ..projection import stable_hash
+from ..reading import read_rows
 from ..rewards import guarded
 from .random import random_state, set_random_state
 
@@ -90,7 +91,7 @@ def generate_groups(host, dataset: Dataset, indices: list[int], seed: int, gradi
     turn_dropout_off(trainer.model)
     set_seed(seed % 2**32)
     size = host.group_size
-    inputs = [copy.deepcopy(dataset[index]) for index in indices for _ in range(size)]
+    inputs = copy.deepcopy(read_rows(dataset, [index for index in indices for _ in range(size)]))
     seen = {}
     calculate_rewards, logps = trainer._calculate_rewards, host.stand_in(gradients)
 

@@ -13,8 +13,8 @@ from torch.utils.data import Sampler
 from transformers import Trainer
 
 from ..config import LearnAlignConfig
-from ..gradients import dropout_off
 from ..groups import Group, Row
+from ..modes import dropout_off
 from ..rewards import success_names
 from . import generation, identities, taps
 from .checks import check_selection, check_trainer
@@ -22,6 +22,7 @@ from .generation import NoLogps
 from .memory import Halving
 from .names import check_names
 from .objective import policy
+from .trial import try_rewards
 from .weights import weights_digest
 
 
@@ -53,6 +54,7 @@ class Host(ABC):
     Attributes:
         trainer: as it was passed.
         halving ([`Halving`]): how many rollouts fit into the memory at once.
+        resumed_from (`Path`, *optional*): the checkpoint that the run was resumed from.
         names (`tuple[str, ...]`): undocumented names of the trainer that are used here.
         settings (`tuple[str, ...]`): attributes that rollouts and gradients depend on.
         arguments (`tuple[str, ...]`): fields of `args` that they depend on.
@@ -66,6 +68,7 @@ class Host(ABC):
         check_names(trainer, self.names)
         self.trainer = trainer
         self.halving = Halving()
+        self.resumed_from: Path | None = None
 
     # What it is -------------------------------------------------------------------------------------------------
 
@@ -257,6 +260,10 @@ class Host(ABC):
         for other in others:
             first = first.where(~first.isnan(), other)
         return first
+
+    def try_rewards(self) -> None:
+        """See [`~trl_learnalign.host.trial.try_rewards`]."""
+        try_rewards(self)
 
     @abstractmethod
     def advantages(self, rewards: torch.Tensor, penalties: torch.Tensor) -> torch.Tensor:

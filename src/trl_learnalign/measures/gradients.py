@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-from ..gradients import PromptGradients, turn_dropout_off
+from ..gradients import PromptGradients
 from ..groups import Row
 from ..host import Host
+from ..modes import turn_dropout_off
 from ..peers import Peers
 from ..progress import progress_bar
 from ..scoring import add_unit_features, feature_norms

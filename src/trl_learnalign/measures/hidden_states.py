@@ -3,51 +3,34 @@ What the policy's hidden states say about prompts before any of them is rolled o
 a few principal components a prompt are kept.
 """
 
-import inspect
-import json
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import hashlib
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
-from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 
-from ..disk import digest, make_directory, write_atomically
+from ..disk import digest, scratch
 from ..host import Host
+from ..modes import as_in_evaluation
 from ..peers import Peers
 from ..progress import progress_bar
+from ..reading import columns_read, read_prompts
 from ..selection import dataset_fingerprint
+from ..store import Log, open_log
+from .feature_file import PromptFeatures, file_name, read_features
+from .half_forward import HalfForward, tokens_at_once
 
 
-FILE = "prompt_features.safetensors"
 COMPONENTS = 64  # of a prompt, less where the hidden states of the pool have fewer dimensions
 SAMPLE = 2048  # prompts that the components are found with
-WINDOW = 1024  # prompts that a process tokenises at once, and sorts by length
-MOST_TOKENS = 4096  # of a forward: more would not make it faster, and the states of all layers are in memory
-_FORMAT = 1
+WINDOW = 1024  # prompts that a process tokenises at once, sorts by length, and keeps on disk when they are done
+_FORMAT = 2
 _FLAT = 1e-4  # of the largest: a dimension that varies less is as good as constant
-
-
-@dataclass(frozen=True)
-class PromptFeatures:
-    """
-    Attributes:
-        values (`np.ndarray` of shape `(N, k)`, float16): by row of the dataset; columns of mean 0, in the order of the
-            variance that they explain. The first has standard deviation 1, column j has (u_j / u_1)^(1/4), where u are
-            the variances of the components: a ridge then shrinks late components more than the first, but less than
-            their size alone would have it.
-        key (`str`): digest of all that they were made from. A resumed run asks for those it began with.
-    """
-
-    values: np.ndarray
-    key: str
+_PADDED = 1.03  # most tokens of a batch with its padding, over those without
+_COUNTED = 256  # prompts whose tokens are counted for the plan
+_BASIS = 1 << 40  # name of the record of the components, behind all windows
 
 
 def reason_against(host: Host) -> str | None:
@@ -56,39 +39,43 @@ def reason_against(host: Host) -> str | None:
         return "a `rollout_func` may change the prompts"
     if host.environments:
         return "an environment adds to the prompts"
-    if "prompt" not in host.dataset.column_names:
+    columns = columns_read(host.dataset)
+    if "prompt" not in columns:
         return "the training dataset has no column `prompt`"
-    if {"image", "images"} & set(host.dataset.column_names):
+    if {"image", "images"} & set(columns):
         return "the training dataset has images"
     return None
 
 
-def hidden_states(host: Host, directory: Path, peers: Peers, key: str | None = None) -> PromptFeatures:
+def hidden_states(
+    host: Host,
+    directory: Path,
+    peers: Peers,
+    rows: np.ndarray | None = None,
+    before: Callable[[], None] = lambda: None,
+) -> PromptFeatures:
     """
-    Features of every prompt of the training dataset, equal on all processes; those of `directory` if they were made
-    from the same dataset and weights in the same way. The policy does not change. All processes must call this, if
+    Features of prompts of the training dataset, equal on all processes; those of `directory` if they were made from
+    the same rows and weights in the same way. The policy does not change. All processes must call this, if
     [`reason_against`] returned `None`.
 
     Of a prompt's hidden states the mean over its tokens is taken, after half of the layers. Each dimension is
     standardised, since in large models a few are a thousand times greater than the others; the principal components
-    are found over a random sample of at most 2,048 prompts. Every prompt goes through the policy once. Prompts of like
-    length go together, as many tokens as a training step holds.
+    are found over a random sample of at most 2,048 prompts. Every prompt goes through half of the policy once, see
+    [`HalfForward`]. Prompts of like length go together. What is done is on disk, so that a killed run goes on.
 
     Args:
         host ([`Host`]): of the trainer.
-        directory (`Path`): of the run's files, where `prompt_features.safetensors` is read and written.
+        directory (`Path`): of the run's files, where the features are kept by their key.
         peers ([`Peers`]): an open context.
-        key (`str`, *optional*): of the features that a resumed run began with. Its weights have changed since, so they
-            are read and not made again.
+        rows (`np.ndarray` of shape `(n,)`, int32, *optional*): the rows, increasing; all by default.
+        before (`Callable`): called on all processes before the first forward, if there is one to be made.
 
     Raises:
-        `ValueError`: with a `key`, the directory has no features, or others.
         `OSError`: they cannot be written.
     """
-    path = Path(directory) / FILE
-    found = _read(path) if host.accelerator.is_main_process else None
-    if key is not None:
-        return _of_the_run(peers.broadcast(found), key, path)
+    directory = Path(directory)
+    rows = np.arange(len(host.dataset), dtype=np.int32) if rows is None else rows
     peers.wait()  # before the collective operations of sharded weights
     made_from = {
         "format": _FORMAT,
@@ -97,175 +84,165 @@ def hidden_states(host: Host, directory: Path, peers: Peers, key: str | None = N
         "prompts": host.prompt_identity(),
         "weights": host.weights_digest(),
         "sizes": [COMPONENTS, SAMPLE, WINDOW, tokens_at_once(host)],
+        "rows": hashlib.sha256(rows.tobytes()).hexdigest(),
     }
     key = peers.broadcast(digest(made_from))
-    found = peers.broadcast(found if found is not None and found.key == key else None)
+    found = peers.broadcast(read_features(directory, key) if host.accelerator.is_main_process else None)
     if found is not None:
         return found
-    features = PromptFeatures(_compute(host, peers), key)
+    before()
+    forward = HalfForward(host)
     if host.accelerator.is_main_process:
-        make_directory(path.parent)
-        check = str(zlib.crc32(features.values.tobytes()))
-        metadata = {"key": key, "crc32": check, "made_from": json.dumps(made_from)}
-        write_atomically(path, lambda temporary: save_file({"features": features.values}, temporary, metadata))
+        print(f"LearnAlign plan: {_what_it_takes(host, rows, forward)}", flush=True)
+    log = open_log(scratch(directory) / "hidden_states", key, host.accelerator, peers)
+    try:
+        values = _compute(host, peers, rows, forward, log)
+    finally:
+        log.close()
+    features = PromptFeatures(values, rows, peers.broadcast(made_from), key)
+    if host.accelerator.is_main_process:
+        features.write(directory)
     peers.wait()
+    if host.accelerator.is_local_main_process:
+        shutil.rmtree(log.path, ignore_errors=True)
     return features
 
 
-def _of_the_run(found, key, path):
-    if found is None or found.key != key:
-        state = "holds no features of prompts" if found is None else "holds features of another run"
+def features_of_the_run(host: Host, directory: Path, peers: Peers, key: str) -> PromptFeatures:
+    """
+    The features that a resumed run began with, from the checkpoint, else from `directory`, where they are kept for the
+    checkpoints to come. The weights have changed since, so they are read and not made again.
+
+    Raises:
+        `ValueError`: neither has them.
+    """
+    directory, found = Path(directory), None
+    if host.accelerator.is_main_process:
+        places = [place for place in (host.resumed_from, directory) if place is not None]
+        found = next((one for place in places if (one := read_features(place, key)) is not None), None)
+        if found is not None and read_features(directory, key) is None:
+            found.write(directory, host.resumed_from)
+    found = peers.broadcast(found)
+    if found is None:
         raise ValueError(
-            f"'{path}' {state}, but the run that is resumed chose its prompts by features that cannot be computed "
-            "again, since its weights have changed. Put that file back, or start a new run from these weights."
+            f"'{file_name(key)}', the features by which the resumed run chose its prompts, is missing or damaged in "
+            f"'{host.resumed_from}' and in '{directory}', and cannot be computed again, since the weights have "
+            "changed. Put that file back, resume from another checkpoint, or start a new run from these weights."
         )
     return found
 
 
-def _read(path) -> PromptFeatures | None:
-    """None where there is no file, or a damaged one."""
-    try:
-        with safe_open(path, "numpy") as file:
-            metadata, values = file.metadata(), file.get_tensor("features")
-    except (OSError, SafetensorError):
-        return None
-    whole = metadata.get("crc32") == str(zlib.crc32(values.tobytes()))
-    return PromptFeatures(values, metadata.get("key", "")) if whole else None
+def _what_it_takes(host, rows, forward) -> str:
+    """Tokens and operations of the forward, from some of the prompts."""
+    picked = np.random.Generator(np.random.Philox(1)).permutation(rows)[:_COUNTED]
+    lengths = [len(ids) for ids in _prompt_ids(host, picked)]
+    tokens = np.mean(lengths) * len(rows)
+    of_pool = "" if len(rows) == len(host.dataset) else f" of {len(host.dataset):,}"
+    flops = "" if host.is_sharded else f", about {2 * forward.parameters * tokens:.1e} FLOPs"
+    return f"first a forward over {len(rows):,}{of_pool} prompts, about {tokens:,.0f} tokens{flops}."
 
 
 # Forwards ----------------------------------------------------------------------------------------------------------
 
 
-def tokens_at_once(host: Host) -> int:
-    """
-    Of one forward, padding included: as many as the completions of a training step may have, which fit in memory.
-    """
-    return min(host.args.per_device_train_batch_size * (host.args.max_completion_length or MOST_TOKENS), MOST_TOKENS)
-
-
-def _compute(host, peers) -> np.ndarray:
-    """(N, k), float16."""
-    total = len(host.dataset)
-    sample = np.random.Generator(np.random.Philox(0)).permutation(total)[:SAMPLE]
-    sample.sort()
-    rest = np.setdiff1d(np.arange(total), sample)
-    with _ready(host.policy), progress_bar(host, "hidden states", total, "prompts") as bar:
-        rows, states = _gathered(_forwards(host, peers, bar, sample, lambda states: states), peers)
-        basis = peers.broadcast(_principal(states[np.argsort(rows)]) if host.accelerator.is_main_process else None)
-        features = np.empty((total, basis[-1].shape[1]), dtype=np.float16)
-        features[rows] = _project(states, *basis)
-        if len(rest):
-            rows, values = _gathered(_forwards(host, peers, bar, rest, lambda states: _project(states, *basis)), peers)
-            features[rows] = values
+def _compute(host, peers, rows, forward, log) -> np.ndarray:
+    """(n, k), float16."""
+    sampled = np.random.Generator(np.random.Philox(0)).permutation(len(rows))[:SAMPLE]
+    sampled.sort()
+    rest = np.setdiff1d(np.arange(len(rows)), sampled)
+    first, then = _windows(rows[sampled]), _windows(rows[rest])
+    with (
+        as_in_evaluation(host.policy),
+        torch.no_grad(),
+        progress_bar(host, "hidden states", len(rows), "prompts") as bar,
+    ):
+        states = _measured(host, peers, bar, log, forward, first, 0, lambda states: states, np.float32, -1)
+        basis = peers.broadcast(_basis(log, states) if host.accelerator.is_main_process else None)
+        features = np.empty((len(rows), basis[-1].shape[1]), dtype=np.float16)
+        features[sampled] = _project(states, *basis)
+        if then:
+            project = lambda states: _project(states, *basis)  # noqa: E731
+            features[rest] = _measured(
+                host, peers, bar, log, forward, then, len(first), project, np.float16, features.shape[1]
+            )
     return peers.broadcast(features)  # the last bit of a product may differ from machine to machine
 
 
-def _gathered(parts, peers):
-    """The rows and their values, of all processes."""
-    parts = list(parts)
-    own = [np.concatenate(column) for column in zip(*parts, strict=True)] if parts else None
-    everyone = [part for part in peers.gather(own) if part is not None]
-    return tuple(np.concatenate(column) for column in zip(*everyone, strict=True))
+def _windows(rows):
+    return [rows[start : start + WINDOW] for start in range(0, len(rows), WINDOW)]
 
 
-@contextmanager
-def _ready(policy: nn.Module) -> Iterator[None]:
-    """Dropout off and no activations recomputed, as in evaluation; all modes as they were on exit."""
-    modes = [(module, module.training) for module in policy.modules()]
-    policy.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+def _basis(log, states):
+    """Of a killed run the one that its rows were projected with."""
+    found = log.read(_BASIS)
+    if found is None:
+        mean, matrix = _principal(states)
+        log.append([(_BASIS, np.concatenate([mean[:, None], matrix], axis=1))])
+        return mean, matrix
+    both = np.frombuffer(found).reshape(states.shape[1], -1)
+    return np.ascontiguousarray(both[:, 0]), np.ascontiguousarray(both[:, 1:])
 
 
-def _forwards(host, peers, bar, rows, keep) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _measured(host, peers, bar, log: Log, forward, windows, first, keep, kind, width) -> np.ndarray:
     """
-    Of this process's part of the rows, batch by batch: the rows and `keep` of their hidden states. The batches do not
-    depend on the number of processes: window w goes to process w % world. A forward of sharded weights takes all
-    processes, so in every round of windows all run equally many.
+    `keep` of the hidden states of all windows, one after another, on every process. Windows that are in the log are
+    read; the others go round, one for each process. A forward of sharded weights takes all processes, so in every
+    round all run equally many. The batches do not depend on the number of processes.
     """
     world, rank = host.accelerator.num_processes, host.accelerator.process_index
-    dataset = host.dataset.select_columns(["prompt"])
-    windows = [rows[start : start + WINDOW] for start in range(0, len(rows), WINDOW)]
-    for first in range(0, len(windows), world):
-        batches = []
-        if first + rank < len(windows):
-            window = windows[first + rank]
-            ids = host.prompt_ids([{"prompt": prompt} for prompt in dataset[window]["prompt"]])
-            batches = [
-                (window[places], [ids[place] for place in places]) for places in _pack(ids, tokens_at_once(host))
-            ]
+    known = {place: log.read(first + place) for place in range(len(windows))}
+    holders = {}
+    for other, places in enumerate(peers.gather([place for place, content in known.items() if content is not None])):
+        for place in places:
+            holders.setdefault(place, other)
+    values = {
+        place: np.frombuffer(known[place], kind).reshape(len(windows[place]), width)
+        for place, holder in holders.items()
+        if holder == rank
+    }
+    del known
+    bar.update(sum(len(windows[place]) for place in holders))
+    left = [place for place in range(len(windows)) if place not in holders]
+    for start in range(0, len(left), world):
+        batches, ids = [], []
+        if start + rank < len(left):
+            place = left[start + rank]
+            ids = _prompt_ids(host, windows[place])
+            batches = _pack(ids, forward.tokens)
         most = max(peers.gather(len(batches)))
-        for batch_rows, ids in batches:
-            yield batch_rows, keep(_states(host, ids))
+        parts = [forward([ids[number] for number in batch]) for batch in batches]
         if host.is_sharded:
             for _ in range(most - len(batches)):
-                _states(host, [[host.model.config.eos_token_id or 0]])
-        bar.update(sum(map(len, windows[first : first + world])))
+                forward([list(host.filler().prompt_ids)])
+        if batches:
+            states = np.empty((len(ids), parts[0].shape[1]), np.float32)
+            states[np.concatenate(batches)] = np.concatenate(parts)
+            values[place] = keep(states)
+            log.append([(first + place, values[place])])
+        bar.update(sum(len(windows[place]) for place in left[start : start + world]))
+    found = {place: array for part in peers.gather(values) for place, array in part.items()}
+    return np.concatenate([found[place] for place in range(len(windows))])
+
+
+def _prompt_ids(host, rows):
+    return host.prompt_ids([{"prompt": prompt} for prompt in read_prompts(host.dataset, rows)])
 
 
 def _pack(ids: list[list[int]], tokens: int) -> list[list[int]]:
     """
-    Places of prompts in batches of at most so many tokens with padding, longest first; a longer prompt has one for
-    itself.
+    Places of prompts in batches of at most so many tokens, hardly any of them padding, longest first; a longer prompt
+    has one for itself.
     """
-    order = sorted(range(len(ids)), key=lambda place: -len(ids[place]))
-    batches, start = [], 0
-    while start < len(order):
-        number = max(1, tokens // max(1, len(ids[order[start]])))
-        batches.append(order[start : start + number])
-        start += number
+    batches, longest, held = [], 0, 0
+    for place in sorted(range(len(ids)), key=lambda place: -len(ids[place])):
+        length = max(1, len(ids[place]))
+        padded = longest * (len(batches[-1]) + 1) if batches else 0
+        if not batches or padded > tokens or padded > _PADDED * (held + length):
+            batches.append([])
+            longest, held = length, 0
+        batches[-1].append(place)
+        held += length
     return batches
-
-
-def _states(host, ids: list[list[int]]) -> np.ndarray:
-    """
-    Of n prompts the mean hidden state after half of the layers, shape `(n, hidden size)`, float32. In halves where
-    memory is full, unless the weights are sharded, so that others take part in each forward.
-
-    Raises:
-        `MemoryError`: not even one prompt fits, or the weights are sharded.
-    """
-    try:
-        return _forward(host, ids)
-    except RuntimeError as error:
-        if not should_reduce_batch_size(error):
-            raise
-        if len(ids) == 1 or host.is_sharded:
-            tokens = sum(map(len, ids))
-            raise MemoryError(
-                f"One forward over {len(ids)} prompts of {tokens:,} tokens does not fit into the memory ({error}). "
-                "Set `prompt_features=False`, or leave out the longest prompts."
-            ) from error
-    # Outside of the handler, whose traceback keeps the tensors of the failed attempt
-    clear_device_cache(garbage_collection=True)
-    half = len(ids) // 2
-    return np.concatenate([_states(host, part) for part in (ids[:half], ids[half:])])
-
-
-def _forward(host, ids):
-    device = host.accelerator.device
-    lengths = torch.tensor([len(prompt) for prompt in ids], device=device)
-    # Padded on the right, where causal attention keeps it out whatever a model makes of the mask
-    input_ids = pad_sequence([torch.tensor(prompt) for prompt in ids], batch_first=True).to(device)
-    mask = torch.arange(input_ids.shape[1], device=device) < lengths[:, None]
-    model = host.model.get_base_model() if hasattr(host.model, "get_base_model") else host.model
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    with host.accelerator.autocast():
-        states = host.policy(
-            input_ids=input_ids, attention_mask=mask.long(), output_hidden_states=True, use_cache=False, **last
-        ).hidden_states
-    half = states[len(states) // 2].float()  # the first of them are the embeddings
-    means = ((half * mask[:, :, None]).sum(1) / lengths[:, None]).cpu().numpy()
-    if not np.isfinite(means).all():
-        raise ValueError(
-            "The policy's hidden states of a prompt are NaN or infinite, so success cannot be predicted from them. "
-            "Set `prompt_features=False`, or train in a precision in which they are finite."
-        )
-    return means
 
 
 # Principal components ----------------------------------------------------------------------------------------------

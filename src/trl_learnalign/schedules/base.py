@@ -73,6 +73,12 @@ class Schedule:
         else:
             self.load_state_dict(state)
 
+    def look(self, host, peers: "Peers") -> None:
+        """
+        Called once when a new run begins, on all processes, inside the context of `peers`, after `prepare` and after
+        the plan was printed: what takes long.
+        """
+
     def start(self) -> None:
         """A new run begins: forgets all."""
 
@@ -175,6 +181,16 @@ class Schedule:
 
     def state_dict(self) -> dict:
         """The state for a checkpoint: values for JSON, and NumPy arrays."""
+        return {}
+
+    def write_files(self, directory: Path, is_writer: bool) -> dict[str, str]:
+        """
+        Writes what the state needs beside it into a checkpoint, if `is_writer`. Called on all processes.
+
+        Returns:
+            the SHA-256 of each file by its name, the same on all processes. A checkpoint without one of them, or with
+            another, is not complete.
+        """
         return {}
 
     def load_state_dict(self, state: dict) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..measures.feature_file import PromptFeatures
 from ..rewards import check_success_reward
 from ..scoring import is_success
 from . import draws, judge
@@ -27,7 +28,7 @@ from .overview import (
     warning,
 )
 from .predictor import SuccessPredictor, expected_learnability
-from .prompt_features import check_online, eligible_rows, prompt_features
+from .prompt_features import check_online, eligible_rows, hidden_features, known_beforehand, whole_features
 from .scored import Scored, has_gradient
 
 
@@ -61,8 +62,11 @@ class OnlineSchedule(Schedule):
         super().__init__(config)
         self.predictor: SuccessPredictor | None = None
         self.pool = np.zeros(0, np.int32)  # rows that may be trained on
+        self.choosable = self.pool  # those that may be chosen; uniform draws are of the pool
         self.features: np.ndarray | None = None
-        self.features_key: str | None = None  # of the hidden states among them
+        self.hidden: PromptFeatures | None = None  # the hidden states among them
+        self.features_key: str | None = None  # theirs
+        self.known: list[str] = []  # what success is predicted from, besides a prompt's own rewards
         self.host = None
 
     # Setting up -------------------------------------------------------------------------------------------------
@@ -75,13 +79,20 @@ class OnlineSchedule(Schedule):
 
     def prepare(self, host, state, peers):
         """See [`Schedule`]."""
-        self.host = host
-        key = None if state is None else state.get("features_key")
-        features, self.features_key = prompt_features(host, self.config, peers, key)
-        self.set_features(features)
-        super().prepare(host, state, peers)
+        self.host, self.known = host, known_beforehand(host, self.config)
         if state is not None:
+            self._take(hidden_features(host, self.config, self.layout, self.pool, peers, state.get("features_key")))
+            super().prepare(host, state, peers)
             self._read_completions(peers)
+
+    def look(self, host, peers):
+        """See [`Schedule`]."""
+        self._take(hidden_features(host, self.config, self.layout, self.pool, peers))
+
+    def _take(self, hidden):
+        features, self.hidden = whole_features(self.host.dataset, self.config, hidden)
+        self.features_key, rows = (None, None) if hidden is None else (hidden.key, hidden.rows)
+        self.set_features(features, rows)
 
     def _read_completions(self, peers):
         """Those of suspects are in no checkpoint. All processes must know of the same."""
@@ -91,11 +102,15 @@ class OnlineSchedule(Schedule):
         found = read_completions(directory, self.layout.pool_size) if self.host.accelerator.is_main_process else None
         self.completions = peers.broadcast(found)
 
-    def set_features(self, features: np.ndarray) -> None:
-        """Features of all rows of the dataset, of shape `(N, D)`, with a column of ones."""
+    def set_features(self, features: np.ndarray, choosable: np.ndarray | None = None) -> None:
+        """
+        Features of all rows of the dataset, of shape `(N, D)`, with a column of ones; and the rows of the pool that
+        may be chosen, all by default.
+        """
         self.features = features
         if not len(self.pool):
             self.pool = np.arange(self.layout.pool_size, dtype=np.int32)
+        self.choosable = self.pool if choosable is None else choosable
         self.start()
 
     def start(self):
@@ -187,9 +202,10 @@ class OnlineSchedule(Schedule):
         return 1 / max(self.curve.ratio, LEAST_NOISE) if self.graded else 1.0
 
     def _candidates(self, generator):
-        if len(self.pool) <= CANDIDATES:
-            return self.pool
-        return self.pool[generator.choice(len(self.pool), CANDIDATES, replace=False, shuffle=False)]
+        rows = self.choosable
+        if len(rows) <= CANDIDATES:
+            return rows
+        return rows[generator.choice(len(rows), CANDIDATES, replace=False, shuffle=False)]
 
     def posterior(self, rows: np.ndarray, chunk: int) -> tuple[np.ndarray, np.ndarray]:
         """a and b of the Beta posteriors of the success rates of these rows, of shape `(n,)` each."""
@@ -348,6 +364,14 @@ class OnlineSchedule(Schedule):
             "features_key": self.features_key,
             "observed": self.observed,
         }
+
+    def write_files(self, directory, is_writer):
+        """See [`Schedule`]: the hidden states, which later weights do not have."""
+        if self.hidden is None:
+            return {}
+        if is_writer:
+            self.hidden.write(directory, Path(self.host.args.output_dir) / "learnalign")
+        return {self.hidden.file: self.hidden.sha256}
 
     def load_state_dict(self, state):
         """See [`Schedule`]."""

@@ -146,16 +146,13 @@ def summary_lines(schedule: "OnlineSchedule") -> list[str]:
 
 def plan_lines(schedule: "OnlineSchedule", step: int, max_steps: int) -> list[str]:
     """Three lines for the start of a run; see [`Schedule.plan`]."""
-    layout, config = schedule.layout, schedule.config
+    layout = schedule.layout
     prompts, pool = layout.prompts_trained(max_steps), len(schedule.pool)
-    by = ["length"] * (schedule.features.shape[1] > 1)
-    by += [name for name in (config.group_column, config.pass_rate_column) if name]
-    by += ["hidden states"] * (schedule.features_key is not None)
     return [
         _when(schedule, step, max_steps),
         f"{prompts:,.0f} prompts in all, {layout.chunk_prompts} at once, from a pool of {pool:,}: "
         f"{prompts / pool:.2f} visits per prompt.",
-        f"success is predicted from a prompt's own rewards, and from {', '.join(by) or 'nothing else'}.",
+        f"success is predicted from a prompt's own rewards, and from {', '.join(schedule.known) or 'nothing else'}.",
     ]
 
 
@@ -204,7 +201,7 @@ def warning(schedule: "OnlineSchedule", max_steps: int) -> str | None:
             f"The pool has {pool} prompts and a chunk {layout.chunk_prompts}, so a prompt comes several times in one."
         )
     visits = layout.prompts_trained(max_steps) / pool
-    if not (schedule.features_key or config.group_column or config.pass_rate_column or visits >= 1):
+    if not ({"hidden states", config.group_column, config.pass_rate_column} & {*schedule.known} or visits >= 1):
         possible = "" if config.prompt_features else "set `prompt_features=True`, "
         texts.append(
             f"The run has only {visits:.2f} visits per prompt, so most prompts are trained on once at most. Of the "

@@ -1,6 +1,8 @@
 """What the online schedule knows of a prompt before it was seen: a row of numbers for each row of the dataset."""
 
 import logging
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +11,18 @@ from datasets import Dataset
 
 from ..choice import Condition
 from ..columns import candidate_rows, check_named, check_numbers, dataset_columns
-from ..measures.hidden_states import hidden_states, reason_against
-from ..prompts import equal_prompts, prompt_text
+from ..measures.feature_file import PromptFeatures
+from ..measures.hidden_states import features_of_the_run, hidden_states, reason_against
+from ..prompts import equal_prompts, prompt_lengths
+from ..reading import columns_read
+from .base import RandomOrder
 
 
 logger = logging.getLogger(__name__)
 
 MOST_GROUPS = 256
+PER_VISIT = 20  # prompts that are looked at for each that a run trains on
+LEAST_PART = 4096
 
 
 def check_online(dataset: Dataset, config) -> None:
@@ -73,8 +80,8 @@ def column_features(dataset: Dataset, config) -> np.ndarray:
     have mean 0 and variance 1.
     """
     columns = [np.ones(len(dataset), np.float16)]
-    if "prompt" in dataset.column_names:
-        columns.append(_standard(np.log1p(_lengths(dataset))))
+    if "prompt" in columns_read(dataset):
+        columns.append(_standard(np.log1p(prompt_lengths(dataset))))
     if config.group_column is not None:
         codes, names = pd.factorize(_column(dataset, config.group_column), use_na_sentinel=False)
         columns += [(codes == code).astype(np.float16) for code in range(len(names))] if len(names) > 1 else []
@@ -85,13 +92,6 @@ def column_features(dataset: Dataset, config) -> np.ndarray:
     return np.stack(columns, axis=1)
 
 
-def _lengths(dataset):
-    lengths = []
-    for batch in dataset.select_columns(["prompt"]).iter(batch_size=1000):
-        lengths += [len(prompt_text(prompt)) for prompt in batch["prompt"]]
-    return np.array(lengths, dtype=float)
-
-
 def _column(dataset, name) -> pd.Series:
     return dataset_columns(dataset, range(len(dataset)), [name])[name]
 
@@ -100,24 +100,66 @@ def _standard(values):
     return ((values - values.mean()) / max(values.std(), 1e-9)).astype(np.float16)
 
 
-def prompt_features(host, config, peers, key: str | None = None) -> tuple[np.ndarray, str | None]:
+def known_beforehand(host, config) -> list[str]:
+    """What success is predicted from before a prompt was seen, in words."""
+    names = ["length"] * ("prompt" in columns_read(host.dataset))
+    names += [name for name in (config.group_column, config.pass_rate_column) if name]
+    return names + ["hidden states"] * (_reason(host, config) is None)
+
+
+def _reason(host, config):
+    return reason_against(host) if config.prompt_features else "`prompt_features=False`"
+
+
+def hidden_features(host, config, layout, pool, peers, key: str | None = None) -> PromptFeatures | None:
     """
-    Features of every row of the training dataset, equal on all processes, and the key of the hidden states among them.
+    The hidden states of the prompts, equal on all processes; `None` where there are none.
+
+    Of a pool much larger than what the run can visit they are those of a random part: the first prompts in the order
+    of uniform draws, `PER_VISIT` times as many as the run trains on, at least `LEAST_PART`.
 
     Args:
         host ([`Host`]): of the trainer.
-        config ([`LearnAlignConfig`]): says which features.
+        config ([`LearnAlignConfig`]): says whether.
+        layout ([`Layout`]): of the run.
+        pool (`np.ndarray` of shape `(n,)`): rows that may be trained on.
         peers ([`Peers`]): an open context.
-        key (`str`, *optional*): of the hidden states that a resumed run began with.
+        key (`str`, *optional*): of those that a resumed run began with.
 
-    Returns:
-        `np.ndarray` of shape `(N, D)`, float16, and the key; `None` without hidden states.
+    Raises:
+        [`RewardError`]: a reward function fails on a made-up completion, which is tried before a long forward.
     """
-    columns = column_features(host.dataset, config)
-    reason = reason_against(host) if config.prompt_features else "`prompt_features=False`"
+    directory, reason = Path(host.args.output_dir) / "learnalign", _reason(host, config)
     if reason is not None:
         if config.prompt_features and host.accelerator.is_main_process:
             logger.warning(f"Success is predicted without hidden states of the prompts, as {reason}.")
+        return None
+    if key is not None:
+        return features_of_the_run(host, directory, peers, key)
+    rows = part_of(pool, layout, host.trainer.state.max_steps)
+    return hidden_states(host, directory, peers, rows, host.try_rewards)
+
+
+def part_of(pool: np.ndarray, layout, max_steps: int) -> np.ndarray:
+    """Rows of the pool that are looked at before a run of so many steps, increasing; see [`hidden_features`]."""
+    number = max(PER_VISIT * math.ceil(layout.prompts_trained(max_steps)), LEAST_PART)
+    if number >= len(pool):
+        return pool
+    order = RandomOrder(len(pool), layout.seed)
+    return np.sort(pool[[order[place] for place in range(number)]])
+
+
+def whole_features(
+    dataset: Dataset, config, hidden: PromptFeatures | None
+) -> tuple[np.ndarray, PromptFeatures | None]:
+    """
+    Features of every row of the dataset, of shape `(N, D)`, float16, with the hidden states, which are views of them
+    from now on.
+    """
+    columns = column_features(dataset, config)
+    if hidden is None:
         return columns, None
-    found = hidden_states(host, Path(host.args.output_dir) / "learnalign", peers, key)
-    return np.concatenate([columns, found.values], axis=1), found.key
+    features = np.concatenate([columns, hidden.spread(len(columns))], axis=1)
+    if len(hidden.rows) == len(columns):
+        hidden = replace(hidden, values=features[:, columns.shape[1] :])
+    return features, hidden

@@ -1,0 +1,81 @@
+"""Dropout off for a while, and no other module touched: train and eval mode of the modules of a policy."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+# transformers 6 renames the first into the second
+_CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
+
+
+def checkpoints(module: nn.Module) -> bool:
+    """Whether a module computes activations again in the backward pass, for which it must be in train mode."""
+    return any(getattr(module, name, False) is True for name in _CHECKPOINTING)
+
+
+def turn_dropout_off(model: nn.Module) -> None:
+    """
+    Puts every module in eval mode but the root and those that checkpoint activations, which need train mode for it
+    (and TRL reads its own mode off the root), and layers that only multiply by a weight: they drop nothing, and
+    quantized ones may pack their weight for good in eval mode, and have no gradient then.
+    """
+    _to_eval(model, but=checkpoints)
+    model.training = True
+
+
+@contextmanager
+def dropout_off(model: nn.Module) -> Iterator[None]:
+    """
+    Calls [`turn_dropout_off`], and puts all modes back on exit. Meanwhile `nn.functional.dropout` does nothing: layers
+    that checkpoint activations stay in train mode, and some (OPT's, for one) call it themselves.
+    """
+    dropout = nn.functional.dropout
+    with _restored(model):
+        turn_dropout_off(model)
+        nn.functional.dropout = lambda input, p=0.5, training=True, inplace=False: input
+        try:
+            yield
+        finally:
+            nn.functional.dropout = dropout
+
+
+@contextmanager
+def as_in_evaluation(model: nn.Module) -> Iterator[None]:
+    """
+    Puts every module in eval mode but layers that only multiply by a weight, see [`turn_dropout_off`], and puts all
+    modes back on exit.
+    """
+    with _restored(model):
+        _to_eval(model)
+        yield
+
+
+@contextmanager
+def _restored(model):
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _to_eval(model, but=lambda module: False):
+    for module in model.modules():
+        if not _only_multiplies(module):
+            module.training = but(module)
+
+
+def _only_multiplies(module) -> bool:
+    """A linear layer, or one of a library for quantized weights: a leaf with a matrix that holds no usual numbers."""
+    if isinstance(module, nn.Linear):
+        return True
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return not any(module.children()) and any(tensor.dim() > 1 and _is_packed(tensor.dtype) for tensor in own)
+
+
+def _is_packed(dtype: torch.dtype) -> bool:
+    return not dtype.is_floating_point or dtype.itemsize == 1
