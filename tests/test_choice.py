@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_learnalign.choice import Condition, apportion, choose, draw_order
+from trl_learnalign.choice import apportion, choose, draw_order
+from trl_learnalign.conditions import Condition
 
 
 TABLE = pd.DataFrame(

@@ -5,36 +5,15 @@ from dataclasses import dataclass, field, fields
 
 from datasets import Dataset
 
-from .choice import QUOTAS, TAKES, Condition
+from .choice import QUOTAS, TAKES
+from .conditions import Condition
+from .idle import missing
 from .knobs import check, explain
 from .rows import dataset_fingerprint
 from .scores import OWN_MEASURES, SCORES, find_score, score_name
 
 
 SCHEDULE_NAMES = ("staged", "online")
-# What the online schedule does not look at: it chooses from the rewards of training, so nothing is selected before
-STAGED_ONLY = (
-    "num_prompts",
-    "warmup_prompts",
-    "num_rollouts",
-    "rollout_batch_prompts",
-    "score_measures",
-    "gradient_rollouts",
-    "projection_dim",
-    "max_tokens_per_batch",
-    "candidate_prompts",
-    "reselect_every",
-    "after_warmup",
-    "target_dataset",
-    "target_column",
-    "quota_column",
-    "quota",
-    "take",
-    "prompt_order",
-    "fold",
-    "save_rollouts",
-)
-_ONLINE_ONLY = ("prompt_features", "group_column", "pass_rate_column")
 # What a resumed run may change. The first decides when prompts are selected again; none changes what a selection
 # chooses
 FREE_ON_RESUME = ("reselect_every", "max_tokens_per_batch", "save_rollouts", "write_report")
@@ -161,7 +140,7 @@ class LearnAlignConfig:
             Online: a column with success rates in [0, 1], such as another model's, that the prediction may use.
 
     Raises:
-        `ValueError`: a field has a value out of its range.
+        `ValueError`: a field has a value out of its range, or one that has no effect together with the others.
     """
 
     num_prompts: int = 1000
@@ -239,17 +218,15 @@ class LearnAlignConfig:
         find_score(self.score, measures)
 
     def _check_schedule(self):
-        """Raises an error for settings of the other schedule, which would have no effect."""
-        online = self.schedule == "online"
-        changed = [one for one in fields(self) if getattr(self, one.name) != one.default]
-        for one in changed:
-            if one.name in (STAGED_ONLY if online else _ONLINE_ONLY):
+        """Raises an error for settings that would have no effect, and for a score that the schedule cannot use."""
+        for one in fields(self):
+            value, lacks = getattr(self, one.name), missing(self, one.name)
+            if value != one.default and lacks is not None:
+                idle = lacks.idle.format(score=score_name(self.score), prompt_order=self.prompt_order)
                 raise ValueError(
-                    f"`{one.name}` is {getattr(self, one.name)!r}, but has no effect with "
-                    f"`schedule={self.schedule!r}`. Leave it out, or set "
-                    f"`schedule={'staged' if online else 'online'!r}`."
+                    f"`{one.name}` is {value!r}, but has no effect {idle}. Leave it out, or {lacks.remedy}."
                 )
-        if online and self.score not in ("learnalign", "learnability"):
+        if self.schedule == "online" and self.score not in ("learnalign", "learnability"):
             raise ValueError(
                 f"`score` is {score_name(self.score)!r}, but `schedule='online'` chooses by predicted learnability. "
                 "Leave `score` out, or train online on the rows of a selection that was made with that score before."
@@ -280,10 +257,11 @@ class LearnAlignConfig:
     def changes(self, saved: dict) -> dict[str, tuple]:
         """
         Fields whose values differ from `saved`: the old value (the default, if `saved` lacks the field) and the new
-        one.
+        one. Not those without an effect, which earlier versions let have any value.
         """
         was = {one.name: saved.get(one.name, one.default) for one in fields(self)}
-        return {name: (was[name], value) for name, value in self.to_dict().items() if value != was[name]}
+        differ = {name: (was[name], value) for name, value in self.to_dict().items() if value != was[name]}
+        return {name: values for name, values in differ.items() if missing(self, name) is None}
 
     def to_dict(self) -> dict:
         """The fields as a dictionary of plain values; a function by its name, a dataset by its rows."""

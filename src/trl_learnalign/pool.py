@@ -9,8 +9,9 @@ import torch
 from datasets import Dataset
 
 from . import scoring
-from .choice import Condition, draw_order
+from .choice import draw_order
 from .columns import dataset_columns
+from .conditions import Condition
 from .config import LearnAlignConfig
 from .rows import read_dataset
 from .scores import by_row
