@@ -93,8 +93,6 @@ def test_trl_parser_parses_all_together(tmp_path, capsys):
 
 def test_yaml_config(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text(
-        f"output_dir: {tmp_path}\nbf16: false\nnum_prompts: 5\nprojection_dim: null\nscore: learnability\n"
-    )
+    file.write_text(f"output_dir: {tmp_path}\nbf16: false\nnum_prompts: 5\nprojection_dim: null\nscore: alignment\n")
     *_, ours = TrlParser((*OTHERS, LearnAlignConfig)).parse_args_and_config(["--config", str(file)])
-    assert ours == LearnAlignConfig(num_prompts=5, projection_dim=None, score="learnability")
+    assert ours == LearnAlignConfig(num_prompts=5, projection_dim=None, score="alignment")
