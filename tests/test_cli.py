@@ -134,7 +134,8 @@ def test_dry_run(folder, processes, tried):
     learnable = int(re.search(f"tried: {tried}, of which (\\d+) are learnable", output)[1])
     more = 24 / int(tried.split()[0])
     assert f"gradients: about {learnable * more:.0f} prompts" in output and learnable > 0
-    assert f"about {learnable * more * 32768 * 4 / 1e9:.2f} GB" in output
+    stored = float(re.search("gradients ([0-9.]+) MB, rollouts 0.01 MB", output)[1])
+    assert stored == pytest.approx(learnable * more * 32768 * 4 / 1e6, abs=0.02)
     assert "expected time: rollouts" in output and "Nothing was kept." in output
     assert not (folder / "out/learnalign").exists()
 
