@@ -150,9 +150,7 @@ def check_groups(dataset: Dataset, knob: str, name: str, most: int | None = None
     check_named(dataset, knob, name, (name,))
     kind = _kind(dataset, name)
     if not isinstance(kind, Value | ClassLabel):
-        fields = (
-            f", or one of its fields, such as `{name}.{next(iter(kind))}`" if isinstance(kind, dict) and kind else ""
-        )
+        fields = f", or a field such as `{name}.{next(iter(kind))}`" if isinstance(kind, dict) and kind else ""
         raise ValueError(
             f"`{knob}` is {name!r}, which is nested, but its values are to be groups. Use a column of sources or kinds"
             f"{fields}."

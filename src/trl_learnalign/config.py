@@ -55,7 +55,7 @@ class LearnAlignConfig:
             Prompts that a process generates for at once in a selection, at least 1. By default as many as in training,
             doubled up to six times while the pool has 64 such batches (not with a reward model). In every round all
             processes wait for the longest completion, so fewer, larger rounds are faster. If memory is full,
-            generation goes on in halves. Another batch size gives other rollouts.
+            generation goes on in halves (not with sharded weights). Another batch size gives other rollouts.
         score (`str` or `Callable`, *optional*, defaults to `"learnalign"`):
             What prompts are ranked by: `"learnalign"` (Eq. 8), `"learnability"` (V alone; no gradients), `"alignment"`
             (Eq. 8 without V), `"random"` (no rollouts), `"target"` (V times the alignment with the mean gradient of
@@ -102,16 +102,19 @@ class LearnAlignConfig:
             A column of the target dataset that names the subtask of each row. By default all rows are one task.
         where (`str`, *optional*):
             Choose only prompts that meet this condition on columns of the dataset, on what is measured and on `score`,
-            such as `"completion_length_mean < 800 and source != 'forum'"`. If it names only columns of the dataset,
-            other prompts are not rolled out.
+            such as `"completion_length_mean < 800 and source != 'forum'"`. A field of a nested column is named
+            `extra.level`. If it names only columns of the dataset, other prompts are not rolled out.
         quota_column (`str`, *optional*):
-            A column of the dataset. Each of its values gets a quota of the chosen prompts.
+            A column of the dataset, or a field such as `extra.split`. Each of its values gets a quota of the chosen
+            prompts. A missing value counts as one. Not a column of lists, of fractions, or with another value in every
+            row.
         quota (`str`, *optional*, defaults to `"proportional"`):
             `"proportional"`: to the share of a value in the pool. `"equal"`: the same for all values. If a value has
             too few eligible prompts, the others get the rest of its quota.
         take (`str`, *optional*, defaults to `"top"`):
             `"top"`: the best prompts. `"proportional"`: a random draw without replacement, in proportion to the
-            scores.
+            scores. Prompts whose score is not above 0 are taken only where others are too few: by rank, with a
+            warning.
         prompt_order (`str`, *optional*, defaults to `"shuffle"`):
             The order of prompts in each pass over the selection: `"shuffle"`, a new permutation; `"ranked"`, best
             first; `"folding"`, positions 0, L, 2 L, ... of the ranking, then 1, L + 1, ..., with L = `fold` (DELT,
@@ -135,7 +138,8 @@ class LearnAlignConfig:
             on yet. This takes one forward over the pool when training begins. Images and prompts that an environment
             supplies have no such features.
         group_column (`str`, *optional*):
-            Online: a column of the dataset, such as a source or a kind, that the prediction may use as a category.
+            Online: a column of the dataset, such as a source or a kind, that the prediction may use as a category. At
+            most 256 values, no fractions, and not another one in every row.
         pass_rate_column (`str`, *optional*):
             Online: a column with success rates in [0, 1], such as another model's, that the prediction may use.
 
