@@ -27,6 +27,7 @@ from trl_learnalign import (
     cli,
     select_prompts,
 )
+from trl_learnalign.cli import _parse
 
 
 ROOT = Path(__file__).parent.parent
@@ -495,3 +496,10 @@ def test_without_a_warmup_it_says_what_that_means(folder, monkeypatch, run):
     assert "before it: a warm-up of 8 prompts" in said and "Neither" not in said
     assert "A new LoRA adapter has B = 0" in run("--warmup_prompts", "0", "--output_dir", "zero")[1]
     assert [path.name for path in Path("zero/learnalign").glob("step-*")] == ["step-000000"]
+
+
+def test_a_file_of_a_training_run_that_goes_back_is_read(tmp_path):
+    """Here no warm-up is the default, and the command ends before the run would go back."""
+    (tmp_path / "run.yaml").write_text(f"output_dir: {tmp_path}\nbf16: false\nafter_warmup: restart\n")
+    config = _parse(str(tmp_path / "run.yaml"), [])[1]
+    assert (config.after_warmup, config.warmup_prompts) == ("continue", 0)
