@@ -7,11 +7,11 @@ import re
 
 import pandas as pd
 import pytest
-from tiny import config, make_trainer
+from tiny import config, make_dataset, make_trainer, parity_reward
 
 from trl_learnalign import select_prompts
 from trl_learnalign.advice import selection_warning
-from trl_learnalign.dry_run import plan_selection
+from trl_learnalign.dry_run import _whole, plan_selection
 from trl_learnalign.selection import Selection
 
 
@@ -187,3 +187,43 @@ def test_plan_and_training_say_it_too(tmp_path, caplog):
     trainer.train()
     assert "No prompt is learnable, although the rewards" in caplog.text
     assert "Training goes on with random prompts" in caplog.text and trainer.state.global_step == 6
+
+
+@pytest.mark.parametrize("score", ["learnability", "target"])
+def test_a_dry_run_counts_what_the_selection_does(tmp_path, score):
+    """Of 24 rows 22 meet the condition, of which 16 are tried. The target is rolled out whole in both."""
+    target = {"target_dataset": make_dataset(12).select(range(6))} if score == "target" else {}
+    choice = config(score=score, where="row < 22", **target)
+    trainer = make_trainer(tmp_path, reward=parity_reward, max_steps=1)
+    text, _ = plan_selection(trainer, choice)
+    assert "pool: 22 prompts x 8 rollouts = 176\n" in text and "tried: 16 prompts" in text
+    assert ("target: 6 prompts x 8 rollouts = 48\n" in text) == (score == "target")
+    select_prompts(trainer, choice)
+    found = {path.parent.name: 0 for path in tmp_path.glob("_learnalign/*/*/*.log")}
+    for path in tmp_path.glob("_learnalign/*/*/*.log"):
+        found[path.parent.name] += path.stat().st_size / 1e6
+    measures = ["rollouts", "gradients", "target-rollouts", "target-gradients"] if target else ["rollouts"]
+    assert set(found) == set(measures)
+    for name, size in found.items():
+        said = float(re.search(rf"[(,] ?{name.replace('-', ' ')} ([0-9.]+) MB", text)[1])
+        assert said == pytest.approx(size, abs=0.006 if "rollouts" in name else 0.02), name
+
+
+def test_only_the_phases_of_the_pool_are_scaled():
+    seconds = {"rollouts": 2.0, "target rollouts": 3.0, "target gradients": 4.0, "gradients": 5.0, "scores": 1.0}
+    whole = {"rollouts": 200.0, "target rollouts": 3.0, "target gradients": 4.0, "gradients": 500.0, "scores": 100.0}
+    assert _whole(seconds, 100.0) == whole
+    assert _whole({"rollouts": 8, "target-rollouts": 5}, 2.0) == {"rollouts": 16, "target-rollouts": 5}
+
+
+def test_a_draw_that_was_none_is_told(tmp_path, caplog):
+    """With scores of which none is above 0 the best are taken, not any."""
+    choice = config(score=lambda table: -table["row"] - 1.0, take="proportional", num_prompts=5)
+    selection = select_prompts(make_trainer(tmp_path, max_steps=1), choice)
+    assert selection.indices == [0, 1, 2, 3, 4]
+    assert "5 of the 5 chosen prompts were not drawn" in caplog.text and "use `take='top'`" in caplog.text
+    caplog.clear()
+    choice = config(score=lambda table: 3.0 - table["row"], take="proportional", num_prompts=5)
+    selection = select_prompts(make_trainer(tmp_path / "some", max_steps=1), choice)
+    assert sorted(selection.indices[:3]) == [0, 1, 2] and selection.indices[3:] == [3, 4]
+    assert "2 of the 5 chosen prompts were not drawn" in caplog.text

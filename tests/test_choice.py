@@ -1,6 +1,7 @@
 """Conditions, quotas and draws against slow and obvious ways to the same."""
 
 import collections
+from itertools import permutations
 
 import numpy as np
 import pandas as pd
@@ -8,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_learnalign.choice import Condition, apportion, choose, draw_order
+from trl_learnalign.choice import apportion, choose, draw_order
+from trl_learnalign.conditions import Condition
 
 
 TABLE = pd.DataFrame(
@@ -17,6 +19,14 @@ TABLE = pd.DataFrame(
         "source": ["forum", "book", "book", None],
         "level": [1, 2, 3, 4],
         "checked": [True, False, True, True],
+        "problem-type": ["a", "b", "a", "b"],
+        "class": [1.5, 2.5, None, 2.5],
+        "extra.level": [1.0, None, 2.0, 3.0],
+        "hard": pd.Series([True, None, False, True], dtype=object, index=[3, 5, 8, 9]),
+        "day": pd.to_datetime(["2026-01-16T10:00", "2026-02-01T00:00", None, "2025-12-31T00:00"]),
+        "mixed": [1, "1", None, 2],
+        "nested": [{"a": 1}, None, {"a": 2}, {}],
+        "empty": [None] * 4,
     },
     index=[3, 5, 8, 9],
 )
@@ -33,6 +43,19 @@ TABLE = pd.DataFrame(
         ("1 < level <= 3", [False, True, True, False]),
         ("checked == True and (level == 1 or level == 3)", [True, False, True, False]),
         ("level > -1.5", [True] * 4),
+        ("`problem-type` == 'a'", [True, False, True, False]),
+        ("`class` in [2.5] and source != 'a `b` c'", [False, True, False, False]),
+        ("extra.level >= 2", [False, False, True, True]),
+        ("`extra`.`level` == extra.level", [True, False, True, True]),
+        ("checked", [True, False, True, True]),
+        ("not checked or level < 2", [True, True, False, False]),
+        ("hard", [True, False, False, True]),  # a missing value is false, as in `hard == True`
+        ("not hard", [False, True, True, False]),
+        ("day >= '2026-01-16'", [True, True, False, False]),
+        ("day not in ['2026-02-01']", [True, False, False, True]),
+        ("empty == 'a' or empty < 3", [False] * 4),
+        ("level < 1e400 and 1 < 2", [True] * 4),
+        ("not " * 40 + "checked", [True, False, True, True]),
     ],
 )
 def test_conditions(text, holds):
@@ -45,10 +68,9 @@ def test_conditions(text, holds):
     "text",
     [
         "",
-        "length",
         "length <",
         "__import__('os').system('true')",
-        "length.real < 3",
+        "length.real() < 3",
         "length < f(3)",
         "length in source",
         "length is None",
@@ -63,9 +85,53 @@ def test_what_is_no_condition_is_refused(text):
         Condition(text)
 
 
-def test_texts_and_numbers_are_not_compared():
-    with pytest.raises(ValueError, match="cannot be compared"):
-        Condition("source < 3")(TABLE)
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("problem-type == 'a'", r"\(problem - type is neither a column .*calculated\).*put in backquotes"),
+        ("class == 'a'", r"\(invalid syntax\).*put in backquotes"),
+        ("len(source) < 10", r"\(len\(source\) is neither a column nor a number or a text, and nothing is calculated"),
+        ("`problem-type` % 2 == 0", r"\(`problem-type` % 2 is neither"),
+        ("not " * 100_000 + "checked", "nested too deeply"),
+        ("(" * 300 + "checked" + ")" * 300, "too many nested parentheses"),
+    ],
+)
+def test_why_a_condition_cannot_be_read(text, reason):
+    """Never an address such as `<ast.Name object at 0x...>`, and short even if the condition is not."""
+    with pytest.raises(ValueError, match=reason) as error:
+        Condition(text)
+    assert "0x" not in str(error.value) and len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("source < 3", "`source` holds texts, and 3 is a number"),
+        ("source != 3", "`source` holds texts, and 3 is a number"),  # would hold for every row
+        ("source not in [3]", "`source` holds texts, and 3 is a number"),
+        ("source in ['book', 3]", "`source` holds texts, and 3 is a number"),
+        ("level != '3'", "`level` holds numbers, and '3' is a text"),
+        ("level not in ['3']", "`level` holds numbers, and '3' is a text"),
+        ("level == source", "`level` holds numbers, and the column `source` holds texts"),
+        ("checked != 0", "`checked` holds True or False, and 0 is a number"),
+        ("level != True", "`level` holds numbers, and True is True or False"),
+        ("hard == 'yes'", "`hard` holds True or False, and 'yes' is a text"),
+        ("day != 'forum'", "compares dates with 'forum'"),
+        ("day < 3", "`day` holds dates, and 3 is a number"),
+        ("mixed != 1", "`mixed` holds values of several kinds"),
+        ("nested != 'a'", "`nested` holds nested values, which cannot be compared"),
+        ("level", "`level` holds numbers, and only one of True and False is a condition by itself"),
+        ("not source", "`source` holds texts, and only"),
+    ],
+)
+def test_only_like_is_compared_with_like(text, reason):
+    with pytest.raises(ValueError, match=reason):
+        Condition(text)(TABLE)
+
+
+def test_a_column_without_values_is_like_any():
+    empty = TABLE.assign(source=None)
+    assert not Condition("source != 3")(empty).any() and not Condition("source < 'a'")(empty).any()
 
 
 @settings(max_examples=200, deadline=None)
@@ -99,3 +165,6 @@ def test_draws_are_in_proportion_to_the_scores():
     assert set(first) == {0, 1} and 0.72 < first[1] / 4000 < 0.78
     assert all(set(draw_order(scores, seed)[2:].tolist()) == {2, 3} for seed in range(20))
     assert draw_order(scores, 5).tolist() == draw_order(scores, 5).tolist()
+    assert all(draw_order(scores, seed)[2:].tolist() == [2, 3] for seed in range(20))  # not drawn: the best first
+    assert draw_order(np.array([-5.0, -0.01, -100.0, -np.inf, -1.0]), 3).tolist() == [1, 4, 0, 2, 3]
+    assert {tuple(draw_order(np.zeros(3), seed).tolist()) for seed in range(40)} == {*permutations(range(3))}

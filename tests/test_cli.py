@@ -31,6 +31,7 @@ from trl_learnalign import (
     cli,
     select_prompts,
 )
+from trl_learnalign.cli import _parse
 
 
 ROOT = Path(__file__).parent.parent
@@ -138,7 +139,8 @@ def test_dry_run(folder, processes, tried):
     learnable = int(re.search(f"tried: {tried}, of which (\\d+) are learnable", output)[1])
     more = 24 / int(tried.split()[0])
     assert f"gradients: about {learnable * more:.0f} prompts" in output and learnable > 0
-    assert f"about {learnable * more * 32768 * 4 / 1e9:.2f} GB" in output
+    stored = float(re.search("gradients ([0-9.]+) MB, rollouts 0.01 MB", output)[1])
+    assert stored == pytest.approx(learnable * more * 32768 * 4 / 1e6, abs=0.02)
     assert "expected time: rollouts" in output and "Nothing was kept." in output
     assert not (folder / "out/learnalign").exists()
 
@@ -788,3 +790,10 @@ def test_without_a_warmup_it_says_what_that_means(folder, monkeypatch, run):
     assert "before it: a warm-up of 8 prompts" in said and "Neither" not in said
     assert "A new LoRA adapter has B = 0" in run("--warmup_prompts", "0", "--output_dir", "zero")[1]
     assert [path.name for path in Path("zero/learnalign").glob("step-*")] == ["step-000000"]
+
+
+def test_a_file_of_a_training_run_that_goes_back_is_read(tmp_path):
+    """Here no warm-up is the default, and the command ends before the run would go back."""
+    (tmp_path / "run.yaml").write_text(f"output_dir: {tmp_path}\nbf16: false\nafter_warmup: restart\n")
+    config = _parse(str(tmp_path / "run.yaml"), [])[1]
+    assert (config.after_warmup, config.warmup_prompts) == ("continue", 0)

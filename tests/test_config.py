@@ -9,6 +9,7 @@ import pytest
 from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
 
 from trl_learnalign import LearnAlignConfig
+from trl_learnalign.idle import ACTING
 from trl_learnalign.knobs import explain, explanations
 
 
@@ -43,6 +44,78 @@ OTHERS = (ScriptArguments, GRPOConfig, ModelConfig)
 def test_bad_values_are_refused_at_once(field, value, message):
     with pytest.raises(ValueError, match=message):
         LearnAlignConfig(**{field: value})
+
+
+OWN = {"score": len, "score_measures": ["rollouts"]}
+ROLLED_OUT = ({"score": "learnability"}, {"score": "learnalign"}, OWN, {"schedule": "online"})
+FREE = ({"score": "random"}, {"score": "column:grade"}, {"score": len})
+SELECTED = (*FREE, *ROLLED_OUT[:3])
+ANY = (*SELECTED, ROLLED_OUT[3])
+GRADIENTS = ({"score": "alignment"}, {"score": "learnalign", "learnability": "variance"})
+OTHERWISE = {"score": "learnability"}
+# Of each field another value, with what it acts, and with what it has no effect
+EFFECTS = {
+    "num_prompts": (5, SELECTED, ROLLED_OUT[3:]),
+    "warmup_prompts": (5, SELECTED, ROLLED_OUT[3:]),
+    "num_rollouts": (4, ROLLED_OUT[:3], (*FREE, *ROLLED_OUT[3:])),
+    "rollout_batch_prompts": (4, ROLLED_OUT[:3], (*FREE, *ROLLED_OUT[3:])),
+    "score": ("learnability", ({}, ROLLED_OUT[3]), ()),
+    "score_measures": (["rollouts"], FREE[2:], ()),
+    "learnability": ("variance", ROLLED_OUT, FREE),
+    "success_threshold": (
+        0.5,
+        (*ROLLED_OUT, {"learnability": "variance"}),
+        (*FREE, {"schedule": "online", "learnability": "variance"}),
+    ),
+    "success_reward": ("right", ROLLED_OUT, FREE),
+    "gradient_rollouts": ("one_correct", GRADIENTS, (*FREE, OTHERWISE, OWN, *ROLLED_OUT[3:])),
+    "projection_dim": (None, GRADIENTS, (*FREE, OTHERWISE, OWN, *ROLLED_OUT[3:])),
+    "max_tokens_per_batch": (50, GRADIENTS, (*FREE, OTHERWISE, OWN, *ROLLED_OUT[3:])),
+    "candidate_prompts": (2000, SELECTED, ROLLED_OUT[3:]),
+    "reselect_every": (2.0, SELECTED, ROLLED_OUT[3:]),
+    "after_warmup": ("restart", SELECTED, ({"warmup_prompts": 0}, *ROLLED_OUT[3:])),
+    "deduplicate": (True, ANY, ()),
+    "target_dataset": ("target.jsonl", ({"score": "target"},), ()),
+    "target_column": ("task", ({"score": "target", "target_dataset": "target.jsonl"},), ()),
+    "where": ("row < 3", ANY, ()),
+    "quota_column": ("source", SELECTED, ROLLED_OUT[3:]),
+    "quota": ("equal", ({"quota_column": "source"},), ({}, *ROLLED_OUT[3:])),
+    "take": ("proportional", SELECTED[1:], ({"score": "random"}, *ROLLED_OUT[3:])),
+    "prompt_order": ("ranked", SELECTED, ROLLED_OUT[3:]),
+    "fold": (7, ({"prompt_order": "folding"},), ({}, {"prompt_order": "ranked"}, *ROLLED_OUT[3:])),
+    "save_rollouts": (True, ROLLED_OUT[:3], (*FREE, *ROLLED_OUT[3:])),
+    "write_report": (False, ANY, ()),
+    "selection_seed": (3, ANY, ()),
+    "schedule": ("online", ({},), ()),
+    "prompt_features": (False, ROLLED_OUT[3:], SELECTED),
+    "group_column": ("source", ROLLED_OUT[3:], SELECTED),
+    "pass_rate_column": ("rate", ROLLED_OUT[3:], SELECTED),
+}
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(LearnAlignConfig), ids=lambda field: field.name)
+def test_every_setting_has_an_effect_or_is_refused(field):
+    value, acting, idle = EFFECTS[field.name]
+    assert value != field.default
+    for others in acting:
+        made = LearnAlignConfig(**others | {field.name: value})
+        assert getattr(made, field.name) == value
+    for others in idle:
+        LearnAlignConfig(**others)
+        words = rf"`{field.name}` is {re.escape(repr(value))}, but has no effect with.*Leave it out, or \w+ "
+        with pytest.raises(ValueError, match=words):
+            LearnAlignConfig(**others | {field.name: value})
+    assert bool(idle) == (field.name in ACTING) or field.name in ("score_measures", "target_dataset", "target_column")
+
+
+def test_a_checkpoint_may_hold_any_value_without_effect():
+    """Earlier versions let a run have one; it can still be resumed."""
+    assert LearnAlignConfig().changes(LearnAlignConfig().to_dict() | {"fold": 7, "quota": "equal"}) == {}
+    folded = LearnAlignConfig(prompt_order="folding")
+    assert folded.changes(LearnAlignConfig().to_dict() | {"fold": 7}) == {
+        "prompt_order": ("shuffle", "folding"),
+        "fold": (7, 3),
+    }
 
 
 def test_every_field_is_explained_once_with_its_type_and_default():
@@ -93,8 +166,6 @@ def test_trl_parser_parses_all_together(tmp_path, capsys):
 
 def test_yaml_config(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text(
-        f"output_dir: {tmp_path}\nbf16: false\nnum_prompts: 5\nprojection_dim: null\nscore: learnability\n"
-    )
+    file.write_text(f"output_dir: {tmp_path}\nbf16: false\nnum_prompts: 5\nprojection_dim: null\nscore: alignment\n")
     *_, ours = TrlParser((*OTHERS, LearnAlignConfig)).parse_args_and_config(["--config", str(file)])
-    assert ours == LearnAlignConfig(num_prompts=5, projection_dim=None, score="learnability")
+    assert ours == LearnAlignConfig(num_prompts=5, projection_dim=None, score="alignment")

@@ -1,5 +1,7 @@
 """TRL's ways to generate, and what they do to dropout."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import config, lora, make_tokenizer, make_trainer, parity_reward
@@ -7,6 +9,7 @@ from transformers import OPTConfig, OPTForCausalLM
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignSampler, Selection, callback
+from trl_learnalign.host.random import random_state, set_random_state
 
 
 @pytest.fixture
@@ -124,3 +127,21 @@ def test_tools_with_a_vllm_of_several_processes(tmp_path):
         LearnAlignCallback(trainer, LearnAlignSampler(config()))
     trainer.vllm_mode = "server"  # which has a size of its own
     LearnAlignCallback(trainer, LearnAlignSampler(config()))
+
+
+def test_random_states_of_all_kinds_of_devices_are_put_back(monkeypatch):
+    """`set_seed` seeds them; torch has one generator for some of them, and one for each device of others."""
+    state = {"xpu": [3, 4], "mps": 5}
+    xpu = SimpleNamespace(
+        is_available=lambda: True,
+        get_rng_state_all=lambda: list(state["xpu"]),
+        set_rng_state_all=lambda states: state.update(xpu=states),
+    )
+    mps = SimpleNamespace(get_rng_state=lambda: state["mps"], set_rng_state=lambda one: state.update(mps=one))
+    monkeypatch.setattr(torch, "xpu", xpu)
+    monkeypatch.setattr(torch, "mps", mps)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    before, number = random_state(), torch.rand(1)
+    state.update(xpu=[0, 0], mps=0)
+    set_random_state(before)
+    assert state == {"xpu": [3, 4], "mps": 5} and torch.equal(torch.rand(1), number)

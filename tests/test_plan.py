@@ -16,7 +16,7 @@ from tiny import Seen, assert_same_weights, config, digit_reward, make_trainer, 
 from trl_learnalign import LearnAlignConfig, Selection, select_prompts
 from trl_learnalign.disk import digest
 from trl_learnalign.host import generation
-from trl_learnalign.plan import estimate_line, plan_lines, rollouts_text, warmup_warning
+from trl_learnalign.plan import Work, estimate_line, plan_lines, rollouts_text, warmup_warning
 from trl_learnalign.runs import load_run
 from trl_learnalign.schedules.staged import Version
 
@@ -31,13 +31,14 @@ GSM8K = replace(
     group_size=8,
     epochs=1.0,
 )
+ALL = Work(7473)
 START = [Version(0, ())]
 CHOSEN = [*START, Version(8, tuple(range(1000)))]
 
 
-def lines(layout=GSM8K, step=0, log=START, due=False, max_steps=None, **settings):
+def lines(layout=GSM8K, step=0, log=START, due=False, max_steps=None, work=ALL, **settings):
     max_steps = max_steps or layout.steps_of(layout.epoch_chunks)
-    return plan_lines(layout, LearnAlignConfig(**settings), max_steps, step, log, due)
+    return plan_lines(layout, LearnAlignConfig(**settings), work, max_steps, step, log, due)
 
 
 def test_plan_of_a_new_run():
@@ -49,17 +50,41 @@ def test_plan_of_a_new_run():
     page = (Path(__file__).parent.parent / "docs/configuration.md").read_text()
     assert "".join(f"LearnAlign plan: {line}\n" for line in lines()) in page
     layout = replace(GSM8K, warmup_prompts=0)
-    first, second, third = lines(layout, due=True, reselect_every=1.5, candidate_prompts=2000)
+    first, second, third = lines(layout, due=True, reselect_every=1.5, work=Work(2000))
     assert first == "no warm-up."
     assert second == (
         "selection now, and again after every 1.5 passes over the selected prompts: 2,000 prompts x 8 rollouts = "
         "16,000."
     )
     assert third.startswith("steps 1 to 21 train on")
-    assert (
-        rollouts_text(GSM8K, LearnAlignConfig(score="random")) == "1,000 of 7,473 prompts at random, without rollouts"
+    at_random = rollouts_text(GSM8K, LearnAlignConfig(score="random"), ALL)
+    assert at_random == "1,000 of 7,473 prompts at random, without rollouts"
+    assert rollouts_text(GSM8K, LearnAlignConfig(num_rollouts=4), ALL) == "7,473 prompts x 4 rollouts = 29,892"
+
+
+def test_plan_of_a_part_of_the_dataset_and_of_a_target():
+    """As many as are rolled out: those that a condition on the dataset leaves, and the target."""
+    some = Work(320)
+    assert lines(work=some)[1:] == [
+        "selection after step 7: 320 prompts x 8 rollouts = 2,560.",
+        "steps 9 to 29 train on the 320 selected prompts: 3.1 passes (`num_train_epochs`).",
+    ]
+    measured = Work(7473, filtered=True)
+    assert lines(work=measured)[1] == "selection after step 7: 7,473 prompts x 8 rollouts = 59,784."
+    assert lines(work=measured)[2] == (
+        "steps 9 to 29 train on the selected prompts, at most 1,000: 1.0 passes or more (`num_train_epochs`)."
     )
-    assert rollouts_text(GSM8K, LearnAlignConfig(num_rollouts=4)) == "7,473 prompts x 4 rollouts = 29,892"
+    assert lines(work=measured, log=CHOSEN, step=15)[2].startswith(
+        "steps 16 to 29 train on the 1,000 selected prompts:"
+    )
+    aimed = LearnAlignConfig(score="target", target_dataset="target.jsonl")
+    assert rollouts_text(GSM8K, aimed, Work(320, 16)) == "320 prompts and 16 of the target x 8 rollouts = 2,688"
+    # 38.4 rollouts a second
+    assert "2,688; about 70 s at the pace" in estimate_line(GSM8K, aimed, Work(320, 16), 7, 0, 70.0)
+    by_column = LearnAlignConfig(score="column:grade")
+    assert rollouts_text(GSM8K, by_column, Work(320, filtered=True)).startswith(
+        "at most 320 of 320 prompts by column:grade"
+    )
 
 
 def test_plan_of_a_resumed_run():
@@ -93,17 +118,17 @@ def test_a_long_warmup_is_remarked():
 
 def test_estimate_is_in_proportion():
     """7 steps of 48 x 8 rollouts in 70 s: 38.4 a second, so 59,784 take 1,557 s."""
-    line = estimate_line(GSM8K, LearnAlignConfig(), 7, 0, 70.0)
+    line = estimate_line(GSM8K, LearnAlignConfig(), ALL, 7, 0, 70.0)
     assert line == (
         "LearnAlign, step 7: selecting, 7,473 prompts x 8 rollouts = 59,784; about 26 min at the pace of training "
         "(38.4 rollouts a second, with their gradients)."
     )
-    assert "about 52 min" in estimate_line(GSM8K, LearnAlignConfig(), 7, 0, 140.0)
-    assert "about 26 min" in estimate_line(GSM8K, LearnAlignConfig(), 17, 10, 70.0)
-    assert "about 13 min" in estimate_line(GSM8K, LearnAlignConfig(num_rollouts=4), 7, 0, 70.0)
-    assert "not known yet" in estimate_line(GSM8K, LearnAlignConfig(), 0, 0, 5.0)
-    assert "not known yet" in estimate_line(GSM8K, LearnAlignConfig(), 9, 9, 5.0)
-    assert estimate_line(GSM8K, LearnAlignConfig(score="random"), 7, 0, 5.0).endswith("without rollouts.")
+    assert "about 52 min" in estimate_line(GSM8K, LearnAlignConfig(), ALL, 7, 0, 140.0)
+    assert "about 26 min" in estimate_line(GSM8K, LearnAlignConfig(), ALL, 17, 10, 70.0)
+    assert "about 13 min" in estimate_line(GSM8K, LearnAlignConfig(num_rollouts=4), ALL, 7, 0, 70.0)
+    assert "not known yet" in estimate_line(GSM8K, LearnAlignConfig(), ALL, 0, 0, 5.0)
+    assert "not known yet" in estimate_line(GSM8K, LearnAlignConfig(), ALL, 9, 9, 5.0)
+    assert estimate_line(GSM8K, LearnAlignConfig(score="random"), ALL, 7, 0, 5.0).endswith("without rollouts.")
 
 
 # Of real runs

@@ -7,13 +7,16 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 import pytest
-from tiny import Seen, config, digit_reward, make_dataset, make_trainer
+from datasets import Dataset
+from tiny import Seen, config, digit_reward, make_dataset, make_trainer, online
 
 from trl_learnalign import Selection, rehearsal, scores, select_prompts, trackers
 from trl_learnalign.cli import main as command
+from trl_learnalign.columns import dataset_columns
 
 
 ROWS = 24
+select = Dataset.select
 
 
 def graded(num=ROWS):
@@ -385,3 +388,96 @@ def test_nothing_eligible_says_why(tmp_path, caplog):
     nothing = config(score=lambda table: np.full(len(table), np.nan))
     selection = select_prompts(make_trainer(tmp_path, dataset=graded()), nothing)
     assert selection.indices == [] and "0 are eligible" in caplog.text
+
+
+def nested(num=ROWS):
+    """As a dataset of verl: fields of columns, and names that are none of Python."""
+    dataset = graded(num).add_column("extra", [{"level": i % 4, "split": "ab"[i % 2]} for i in range(num)])
+    dataset = dataset.add_column("problem-type", ["algebra" if i < 12 else "other" for i in range(num)])
+    return dataset.add_column("easy", [i % 3 > 0 for i in range(num)])
+
+
+@pytest.mark.parametrize(
+    ("where", "rows"),
+    [
+        ("extra.level in [1, 2]", [i for i in range(ROWS) if i % 4 in (1, 2)]),
+        ("`problem-type` == 'algebra' and not easy", [0, 3, 6, 9]),
+    ],
+)
+def test_a_condition_names_any_column(tmp_path, where, rows):
+    selection = select_prompts(make_trainer(tmp_path, dataset=nested()), config(score="column:row", where=where))
+    assert selection.scores["index"].to_pylist() == rows and selection.indices == rows[::-1][:8]
+
+
+def test_fields_rank_and_divide_as_columns_do(tmp_path):
+    choice = config(score="column:extra.level", quota_column="extra.split", quota="equal")
+    selection = select_prompts(make_trainer(tmp_path, dataset=nested()), choice)
+    table = table_of(selection).loc[selection.indices]
+    assert Counter(table["quota_group"]) == {"a": 4, "b": 4} and set(table["score"]) == {2.0, 3.0}
+
+
+@pytest.mark.parametrize("schedule", ["staged", "online"])
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("source != 3", "`source` holds texts, and 3 is a number"),
+        ("extra != 'a'", "`extra` holds nested values"),
+        ("extra.levle < 3", "no column 'extra.levle'.*The fields of 'extra' are: level, split"),
+        ("grade", "`grade` holds numbers, and only one of True and False"),
+        ("grade > 99", "holds for no row"),
+    ],
+)
+def test_a_condition_is_tried_before_the_first_step(tmp_path, schedule, where, message):
+    """When the trainer is built, though a selection comes after the warm-up."""
+    choice = config(where=where) if schedule == "staged" else online(where=where)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, choice, dataset=nested(), max_steps=6)
+
+
+def test_a_condition_on_a_measure_is_tried_before_the_first_rollout(tmp_path):
+    seen = Seen()
+    trainer = make_trainer(tmp_path, reward=seen, dataset=nested())
+    with pytest.raises(ValueError, match="`completion_length_mean` holds numbers, and '800' is a text"):
+        select_prompts(trainer, config(score="learnability", where="completion_length_mean < '800' and easy"))
+    assert not seen.rows
+
+
+@pytest.mark.parametrize("knob", ["quota_column", "group_column"])
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("odd", [{"a": i % 2} for i in range(ROWS)], "'odd', which is nested.*or a field such as `odd.a`"),
+        ("odd", [[i % 2] for i in range(ROWS)], "'odd', which is nested"),
+        ("odd", [i % 4 / 4 for i in range(ROWS)], "'odd', which holds fractions such as 0.25.*a few bins"),
+        ("odd", list(range(ROWS)), "'odd', but each of the 24 rows has another value"),
+        ("even", [0] * ROWS, "has no column 'odd'"),
+    ],
+)
+def test_what_are_no_groups_is_refused(tmp_path, knob, column, values, message):
+    choice = config(quota_column="odd") if knob == "quota_column" else online(group_column="odd")
+    with pytest.raises(ValueError, match=f"`{knob}` is .*{message}"):
+        make_trainer(tmp_path, choice, dataset=make_dataset().add_column(column, values), max_steps=6)
+
+
+def test_whole_numbers_are_groups_whatever_their_type(tmp_path):
+    """A column of whole numbers with a gap is one of floats where it comes from CSV."""
+    dataset = make_dataset().add_column("level", [None if i == 3 else float(i % 3) for i in range(ROWS)])
+    make_trainer(tmp_path, online(group_column="level"), dataset=dataset, max_steps=6)
+    make_trainer(tmp_path, config(quota_column="level"), dataset=dataset, max_steps=6)
+
+
+def test_a_missing_value_and_an_empty_text_are_two_quota_groups(tmp_path):
+    dataset = make_dataset().add_column("kind", [("", None, "a")[i % 3] for i in range(ROWS)])
+    choice = config(score="column:row", quota_column="kind", quota="equal", num_prompts=6)
+    selection = select_prompts(make_trainer(tmp_path, dataset=dataset), choice)
+    assert Counter(i % 3 for i in selection.indices) == {0: 2, 1: 2, 2: 2}
+
+
+def test_columns_of_most_rows_are_not_read_row_by_row(tmp_path, monkeypatch):
+    """Which takes a million rows a quarter of a minute, on every process."""
+    dataset, picked = graded(100), []
+    monkeypatch.setattr(Dataset, "select", lambda self, rows: picked.append(len(rows)) or select(self, rows))
+    for rows in (range(100), [i for i in range(100) if i != 7], [99, 3, 0], [3]):
+        table = dataset_columns(dataset, rows, None)
+        assert table.index.tolist() == list(rows) and table["row"].tolist() == list(rows)
+    assert picked == [3, 1]

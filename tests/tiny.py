@@ -1,5 +1,7 @@
 """A tiny random policy, a task it solves now and then, and trainers made of them."""
 
+from dataclasses import replace
+
 import torch
 from datasets import Dataset
 from peft import LoraConfig
@@ -161,8 +163,9 @@ def make_trainer(
 
 def config(**changes):
     """Without reports, whose figures take longer than a tiny selection; where they matter a test switches them on."""
-    settings = {"num_prompts": 8, "warmup_prompts": 8, "num_rollouts": 8, "write_report": False}
-    return LearnAlignConfig(**(settings | changes))
+    settings = {"num_prompts": 8, "warmup_prompts": 8, "write_report": False}
+    made = LearnAlignConfig(**(settings | changes))
+    return replace(made, num_rollouts=8) if "rollouts" in made.measures and "num_rollouts" not in changes else made
 
 
 def online(**changes):

@@ -13,7 +13,14 @@ _ROUNDING = 1e-9  # rounding may make the standard deviation of equal rewards th
 
 
 def selection_warning(selection: "Selection") -> str | None:
-    """One paragraph with the reason and the remedy, or `None` if as many prompts were chosen as were asked for."""
+    """
+    One paragraph with the reason and the remedy, if fewer prompts were chosen than were asked for, or not by the draw
+    that was asked for; else `None`.
+    """
+    return " ".join(filter(None, (_shortage(selection), _not_drawn(selection)))) or None
+
+
+def _shortage(selection) -> str | None:
     config, chosen = selection.provenance["config"], len(selection.indices)
     wanted = min(config["num_prompts"], selection.provenance["num_rows"])
     if chosen >= wanted or (config["score"] == "random" and chosen):
@@ -92,6 +99,21 @@ def threshold_warning(doubt: tuple[float, float, float] | None, threshold: float
 
 def _rows(rows):
     return f"row{'s' * (len(rows) > 1)} {', '.join(map(str, rows[:5]))}{' and others' * (len(rows) > 5)}"
+
+
+def _not_drawn(selection) -> str | None:
+    """Chosen prompts whose score is not above 0, where a draw in proportion to the scores was asked for."""
+    if selection.provenance["config"].get("take") != "proportional":
+        return None
+    chosen = selection.scores["score"].filter(selection.scores["selected"])
+    without = pc.sum(pc.less_equal(chosen, 0)).as_py() or 0
+    if not without or len(selection.eligible()) == len(chosen):
+        return None
+    return (
+        f"{without:,} of the {len(chosen):,} chosen prompts were not drawn: `take='proportional'` draws in proportion "
+        "to the scores, and theirs are not above 0. They were taken by rank, after all that could be drawn. Return "
+        "scores above 0, or use `take='top'`."
+    )
 
 
 def _conditions(selection, chosen, config):

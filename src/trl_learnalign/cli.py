@@ -13,7 +13,7 @@ import argparse
 import logging
 import sys
 import traceback
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import yaml
@@ -152,7 +152,8 @@ def _parse(path, rest):
     parser = TrlParser(_KINDS, prog=_SELECT)
     parser.error = _usage_error
     parser.set_defaults(warmup_prompts=0)  # the default is for training; here a warm-up must be asked for
-    next(action for action in parser._actions if action.dest == "schedule").type = _staged
+    for name, kind in {"schedule": _staged, "after_warmup": _continued}.items():
+        next(action for action in parser._actions if action.dest == name).type = kind
     if path is not None:
         _check_config(path)
         rest = ["--config", path, *rest]
@@ -178,6 +179,11 @@ def _staged(schedule: str) -> str:
             "select. Leave it out here, and set it in the LearnAlignConfig of a training script."
         )
     return schedule
+
+
+def _continued(after_warmup: str) -> str:
+    """The command ends with the selection, so it never goes back, with or without a warm-up."""
+    return "continue" if after_warmup == "restart" else after_warmup
 
 
 def _names() -> list[str]:
@@ -263,7 +269,7 @@ class _SelectOnce(LearnAlignCallback):
     """Ends the training where its first selection is due, and makes that selection."""
 
     def __init__(self, trainer, config, adapter):
-        super().__init__(trainer, LearnAlignSampler(replace(config, after_warmup="continue")))
+        super().__init__(trainer, LearnAlignSampler(config))
         self.adapter = adapter
 
     def on_train_begin(self, args, state, control, **kwargs):

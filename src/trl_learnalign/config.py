@@ -5,7 +5,9 @@ from dataclasses import dataclass, field, fields
 
 from datasets import Dataset
 
-from .choice import QUOTAS, TAKES, Condition
+from .choice import QUOTAS, TAKES
+from .conditions import Condition
+from .idle import missing
 from .knobs import check, explain
 from .rewards import success_names
 from .rows import dataset_fingerprint
@@ -13,29 +15,6 @@ from .scores import OWN_MEASURES, SCORES, Score, find_score, score_name
 
 
 SCHEDULE_NAMES = ("staged", "online")
-# What the online schedule does not look at: it chooses from the rewards of training, so nothing is selected before
-STAGED_ONLY = (
-    "num_prompts",
-    "warmup_prompts",
-    "num_rollouts",
-    "rollout_batch_prompts",
-    "score_measures",
-    "gradient_rollouts",
-    "projection_dim",
-    "max_tokens_per_batch",
-    "candidate_prompts",
-    "reselect_every",
-    "after_warmup",
-    "target_dataset",
-    "target_column",
-    "quota_column",
-    "quota",
-    "take",
-    "prompt_order",
-    "fold",
-    "save_rollouts",
-)
-_ONLINE_ONLY = ("prompt_features", "group_column", "pass_rate_column")
 # What a resumed run may always change: when prompts are selected again, how much is computed at once, and which files
 # are written. None changes the rule that a selection chooses by
 FREE_ON_RESUME = ("reselect_every", "rollout_batch_prompts", "max_tokens_per_batch", "save_rollouts", "write_report")
@@ -133,16 +112,19 @@ class LearnAlignConfig:
             A column of the target dataset that names the subtask of each row. By default all rows are one task.
         where (`str`, *optional*):
             Choose only prompts that meet this condition on columns of the dataset, on what is measured and on `score`,
-            such as `"completion_length_mean < 800 and source != 'forum'"`. If it names only columns of the dataset,
-            other prompts are not rolled out.
+            such as `"completion_length_mean < 800 and source != 'forum'"`. A field of a nested column is named
+            `extra.level`. If it names only columns of the dataset, other prompts are not rolled out.
         quota_column (`str`, *optional*):
-            A column of the dataset. Each of its values gets a quota of the chosen prompts.
+            A column of the dataset, or a field such as `extra.split`. Each of its values gets a quota of the chosen
+            prompts. A missing value counts as one. Not a column of lists, of fractions, or with another value in every
+            row.
         quota (`str`, *optional*, defaults to `"proportional"`):
             `"proportional"`: to the share of a value in the pool. `"equal"`: the same for all values. If a value has
             too few eligible prompts, the others get the rest of its quota.
         take (`str`, *optional*, defaults to `"top"`):
             `"top"`: the best prompts. `"proportional"`: a random draw without replacement, in proportion to the
-            scores.
+            scores. Prompts whose score is not above 0 are taken only where others are too few: by rank, with a
+            warning.
         prompt_order (`str`, *optional*, defaults to `"shuffle"`):
             The order of prompts in each pass over the selection: `"shuffle"`, a new permutation; `"ranked"`, best
             first; `"folding"`, positions 0, L, 2 L, ... of the ranking, then 1, L + 1, ..., with L = `fold` (DELT,
@@ -166,12 +148,13 @@ class LearnAlignConfig:
             on yet. This takes one forward over the pool, or over a random part of a large one, through half of the
             layers when training begins. Images and prompts that an environment supplies have no such features.
         group_column (`str`, *optional*):
-            Online: a column of the dataset, such as a source or a kind, that the prediction may use as a category.
+            Online: a column of the dataset, such as a source or a kind, that the prediction may use as a category. At
+            most 256 values, no fractions, and not another one in every row.
         pass_rate_column (`str`, *optional*):
             Online: a column with success rates in [0, 1], such as another model's, that the prediction may use.
 
     Raises:
-        `ValueError`: a field has a value out of its range.
+        `ValueError`: a field has a value out of its range, or one that has no effect together with the others.
     """
 
     num_prompts: int = 1000
@@ -265,17 +248,15 @@ class LearnAlignConfig:
         self.ranking()
 
     def _check_schedule(self):
-        """Raises an error for settings of the other schedule, which would have no effect."""
-        online = self.schedule == "online"
-        changed = [one for one in fields(self) if getattr(self, one.name) != one.default]
-        for one in changed:
-            if one.name in (STAGED_ONLY if online else _ONLINE_ONLY):
+        """Raises an error for settings that would have no effect, and for a score that the schedule cannot use."""
+        for one in fields(self):
+            value, lacks = getattr(self, one.name), missing(self, one.name)
+            if value != one.default and lacks is not None:
+                idle = lacks.idle.format(score=score_name(self.score), prompt_order=self.prompt_order)
                 raise ValueError(
-                    f"`{one.name}` is {getattr(self, one.name)!r}, but has no effect with "
-                    f"`schedule={self.schedule!r}`. Leave it out, or set "
-                    f"`schedule={'staged' if online else 'online'!r}`."
+                    f"`{one.name}` is {value!r}, but has no effect {idle}. Leave it out, or {lacks.remedy}."
                 )
-        if online and self.score not in ("learnalign", "learnability"):
+        if self.schedule == "online" and self.score not in ("learnalign", "learnability"):
             raise ValueError(
                 f"`score` is {score_name(self.score)!r}, but `schedule='online'` chooses by predicted learnability. "
                 "Leave `score` out, or train online on the rows of a selection that was made with that score before."
@@ -319,10 +300,11 @@ class LearnAlignConfig:
     def changes(self, saved: dict) -> dict[str, tuple]:
         """
         Fields whose values differ from `saved`: the old value (the default, if `saved` lacks the field) and the new
-        one.
+        one. Not those without an effect, which earlier versions let have any value.
         """
         was = {one.name: saved.get(one.name, one.default) for one in fields(self)}
-        return {name: (was[name], value) for name, value in self.to_dict().items() if value != was[name]}
+        differ = {name: (was[name], value) for name, value in self.to_dict().items() if value != was[name]}
+        return {name: values for name, values in differ.items() if missing(self, name) is None}
 
     def to_dict(self) -> dict:
         """The fields as a dictionary of plain values; a function by its name, a dataset by its rows."""

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .config import STAGED_ONLY
 from .disk import make_directory, write_json, write_parquet
+from .idle import missing
 from .prompts import prompt_text
 from .reading import columns_read, read_prompts, read_rows
 from .samples import shortened
@@ -163,7 +163,7 @@ def _numbers(schedule, host) -> dict:
             "config": {
                 name: value
                 for name, value in schedule.config.to_dict().items()
-                if name not in (*STAGED_ONLY, "schedule", "score")
+                if name not in ("schedule", "score") and missing(schedule.config, name) is None
             },
             "stream": {_SHOWN_AS.get(name, name): value for name, value in asdict(schedule.layout).items()},
             "num_processes": host.accelerator.num_processes,

@@ -9,8 +9,9 @@ import torch
 from datasets import ClassLabel, Dataset, Value
 
 from . import scoring
-from .choice import Condition, draw_order
+from .choice import draw_order
 from .columns import dataset_columns
+from .conditions import Condition
 from .config import LearnAlignConfig
 from .prompts import check_prompts
 from .rows import read_dataset

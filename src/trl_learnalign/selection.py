@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -200,7 +201,9 @@ class Selection:
     def _choose(self, num_prompts) -> "Selection":
         table = self.to_pandas()
         eligible = table.index.isin(self.eligible())
-        groups = table["quota_group"].fillna("").to_numpy(str) if "quota_group" in table else None
+        groups = None
+        if "quota_group" in table:  # a missing value is a group of its own
+            groups = pd.factorize(table["quota_group"], sort=True, use_na_sentinel=False)[0]
         quota = self.provenance["config"].get("quota", "proportional")
         chosen = table.index[choose(range(len(table)), eligible, num_prompts, groups, quota)].tolist()
         selected = pc.is_in(self.scores["index"], value_set=pa.array(chosen, pa.int64()))

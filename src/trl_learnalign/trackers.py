@@ -31,7 +31,7 @@ def log_values(selection, warmup_prompts: int) -> dict[str, float]:
         values["learnalign/alignment_pool"] = table["alignment"].mean()
         values["learnalign/alignment_selected"] = table.loc[table["selected"], "alignment"].mean()
     for phase, seconds in provenance["seconds"].items():
-        values[f"learnalign/seconds_{phase}"] = seconds
+        values[f"learnalign/seconds_{phase.replace(' ', '_')}"] = seconds
     return {name: value for name, value in values.items() if value == value}  # a mean over nothing is NaN
 
 

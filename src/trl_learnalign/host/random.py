@@ -6,10 +6,14 @@ import numpy as np
 import torch
 
 
+# Kinds of devices that [`~transformers.set_seed`] seeds; torch has a module for each that it was built with
+_DEVICES = ("cuda", "mps", "mlu", "musa", "npu", "hpu", "xpu")
+
+
 def random_state() -> tuple:
     """Of all generators that [`~transformers.set_seed`] seeds."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+    devices = {name: _get(module) for name, module in _available()}
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), devices
 
 
 def set_random_state(state: tuple) -> None:
@@ -17,5 +21,22 @@ def set_random_state(state: tuple) -> None:
     random.setstate(state[0])
     np.random.set_state(state[1])
     torch.set_rng_state(state[2])
-    if state[3] is not None:
-        torch.cuda.set_rng_state_all(state[3])
+    for name, of_device in state[3].items():
+        module = getattr(torch, name)
+        (module.set_rng_state_all if hasattr(module, "set_rng_state_all") else module.set_rng_state)(of_device)
+
+
+def _available():
+    """Those of the kinds of devices that are there, with their modules."""
+    modules = {name: getattr(torch, name, None) for name in _DEVICES}
+    return [(name, module) for name, module in modules.items() if _is_available(name, module)]
+
+
+def _is_available(name, module):
+    if name == "mps":  # has no such function in older versions
+        return torch.backends.mps.is_available()
+    return module is not None and module.is_available()
+
+
+def _get(module):
+    return module.get_rng_state_all() if hasattr(module, "get_rng_state_all") else module.get_rng_state()

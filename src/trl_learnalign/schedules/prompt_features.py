@@ -9,8 +9,7 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset
 
-from ..choice import Condition
-from ..columns import candidate_rows, check_named, check_numbers, dataset_columns
+from ..columns import candidate_rows, check_condition, check_groups, check_named, check_numbers, dataset_columns
 from ..measures.feature_file import PromptFeatures
 from ..measures.hidden_states import features_of_the_run, hidden_states, reason_against
 from ..prompts import equal_prompts, prompt_lengths
@@ -31,11 +30,9 @@ def check_online(dataset: Dataset, config) -> None:
         `ValueError`: `group_column` or `pass_rate_column` name a column that there is not or that does not fit; or
             `where` needs more than columns of the dataset.
     """
-    for knob in ("group_column", "pass_rate_column"):
-        if (name := getattr(config, knob)) is not None:
-            check_named(dataset, knob, name, (name,))
-    if config.pass_rate_column is not None:
-        check_numbers(dataset, "pass_rate_column", config.pass_rate_column, config.pass_rate_column)
+    if (name := config.pass_rate_column) is not None:
+        check_named(dataset, "pass_rate_column", name, (name,))
+        check_numbers(dataset, "pass_rate_column", name, name)
         rates = _column(dataset, config.pass_rate_column).astype(float)
         outside = rates[(rates < 0) | (rates > 1)]
         if len(outside):
@@ -48,17 +45,9 @@ def check_online(dataset: Dataset, config) -> None:
                 f"`pass_rate_column` is {config.pass_rate_column!r}, but that column has no value. Leave it out."
             )
     if config.group_column is not None:
-        kind = getattr(dataset.features[config.group_column], "dtype", "")
-        number = _column(dataset, config.group_column).nunique() if kind else 0
-        if not kind or number > MOST_GROUPS:
-            what = f"has {number:,} different values" if kind else "is nested"
-            raise ValueError(
-                f"`group_column` is {config.group_column!r}, which {what}; at most {MOST_GROUPS} can be told apart. "
-                "Use a column of sources or kinds."
-            )
+        check_groups(dataset, "group_column", config.group_column, MOST_GROUPS)
     if config.where is not None:
-        more = "; nothing is measured before an online run"
-        check_named(dataset, "where", config.where, Condition(config.where).columns, more)
+        check_condition(dataset, config.where)
 
 
 def eligible_rows(dataset: Dataset, config) -> np.ndarray:

@@ -38,11 +38,16 @@ class StagedSchedule(Schedule):
     def __init__(self, config):
         super().__init__(config)
         self.log: list[Version] = []
+        self.work: plan.Work | None = None  # of a selection
         self._orders: dict[int, tuple[RandomOrder, np.ndarray]] = {}
 
     def prompts_per_epoch(self, pool_size, chunk_prompts):
         """See [`Schedule`]."""
         return min(self.config.num_prompts, pool_size), self.config.warmup_prompts
+
+    def check(self, host):
+        """See [`Schedule`]."""
+        self.work = plan.work_of(host.dataset, self.config)
 
     def start(self):
         """Forgets all selections."""
@@ -96,7 +101,7 @@ class StagedSchedule(Schedule):
 
     def plan(self, step, max_steps, due):
         """See [`Schedule`]."""
-        return plan.plan_lines(self.layout, self.config, max_steps, step, self.log, due)
+        return plan.plan_lines(self.layout, self.config, self.work, max_steps, step, self.log, due)
 
     def warning(self, max_steps):
         """See [`Schedule`]."""
@@ -106,7 +111,7 @@ class StagedSchedule(Schedule):
         """See [`Schedule`]."""
         if self.config.score == "random":
             return None
-        return plan.estimate_line(self.layout, self.config, step, since, seconds)
+        return plan.estimate_line(self.layout, self.config, self.work, step, since, seconds)
 
     def prompts(self, chunk: int) -> list[int]:
         """See [`Schedule`]."""
