@@ -1,5 +1,6 @@
 """The settings of a selection, validated when they are set. Their one explanation is the docstring of the class."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
@@ -248,14 +249,18 @@ class LearnAlignConfig:
         self.ranking()
 
     def _check_schedule(self):
-        """Raises an error for settings that would have no effect, and for a score that the schedule cannot use."""
+        """
+        Raises an error for settings that would have no effect, and for a score that the schedule cannot use. Warns of
+        settings that only the score makes idle.
+        """
         for one in fields(self):
             value, lacks = getattr(self, one.name), missing(self, one.name)
             if value != one.default and lacks is not None:
                 idle = lacks.idle.format(score=score_name(self.score), prompt_order=self.prompt_order)
-                raise ValueError(
-                    f"`{one.name}` is {value!r}, but has no effect {idle}. Leave it out, or {lacks.remedy}."
-                )
+                text = f"`{one.name}` is {value!r}, but has no effect {idle}. Leave it out, or {lacks.remedy}."
+                if lacks.refused:
+                    raise ValueError(text)
+                warnings.warn(text, stacklevel=4)
         if self.schedule == "online" and self.score not in ("learnalign", "learnability"):
             raise ValueError(
                 f"`score` is {score_name(self.score)!r}, but `schedule='online'` chooses by predicted learnability. "

@@ -12,11 +12,14 @@ class Acting:
         idle (`str`): with what it does not, after "has no effect"; `{score}` and `{prompt_order}`
             stand for the values of these settings.
         remedy (`str`): what to set to let it act.
+        refused (`bool`): whether an idle setting is an error. It is not where only the score makes it idle: who
+            compares scores changes no other line.
     """
 
     acts: Callable[[object], bool]
     idle: str
     remedy: str
+    refused: bool = True
 
 
 _STAGED = Acting(lambda config: config.schedule == "staged", "with `schedule='online'`", "set `schedule='staged'`")
@@ -25,11 +28,13 @@ _ROLLOUTS = Acting(
     lambda config: "rollouts" in config.measures,
     "with `score={score!r}`, which needs no rollouts",
     "use a score that does, such as 'learnability'",
+    refused=False,
 )
 _GRADIENTS = Acting(
     lambda config: "gradients" in config.measures,
     "with `score={score!r}`, which needs no gradients",
     "use a score that does, such as 'learnalign'",
+    refused=False,
 )
 _SUCCESS = Acting(  # a selection writes down success rates in any case
     lambda config: config.schedule == "staged" or config.learnability == "success_rate",
@@ -44,7 +49,10 @@ _FOLDING = Acting(
     "set `prompt_order='folding'`",
 )
 _SCORED = Acting(
-    lambda config: config.score != "random", "with `score='random'`, whose draw is uniform", "use another score"
+    lambda config: config.score != "random",
+    "with `score='random'`, whose draw is uniform",
+    "use another score",
+    refused=False,
 )
 
 # What has to hold for a setting to act, in the order of the messages. A setting that is not here always acts

@@ -161,30 +161,24 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
-def first_choice(schedule: "OnlineSchedule") -> int:
-    """
-    The optimizer step before which no chosen prompt can come, as the prediction must have been tried when a chunk is
-    drawn, and the dataloader reads ahead.
-    """
-    layout = schedule.layout
-    chunks = schedule.observed + schedule.judge.chunks_to_try(layout.chunk_prompts)
-    return layout.steps_of(chunks + math.ceil(layout.read_ahead / layout.repeats)) + 1
-
-
 def _when(schedule, step, max_steps):
-    """Which steps train on random prompts, and which on chosen ones."""
+    """Which steps train on random prompts, and which on chosen ones; of a new run before anything was looked at."""
+    known, observed = (schedule.judge, schedule.observed) if step else (Judge(), 0)
     steps = f"steps {step + 1} to {max_steps} train on" if step + 1 < max_steps else f"step {max_steps} trains on"
-    if schedule.judge.choosing:
+    if known.choosing:
         return f"{steps} chosen prompts, as long as choosing helps ({UNIFORM:.0%} are random)."
-    first = first_choice(schedule)
+    layout = schedule.layout
+    # The prediction must have been tried when a chunk is drawn, and the dataloader reads ahead
+    chunks = known.chunks_to_try(layout.chunk_prompts) + math.ceil(layout.read_ahead / layout.repeats)
+    first = max(layout.steps_of(observed + chunks), step) + 1
     if first > max_steps:
         return (
             f"{steps} random prompts, as TRL would: a prediction is judged after {judge.TRIED} random prompts, so "
             f"nothing can be chosen before step {first}. To see prompts chosen, train longer."
         )
     return (
-        f"{steps} random prompts, as TRL would, until success is predicted well enough (not before step "
-        f"{max(first, step + 1)}), then on chosen ones ({UNIFORM:.0%} stay random)."
+        f"{steps} random prompts, as TRL would, until success is predicted well enough (not before step {first}), "
+        f"then on chosen ones ({UNIFORM:.0%} stay random)."
     )
 
 
