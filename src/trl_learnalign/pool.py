@@ -14,6 +14,7 @@ from .columns import dataset_columns
 from .conditions import Condition
 from .config import LearnAlignConfig
 from .prompts import check_prompts
+from .reading import columns_read
 from .rows import read_dataset
 from .scores import Alignments, Score, by_row
 from .selection import SCORES_SCHEMA
@@ -120,16 +121,16 @@ def load_target(dataset: Dataset, config: LearnAlignConfig) -> Dataset | None:
     target = read_dataset(target, "target_dataset") if isinstance(target, str) else target
     if not len(target):
         raise ValueError("`target_dataset` is empty. It needs prompts of the kind to improve on.")
-    needed = {*dataset.column_names} | ({config.target_column} - {None})
-    missing = sorted(needed - set(target.column_names))
+    needed, names = {*columns_read(dataset)} | ({config.target_column} - {None}), columns_read(target)
+    missing = sorted(needed - set(names))
     if missing:
         raise ValueError(
             f"`target_dataset` has no column {', '.join(map(repr, missing))}. Its columns are: "
-            f"{', '.join(target.column_names)}. It needs those of the training dataset, for its prompts and the "
+            f"{', '.join(names)}. It needs those of the training dataset, for its prompts and the "
             "reward functions, and `target_column`."
         )
     check_prompts(target, "`target_dataset`")
-    if config.target_column is not None:
+    if config.target_column in target.features:  # else a transform makes it
         kind = target.features[config.target_column]
         if not isinstance(kind, Value | ClassLabel):
             raise ValueError(
