@@ -209,9 +209,10 @@ def main(task, path):
             trainer = make_trainer(path, reward=seen, dataset=make_dataset(23), **kwargs)
             result["indices"] = select_prompts(trainer, config(projection_dim=1024)).indices
         case "select for a target":  # which is rolled out by all processes, too
-            trainer = make_trainer(path, reward=seen, dataset=make_dataset(23), **kwargs)
-            target = make_dataset(23).select(range(1, 20, 3)).add_column("task", list("abcabca"))
-            choice = config(score="target", target_dataset=target, target_column="task", quota_column="row")
+            dataset = make_dataset(23).add_column("kind", [str(i % 3) for i in range(23)])
+            trainer = make_trainer(path, reward=seen, dataset=dataset, **kwargs)
+            target = dataset.select(range(1, 20, 3)).add_column("task", list("abcabca"))
+            choice = config(score="target", target_dataset=target, target_column="task", quota_column="kind")
             result["indices"] = select_prompts(trainer, choice).indices
         case "select parts":  # groups of eight, of which a process generates three at once
             kwargs = {"per_device_train_batch_size": 3, "num_generations": 3}
