@@ -300,7 +300,7 @@ MISTAKES = [
         "(small_digits, good), and LearnAlign must know which one decides success. Set `success_reward` to one of "
         "these names, or use `learnability='variance'`",
     ),
-    (["--success_reward", "good"], 1, "'good', which is not among"),
+    (["--success_reward", "good"], 1, "but 'good' is not among"),
     (["--config", "nowhere.yaml"], 1, "`--config` is 'nowhere.yaml', but there is no such file."),
     (
         ["--config", "list.yaml"],

@@ -111,7 +111,7 @@ def test_several_rewards_need_a_name(tmp_path):
             config(success_reward=names)
     with pytest.raises(ValueError, match="more than once"):
         make_trainer(tmp_path, config(success_reward="digit_reward"), reward=[digit_reward, digit_reward])
-    with pytest.raises(ValueError, match="'x', which is not among"):
+    with pytest.raises(ValueError, match="but 'x' is not among"):
         make_trainer(tmp_path, config(success_reward="x"))
 
 
@@ -415,11 +415,11 @@ def reward_of(function):
         (lambda completions, row: [row["answer"]] * 4, "KeyError: 'answer'"),
         (lambda completions, row: [c["content"] for c in completions], "TypeError: string indices"),
         (lambda completions, row: [c.contents for c in completions], "AttributeError"),
-        (lambda completions, row: ["1.0"] * 4, "it returned texts, such as '1.0'"),
-        (lambda completions, row: 0.5, "it returned 0.5, which is no list"),
-        (lambda completions, row: "0000", "it returned texts, such as '0000'"),
+        (lambda completions, row: ["1.0"] * 4, "TypeError: reward 0 is '1.0', a str, not a number"),
+        (lambda completions, row: 0.5, "TypeError: it returned 0.5, a float, in place of a list of rewards"),
+        (lambda completions, row: "0000", "TypeError: it returned '0000', a str, in place of a list of rewards"),
         (lambda completions, row: [0.0] * 3, "it returned 3 rewards for 4 completions"),
-        (lambda completions, row: [{}] * 4, "it returned {}, which is no number"),
+        (lambda completions, row: [{}] * 4, "TypeError: reward 0 is {}, a dict, not a number"),
     ],
 )
 def test_a_reward_function_that_cannot_work_is_found_before_the_forward_over_the_pool(

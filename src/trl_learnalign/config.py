@@ -10,7 +10,6 @@ from .choice import QUOTAS, TAKES
 from .conditions import Condition
 from .idle import missing
 from .knobs import check, explain
-from .rewards import success_names
 from .rows import dataset_fingerprint
 from .scores import OWN_MEASURES, SCORES, Score, find_score, score_name
 
@@ -222,15 +221,14 @@ class LearnAlignConfig:
 
     def _check_success_reward(self):
         names = self.success_reward
-        if isinstance(names, list | tuple):
-            names = list(names)
-            self.success_reward = names[0] if len(names) == 1 else names  # a command line makes a list of one
-        if names is None or (names and all(isinstance(name, str) for name in success_names(names))):
-            return
-        raise ValueError(
-            f"`success_reward` must be the name of a reward function, or a list of names, but is {names!r}. Use None "
-            "if there is only one."
-        )
+        if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
+            # A command line makes a list of one
+            self.success_reward = names[0] if len(names) == 1 else list(names)
+        elif names is not None and not isinstance(names, str):
+            raise ValueError(
+                f"`success_reward` must be the name of a reward function, or a list of names, but is {names!r}. Use "
+                "None if there is only one."
+            )
 
     def _check_score(self):
         if not isinstance(self.score, str | Callable):

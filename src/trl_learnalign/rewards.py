@@ -29,14 +29,14 @@ def guarded(functions: list, names: list[str]):
     if failures:
         name, error = failures[0]
         raise RewardError(
-            f"The reward function `{name}` failed: {type(error).__name__}: {error}{_place(error)}. It "
+            f"The reward function `{name}` failed: {type(error).__name__}: {error}{place_of(error)}. It "
             "must return a number (or None, where a completion cannot be scored) for every completion. Correct it and "
             "run again."
         ) from error
 
 
-def _place(error) -> str:
-    """Where in the user's file an error was raised; nothing for one that was raised here."""
+def place_of(error: BaseException) -> str:
+    """Where in the user's file an error of a guarded function was raised; nothing for one that was raised here."""
     _, *frames = traceback.extract_tb(error.__traceback__)  # the first is the wrapper's
     if not frames or frames[0].filename == __file__:
         return ""
@@ -93,7 +93,7 @@ def _guard(function, name, failures) -> Callable:
 
         async def stand_in(**kwargs):
             try:
-                return _checked(await function(**kwargs), len(kwargs["completions"]))
+                return checked(await function(**kwargs), len(kwargs["completions"]))
             except Exception as error:
                 return failed(error, kwargs)
 
@@ -101,7 +101,7 @@ def _guard(function, name, failures) -> Callable:
 
         def stand_in(**kwargs):
             try:
-                return _checked(function(**kwargs), len(kwargs["completions"]))
+                return checked(function(**kwargs), len(kwargs["completions"]))
             except Exception as error:
                 return failed(error, kwargs)
 
@@ -134,7 +134,7 @@ def is_async(function) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
-def _checked(rewards, number):
+def checked(rewards, number: int) -> list[float]:
     """
     What a reward function returned for a number of completions, as a list of numbers.
 

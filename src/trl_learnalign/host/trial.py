@@ -7,7 +7,7 @@ from torch import nn
 from trl.data_utils import is_conversational
 
 from ..reading import columns_read, read_rows
-from ..rewards import RewardError, is_async, last_line
+from ..rewards import RewardError, checked, is_async, place_of
 from . import generation
 
 
@@ -46,7 +46,7 @@ def try_rewards(host) -> None:
         finally:
             trainer.reward_funcs = functions
     for name, error, sure in failures:
-        what = f"{type(error).__name__}: {error}{_place(error)}"
+        what = f"{type(error).__name__}: {error}{place_of(error)}"
         if sure:
             raise RewardError(
                 f"The reward function `{name}` failed on a made-up completion of row 0, before training: {what}. It "
@@ -71,8 +71,11 @@ def _stand_in(function, name, failures):
         return [0.0] * number
 
     def judged(rewards, number):
-        fault = _fault(rewards, number)
-        return [0.0] * number if fault is None else noted(ValueError(fault), True, number)
+        try:
+            checked(rewards, number)
+        except (TypeError, ValueError) as error:
+            return noted(error, True, number)
+        return [0.0] * number
 
     if is_async(function):
 
@@ -95,33 +98,9 @@ def _stand_in(function, name, failures):
     return stand_in
 
 
-def _fault(rewards, number) -> str | None:
-    """What is wrong with what a function returned for so many completions."""
-    try:
-        rewards = [rewards] if isinstance(rewards, str) else list(rewards)
-    except TypeError:
-        return f"it returned {rewards!r}, which is no list"
-    for reward in rewards:
-        if isinstance(reward, str):
-            return f"it returned texts, such as {reward!r}, which are no numbers"
-        try:
-            if reward is not None:
-                float(reward)
-        except (TypeError, ValueError):
-            return f"it returned {reward!r}, which is no number"
-    if len(rewards) != number:
-        return f"it returned {len(rewards)} rewards for {number} completions"
-    return None
-
-
 def _is_sure(error) -> bool:
     """Not a search that found nothing in the completion, nor a part of it looked up or evaluated."""
     if isinstance(error, KeyError):
         return str(error.args[0] if error.args else "") not in COMPLETION
     *_, last = traceback.extract_tb(error.__traceback__)
     return isinstance(error, _SURE) and "NoneType" not in str(error) and not last.filename.startswith("<")
-
-
-def _place(error) -> str:
-    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is the stand-in's
-    return f" ({frames[0].filename}, line {last_line(error, frames[0].filename)})" if frames else ""
