@@ -1,5 +1,7 @@
 """Features of prompts from the policy's hidden states, against one forward for each prompt."""
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from trl_learnalign.host import find_host
 from trl_learnalign.measures import half_forward
 from trl_learnalign.measures import hidden_states as measure
+from trl_learnalign.measures.feature_file import PromptFeatures
 from trl_learnalign.measures.half_forward import HalfForward
 from trl_learnalign.modes import as_in_evaluation
 from trl_learnalign.peers import Peers
@@ -343,3 +346,16 @@ def test_two_processes_come_to_the_same(tmp_path, of_one_process, how):
     numbers = [rank["forwards"] for rank in ranks]
     assert all(rank["dimensions"] == [2] for rank in ranks)
     assert numbers[0] == numbers[1] if how else sum(numbers) == of_one_process["forwards"]
+
+
+def test_a_file_with_other_bytes_under_the_same_name_is_not_linked(tmp_path):
+    """As of a run on another machine, whose last digits differ: a checkpoint would never agree with its checksum."""
+    rows = np.arange(3, dtype=np.int32)
+    ours, theirs = (PromptFeatures(np.full((3, 2), one, np.float16), rows, {}, "k" * 64) for one in (1.0, 2.0))
+    theirs.write(tmp_path / "run")
+    ours.write(tmp_path / "checkpoint", tmp_path / "run")
+    written = (tmp_path / "checkpoint" / ours.file).read_bytes()
+    assert hashlib.sha256(written).hexdigest() == ours.sha256 != theirs.sha256
+    assert (tmp_path / "run" / theirs.file).read_bytes() == theirs.content()
+    ours.write(tmp_path / "again", tmp_path / "checkpoint")
+    assert (tmp_path / "again" / ours.file).stat().st_ino == (tmp_path / "checkpoint" / ours.file).stat().st_ino

@@ -1,6 +1,7 @@
 """Bad input: a clear error, early, with the value, the reason and the remedy."""
 
 import asyncio
+import json
 import math
 import random
 import re
@@ -412,9 +413,8 @@ def reward_of(function):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda completions, row: [row["answer"]] * 4, "KeyError: 'answer'"),
-        (lambda completions, row: [c["content"] for c in completions], "TypeError: string indices"),
-        (lambda completions, row: [c.contents for c in completions], "AttributeError"),
+        (lambda completions, row: [missing for _ in completions], "NameError"),  # noqa: F821
+        (lambda completions, row: [re.findall("[0-9]", [c]) for c in completions], "TypeError: .*'list'"),
         (lambda completions, row: ["1.0"] * 4, "TypeError: reward 0 is '1.0', a str, not a number"),
         (lambda completions, row: 0.5, "TypeError: it returned 0.5, a float, in place of a list of rewards"),
         (lambda completions, row: "0000", "TypeError: it returned '0000', a str, in place of a list of rewards"),
@@ -434,7 +434,16 @@ def test_a_reward_function_that_cannot_work_is_found_before_the_forward_over_the
     ):
         trainer.train()
     output = capsys.readouterr().out
-    assert not forwards and "from length, hidden states" in output and "first a forward" not in output
+    assert not forwards and "from length, hidden states" in output and "first a forward" in output
+
+
+def test_a_reward_function_that_lacks_an_argument_is_found_before_the_forward(tmp_path):
+    def own(completions, answer, **kwargs):
+        return [0.0] * len(completions)
+
+    trainer = make_trainer(tmp_path, online(prompt_features=True), reward=own, max_steps=1)
+    with pytest.raises(RewardError, match="before training: TypeError: .*missing 1 required positional argument"):
+        trainer.train()
 
 
 @pytest.mark.parametrize(
@@ -445,10 +454,12 @@ def test_a_reward_function_that_cannot_work_is_found_before_the_forward_over_the
         lambda completions, row: [re.search("[0-9]", c).group() for c in completions],
         lambda completions, row: [{"0": 1.0}[c[0]] for c in completions],
         lambda completions, row: [eval(c) for c in completions],
+        lambda completions, row: [dict(re.findall("(answer)=(.*)", c))["answer"] for c in completions],
+        lambda completions, row: [json.loads(f'"{c}"').get("answer") for c in completions],
     ],
 )
 def test_an_exception_that_the_made_up_completion_may_be_the_cause_of_is_a_warning(tmp_path, function, caplog):
-    try_rewards(find_host(make_trainer(tmp_path, reward=reward_of(function))))
+    try_rewards(find_host(make_trainer(tmp_path, reward=reward_of(function))), 0)
     assert f"when it was tried with the completion '{COMPLETION}'" in caplog.text
 
 
@@ -467,11 +478,11 @@ def test_a_trial_leaves_no_trace_and_has_the_shape_of_training(tmp_path):
     dataset = make_dataset(conversational=True)
     trainer = make_trainer(tmp_path, reward=[looks, asked_for], dataset=dataset)
     state, metrics = random.getstate(), str(trainer._metrics)
-    try_rewards(find_host(trainer))
+    try_rewards(find_host(trainer), 0)
     message = [{"role": "assistant", "content": COMPLETION}]
     assert seen == [([dataset[0]["prompt"]] * 4, [message] * 4, [0] * 4)]
     assert random.getstate() == state and str(trainer._metrics) == metrics
     trainer._metrics["train"].clear()
     trainer.rollout_func = lambda prompts, trainer: None  # which may add arguments
-    try_rewards(find_host(trainer))
+    try_rewards(find_host(trainer), 0)
     assert len(seen) == 1

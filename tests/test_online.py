@@ -17,7 +17,6 @@ from trl_learnalign.schedules import judge, memory, online, predictor
 from trl_learnalign.schedules.draws import UniformDraws
 from trl_learnalign.schedules.graded import VarianceCurve
 from trl_learnalign.schedules.predictor import SuccessPredictor, expected_learnability
-from trl_learnalign.schedules.scored import has_gradient
 from trl_learnalign.state import _decided, join, split
 
 
@@ -31,7 +30,11 @@ def host(names=("reward",), weights=None):
     def total(rewards):
         return (rewards * weights).nansum(-1).masked_fill(rewards.isnan().all(-1), torch.nan)
 
+    def advantages(rewards, penalties):
+        return scoring.advantages(rewards, weights, "group", "sum_then_normalize")
+
     found = SimpleNamespace(reward_names=list(names), total=total, accelerator=SimpleNamespace(is_main_process=False))
+    found.advantages = advantages
     found.deciding = partial(Host.deciding, found)
     return found
 
@@ -674,19 +677,50 @@ def test_a_reward_equal_to_the_threshold_is_a_success_in_both_halves(threshold):
 
 
 def test_a_group_has_a_gradient_where_a_rollout_in_the_loss_differs_from_the_mean():
-    """Against a loop."""
-    random = np.random.default_rng(0)
-    total = random.choice([0.0, 0.1, 0.5, 1.0, np.nan], size=(500, 4))
-    masked = random.random((500, 4)) < 0.5
-    expected = []
-    for rewards, out in zip(total.tolist(), masked.tolist(), strict=True):
-        known = [reward for reward in rewards if not math.isnan(reward)]
-        mean = sum(known) / max(1, len(known))
-        expected.append(
-            any(not m and not math.isnan(r) and abs(r - mean) > 1e-9 for r, m in zip(rewards, out, strict=True))
-        )
-    np.testing.assert_array_equal(has_gradient(total, masked), expected)
-    assert not has_gradient(np.full((1, 3), 0.1), np.zeros((1, 3), bool)).any()  # whose mean is off in the last digit
+    """Against a loop. Where it has none though its outcomes differ, it is not scored."""
+    world, random = World(success_threshold=0.5), np.random.default_rng(0)
+    for chunk in range(30):
+        rows = np.array(world.schedule.prompts(chunk))
+        rewards = random.choice([0.0, 0.1, 0.5, 1.0, np.nan], size=(16, GROUP), p=[0.3, 0.1, 0.2, 0.2, 0.2])
+        rewards[:3] = 0.1  # whose mean is off in the last digit
+        masked = random.random((16, GROUP)) < 0.8
+        expected, scored = [], []
+        for own, out in zip(rewards.tolist(), masked.tolist(), strict=True):
+            known = [reward for reward in own if not math.isnan(reward)]
+            mean = sum(known) / max(1, len(known))
+            pairs = list(zip(own, out, strict=True))
+            expected.append(any(not cut and not math.isnan(r) and abs(r - mean) > 1e-9 for r, cut in pairs))
+            differ = len({reward >= 0.5 for reward in known}) > 1
+            scored.append(bool(known) and not all(out) and (expected[-1] or not differ))
+        world.schedule.masked(chunk, masked)
+        world.schedule.observe(chunk, rewards[:, :, None])
+        assert world.schedule.metrics()["live_fraction"] == np.mean(expected)
+        np.testing.assert_array_equal(world.schedule.memory.unscored[rows] < 0, scored)
+
+
+def test_rewards_without_a_gradient_are_told_whenever_they_come(caplog):
+    """Each kind once: completions that are cut, at first only some of a group; and a reward without a weight."""
+    world = World(mean=0.0, spread=0.5, success_reward="right")
+    world.schedule.host = host(("right", "form"), [1.0, 0.0])
+    world.schedule.host.accelerator.is_main_process = True
+    for chunk in range(30):
+        rewards = np.concatenate([world.rewards(np.array(world.schedule.prompts(chunk)))] * 2, axis=2)
+        masked = np.zeros((16, GROUP), bool)
+        masked[:, : GROUP - 1] = chunk >= 10
+        world.schedule.masked(chunk, masked)
+        world.schedule.observe(chunk, rewards)
+    said = [record.message for record in caplog.records if "last 64 groups" in record.message]
+    assert len(said) == 1 and "were cut off, and `mask_truncated_completions=True`" in said[0]
+    caplog.clear()
+    world.schedule.host = host(("right", "form"), [0.0, 1.0])
+    world.schedule.host.accelerator.is_main_process = True
+    for chunk in range(30, 40):
+        rewards = np.concatenate([world.rewards(np.array(world.schedule.prompts(chunk)))] * 2, axis=2)
+        rewards[:, :, 1] = 1.0
+        world.schedule.observe(chunk, rewards)
+    said = [record.message for record in caplog.records if "last 64 groups" in record.message]
+    assert len(said) == 1 and "Give the reward that decides success a weight" in said[0]
+    assert world.schedule.metrics()["live_fraction"] == 0 and world.schedule.metrics()["unscored"] > 0
 
 
 def test_groups_without_a_token_in_the_loss_are_dead_and_rest():
@@ -785,6 +819,7 @@ def test_uniform_draws_that_wait_come_later():
     theirs = RepeatSampler(range(50), mini_repeat_count=1, batch_size=50, repeat_count=1, shuffle=True, seed=0)
     assert plain.take(100) == [*theirs, *theirs]
     assert sorted(UniformDraws(np.arange(4), 0).take(4, np.arange(4))) == [0, 1, 2, 3]  # none is free
+    assert len(set(UniformDraws(np.arange(10), 0).take(5, np.arange(9)))) == 5  # too few are
 
 
 def test_one_prompt_a_chunk_is_chosen_from_though_a_draw_is_uniform():

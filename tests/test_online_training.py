@@ -36,7 +36,14 @@ from tiny import (
 from transformers import TrainerCallback
 from trl import GRPOTrainer, RLOOTrainer
 
-from trl_learnalign import LearnAlignCallback, LearnAlignGRPOTrainer, LearnAlignMixin, LearnAlignSampler, online_report
+from trl_learnalign import (
+    LearnAlignCallback,
+    LearnAlignGRPOTrainer,
+    LearnAlignMixin,
+    LearnAlignSampler,
+    online_report,
+    reading,
+)
 from trl_learnalign.host.trial import COMPLETION
 from trl_learnalign.rewards import RewardError
 from trl_learnalign.schedules import judge, memory, prompt_features
@@ -794,9 +801,78 @@ def test_completions_that_are_all_cut_off_make_dead_groups(tmp_path, caplog, mon
         assert (entry["learnalign/live_fraction"] > 0) == (entry["grad_norm"] > 0)
     assert trainer._learnalign.schedule.memory.unscored.max() > 0
     assert any(
-        "have no token in the loss: all their completions were cut off" in record.message and "%" in record.message
+        "of the completions of the last 16 groups were cut off" in record.message and "%" in record.message
         for record in caplog.records
     )
+
+
+class Marked:
+    """A reward with a setting that a trainer may read."""
+
+    __name__ = "marked"
+    scale = 2.0
+
+    def __call__(self, completions, **kwargs):
+        return parity_reward(completions)
+
+
+class OwnCalls(LearnAlignGRPOTrainer):
+    """Calls its reward functions itself, by position, and leaves out half of what was generated."""
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        (reward,) = self.reward_funcs
+        assert reward.scale == 2.0 and reward.__name__ == "marked" and self.bonus == 1.0
+        return reward.scale * torch.tensor(reward(completions, row=[one["row"] for one in inputs]))[:, None]
+
+    def _generate(self, *args, **kwargs):
+        self.bonus = 1.0  # which only a generation leaves
+        return super()._generate(*args, **kwargs)
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        return {name: value[:8] if torch.is_tensor(value) and value.ndim else value for name, value in output.items()}
+
+
+@pytest.mark.parametrize("schedule", ["online", "staged"])
+def test_a_trainer_that_calls_its_reward_functions_itself(tmp_path, schedule, caplog):
+    """And generates for more rows than it trains on: those are not taken for cut off."""
+    choice = online(prompt_features=True, success_threshold=2.0) if schedule == "online" else config(score="random")
+    settings = {"max_steps": 4, "mask_truncated_completions": True, "max_completion_length": 20}
+    trainer = make_trainer(tmp_path, choice, cls=OwnCalls, reward=Marked(), **settings)
+    trainer.train()
+    assert trainer.state.global_step == 4
+    if schedule == "online":
+        assert "could not be tried before training (AttributeError" in caplog.text
+        assert (trainer._learnalign.schedule.memory.unscored <= 0).all()
+
+
+def test_reward_functions_are_tried_with_a_row_that_may_be_trained_on(tmp_path):
+    def picky(completions, row, **kwargs):
+        assert min(row) >= 5
+        return [undefined for r in row if r < 5] + parity_reward(completions)  # noqa: F821
+
+    trainer = make_trainer(tmp_path, online(prompt_features=True, where="row >= 5"), reward=picky, max_steps=2)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_a_transform_that_draws_random_numbers_changes_neither_features_nor_training(tmp_path):
+    """What is read of it beforehand is the same each time, and takes none of training's random numbers."""
+    made = []
+    for name in ("a", "b"):
+        dataset = make_dataset().with_transform(
+            lambda batch: batch | {"prompt": [text + "0" * int(torch.randint(3, ())) for text in batch["prompt"]]}
+        )
+        trainer = make_trainer(tmp_path / name, online(), dataset=dataset, max_steps=1 + (name == "b"))
+        if name == "b":
+            torch.rand(100)
+            np.random.random(100)
+        trainer.train()
+        made.append(trainer._learnalign.schedule.features)
+    np.testing.assert_array_equal(*made)
+    state = torch.get_rng_state()
+    reading.read_rows(dataset, range(4))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize(
@@ -836,16 +912,23 @@ def test_rewards_of_every_kind_that_trl_takes(tmp_path, kind):
     assert_same_weights(*made)
 
 
-def test_the_plan_says_from_which_step_prompts_can_be_chosen(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 4, "steps_per_generation": 1}])
+def test_the_plan_says_from_which_step_prompts_can_be_chosen(tmp_path, capsys, monkeypatch, settings):
     monkeypatch.setattr(judge, "TRIED", 16)
-    trainer = make_trainer(tmp_path, online(), max_steps=12, **EVERY_STEP)
+    trainer = make_trainer(tmp_path, online(), max_steps=12, **EVERY_STEP, **settings)
     trainer.train()
-    first = int(np.flatnonzero(trainer._learnalign.schedule.history.column("choosing"))[0]) + 1
+    stream, chunks = trainer._get_train_sampler().layout, trainer._learnalign.schedule.history.column("choosing")
+    chunk = int(np.flatnonzero(chunks)[0])
+    first = next(step for step in range(13) if stream.batches_trained(step) > chunk * stream.repeats)
     said = capsys.readouterr().out
     assert "steps 1 to 12 train on random prompts, as TRL would, until success is predicted well enough" in said
     assert f"(not before step {first})" in said
-    make_trainer(tmp_path, online(), max_steps=12).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert "steps 3 to 12 train on random prompts" in (said := capsys.readouterr().out)
+    make_trainer(tmp_path, online(), max_steps=12, **settings).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-1")
+    )
+    assert "steps 2 to 12 train on random prompts" in (said := capsys.readouterr().out)
     assert f"(not before step {first})" in said
-    make_trainer(tmp_path, online(), max_steps=12).train(resume_from_checkpoint=str(tmp_path / "checkpoint-11"))
+    make_trainer(tmp_path, online(), max_steps=12, **settings).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-11")
+    )
     assert "step 12 trains on chosen prompts, as long as choosing helps" in capsys.readouterr().out

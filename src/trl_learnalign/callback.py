@@ -180,7 +180,7 @@ class LearnAlignCallback(TrainerCallback):
     def _observe(self, batch, inputs, completions, rewards, trained):
         layout = self.sampler.layout
         chunk, groups = batch // layout.repeats, (layout.chunk_prompts, layout.group_size)
-        if not trained.all():
+        if len(trained) == len(rewards) and not trained.all():
             self.schedule.masked(chunk, ~trained.reshape(groups))
         wanted = self.schedule.observe(chunk, rewards.reshape(*groups, -1))
         # The main process decides what is asked for: the others may have rounded otherwise

@@ -20,9 +20,6 @@ from .scores import Alignments, Score, by_row
 from .selection import SCORES_SCHEMA
 
 
-_ROUNDING = 1e-9
-
-
 @dataclass
 class Pool:
     """The scorable prompts, by dataset index, with n groups of G rollouts."""
@@ -64,8 +61,7 @@ class Pool:
         else:
             learnability = scoring.learnability(success_rate)
         advantages = host.advantages(rewards, penalties)
-        # Advantages of equal rewards may be off in the last digit
-        without_gradient = (learnability > 0) & ~((trained > 0) & (advantages.abs() > _ROUNDING)).any(1)
+        without_gradient = (learnability > 0) & ~scoring.has_gradient(advantages, trained > 0)
         learnability = learnability.masked_fill(without_gradient, 0.0)
         graded = config.learnability == "variance"
         columns = (indices, deciding, success_rate, learnability, advantages, lengths)

@@ -25,7 +25,7 @@ def guarded(functions: list, names: list[str]):
         [`RewardError`]: with the function's own exception as its cause.
     """
     failures = []
-    yield [_guard(function, name, failures) for function, name in zip(functions, names, strict=True)]
+    yield [guard(function, name, failures) for function, name in zip(functions, names, strict=True)]
     if failures:
         name, error = failures[0]
         raise RewardError(
@@ -81,31 +81,50 @@ def check_success_reward(names: list[str], success_reward: str | list[str] | Non
         raise ValueError(f"`success_reward` is {success_reward!r}, which names a function twice. Name it once.")
 
 
-def _guard(function, name, failures) -> Callable:
+def guard(function: Callable, name: str, failures: list) -> Callable:
+    """
+    A stand-in for a reward function that returns zeros where the function fails, and adds its name and the error to
+    `failures`. In all else it is the function: its attributes, and whatever way it is called in (where that is not
+    TRL's, an error is raised). A reward model is returned as it is.
+    """
     if isinstance(function, nn.Module):
         return function
+    guarded = _Guarded(function, name, failures)
+    if not is_async(function):
+        return guarded
 
-    def failed(error, kwargs):
-        failures.append((name, error))
-        return [0.0] * len(kwargs["completions"])  # for None TRL would warn, with a whole row
+    async def stand_in(*args, **kwargs):  # a function, as some versions of TRL do not know other coroutines
+        try:
+            return checked(await function(*args, **kwargs), _number(kwargs))
+        except Exception as error:
+            return guarded.failed(error, _number(kwargs))
 
-    if is_async(function):
+    return functools.update_wrapper(stand_in, function)
 
-        async def stand_in(**kwargs):
-            try:
-                return checked(await function(**kwargs), len(kwargs["completions"]))
-            except Exception as error:
-                return failed(error, kwargs)
 
-    else:
+class _Guarded:
+    def __init__(self, function, name, failures):
+        self._function, self._name, self._failures = function, name, failures
 
-        def stand_in(**kwargs):
-            try:
-                return checked(function(**kwargs), len(kwargs["completions"]))
-            except Exception as error:
-                return failed(error, kwargs)
+    def __getattr__(self, name):
+        return getattr(self._function, name)
 
-    return stand_in
+    def __call__(self, *args, **kwargs):
+        try:
+            return checked(self._function(*args, **kwargs), _number(kwargs))
+        except Exception as error:
+            return self.failed(error, _number(kwargs))
+
+    def failed(self, error, number):
+        if number is None:
+            raise error
+        self._failures.append((self._name, error))
+        return [0.0] * number  # for None TRL would warn, with a whole row
+
+
+def _number(kwargs) -> int | None:
+    """Of completions; `None` where the function is called in another way than by TRL."""
+    return len(kwargs["completions"]) if "completions" in kwargs else None
 
 
 def partial_arguments(function: functools.partial) -> str:
@@ -134,9 +153,9 @@ def is_async(function) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
-def checked(rewards, number: int) -> list[float]:
+def checked(rewards, number: int | None) -> list[float]:
     """
-    What a reward function returned for a number of completions, as a list of numbers.
+    What a reward function returned for a number of completions, or any number, as a list of numbers.
 
     Raises:
         `TypeError`, `ValueError`: it is no list of numbers, or one of another length.
@@ -149,7 +168,7 @@ def checked(rewards, number: int) -> list[float]:
     for place, reward in enumerate(rewards):
         if isinstance(reward, str | bytes | dict):
             raise TypeError(f"reward {place} is {_shortened(reward)}, a {type(reward).__name__}, not a number")
-    if len(rewards) != number:
+    if number is not None and len(rewards) != number:
         raise ValueError(f"it returned {len(rewards)} rewards for {number} completions")
     return [torch.nan if reward is None else float(reward) for reward in rewards]
 

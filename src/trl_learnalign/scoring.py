@@ -27,6 +27,23 @@ def is_success(rewards: "torch.Tensor | np.ndarray", threshold: float) -> "torch
     return rewards >= threshold - ROUNDING * abs(threshold)
 
 
+def has_gradient(
+    advantages: "torch.Tensor | np.ndarray", trained: "torch.Tensor | np.ndarray"
+) -> "torch.Tensor | np.ndarray":
+    """
+    Whether a group has a gradient: a rollout in the loss has an advantage. Advantages of equal rewards may be off in
+    the last digit.
+
+    Args:
+        advantages (`torch.Tensor` or `np.ndarray` of shape `(n, G)`): see [`advantages`].
+        trained (the same): whether a token of each rollout is in the loss, bool.
+
+    Returns:
+        bool, of the same kind, of shape `(n,)`.
+    """
+    return ((abs(advantages) > 1e-9) & trained).any(1)
+
+
 def doubtful_threshold(rewards: np.ndarray, threshold: float) -> tuple[float, float, float] | None:
     """
     Looks for shaped rewards with the threshold on the wrong side of most of them: right answers worth .9 to .99 and a

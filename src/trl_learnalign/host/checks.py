@@ -11,11 +11,11 @@ from ..config import LearnAlignConfig
 from ..gradients import UnseenParametersError, check_parameters, unseen_message
 from ..pool import load_target
 from ..prompts import check_dataset, check_duplicates, check_prompts, warn_of_answers
+from ..randomness import random_state, set_random_state
 from ..reading import columns_read, read_prompts
 from ..rehearsal import rehearse
 from ..rewards import check_success_reward
 from .generation import is_colocated
-from .random import random_state, set_random_state
 
 
 _LONG = 1000  # tokens, where nothing limits a completion

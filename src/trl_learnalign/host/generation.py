@@ -14,9 +14,9 @@ from transformers import Trainer, set_seed
 from ..groups import Group, shared
 from ..modes import turn_dropout_off
 from ..projection import stable_hash
+from ..randomness import random_state, set_random_state
 from ..reading import read_rows
 from ..rewards import guarded
-from .random import random_state, set_random_state
 
 
 _IMAGES = {"pixel_values", "num_images"}  # what TRL's batches hold where any rollout has one

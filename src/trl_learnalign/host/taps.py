@@ -87,6 +87,8 @@ def observe_rewards(trainer: Trainer, observer: RewardObserver, check: RowCheck 
         try:
             if failure is None:
                 trained = _in_loss(output)
+                if seen and len(trained) != len(seen[0][0]):  # a subclass returns others than were rewarded
+                    trained = np.ones(len(seen[0][0]), bool)
                 digest = check(batch, seen[0][0]) if check is not None and seen else 0
         except Exception as error:
             failure = error
@@ -129,9 +131,9 @@ def _agreed(trainer, failure: Exception | None, digest: int, trained: np.ndarray
     """
     accelerator = trainer.accelerator
     if accelerator.num_processes > 1:
-        rows = torch.zeros(trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation)
-        rows[: len(trained)] = torch.from_numpy(trained)
-        own = torch.tensor([failure is not None, digest, *rows.tolist()], dtype=torch.int64)
+        rows = [1] * (trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation)
+        rows[: len(trained)] = trained.tolist()
+        own = torch.tensor([failure is not None, digest, *rows], dtype=torch.int64)
         found = accelerator.gather(own[None].to(accelerator.device)).cpu()
     else:
         found = torch.tensor([[failure is not None, digest]])

@@ -261,9 +261,9 @@ class Host(ABC):
             first = first.where(~first.isnan(), other)
         return first
 
-    def try_rewards(self) -> None:
+    def try_rewards(self, row: int) -> None:
         """See [`~trl_learnalign.host.trial.try_rewards`]."""
-        try_rewards(self)
+        try_rewards(self, row)
 
     @abstractmethod
     def advantages(self, rewards: torch.Tensor, penalties: torch.Tensor) -> torch.Tensor:

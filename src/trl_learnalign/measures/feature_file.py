@@ -69,8 +69,12 @@ class PromptFeatures:
         def fill(temporary):
             try:
                 os.link(source / self.file, temporary)
+                if hashlib.sha256(temporary.read_bytes()).hexdigest() == self.sha256:
+                    return
+                temporary.unlink()  # of another run with this key, or damaged
             except (OSError, TypeError):  # not there, a file system without links, or no source
-                temporary.write_bytes(self.content())
+                pass
+            temporary.write_bytes(self.content())
 
         make_directory(directory)
         for leftover in directory.glob(f".{self.file}.*.tmp"):

@@ -90,10 +90,10 @@ def hidden_states(
     found = peers.broadcast(read_features(directory, key) if host.accelerator.is_main_process else None)
     if found is not None:
         return found
-    before()
     forward = HalfForward(host)
     if host.accelerator.is_main_process:
         print(f"LearnAlign plan: {_what_it_takes(host, rows, forward)}", flush=True)
+    before()
     log = open_log(scratch(directory) / "hidden_states", key, host.accelerator, peers)
     try:
         values = _compute(host, peers, rows, forward, log)

@@ -74,16 +74,16 @@ class UniformDraws:
     def take(self, number: int, flying: np.ndarray | None = None) -> list[int]:
         """
         The next rows. Those of `flying`, which are in flight, come later, so that each comes as often as the others;
-        where the whole pool is in flight none waits.
+        where too few of the pool are not in flight none waits.
         """
         waiting = set() if flying is None else set(flying.tolist())
-        waiting = waiting if len(waiting) < len(self.pool) else set()
+        waiting = waiting if len(self.pool) - len(waiting) >= number else set()
         rows = [row for row in self.postponed if row not in waiting][:number]
         self.postponed = [row for row in self.postponed if row not in rows]
         while len(rows) < number:
             row = int(self.pool[self._order[self.position]])
             self.position += 1
-            if row not in waiting:
+            if row not in waiting and (flying is None or row not in rows or len(self.pool) < number):
                 rows.append(row)
             elif row not in self.postponed:
                 self.postponed.append(row)

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from ..measures.feature_file import PromptFeatures
 from ..rewards import check_success_reward
-from ..scoring import is_success
+from ..scoring import has_gradient, is_success
 from . import draws, judge
 from .base import Schedule
 from .draws import Drawn, UniformDraws
@@ -29,7 +29,7 @@ from .overview import (
 )
 from .predictor import SuccessPredictor, expected_learnability
 from .prompt_features import check_online, eligible_rows, hidden_features, known_beforehand, whole_features
-from .scored import Scored, has_gradient
+from .scored import Scored, varies
 
 
 logger = logging.getLogger(__name__)
@@ -224,15 +224,14 @@ class OnlineSchedule(Schedule):
         if chunk < self.observed or chunk not in self.drawn:
             return None
         drawn = self.drawn[chunk]
-        deciding, total = self._rewards(rewards)
+        deciding, advantages = self._rewards(rewards)
         masked = self._masked.pop(chunk, np.zeros(deciding.shape, bool))
-        deciding = np.where(masked.all(1, keepdims=True), np.nan, deciding)  # it teaches nothing, whatever its rewards
+        live = has_gradient(advantages, ~masked)
         outcomes = self._outcomes(deciding)
+        dead = masked.all(1) | (~live & varies(outcomes))  # it teaches nothing, whatever its rewards
+        outcomes[dead] = np.nan
         trials, successes = np.isfinite(outcomes).sum(1), np.nansum(outcomes, axis=1)
-        equal = np.nan_to_num(outcomes, nan=-np.inf).max(1) == np.nan_to_num(outcomes, nan=np.inf).min(1)
-        live = has_gradient(total, masked)
-        seen = trials > 0
-        before = self.history.groups, self.scored.counts[0]
+        seen, equal, before = trials > 0, ~varies(outcomes), self.history.groups
         rows, observed, uniform = drawn.rows[seen], successes[seen] / trials[seen], drawn.uniform[seen]
         self.history.count(drawn.predicted[seen], observed, uniform, live[seen], self.memory.visits[rows])
         good = observed >= 0.5
@@ -246,24 +245,22 @@ class OnlineSchedule(Schedule):
         else:
             self.memory.suspect(drawn.rows, *self.posterior(drawn.rows, chunk), successes, trials)
         self.predictor.observe(chunk, drawn.rows, successes, trials, noise)
-        self.scored.observe(chunk, drawn.rows, seen, masked)
+        self.scored.observe(chunk, drawn.rows, seen, dead, masked)
         self.memory.update(drawn.rows, chunk, successes, trials, equal, self._weight)
         self.observed = chunk + 1
         self.drawn = {number: one for number, one in self.drawn.items() if number >= chunk}
         self._record(chunk, drawn, live, observed)
-        self._warn_of_rewards(*(one < judge.TRIED for one in before), chunk == 0 and not seen.any())
+        self._warn_of_rewards(before, chunk == 0 and not seen.any())
         return self._suspicious(drawn.rows)
 
-    def _warn_of_rewards(self, few_scored, few, nothing):
-        """Once, when enough was seen; at once where nothing of the first chunk can be learnt from."""
-        texts = []
-        if (few_scored and self.history.groups >= judge.TRIED) or nothing:
-            texts.append(nothing_to_predict(self))
-        if few and self.scored.counts[0] >= judge.TRIED:
+    def _warn_of_rewards(self, before, nothing):
+        """When enough was seen; at once where nothing of the first chunk can be learnt from."""
+        tried = before < judge.TRIED <= self.history.groups
+        texts = [nothing_to_predict(self)] if tried or nothing else []
+        if self.scored.counts[0] >= judge.TRIED:
             texts += self.scored.warnings(self.host.reward_names)
-        for text in filter(None, texts):
-            if self.host.accelerator.is_main_process:
-                logger.warning(text)
+        for text in filter(None, texts * self.host.accelerator.is_main_process):
+            logger.warning(text)
 
     def suspects(self) -> tuple[np.ndarray, np.ndarray]:
         """See [`PromptMemory.suspects`]; none before the prediction was tried."""
@@ -288,9 +285,13 @@ class OnlineSchedule(Schedule):
         self.completions = {row: text for (row, text), so in zip(known.items(), suspects, strict=True) if so}
 
     def _rewards(self, rewards):
-        """Of `(n, G, F)` rewards the one that decides success and the total, `(n, G)` each; NaN for none."""
+        """
+        Of `(n, G, F)` rewards the one that decides success, NaN for none, and the advantages, but for a penalty; of
+        shape `(n, G)` each.
+        """
         rewards = torch.from_numpy(rewards)
-        return self.host.deciding(rewards, self.config).numpy(), self.host.total(rewards).numpy()
+        none = torch.zeros(rewards.shape[:2])
+        return self.host.deciding(rewards, self.config).numpy(), self.host.advantages(rewards, none).numpy()
 
     def _outcomes(self, deciding):
         """1 for a success, else 0; graded rewards scaled to [0, 1]. NaN where there is none; of shape `(n, G)`."""

@@ -168,9 +168,11 @@ def _when(schedule, step, max_steps):
     if known.choosing:
         return f"{steps} chosen prompts, as long as choosing helps ({UNIFORM:.0%} are random)."
     layout = schedule.layout
-    # The prediction must have been tried when a chunk is drawn, and the dataloader reads ahead
-    chunks = known.chunks_to_try(layout.chunk_prompts) + math.ceil(layout.read_ahead / layout.repeats)
-    first = max(layout.steps_of(observed + chunks), step) + 1
+    # The prediction must have been tried when a step begins, which draws its batches and what is read ahead
+    tried = observed + known.chunks_to_try(layout.chunk_prompts)
+    begun = (tried - 1) * layout.repeats // layout.accumulation + 1  # steps before
+    chunk = math.ceil((begun * layout.accumulation + layout.read_ahead) / layout.repeats)
+    first = max(chunk * layout.repeats // layout.accumulation, step) + 1
     if first > max_steps:
         return (
             f"{steps} random prompts, as TRL would: a prediction is judged after {judge.TRIED} random prompts, so "

@@ -1,6 +1,8 @@
 """Random numbers, put back as they were."""
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -24,6 +26,22 @@ def set_random_state(state: tuple) -> None:
     for name, of_device in state[3].items():
         module = getattr(torch, name)
         (module.set_rng_state_all if hasattr(module, "set_rng_state_all") else module.set_rng_state)(of_device)
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """
+    Random numbers that are the same each time and on every process, as a user's transform may draw some; afterwards
+    all generators are as they were.
+    """
+    state = random_state()
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    try:
+        yield
+    finally:
+        set_random_state(state)
 
 
 def _available():
