@@ -500,7 +500,7 @@ def test_the_main_process_decides_whose_completions_are_asked_for(first):
 def test_rewards_that_are_no_numbers_end_both_processes(first):
     _, (one, two) = first["online reward returns texts"]
     assert two["error"].startswith(
-        "RewardError: The reward function `fixed_reward` failed: TypeError: reward 0 is '1.0'"
+        "RewardError: The reward function `digit_reward` failed: TypeError: reward 0 is '1.0'"
     )
     assert one["error"].startswith("RuntimeError: Process 1 failed in a generation for training")
     assert one["step"] == two["step"] == 0
