@@ -112,7 +112,7 @@ def identity(host) -> dict:
 
 def _rewards(trainer):
     """Of each reward function what it is; of a reward model also of what makes its tokens."""
-    processors = getattr(trainer, "reward_processing_classes", None) or [None] * len(trainer.reward_funcs)
+    processors = trainer.reward_processing_classes or [None] * len(trainer.reward_funcs)
     pairs = zip(trainer.reward_funcs, processors, strict=True)
     return [
         digest([seen(one).digest, identify(processor)]) if isinstance(one, nn.Module) else seen(one).digest
