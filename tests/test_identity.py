@@ -22,12 +22,17 @@ from tiny import (
     make_trainer,
     parity_reward,
 )
+from torch import nn
+from transformers import Qwen2Config, Qwen2ForSequenceClassification
 from trl.rewards import get_soft_overlong_punishment
 
 from trl_learnalign import select_prompts
 from trl_learnalign.build import load_reward
 from trl_learnalign.host import find_host
-from trl_learnalign.identity import identify, unknown_parts
+from trl_learnalign.identity import examine, identify
+from trl_learnalign.measures import rollouts
+from trl_learnalign.seen import look, note
+from trl_learnalign.seen import seen as seen_function
 
 
 def same(*values):
@@ -40,7 +45,7 @@ def different(*values):
 
 def compiled(text, name="f"):
     """A function without a file, as of a console or a notebook that was sent to a shell."""
-    space = {}
+    space = {"__name__": "__main__"}
     exec(text, space)
     return space[name]
 
@@ -75,7 +80,7 @@ def test_values_that_a_function_works_with():
     def over(value):
         return lambda x: value
 
-    assert different(*map(over, values)) and not any(unknown_parts(over(value)) for value in values)
+    assert different(*map(over, values)) and not any(examine(over(value))[1] for value in values)
     assert same(over({"a", "b", "c"}), over({"c", "b", "a"})) and same(over(make_model(0)), over(make_model(0)))
     table = {"a": 1}
     read = compiled("def f(x):\n    return table[x]")
@@ -112,34 +117,108 @@ def test_objects():
     assert different(one.turn, Scorer(5).turn)
 
 
+def make_stateful(least, seen, *, calls=0, most=3):
+    known, drawn = {}, np.random.default_rng(0)
+
+    def reward(completions, weight=least, *, most=most, **kwargs):
+        nonlocal calls
+        calls += 1
+        seen.append(len(completions))
+        for completion in completions:
+            if completion not in known:
+                known[completion] = len(completion) + drawn.random()
+            known[completion] += 1
+        reward.last = completions
+        return [float(least <= len(completion) <= most) * weight for completion in completions]
+
+    reward.last = None
+    return reward
+
+
+IDIOMS = """
+import collections, functools, heapq, itertools
+CACHE, LOG, HEAP, COUNTER, MODEL, HISTORY = {}, set(), [], itertools.count(), None, collections.defaultdict(list)
+
+def put(where, key, value):
+    where[key] = value
+
+def helper(completions, **kwargs):
+    put(CACHE, completions[0], 1)
+
+def alias(completions, **kwargs):
+    log = LOG
+    log.add(completions[0])
+
+def heap(completions, **kwargs):
+    heapq.heappush(HEAP, completions[0])
+
+def counter(completions, **kwargs):
+    next(COUNTER)
+
+def lazy_global(completions, **kwargs):
+    global MODEL
+    MODEL = MODEL or object()
+
+def default(completions, cache={}, **kwargs):
+    cache[completions[0]] = 1
+
+def of_function(completions, **kwargs):
+    of_function.n = getattr(of_function, "n", 0) + 1
+
+def history(completions, **kwargs):
+    HISTORY[len(completions)].append(1)
+
+class Cached:
+    def __init__(self):
+        self._cache, self.log = {}, collections.deque(maxlen=10)
+
+    @functools.cached_property
+    def table(self):
+        return {"a": 1}
+
+    def remember(self, text):
+        cache = self._cache
+        cache[text] = 1
+
+    def __call__(self, completions, **kwargs):
+        log = self.log
+        log.append(1)
+        self.remember(completions[0])
+        if not hasattr(self, "_lazy"):
+            self._lazy = self.table | {"b": object()}
+
+cached = Cached()
+"""
+
+
 def test_state_that_calls_change_counts_as_it_was_first_seen():
     """Lists of completions, counters, caches, generators: else every call would be of another function."""
-
-    def make(least, seen, *, calls=0, most=3):
-        known, drawn = {}, np.random.default_rng(0)
-
-        def reward(completions, weight=least, *, most=most, **kwargs):
-            nonlocal calls
-            calls += 1
-            seen.append(len(completions))
-            for completion in completions:
-                if completion not in known:
-                    known[completion] = len(completion) + drawn.random()
-                known[completion] += 1
-            reward.last = completions
-            return [float(least <= len(completion) <= most) * weight for completion in completions]
-
-        reward.last = None
-        return reward
-
-    reward, seen = make(1, []), Seen()
-    before = identify(reward), identify(seen)
-    reward(["ab", "c"])
-    seen(completions=["ab", "c"], row=[1, 2])
-    assert (identify(reward), identify(seen)) == before == (identify(make(1, [])), identify(Seen()))
-    assert different(reward, make(5, []), make(1, [], most=4), make(1, [2]), make(1, [], calls=4))
+    space = {"__name__": "__main__"}
+    exec(IDIOMS, space)
+    names = "helper alias heap counter lazy_global default of_function history cached".split()
+    functions = [space[name] for name in names] + [make_stateful(1, []), Seen()]
+    for function in functions:
+        before = look(function).digest
+        function(completions=["ab", "c"], row=[1, 2])
+        assert seen_function(function).digest == before, function  # of a run under way
+        note(function)
+        assert look(function).digest == before, function  # of the next
+        function(completions=["d"], row=[3])
+        assert (look(function).digest != before) == (function is not space["lazy_global"]), function  # by hand
+    cached = space["Cached"]()
+    before = look(cached.remember).digest
+    cached.remember("a")
+    note(cached.remember)
+    assert look(cached.remember).digest == before
+    for made in (Seen, lambda: make_stateful(1, []), space["Cached"]):  # in another process
+        assert same(made(), made())
+    make = make_stateful
+    assert different(make(1, []), make(5, []), make(1, [], most=4), make(1, [2]), make(1, [], calls=4))
     wrapped = [update_wrapper(lambda *args, f=f, **kwargs: f(*args, **kwargs), f) for f in (make(1, []), make(5, []))]
     assert different(*wrapped)
+
+
+def test_a_tokenizer_that_a_function_calls():
     tokenizer = make_tokenizer()
 
     def counts(completions):
@@ -151,6 +230,52 @@ def test_state_that_calls_change_counts_as_it_was_first_seen():
     assert identify(counts) == before
     tokenizer.add_tokens(["12"])
     assert identify(counts) != before
+
+
+def test_large_tables():
+    """However many containers of plain values; of more objects than can be looked at one warning names the place."""
+    table = {str(i): [i] for i in range(250_000)}
+    points = {"all": [(datetime.date(2020, 1, 1), lambda: 0) for _ in range(90_000)]}
+
+    def reads(completions):
+        return [table.get(completion) for completion in completions]
+
+    def too_many(completions):
+        return points
+
+    found, unknown = examine(reads)
+    assert not unknown
+    table["7"][0] = 8
+    assert examine(reads)[0] != found
+    assert examine(too_many)[1] == ["`points` (more than 200,000 objects)"]
+
+
+PYDANTIC = """
+from pydantic import BaseModel, field_validator
+
+class Answer(BaseModel):
+    value: int = {}
+    names: list[str] = []
+
+    @field_validator("value", mode="{}")
+    @classmethod
+    def least(cls, value):
+        return max(value, {})
+
+def f(completions, **kwargs):
+    return [Answer(value=len(completion)).value for completion in completions]
+"""
+
+
+def test_models_of_pydantic_are_their_fields_and_validators():
+    """Not the addresses of what is made of these, which differ each time that a class is made."""
+    pytest.importorskip("pydantic")
+    variants = (1, "after", 1), (1, "after", 1), (2, "after", 1), (1, "before", 1), (1, "after", 2)
+    functions = [compiled(PYDANTIC.format(*one)) for one in variants]
+    before = [examine(function) for function in functions]
+    assert not any(unknown for _, unknown in before)
+    functions[0](["ab"])
+    assert examine(functions[0]) == before[0] == before[1] and different(*functions[1:])
 
 
 class Connected:
@@ -202,6 +327,156 @@ def test_functions_without_a_file_are_not_all_equal(tmp_path):
         for least in (2, 6)
     ]
     assert rates[0] > rates[1]
+
+
+CELL = """
+TABLE, weight = {"bonus": 1.0}, 1.0
+
+def reward(completions, **kwargs):
+    global weight
+    weight *= 0.5
+    TABLE["calls"] = TABLE.get("calls", 0) + 1
+    return [float(TABLE["bonus"] * len(completion) > 3) for completion in completions]
+"""
+
+
+class Tables:
+    def __init__(self):
+        self.items = {"least": 2}
+
+
+class Counting:
+    __name__ = "counting"
+
+    def __init__(self, tables):
+        self.tables, self.items, self.least = tables, [], 0
+
+    def __call__(self, completions, **kwargs):
+        self.items.append(len(completions))
+        self.least *= 2
+        return [float(len(text) >= max(self.least, self.tables.items["least"])) for text in completions]
+
+
+def test_what_is_changed_by_hand_is_measured_again_and_what_calls_change_is_not(tmp_path, monkeypatch):
+    """As in a notebook, where cells are run again while the process lives."""
+    rolled_out = count_generations(monkeypatch)
+
+    def select(trainer):
+        before = len(rolled_out)
+        return rate(select_prompts(trainer, config(score="learnability"))), len(rolled_out) > before
+
+    space = {"__name__": "__main__"}
+    exec(CELL, space)
+    cell = make_trainer(tmp_path / "cell", reward=space["reward"])
+    first, _ = select(cell)
+    assert first > 0 and select(cell) == (first, False)
+    space["weight"] = 3.0
+    assert select(cell) == (first, True) and select(cell) == (first, False)
+    space["TABLE"]["bonus"] = 0.0
+    assert select(cell) == (0, True)
+    exec(CELL.replace("1.0}", "0.5}"), space)  # the trainer keeps the function of before, which reads the new table
+    half, again = select(cell)
+    assert 0 < half < first and again
+    exec(CELL.replace("1.0}", "0.0}"), space)
+    assert select(make_trainer(tmp_path / "cell", reward=space["reward"])) == (0, True)
+
+    counting = Counting(Tables())
+    trainer = make_trainer(tmp_path / "object", reward=counting)
+    first, _ = select(trainer)
+    assert select(trainer) == (first, False)
+    counting.tables.items["least"] = 6
+    assert select(trainer)[0] < first and not select(trainer)[1]
+    counting.tables.items["least"], counting.least = 0, 1
+    assert select(trainer)[1]
+
+
+def count_generations(monkeypatch, stop=None):
+    """The batches that are rolled out; a process is killed in place of the one after `stop`."""
+    rolled_out, generate = [], rollouts.generate_in_parts
+
+    def counted(host, dataset, rows, *args):
+        rolled_out.append(rows)
+        if len(rolled_out) == stop:
+            raise KeyboardInterrupt
+        return generate(host, dataset, rows, *args)
+
+    monkeypatch.setattr(rollouts, "generate_in_parts", counted)
+    return rolled_out
+
+
+def test_a_run_killed_in_its_selection_goes_on_whatever_its_reward_function_keeps(tmp_path, monkeypatch):
+    """The function of the process that is started again is as that of the first was, before warm-up filled a cache."""
+    rolled_out, space = count_generations(monkeypatch, stop=3), {}
+    exec(IDIOMS, space)
+
+    def run(**resume):
+        cached, default = space["Cached"](), {}
+
+        def reward(completions, cache=default, **kwargs):
+            cached(completions)
+            put(cache, completions[0])
+            return parity_reward(completions)
+
+        def put(where, key):
+            where[key] = 1
+
+        settings = config(score="learnability", warmup_prompts=4, rollout_batch_prompts=4, num_prompts=4)
+        trainer = make_trainer(tmp_path, settings, reward=reward, save_strategy="steps", save_steps=1, max_steps=4)
+        return trainer.train(**resume)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    run(resume_from_checkpoint=True)
+    assert len(rolled_out) == 7  # of 6 batches one twice
+
+
+def test_a_base_whose_weights_are_buffers(tmp_path):
+    """As those of GPTQ and AWQ."""
+
+    class Quantized(nn.Linear):
+        def __init__(self, linear):
+            super().__init__(linear.in_features, linear.out_features, bias=False)
+            del self.weight
+            self.register_buffer("weight", linear.weight.detach().clone())
+
+    def select(scale):
+        model, seen = make_model(), Seen()
+        for layer in model.model.layers:
+            layer.mlp.down_proj = Quantized(layer.mlp.down_proj)
+            layer.mlp.down_proj.weight *= scale
+        select_prompts(make_trainer(tmp_path, model=model, reward=seen), config(score="learnability"))
+        return len(seen.rows)
+
+    assert [select(1), select(1), select(200)] == [24 * 8, 0, 24 * 8]
+    scratch = nn.Linear(2, 2)
+    before = identify(scratch)
+    scratch.register_buffer("scratch", torch.ones(1), persistent=False)
+    assert identify(scratch) == before
+
+
+def test_a_reward_model_reads_by_its_own_tokenizer(tmp_path, monkeypatch):
+    rolled_out = count_generations(monkeypatch)
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = Qwen2ForSequenceClassification(
+        Qwen2Config(vocab_size=len(make_tokenizer()), num_key_value_heads=1, num_labels=1, pad_token_id=0, **size)
+    )
+
+    def select(template):
+        before, tokenizer = len(rolled_out), make_tokenizer()
+        tokenizer.chat_template = template or tokenizer.chat_template
+        trainer = make_trainer(
+            tmp_path,
+            reward=model,
+            dataset=make_dataset(6, conversational=True),
+            reward_tokenizers=[tokenizer],
+        )
+        select_prompts(trainer, config(score="learnability", learnability="variance"))
+        return len(rolled_out) - before
+
+    other = "{% for message in messages %}9{{ message['content'] }}{% endfor %}"
+    found = [select(template) for template in (None, None, other, other)]
+    assert found[0] == found[2] > 0 and found[1] == found[3] == 0
 
 
 class Ranks:

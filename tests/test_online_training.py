@@ -455,7 +455,7 @@ def test_a_checkpoint_without_its_state_is_passed_over_or_refused(finished, copi
         ValueError, match=f"{STATE_FILE}', the state of the schedule in this checkpoint, cannot be used"
     ):
         trainer.train(resume_from_checkpoint=str(copied / "checkpoint-5"))
-    callback.unlock()
+    callback.ended()
     trainer, paid = resume(copied)  # from the one before it
     assert paid.calls == finished[1].calls[4:]
     assert_same_weights(weights(trainer), finished[2])

@@ -139,6 +139,7 @@ def make_trainer(
     model=None,
     processor=False,
     eval_dataset=None,
+    reward_tokenizers=None,
     **changes,
 ):
     """
@@ -148,6 +149,7 @@ def make_trainer(
     kwargs = {
         "model": model if model is not None else make_model(),
         "reward_funcs": reward,
+        "reward_processing_classes": reward_tokenizers,
         "args": grpo_args(path, kind, **changes),
         "train_dataset": dataset if dataset is not None else make_dataset(),
         "eval_dataset": eval_dataset,

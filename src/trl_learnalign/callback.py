@@ -57,6 +57,7 @@ class LearnAlignCallback(TrainerCallback):
         self.host = find_host(trainer)
         self.config, self.schedule = sampler.config, sampler.schedule
         with Peers(trainer.accelerator) as peers:  # what one process alone finds wrong ends all
+            self.host.look_at_functions()
             self.host.check(self.config, self.schedule.selects)
             self.schedule.check(self.host)
             if self.config.after_warmup == "restart":
@@ -89,6 +90,7 @@ class LearnAlignCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._pending = None
+        self.host.look_at_functions()
         with Peers(self.trainer.accelerator) as peers:
             if self.trainer.accelerator.is_main_process and self._lock is None:
                 self._lock = DirectoryLock(self._directory())
@@ -143,6 +145,11 @@ class LearnAlignCallback(TrainerCallback):
         if self._pending is None and self.selections:
             forget_measures(self.host)
         self._say_end()
+        self.ended()
+
+    def ended(self) -> None:
+        """To be called when training has ended, finished or not."""
+        self.host.note_functions()
         self.unlock()
 
     def unlock(self) -> None:

@@ -1,24 +1,27 @@
-"""Digests of large things: the weights of a model, what a tokenizer does, an array."""
+"""What large things are: the weights of a model, the numbers of a tensor, a tokenizer, containers of plain values."""
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 
+ATOMS = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), type(NotImplemented))
 _SAMPLE = 64  # numbers of each tensor of a model
+_DEEPEST = 50  # containers in containers
 
 
 def digest_of_tensors(model: nn.Module, chosen: Callable = lambda parameter: True) -> str:
     """
-    Of a model's parameters for which `chosen` holds: names, types, shapes, and a sample of the numbers of each, evenly
-    spaced. Of those whose numbers are elsewhere (ZeRO-3, or offloaded to the meta device) the rest alone.
+    Of a model's parameters and persistent buffers for which `chosen` holds: names, types, shapes, and a sample of the
+    numbers of each, evenly spaced. Quantized weights may be buffers. Of those whose numbers are elsewhere (ZeRO-3, or
+    offloaded to the meta device) the rest alone.
     """
     hashed = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    for name, parameter in (*model.named_parameters(), *_persistent_buffers(model)):
         if chosen(parameter):
             tensor = parameter.detach()
             shape = tuple(getattr(parameter, "ds_shape", tensor.shape))
@@ -27,6 +30,37 @@ def digest_of_tensors(model: nn.Module, chosen: Callable = lambda parameter: Tru
                 flat = tensor.reshape(-1)
                 hashed.update(tensor_bytes(flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE]))
     return hashed.hexdigest()
+
+
+def _persistent_buffers(model) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, module in model.named_modules():
+        for own, buffer in module.named_buffers(recurse=False):
+            if own not in module._non_persistent_buffers_set:
+                yield f"{name}.{own}", buffer
+
+
+def plain_content(value) -> bytes | None:
+    """Of lists, tuples, dicts and sets of plain values and of each other: equal bytes mean equal; else `None`."""
+    parts = []
+    return "".join(parts).encode("utf-8", "surrogatepass") if _plain(value, parts.append, 0) else None
+
+
+def _plain(value, put, depth):
+    kind = type(value)
+    if kind in ATOMS:
+        put(f"{kind.__name__} {value!r},")
+        return True
+    if kind in (list, tuple, dict):
+        put(f"{kind.__name__} {len(value)}(")
+        values = value if kind is not dict else (part for pair in value.items() for part in pair)
+        return depth < _DEEPEST and all(_plain(part, put, depth + 1) for part in values)
+    if kind in (set, frozenset):
+        contents = [plain_content(part) for part in value] if depth < _DEEPEST else [None]
+        if None in contents:
+            return False
+        put(f"{kind.__name__} {len(value)}({sorted(contents)!r}")
+        return True
+    return False
 
 
 def tensor_bytes(tensor: torch.Tensor) -> bytes:

@@ -25,6 +25,7 @@ def plan_selection(trainer: Trainer, config: LearnAlignConfig) -> tuple[str, boo
     whole pool. Every process must call this.
     """
     host = find_host(trainer)
+    host.look_at_functions()
     whole = checked_run(host, config, 0)
     prompts, each, world = len(whole.pool), whole.num_rollouts, trainer.accelerator.num_processes
     if not config.measures:
@@ -40,6 +41,7 @@ def plan_selection(trainer: Trainer, config: LearnAlignConfig) -> tuple[str, boo
         with trial.peers:
             selection = trial._run()
             written = trial.peers.gather(_bytes_of(trial.path_of_measures))  # each process has a directory of its own
+    host.note_functions()
     more, learnable = prompts / tried, selection.num_learnable()
     times = _whole(selection.provenance["seconds"], more)
     disk = _whole(_summed(written), more)

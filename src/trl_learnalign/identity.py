@@ -15,7 +15,6 @@ import sys
 import threading
 import types
 import uuid
-import weakref
 from pathlib import PurePath
 
 import numpy as np
@@ -26,45 +25,47 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .bytecode import Code, changes, read_code
-from .contents import digest_of_tensors, tensor_bytes, tokenizer_content
+from .bytecode import Code, read_code
+from .contents import ATOMS, digest_of_tensors, plain_content, tensor_bytes, tokenizer_content
 from .rows import dataset_fingerprint, format_of
 from .user_code import file_of, is_library, version_of
 
 
-_MOST = 200_000  # values that are looked at: an object that leads to more is not known
-_ATOMS = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), type(NotImplemented))
+_MOST = 200_000  # objects that are looked at: one that leads to more is not known
 _LOCKS = (type(threading.Lock()), type(threading.RLock()), threading.Event, threading.Condition, threading.Semaphore)
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 _OF_NOBODY = (random._inst, np.random.mtrand._rand, torch.default_generator)  # seeded before rewards are computed
 _OF_A_CLASS = {
     *("__dict__", "__weakref__", "__doc__", "__module__", "__qualname__", "__firstlineno__", "__static_attributes__"),
-    *("__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__", "_abc_impl"),
+    *("__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__", "_abc_impl", "__signature__"),
 }
 _BUILTIN = (types.BuiltinFunctionType, types.WrapperDescriptorType, types.MethodWrapperType)
 _DESCRIPTORS = (types.MethodDescriptorType, types.ClassMethodDescriptorType, types.GetSetDescriptorType)
-_FIRST: dict[tuple[int, str], tuple] = {}  # of what functions change themselves: whose it is, and its digest at first
 
 
 def identify(value) -> str:
     """
-    Digest of a function, an object or a value; see [`unknown_parts`] for what it may depend on that cannot be known,
-    which gives another digest at every call.
+    Digest of a function, an object or a value, as it is now: another one at every call if it may depend on something
+    that cannot be known, see [`examine`]. What functions themselves change is part of it: see
+    [`~trl_learnalign.seen.seen`].
 
     A function is its code, its defaults, and the variables that its code names: functions of the user's, classes and
     objects in turn, plain values, containers, arrays, tables and datasets by their content, modules and functions of
     installed packages by name and version. An object is its class and its attributes; a model its class, its name, and
-    a sample of its weights. Variables, attributes and containers that the code itself changes, such as a list of all
-    completions so far, count as they were when they were first seen, and so do random generators.
+    a sample of its weights.
     """
-    return _Walk().of(value)
+    found, unknown = examine(value)
+    return uuid.uuid4().hex if unknown else found
 
 
-def unknown_parts(value) -> list[str]:
-    """Where a function or an object holds something that cannot be identified, such as a connection: type and name."""
+def examine(value) -> tuple[str, list[str]]:
+    """
+    Digest of a function, an object or a value, and where it holds something that cannot be identified, such as a
+    connection: type and name. In the digest such a part is known by its address, so it says only whether anything
+    changed since the last time in this process.
+    """
     walk = _Walk()
-    walk.of(value)
-    return walk.unknown
+    return walk.of(value), walk.unknown
 
 
 class _Walk:
@@ -75,7 +76,6 @@ class _Walk:
         self._hash = hashlib.sha256()
         self._met: dict[int, int] = {}
         self._kept = []  # else another object might get the address of one that was looked at
-        self._codes: list[Code] = []  # under way
         self._path: list[str] = []
         self._looks = itertools.count()
 
@@ -89,17 +89,20 @@ class _Walk:
             self._hash.update(b"%d:" % len(content) + content)
 
     def _apart(self, value) -> str:
-        """A digest by itself, for parts in no order, and for those of another moment."""
+        """A digest by itself, for parts in no order."""
         other = _Walk()
-        other._codes, other._path, other._looks = self._codes, self._path, self._looks
+        other._path, other._looks = self._path, self._looks
         found = other.of(value)
         self.unknown += other.unknown
         return found
 
     def _add(self, value, name=""):
         kind = type(value)
-        if kind in _ATOMS:
+        if kind in ATOMS:
             self._say(kind.__name__, value if kind is bytes else repr(value))
+            return
+        if kind in (list, tuple, dict, set, frozenset) and (content := plain_content(value)) is not None:
+            self._say("plain", content)
             return
         if kind not in (tuple, frozenset):  # constants, which one process may share and another not
             if id(value) in self._met:
@@ -109,24 +112,27 @@ class _Walk:
         self._kept.append(value)
         if name:
             self._path.append(name)
-        codes = len(self._codes)
         try:
-            if next(self._looks) > _MOST:
-                self._not_known(value)
-            else:
+            number = next(self._looks)
+            if number < _MOST:
                 self._look(value, kind)
+            elif number == _MOST:
+                self._not_known(self._path[:1], f"more than {_MOST:,} objects", id(value))
+            else:
+                self._say("unknown", id(value))
         except Exception:  # whatever an object of the user's does when it is looked at
-            self._not_known(value)
+            self._unknown(value)
         finally:
-            del self._codes[codes:]
             if name:
                 self._path.pop()
 
-    def _not_known(self, value):
-        named = f"{type(value).__module__}.{type(value).__qualname__}"
+    def _unknown(self, value):
+        self._not_known(self._path, f"{type(value).__module__}.{type(value).__qualname__}", id(value))
+
+    def _not_known(self, path, what, address):
         if len(self.unknown) < 10:
-            self.unknown.append(f"`{'.'.join(self._path)}` ({named})" if self._path else named)
-        self._say("unknown", uuid.uuid4().hex)
+            self.unknown.append(f"`{'.'.join(path)}` ({what})" if path else what)
+        self._say("unknown", address)
 
     def _look(self, value, kind):
         for kinds, look in self._LOOKS:
@@ -148,25 +154,22 @@ class _Walk:
         code = Code() if library else read_code(function.__code__)
         self._say(*("function", of, function.__qualname__, version_of(of)) if library else ("code",))
         self._add(code.steps)
-        self._codes.append(code)
         closure = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=False))
         for name, cell in closure.items():
             self._say(name)
             if cell != types.CellType():
-                self._variable(cell, name, cell.cell_contents, code.changed)
+                self._add(cell.cell_contents, name)
         if library:
             return
         defaults = dict(enumerate(function.__defaults__ or ())) | (function.__kwdefaults__ or {})
         for name, default in defaults.items():
             self._say("default", name)
-            self._variable(function, str(name), default, code.changed)
-        self._attributes(function, vars(function), code.changed)
+            self._add(default, str(name))
+        self._attributes(vars(function))
         self._names(around, code)
 
     def _method(self, method):
         self._add(method.__func__)
-        if isinstance(method.__func__, types.FunctionType):
-            self._codes.append(read_code(method.__func__.__code__))
         self._add(method.__self__)
 
     def _names(self, around: dict, code: Code):
@@ -176,7 +179,7 @@ class _Walk:
                 if isinstance(around[name], types.ModuleType):
                     self._module(around[name], code)
                 else:
-                    self._variable(around, name, around[name], code.changed)
+                    self._add(around[name], name)
         for level, name in code.imports:
             self._say("import", level, name)
             if level == 0 and is_library(name):
@@ -199,7 +202,7 @@ class _Walk:
             value = vars(module).get(name, module)
             if not isinstance(value, types.ModuleType):
                 self._say(name)
-                self._variable(vars(module), name, value, code.changed)
+                self._add(value, name)
             elif value is not module and id(value) not in self._met:
                 self._met[id(value)] = len(self._met)
                 self._module(value, code)
@@ -219,8 +222,10 @@ class _Walk:
             return
         for base in kind.__bases__:
             self._add(base)
-        values = {name: value for name, value in vars(kind).items() if name not in _OF_A_CLASS}
-        self._attributes(kind, values, self._changes(kind))
+        self._attributes({name: value for name, value in vars(kind).items() if _is_own(name)})
+        if (found := vars(kind).get("__pydantic_decorators__")) is not None:
+            groups = [getattr(found, name) for name in found.__dataclass_fields__]
+            self._add([(name, one.info) for group in groups if isinstance(group, dict) for name, one in group.items()])
 
     def _descriptor(self, value):
         wrapped = [getattr(value, name, None) for name in ("__func__", "fget", "fset", "fdel", "func")]
@@ -229,27 +234,10 @@ class _Walk:
 
     # Objects ----------------------------------------------------------------------------------------------------
 
-    def _variable(self, owner, name, value, changed):
-        """A variable of a module, a closure or an object: as it is, or as it was first if it is one of `changed`."""
-        if name not in changed or isinstance(value, types.FunctionType):
-            self._add(value, name)
-            return
-        first = _FIRST.get((id(owner), name))
-        if first is None or first[0]() is not owner:
-            before = len(self.unknown)
-            first = _reference(owner), self._apart(value)
-            if len(self.unknown) == before:
-                _FIRST[id(owner), name] = first
-        self._say("state", first[1])
-
-    def _attributes(self, owner, values, changed):
+    def _attributes(self, values):
         for name, value in values.items():
             self._say(name)
-            self._variable(owner, name, value, changed)
-
-    def _changes(self, kind) -> set[str]:
-        """What changes in an object of a class while the codes under way run, or when it is called."""
-        return changes([base for base in kind.__mro__ if not is_library(base.__module__)], self._codes)
+            self._add(value, name)
 
     def _object(self, value):
         """Of a class of the user's."""
@@ -258,10 +246,10 @@ class _Walk:
         self._add(kind)
         slots = [name for base in kind.__mro__ for name in _slots(base) if hasattr(value, name)]
         values = getattr(value, "__dict__", {}) | {name: getattr(value, name) for name in slots}
-        self._attributes(value, values, self._changes(kind))
+        self._attributes(values)
         if isinstance(value, collections.deque | list | tuple | dict | set | frozenset):
             self._add(list(value.items()) if isinstance(value, dict) else list(value))
-        for base in _ATOMS[2:7]:
+        for base in ATOMS[2:7]:
             if isinstance(value, base):
                 self._say(base.__repr__(value))
 
@@ -271,7 +259,7 @@ class _Walk:
             reduce = copyreg.dispatch_table.get(type(value))
             made_from = reduce(value) if reduce else value.__reduce_ex__(4)
         except Exception:
-            self._not_known(value)
+            self._unknown(value)
             return
         self._say("reduced")
         if isinstance(made_from, str):
@@ -308,7 +296,7 @@ class _Walk:
         for kind in dict.fromkeys(map(type, model.modules())):
             self._add(kind)
         for name, module in model.named_modules():
-            plain = {one: value for one, value in vars(module).items() if type(value) in _ATOMS and one[0] != "_"}
+            plain = {one: value for one, value in vars(module).items() if type(value) in ATOMS and one[0] != "_"}
             self._say(name, repr(sorted(plain.items() - {("training", True), ("training", False)}, key=repr)))
 
     def _generator(self, value):
@@ -317,7 +305,7 @@ class _Walk:
             return
         state = getattr(value, "bit_generator", value)
         look = next(getattr(state, name) for name in ("getstate", "get_state", "state") if hasattr(state, name))
-        self._variable(value, "its state", look() if callable(look) else look, {"its state"})
+        self._add(look() if callable(look) else look)
 
     def _tokenizer(self, tokenizer):
         self._say("tokenizer", type(tokenizer).__qualname__, tokenizer_content(tokenizer))
@@ -333,7 +321,7 @@ class _Walk:
 
     def _tensor(self, tensor):
         if tensor.device.type == "meta":
-            self._not_known(tensor)
+            self._unknown(tensor)
             return
         self._say("tensor", tensor.dtype, tuple(tensor.shape), tensor_bytes(tensor))
 
@@ -390,8 +378,6 @@ def _slots(kind):
     return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
-def _reference(owner):
-    try:
-        return weakref.ref(owner)
-    except TypeError:  # a cell, or the variables of a module, which stay
-        return lambda: owner
+def _is_own(name):
+    """Whether an entry of a class is what its author wrote. What pydantic makes of that holds addresses."""
+    return name not in _OF_A_CLASS and (not name.startswith("__pydantic_") or name == "__pydantic_fields__")

@@ -60,6 +60,7 @@ def select_prompts(trainer: Trainer, config: LearnAlignConfig | None = None) -> 
     Raises:
         `ValueError`: see [`Host.check`] and [`UnseenParametersError`]; or weights sharded before training.
     """
+    find_host(trainer).look_at_functions()
     return select_at_stage(trainer, config if config is not None else LearnAlignConfig(), stage=0, keep_measures=True)
 
 
@@ -141,6 +142,7 @@ class SelectionRun:
                 selection = self._run()
                 report = self._report()
         finally:
+            self.host.note_functions()
             if lock is not None:
                 lock.release()
         if self.accelerator.is_main_process:

@@ -58,7 +58,7 @@ class LearnAlignMixin:
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            self._learnalign.unlock()
+            self._learnalign.ended()
 
     def _whole_checkpoint(self, wanted):
         """The same on all processes, or the same error: only those that write checkpoints look at the disk."""

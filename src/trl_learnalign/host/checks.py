@@ -36,7 +36,6 @@ def check_trainer(host, config: LearnAlignConfig) -> None:
             f"The launcher started {launched} processes, but the trainer sees {seen}: each would train by itself and "
             f"write to the same files. On a machine without a GPU set `use_cpu=True` in {type(trainer.args).__name__}."
         )
-    host.remember_functions()
     dataset = trainer.train_dataset
     check_dataset(dataset, needs_prompt=host.environments is None)
     if _is_placeholder(dataset):

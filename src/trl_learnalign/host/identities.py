@@ -3,12 +3,14 @@
 from weakref import WeakKeyDictionary
 
 from datasets import Dataset
+from torch import nn
 from transformers import Trainer
 
 from ..contents import digest_of_tensors, tokenizer_content
 from ..disk import digest
-from ..identity import identify, unknown_parts
+from ..identity import identify
 from ..rows import format_of
+from ..seen import look, note, seen
 
 
 _SCALING = ("peft_type", "r", "lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern")  # of an adapter's weights
@@ -72,13 +74,20 @@ def prompt_identity(host, dataset: Dataset | None = None) -> dict:
         "transform": _transform(host.dataset if dataset is None else dataset),
         "tokenizer": digest([tokenizer_content(tokenizer), None if images is None else identify(images.to_dict())]),
         "chat template": digest([template, identify(getattr(trainer.args, "chat_template_kwargs", None))]),
-        "tools": [identify(tool) for tool in getattr(trainer, "tools", None) or ()],
+        "tools": [seen(tool).digest for tool in getattr(trainer, "tools", None) or ()],
     }
 
 
 def _transform(dataset):
     made = format_of(dataset)
-    return identify(made) if made else None
+    function = _function_of(made)
+    kept = {name: value for name, value in made.items() if function is None or name != "format_kwargs"}
+    return digest([identify(kept), None if function is None else seen(function).digest]) if made else None
+
+
+def _function_of(made):
+    """Of what makes a dataset's rows, if it is a function."""
+    return made["format_kwargs"].get("transform") if made else None
 
 
 def identity(host) -> dict:
@@ -86,17 +95,29 @@ def identity(host) -> dict:
     trainer = host.trainer
     settings = {name: getattr(trainer, name, None) for name in host.settings}
     settings |= {name: getattr(trainer.args, name, None) for name in host.arguments}
+    if settings.get("generation_kwargs"):  # which may hold functions
+        settings["generation_kwargs"] = seen(settings["generation_kwargs"]).digest
     settings["reward_weights"] = trainer.reward_weights.tolist()
     adapters = getattr(host.model, "peft_config", {})
     settings["adapters"] = {name: [getattr(one, field, None) for field in _SCALING] for name, one in adapters.items()}
     return {
         "generation": {name: digest(_plain(value)) for name, value in settings.items()},
-        "environments": {name: identify(one) for name, one in (host.environments or {}).items()},
-        "rollout_func": None if host.rollout_func is None else identify(host.rollout_func),
-        "rewards": list(zip(host.reward_names, map(identify, trainer.reward_funcs), strict=True)),
+        "environments": {name: seen(one).digest for name, one in (host.environments or {}).items()},
+        "rollout_func": None if host.rollout_func is None else seen(host.rollout_func).digest,
+        "rewards": list(zip(host.reward_names, _rewards(trainer), strict=True)),
         "base model": host.base_identity(),
         "prompts": host.prompt_identity(),
     }
+
+
+def _rewards(trainer):
+    """Of each reward function what it is; of a reward model also of what makes its tokens."""
+    processors = trainer.reward_processing_classes or [None] * len(trainer.reward_funcs)
+    pairs = zip(trainer.reward_funcs, processors, strict=True)
+    return [
+        digest([seen(one).digest, identify(processor)]) if isinstance(one, nn.Module) else seen(one).digest
+        for one, processor in pairs
+    ]
 
 
 def _plain(value):
@@ -108,13 +129,32 @@ def _plain(value):
     return value if value is None or isinstance(value, bool | int | float | str) else identify(value)
 
 
+def look_at_functions(host) -> None:
+    """Before calls: what was changed by hand since the last ones makes other functions."""
+    for _, function in _functions(host):
+        look(function)
+
+
+def note_functions(host) -> None:
+    """After calls: what these changed does not."""
+    for _, function in _functions(host):
+        note(function)
+
+
 def unidentified(host) -> list[str]:
     """Each function of the user's that depends on something that cannot be identified, with what that is."""
-    trainer, made = host.trainer, format_of(host.dataset)
-    rewards = zip(host.reward_names, trainer.reward_funcs, strict=True)
-    functions = {f"the reward function `{name}`": one for name, one in rewards}
-    functions |= {"a tool": getattr(trainer, "tools", None), "an environment": host.environments}
-    functions |= {"`rollout_func`": host.rollout_func, "the transform of the training dataset": made}
-    functions |= {"`generation_kwargs`": trainer.args.generation_kwargs}
-    found = {name: unknown_parts(function) for name, function in functions.items() if function}
-    return [f"{name} depends on {', '.join(parts)}" for name, parts in found.items() if parts]
+    found = [(name, seen(function).unknown) for name, function in _functions(host)]
+    return list(dict.fromkeys(f"{name} depends on {', '.join(parts)}" for name, parts in found if parts))
+
+
+def _functions(host) -> list[tuple[str, object]]:
+    """Of the user's all that selections and training call, with what to call it."""
+    trainer = host.trainer
+    named = zip(host.reward_names, trainer.reward_funcs, strict=True)
+    found = [(f"the reward function `{name}`", function) for name, function in named]
+    found += [("a tool", tool) for tool in getattr(trainer, "tools", None) or ()]
+    found += [("an environment", one) for one in (host.environments or {}).values()]
+    found.append(("`rollout_func`", host.rollout_func))
+    found.append(("the transform of the training dataset", _function_of(format_of(host.dataset))))
+    found.append(("`generation_kwargs`", trainer.args.generation_kwargs or None))
+    return [(name, function) for name, function in found if function is not None]

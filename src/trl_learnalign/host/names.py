@@ -32,6 +32,7 @@ COMMON = (
     "ref_model",
     "reward_func_names",
     "reward_funcs",
+    "reward_processing_classes",
     "reward_weights",
     "shuffle_dataset",
     "use_vllm",

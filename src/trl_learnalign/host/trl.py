@@ -150,14 +150,18 @@ class Host(ABC):
         """See [`~trl_learnalign.host.identities.prompt_identity`]."""
         return identities.prompt_identity(self, dataset)
 
-    def remember_functions(self) -> None:
+    def look_at_functions(self) -> None:
         """
-        Looks at the user's functions as they are before training calls them, and at weights that it will shard. What
-        changes later of the functions' own doing is no part of their identity.
+        Looks at the user's functions before they are called, and at weights that training will shard. To be called
+        whenever the user may have changed a function since [`note_functions`]; not between calls of training.
         """
-        self.unidentified()
+        identities.look_at_functions(self)
         if self.is_sharded:
             self.base_identity()
+
+    def note_functions(self) -> None:
+        """To be called when selections or training have called the user's functions, which may keep a state."""
+        identities.note_functions(self)
 
     def unidentified(self) -> list[str]:
         """See [`~trl_learnalign.host.identities.unidentified`]."""
