@@ -652,7 +652,7 @@ def test_rows_of_other_sources_keep_their_digits_and_dates(folder, monkeypatch, 
     csv = ["--dataset_name", "rows.csv.gz", "--score", "random", "--num_prompts", "24", "--output_dir", "csv-out"]
     assert changed in run(*QUICK, *csv, "--format", "jsonl")[1]
     lines = Path("csv-out/learnalign/selected.jsonl").read_text().splitlines()
-    assert {(line := json.loads(text))["row"]: line["code"] for text in lines} == {i: f"00{i}" for i in range(24)}
+    assert {row["row"]: row["code"] for row in map(json.loads, lines)} == {i: f"00{i}" for i in range(24)}
     (line,) = [text for text in lines if '"row": 3,' in text]
     assert '"word": "NA", "rate": 0.375, "low": true, "none": null' in line
     for name in ("parts", "parts/*.csv"):
