@@ -67,7 +67,7 @@ CASES = {
     "few": (
         few,
         {"num_prompts": 8},
-        r"Only 3 prompts are learnable, fewer than `num_prompts` \(8\).*raise `num_rollouts`",
+        r"Only 3 prompts are learnable, fewer than `num_prompts` \(8\).*a larger `num_rollouts`",
     ),
     "all asked for": (few, {"num_prompts": 3}, None),
     "variance": (cycle(0, 0.3, 0.7), {"learnability": "variance"}, None),

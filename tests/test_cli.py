@@ -32,6 +32,7 @@ from trl_learnalign import (
     select_prompts,
 )
 from trl_learnalign.cli import _parse
+from trl_learnalign.rows import read_dataset
 
 
 ROOT = Path(__file__).parent.parent
@@ -622,7 +623,7 @@ def test_exported_parquet_is_nested_where_arrow_can_hold_it(folder, monkeypatch,
     assert [row["answer"] for row in again] == [VALUES[row["row"]]["answer"] for row in again]
 
 
-def test_rows_of_other_sources_keep_their_digits_and_dates(folder, monkeypatch, run):
+def test_rows_of_other_sources_keep_their_digits_and_dates(folder, monkeypatch, run, caplog):
     """Of a parquet file and of a directory of `save_to_disk`; a CSV file has no types, so what is guessed is said."""
     monkeypatch.chdir(folder)
     moment = datetime.datetime(2026, 1, 16, 10)
@@ -641,10 +642,30 @@ def test_rows_of_other_sources_keep_their_digits_and_dates(folder, monkeypatch, 
             line = json.loads(line)
             assert (line["rate"], line["tiny"], line["date"]) == (0.13845678901234498, 1.6e-11, "2026-01-16T10:00:00")
             assert line["nan"] is None
-    lines = [f"{i % 10}+{i // 10}=,{i},00{i},{'NA' if i == 3 else 'yes'},{i / 8}" for i in range(24)]
-    Path("rows.csv").write_text("prompt,row,code,word,rate\n" + "\n".join(lines) + "\n")
-    said = run(*QUICK, "--dataset_name", "rows.csv", "--score", "random")[1]
-    assert "'code' ('000' becomes 0 in row 0, and 23 more); 'word' ('NA' becomes None in row 3). Reward" in said
+    lines = [f"{i % 10}+{i // 10}=,{i},00{i},{'NA' if i == 3 else 'yes'},{i / 8},{i < 9},\n" for i in range(24)]
+    text = "prompt,row,code,word,rate,low,none\n" + "".join(lines)
+    Path("parts").mkdir()
+    Path("parts/rows.csv").write_text(text)
+    with gzip.open("rows.csv.gz", "wt") as file:
+        file.write(text)
+    changed = "'code' ('000' becomes 0 in row 0, and 23 more); 'word' ('NA' becomes None in row 3). Reward"
+    csv = ["--dataset_name", "rows.csv.gz", "--score", "random", "--num_prompts", "24", "--output_dir", "csv-out"]
+    assert changed in run(*QUICK, *csv, "--format", "jsonl")[1]
+    lines = Path("csv-out/learnalign/selected.jsonl").read_text().splitlines()
+    assert {row["row"]: row["code"] for row in map(json.loads, lines)} == {i: f"00{i}" for i in range(24)}
+    (line,) = [text for text in lines if '"row": 3,' in text]
+    assert '"word": "NA", "rate": 0.375, "low": true, "none": null' in line
+    for name in ("parts", "parts/*.csv"):
+        caplog.clear()
+        read_dataset(name, "dataset_name")
+        assert changed in caplog.text
+
+
+def test_a_number_that_is_too_large_is_named(tmp_path):
+    file = tmp_path / "rows.json"
+    file.write_text('[{"prompt": "1", "v": 1}, {"prompt": "2", "v": {"a": [10000000000000000000000015]}}]')
+    with pytest.raises(ValueError, match=r"row 1 \(counted from 0\) has in 'v' a whole number of more than 64 bits"):
+        read_dataset(str(file), "dataset_name")
 
 
 def test_a_file_that_changes_meanwhile_is_not_read_again(folder, monkeypatch, run):

@@ -298,7 +298,12 @@ def test_what_is_pushed_with_a_checkpoint(tmp_path, monkeypatch, caplog):
     [
         (True, None, "staged", None),
         (False, True, "staged", "texts.parquet, in `learnalign/`, go to 'someone/mine', which is public."),
-        (False, None, "online", "suspects.parquet, online.json, selected.jsonl, in `learnalign/`, go to"),
+        (
+            *(False, None, "online"),
+            "online.json, prompt_features-*.safetensors (hidden states of the prompts), selected.jsonl, in "
+            "`learnalign/`, go to 'someone/mine', which is public. To keep them private, set `hub_private_repo=True`, "
+            "or `write_report=False` and `prompt_features=False`;",
+        ),
         (None, True, "staged", None),
     ],
 )
@@ -316,7 +321,7 @@ def test_uploads_are_warned_of_where_the_repository_is_public(
     client = SimpleNamespace(create_repo=lambda name, **kwargs: SimpleNamespace(repo_id=f"someone/{name}"))
     monkeypatch.setattr("transformers.trainer.hf_api", lambda: client)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", told)
-    chosen = online(write_report=True) if schedule == "online" else config()
+    chosen = online(write_report=True, prompt_features=True) if schedule == "online" else config()
     (tmp_path / "learnalign").mkdir()
     if schedule == "online":
         (tmp_path / "learnalign/selected.jsonl").write_text("{}")
@@ -327,6 +332,21 @@ def test_uploads_are_warned_of_where_the_repository_is_public(
         select_prompts(trainer, chosen)
     found = [record.getMessage() for record in caplog.records if "`push_to_hub=True` uploads" in record.message]
     assert len(found) == (words is not None) and all(words in text for text in found)
+
+
+def test_uploads_that_are_asked_for_later_are_warned_of_too(tmp_path, monkeypatch, caplog):
+    """`trainer.push_to_hub()` uploads the same without `push_to_hub=True`."""
+    pushed = []
+    monkeypatch.setattr("transformers.Trainer.push_to_hub", lambda trainer, *args, **kwargs: pushed.append(kwargs))
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.model_info", lambda client, repo: SimpleNamespace(private=repo != "someone/mine")
+    )
+    trainer = make_trainer(tmp_path, config(), hub_model_id="someone/mine", hub_strategy="all_checkpoints")
+    trainer.push_to_hub(dataset_name="mine")
+    trainer.push_to_hub()
+    (text,) = [record.getMessage() for record in caplog.records if "`push_to_hub` uploads" in record.message]
+    assert "in `learnalign/`, go to 'someone/mine', which is public" in text
+    assert [more.get("dataset_name") for more in pushed] == ["mine", None]
 
 
 class SlowUpload:

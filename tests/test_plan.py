@@ -10,8 +10,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from test_sampler import LAYOUT
-from tiny import Seen, assert_same_weights, config, digit_reward, make_trainer, online, parity_reward, weights
+from tiny import (
+    Seen,
+    assert_same_weights,
+    config,
+    digit_reward,
+    make_dataset,
+    make_trainer,
+    online,
+    parity_reward,
+    weights,
+)
 
 from trl_learnalign import LearnAlignConfig, Selection, select_prompts
 from trl_learnalign.disk import digest
@@ -138,7 +149,9 @@ def shortest(table):
     return 1 / table["completion_length_mean"]
 
 
+ROWS = make_dataset().add_column("tens", [row // 10 for row in range(24)])
 KWARGS = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
+KWARGS |= {"dataset": ROWS}
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +245,7 @@ def test_what_decides_nothing_may_change(run, tmp_path, capsys, caplog):
 BEFORE = {
     **{"num_rollouts": 4, "rollout_batch_prompts": 2, "score": shortest, "score_measures": ["rollouts"]},
     **{"learnability": "variance", "success_threshold": 0.5, "success_reward": "digit_reward"},
-    **{"candidate_prompts": 20, "deduplicate": True, "where": "row > 1", "quota_column": "row", "quota": "equal"},
+    **{"candidate_prompts": 20, "deduplicate": True, "where": "row > 1", "quota_column": "tens", "quota": "equal"},
     **{"take": "proportional", "prompt_order": "ranked", "selection_seed": 3},
 }
 
@@ -351,3 +364,52 @@ def test_a_finished_selection_that_is_used_again_says_so(tmp_path, capsys):
     select_prompts(make_trainer(tmp_path), config(score="learnability", num_rollouts=3))
     out = capsys.readouterr().out
     assert f"Will be replaced: '{path}' holds a selection from other `num_rollouts`" in out and "Used again" not in out
+
+
+def nearly_reward(completions, **kwargs):
+    """Graded, and never a success by the threshold that is set if none is given."""
+    return [0.9 * reward for reward in parity_reward(completions)]
+
+
+LATER = {"save_strategy": "steps", "save_steps": 1, "max_steps": 7, "dataset": make_dataset(12)}
+
+
+def test_what_chose_nothing_has_decided_nothing(tmp_path, caplog):
+    """The advice of its warning can be followed, and not only until the next selection was made."""
+    settings = {"score": "learnability", "reselect_every": 0.5}
+    trainer = make_trainer(tmp_path, config(**settings), reward=nearly_reward, **LATER | {"max_steps": 4})
+    trainer.train()
+    log = trainer._learnalign.schedule.log
+    assert len(log) > 1 and not any(version.indices for version in log)
+    assert "or another `success_threshold`" in caplog.text
+    settings |= {"learnability": "variance"}
+    once = make_trainer(tmp_path, config(**settings | {"reselect_every": None}), reward=nearly_reward, **LATER)
+    caplog.clear()
+    once.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert "None is to come: set `reselect_every`" in caplog.text and not once._learnalign.schedule.log[-1].indices
+    again = make_trainer(tmp_path, config(**settings), reward=nearly_reward, **LATER)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert again._learnalign.schedule.log[: len(log)] == log and again._learnalign.schedule.log[-1].indices
+    settings |= {"learnability": "success_rate"}
+    with pytest.raises(ValueError, match="`learnability` was 'variance' and is 'success_rate'"):
+        make_trainer(tmp_path, config(**settings), reward=nearly_reward, **LATER).train(resume_from_checkpoint=True)
+
+
+def test_another_target_may_follow_one_that_nothing_was_learnt_from(tmp_path, caplog):
+    def reward(completions, row, **kwargs):
+        return [0.0 if r >= 200 else value for r, value in zip(row, parity_reward(completions), strict=True)]
+
+    def run(first, **changes):
+        target = Dataset.from_dict({"prompt": ["1=", "2="], "row": [first, first + 1]})
+        settings = {"score": "target", "target_dataset": target, "reselect_every": 0.5}
+        return make_trainer(tmp_path, config(**settings | changes), reward=reward, **LATER)
+
+    run(200).train()
+    assert "with more `num_rollouts` or other target prompts" in " ".join(caplog.text.split())
+    with pytest.raises(ValueError, match="`take` was 'top'"):
+        run(100, take="proportional").train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    again = run(100, num_rollouts=4)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert "instead" not in again._learnalign.selections[-1].provenance["target"]
+    with pytest.raises(ValueError, match="`target_dataset` was"):
+        run(200, num_rollouts=4).train(resume_from_checkpoint=True)

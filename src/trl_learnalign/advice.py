@@ -35,7 +35,8 @@ def _shortage(selection) -> str | None:
         )
         return (
             f"Only {learnable}, fewer than `num_prompts` ({config['num_prompts']:,}), and only these are chosen. To "
-            "have more, raise `num_rollouts`, warm up longer, or add prompts."
+            "have more, begin a new run with a larger `num_rollouts`, a longer warm-up or more prompts. A run that is "
+            "resumed with `reselect_every` selects again."
         )
     if not selection.scores.num_rows:
         return (
@@ -174,7 +175,8 @@ def _all_equal(selection, learnability):
         reason, prompts = "all were always solved", "harder"
     return (
         f"No prompt is learnable: {reason} ({_seen(selection)}). Check the reward function{check}, or use more "
-        f"`num_rollouts`, a longer warm-up (`warmup_prompts`), or {prompts} prompts."
+        "`num_rollouts`. Training that is resumed with `reselect_every` selects again after more random prompts; a "
+        f"new run can have a longer warm-up (`warmup_prompts`) or {prompts} prompts."
     )
 
 

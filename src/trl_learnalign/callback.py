@@ -99,6 +99,7 @@ class LearnAlignCallback(TrainerCallback):
                 saved, self._pending = self._checkpoints.read(state)
             else:
                 self.sampler.reset()
+                self._checkpoints.reset()
                 self.schedule.check_length(state.max_steps)
             self.schedule.prepare(self.host, saved, peers)
             if saved is None:
@@ -171,6 +172,7 @@ class LearnAlignCallback(TrainerCallback):
             logger.warning("Training goes on with random prompts, as no prompt was chosen.")
         before = self._zero_variance()
         self.schedule.accept(start, selection.indices)
+        self._checkpoints.selected(selection)
         self.selections.append(selection)
         # Not `self.trainer.log`, which flushes the metrics of the training batches gathered so far. A log event resets
         # `should_log`, which the step that just ended may have set for its own values

@@ -4,6 +4,8 @@ from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Value
 from pandas.api import types
 
@@ -20,6 +22,7 @@ MEASURED = {
     "target": (),
 }
 _FEW = 0.05  # of all rows are read one by one
+_EXACT = 1 << 53  # floats hold whole numbers up to here
 
 
 def dataset_columns(dataset: Dataset, rows: Sequence[int], names: Iterable[str] | None) -> pd.DataFrame:
@@ -43,9 +46,36 @@ def _taken(dataset, index):
     many are wanted, all are read.
     """
     if len(index) < _FEW * len(dataset):
-        return dataset.select(index).to_pandas()
-    table = dataset.to_pandas()
+        return _frame(dataset.select(index).with_format("arrow")[:])
+    table = _frame(_whole(dataset))
     return table if np.array_equal(index, np.arange(len(table))) else table.iloc[index].reset_index(drop=True)
+
+
+def _whole(dataset) -> pa.Table:
+    """
+    All rows. `datasets` gathers those of a shuffled dataset one by one, which takes seconds; arrow does it at once.
+    """
+    order = getattr(dataset, "_indices", None)  # which `datasets` has no public name for
+    if order is not None:
+        try:
+            return dataset.data.table.take(order.column(0))
+        except (pa.ArrowException, AttributeError):  # texts of more than 2 GiB, or another version of `datasets`
+            pass
+    return dataset.with_format("arrow")[:]
+
+
+def _frame(table: pa.Table) -> pd.DataFrame:
+    """Whole numbers beside missing ones become floats, unless these have too few digits for them."""
+    frame = table.to_pandas()
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        large = pa.types.is_integer(column.type) and column.null_count and not _fit_floats(pc.min_max(column).as_py())
+        if large or pa.types.is_nested(column.type):
+            frame[name] = column.to_pandas(integer_object_nulls=True)
+    return frame
+
+
+def _fit_floats(ends) -> bool:
+    return all(end is None or abs(end) <= _EXACT for end in ends.values())
 
 
 def _root(dataset, name) -> str:
@@ -60,7 +90,8 @@ def _field(table, root, name):
     values = table[root]
     for part in name.removeprefix(f"{root}.").split("."):
         values = [value.get(part) if isinstance(value, dict) else None for value in values]
-    return pd.Series(values)
+    large = any(type(value) is int and abs(value) > _EXACT for value in values)
+    return pd.Series(values, dtype="object" if large and any(value is None for value in values) else None)
 
 
 def _kind(dataset, name):

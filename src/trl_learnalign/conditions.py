@@ -3,6 +3,7 @@
 import ast
 import operator
 import re
+from decimal import Decimal
 
 import numpy as np
 import pandas as pd
@@ -41,7 +42,8 @@ class Condition:
     columns with numbers, texts, `True`, `False` or other columns; `in` and `not in` lists of them; columns of `True`
     and `False` by themselves; `and`, `or`, `not`, parentheses. A field of a nested column is named `extra.level`, and
     a name that Python would not take, such as `problem-type` or `class`, is put in backquotes. A date is compared with
-    a text such as `'2026-01-31'`. It is parsed and never run as code. A comparison with a missing value is false.
+    a text such as `'2026-01-31'`. It is parsed and never run as code. A comparison with a missing value is false;
+    `is None` and `is not None` ask for missing values.
 
     Args:
         text (`str`): the condition.
@@ -126,7 +128,10 @@ class Condition:
                 self._check(node.operand, depth + 1)
             case ast.Compare():
                 for left, kind, right in _pairs(node):
-                    if isinstance(kind, ast.In | ast.NotIn):
+                    if isinstance(kind, ast.Is | ast.IsNot):
+                        if not _is_none(right):
+                            raise ValueError("`is` and `is not` need None, as in `answer is not None`")
+                    elif isinstance(kind, ast.In | ast.NotIn):
                         if not isinstance(right, ast.List | ast.Tuple | ast.Set):
                             raise ValueError("`in` needs a list such as ['a', 'b']")
                         for item in right.elts:
@@ -136,6 +141,8 @@ class Condition:
                     else:
                         raise ValueError(f"{self._shown(node)} uses a comparison that is not supported")
                     self._operand(left)
+                    if not (self._name(left) or self._name(right)):
+                        raise ValueError(f"{self._shown(node)} compares values without a column")
             case ast.Name() | ast.Attribute():
                 self._operand(node)
             case _:
@@ -151,6 +158,8 @@ class Condition:
         except (ValueError, TypeError) as error:
             more = ", and nothing is calculated" if isinstance(node, ast.BinOp | ast.Call) else ""
             raise ValueError(f"{self._shown(node)} is neither a column nor a number or a text{more}") from error
+        if value is None:
+            raise ValueError("None is compared by `is None` and `is not None`")
         if not isinstance(value, str | int | float):
             raise ValueError(f"{self._shown(node)} is neither a number nor a text")
         return value
@@ -189,6 +198,9 @@ class Condition:
         return (pd.to_datetime(table[name]) if kind == "dates" else table[name]), kind
 
     def _compare(self, left, comparison, right, table):
+        if isinstance(comparison, ast.Is | ast.IsNot):
+            there = table[self._name(left)].notna().to_numpy(dtype=bool)
+            return there if isinstance(comparison, ast.IsNot) else ~there
         inside = isinstance(comparison, ast.In | ast.NotIn)
         sides = [left, *right.elts] if inside else [left, right]
         found = [self._side(side, table) for side in sides]
@@ -199,11 +211,18 @@ class Condition:
         values = [value[known] if isinstance(value, pd.Series) else value for value, _ in found]
         for dates in [value for value, (_, kind) in zip(values, found, strict=True) if kind == "dates"][:1]:
             values = [self._date(value, dates) if isinstance(value, str) else value for value in values]
-        if inside:
-            result = pd.Series(values[0], index=table.index[known]).isin(values[1:])
-            result = result if isinstance(comparison, ast.In) else ~result
-        else:
+        if found[0][1] == "numbers":
+            values = _with_decimals(values)
+        if not inside:
             result = _COMPARISONS[type(comparison)](*values)
+        elif found[0][1] == "texts":
+            result = values[0].isin(values[1:])
+        else:  # as `==`: `isin` compares numbers of single precision with more digits than they have
+            result = np.logical_or.reduce(
+                [np.zeros(known.sum(), dtype=bool), *(values[0] == one for one in values[1:])]
+            )
+        if isinstance(comparison, ast.NotIn):
+            result = ~np.asarray(result, dtype=bool)
         holds = np.zeros(len(table), dtype=bool)
         holds[known] = np.broadcast_to(np.asarray(result, dtype=bool), known.sum())
         return holds
@@ -259,6 +278,20 @@ def kind_of(column: pd.Series) -> str | None:
         plain = column.dropna().map(lambda value: isinstance(value, str | int | float)).all()
         return "values of several kinds" if plain else "nested values"
     return f"values of the kind {found}"
+
+
+def _with_decimals(values):
+    """Sides of a comparison of numbers. With a column of decimal ones 0.1 is a tenth, as it is written."""
+    columns = [value for value in values if isinstance(value, pd.Series)]
+    if not any(column.dtype == object and types.infer_dtype(column) == "decimal" for column in columns):
+        return values
+    if any(types.is_float_dtype(column.dtype) for column in columns):
+        return [value.astype("float64") if isinstance(value, pd.Series) else value for value in values]
+    return [Decimal(repr(value)) if isinstance(value, float) else value for value in values]
+
+
+def _is_none(node):
+    return isinstance(node, ast.Constant) and node.value is None
 
 
 def _pairs(node):

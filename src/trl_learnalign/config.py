@@ -18,12 +18,14 @@ SCHEDULE_NAMES = ("staged", "online")
 # What a resumed run may always change: when prompts are selected again, how much is computed at once, and which files
 # are written. None changes the rule that a selection chooses by
 FREE_ON_RESUME = ("reselect_every", "rollout_batch_prompts", "max_tokens_per_batch", "save_rollouts", "write_report")
-# And what it may change besides while no selection has been made: what only the coming one uses
+# And what it may change besides while no selection has chosen a prompt: what only the coming one uses
 FREE_BEFORE_SELECTION = (
     *("num_rollouts", "score", "score_measures", "learnability", "success_threshold", "success_reward"),
     *("gradient_rollouts", "projection_dim", "candidate_prompts", "deduplicate", "target_dataset", "target_column"),
     *("where", "quota_column", "quota", "take", "prompt_order", "fold", "selection_seed"),
 )
+# And after a selection that was made by learnability instead, as nothing could be learnt from the target
+FREE_WITHOUT_TARGET = ("num_rollouts", "score", "score_measures", "target_dataset", "target_column")
 MAX_PROJECTION_DIM = 1 << 24
 # Least value of each integer, and what to do instead
 _LEAST = {
@@ -113,7 +115,8 @@ class LearnAlignConfig:
         where (`str`, *optional*):
             Choose only prompts that meet this condition on columns of the dataset, on what is measured and on `score`,
             such as `"completion_length_mean < 800 and source != 'forum'"`. A field of a nested column is named
-            `extra.level`. If it names only columns of the dataset, other prompts are not rolled out.
+            `extra.level`; `answer is not None` leaves out missing values. If it names only columns of the dataset,
+            other prompts are not rolled out.
         quota_column (`str`, *optional*):
             A column of the dataset, or a field such as `extra.split`. Each of its values gets a quota of the chosen
             prompts. A missing value counts as one. Not a column of lists, of fractions, or with another value in every

@@ -4,6 +4,7 @@ import csv
 import gzip
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator
 from json.decoder import scanstring
 from pathlib import Path
@@ -65,13 +66,70 @@ class JsonRows:
         return [found[row] for row in rows] if number == size else None
 
 
+class CsvRows(JsonRows):
+    """
+    Rows of CSV files, as [`JsonRows`]. A column is one of numbers, or of True and False, if all its cells are written
+    as JSON writes these; else its cells are texts. Empty ones are null.
+    """
+
+    def cells(self) -> Iterator[dict[str, str]]:
+        """
+        The rows, each a text by column.
+
+        Raises:
+            `ValueError`: a file has columns without names of their own, or rows of other lengths.
+        """
+        for file in self.files:
+            with _open(file, newline="") as lines:
+                reader = csv.DictReader(lines)
+                names = reader.fieldnames or []
+                if len(set(names) - {""}) < len(names):
+                    raise ValueError("columns have no names, or the same ones")
+                try:
+                    for row in reader:
+                        if None in row:
+                            raise ValueError("a row is longer than the first line")
+                        yield row
+                except csv.Error as error:
+                    raise ValueError(str(error)) from error
+
+    def texts(self):
+        """See [`JsonRows`]."""
+        written = {}
+        for row in self.cells():
+            for name, text in row.items():
+                if text and written.get(name) != _AS_TEXT:
+                    kind = next((kind for kind, form in _PLAIN.items() if form.fullmatch(text)), _AS_TEXT)
+                    written[name] = kind if written.get(name, kind) == kind else _AS_TEXT
+        for row in self.cells():
+            pairs = (f"{_json(name)}: {_cell(text, written.get(name))}" for name, text in row.items())
+            yield f"{{{', '.join(pairs)}}}"
+
+
+def _cell(text, kind):
+    if not text:
+        return "null"
+    return {_AS_TEXT: _json(text), "truth": text.lower()}.get(kind, text)
+
+
+def _json(text):
+    return json.dumps(text, ensure_ascii=False)
+
+
+_AS_TEXT = "text"
+_PLAIN = {  # how JSON writes them
+    "number": re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?", re.ASCII),
+    "truth": re.compile("true|false", re.IGNORECASE),
+}
+
+
 def is_zipped(file: Path) -> bool:
     return file.suffix == ".gz"
 
 
-def _open(file):
+def _open(file, newline="\n"):
     opened = gzip.open if is_zipped(file) else open
-    return opened(file, "rt", encoding="utf-8-sig", newline="\n")
+    return opened(file, "rt", encoding="utf-8-sig", newline=newline)
 
 
 def members(text: str) -> dict[str, str]:
@@ -146,12 +204,11 @@ def json_changes(dataset: Dataset, source: JsonRows) -> list[str]:
         return []
 
 
-def csv_changes(dataset: Dataset, file: Path) -> list[str]:
+def csv_changes(dataset: Dataset, source: CsvRows) -> list[str]:
     """As [`json_changes`]: numbers that are written in another way than they would be printed, and texts lost."""
     try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            return _changes(dataset, csv.DictReader(lines), _text_difference)
-    except (OSError, ValueError, csv.Error, TypeError, AttributeError):
+        return _changes(dataset, source.cells(), _text_difference)
+    except (OSError, ValueError, TypeError, AttributeError):
         return []
 
 

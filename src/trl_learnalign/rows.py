@@ -12,13 +12,14 @@ from pathlib import Path
 import pyarrow as pa
 from datasets import Dataset, load_dataset, load_dataset_builder, load_from_disk
 
-from .files import CHECKED, JsonRows, csv_changes, is_zipped, json_changes, list_of_rows
+from .files import CHECKED, CsvRows, JsonRows, csv_changes, is_zipped, json_changes, list_of_rows
 
 
 logger = logging.getLogger(__name__)
 
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _READABLE = f"{', '.join(_READERS)}, also with .gz,"
+_ROWS = {"json": JsonRows, "csv": CsvRows}
 _FINGERPRINTS = weakref.WeakKeyDictionary()
 _COMPARED = set()  # files whose rows were compared with what was read
 
@@ -33,8 +34,8 @@ def read_source(
 ) -> tuple[Dataset, JsonRows | None]:
     """
     The rows of one file or of the files that a pattern such as `data/*.jsonl` names; of a directory that
-    `save_to_disk` wrote; or a split of a dataset of the Hub or of a directory. And where these are JSON files, the
-    same rows as the files hold them. The first process warns, once for each file, of columns that reading changes.
+    `save_to_disk` wrote; or a split of a dataset of the Hub or of a directory. And where these are JSON or CSV files,
+    the same rows as the files hold them. The first process warns, once for each file, of columns that reading changes.
 
     Args:
         name (`str`): path, pattern or name.
@@ -72,8 +73,8 @@ def _read_directory(name, knob, config, split):
             files = [Path(file) for file in listed.get(split, ())]
     except (ValueError, OSError, KeyError) as error:
         raise ValueError(f"`{knob}` is '{name}', which could not be loaded: {error}") from error
-    are_json = files and all(file.is_file() and _READERS.get(_kind(file)) == "json" for file in files)
-    return dataset, JsonRows(files) if are_json else None
+    kinds = {_READERS.get(_kind(file)) if file.is_file() else None for file in files}
+    return dataset, _ROWS[kinds.pop()](files) if len(kinds) == 1 and kinds <= _ROWS.keys() else None
 
 
 def _read_files(files, knob):
@@ -102,16 +103,16 @@ def _read_files(files, knob):
         raise ValueError(
             f"`{knob}` is '{file}', which cannot be read: {place or f'{type(cause).__name__}: {cause}'}."
         ) from error
-    return dataset, JsonRows(files, field) if kind == "json" else None
+    return dataset, _ROWS[kind](files, field) if kind in _ROWS else None
 
 
 def _warn_of_changes(dataset, source, file, knob):
     if int(os.environ.get("RANK", 0)) != 0 or (knob, file) in _COMPARED:
         return
     _COMPARED.add((knob, file))
-    columns = json_changes(dataset, source) if source is not None else []
-    if source is None and file.suffix == ".csv" and file.is_file():
-        columns = csv_changes(dataset, file)
+    if source is None:
+        return
+    columns = (csv_changes if isinstance(source, CsvRows) else json_changes)(dataset, source)
     if columns:
         looked = f" (of the first {CHECKED:,} rows)" if len(dataset) > CHECKED else ""
         logger.warning(
@@ -124,12 +125,11 @@ def _warn_of_changes(dataset, source, file, knob):
 def _broken_line(file) -> str | None:
     """What is wrong with the first line of a JSON file that is no row."""
     content = gzip.decompress(file.read_bytes()) if is_zipped(file) else file.read_bytes()
-    if file.suffix == ".json" and content.lstrip().startswith(b"["):  # an array over many lines
+    if _kind(file) == ".json" and content.lstrip().startswith(b"["):  # an array over many lines
         try:
-            json.loads(content)
+            return _too_large(json.loads(content))
         except ValueError as error:
             return str(error)
-        return None
     for number, line in enumerate(content.splitlines(), 1):
         try:
             if line.strip() and not isinstance(json.loads(line), dict):
@@ -137,6 +137,26 @@ def _broken_line(file) -> str | None:
         except ValueError as error:
             return f"line {number} is not valid JSON ({error})"
     return None
+
+
+def _too_large(rows) -> str | None:
+    """The first whole number of an array that `datasets` does not read."""
+    for number, row in enumerate(rows):
+        for name, value in row.items() if isinstance(row, dict) else ():
+            if any(not -(1 << 63) <= one < 1 << 64 for one in _integers(value)):
+                return (
+                    f"row {number} (counted from 0) has in '{name}' a whole number of more than 64 bits. Write the "
+                    "numbers of that column as texts, or the rows as JSON lines"
+                )
+    return None
+
+
+def _integers(value):
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _integers(part)
+    elif type(value) is int:
+        yield value
 
 
 def dataset_fingerprint(dataset: Dataset) -> str:

@@ -226,7 +226,8 @@ class SelectionRun:
                 logger.warning(
                     f"No prompt of `target_dataset` is learnable: all {len(self.target)} were always or never solved, "
                     "or could not be scored, so the target has no gradient, and this selection is made by "
-                    "`learnability` instead. Warm up longer, use more `num_rollouts`, or other target prompts."
+                    "`learnability` instead. For the next one resume with `reselect_every`, and with more "
+                    "`num_rollouts` or other target prompts; or warm up longer in a new run."
                 )
         return target
 

@@ -8,7 +8,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from .config import FREE_BEFORE_SELECTION, FREE_ON_RESUME
+from .config import FREE_BEFORE_SELECTION, FREE_ON_RESUME, FREE_WITHOUT_TARGET
 from .disk import digest, write_atomically
 from .peers import Peers
 from .selection import dataset_fingerprint
@@ -116,7 +116,19 @@ class CheckpointState:
     def __init__(self, host, sampler):
         self.host, self.sampler, self.config = host, sampler, sampler.config
         self._fingerprint = dataset_fingerprint(host.dataset)
+        self.reset()
         host.on_resume(self._note)
+
+    def reset(self) -> None:
+        """Begins a new run."""
+        self._free = FREE_BEFORE_SELECTION if self.sampler.schedule.selects else ()
+
+    def selected(self, selection) -> None:
+        """Notes what a run that is resumed may change after this [`Selection`]: no longer what chose its prompts."""
+        if "instead" in selection.provenance.get("target", {}) and (selection.indices or not self._free):
+            self._free = FREE_WITHOUT_TARGET
+        elif selection.indices:
+            self._free = ()
 
     def _note(self, directory):
         self.host.resumed_from = directory
@@ -153,6 +165,7 @@ class CheckpointState:
             "num_processes": self.host.accelerator.num_processes,
             "config": self.config.to_dict(),
             "stage": self.sampler.schedule.stage,
+            "free": list(self._free),
         }
         self.host.trainer.state.stateful_callbacks[STATE_KEY] = content | {"sha256": digest(content)}
 
@@ -192,18 +205,21 @@ class CheckpointState:
                 "written, whose prompts are named by their rows. Resume with the same dataset, or start a new run."
             )
         # Versions before did not record the one or the other
-        self._check_config(saved.get("config", self.config.to_dict()), saved.get("stage"))
+        if "free" in saved:
+            self._free = tuple(saved["free"])
+        elif saved.get("stage") != 0:
+            self._free = ()
+        coming = saved["pending"] is not None or saved.get("stage") == 0
+        self._check_config(saved.get("config", self.config.to_dict()), coming)
         return schedule_state, saved["pending"]
 
-    def _check_config(self, saved, stage):
+    def _check_config(self, saved, coming):
         changes = {
             name: f"`{name}` was {was!r} and is {now!r}"
             for name, (was, now) in self.config.changes(saved).items()
             if name not in ("num_prompts", "warmup_prompts", "schedule")  # the sampler compares them
         }
-        free = FREE_ON_RESUME
-        if self.sampler.schedule.selects and stage == 0:
-            free += FREE_BEFORE_SELECTION
+        free = FREE_ON_RESUME + self._free
         refused = [text for name, text in changes.items() if name not in free]
         if refused:
             chosen = "The selections so far were made" if self.sampler.schedule.selects else "Prompts were chosen"
@@ -215,7 +231,9 @@ class CheckpointState:
             )
         said = [text for name, text in changes.items() if name not in ("max_tokens_per_batch", *_OF_FILES)]
         if said and self.host.accelerator.is_main_process:
-            logger.warning(f"{'; '.join(said)}: the selections to come follow the new values.")
+            lacking = not (coming or self.config.reselect_every) and self.sampler.schedule.selects
+            how = " None is to come: set `reselect_every`, or resume from a checkpoint before the last one." * lacking
+            logger.warning(f"{'; '.join(said)}: the selections to come follow the new values.{how}")
 
 
 _OF_FILES = ("save_rollouts", "write_report")

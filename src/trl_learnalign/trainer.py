@@ -12,6 +12,7 @@ from .peers import Peers
 from .prompts import check_dataset, check_prompts
 from .runs import load_run
 from .sampler import LearnAlignSampler
+from .uploads import warn_of_uploads
 
 
 class LearnAlignMixin:
@@ -72,6 +73,12 @@ class LearnAlignMixin:
         if self._learnalign is not None:
             logs = self._learnalign.with_zero_variance(logs)
         super().log(logs, *args, **kwargs)
+
+    def push_to_hub(self, *args, **kwargs):
+        """As the trainer's, with a warning if prompts go to a repository that is public, or may be."""
+        if self._learnalign is not None:
+            warn_of_uploads(self, self._learnalign.config, now=True)
+        return super().push_to_hub(*args, **kwargs)
 
     def create_model_card(self, *args, **kwargs):
         """As the trainer's, with a section on the prompts: the selections of this run, and the paper."""

@@ -12,20 +12,29 @@ from .config import LearnAlignConfig
 
 logger = logging.getLogger(__name__)
 
+# Of the checkpoints, which hold the features of prompts, too
+_CHECKPOINTS = {"checkpoint": " and in the last checkpoint", "all_checkpoints": " and in all checkpoints"}
 _WARNED = weakref.WeakSet()  # trainers
 
 
-def warn_of_uploads(trainer: Trainer, config: LearnAlignConfig) -> None:
+def warn_of_uploads(trainer: Trainer, config: LearnAlignConfig, now: bool = False) -> None:
     """
     Warns, once for a trainer and on the main process, if `push_to_hub` uploads files that hold prompts to a repository
     that is public, or may be.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): whose `output_dir` is uploaded.
+        config ([`LearnAlignConfig`]): of its sampler.
+        now (`bool`, *optional*, defaults to `False`): whether `trainer.push_to_hub()` was called, which uploads
+            without `push_to_hub=True`, too.
     """
     args = trainer.args
-    if not args.push_to_hub or not trainer.accelerator.is_main_process or trainer in _WARNED:
+    if not (now or args.push_to_hub) or not trainer.accelerator.is_main_process or trainer in _WARNED:
         return
     _WARNED.add(trainer)
-    files = _with_prompts(config, Path(args.output_dir) / "learnalign")
-    private = _is_private(trainer.hub_model_id, args.hub_token)
+    files = _with_prompts(config, args)
+    repo = getattr(trainer, "hub_model_id", None) or args.hub_model_id or Path(args.output_dir).absolute().name
+    private = _is_private(repo, args.hub_token)
     if not files or private or (private is None and args.hub_private_repo):
         return
     visible = (
@@ -34,19 +43,25 @@ def warn_of_uploads(trainer: Trainer, config: LearnAlignConfig) -> None:
         else "will be public unless it is private already: the Hub could not be asked, and `hub_private_repo` is not "
         "True"
     )
-    without = ", or `write_report=False`" if config.schedule == "online" else ""
+    online = config.schedule == "online"
+    also = _CHECKPOINTS.get(args.hub_strategy, "") if online and config.prompt_features else ""
+    names = [name for name in ("write_report", "prompt_features") if getattr(config, name)]
+    without = f", or {' and '.join(f'`{name}=False`' for name in names)}" if online and names else ""
     logger.warning(
-        f"`push_to_hub=True` uploads prompts and completions of your data: {', '.join(files)}, in `learnalign/`, go "
-        f"to '{trainer.hub_model_id}', which {visible}. To keep them private, set `hub_private_repo=True`{without}; a "
+        f"`push_to_hub{'=True' * args.push_to_hub}` uploads prompts and completions of your data, or what is computed "
+        f"from them: {', '.join(files)}, in `learnalign/`{also}, go to '{repo}', "
+        f"which {visible}. To keep them private, set `hub_private_repo=True`{without}; a "
         "repository that exists keeps its visibility, so change that on the Hub. Rollouts, measures and first weights "
         "are in `_learnalign/` and are never uploaded."
     )
 
 
-def _with_prompts(config, directory) -> list[str]:
+def _with_prompts(config, args) -> list[str]:
+    directory = Path(args.output_dir) / "learnalign"
     exported = sorted(file.name for file in directory.glob("selected.*"))  # by `trl-learnalign select`
     if config.schedule == "online":
-        return ["report.html", "suspects.parquet", "online.json"] * config.write_report + exported
+        features = ["prompt_features-*.safetensors (hidden states of the prompts)"] * config.prompt_features
+        return ["report.html", "suspects.parquet", "online.json"] * config.write_report + features + exported
     return ["report.html"] * config.write_report + ["step-*/texts.parquet"] + exported
 
 

@@ -115,8 +115,8 @@ class GradientAlignments:
         if without and run.accelerator.is_main_process:
             logger.warning(
                 f"These subtasks of the target are left out: {', '.join(without)}. None of their prompts is "
-                "learnable, so they have no gradient. Warm up longer, use more `num_rollouts`, or other target "
-                "prompts."
+                "learnable, so they have no gradient. In a new run warm up longer, use more `num_rollouts`, or other "
+                "target prompts. A run that is resumed with `reselect_every` tries them again."
             )
         return directions
 
