@@ -23,8 +23,9 @@ from run import Recorder, build_trainer, warm_up
 
 from trl_learnalign import LearnAlignConfig
 from trl_learnalign.host import find_host
+from trl_learnalign.measures.hidden_states import hidden_states
 from trl_learnalign.peers import Peers
-from trl_learnalign.schedules.prompt_features import prompt_features
+from trl_learnalign.schedules.prompt_features import whole_features
 
 
 SEED, DRAWS, SEEN, RIDGES = 0, 3, (300, 1000, 3000), (3, 10, 30, 100)
@@ -34,8 +35,10 @@ def features(task, rows, adapter) -> np.ndarray:
     """What an online run knows of each prompt at its start, shape (N, D)."""
     with TemporaryDirectory() as folder:
         trainer = build_trainer("uniform", task, adapter, rows, Recorder(task.reward), 1, SEED, folder, 1e-3, [])
+        host = find_host(trainer)
         with Peers(trainer.accelerator) as peers:
-            found, _ = prompt_features(find_host(trainer), LearnAlignConfig(schedule="online"), peers)
+            hidden = hidden_states(host, Path(folder) / "learnalign", peers)
+        found, _ = whole_features(host.dataset, LearnAlignConfig(schedule="online"), hidden)
     return found.astype(np.float64)
 
 
