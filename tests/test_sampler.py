@@ -243,8 +243,6 @@ def test_drawing_a_chunk_sorts_nothing(monkeypatch):
 def test_ranks_reach_the_stream(order):
     folding = {"fold": 2} if order == "folding" else {}
     sampler = LearnAlignSampler(LearnAlignConfig(num_prompts=5, warmup_prompts=6, prompt_order=order, **folding))
-        )
-    )
     sampler.bind(LAYOUT)
     sampler.schedule.accept(2, [7, 1, 9, 4, 11])
     expected = [7, 1, 9, 4, 11] if order == "ranked" else [7, 9, 11, 1, 4]
