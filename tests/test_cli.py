@@ -113,6 +113,7 @@ TWO_PROCESSES = (
 )
 
 
+@pytest.mark.slow  # as test_distributed.py does in Python
 def test_two_processes_select_the_same(folder):
     """After a warm-up on both; `test_dry_run` has two processes without."""
     warmup = ("--warmup_prompts", "8", "--save_adapter", "kept", "--save_strategy", "no")

@@ -290,7 +290,13 @@ def run_with_rates(path, reward, resume=None, **settings):
     return trainer, paid
 
 
-@pytest.mark.parametrize("layout", RESUMED)
+# Each resumes several times; the others do in `make test-all`
+QUICK = "a chunk over two steps", "a chunk over four steps", "neither divides the other"
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in RESUMED]
+)
 def test_a_run_resumed_at_the_end_of_a_chunk_is_the_run(tmp_path, layout):
     """Prompts, rewards, weights and the state of the schedule, bit for bit."""
     settings = {"max_steps": 12} | EVERY_STEP | RESUMED[layout]

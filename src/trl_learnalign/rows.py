@@ -107,9 +107,10 @@ def _read_files(files, knob):
 
 
 def _warn_of_changes(dataset, source, file, knob):
-    if int(os.environ.get("RANK", 0)) != 0 or (knob, file) in _COMPARED:
+    place = knob, os.path.abspath(file)
+    if int(os.environ.get("RANK", 0)) != 0 or place in _COMPARED:
         return
-    _COMPARED.add((knob, file))
+    _COMPARED.add(place)
     if source is None:
         return
     columns = (csv_changes if isinstance(source, CsvRows) else json_changes)(dataset, source)
