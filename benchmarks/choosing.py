@@ -23,8 +23,8 @@ from trl import GRPOConfig
 from workload import ROOT, save_results
 
 from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler
-from trl_learnalign.layout import Layout
-from trl_learnalign.schedules.predictor import WINDOW
+from trl_learnalign.curriculum.predictor import WINDOW
+from trl_learnalign.run.layout import Layout
 
 
 sys.path.insert(0, str(ROOT / "examples"))

@@ -21,7 +21,7 @@ from peers import DIM, OURS, PEERS, loop_way, plain_way
 from torch.utils.flop_counter import FlopCounterMode
 from workload import GROUP, ROOT, SHAPES, build_trainer, draw_groups, installed, machine, peak_bytes
 
-from trl_learnalign.projection import Sketch
+from trl_learnalign.gradients.sketch import Sketch
 
 
 DIMS = (1024, 4096, 16384, 65536)

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 
+from trl_learnalign.ground.store import Log, prepare
 from trl_learnalign.measures.packing import WINDOW
-from trl_learnalign.scoring import scores_of_batches
-from trl_learnalign.store import Log, prepare
+from trl_learnalign.scores.maths import scores_of_batches
 
 
 ROOT = Path(__file__).resolve().parent.parent

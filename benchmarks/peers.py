@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from workload import GROUP
 
-from trl_learnalign.gradients import PromptGradients
+from trl_learnalign.gradients.engine import PromptGradients
 from trl_learnalign.host.objective import policy_objective
 
 

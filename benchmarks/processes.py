@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from workload import ROOT, build_trainer, draw_groups, installed, machine
 
+from trl_learnalign.ground.store import Log, prepare
 from trl_learnalign.host import find_host
 from trl_learnalign.measures.gradients import GradientFeatures
-from trl_learnalign.store import Log, prepare
 
 
 SETTINGS = {"shape": "small", "device": "cpu", "dtype": "float32", "rank": 8, "prompts": 32, "tokens": 64}

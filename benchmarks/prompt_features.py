@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 from workload import ROOT, save_results
 
+from trl_learnalign.ground.peers import Peers
 from trl_learnalign.host import find_host
 from trl_learnalign.measures.hidden_states import hidden_states
-from trl_learnalign.peers import Peers
 
 
 sys.path.insert(0, str(ROOT / "examples"))

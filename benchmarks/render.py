@@ -13,7 +13,7 @@ from statistics import fmean, median_high
 from pages import ROOT, fill, publish, table
 
 from trl_learnalign import LearnAlignConfig
-from trl_learnalign.knobs import explanations
+from trl_learnalign.ground.knobs import explanations
 
 
 HERE = ROOT / "benchmarks"

@@ -21,9 +21,9 @@ import numpy as np
 import pyarrow as pa
 
 from trl_learnalign import LearnAlignConfig, Selection
-from trl_learnalign.report import write_report
-from trl_learnalign.samples import extremes, shortened, shown
-from trl_learnalign.selection import SCORES_SCHEMA
+from trl_learnalign.choice.table import SCORES_SCHEMA
+from trl_learnalign.report.selection_page import write_report
+from trl_learnalign.selection.samples import extremes, shortened, shown
 
 
 ROOT = Path(__file__).resolve().parent.parent

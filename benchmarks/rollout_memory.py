@@ -23,11 +23,11 @@ from datasets import Dataset
 from workload import ROOT, build_trainer, save_results
 
 from trl_learnalign import LearnAlignConfig
-from trl_learnalign.groups import Group
 from trl_learnalign.host import find_host, generation
+from trl_learnalign.host.groups import Group
 from trl_learnalign.measures.alignments import GradientAlignments
 from trl_learnalign.measures.rollouts import roll_out
-from trl_learnalign.selector import SelectionRun
+from trl_learnalign.selection.run import SelectionRun
 
 
 SETTINGS = {"shape": "small", "device": "cpu", "rank": 8, "prompts": 8}

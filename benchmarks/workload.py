@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_learnalign.groups import Row
+from trl_learnalign.host.groups import Row
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -34,11 +34,11 @@ from transformers import TrainerCallback
 from trl import RLOOTrainer
 
 from trl_learnalign import LearnAlignSampler, select_prompts
-from trl_learnalign import state as checkpoint_state
+from trl_learnalign.ground.peers import Peers
 from trl_learnalign.host import find_host, objective
 from trl_learnalign.host.weights import weights_digest
 from trl_learnalign.measures import hidden_states
-from trl_learnalign.peers import Peers
+from trl_learnalign.run import state as checkpoint_state
 
 
 def allow_sharding_on_cpu():

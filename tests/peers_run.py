@@ -9,8 +9,9 @@ from datetime import timedelta
 import torch.distributed as dist
 from tiny import config, digit_reward, make_dataset, make_trainer
 
-from trl_learnalign import peers, select_prompts
+from trl_learnalign import select_prompts
 from trl_learnalign import trainer as learnalign_trainer
+from trl_learnalign.ground import peers
 from trl_learnalign.host import objective
 
 

@@ -14,7 +14,7 @@ from tiny import lora, make_model, make_trainer
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
 
-from trl_learnalign.gradients import PromptGradients
+from trl_learnalign.gradients.engine import PromptGradients
 
 
 def objective(model, ids):

@@ -10,9 +10,9 @@ import pytest
 from tiny import config, make_dataset, make_trainer, parity_reward
 
 from trl_learnalign import select_prompts
-from trl_learnalign.advice import selection_warning
-from trl_learnalign.dry_run import _whole, plan_selection
-from trl_learnalign.selection import Selection
+from trl_learnalign.selection.dry_run import _whole, plan_selection
+from trl_learnalign.selection.result import Selection
+from trl_learnalign.selection.warnings import selection_warning
 
 
 def constant(value):

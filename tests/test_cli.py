@@ -27,12 +27,12 @@ from trl_learnalign import (
     LearnAlignGRPOTrainer,
     LearnAlignSampler,
     Selection,
-    build,
-    cli,
     select_prompts,
 )
-from trl_learnalign.cli import _parse
-from trl_learnalign.rows import read_dataset
+from trl_learnalign.cli import build
+from trl_learnalign.cli import main as cli
+from trl_learnalign.cli.main import _parse
+from trl_learnalign.data.rows import read_dataset
 
 
 ROOT = Path(__file__).parent.parent

@@ -10,8 +10,8 @@ import pytest
 from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
 
 from trl_learnalign import LearnAlignConfig
-from trl_learnalign.idle import ACTING
-from trl_learnalign.knobs import explain, explanations
+from trl_learnalign.choice.idle import ACTING
+from trl_learnalign.ground.knobs import explain, explanations
 
 
 OTHERS = (ScriptArguments, GRPOConfig, ModelConfig)

@@ -15,14 +15,14 @@ from tiny import Seen, assert_same_weights, config, digit_reward, make_model, ma
 from transformers import TrainerCallback
 
 from trl_learnalign import select_prompts
-from trl_learnalign.checkpoints import damage, survey, whole_checkpoint
-from trl_learnalign.disk import DirectoryLock, write_json
+from trl_learnalign.ground.disk import DirectoryLock, write_json
+from trl_learnalign.run.checkpoints import damage, survey, whole_checkpoint
 
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from trl_learnalign.disk import DirectoryLock
+from trl_learnalign.ground.disk import DirectoryLock
 lock = DirectoryLock(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(600)
@@ -294,7 +294,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
     script = f"""
 import resource
 from pathlib import Path
-from trl_learnalign.disk import write_json
+from trl_learnalign.ground.disk import write_json
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
     write_json(Path({str(tmp_path / "file.json")!r}), {{"large": "x" * 5000}})

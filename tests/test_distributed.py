@@ -19,7 +19,7 @@ from tiny import Seen, config, digit_reward, make_dataset, make_trainer
 from torch.testing import assert_close
 
 from trl_learnalign import Selection, select_prompts
-from trl_learnalign.store import Log
+from trl_learnalign.ground.store import Log
 
 
 SCRIPT = Path(__file__).with_name("distributed_run.py")

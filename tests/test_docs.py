@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from trl_learnalign import LearnAlignConfig
-from trl_learnalign.gradients import unseen_message
+from trl_learnalign.gradients.engine import unseen_message
 
 
 ROOT = Path(__file__).parent.parent
@@ -188,7 +188,7 @@ def test_settings_and_commands_of_the_pages_exist(page):
     import yaml
     from trl import GRPOConfig, ModelConfig
 
-    from trl_learnalign.cli import SelectArguments
+    from trl_learnalign.cli.main import SelectArguments
 
     known = {
         field.name for kind in (SelectArguments, GRPOConfig, ModelConfig, LearnAlignConfig) for field in fields(kind)

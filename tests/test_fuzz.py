@@ -18,10 +18,10 @@ from tiny import config, digit_reward, make_dataset, make_trainer, online
 from transformers import TrainerState
 
 from trl_learnalign import LearnAlignConfig, Selection, select_prompts
-from trl_learnalign.groups import Group
+from trl_learnalign.ground.store import Log, prepare
+from trl_learnalign.host.groups import Group
 from trl_learnalign.measures.records import decode, encode
-from trl_learnalign.state import STATE_FILE
-from trl_learnalign.store import Log, prepare
+from trl_learnalign.run.state import STATE_FILE
 
 
 FIELDS = {field.name: field.default for field in dataclasses.fields(LearnAlignConfig)}

@@ -9,7 +9,7 @@ from transformers import OPTConfig, OPTForCausalLM
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignSampler, Selection, callback
-from trl_learnalign.randomness import random_state, set_random_state
+from trl_learnalign.ground.randomness import random_state, set_random_state
 
 
 @pytest.fixture

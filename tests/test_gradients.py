@@ -26,16 +26,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM, Qwen2M
 from workload import peak_bytes
 
 from trl_learnalign import LearnAlignConfig, select_prompts
-from trl_learnalign.gradients import PROBE_RANK, PromptGradients, UnseenParametersError
-from trl_learnalign.groups import Row
+from trl_learnalign.gradients.engine import PROBE_RANK, PromptGradients, UnseenParametersError
+from trl_learnalign.gradients.modes import checkpoints, dropout_off
+from trl_learnalign.ground.hashing import stable_hash
+from trl_learnalign.ground.store import Log, prepare
 from trl_learnalign.host import find_host, objective
+from trl_learnalign.host.groups import Row
 from trl_learnalign.host.objective import policy_objective
 from trl_learnalign.measures.gradients import GradientFeatures
 from trl_learnalign.measures.packing import WINDOW, pack
-from trl_learnalign.modes import checkpoints, dropout_off
-from trl_learnalign.projection import stable_hash
-from trl_learnalign.scoring import scores_of_batches
-from trl_learnalign.store import Log, prepare
+from trl_learnalign.scores.maths import scores_of_batches
 
 
 def make_trainer(*args, **changes):

@@ -11,13 +11,13 @@ from tiny import make_dataset, make_model, make_trainer, weights
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
+from trl_learnalign.gradients.modes import as_in_evaluation
+from trl_learnalign.ground.peers import Peers
 from trl_learnalign.host import find_host
 from trl_learnalign.measures import half_forward
 from trl_learnalign.measures import hidden_states as measure
 from trl_learnalign.measures.feature_file import PromptFeatures
 from trl_learnalign.measures.half_forward import HalfForward
-from trl_learnalign.modes import as_in_evaluation
-from trl_learnalign.peers import Peers
 
 
 def features(trainer, path, **kwargs):

@@ -27,12 +27,12 @@ from transformers import Qwen2Config, Qwen2ForSequenceClassification
 from trl.rewards import get_soft_overlong_punishment
 
 from trl_learnalign import select_prompts
-from trl_learnalign.build import load_reward
+from trl_learnalign.cli.build import load_reward
 from trl_learnalign.host import find_host
-from trl_learnalign.identity import examine, identify
+from trl_learnalign.identity.objects import examine, identify
+from trl_learnalign.identity.seen import look, note
+from trl_learnalign.identity.seen import seen as seen_function
 from trl_learnalign.measures import rollouts
-from trl_learnalign.seen import look, note
-from trl_learnalign.seen import seen as seen_function
 
 
 def same(*values):

@@ -32,8 +32,8 @@ from trl_learnalign import (
     select_prompts,
 )
 from trl_learnalign.host import find_host
+from trl_learnalign.host.rewards import RewardError
 from trl_learnalign.host.trial import COMPLETION, try_rewards
-from trl_learnalign.rewards import RewardError
 
 
 def test_budget_larger_than_the_pool_takes_all(tmp_path):

@@ -20,8 +20,9 @@ from PIL import Image
 from tiny import config, make_trainer, online, parity_reward
 from transformers import TrainerCallback
 
-from trl_learnalign import Selection, select_prompts, store
-from trl_learnalign.progress import ProgressLines, duration
+from trl_learnalign import Selection, select_prompts
+from trl_learnalign.ground import store
+from trl_learnalign.ground.progress import ProgressLines, duration
 
 
 def test_values_reach_tensorboard(tmp_path):
@@ -66,7 +67,7 @@ def test_values_reach_tensorboard(tmp_path):
 
 def test_figures_that_cannot_be_drawn_are_no_reason_to_end_a_run(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
-    monkeypatch.setattr("trl_learnalign.figures.drawings", lambda *args: 1 / 0)
+    monkeypatch.setattr("trl_learnalign.selection.figures.drawings", lambda *args: 1 / 0)
     trainer = make_trainer(tmp_path, config(write_report=True), report_to="tensorboard")
     trainer.train()
     assert trainer.state.global_step == trainer.state.max_steps
@@ -405,7 +406,7 @@ def test_what_an_upload_finds_while_a_selection_runs(tmp_path, monkeypatch):
             client.begin.release()
 
     monkeypatch.setattr("transformers.trainer.hf_api", lambda: client)
-    monkeypatch.setattr("trl_learnalign.disk.os.replace", replace)
+    monkeypatch.setattr("trl_learnalign.ground.disk.os.replace", replace)
     monkeypatch.setattr(store, "_write", write)
     trainer = make_trainer(
         tmp_path,

@@ -10,8 +10,8 @@ from tiny import config, make_dataset, make_trainer
 from trl import GRPOTrainer
 
 from trl_learnalign import select_prompts
-from trl_learnalign.groups import Row
 from trl_learnalign.host import objective
+from trl_learnalign.host.groups import Row
 from trl_learnalign.host.objective import LOSS_TYPES
 
 

@@ -11,11 +11,11 @@ from tiny import Seen, config, digit_reward, grpo_args, lora, make_dataset, make
 from trl import RLOOConfig, RLOOTrainer
 
 from trl_learnalign import select_prompts
-from trl_learnalign.gradients import PromptGradients
-from trl_learnalign.groups import Group, Row
+from trl_learnalign.gradients.engine import PromptGradients
 from trl_learnalign.host import find_host, generation
+from trl_learnalign.host.groups import Group, Row
 from trl_learnalign.measures import gradients, packing, rollouts
-from trl_learnalign.selector import SelectionRun
+from trl_learnalign.selection.run import SelectionRun
 
 
 @pytest.fixture

@@ -9,15 +9,17 @@ import pytest
 import torch
 from trl.trainer.utils import RepeatSampler
 
-from trl_learnalign import LearnAlignConfig, LearnAlignSampler, scoring
+from trl_learnalign import LearnAlignConfig, LearnAlignSampler
 from trl_learnalign.callback import first_rollouts
+from trl_learnalign.curriculum import judge, memory, predictor
+from trl_learnalign.curriculum.draws import UniformDraws
+from trl_learnalign.curriculum.graded import VarianceCurve
+from trl_learnalign.curriculum.predictor import SuccessPredictor, expected_learnability
 from trl_learnalign.host import Host
-from trl_learnalign.layout import Layout
-from trl_learnalign.schedules import judge, memory, online, predictor
-from trl_learnalign.schedules.draws import UniformDraws
-from trl_learnalign.schedules.graded import VarianceCurve
-from trl_learnalign.schedules.predictor import SuccessPredictor, expected_learnability
-from trl_learnalign.state import _decided, join, split
+from trl_learnalign.run.layout import Layout
+from trl_learnalign.run.state import _decided, join, split
+from trl_learnalign.schedules import online
+from trl_learnalign.scores import maths as scoring
 
 
 GROUP = 8

@@ -15,7 +15,7 @@ from tiny import Seen, config, make_dataset, make_trainer
 from transformers import AutoTokenizer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignSampler
-from trl_learnalign.schedules.memory import PromptMemory
+from trl_learnalign.curriculum.memory import PromptMemory
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,12 @@ from test_online import World
 from tiny import make_trainer
 from transformers import TrainerCallback
 
-from trl_learnalign import LearnAlignConfig, online_report, online_tables
-from trl_learnalign.cli import main
-from trl_learnalign.schedules import judge, memory
-from trl_learnalign.schedules.history import COLUMNS
+from trl_learnalign import LearnAlignConfig
+from trl_learnalign.cli.main import main
+from trl_learnalign.curriculum import judge, memory
+from trl_learnalign.curriculum.history import COLUMNS
+from trl_learnalign.report import online_page as online_report
+from trl_learnalign.report import online_tables
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -235,7 +237,7 @@ def test_completions_of_prompts_that_were_solved_make_room():
 
 
 def test_a_page_that_fails_does_not_end_the_run(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("trl_learnalign.online_tables.write_parquet", lambda *args: 1 / 0)
+    monkeypatch.setattr("trl_learnalign.report.online_tables.write_parquet", lambda *args: 1 / 0)
     trainer = trainer_of(tmp_path, max_steps=3)
     trainer.train()
     assert trainer.state.global_step == 3
@@ -245,7 +247,7 @@ def test_a_page_that_fails_does_not_end_the_run(tmp_path, monkeypatch, caplog):
 def test_one_report_per_step_and_none_where_it_is_off(tmp_path, monkeypatch):
     steps = []
     monkeypatch.setattr(
-        "trl_learnalign.online_report.write_online_report",
+        "trl_learnalign.report.online_page.write_online_report",
         lambda schedule, host, directory: steps.append(host.trainer.state.global_step),
     )
     trainer_of(tmp_path / "on", max_steps=4, save_steps=2).train()
@@ -287,7 +289,7 @@ def test_of_a_large_pool_a_few_texts_are_read(tmp_path, monkeypatch):
     world = World(size=size, mean=0.0)
     world.run(30)
     monkeypatch.setattr(
-        "trl_learnalign.online_tables.prompt_text", lambda prompt: read.append(prompt) or prompt, raising=True
+        "trl_learnalign.report.online_tables.prompt_text", lambda prompt: read.append(prompt) or prompt, raising=True
     )
     dataset = Dataset.from_dict({"prompt": [f"prompt {row} " + "x" * 5000 for row in range(50)]})
     dataset = dataset.select([row % 50 for row in range(size)])
@@ -364,7 +366,7 @@ def test_lines_where_choosing_begins_and_ends(capsys):
 
 
 def test_moving_means_are_those_of_a_loop():
-    from trl_learnalign.online_figures import _moving
+    from trl_learnalign.report.online_figures import _moving
 
     values = np.random.default_rng(0).random(50)
     values[[0, 3, *range(20, 30)]] = np.nan

@@ -41,14 +41,15 @@ from trl_learnalign import (
     LearnAlignGRPOTrainer,
     LearnAlignMixin,
     LearnAlignSampler,
-    online_report,
-    reading,
 )
+from trl_learnalign.curriculum import judge, memory
+from trl_learnalign.curriculum.order import RandomOrder
+from trl_learnalign.data import reading
+from trl_learnalign.host.rewards import RewardError
 from trl_learnalign.host.trial import COMPLETION
-from trl_learnalign.rewards import RewardError
-from trl_learnalign.schedules import judge, memory, prompt_features
-from trl_learnalign.schedules.base import RandomOrder
-from trl_learnalign.state import STATE_FILE, split
+from trl_learnalign.report import online_page as online_report
+from trl_learnalign.run.state import STATE_FILE, split
+from trl_learnalign.schedules import prompt_features
 
 
 METRICS = (

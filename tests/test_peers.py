@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from trl_learnalign.peers import Peers
+from trl_learnalign.ground.peers import Peers
 
 
 SCRIPT = Path(__file__).with_name("peers_run.py")

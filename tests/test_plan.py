@@ -25,11 +25,11 @@ from tiny import (
 )
 
 from trl_learnalign import LearnAlignConfig, Selection, select_prompts
-from trl_learnalign.disk import digest
+from trl_learnalign.ground.disk import digest
 from trl_learnalign.host import generation
-from trl_learnalign.plan import Work, estimate_line, plan_lines, rollouts_text, warmup_warning
-from trl_learnalign.runs import load_run
 from trl_learnalign.schedules.staged import Version
+from trl_learnalign.schedules.staged_plan import Work, estimate_line, plan_lines, rollouts_text, warmup_warning
+from trl_learnalign.selection.stages import load_run
 
 
 GSM8K = replace(

@@ -2,7 +2,8 @@
 
 import torch
 
-from trl_learnalign.projection import Concatenation, Sketch, stable_hash
+from trl_learnalign.gradients.sketch import Concatenation, Sketch
+from trl_learnalign.ground.hashing import stable_hash
 
 
 SIZES = {"a.weight": 1000, "b.weight": 37, "c.weight": 4096, "d.weight": 1000}

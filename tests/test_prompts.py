@@ -8,7 +8,7 @@ from datasets import Dataset
 from tiny import Seen, config, lora, make_dataset, make_model, make_tokenizer, make_trainer, online, parity_reward
 
 from trl_learnalign import LearnAlignCallback, LearnAlignGRPOTrainer, LearnAlignSampler, select_prompts
-from trl_learnalign.prompts import check_duplicates, check_prompts, equal_prompts, prompt_lengths
+from trl_learnalign.data.prompts import check_duplicates, check_prompts, equal_prompts, prompt_lengths
 
 
 def user(content, **more):

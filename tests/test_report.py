@@ -16,12 +16,12 @@ from datasets import Dataset
 from tiny import config, digit_reward, graded_reward, make_trainer, parity_reward
 
 from trl_learnalign import Selection, select_prompts
-from trl_learnalign.disk import rollouts_of
-from trl_learnalign.dry_run import plan_selection
-from trl_learnalign.prompts import prompt_text
-from trl_learnalign.report import write_report
-from trl_learnalign.runs import load_run
-from trl_learnalign.samples import extremes
+from trl_learnalign.data.prompts import prompt_text
+from trl_learnalign.ground.disk import rollouts_of
+from trl_learnalign.report.selection_page import write_report
+from trl_learnalign.selection.dry_run import plan_selection
+from trl_learnalign.selection.samples import extremes
+from trl_learnalign.selection.stages import load_run
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -112,8 +112,8 @@ def rows_on(page):
 
 
 def test_a_large_pool_is_shown_by_a_sample_and_the_page_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("trl_learnalign.samples.MOST_ROWS", 8)
-    monkeypatch.setattr("trl_learnalign.samples.MOST_CHARACTERS", 3)
+    monkeypatch.setattr("trl_learnalign.selection.samples.MOST_ROWS", 8)
+    monkeypatch.setattr("trl_learnalign.selection.samples.MOST_CHARACTERS", 3)
     selection = select_prompts(make_trainer(tmp_path), reported())
     page = (tmp_path / "learnalign/report.html").read_text(encoding="utf-8")
     rows = rows_on(page)
@@ -231,7 +231,7 @@ def test_switched_off_and_never_in_the_way(tmp_path, monkeypatch, caplog, capsys
     assert [file.name for file in (tmp_path / "off/learnalign").iterdir() if file.name != "lock"] == ["step-000000"]
     select_prompts(make_trainer(tmp_path / "on"), reported())
     assert f"Why each prompt was chosen: {tmp_path / 'on/learnalign/report.html'}" in capsys.readouterr().out
-    monkeypatch.setattr("trl_learnalign.report.write_report", lambda *args: 1 / 0)
+    monkeypatch.setattr("trl_learnalign.report.selection_page.write_report", lambda *args: 1 / 0)
     selection = select_prompts(make_trainer(tmp_path / "broken"), reported())
     assert selection.indices and "could not be written (ZeroDivisionError" in caplog.text
     assert "Why each prompt" not in capsys.readouterr().out

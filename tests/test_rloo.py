@@ -22,8 +22,8 @@ from transformers import Trainer
 from trl import GRPOTrainer, RLOOTrainer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignMixin, LearnAlignSampler, Selection, select_prompts
-from trl_learnalign.groups import Row
 from trl_learnalign.host import find_host, generation
+from trl_learnalign.host.groups import Row
 
 
 class Mine(LearnAlignMixin, RLOOTrainer):

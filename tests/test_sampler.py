@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from trl.trainer.utils import RepeatSampler
 
 from trl_learnalign import LearnAlignConfig, LearnAlignSampler
-from trl_learnalign.layout import Layout
-from trl_learnalign.state import join, split
+from trl_learnalign.run.layout import Layout
+from trl_learnalign.run.state import join, split
 
 
 LAYOUT = Layout(

@@ -10,9 +10,12 @@ import pytest
 from datasets import Dataset
 from tiny import Seen, config, digit_reward, make_dataset, make_trainer, online
 
-from trl_learnalign import Selection, rehearsal, scores, select_prompts, trackers
-from trl_learnalign.cli import main as command
-from trl_learnalign.columns import dataset_columns
+from trl_learnalign import Selection, select_prompts
+from trl_learnalign.choice import rehearsal
+from trl_learnalign.cli.main import main as command
+from trl_learnalign.data.columns import dataset_columns
+from trl_learnalign.report import trackers
+from trl_learnalign.scores import builtin as scores
 
 
 ROWS = 24
@@ -68,7 +71,7 @@ def test_a_function_ranks_what_was_measured(tmp_path, score):
 def test_a_file_with_the_name_of_a_module_replaces_nothing(tmp_path):
     import statistics
 
-    from trl_learnalign.build import load_reward
+    from trl_learnalign.cli.build import load_reward
 
     file = tmp_path / "statistics.py"
     file.write_text("def f(*args, **kwargs):\n    return 'mine'\n")
@@ -78,7 +81,7 @@ def test_a_file_with_the_name_of_a_module_replaces_nothing(tmp_path):
 
 @pytest.mark.parametrize("load", ["score", "reward"])
 def test_a_file_that_fails_is_told_with_its_line(tmp_path, load):
-    from trl_learnalign.build import load_reward
+    from trl_learnalign.cli.build import load_reward
 
     file = tmp_path / "broken.py"
     file.write_text("limit = 3\nleast = limitt\n")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from trl.trainer.utils import nanstd
 
-from trl_learnalign import scoring
+from trl_learnalign.scores import maths as scoring
 
 
 def naive_scores(features, learnability):

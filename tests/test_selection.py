@@ -7,9 +7,9 @@ import pytest
 from tiny import config, digit_reward, make_dataset, make_trainer
 
 from trl_learnalign import Selection, select_prompts
-from trl_learnalign.disk import rollouts_of
-from trl_learnalign.samples import extremes
-from trl_learnalign.selection import SCORES_SCHEMA
+from trl_learnalign.choice.table import SCORES_SCHEMA
+from trl_learnalign.ground.disk import rollouts_of
+from trl_learnalign.selection.samples import extremes
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def change(path, **changes):
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path):
-    from trl_learnalign.selection import write_json
+    from trl_learnalign.selection.result import write_json
 
     write_json(tmp_path / "a.json", {"a": 1})
     with pytest.raises(ValueError):

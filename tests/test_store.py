@@ -11,10 +11,11 @@ import pytest
 import torch
 from tiny import config, make_dataset, make_trainer, parity_reward
 
-from trl_learnalign import select_prompts, store
-from trl_learnalign.groups import Group
+from trl_learnalign import select_prompts
+from trl_learnalign.ground import store
+from trl_learnalign.ground.store import Log, prepare
+from trl_learnalign.host.groups import Group
 from trl_learnalign.measures.records import decode, encode
-from trl_learnalign.store import Log, prepare
 
 
 def opened(path, key="key", rank=0):
@@ -114,7 +115,7 @@ def test_a_process_killed_while_it_appends_leaves_whole_records_only(tmp_path):
     script = """
 import os, sys
 from pathlib import Path
-from trl_learnalign.store import Log
+from trl_learnalign.ground.store import Log
 log, n = Log(Path(sys.argv[1]), "key", 0), 0
 while True:
     log.append([(n + i, (n + i).to_bytes(8, "big") * 5000) for i in range(4)])
@@ -140,7 +141,7 @@ def test_a_full_disk_leaves_what_was_finished(tmp_path):
     script = f"""
 import resource
 from pathlib import Path
-from trl_learnalign.store import Log
+from trl_learnalign.ground.store import Log
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 log = Log(Path({str(path)!r}), "key", 0)
 log.append([(1, b"x" * 500)])

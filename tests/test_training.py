@@ -24,11 +24,11 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignMixin, LearnAlignSampler, Selection, select_prompts
-from trl_learnalign.disk import digest
+from trl_learnalign.ground.disk import digest
 from trl_learnalign.host import find_host
 from trl_learnalign.measures import gradients
-from trl_learnalign.restart import restart
-from trl_learnalign.state import STATE_FILE
+from trl_learnalign.run.restart import restart
+from trl_learnalign.run.state import STATE_FILE
 
 
 class Fixed(Sampler):
@@ -238,8 +238,8 @@ class Killed(Exception):
 
 def killed_at(point, monkeypatch):
     """Makes a run stop as if killed: in the rollouts, before the gradients, or after the files are written."""
-    from trl_learnalign import selector
     from trl_learnalign.host import generation
+    from trl_learnalign.selection import run as selector
 
     calls = {"left": 2}
 

@@ -18,8 +18,8 @@ from tiny import digit_reward, make_dataset, make_model, make_tokenizer
 from torch.testing import assert_close
 
 from trl_learnalign import Selection
-from trl_learnalign.disk import rollouts_of
-from trl_learnalign.groups import deal
+from trl_learnalign.ground.disk import rollouts_of
+from trl_learnalign.host.groups import deal
 
 
 HERE = Path(__file__).parent

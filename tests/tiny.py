@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast, ProcessorMixin, Qwen2Config, Q
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler
-from trl_learnalign.schedules import judge
+from trl_learnalign.curriculum import judge
 
 
 ALPHABET = "0123456789+=:ausert\n"

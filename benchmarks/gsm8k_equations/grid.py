@@ -43,7 +43,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler, Selection, select_prompts
-from trl_learnalign.scoring import ranking
+from trl_learnalign.scores.maths import ranking
 
 
 RESULTS = ROOT / "benchmarks" / "results" / "evidence"

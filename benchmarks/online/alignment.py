@@ -22,9 +22,9 @@ from results import ROOT
 from run import Recorder, build_trainer, warm_up
 
 from trl_learnalign import LearnAlignConfig
+from trl_learnalign.ground.peers import Peers
 from trl_learnalign.host import find_host
 from trl_learnalign.measures.hidden_states import hidden_states
-from trl_learnalign.peers import Peers
 from trl_learnalign.schedules.prompt_features import whole_features
 
 

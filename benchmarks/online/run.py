@@ -44,7 +44,8 @@ from grid import training_arguments
 from pools import POOLS, load_policy, make_pool, make_task
 from train_tiny_policy import generate
 
-from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler, schedules, select_prompts
+from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler, select_prompts
+from trl_learnalign.curriculum import memory, predictor
 
 
 CHUNK, GROUP, WARMUP_STEPS = 16, 8, 19
@@ -59,8 +60,8 @@ ONLINE = {
 }
 # What such an arm changes: a constant, in the modules that have it
 CHANGED = {
-    "online without fading": ("HALF_LIFE", 1e9, (schedules.memory, schedules.predictor)),
-    "online without longer rests": ("LONGEST_REST", 0, (schedules.memory,)),
+    "online without fading": ("HALF_LIFE", 1e9, (memory, predictor)),
+    "online without longer rests": ("LONGEST_REST", 0, (memory,)),
 }
 
 

@@ -9,19 +9,19 @@ import numpy as np
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import Trainer, TrainerCallback
 
-from . import trackers
-from .disk import DirectoryLock, initial_weights_of
+from .data.prompts import prompt_text
+from .data.reading import has_transform, read_rows
+from .ground.disk import DirectoryLock, initial_weights_of
+from .ground.peers import Peers
 from .host import find_host
-from .layout import Layout
-from .peers import Peers
-from .prompts import prompt_text
-from .reading import has_transform, read_rows
-from .restart import check_restart, restart, save_initial_weights
+from .report import trackers
+from .run.layout import Layout
+from .run.restart import check_restart, restart, save_initial_weights
+from .run.state import CheckpointState
+from .run.uploads import warn_of_uploads
 from .sampler import LearnAlignSampler
-from .selection import Selection
-from .selector import forget_measures, select_at_stage
-from .state import CheckpointState
-from .uploads import warn_of_uploads
+from .selection.result import Selection
+from .selection.run import forget_measures, select_at_stage
 
 
 logger = logging.getLogger(__name__)

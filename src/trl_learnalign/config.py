@@ -6,12 +6,12 @@ from dataclasses import dataclass, field, fields
 
 from datasets import Dataset
 
-from .choice import QUOTAS, TAKES
-from .conditions import Condition
-from .idle import missing
-from .knobs import check, explain
-from .rows import dataset_fingerprint
-from .scores import OWN_MEASURES, SCORES, Score, find_score, score_name
+from .choice.choose import QUOTAS, TAKES
+from .choice.idle import missing
+from .data.conditions import Condition
+from .data.rows import dataset_fingerprint
+from .ground.knobs import check, explain
+from .scores.builtin import OWN_MEASURES, SCORES, Score, find_score, score_name
 
 
 SCHEDULE_NAMES = ("staged", "online")

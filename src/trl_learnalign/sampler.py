@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from torch.utils.data import Sampler
 
 from .config import LearnAlignConfig
-from .layout import STREAM_FIELDS, Layout, to_train_longer
+from .run.layout import STREAM_FIELDS, Layout, to_train_longer
 from .schedules import SCHEDULES, Schedule
 
 

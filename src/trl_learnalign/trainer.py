@@ -5,14 +5,14 @@ from pathlib import Path
 from trl import GRPOTrainer
 
 from .callback import LearnAlignCallback
-from .cards import model_card, online_model_card
-from .checkpoints import survey, whole_checkpoint
+from .data.prompts import check_dataset, check_prompts
+from .ground.peers import Peers
 from .host import check_kind
-from .peers import Peers
-from .prompts import check_dataset, check_prompts
-from .runs import load_run
+from .report.cards import model_card, online_model_card
+from .run.checkpoints import survey, whole_checkpoint
+from .run.uploads import warn_of_uploads
 from .sampler import LearnAlignSampler
-from .uploads import warn_of_uploads
+from .selection.stages import load_run
 
 
 class LearnAlignMixin:

@@ -6,16 +6,16 @@ import warnings
 import trl
 from packaging.version import Version
 
-from ..columns import check_columns
+from ..choice.rehearsal import rehearse
+from ..choice.table import load_target
 from ..config import LearnAlignConfig
-from ..gradients import UnseenParametersError, check_parameters, unseen_message
-from ..pool import load_target
-from ..prompts import check_dataset, check_duplicates, check_prompts, warn_of_answers
-from ..randomness import random_state, set_random_state
-from ..reading import columns_read, read_prompts
-from ..rehearsal import rehearse
-from ..rewards import check_success_reward
+from ..data.columns import check_columns
+from ..data.prompts import check_dataset, check_duplicates, check_prompts, warn_of_answers
+from ..data.reading import columns_read, read_prompts
+from ..gradients.engine import UnseenParametersError, check_parameters, unseen_message
+from ..ground.randomness import random_state, set_random_state
 from .generation import is_colocated
+from .rewards import check_success_reward
 
 
 _LONG = 1000  # tokens, where nothing limits a completion

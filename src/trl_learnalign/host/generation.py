@@ -11,12 +11,12 @@ import torch
 from datasets import Dataset
 from transformers import Trainer, set_seed
 
-from ..groups import Group, shared
-from ..modes import turn_dropout_off
-from ..projection import stable_hash
-from ..randomness import random_state, set_random_state
-from ..reading import read_rows
-from ..rewards import guarded
+from ..data.reading import read_rows
+from ..gradients.modes import turn_dropout_off
+from ..ground.hashing import stable_hash
+from ..ground.randomness import random_state, set_random_state
+from .groups import Group, shared
+from .rewards import guarded
 
 
 _IMAGES = {"pixel_values", "num_images"}  # what TRL's batches hold where any rollout has one

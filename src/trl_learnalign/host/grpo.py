@@ -2,9 +2,9 @@
 
 import torch
 
-from .. import scoring
-from ..groups import Row
+from ..scores import maths as scoring
 from . import objective
+from .groups import Row
 from .names import COMMON, GRPO
 from .trl import ARGUMENTS, SETTINGS, Host
 

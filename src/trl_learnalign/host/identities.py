@@ -6,11 +6,11 @@ from datasets import Dataset
 from torch import nn
 from transformers import Trainer
 
-from ..contents import digest_of_tensors, tokenizer_content
-from ..disk import digest
-from ..identity import identify
-from ..rows import format_of
-from ..seen import look, note, seen
+from ..data.rows import format_of
+from ..ground.disk import digest
+from ..identity.contents import digest_of_tensors, tokenizer_content
+from ..identity.objects import identify
+from ..identity.seen import look, note, seen
 
 
 _SCALING = ("peft_type", "r", "lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern")  # of an adapter's weights

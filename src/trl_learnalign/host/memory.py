@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch.nn.utils.rnn import pad_sequence
 
-from ..randomness import random_state, set_random_state
+from ..ground.randomness import random_state, set_random_state
 
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from transformers import Trainer
 from trl import GRPOTrainer
 from trl.trainer.utils import use_adapter
 
-from ..groups import Row
+from .groups import Row
 
 
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")

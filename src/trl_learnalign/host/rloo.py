@@ -2,9 +2,9 @@
 
 import torch
 
-from .. import scoring
-from ..groups import Row
+from ..scores import maths as scoring
 from .generation import NoLogps
+from .groups import Row
 from .names import COMMON, RLOO
 from .objective import arguments_of, of_completions, policy
 from .trl import ARGUMENTS, SETTINGS, Host

@@ -9,9 +9,9 @@ import torch
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..peers import Peers
-from ..rewards import RewardError, guarded
+from ..ground.peers import Peers
 from .generation import SELECTING
+from .rewards import RewardError, guarded
 
 
 Undo = Callable[[], None]

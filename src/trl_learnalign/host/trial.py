@@ -6,9 +6,8 @@ import traceback
 from torch import nn
 from trl.data_utils import is_conversational
 
-from .. import rewards
-from ..reading import columns_read, read_rows
-from . import generation
+from ..data.reading import columns_read, read_rows
+from . import generation, rewards
 
 
 logger = logging.getLogger(__name__)

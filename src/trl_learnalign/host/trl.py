@@ -13,15 +13,15 @@ from torch.utils.data import Sampler
 from transformers import Trainer
 
 from ..config import LearnAlignConfig
-from ..groups import Group, Row
-from ..modes import dropout_off
-from ..rewards import success_names
+from ..gradients.modes import dropout_off
 from . import generation, identities, taps
 from .checks import check_selection, check_trainer
 from .generation import NoLogps
+from .groups import Group, Row
 from .memory import Halving
 from .names import check_names
 from .objective import policy
+from .rewards import success_names
 from .trial import try_rewards
 from .weights import weights_digest
 

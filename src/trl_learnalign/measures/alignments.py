@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .. import scoring
-from ..columns import dataset_columns
-from ..groups import Row
-from ..pool import Pool
-from ..store import Log
+from ..choice.table import Pool
+from ..data.columns import dataset_columns
+from ..ground.store import Log
+from ..host.groups import Row
+from ..scores import maths as scoring
 from .gradients import GradientFeatures
 from .rollouts import Rollouts, roll_out
 

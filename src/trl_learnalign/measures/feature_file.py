@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ..disk import make_directory, write_atomically
+from ..ground.disk import make_directory, write_atomically
 
 
 @dataclass(frozen=True)

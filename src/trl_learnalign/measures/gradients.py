@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-from ..gradients import PromptGradients
-from ..groups import Row
+from ..gradients.engine import PromptGradients
+from ..gradients.modes import turn_dropout_off
+from ..ground.peers import Peers
+from ..ground.progress import progress_bar
+from ..ground.store import Log
 from ..host import Host
-from ..modes import turn_dropout_off
-from ..peers import Peers
-from ..progress import progress_bar
-from ..scoring import add_unit_features, feature_norms
-from ..store import Log
+from ..host.groups import Row
+from ..scores.maths import add_unit_features, feature_norms
 from .packing import WINDOW, pack
 
 

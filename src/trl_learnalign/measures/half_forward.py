@@ -22,7 +22,8 @@ class _Reached(Exception):
 
 class HalfForward:
     """
-    Mean hidden states of prompts. Inside of [`~trl_learnalign.modes.as_in_evaluation`] and `torch.no_grad()`.
+    Mean hidden states of prompts. Inside of [`~trl_learnalign.gradients.modes.as_in_evaluation`] and
+    `torch.no_grad()`.
 
     The layers run as far as they are needed. The first prompt, or its beginning, goes through the whole policy, too:
     where it does not have the same states there, or where the weights are sharded, so that a forward must not be left

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..disk import digest, scratch
+from ..data.reading import columns_read, read_prompts
+from ..data.rows import dataset_fingerprint
+from ..gradients.modes import as_in_evaluation
+from ..ground.disk import digest, scratch
+from ..ground.peers import Peers
+from ..ground.progress import progress_bar
+from ..ground.store import Log, open_log
 from ..host import Host
-from ..modes import as_in_evaluation
-from ..peers import Peers
-from ..progress import progress_bar
-from ..reading import columns_read, read_prompts
-from ..selection import dataset_fingerprint
-from ..store import Log, open_log
 from .feature_file import PromptFeatures, file_name, read_features
 from .half_forward import HalfForward, tokens_at_once
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..projection import stable_hash
+from ..ground.hashing import stable_hash
 
 
 # Prompts whose rows are sorted by length together

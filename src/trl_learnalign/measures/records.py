@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from ..groups import Group
+from ..host.groups import Group
 
 
 # A record begins with so many numbers: dataset row, G, F, number of prompts, has a loss mask, has images

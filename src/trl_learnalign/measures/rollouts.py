@@ -9,13 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from ..disk import write_atomically
-from ..groups import Group, deal
+from ..ground.disk import write_atomically
+from ..ground.hashing import stable_hash
+from ..ground.progress import progress_bar
+from ..ground.store import Log
 from ..host import Host
-from ..parts import generate_in_parts, prompts_per_batch
-from ..progress import progress_bar
-from ..projection import stable_hash
-from ..store import Log
+from ..host.groups import Group, deal
+from .parts import generate_in_parts, prompts_per_batch
 from .records import decode, encode
 
 

@@ -8,17 +8,19 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..curriculum import draws, judge
+from ..curriculum.draws import Drawn, UniformDraws
+from ..curriculum.graded import RewardScale, VarianceCurve
+from ..curriculum.history import History
+from ..curriculum.judge import UNIFORM, Judge
+from ..curriculum.memory import MOST_SUSPECTS, PromptMemory
+from ..curriculum.predictor import SuccessPredictor, expected_learnability
+from ..curriculum.scored import Scored, varies
+from ..host.rewards import check_success_reward
 from ..measures.feature_file import PromptFeatures
-from ..rewards import check_success_reward
-from ..scoring import has_gradient, is_success
-from . import draws, judge
+from ..scores.maths import has_gradient, is_success
 from .base import Schedule
-from .draws import Drawn, UniformDraws
-from .graded import RewardScale, VarianceCurve
-from .history import History
-from .judge import UNIFORM, Judge
-from .memory import MOST_SUSPECTS, PromptMemory
-from .overview import (
+from .online_words import (
     nothing_to_predict,
     periods,
     plan_lines,
@@ -27,9 +29,7 @@ from .overview import (
     switch_line,
     warning,
 )
-from .predictor import SuccessPredictor, expected_learnability
 from .prompt_features import check_online, eligible_rows, hidden_features, known_beforehand, whole_features
-from .scored import Scored, varies
 
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class OnlineSchedule(Schedule):
 
     def _read_completions(self, peers):
         """Those of suspects are in no checkpoint. All processes must know of the same."""
-        from ..online_tables import read_completions
+        from ..report.online_tables import read_completions
 
         directory = Path(self.host.args.output_dir) / "learnalign"
         found = read_completions(directory, self.layout.pool_size) if self.host.accelerator.is_main_process else None
@@ -338,7 +338,7 @@ class OnlineSchedule(Schedule):
         """See [`Schedule`]. Once per step."""
         step = host.trainer.state.global_step
         if host.accelerator.is_main_process and self.observed and step != self._reported:
-            from ..online_report import write_online_report  # with matplotlib
+            from ..report.online_page import write_online_report  # with matplotlib
 
             write_online_report(self, host, directory)
             self._reported = step

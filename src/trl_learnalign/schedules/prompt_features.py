@@ -9,12 +9,19 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset
 
-from ..columns import candidate_rows, check_condition, check_groups, check_named, check_numbers, dataset_columns
+from ..curriculum.order import RandomOrder
+from ..data.columns import (
+    candidate_rows,
+    check_condition,
+    check_groups,
+    check_named,
+    check_numbers,
+    dataset_columns,
+)
+from ..data.prompts import equal_prompts, prompt_lengths
+from ..data.reading import columns_read
 from ..measures.feature_file import PromptFeatures
 from ..measures.hidden_states import features_of_the_run, hidden_states, reason_against
-from ..prompts import equal_prompts, prompt_lengths
-from ..reading import columns_read
-from .base import RandomOrder
 
 
 logger = logging.getLogger(__name__)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .. import plan
-from .base import RandomOrder, Schedule
+from ..curriculum.order import RandomOrder
+from . import staged_plan as plan
+from .base import Schedule
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Which of the ranked prompts are taken: conditions, quotas, top or draw."""

@@ -1,0 +1,6 @@
+"""Runs the command as `python -m trl_learnalign.cli`."""
+
+from .main import main
+
+
+main()

@@ -1,0 +1,1 @@
+"""Rows, columns and prompts of a dataset."""

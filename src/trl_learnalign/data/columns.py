@@ -1,0 +1,240 @@
+"""Columns of the dataset: measures that cost nothing."""
+
+from collections.abc import Collection, Iterable, Sequence
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import ClassLabel, Dataset, Value
+from pandas.api import types
+
+from ..config import LearnAlignConfig
+from ..scores.builtin import score_name
+from .conditions import Condition
+from .reading import has_transform
+
+
+# Columns that a measure adds to the table
+MEASURED = {
+    "rollouts": ("success_rate", "learnability", "reward_mean", "reward_std", "completion_length_mean"),
+    "gradients": ("alignment", "gradient_norm"),
+    "target": (),
+}
+_FEW = 0.05  # of all rows are read one by one
+_EXACT = 1 << 53  # floats hold whole numbers up to here
+
+
+def dataset_columns(dataset: Dataset, rows: Sequence[int], names: Iterable[str] | None) -> pd.DataFrame:
+    """
+    Columns of the dataset by dataset row, in the order of `rows`, as they are stored (a transform is not asked), and
+    fields of nested ones, such as `extra.level`; `None`: all that hold numbers or text.
+    """
+    if names is None:
+        names = [name for name, kind in dataset.features.items() if isinstance(kind, Value)]
+    names, index = list(names), pd.Index(rows, name="index", dtype="int64")
+    if not names:
+        return pd.DataFrame(index=index)
+    whole = _taken(dataset.select_columns(sorted({_root(dataset, name) for name in names})), index)
+    columns = {name: whole[name] if name in whole else _field(whole, _root(dataset, name), name) for name in names}
+    return pd.DataFrame(columns).set_axis(index)
+
+
+def _taken(dataset, index):
+    """
+    The rows of a dataset as a table. `Dataset.select` looks at every row by itself, which a million do not bear: where
+    many are wanted, all are read.
+    """
+    if len(index) < _FEW * len(dataset):
+        return _frame(dataset.select(index).with_format("arrow")[:])
+    table = _frame(_whole(dataset))
+    return table if np.array_equal(index, np.arange(len(table))) else table.iloc[index].reset_index(drop=True)
+
+
+def _whole(dataset) -> pa.Table:
+    """
+    All rows. `datasets` gathers those of a shuffled dataset one by one, which takes seconds; arrow does it at once.
+    """
+    order = getattr(dataset, "_indices", None)  # which `datasets` has no public name for
+    if order is not None:
+        try:
+            return dataset.data.table.take(order.column(0))
+        except (pa.ArrowException, AttributeError):  # texts of more than 2 GiB, or another version of `datasets`
+            pass
+    return dataset.with_format("arrow")[:]
+
+
+def _frame(table: pa.Table) -> pd.DataFrame:
+    """Whole numbers beside missing ones become floats, unless these have too few digits for them."""
+    frame = table.to_pandas()
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        large = pa.types.is_integer(column.type) and column.null_count and not _fit_floats(pc.min_max(column).as_py())
+        if large or pa.types.is_nested(column.type):
+            frame[name] = column.to_pandas(integer_object_nulls=True)
+    return frame
+
+
+def _fit_floats(ends) -> bool:
+    return all(end is None or abs(end) <= _EXACT for end in ends.values())
+
+
+def _root(dataset, name) -> str:
+    """The column of the dataset that a name is of: itself, or the one that it is a field of."""
+    while name not in dataset.column_names and "." in name:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def _field(table, root, name):
+    """A field of a nested column; where there is none, a missing value."""
+    values = table[root]
+    for part in name.removeprefix(f"{root}.").split("."):
+        values = [value.get(part) if isinstance(value, dict) else None for value in values]
+    large = any(type(value) is int and abs(value) > _EXACT for value in values)
+    return pd.Series(values, dtype="object" if large and any(value is None for value in values) else None)
+
+
+def _kind(dataset, name):
+    """The feature of a column or of a field; `None` if there is none. A column of JSON may have any field."""
+    root = _root(dataset, name)
+    kind = dataset.features.get(root)
+    for part in name.removeprefix(root).split(".")[1:]:
+        if type(kind).__name__ != "Json":  # which older versions of datasets do not have
+            kind = kind.get(part) if isinstance(kind, dict) else None
+    return kind
+
+
+def check_columns(dataset: Dataset, config: LearnAlignConfig) -> None:
+    """
+    Raises:
+        `ValueError`: `score`, `where` or `quota_column` name a column that there is not, a score that holds no
+            numbers, `where` a column of the dataset that has the name of what is measured, or a function of the
+            user's would find such a column.
+    """
+    measured = {"score"}.union(*(MEASURED[measure] for measure in config.measures))
+    if config.ranking().code is not None:
+        for name in sorted((measured - {"score"}) & set(dataset.column_names)):
+            raise ValueError(
+                f"`score` is a function of yours ({score_name(config.score)}), but '{name}' is both a column of the "
+                "training dataset and measured by the selection, so that it would find only one of them. Rename or "
+                "remove the column."
+            )
+    for name in config.ranking().columns or ():
+        check_named(dataset, "score", config.score, (name,))
+        check_numbers(dataset, "score", config.score, name)
+    if config.quota_column is not None:
+        check_groups(dataset, "quota_column", config.quota_column)
+    if config.where is not None:
+        check_condition(dataset, config.where, measured)
+
+
+def check_condition(dataset: Dataset, where: str, measured: Collection[str] = ()) -> None:
+    """
+    Evaluates a condition before anything is measured.
+
+    Args:
+        dataset (`Dataset`): the training dataset.
+        where (`str`): the condition.
+        measured (`Collection[str]`, *optional*): names of numbers that will be measured.
+
+    Raises:
+        `ValueError`: it names a column that there is not, or one that is both in the dataset and measured, or compares
+            what cannot be compared.
+    """
+    condition = Condition(where)
+    for name in sorted(condition.columns & set(measured) & set(dataset.column_names)):
+        raise ValueError(
+            f"`where` is {where!r}, but '{name}' is both a column of the training dataset and measured by the "
+            "selection. Rename or remove the column."
+        )
+    names = sorted(condition.columns - set(measured))
+    more = (
+        f", and measured: {', '.join(sorted(measured))}" if measured else "; nothing is measured before an online run"
+    )
+    check_named(dataset, "where", where, names, more)
+    condition(dataset_columns(dataset, range(len(dataset)), names).assign(**dict.fromkeys(measured, 0.0)))
+
+
+def check_named(dataset: Dataset, knob: str, value, names: Iterable[str], more: str = "") -> None:
+    """
+    Raises:
+        `ValueError`: the value of the setting `knob` names a column or a field that there is not; `more` ends the list
+            of the columns that there are.
+    """
+    made = " (those that a transform makes are not seen: write them with `dataset.map`)" * has_transform(dataset)
+    for name in sorted(names):
+        if _kind(dataset, name) is not None:
+            continue
+        kind = _kind(dataset, root := name.rpartition(".")[0])
+        fields = f". The fields of '{root}' are: {', '.join(kind)}" if isinstance(kind, dict) else ""
+        raise ValueError(
+            f"`{knob}` is {value!r}, but the training dataset has no column '{name}'. Its columns "
+            f"are: {', '.join(dataset.column_names)}{more}{made}{fields}. Correct the name."
+        )
+
+
+def check_numbers(dataset: Dataset, knob: str, value, name: str) -> None:
+    """
+    Raises:
+        `ValueError`: the column `name`, which the value of the setting `knob` names, holds no numbers.
+    """
+    kind = getattr(_kind(dataset, name), "dtype", None) or ""
+    if not kind.startswith(("int", "uint", "float", "bool")):
+        raise ValueError(f"`{knob}` is {value!r}, but the column '{name}' holds no numbers ({kind or 'nested'}).")
+
+
+def check_groups(dataset: Dataset, knob: str, name: str, most: int | None = None) -> None:
+    """
+    Raises:
+        `ValueError`: the column `name`, which the setting `knob` names, does not divide the rows into groups: there is
+            none, it is nested, holds fractions, has a value of its own in every row, or more than `most` values.
+    """
+    check_named(dataset, knob, name, (name,))
+    kind = _kind(dataset, name)
+    if not isinstance(kind, Value | ClassLabel):
+        fields = f", or a field such as `{name}.{next(iter(kind))}`" if isinstance(kind, dict) and kind else ""
+        raise ValueError(
+            f"`{knob}` is {name!r}, which is nested, but its values are to be groups. Use a column of sources or kinds"
+            f"{fields}."
+        )
+    values = dataset_columns(dataset, range(len(dataset)), [name])[name]
+    if types.is_float_dtype(values.dtype) and (fractions := values[values % 1 > 0]).size:  # NaN and infinity are none
+        raise ValueError(
+            f"`{knob}` is {name!r}, which holds fractions such as {fractions.iloc[0]:g}, but its values are to be "
+            "groups. Sort them into a few bins, or make them texts, with `dataset.map`."
+        )
+    number = values.nunique(dropna=False)
+    if most is not None and number > most:
+        raise ValueError(
+            f"`{knob}` is {name!r}, which has {number:,} different values; at most {most} can be told apart. Use a "
+            "column of sources or kinds."
+        )
+    if number == len(values) > 1:
+        raise ValueError(
+            f"`{knob}` is {name!r}, but each of the {number:,} rows has another value, so every prompt would be a "
+            "group by itself. Use a column of sources or kinds."
+        )
+
+
+def candidate_rows(dataset: Dataset, config: LearnAlignConfig) -> list[int]:
+    """
+    The rows that `where` holds for, as far as it needs columns of the dataset alone; all rows otherwise.
+
+    Raises:
+        `ValueError`: it holds for none.
+    """
+    rows = range(len(dataset))
+    if config.where is None or needs_measures(dataset, config):
+        return list(rows)
+    condition = Condition(config.where)
+    found = np.flatnonzero(condition(dataset_columns(dataset, rows, sorted(condition.columns)))).tolist()
+    if not found:
+        raise ValueError(f"`where` is {config.where!r}, which holds for no row of the training dataset. Correct it.")
+    return found
+
+
+def needs_measures(dataset: Dataset, config: LearnAlignConfig) -> bool:
+    """Whether `where` names more than columns of the dataset, so that it is known only after the rollouts."""
+    if config.where is None:
+        return False
+    return any(_kind(dataset, name) is None for name in Condition(config.where).columns)

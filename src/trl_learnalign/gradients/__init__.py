@@ -1,0 +1,1 @@
+"""Per-prompt LoRA gradients, in PyTorch alone."""

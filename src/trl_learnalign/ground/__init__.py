@@ -1,0 +1,1 @@
+"""Files, processes, progress and hashes: what knows nothing of reinforcement learning."""

@@ -1,0 +1,116 @@
+"""Python files of the user's, and which modules are."""
+
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import site
+import sys
+import sysconfig
+import traceback
+import uuid
+from pathlib import Path
+from types import ModuleType
+
+from .hashing import stable_hash
+
+
+def load_file(file: str, what: str) -> ModuleType:
+    """
+    Runs a file as a module of its own, whatever modules of that name there are.
+
+    Args:
+        file (`str`): the file, which exists.
+        what (`str`): what it was named for, for messages, such as `"reward function 'rewards.py:correct'"`.
+
+    Raises:
+        `ValueError`: it failed.
+    """
+    name = f"_trl_learnalign_{Path(file).stem}_{stable_hash(str(Path(file).resolve())):x}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where pickles, dataclasses and `inspect` look for it
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        place = last_line(error, spec.origin)
+        raise ValueError(
+            f"The file of the {what} failed{f' in line {place}' if place else ''}: "
+            f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}."
+        ) from error
+    return module
+
+
+@functools.cache
+def _installed() -> tuple[str, ...]:
+    paths = sysconfig.get_paths()
+    found = [paths["purelib"], paths["platlib"], *site.getsitepackages(), site.getusersitepackages()]
+    return tuple(str(Path(one).resolve()) for one in found)
+
+
+@functools.cache
+def is_library(name: str) -> bool:
+    """Whether a module is of Python or of an installed package, and so known by its version."""
+    top = name.partition(".")[0]
+    if top in sys.stdlib_module_names or top == __package__:
+        return top != "__main__"
+    if top == "__main__" or not top:
+        return False
+    try:
+        spec = getattr(sys.modules.get(top), "__spec__", None) or importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return False
+    places = [spec.origin or "", *(spec.submodule_search_locations or ())] if spec is not None else []
+    return any(str(Path(place).resolve()).startswith(_installed()) for place in places if place)
+
+
+@functools.cache
+def version_of(name: str) -> str:
+    """Of Python or of an installed package that a module is part of; of a module of the user's nothing."""
+    top = name.partition(".")[0]
+    if not is_library(name):
+        return ""
+    if top in sys.stdlib_module_names:
+        return sys.version.partition(" ")[0]
+    try:
+        return importlib.metadata.version(top)
+    except importlib.metadata.PackageNotFoundError:
+        return str(getattr(sys.modules.get(top), "__version__", ""))
+
+
+def file_of(name: str) -> str:
+    """Digest of the file of a compiled module."""
+    try:
+        return hashlib.sha256(Path(sys.modules[name].__file__).read_bytes()).hexdigest()
+    except (OSError, KeyError, AttributeError, TypeError):
+        return uuid.uuid4().hex
+
+
+def last_line(error: BaseException, file: str) -> int | None:
+    """Number of the line of `file` that an error comes from; `None` if it does not come from there."""
+    if isinstance(error, SyntaxError) and error.filename == file:
+        return error.lineno
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return lines[-1] if lines else None
+
+
+def partial_arguments(function: functools.partial) -> str:
+    """The arguments that a partial fixes, as in a call."""
+    named = [f"{name}={plain(value)}" for name, value in sorted(function.keywords.items())]
+    return f"({', '.join([*map(plain, function.args), *named])})"
+
+
+def plain(value) -> str:
+    """A number or a text, or some in lists, as Python prints it; of anything else the type."""
+    return repr(value) if _is_plain(value) else _type_of(value)
+
+
+def _type_of(value):
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _is_plain(value):
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)

@@ -1,0 +1,1 @@
+"""Pages, cards and trackers: what is drawn and logged about a run."""

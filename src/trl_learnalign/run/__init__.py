@@ -1,0 +1,1 @@
+"""What a training run keeps: its layout, its checkpoints, its first weights."""

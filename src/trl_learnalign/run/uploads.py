@@ -1,0 +1,73 @@
+"""Which files of a run hold prompts and are uploaded to the Hub with the model."""
+
+import logging
+import weakref
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from transformers import Trainer
+
+from ..config import LearnAlignConfig
+
+
+logger = logging.getLogger(__name__)
+
+# Of the checkpoints, which hold the features of prompts, too
+_CHECKPOINTS = {"checkpoint": " and in the last checkpoint", "all_checkpoints": " and in all checkpoints"}
+_WARNED = weakref.WeakSet()  # trainers
+
+
+def warn_of_uploads(trainer: Trainer, config: LearnAlignConfig, now: bool = False) -> None:
+    """
+    Warns, once for a trainer and on the main process, if `push_to_hub` uploads files that hold prompts to a repository
+    that is public, or may be.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): whose `output_dir` is uploaded.
+        config ([`LearnAlignConfig`]): of its sampler.
+        now (`bool`, *optional*, defaults to `False`): whether `trainer.push_to_hub()` was called, which uploads
+            without `push_to_hub=True`, too.
+    """
+    args = trainer.args
+    if not (now or args.push_to_hub) or not trainer.accelerator.is_main_process or trainer in _WARNED:
+        return
+    _WARNED.add(trainer)
+    files = _with_prompts(config, args)
+    repo = getattr(trainer, "hub_model_id", None) or args.hub_model_id or Path(args.output_dir).absolute().name
+    private = _is_private(repo, args.hub_token)
+    if not files or private or (private is None and args.hub_private_repo):
+        return
+    visible = (
+        "is public"
+        if private is False
+        else "will be public unless it is private already: the Hub could not be asked, and `hub_private_repo` is not "
+        "True"
+    )
+    online = config.schedule == "online"
+    also = _CHECKPOINTS.get(args.hub_strategy, "") if online and config.prompt_features else ""
+    names = [name for name in ("write_report", "prompt_features") if getattr(config, name)]
+    without = f", or {' and '.join(f'`{name}=False`' for name in names)}" if online and names else ""
+    logger.warning(
+        f"`push_to_hub{'=True' * args.push_to_hub}` uploads prompts and completions of your data, or what is computed "
+        f"from them: {', '.join(files)}, in `learnalign/`{also}, go to '{repo}', "
+        f"which {visible}. To keep them private, set `hub_private_repo=True`{without}; a "
+        "repository that exists keeps its visibility, so change that on the Hub. Rollouts, measures and first weights "
+        "are in `_learnalign/` and are never uploaded."
+    )
+
+
+def _with_prompts(config, args) -> list[str]:
+    directory = Path(args.output_dir) / "learnalign"
+    exported = sorted(file.name for file in directory.glob("selected.*"))  # by `trl-learnalign select`
+    if config.schedule == "online":
+        features = ["prompt_features-*.safetensors (hidden states of the prompts)"] * config.prompt_features
+        return ["report.html", "suspects.parquet", "online.json"] * config.write_report + features + exported
+    return ["report.html"] * config.write_report + ["step-*/texts.parquet"] + exported
+
+
+def _is_private(repo, token) -> bool | None:
+    """Of a model's repository; `None` if the Hub does not say."""
+    try:
+        return HfApi(token=token).model_info(repo).private
+    except Exception:  # no network, or no right to ask; the upload itself complains of what is wrong
+        return None

@@ -1,0 +1,1 @@
+"""What prompts are ranked by: the scores by name, and their maths."""

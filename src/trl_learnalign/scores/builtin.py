@@ -1,0 +1,179 @@
+"""What prompts are ranked on: functions of what was measured, each with the measures that it needs."""
+
+import functools
+from collections.abc import Callable, Sequence, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from ..ground.user_code import load_file, partial_arguments
+
+
+if TYPE_CHECKING:
+    import pandas
+
+MEASURES = ("rollouts", "gradients", "target")
+OWN_MEASURES = MEASURES[:2]  # that a function of the user's can ask for
+
+
+class Alignments(Protocol):
+    """The gradient features of the learnable prompts, where a score needs `"gradients"`."""
+
+    def target(self) -> "pandas.DataFrame":
+        """
+        Aligns every learnable prompt with the target, where a score needs `"target"`: max_s cos(phi_i, g_s), with g_s
+        the mean of phi_j / |phi_j| over the learnable target prompts j of subtask s (LESS, arXiv 2402.04333, section
+        4.2).
+
+        Returns:
+            `pandas.DataFrame` of n rows: `alignment` and `gradient_norm` = |phi_i|; NaN for prompts with V = 0.
+        """
+
+    def __call__(self, weights: "pandas.Series") -> "pandas.DataFrame":
+        """
+        Aligns every learnable prompt with the weighted mean of all, mean_j z_j with z_j = w_j phi_j / |phi_j|.
+
+        Args:
+            weights (`pandas.Series` of n numbers): w, by dataset row.
+
+        Returns:
+            `pandas.DataFrame` of n rows: `score` = z_i . mean_j z_j, `alignment` = cos(phi_i, mean_j z_j) and
+            `gradient_norm` = |phi_i|. For prompts with V = 0 the first is 0, the others are NaN.
+        """
+
+
+@dataclass(frozen=True)
+class Score:
+    """
+    Attributes:
+        requires (`tuple[str, ...]`): the measures that it needs: `"rollouts"`, `"gradients"` (which need rollouts),
+            `"target"` (which needs both), or none.
+        rank (`Callable`):
+            Takes the table of what was measured, a row per prompt by dataset row, and the [`Alignments`] (`None`
+            without gradients). Returns the score of each prompt, higher is better, as a Series, or a DataFrame with
+            the column `score` and other columns of `scores.parquet`, such as `alignment`; any more are left out. A
+            prompt with a NaN is never chosen.
+        code (`Callable`, *optional*): a function of the user's, whose source a selection depends on.
+        columns (`tuple[str, ...]`): columns of the dataset that the table must hold; `None` for all that hold numbers
+            or text.
+    """
+
+    requires: tuple[str, ...]
+    rank: Callable[["pandas.DataFrame", Alignments | None], "pandas.Series | pandas.DataFrame"]
+    columns: tuple[str, ...] | None = ()
+    code: Callable | None = None
+
+
+def _to_target(table, align, weights):
+    aligned = align.target()
+    return aligned.assign(score=(weights * aligned["alignment"]).where(table["learnability"] > 0, 0.0))
+
+
+_TARGET = ("rollouts", "gradients", "target")
+SCORES = {
+    # Eq. 8 of the paper, and without V
+    "learnalign": Score(("rollouts", "gradients"), lambda table, align: align(table["learnability"])),
+    "alignment": Score(("rollouts", "gradients"), lambda table, align: align(table["learnability"] * 0 + 1)),
+    "learnability": Score(("rollouts",), lambda table, align: table["learnability"]),
+    "target": Score(_TARGET, lambda table, align: _to_target(table, align, table["learnability"])),
+    "target_alignment": Score(_TARGET, lambda table, align: _to_target(table, align, 1.0)),
+    "random": Score((), lambda table, align: table.index.to_series() * 0.0),  # all tied, and ties are in random order
+}
+_COLUMN = "column:"
+
+
+def find_score(score: str | Callable, measures: Sequence[str] | None) -> Score:
+    """
+    The score of a configuration.
+
+    Args:
+        score (`str` or `Callable`): a name of `SCORES`; `"column:NAME"`, a column of numbers of the dataset; or a
+            function of the table, as it is or as `"file.py:function"`.
+        measures (`Sequence[str]`, *optional*): that a function needs.
+
+    Raises:
+        `ValueError`: there is no such score, file or function; or measures that there are not.
+    """
+    if isinstance(score, str) and score in SCORES:
+        return SCORES[score]
+    if isinstance(score, str) and score.startswith(_COLUMN):
+        name = score.removeprefix(_COLUMN)
+        return Score((), lambda table, align: table[name], (name,))
+    function = load_function(score) if isinstance(score, str) else score
+    needs = set(measures or ())
+    if "gradients" in needs:
+        needs.add("rollouts")
+
+    def rank(table, align):
+        if align is None:
+            return function(table)
+        aligned = align(table["learnability"]).drop(columns="score")
+        found = by_row(function(table.join(aligned)), table.index)
+        return aligned.drop(columns=found.columns, errors="ignore").join(found)
+
+    return Score(tuple(name for name in MEASURES if name in needs), rank, None, function)
+
+
+def by_row(returned, index: "pandas.Index") -> "pandas.DataFrame":
+    """
+    What a score returned, with the column `score`, by dataset row: a Series or a DataFrame of these rows in any order,
+    or as many values in their order.
+
+    Raises:
+        `ValueError`: it is none of these.
+    """
+    import pandas as pd
+
+    if isinstance(returned, pd.DataFrame):
+        if "score" not in returned:
+            raise ValueError(
+                f"The score returned a DataFrame without a column `score`, but with {', '.join(map(str, returned))}. "
+                "Return a Series, or name the column `score`."
+            )
+        columns = returned
+    elif isinstance(returned, str) or not isinstance(returned, Sized):
+        raise ValueError(
+            f"The score returned {returned!r}, but must return a number for each row of the table. Return a Series."
+        )
+    else:
+        columns = pd.DataFrame({"score": returned})
+    if len(columns) != len(index):
+        raise ValueError(
+            f"The score returned {len(columns)} values for {len(index)} prompts. Return one for each row of the table."
+        )
+    if isinstance(returned, pd.Series | pd.DataFrame) and set(columns.index) == set(index):
+        return columns.reindex(index)  # by row, whatever the order
+    return columns.set_axis(index)
+
+
+def score_name(score: str | Callable) -> str:
+    """A score for people and for files: a function by its name, an object by its class."""
+    if isinstance(score, str):
+        return score
+    if isinstance(score, functools.partial):
+        return score_name(score.func) + partial_arguments(score)
+    named = score if hasattr(score, "__qualname__") else type(score)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def load_function(name: str) -> Callable:
+    """
+    A function by `file.py:function`.
+
+    Raises:
+        `ValueError`: no such file or function, or the file failed.
+    """
+    file, _, function = name.rpartition(":")
+    if not file.endswith(".py"):
+        raise ValueError(
+            f"`score` is {name!r}, but must be one of {', '.join(SCORES)}, `column:NAME` for a column of the dataset, "
+            "or `file.py:function` for a function of yours."
+        )
+    if not Path(file).is_file():
+        raise ValueError(
+            f"`score` is {name!r}, but there is no file '{file}'. Paths are relative to the working directory."
+        )
+    module = load_file(file, f"score {name!r}")
+    if not callable(getattr(module, function, None)):
+        raise ValueError(f"`score` is {name!r}, but there is no function '{function}' in '{file}'.")
+    return getattr(module, function)

@@ -1,0 +1,188 @@
+"""Warnings about a selection that chose no prompt, or fewer than were asked for."""
+
+import math
+from typing import TYPE_CHECKING
+
+import pyarrow.compute as pc
+
+
+if TYPE_CHECKING:
+    from .result import Selection
+
+_ROUNDING = 1e-9  # rounding may make the standard deviation of equal rewards this large
+
+
+def selection_warning(selection: "Selection") -> str | None:
+    """
+    One paragraph with the reason and the remedy, if fewer prompts were chosen than were asked for, or not by the draw
+    that was asked for; else `None`.
+    """
+    return " ".join(filter(None, (_shortage(selection), _not_drawn(selection)))) or None
+
+
+def _shortage(selection) -> str | None:
+    config, chosen = selection.provenance["config"], len(selection.indices)
+    wanted = min(config["num_prompts"], selection.provenance["num_rows"])
+    if chosen >= wanted or (config["score"] == "random" and chosen):
+        return None
+    eligible = len(selection.eligible()) + len(selection.provenance.get("duplicates", ()))
+    if not selection.measures or eligible < selection.num_learnable():
+        return _conditions(selection, chosen, config)
+    if chosen:
+        different = "different " * bool(selection.provenance.get("duplicates"))
+        learnable = (
+            f"1 {different}prompt is learnable" if chosen == 1 else f"{chosen:,} {different}prompts are learnable"
+        )
+        return (
+            f"Only {learnable}, fewer than `num_prompts` ({config['num_prompts']:,}), and only these are chosen. To "
+            "have more, begin a new run with a larger `num_rollouts`, a longer warm-up or more prompts. A run that is "
+            "resumed with `reselect_every` selects again."
+        )
+    if not selection.scores.num_rows:
+        return (
+            f"No prompt could be scored: the rewards of all {len(selection.provenance['unscorable']):,} prompts were "
+            "None, NaN or infinite. Check the reward function."
+        )
+    if selection.provenance.get("without_gradient"):
+        return None  # `pool_warnings` says it
+    differ = pc.sum(pc.greater(selection.scores["reward_std"], _ROUNDING)).as_py()
+    if config["learnability"] == "success_rate" and differ:
+        return _graded(selection, config["success_threshold"], differ)
+    return _all_equal(selection, config["learnability"])
+
+
+def pool_warnings(selection: "Selection") -> list[str]:
+    """Warnings about prompts that could not be measured as the user would expect, a paragraph each."""
+    provenance, texts = selection.provenance, []
+    rows, pool, config = provenance.get("unscorable", ()), selection.num_pool(), provenance.get("config", {})
+    if rows and selection.scores.num_rows:
+        elsewhere = provenance.get("scored_elsewhere", 0)
+        remedy = (
+            f"{elsewhere:,} of them have other rewards: where each function scores the rows of its own task, name all "
+            "that decide in `success_reward`."
+            if elsewhere
+            else "Check what the reward function makes of these rows."
+        )
+        texts.append(
+            f"{len(rows):,} of {pool:,} prompts ({len(rows) / pool:.0%}) are left out, as none of their rollouts has "
+            f"a reward that decides success: all are None, NaN or infinite ({_rows(rows)}). {remedy}"
+        )
+    if without := provenance.get("without_gradient"):
+        masked = provenance["masked"]
+        reason = (
+            f"the completions that make the difference were cut off, and `mask_truncated_completions=True` leaves "
+            f"these out of the loss ({masked:.0%} of all completions). Raise `max_completion_length`."
+            if masked
+            else "their total rewards are equal. Give the reward that decides success a weight in `reward_weights`."
+        )
+        texts.append(
+            f"{without:,} of {pool:,} prompts count as not learnable although the rewards of their rollouts differ, "
+            f"as they have no gradient: {reason}"
+        )
+    if selection.indices and (doubt := provenance.get("doubt")):  # else `selection_warning` speaks of the threshold
+        texts.append(threshold_warning(doubt, config["success_threshold"]))
+    return texts
+
+
+def threshold_warning(doubt: tuple[float, float, float] | None, threshold: float) -> str | None:
+    """A warning about what [`~trl_learnalign.scores.maths.doubtful_threshold`] found, if it found something."""
+    if doubt is None:
+        return None
+    share, least, most = doubt
+    half, what = ("better", "no successes") if share > 0 else ("worse", "successes")
+    return (
+        f"Most rewards of the {half} half of their range count as {what}: {abs(share):.0%} of them, between "
+        f"{least:.7g} and {most:.7g}. A rollout succeeds where its reward is at least `success_threshold` "
+        f"({threshold:.7g}). If that is not meant, prompts are chosen by a wrong success rate: set it, or use "
+        "`learnability='variance'`, which is for graded rewards."
+    )
+
+
+def _rows(rows):
+    return f"row{'s' * (len(rows) > 1)} {', '.join(map(str, rows[:5]))}{' and others' * (len(rows) > 5)}"
+
+
+def _not_drawn(selection) -> str | None:
+    """Chosen prompts whose score is not above 0, where a draw in proportion to the scores was asked for."""
+    if selection.provenance["config"].get("take") != "proportional":
+        return None
+    chosen = selection.scores["score"].filter(selection.scores["selected"])
+    without = pc.sum(pc.less_equal(chosen, 0)).as_py() or 0
+    if not without or len(selection.eligible()) == len(chosen):
+        return None
+    return (
+        f"{without:,} of the {len(chosen):,} chosen prompts were not drawn: `take='proportional'` draws in proportion "
+        "to the scores, and theirs are not above 0. They were taken by rank, after all that could be drawn. Return "
+        "scores above 0, or use `take='top'`."
+    )
+
+
+def _conditions(selection, chosen, config):
+    """Fewer than were asked for, as a condition or missing scores leave prompts out."""
+    reasons = [f"`where` ({config['where']}) holds for" * bool(config.get("where")), "the score has a number for"]
+    return (
+        f"{chosen:,} prompts are chosen, fewer than `num_prompts` ({config['num_prompts']:,}): of "
+        f"{selection.scores.num_rows:,} prompts, {len(selection.eligible()):,} are eligible, those that "
+        f"{' and that '.join(filter(None, reasons))}{' and that are learnable' * ('rollouts' in selection.measures)}. "
+        "Loosen the condition, or add prompts."
+    )
+
+
+def too_few(selection: "Selection", wanted: int, eligible: int) -> str:
+    """Another choice from the same scores can only have the `eligible` prompts."""
+    kind = "" if selection.provenance["config"]["score"] == "random" else " eligible"
+    kind = " learnable" if selection.measures and eligible >= selection.num_learnable() else kind
+    kind += " and different" * bool(selection.provenance.get("duplicates"))
+    return (
+        f"`num_prompts` is {wanted:,}, but the pool of {selection.scores.num_rows:,} has only {eligible:,}{kind} "
+        "prompts, so fewer are selected. Use a larger pool, or select after a longer warm-up."
+    )
+
+
+def plan_warnings(trial: "Selection", learnable: float, wanted: int) -> list[str]:
+    """Warnings of a dry run. `learnable` prompts are expected in the whole pool, `wanted` were asked for."""
+    if not trial.num_learnable():
+        return [f"warning: {selection_warning(trial)}"]
+    if learnable < wanted:
+        return [f"warning: about {learnable:,.0f} prompts will be learnable, fewer than `num_prompts` ({wanted:,})."]
+    return []
+
+
+def _graded(selection, threshold, differ):
+    """The rewards of `differ` prompts differ, but no prompt has rewards on both sides of the threshold."""
+    least, most = selection.provenance.get("reward_range") or (-math.inf, math.inf)
+    where = "and no prompt has rewards on both sides of it"
+    where = (
+        "which no reward reaches" if most < threshold else "which all rewards reach" if least >= threshold else where
+    )
+    return (
+        f"No prompt is learnable, although the rewards of {differ:,} of {selection.scores.num_rows:,} prompts differ "
+        f"between their rollouts. A success is a reward of at least `success_threshold` ({threshold:.7g}), {where} "
+        f"({_seen(selection)}). Use `learnability='variance'`, which is for graded rewards, or another "
+        "`success_threshold`."
+    )
+
+
+def _all_equal(selection, learnability):
+    """The rewards of every prompt are equal."""
+    rate = selection.mean_success_rates()[0]
+    reason, prompts, check = "every prompt was always or never solved", "easier or harder", " and `success_threshold`"
+    if learnability == "variance":
+        reason, check = "the rollouts of every prompt had equal rewards", ""
+    elif rate == 0:
+        reason, prompts = "none was ever solved", "easier"
+    elif rate == 1:
+        reason, prompts = "all were always solved", "harder"
+    return (
+        f"No prompt is learnable: {reason} ({_seen(selection)}). Check the reward function{check}, or use more "
+        "`num_rollouts`. Training that is resumed with `reselect_every` selects again after more random prompts; a "
+        f"new run can have a longer warm-up (`warmup_prompts`) or {prompts} prompts."
+    )
+
+
+def _seen(selection):
+    """The range of the rewards, which version 0.1.0 did not keep."""
+    if not selection.provenance.get("reward_range"):
+        return "the range of the rewards was not kept"
+    least, most = selection.provenance["reward_range"]
+    return f"all rewards are {least:.7g}" if least == most else f"rewards are between {least:.7g} and {most:.7g}"
