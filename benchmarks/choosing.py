@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -23,8 +22,7 @@ from trl import GRPOConfig
 from workload import ROOT, save_results
 
 from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler
-from trl_learnalign.curriculum.predictor import WINDOW
-from trl_learnalign.run.layout import Layout
+from trl_learnalign.curriculum import Group, OnlineCurriculum, OnlineSettings
 
 
 sys.path.insert(0, str(ROOT / "examples"))
@@ -38,7 +36,7 @@ CHUNK, GROUP = 16, 8
 
 
 class Pool:
-    """A schedule of a run that is under way, and prompts whose success the features tell."""
+    """A curriculum of a run that is under way, and prompts whose success the features tell."""
 
     def __init__(self, size):
         random = np.random.default_rng(0)
@@ -46,43 +44,30 @@ class Pool:
         features[:, 0] = 1
         self.success = 1 / (1 + np.exp(1.5 - 2 * features[:, 1]))
         self.random = random
-        sampler = LearnAlignSampler(LearnAlignConfig(schedule="online"))
-        layout = {"pool_size": size, "num_prompts": size, "warmup_prompts": 0, "chunk_prompts": CHUNK, "repeats": 1}
-        layout |= {"group_size": GROUP, "accumulation": 1, "read_ahead": 1, "epochs": 1.0, "shuffle": True, "seed": 0}
-        sampler.bind(Layout(**layout))
-        self.schedule = sampler.schedule
-        self.schedule.host = self
-        self.accelerator = SimpleNamespace(is_main_process=False)  # which would print
-        self.schedule.set_features(features.astype(np.float16))
-        self.chunk = 0
-
-    # As the schedule needs them of a trainer with one reward function
-    def deciding(self, rewards, config):
-        return rewards[:, :, 0]
-
-    def total(self, rewards):
-        return rewards[:, :, 0]
+        self.curriculum = OnlineCurriculum(features.astype(np.float16), group_size=GROUP)
 
     def step(self):
         """Processor seconds to choose a chunk, to learn from its rewards, and for the values of the log."""
         times = [time.process_time()]
-        rows = self.schedule.prompts(self.chunk)
+        draws = self.curriculum.choose(CHUNK)
         times.append(time.process_time())
-        rewards = (self.random.random((CHUNK, GROUP, 1)) < self.success[rows][:, None, None]).astype(float)
+        success = self.success[[draw.row for draw in draws]]
+        rewards = (self.random.random((CHUNK, GROUP, 1)) < success[:, None, None]).astype(float)
+        groups = [Group(draw.number, draw.row, own) for draw, own in zip(draws, rewards, strict=True)]
         times.append(time.process_time())
-        self.schedule.observe(self.chunk, rewards)
+        self.curriculum.observe(groups)
+        self.curriculum.tick(1)
         times.append(time.process_time())
-        self.schedule.metrics()
+        self.curriculum.metrics()
         times.append(time.process_time())
-        self.chunk += 1
         return times[1] - times[0], times[3] - times[2], times[4] - times[3]
 
 
 def at_size(size, chunks):
     pool = Pool(size)
-    for _ in range(WINDOW // CHUNK + 1):
+    for _ in range(OnlineSettings.window // CHUNK + 1):
         pool.step()
-    assert pool.schedule.judge.choosing, "the pool is made so that choosing pays"
+    assert pool.curriculum.judge.choosing, "the pool is made so that choosing pays"
     measured = [pool.step() for _ in range(chunks)]
     choose, observe, log = (1000 * statistics.median(column) for column in zip(*measured, strict=True))
     found = {"prompts": size, "choose_ms": choose, "observe_ms": observe, "log_ms": log}
@@ -150,7 +135,7 @@ def main():
         "columns": COLUMNS,
         "chunk_prompts": CHUNK,
         "group_size": GROUP,
-        "observations": WINDOW,
+        "observations": OnlineSettings.window,
         "step_seconds": step / 1000,
         "share_of_step": sum(value for name, value in pools[0].items() if name.endswith("_ms")) / step,
         "chunks": arguments.chunks,

@@ -16,36 +16,34 @@ import torch
 from torch.nn.functional import pad
 from trl import GRPOTrainer
 
-from trl_learnalign.schedules import Schedule
+from trl_learnalign import Schedule
 
 
 class _Baseline(Schedule):
-    """Random numbers are the chunk's own, so that a chunk that is asked for again is the same."""
+    """Random numbers are those of the first draw of a call, so that every process has the same."""
 
-    def start(self):
-        if self.layout is not None:
-            self.size, self.number = self.layout.pool_size, self.layout.chunk_prompts
-            self._drawn, self._observed = {}, set()
-            self.begin()
+    def __init__(self, run):
+        super().__init__(run)
+        self.size, self.drawn, self._flight = run.pool_size, 0, {}
 
-    def begin(self):
-        """A new run."""
+    def generator(self, number):
+        return np.random.Generator(np.random.Philox(key=[self.run.seed, number]))
 
-    def generator(self, chunk):
-        return np.random.Generator(np.random.Philox(key=[self.layout.seed, chunk]))
+    def choose(self, n):
+        rows = np.asarray(self.pick(n, self.generator(self.drawn)))
+        self._flight |= dict(enumerate(rows.tolist(), start=self.drawn))
+        self.drawn += n
+        return rows
 
-    def prompts(self, chunk):
-        if chunk not in self._drawn:
-            self._drawn[chunk] = np.asarray(self.choose(chunk, self.generator(chunk)))
-        return self._drawn[chunk].tolist()
+    def observe(self, groups):
+        new = [group for group in groups if self._flight.pop(group.number, None) is not None]
+        if new:
+            rewards = np.stack([group.rewards[:, 0] for group in new])
+            successes = (rewards >= self.run.config.success_threshold).sum(1)
+            self.learn(np.array([group.row for group in new]), successes)
 
-    def observe(self, chunk, rewards):
-        if chunk in self._drawn and chunk not in self._observed:
-            self._observed.add(chunk)
-            self.learn(self._drawn[chunk], (rewards[:, :, 0] >= self.config.success_threshold).sum(1))
-
-    def choose(self, chunk, generator):
-        """The rows of a chunk."""
+    def pick(self, n, generator):
+        """The rows of the next n prompts."""
         raise NotImplementedError
 
     def learn(self, rows, successes):
@@ -57,20 +55,21 @@ class BetaMean(_Baseline):
 
     CANDIDATES = 16
 
-    def begin(self):
+    def __init__(self, run):
+        super().__init__(run)
         self.a, self.b = np.ones(self.size), np.ones(self.size)
 
     def guess(self, rows, generator):
         return self.a[rows] / (self.a[rows] + self.b[rows])
 
-    def choose(self, chunk, generator):
-        rows = generator.choice(self.size, min(self.size, self.CANDIDATES * self.number), replace=False)
+    def pick(self, n, generator):
+        rows = generator.choice(self.size, min(self.size, self.CANDIDATES * n), replace=False)
         far = np.abs(self.guess(rows, generator) - 0.5)
-        return rows[np.lexsort((generator.random(len(rows)), far))[: self.number]]
+        return rows[np.lexsort((generator.random(len(rows)), far))[:n]]
 
     def learn(self, rows, successes):
         np.add.at(self.a, rows, successes)
-        np.add.at(self.b, rows, self.layout.group_size - successes)
+        np.add.at(self.b, rows, self.run.group_size - successes)
 
 
 class MoPPS(BetaMean):
@@ -91,7 +90,8 @@ class GRESO(_Baseline):
 
     LEAST, STEP, BOUNDS = 0.01, 0.01, (0.05, 0.95)
 
-    def begin(self):
+    def __init__(self, run):
+        super().__init__(run)
         self.place, self.orders = 0, []
         self.keep = {"easy": 0.5, "hard": 0.5}
         self.streak = {kind: np.zeros(self.size, int) for kind in self.keep}
@@ -103,9 +103,9 @@ class GRESO(_Baseline):
             self.orders.append(self.generator(2**32 + len(self.orders)).permutation(self.size))
         return int(self.orders[epoch][offset])
 
-    def choose(self, chunk, generator):
+    def pick(self, n, generator):
         rows = []
-        while len(rows) < self.number:
+        while len(rows) < n:
             row = self.position(self.place)
             self.place += 1
             chances = [max(keep ** self.streak[kind][row], self.LEAST) for kind, keep in self.keep.items()]
@@ -114,7 +114,7 @@ class GRESO(_Baseline):
         return rows
 
     def learn(self, rows, successes):
-        for kind, dead in (("easy", successes == self.layout.group_size), ("hard", successes == 0)):
+        for kind, dead in (("easy", successes == self.run.group_size), ("hard", successes == 0)):
             streak = self.streak[kind]
             streak[rows] = np.where(dead, streak[rows] + 1, 0)
             step = self.STEP if dead.mean() < DEAD_TARGETS[kind] else -self.STEP
@@ -124,14 +124,15 @@ class GRESO(_Baseline):
 class Pools(_Baseline):
     """Weights .2, 1 and .2 for last success rates up to .25, up to .75 and above; 1 for a prompt not seen yet."""
 
-    def begin(self):
+    def __init__(self, run):
+        super().__init__(run)
         self.weights = np.ones(self.size)
 
-    def choose(self, chunk, generator):
-        return generator.choice(self.size, self.number, replace=False, p=self.weights / self.weights.sum())
+    def pick(self, n, generator):
+        return generator.choice(self.size, n, replace=False, p=self.weights / self.weights.sum())
 
     def learn(self, rows, successes):
-        rates = successes / self.layout.group_size
+        rates = successes / self.run.group_size
         self.weights[rows] = np.where((rates > 0.25) & (rates <= 0.75), 1.0, 0.2)
 
 

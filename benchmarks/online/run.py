@@ -22,8 +22,8 @@ import json
 import os
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -45,7 +45,8 @@ from pools import POOLS, load_policy, make_pool, make_task
 from train_tiny_policy import generate
 
 from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler, select_prompts
-from trl_learnalign.curriculum import memory, predictor
+from trl_learnalign.curriculum import OnlineSettings
+from trl_learnalign.schedules import OnlineSchedule
 
 
 CHUNK, GROUP, WARMUP_STEPS = 16, 8, 19
@@ -58,10 +59,10 @@ ONLINE = {
     "online without fading": {},
     "online without longer rests": {},
 }
-# What such an arm changes: a constant, in the modules that have it
-CHANGED = {
-    "online without fading": ("HALF_LIFE", 1e9, (memory, predictor)),
-    "online without longer rests": ("LONGEST_REST", 0, (memory,)),
+# What such an arm changes
+SETTINGS = {
+    "online without fading": OnlineSettings(half_life_steps=1e9),
+    "online without longer rests": OnlineSettings(longest_rest=0),
 }
 
 
@@ -181,10 +182,11 @@ def build_trainer(arm, task, adapter, rows, reward, steps, seed, folder, learnin
     kwargs = {}
     if arm in SCHEDULES:
         config = LearnAlignConfig(write_report=False)
-        kwargs["train_sampler"] = LearnAlignSampler(config, schedule=SCHEDULES[arm](config))
+        kwargs["train_sampler"] = LearnAlignSampler(config, schedule=SCHEDULES[arm])
     elif arm in ONLINE:
         config = LearnAlignConfig(schedule="online", write_report=False, **ONLINE[arm], **settings)
-        kwargs["train_sampler"] = LearnAlignSampler(config)
+        schedule = partial(OnlineSchedule, settings=SETTINGS.get(arm))
+        kwargs["train_sampler"] = LearnAlignSampler(config, schedule=schedule)
     elif arm in SELECTIONS:
         kwargs["train_sampler"] = LearnAlignSampler(selection_config(arm, task, seed))
     kind = LearnAlignGRPOTrainer if kwargs else RefillingTrainer if arm == "refill" else GRPOTrainer
@@ -213,20 +215,6 @@ def selection_config(arm, task, seed, chosen=None):
         target = task.target.select_columns(["prompt", "answer", "task"])
         settings["target_dataset"] = target.add_column("row", [-1] * len(target))
     return LearnAlignConfig(num_prompts=chosen or CHOSEN, warmup_prompts=0, write_report=False, **settings)
-
-
-@contextmanager
-def changed(arm):
-    """The constant of an ablation, while a run lasts."""
-    name, value, modules = CHANGED.get(arm, ("", None, ()))
-    before = [getattr(module, name) for module in modules]
-    for module in modules:
-        setattr(module, name, value)
-    try:
-        yield
-    finally:
-        for module, old in zip(modules, before, strict=True):
-            setattr(module, name, old)
 
 
 def better_half(arm, task, adapter, rows, recorder, seed, folder, learning_rate):
@@ -323,7 +311,7 @@ def run(arm, name, seed, arguments) -> dict:
 
 def suspects(trainer, pool) -> dict:
     """How many of the first 10, 30, 100 and 300 prompts that the schedule suspects, and of all, have wrong answers."""
-    rows = trainer._learnalign.sampler.schedule.memory.suspects()[0]
+    rows = trainer.learnalign.schedule.curriculum.memory.suspects()[0]
     firsts = [first for first in (10, 30, 100, 300) if first < len(rows)]
     return {str(first): int(pool.wrong[rows[:first]].sum()) for first in [*firsts, len(rows)]}
 
@@ -361,8 +349,7 @@ def main():
                 if json.loads(file.read_text())["conditions"] != conditions:
                     sys.exit(f"'{file}' was made under other conditions. Pass another --output_dir, or move it away.")
                 continue
-            with changed(arm):
-                found = run(arm, name, seed, arguments)
+            found = run(arm, name, seed, arguments)
             result = {"arm": arm, "pool": name, "seed": seed, "conditions": conditions} | found
             temporary = file.with_suffix(f".{os.getpid()}.tmp")
             temporary.write_text(json.dumps(result) + "\n")

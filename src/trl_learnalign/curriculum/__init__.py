@@ -1,1 +1,13 @@
-"""Chooses every prompt from the rewards of training so far. NumPy alone: no PyTorch, no TRL."""
+"""
+Chooses every prompt from the rewards of training so far. NumPy alone: no PyTorch, no TRL.
+
+A training loop asks [`OnlineCurriculum`] for draws, hands finished groups back, in any order, and tells how many
+optimizer steps it took.
+"""
+
+from .events import Draw, Group
+from .online import OnlineCurriculum
+from .settings import OnlineSettings
+
+
+__all__ = ["Draw", "Group", "OnlineCurriculum", "OnlineSettings"]

@@ -21,12 +21,12 @@ class RewardScale:
         return self._recent
 
     def learn(self, rewards: np.ndarray) -> None:
-        """Notes these rewards; NaN is none."""
+        """Note rewards; NaN is none."""
         known = rewards[np.isfinite(rewards)]
         self._recent = np.concatenate([self._recent, known.astype(np.float32)])[-self.RECENT :]
 
     def __call__(self, rewards: np.ndarray) -> np.ndarray:
-        """Learns from these rewards, and returns them scaled; NaN stays."""
+        """Learn from these rewards, and return them scaled; NaN stays."""
         self.learn(rewards)
         if not len(self._recent):
             return np.full(rewards.shape, np.nan)
@@ -36,11 +36,11 @@ class RewardScale:
         return np.clip((rewards - least) / max(greatest - least, 1e-12), 0, 1)
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """The latest rewards."""
+        """Return the latest rewards."""
         return {"recent": self._recent}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """Restores what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         if state["recent"].ndim != 1:
             raise ValueError(f"rewards have the shape {state['recent'].shape}")
         self._recent = state["recent"].copy()
@@ -62,7 +62,7 @@ class VarianceCurve:
         self._sums = np.zeros((3, self.BINS))  # groups, their variances, their m (1 - m)
 
     def observe(self, means: np.ndarray, variances: np.ndarray) -> None:
-        """Groups with these predicted means had these variances, of shape `(n,)` each."""
+        """Learn that groups with these predicted means had these variances, of shape `(n,)` each."""
         bins = np.rint(means * (self.BINS - 1)).astype(int)
         self._sums *= self.MEMORY ** np.bincount(bins, minlength=self.BINS)
         np.add.at(self._sums[0], bins, 1.0)
@@ -76,17 +76,17 @@ class VarianceCurve:
         return float((few + self._sums[1].sum()) / (few + self._sums[2].sum()))
 
     def __call__(self, means: np.ndarray) -> np.ndarray:
-        """Expected variances of groups with these predicted means."""
+        """Return the expected variances of groups with these predicted means."""
         prior = self.ratio * self._centres * (1 - self._centres)
         values = (self.PRIOR * prior + self._sums[1]) / (self.PRIOR + self._sums[0])
         return np.interp(means, self._centres, values)
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """The sums."""
+        """Return the sums."""
         return {"sums": self._sums}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """Restores what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         if state["sums"].shape != self._sums.shape:
             raise ValueError(f"sums have the shape {state['sums'].shape}")
         self._sums = state["sums"].copy()

@@ -1,11 +1,16 @@
-"""What an online run has seen, in numbers of bounded size: by chunk, by visit, and predicted against observed."""
+"""The history of a curriculum in numbers of bounded size: over time, by visit, and predicted against observed."""
+
+import math
 
 import numpy as np
 
+from .batch import Batch
+
 
 COLUMNS = (
-    "chunk",
-    "live_fraction",  # of all groups of the chunk
+    "groups",  # observed so far
+    "step",  # optimizer steps so far
+    "live_fraction",  # of all groups since the row before
     "live_uniform",  # of the uniform draws among them; NaN without any
     "live_chosen",  # of the others; NaN without any
     "uniform_draws",  # their number
@@ -14,7 +19,7 @@ COLUMNS = (
     "pool_success",
     "skill",
     "headroom",
-    "choosing",  # whether prompts were chosen (one in twenty is drawn uniformly all the same); else all were drawn so
+    "choosing",  # share of the groups that were drawn while prompts were chosen (one in twenty of them uniformly)
     "visited",  # distinct prompts so far
     "retired",
     "parked",
@@ -22,13 +27,18 @@ COLUMNS = (
 )
 BINS = 10  # of predicted success
 VISITS = 20  # later visits count as the last
-_SUMS = ("calibration", "by_visit", "revisits")
+_SUMS = ("calibration", "by_visit", "revisits", "_open")
 
 
 class History:
     """
+    Counts groups.
+
+    Args:
+        row_groups (`int`): groups that a row holds at least.
+
     Attributes:
-        chunks (`np.ndarray` of shape `(chunks, len(COLUMNS))`): one row per observed chunk, float32.
+        rows (`np.ndarray` of shape `(rows, len(COLUMNS))`): float32.
         calibration (`np.ndarray` of shape `(2, BINS, 3)`): for chosen prompts and for uniform draws, by predicted
             success: groups, sum of predicted and sum of observed success.
         by_visit (`np.ndarray` of shape `(VISITS, 3)`): by number of the visit: groups, sum of success, live groups.
@@ -38,9 +48,12 @@ class History:
 
     names = COLUMNS
 
-    def __init__(self):
-        self._chunks = np.zeros((64, len(COLUMNS)), np.float32)
+    def __init__(self, row_groups: int):
+        self._row_groups = row_groups
+        self._rows = np.zeros((64, len(COLUMNS)), np.float32)
         self._number = 0
+        self._open = np.zeros(8)  # sums over the groups since the last row, see `_shares`
+        self.observed = 0  # groups, with and without a reward
         self.calibration = np.zeros((2, BINS, 3))
         self.by_visit = np.zeros((VISITS, 3))
         self.revisits = np.zeros((2, 2))
@@ -51,51 +64,102 @@ class History:
         return float(self.by_visit[:, 0].sum())
 
     @property
-    def chunks(self) -> np.ndarray:
-        """See the class."""
-        return self._chunks[: self._number]
+    def rows(self) -> np.ndarray:
+        """Complete rows, and the one that is being filled."""
+        return self._rows[: self._number]
 
-    def add(self, values: dict[str, float]) -> None:
-        """Adds the row of a chunk."""
-        if self._number == len(self._chunks):
-            self._chunks = np.concatenate([self._chunks, np.zeros_like(self._chunks)])
-        self._chunks[self._number] = [values[name] for name in COLUMNS]
+    def observe(self, batch: Batch) -> dict[str, float]:
+        """Count groups, and return what is known of them: the columns that are shares and means."""
+        drawn, scored = batch.drawn, batch.scored
+        self._calibrate(batch[scored])
+        rates = batch.rates
+        sums = np.array(
+            [
+                len(drawn),
+                batch.live.sum(),
+                drawn.uniform.sum(),
+                (batch.live & drawn.uniform).sum(),
+                drawn.predicted.sum(),
+                rates[scored].sum(),
+                scored.sum(),
+                drawn.choosing.sum(),
+            ]
+        )
+        self.observed += len(drawn)
+        self._open += sums
+        return _shares(sums)
+
+    def _calibrate(self, batch):
+        drawn, rates = batch.drawn, batch.rates
+        bins = np.minimum((drawn.predicted * BINS).astype(int), BINS - 1)
+        values = np.stack([np.ones(len(bins)), drawn.predicted, rates], 1)
+        np.add.at(self.calibration, (drawn.uniform.astype(int), bins), values)
+        places = np.minimum(batch.visits, VISITS - 1)
+        np.add.at(self.by_visit, places, np.stack([np.ones(len(places)), rates, batch.live], 1))
+        good, equal = rates >= 0.5, batch.equal
+        for revisits, before, now in (
+            (self.revisits[0], batch.retired, equal & good),
+            (self.revisits[1], batch.parked, equal & ~good),
+        ):
+            revisits += [before.sum(), (before & ~now).sum()]
+
+    def record(self, values: dict[str, float]) -> None:
+        """Fill the row of the latest groups with `values`, the other columns; begin a new one if it is full."""
+        if not self._open[0]:
+            return
+        if self._number == 0 or self._full:
+            self._grow()
+        values = values | _shares(self._open) | {"groups": self.observed}
+        self._rows[self._number - 1] = [values[name] for name in COLUMNS]
+        self._full = self._open[0] >= self._row_groups
+        if self._full:
+            self._open = np.zeros(8)
+
+    _full = True
+
+    def _grow(self):
+        if self._number == len(self._rows):
+            self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
         self._number += 1
 
-    def count(self, predicted, observed, uniform, live, visits) -> None:
-        """Counts the groups of a chunk, all arguments of shape `(n,)`; `visits` before this one."""
-        bins = np.minimum((predicted * BINS).astype(int), BINS - 1)
-        np.add.at(
-            self.calibration, (uniform.astype(int), bins), np.stack([np.ones(len(bins)), predicted, observed], 1)
-        )
-        places = np.minimum(visits, VISITS - 1)
-        np.add.at(self.by_visit, places, np.stack([np.ones(len(places)), observed, live], 1))
-
-    def count_revisits(self, retired, solved, parked, failed) -> None:
-        """Counts the groups of a chunk, all arguments of shape `(n,)`: before it, and in it."""
-        self.revisits += [
-            [before.sum(), (before & ~now).sum()] for before, now in ((retired, solved), (parked, failed))
-        ]
+    @property
+    def choosing_share(self) -> float:
+        """Share of the groups that were drawn while prompts were chosen; 0 before the first."""
+        sizes = np.diff(self.column("groups"), prepend=0)
+        return float(np.average(self.column("choosing"), weights=sizes)) if len(sizes) else 0.0
 
     def column(self, name: str) -> np.ndarray:
-        """One of `COLUMNS`, of shape `(chunks,)`."""
-        return self.chunks[:, COLUMNS.index(name)]
+        """Return one of `COLUMNS`, of shape `(rows,)`."""
+        return self.rows[:, COLUMNS.index(name)]
 
-    def latest(self) -> dict[str, float]:
-        """The last row, by name; empty before the first chunk."""
-        return dict(zip(COLUMNS, self.chunks[-1].tolist(), strict=True)) if self._number else {}
+    def state_dict(self) -> dict:
+        """Return the arrays."""
+        arrays = {name.strip("_"): getattr(self, name) for name in _SUMS}
+        return {"rows": self.rows, "observed": self.observed, "full": self._full, **arrays}
 
-    def state_dict(self) -> dict[str, np.ndarray]:
-        """The arrays."""
-        return {"chunks": self.chunks, **{name: getattr(self, name) for name in _SUMS}}
-
-    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """Restores what `state_dict` returned."""
+    def load_state_dict(self, state: dict) -> None:
+        """Restore what `state_dict` returned."""
         for name in _SUMS:
-            if state[name].shape != getattr(self, name).shape:
-                raise ValueError(f"{name} has the shape {state[name].shape}")
-            setattr(self, name, state[name].copy())
-        if state["chunks"].shape[1:] != (len(COLUMNS),):
-            raise ValueError(f"chunks have the shape {state['chunks'].shape}")
-        self._number = len(state["chunks"])
-        self._chunks = np.concatenate([state["chunks"], np.zeros((64, len(COLUMNS)), np.float32)])
+            found = state[name.strip("_")]
+            if found.shape != getattr(self, name).shape:
+                raise ValueError(f"{name.strip('_')} has the shape {found.shape}")
+            setattr(self, name, found.copy())
+        if state["rows"].shape[1:] != (len(COLUMNS),):
+            raise ValueError(f"rows have the shape {state['rows'].shape}")
+        self.observed, self._full = int(state["observed"]), bool(state["full"])
+        self._number = len(state["rows"])
+        self._rows = np.concatenate([state["rows"], np.zeros((64, len(COLUMNS)), np.float32)])
+
+
+def _shares(sums) -> dict[str, float]:
+    """Divide sums over groups by their numbers."""
+    groups, live, uniform, live_uniform, predicted, observed, scored, choosing = sums.tolist()
+    return {
+        "live_fraction": live / groups,
+        "live_uniform": live_uniform / uniform if uniform else math.nan,
+        "live_chosen": (live - live_uniform) / (groups - uniform) if groups > uniform else math.nan,
+        "uniform_draws": uniform,
+        "predicted_success": predicted / groups,
+        "observed_success": observed / scored if scored else math.nan,
+        "choosing": choosing / groups,
+    }

@@ -1,115 +1,153 @@
-"""Whether to choose at all: the predictor's skill on uniform draws, and the expected gain of choosing."""
+"""Decides whether to choose at all: by the skill of the prediction on uniform draws, and by the gain of choosing."""
 
 import math
+from dataclasses import astuple, dataclass
 
 import numpy as np
 
+from .settings import OnlineSettings
 
-UNIFORM = 0.05  # of a chunk: uniform draws from the whole pool, which measure the pool and the predictor
-TRIED = 64  # uniform draws before the predictor is judged
-BEGIN_SKILL, LEAST_SKILL = 0.1, 0.05  # to begin with choosing, and to go on
-LEAST_HEADROOM = 1.1
-PATIENCE = 20  # chunks without skill or headroom before draws are uniform again
-MEMORY = 0.995  # of the sums over uniform draws, per draw: the last 200 count
+
+@dataclass
+class UniformSums:
+    """
+    Sums over uniform draws, which fade.
+
+    Attributes:
+        model_errors (`float`): squared errors of the predictor.
+        mean_errors (`float`): squared errors of the mean of the draws before.
+        successes (`float`): success rates.
+        draws (`float`): number of draws.
+        residuals (`float`): success rates less the predicted ones, of draws that were made after anything was learnt.
+        predicted_draws (`float`): number of these.
+    """
+
+    model_errors: float = 0.0
+    mean_errors: float = 0.0
+    successes: float = 0.0
+    draws: float = 0.0
+    residuals: float = 0.0
+    predicted_draws: float = 0.0
+
+    def fade(self, factor: float) -> None:
+        """Multiply every sum by `factor`."""
+        for name in self.__dataclass_fields__:
+            setattr(self, name, getattr(self, name) * factor)
 
 
 class Judge:
     """
+    Decides whether prompts are chosen.
+
+    Args:
+        settings ([`OnlineSettings`]): the thresholds.
+
     Attributes:
-        choosing (`bool`): whether chunks are chosen; else they are drawn uniformly.
-        switched (`bool`): whether that was otherwise for the chunk before.
-        headroom (`float`): what prompts are ranked on (the expected variance of their rewards), of the best ones
-            divided by that of random ones.
+        choosing (`bool`): whether prompts are chosen; else they are drawn uniformly.
+        switched (`bool`): whether that was otherwise before the last decision.
+        headroom (`float`): utility (the expected variance of a prompt's rewards) of the best prompts divided by that
+            of random ones.
         predicted (`float`): mean success that is predicted of random prompts.
+        without_gain (`int`): draws in a row without skill or headroom.
+        sums ([`UniformSums`]): over uniform draws.
     """
 
-    NUMBERS = "choosing", "in_vain", "headroom", "predicted"
+    NUMBERS = "choosing", "without_gain", "headroom", "predicted"
 
-    def __init__(self):
+    def __init__(self, settings: OnlineSettings):
+        self.settings = settings
         self.choosing = self.switched = False
         self.headroom, self.predicted = 1.0, 0.5
-        self.in_vain = 0  # chunks in a row without skill or headroom
-        # Of uniform draws: squared errors of the predictor and of the mean, successes, draws; of those that were drawn
-        # after anything was learnt: successes less predicted ones, draws
-        self.sums = np.zeros(6)
+        self.without_gain = 0
+        self.sums = UniformSums()
 
     @property
     def tried(self) -> bool:
         """Whether there were enough uniform draws to judge by."""
-        return bool(self.sums[3] >= TRIED)
+        return self.sums.draws >= self.settings.tried
 
-    def chunks_to_try(self, draws: int) -> int:
-        """How many chunks of so many uniform draws are to be observed until the prediction is `tried`."""
-        count, chunks = self.sums[3], 0
-        while count < TRIED:
-            count, chunks = count * MEMORY**draws + draws, chunks + 1
-        return chunks
-
-    @property
-    def skilled(self) -> bool:
-        """Whether the prediction is clearly better than the mean."""
-        return self.skill > BEGIN_SKILL
+    def draws_to_try(self, together: int) -> int:
+        """Return how many uniform draws, `together` at a time, are still to come until the prediction is `tried`."""
+        count, draws = self.sums.draws, 0
+        while count < self.settings.tried:
+            count = count * self.settings.judge_memory**together + together
+            draws += together
+        return draws
 
     @property
-    def able(self) -> bool:
+    def has_clear_skill(self) -> bool:
+        """Whether the prediction is so much better than the mean that choosing may begin."""
+        return self.skill > self.settings.begin_skill
+
+    @property
+    def has_skill(self) -> bool:
         """Whether success was predicted better than by the mean, on enough uniform draws."""
-        wanted = LEAST_SKILL if self.choosing else BEGIN_SKILL
+        wanted = self.settings.least_skill if self.choosing else self.settings.begin_skill
         return self.tried and self.skill > wanted
 
     @property
     def skill(self) -> float:
         """Brier skill on uniform draws: 1 - squared errors of the predictor / squared errors of their mean."""
-        model, mean, *_ = self.sums
-        return float(1 - model / mean) if mean > 0 else 0.0
+        sums = self.sums
+        return 1 - sums.model_errors / sums.mean_errors if sums.mean_errors > 0 else 0.0
 
     @property
     def pool_success(self) -> float:
         """
-        Of the whole pool: the mean prediction, corrected by its mean error on the latest uniform draws, which is
+        Estimated success rate of the whole pool: the mean prediction plus the mean residual on recent uniform draws,
         unbiased as long as the policy and the predictor stay as they are. NaN before the first draw.
         """
-        _, _, successes, draws, beyond, learnt = self.sums
-        if not learnt:
-            return float(successes / draws) if draws else math.nan
-        return float(np.clip(self.predicted + beyond / learnt, 0, 1))
+        sums = self.sums
+        if not sums.predicted_draws:
+            return sums.successes / sums.draws if sums.draws else math.nan
+        return float(np.clip(self.predicted + sums.residuals / sums.predicted_draws, 0, 1))
 
-    def look(self, utility: np.ndarray, best: np.ndarray, predicted: float) -> None:
+    def decide(self, utility: np.ndarray, best: np.ndarray, predicted: float, draws: int) -> None:
         """
-        Decides about the next chunk.
+        Decide about the next draws.
 
         Args:
             utility (`np.ndarray` of shape `(n,)`): what each of n random candidates is ranked on.
-            best (`np.ndarray`): places of those that would be chosen.
+            best (`np.ndarray`): places of the best ones that are free.
             predicted (`float`): mean success predicted of the candidates.
+            draws (`int`): number of the next draws.
         """
         self.predicted = float(predicted)
         self.headroom = float(utility[best].mean() / max(utility.mean(), 1e-12)) if len(best) else 1.0
-        before, good = self.choosing, self.able and self.headroom >= LEAST_HEADROOM
-        self.in_vain = 0 if good else self.in_vain + 1
-        self.choosing = good or (self.choosing and self.in_vain < PATIENCE)
+        before, good = self.choosing, self.has_skill and self.headroom >= self.settings.least_headroom
+        self.without_gain = 0 if good else self.without_gain + draws
+        self.choosing = good or (self.choosing and self.without_gain < self.settings.patience)
         self.switched = before != self.choosing
 
-    def measure(self, predicted: np.ndarray, observed: np.ndarray, learnt: bool) -> None:
+    def observe(self, predicted: np.ndarray, observed: np.ndarray, learnt: np.ndarray) -> None:
         """
-        Counts uniform draws, of shape `(n,)` each; `learnt` if anything had been observed when they were predicted.
+        Count uniform draws, one after the other.
+
+        Args:
+            predicted (`np.ndarray` of shape `(n,)`): success predicted when each was drawn.
+            observed (`np.ndarray` of shape `(n,)`): its success rate.
+            learnt (`np.ndarray` of shape `(n,)`): whether anything had been observed before it was drawn, bool.
         """
-        if not len(observed):
-            return
-        errors = np.array([0.0, 0.0, observed.sum(), len(observed), 0.0, 0.0])
-        if learnt:
-            mean = self.sums[2] / self.sums[3] if self.sums[3] else 0.5
-            errors[:2] = ((predicted - observed) ** 2).sum(), ((mean - observed) ** 2).sum()
-            errors[4:] = (observed - predicted).sum(), len(observed)
-        self.sums = self.sums * MEMORY ** len(observed) + errors
+        sums = self.sums
+        for expected, rate, told in zip(predicted.tolist(), observed.tolist(), learnt.tolist(), strict=True):
+            mean = sums.successes / sums.draws if sums.draws else 0.5
+            sums.fade(self.settings.judge_memory)
+            sums.successes += rate
+            sums.draws += 1
+            if told:
+                sums.model_errors += (expected - rate) ** 2
+                sums.mean_errors += (mean - rate) ** 2
+                sums.residuals += rate - expected
+                sums.predicted_draws += 1
 
     def state_dict(self) -> dict:
-        """Sums and numbers."""
-        return {"sums": self.sums} | {name: getattr(self, name) for name in self.NUMBERS}
+        """Return sums and numbers."""
+        return {"sums": np.array(astuple(self.sums))} | {name: getattr(self, name) for name in self.NUMBERS}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restores what `state_dict` returned."""
-        if state["sums"].shape != self.sums.shape:
+        """Restore what `state_dict` returned."""
+        if state["sums"].shape != (len(UniformSums.__dataclass_fields__),):
             raise ValueError(f"sums have the shape {state['sums'].shape}")
-        self.sums = state["sums"].copy()
+        self.sums = UniformSums(*state["sums"].tolist())
         for name in self.NUMBERS:
             setattr(self, name, type(getattr(self, name))(state[name]))

@@ -1,35 +1,32 @@
-"""What an online schedule remembers of each prompt: its own rewards, and when it may come again."""
+"""What the curriculum remembers of each prompt: its own rewards, and when it may come again."""
+
+import math
 
 import numpy as np
 
-from .predictor import HALF_LIFE, all_fail
-
-
-COOLDOWN = 0.1, 2, 25  # chunks until a prompt may come again: this share of those of the pool, at least, at most
-LONGEST_REST = 6  # doublings of the cooldown of a mastered, never-solved or never-scored prompt
-DOUBLING = (
-    8  # rollouts in a row, all right or all wrong, after which a rest is doubled; a visit counts for one at most
-)
-SUSPICION = 0.1  # probability of failing so often, below which a prompt is a suspect
-MOST_SUSPECTS = 1000
-RETIRED_AFTER = 2  # doublings after which a prompt is called retired or parked
+from .batch import Batch
+from .predictor import all_fail
+from .settings import OnlineSettings
 
 
 class PromptMemory:
     """
-    27 bytes a prompt. All arrays have the shape `(N,)`, by row of the dataset.
+    35 bytes a prompt. All arrays have the shape `(N,)`, by row of the dataset.
 
     Args:
         size (`int`): N.
-        chunks_of_pool (`float`): chunks that the pool makes.
+        pool_size (`int`): prompts that may be drawn.
+        settings ([`OnlineSettings`]): rests, suspicion, half-life.
 
     Attributes:
-        successes, failures (`np.ndarray`): of the prompt's own rollouts, faded to the time of the last visit, float32.
-        last (`np.ndarray`): chunk of the last visit, -1 for none, int32.
+        successes, failures (`np.ndarray`): of the prompt's own rollouts, faded to `faded_to`, float32.
+        recent (`np.ndarray`): visits, faded alike, float32.
+        faded_to (`np.ndarray`): half-lives of the policy until the latest visit, float32.
+        last (`np.ndarray`): draw of the latest visit, -1 for none, int32.
         visits (`np.ndarray`): their number, int32.
-        ready (`np.ndarray`): the chunk from which on the prompt may come again, int32.
+        ready (`np.ndarray`): the draw from which on the prompt may come again, int32.
         solved, failed (`np.ndarray`): rollouts of the visits in a row, up to the last, in which all succeeded, or none
-            did, uint8. A visit counts for `DOUBLING` at most. Graded rewards that are all equal count as a success
+            did, uint8. A visit counts for `doubling` at most. Graded rewards that are all equal count as a success
             from half of their range on.
         unscored (`np.ndarray`): visits in a row, up to the last, without an outcome, int8; -1 after one with an
             outcome.
@@ -37,11 +34,17 @@ class PromptMemory:
             infinity of a prompt that was solved once, float32.
     """
 
-    NAMES = "successes", "failures", "last", "visits", "ready", "solved", "failed", "unscored", "surprise"
+    NAMES = (
+        *("successes", "failures", "recent", "faded_to", "last", "visits", "ready", "solved", "failed", "unscored"),
+        "surprise",
+    )
 
-    def __init__(self, size: int, chunks_of_pool: float):
+    def __init__(self, size: int, pool_size: int, settings: OnlineSettings):
+        self.settings = settings
         self.successes = np.zeros(size, np.float32)
         self.failures = np.zeros(size, np.float32)
+        self.recent = np.zeros(size, np.float32)
+        self.faded_to = np.zeros(size, np.float32)
         self.last = np.full(size, -1, np.int32)
         self.visits = np.zeros(size, np.int32)
         self.ready = np.zeros(size, np.int32)
@@ -49,113 +52,115 @@ class PromptMemory:
         self.failed = np.zeros(size, np.uint8)
         self.unscored = np.zeros(size, np.int8)
         self.surprise = np.zeros(size, np.float32)
-        share, least, most = COOLDOWN
-        self.cooldown = int(np.clip(share * chunks_of_pool, least, most))
+        least = min(settings.least_cooldown, pool_size // 4)  # of a tiny pool some must be free
+        self.cooldown = int(np.clip(settings.cooldown_share * pool_size, least, settings.most_cooldown))
 
-    def evidence(self, rows: np.ndarray, chunk: int) -> tuple[np.ndarray, np.ndarray]:
-        """Successes and failures of these rows, faded to a chunk, of shape `(n,)` each."""
-        faded = 0.5 ** ((chunk - self.last[rows]) / HALF_LIFE)
-        return faded * self.successes[rows], faded * self.failures[rows]
+    def evidence(self, rows: np.ndarray, clock: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return successes, failures and visits of these rows, faded to `clock`, of shape `(n,)` each."""
+        faded = 0.5 ** (clock - self.faded_to[rows])
+        return faded * self.successes[rows], faded * self.failures[rows], faded * self.recent[rows]
 
-    def rest(self, rows: np.ndarray, chunk: int) -> None:
-        """These rows are drawn for a chunk: none of them comes again for a while."""
-        self.ready[rows] = chunk + self.cooldown
+    def rest(self, rows: np.ndarray, numbers: np.ndarray) -> None:
+        """Let rows that are drawn rest: none of them comes again for a while."""
+        self.ready[rows] = numbers + self.cooldown
 
-    def suspect(
-        self, rows: np.ndarray, a: np.ndarray, b: np.ndarray, successes: np.ndarray, trials: np.ndarray
-    ) -> None:
+    def observe(self, batch: Batch, weight: float = 1.0) -> None:
         """
-        Adds to the surprise of rows that failed in all rollouts, though success ~ Beta(a, b) was predicted. A prompt
-        that was solved once is no suspect any more.
-        """
-        failed = (trials > 0) & (successes <= 0)
-        self.surprise[rows[failed]] -= np.log(all_fail(a, b, trials)[failed]).astype(np.float32)
-        self.surprise[rows[successes > 0]] = -np.inf
+        Learn the outcomes of groups. A row may be there twice, where a pool is small. A group without an outcome was a
+        visit, and its prompt rests.
 
-    def update(
-        self,
-        rows: np.ndarray,
-        chunk: int,
-        successes: np.ndarray,
-        trials: np.ndarray,
-        equal: np.ndarray,
-        weight: float = 1.0,
-    ) -> None:
+        Args:
+            batch ([`Batch`]): the groups.
+            weight (`float`): evidence of a rollout.
         """
-        These rows had `successes` of `trials` in a chunk; `equal` where all rewards were equal. As evidence a trial
-        counts `weight` times. A row may be there twice, where a pool is smaller than a chunk. One without a trial was
-        visited, too, and rests.
-        """
-        for places in _distinct(rows):
-            self._update(rows[places], chunk, successes[places], trials[places], equal[places], weight)
+        for places in _distinct(batch.drawn.rows):
+            self._observe(batch[places], weight)
 
-    def _update(self, rows, chunk, successes, trials, equal, weight):
-        before = self.evidence(rows, chunk)
-        self.successes[rows] = before[0] + weight * successes
-        self.failures[rows] = before[1] + weight * (trials - successes)
-        self.last[rows] = chunk
+    def _observe(self, batch, weight):
+        settings, drawn, rows = self.settings, batch.drawn, batch.drawn.rows
+        successes, trials, scored = batch.successes, batch.trials, batch.scored
+        # A group that comes late fades itself, and what is younger stays
+        clock = np.maximum(drawn.clock, self.faded_to[rows])
+        before, faded = self.evidence(rows, clock), 0.5 ** (clock - drawn.clock)
+        group_size = batch.outcomes.shape[1]
+        self.successes[rows] = before[0] + faded * weight * successes
+        self.failures[rows] = before[1] + faded * weight * (trials - successes)
+        self.recent[rows] = before[2] + faded * trials / group_size
+        self.faded_to[rows] = clock
+        self.last[rows] = np.maximum(self.last[rows], drawn.numbers)
         self.visits[rows] += 1
-        scored, good = trials > 0, 2 * successes >= trials
-        more = np.minimum(trials, DOUBLING).astype(int)
+        good, equal = 2 * successes >= trials, batch.equal
+        more = np.minimum(trials, settings.doubling).astype(int)
         for streak, now in ((self.solved, good), (self.failed, ~good)):
             longer = np.where(equal & now, np.minimum(streak[rows] + more, 255), 0)
             streak[rows] = np.where(scored, longer, streak[rows])  # nothing is known of one that was not scored
         self.unscored[rows] = np.where(scored, -1, np.minimum(np.maximum(self.unscored[rows], 0), 126) + 1)
-        doublings = np.maximum(self.doublings(rows), np.maximum(self.unscored[rows], 0))
-        self.ready[rows] = chunk + self.cooldown * 2 ** np.minimum(doublings, LONGEST_REST).astype(np.int32)
+        doublings = np.minimum(np.maximum(self.doublings(rows), self.unscored[rows]), settings.longest_rest)
+        rests = self.cooldown * 2 ** np.maximum(doublings, 0).astype(np.int64)
+        # The prompt may have been drawn again since, and rests from then on
+        self.ready[rows] = np.maximum(self.ready[rows], drawn.numbers + rests)
+        if not settings.graded:
+            self._suspect(rows, drawn.a, drawn.b, successes, trials)
+
+    def _suspect(self, rows, a, b, successes, trials):
+        """Add to the surprise of rows whose rollouts all failed, though success ~ Beta(a, b) was predicted."""
+        failed = (trials > 0) & (successes <= 0)
+        self.surprise[rows[failed]] -= np.log(all_fail(a[failed], b[failed], trials[failed])).astype(np.float32)
+        self.surprise[rows[successes > 0]] = -np.inf  # solved once, so the answer is right
 
     def doublings(self, rows: np.ndarray) -> np.ndarray:
-        """How often the rest of these rows is doubled as all rollouts in a row succeeded, or none did."""
-        return np.maximum(self.solved[rows], self.failed[rows]) // DOUBLING
+        """Return how often the rest of these rows is doubled as all rollouts in a row succeeded, or none did."""
+        return np.maximum(self.solved[rows], self.failed[rows]) // self.settings.doubling
 
     def is_retired(self, rows: "np.ndarray | slice" = slice(None)) -> np.ndarray:
-        """Whether all rollouts of the last visits of these rows succeeded, bool."""
-        return self.solved[rows] >= RETIRED_AFTER * DOUBLING
+        """Tell whether all rollouts of the last visits of these rows succeeded, bool."""
+        return self.solved[rows] >= self.settings.retired_after * self.settings.doubling
 
     def is_parked(self, rows: "np.ndarray | slice" = slice(None)) -> np.ndarray:
-        """Whether no rollout of the last visits of these rows succeeded, bool."""
-        return self.failed[rows] >= RETIRED_AFTER * DOUBLING
+        """Tell whether no rollout of the last visits of these rows succeeded, bool."""
+        return self.failed[rows] >= self.settings.retired_after * self.settings.doubling
 
-    def is_suspect(self, rows: np.ndarray) -> np.ndarray:
-        """Whether so many failures of these rows were improbable."""
-        return self.surprise[rows] > -np.log(SUSPICION)
+    def is_suspect(self, rows: "np.ndarray | slice" = slice(None)) -> np.ndarray:
+        """Tell whether so many failures of these rows were improbable, bool."""
+        return self.surprise[rows] > -math.log(self.settings.suspicion)
 
     def num_suspects(self) -> int:
-        """Number of all of them."""
-        return int(np.count_nonzero(self.surprise > -np.log(SUSPICION)))
+        """Count the suspects."""
+        return int(np.count_nonzero(self.is_suspect()))
 
     def suspects(self) -> tuple[np.ndarray, np.ndarray]:
         """
-        Rows that were never solved though so many failures were predicted with a probability below `SUSPICION`, and
-        that probability of each. At most `MOST_SUSPECTS`, most suspicious first.
+        Return rows that were never solved though so many failures were predicted with a probability below `suspicion`,
+        and that probability of each. At most `most_suspects`, most suspicious first.
         """
-        rows = np.flatnonzero(self.surprise > -np.log(SUSPICION))
-        rows = rows[np.lexsort((rows, -self.surprise[rows]))][:MOST_SUSPECTS]
+        rows = np.flatnonzero(self.is_suspect())
+        rows = rows[np.lexsort((rows, -self.surprise[rows]))][: self.settings.most_suspects]
         return rows, np.exp(-self.surprise[rows].astype(np.float64))
 
     def counts(self) -> dict[str, int]:
         """
-        How many prompts were visited, were solved by all, or by no, rollouts of their last visits, and had no outcome
-        at their last visit.
+        Count prompts: visited, retired (all rollouts of the last visits succeeded), parked (none did), unscored (no
+        outcome at the last visit).
         """
         return {
-            "visited": np.count_nonzero(self.visits),
-            "retired": np.count_nonzero(self.is_retired()),
-            "parked": np.count_nonzero(self.is_parked()),
-            "unscored": np.count_nonzero(self.unscored > 0),
+            "visited": int(np.count_nonzero(self.visits)),
+            "retired": int(np.count_nonzero(self.is_retired())),
+            "parked": int(np.count_nonzero(self.is_parked())),
+            "unscored": int(np.count_nonzero(self.unscored > 0)),
         }
 
     def solved_by(self) -> tuple[int, int]:
-        """How many prompts were solved by all, and by none, of all their rollouts so far."""
+        """Count the prompts that all, and that none, of their rollouts so far solved."""
         tried = self.successes + self.failures > 0
-        return np.count_nonzero(tried & (self.failures <= 0)), np.count_nonzero(tried & (self.successes <= 0))
+        by_all, by_none = tried & (self.failures <= 0), tried & (self.successes <= 0)
+        return int(np.count_nonzero(by_all)), int(np.count_nonzero(by_none))
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """The arrays."""
+        """Return the arrays."""
         return {name: getattr(self, name) for name in self.NAMES}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """Restores what `state_dict` returned. Raises a `ValueError` if it is of another number of prompts."""
+        """Restore what `state_dict` returned. Raises a `ValueError` if it is of another number of prompts."""
         for name in self.NAMES:
             now = getattr(self, name)
             if state[name].shape != now.shape or state[name].dtype != now.dtype:
@@ -164,7 +169,7 @@ class PromptMemory:
 
 
 def _distinct(rows):
-    """Places of the rows, so that no row is twice in one part."""
+    """Yield places of the rows, so that no row is twice in one part."""
     left = np.arange(len(rows))
     while len(left):
         first = np.unique(rows[left], return_index=True)[1]

@@ -1,24 +1,26 @@
 """Success of prompts, seen or not, predicted from features of the prompt and from the rewards of training so far."""
 
+import math
+
 import numpy as np
-import torch
+
+from .settings import OnlineSettings
 
 
-RIDGE = 3.0  # precision of the Gaussian prior of a weight; features have standard deviation 1 at most
-GROUP_WEIGHT = 3.0  # rollouts that a group counts for: those of one prompt are alike
-HALF_LIFE = 50.0  # chunks after which an observation counts half, here and of a prompt itself, as the policy moves on
-WINDOW = 4096  # observations that are kept
-NEWTON_STEPS = 3  # from the weights of the chunk before
-CONCENTRATIONS = 0.5, 50.0  # least and greatest
+_NEWTON_STEPS = 8  # at most; from the weights before, three are usually enough
+_CONVERGED = 1e-7  # greatest change of a logit
+_COLUMNS = {"numbers": np.int64, "rows": np.int32, "clock": np.float64} | dict.fromkeys(
+    ("successes", "trials", "predicted"), np.float32
+)
 
 
 class SuccessPredictor:
     r"""
     The prior of the success rate p_i of prompt i: Beta(kappa q_i, kappa (1 - q_i)) with q_i = sigmoid(w . x_i).
 
-    w is fitted by ridge-regularised logistic regression to the latest `WINDOW` observations, which fade with their
-    age. kappa is found by the method of moments from how far observed success rates are from the q that was predicted
-    for them before:
+    w is fitted by ridge-regularised logistic regression to the latest `window` groups, which fade with their age.
+    kappa is found by the method of moments from how far observed success rates are from the q that was predicted when
+    the prompts were drawn:
 
         rho = sum (y - q)^2 - q (1 - q) / n  /  sum q (1 - q) (1 - 1 / n),    kappa = 1 / rho - 1
 
@@ -26,84 +28,121 @@ class SuccessPredictor:
 
         rho = sum (y - q)^2 - v q (1 - q) / n  /  sum q (1 - q)
 
+    Groups are kept in the order of their draws, and fitted when a prediction is next asked for, so neither the order
+    that they come in nor the number of calls changes what is learnt.
+
     Args:
         features (`np.ndarray` of shape `(N, D)`): x, float16 or float32, with a column of ones.
+        settings ([`OnlineSettings`]): ridge, window, half-life.
     """
 
-    def __init__(self, features: np.ndarray):
-        self.features = features
+    def __init__(self, features: np.ndarray, settings: OnlineSettings):
+        self.features, self.settings = features, settings
         self.weights = np.zeros(features.shape[1])
-        self.concentration = 2.0
-        self._rows = np.zeros(0, np.int32)
-        self._chunks = np.zeros(0, np.int32)
-        self._successes = np.zeros(0, np.float32)
-        self._trials = np.zeros(0, np.float32)
-        self._predicted = np.zeros(0, np.float32)
+        self.noise: float | None = None
+        self._concentration = 2.0
+        self._stale = False
+        self._groups = {name: np.zeros(0, kind) for name, kind in _COLUMNS.items()}
 
     def predict(self, rows: np.ndarray) -> np.ndarray:
-        """q of these rows, of shape `(n,)`, float64."""
+        """Return q of these rows, of shape `(n,)`, float64."""
+        self._refresh()
         return _sigmoid(self.features[rows].astype(np.float64) @ self.weights)
 
+    @property
+    def concentration(self) -> float:
+        """The strength kappa of the prior, in rollouts."""
+        self._refresh()
+        return self._concentration
+
     def observe(
-        self, chunk: int, rows: np.ndarray, successes: np.ndarray, trials: np.ndarray, noise: float | None = None
+        self,
+        numbers: np.ndarray,
+        rows: np.ndarray,
+        clock: np.ndarray,
+        successes: np.ndarray,
+        trials: np.ndarray,
+        predicted: np.ndarray,
     ) -> None:
         """
-        Learns that these rows had `successes` of `trials` in a chunk, all of shape `(n,)`; rows without a trial are
-        left out. `noise`: of graded rewards the variance within groups, in units of q (1 - q).
+        Learn that these rows had `successes` of `trials`. Rows without a trial are left out. All arguments have the
+        shape `(n,)`.
+
+        Args:
+            numbers (`np.ndarray`): of the draws.
+            rows (`np.ndarray`): of the dataset.
+            clock (`np.ndarray`): half-lives of the policy until each draw.
+            successes, trials (`np.ndarray`): of the rollouts.
+            predicted (`np.ndarray`): q when the prompt was drawn; NaN before anything had been observed, when it was
+                no prediction.
         """
         known = trials > 0
-        rows, successes, trials = rows[known], successes[known], trials[known]
-        new = rows, np.full(len(rows), chunk), successes, trials, self.predict(rows)
-        names = "_rows", "_chunks", "_successes", "_trials", "_predicted"
-        for name, values in zip(names, new, strict=True):
-            old = getattr(self, name)
-            setattr(self, name, np.concatenate([old, values.astype(old.dtype)])[-WINDOW:])
-        if len(self._rows):
-            self._fit(chunk, noise)
+        if not known.any():
+            return
+        new = dict(zip(_COLUMNS, (numbers, rows, clock, successes, trials, predicted), strict=True))
+        joined = {
+            name: np.concatenate([self._groups[name], values[known].astype(_COLUMNS[name])])
+            for name, values in new.items()
+        }
+        latest = np.argsort(joined["numbers"], kind="stable")[-self.settings.window :]
+        self._groups = {name: values[latest] for name, values in joined.items()}
+        self._stale = True
 
-    def _fit(self, now, noise=None):
-        x = self.features[self._rows].astype(np.float64)
-        age = 0.5 ** ((now - self._chunks) / HALF_LIFE)
-        y = (self._successes / self._trials).astype(np.float64)
-        counts = age * np.minimum(self._trials, GROUP_WEIGHT)
-        precision = np.full(x.shape[1], RIDGE)
-        for _ in range(NEWTON_STEPS):
+    def _refresh(self):
+        if self._stale:
+            self._stale = False
+            self._fit()
+
+    def _fit(self):
+        groups, settings = self._groups, self.settings
+        x = self.features[groups["rows"]].astype(np.float64)
+        age = 0.5 ** (groups["clock"].max() - groups["clock"])
+        y = (groups["successes"] / groups["trials"]).astype(np.float64)
+        counts = age * np.minimum(groups["trials"], settings.group_weight)
+        precision = np.full(x.shape[1], settings.ridge)
+        for _ in range(_NEWTON_STEPS):
             q = _sigmoid(x @ self.weights)
             gradient = x.T @ (counts * (y - q)) - precision * self.weights
             hessian = (x * (counts * q * (1 - q))[:, None]).T @ x + np.diag(precision)
             step = np.linalg.solve(hessian, gradient)
-            self.weights = self.weights + step * min(1.0, 4.0 / max(np.abs(x @ step).max(), 1e-9))
+            change = float(np.abs(x @ step).max())
+            self.weights = self.weights + step * min(1.0, 4.0 / max(change, 1e-9))
+            if change < _CONVERGED:
+                break
         # The last digits may differ between processes, whose choices must not
         self.weights = np.round(self.weights, 9)
-        self._fit_concentration(age, y, noise)
+        self._fit_concentration(age, y)
 
-    def _fit_concentration(self, age, y, noise):
-        q, n = self._predicted.astype(np.float64), self._trials.astype(np.float64)
+    def _fit_concentration(self, age, y):
+        groups, settings = self._groups, self.settings
+        known = np.isfinite(groups["predicted"])
+        if not known.any():
+            return
+        age, y = age[known], y[known]
+        q, n = groups["predicted"][known].astype(np.float64), groups["trials"][known].astype(np.float64)
         spread = q * (1 - q)
-        within, most = (spread / n, spread * (1 - 1 / n)) if noise is None else (noise * spread / n, spread)
+        within, most = (spread / n, spread * (1 - 1 / n)) if self.noise is None else (self.noise * spread / n, spread)
         rho = (age * ((y - q) ** 2 - within)).sum() / max((age * most).sum(), 1e-9)
-        least, greatest = CONCENTRATIONS
-        self.concentration = round(float(np.clip(1 / np.clip(rho, 1e-3, 1) - 1, least, greatest)), 9)
+        kappa = np.clip(1 / np.clip(rho, 1e-3, 1) - 1, settings.least_concentration, settings.greatest_concentration)
+        self._concentration = round(float(kappa), 9)
 
     def state_dict(self) -> dict:
-        """Observations, weights and concentration."""
+        """Return groups, weights and concentration."""
         return {
             "weights": self.weights,
-            "concentration": self.concentration,
-            "rows": self._rows,
-            "chunks": self._chunks,
-            "successes": self._successes,
-            "trials": self._trials,
-            "predicted": self._predicted,
+            "concentration": self._concentration,
+            "stale": self._stale,
+            "noise": self.noise,
+            **self._groups,
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Restores what `state_dict` returned. Raises a `ValueError` if it is of other features."""
+        """Restore what `state_dict` returned. Raises a `ValueError` if it is of other features."""
         if state["weights"].shape != self.weights.shape:
             raise ValueError(f"{len(state['weights'])} features, but there are {len(self.weights)} now")
-        self.weights, self.concentration = state["weights"], float(state["concentration"])
-        for name in ("rows", "chunks", "successes", "trials", "predicted"):
-            setattr(self, f"_{name}", state[name])
+        self._groups = {name: state[name].astype(kind) for name, kind in _COLUMNS.items()}
+        self.weights, self._concentration = state["weights"].copy(), float(state["concentration"])
+        self._stale, self.noise = bool(state["stale"]), state["noise"]
 
 
 def _sigmoid(logits):
@@ -111,14 +150,14 @@ def _sigmoid(logits):
 
 
 def expected_learnability(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """E[p (1 - p)] for p ~ Beta(a, b)."""
+    """Return E[p (1 - p)] for p ~ Beta(a, b)."""
     return a * b / ((a + b) * (a + b + 1))
 
 
-def all_fail(a: np.ndarray, b: np.ndarray, trials: "np.ndarray | float") -> np.ndarray:
-    """Probability that `trials` rollouts all fail, for p ~ Beta(a, b): B(a, b + n) / B(a, b)."""
+def all_fail(a: np.ndarray, b: np.ndarray, trials: np.ndarray) -> np.ndarray:
+    """Return the probability that `trials` rollouts all fail, for p ~ Beta(a, b): B(a, b + n) / B(a, b)."""
     return np.exp(_log_gamma(b + trials) - _log_gamma(b) + _log_gamma(a + b) - _log_gamma(a + b + trials))
 
 
 def _log_gamma(x):
-    return torch.lgamma(torch.from_numpy(np.asarray(x, dtype=np.float64))).numpy()
+    return np.array([math.lgamma(value) for value in np.asarray(x, dtype=np.float64).ravel()]).reshape(np.shape(x))

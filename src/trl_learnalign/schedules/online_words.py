@@ -1,35 +1,39 @@
-"""The state and history of an online schedule as tables and lines, for its report, a model card and the output."""
+"""What is said about an online run: tables for its report, lines for its output and its model card, warnings."""
 
 import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..curriculum import judge
-from ..curriculum.judge import BEGIN_SKILL, LEAST_HEADROOM, PATIENCE, UNIFORM, Judge
-from ..scores.maths import doubtful_threshold
+from ..curriculum.judge import Judge
+from ..curriculum.rewards import doubtful_threshold
 from ..selection.warnings import threshold_warning
 from ..selection.words import live_shares
 
 
 if TYPE_CHECKING:
+    from ..curriculum import OnlineCurriculum
     from ..curriculum.history import History
+    from ..curriculum.scored import Scored
+    from ..curriculum.settings import OnlineSettings
     from .online import OnlineSchedule
 
 STATES = ("new", "live", "resting", "retired", "parked", "unscored")
-MOST_PERIODS = 20
+KINDS = ("without a deciding reward", "without a weight", "cut off")  # of warnings about groups that say nothing
+LEAST_PROMPTS = 8  # of an optimizer step, below which a warning is given
+_MOST_PERIODS = 20
+_MANY_MASKED = 0.5  # share of the completions that is worth a warning, whether or not a whole group is masked
 _BLOCK = 16_384  # prompts whose success is predicted at once, in float64
 
 
-def prompt_columns(schedule: "OnlineSchedule") -> dict[str, np.ndarray]:
+def prompt_columns(curriculum: "OnlineCurriculum") -> dict[str, np.ndarray]:
     """
-    By name a value for each prompt that may be trained on, of shape `(n,)`. Where nothing was seen, `success_rate` is
-    NaN and `last_chunk` -1. docs/files_online.md explains them.
+    Return by name a value for each prompt that may be trained on, of shape `(n,)`. Where nothing was seen,
+    `success_rate` is NaN and `last_draw` -1. docs/files_online.md explains them.
     """
-    rows, memory = schedule.pool, schedule.memory
+    rows, memory = curriculum.pool, curriculum.memory
     blocks = [rows[start : start + _BLOCK] for start in range(0, len(rows), _BLOCK)]
-    posteriors = [np.stack(schedule.posterior(block, schedule.observed)) for block in blocks]
-    a, b = np.concatenate(posteriors, axis=1)
+    a, b = np.concatenate([np.stack(curriculum.posterior(block)) for block in blocks], axis=1)
     successes, failures, visits = memory.successes[rows], memory.failures[rows], memory.visits[rows]
     trials = successes + failures
     conditions = {
@@ -45,42 +49,42 @@ def prompt_columns(schedule: "OnlineSchedule") -> dict[str, np.ndarray]:
         "visits": visits,
         "success_rate": np.divide(successes, trials, out=np.full(len(rows), np.nan, np.float32), where=trials > 0),
         "predicted_success": (a / (a + b)).astype(np.float32),
-        "utility": schedule.utility(a, b).astype(np.float32),
-        "last_chunk": memory.last[rows],
-        "ready_chunk": memory.ready[rows],
+        "utility": curriculum.utility(a, b).astype(np.float32),
+        "last_draw": memory.last[rows],
+        "ready_draw": memory.ready[rows],
         "state": np.array(STATES)[np.select(list(conditions.values()), places, STATES.index("new"))],
     }
 
 
-def periods(history: "History", chunk_prompts: int) -> list:
+def periods(history: "History", settings: "OnlineSettings") -> list[dict]:
     """
-    When prompts were chosen and when drawn uniformly, the last `MOST_PERIODS`, oldest first: `first` and `last` chunk,
-    `choosing`, `skill` and `headroom` at the end, and for uniform draws `why`.
+    Return when prompts were chosen and when drawn uniformly, the last 20 periods, oldest first: `first` and `last`
+    group, `choosing`, `skill` and `headroom` at the end, and for uniform draws `why`.
     """
-    choosing = history.column("choosing") > 0
-    chunks = history.column("chunk").astype(int)
+    choosing = history.column("choosing") > 0.5
+    groups = history.column("groups").astype(int)
     ends = np.flatnonzero(np.diff(choosing, append=~choosing[-1:]))
     starts = np.concatenate([[0], ends[:-1] + 1]).astype(int)
     skill, headroom = history.column("skill"), history.column("headroom")
     found = []
-    for start, end in list(zip(starts.tolist(), ends.tolist(), strict=True))[-MOST_PERIODS:]:
+    for start, end in list(zip(starts.tolist(), ends.tolist(), strict=True))[-_MOST_PERIODS:]:
         if choosing[end]:
             why = None
         elif start == 0 and end + 1 < len(choosing):
             why = (
-                f"at the start, until at least {judge.TRIED} uniform draws had shown that the prediction is better "
+                f"at the start, until at least {settings.tried} uniform draws had shown that the prediction is better "
                 "than the mean and that choosing should help"
             )
-        elif start == 0 and (end + 1) * chunk_prompts < judge.TRIED:
-            why = f"the prediction is judged after {judge.TRIED} uniform draws"
-        elif skill[start if start else end] <= BEGIN_SKILL:
-            why = f"the prediction was hardly better than the mean (needed: a skill of {BEGIN_SKILL})"
+        elif start == 0 and groups[end] < settings.tried:
+            why = f"the prediction is judged after {settings.tried} uniform draws"
+        elif skill[start if start else end] <= settings.begin_skill:
+            why = f"the prediction was hardly better than the mean (needed: a skill of {settings.begin_skill})"
         else:
-            why = f"choosing would have made little difference (needed: a headroom of {LEAST_HEADROOM})"
+            why = f"choosing would have made little difference (needed: a headroom of {settings.least_headroom})"
         found.append(
             {
-                "first": int(chunks[start]),
-                "last": int(chunks[end]),
+                "first": int(groups[start - 1]) if start else 0,
+                "last": int(groups[end]) - 1,
                 "choosing": bool(choosing[end]),
                 "skill": float(skill[end]),
                 "headroom": float(headroom[end]),
@@ -90,38 +94,40 @@ def periods(history: "History", chunk_prompts: int) -> list:
     return found
 
 
-def switch_line(chunk: int, judge: Judge) -> str:
+def switch_line(draw: int, judge: Judge) -> str:
     """
-    The line printed when a schedule starts or stops choosing.
+    Return the line that is printed when a schedule starts or stops choosing.
 
     Args:
-        chunk (`int`): the first chunk that is chosen, or drawn uniformly.
-        judge ([`Judge`]): its judge.
+        draw (`int`): number of the first draw that is chosen, or drawn uniformly.
+        judge ([`Judge`]): decided so.
     """
-    start = f"LearnAlign, chunk {chunk}: from now on"
+    start = f"LearnAlign, after {draw:,} prompts: from now on"
     if judge.choosing:
         return (
             f"{start} prompts are chosen by predicted learnability: their rewards should have {judge.headroom:.1f} x "
             f"the variance of those of random prompts (skill {judge.skill:.2f})."
         )
-    if not judge.able:
-        skill = f"for {PATIENCE} chunks (skill {judge.skill:.2f})"
-        return f"{start} draws are uniform: the prediction of success was hardly better than the mean {skill}."
-    headroom = f"for {PATIENCE} chunks (headroom {judge.headroom:.2f})"
-    return f"{start} draws are uniform: choosing promised little {headroom}."
+    patience = f"for {judge.settings.patience} prompts"
+    if not judge.has_skill:
+        return (
+            f"{start} draws are uniform: the prediction of success was hardly better than the mean {patience} "
+            f"(skill {judge.skill:.2f})."
+        )
+    return f"{start} draws are uniform: choosing promised little {patience} (headroom {judge.headroom:.2f})."
 
 
 def summary_lines(schedule: "OnlineSchedule") -> list[str]:
-    """Sentences about the run for a model card; none before the first observation."""
-    history, layout = schedule.history, schedule.layout
-    latest = history.latest()
-    if not latest:
+    """Return sentences about the run for a model card; none before the first observation."""
+    curriculum = schedule.curriculum
+    history, counts, observed = curriculum.history, curriculum.memory.counts(), curriculum.history.observed
+    if not observed:
         return []
-    chunks, (chosen, uniform, draws) = len(history.chunks), live_shares(history.column, layout.chunk_prompts)
+    chosen, uniform, draws = live_shares(history.column)
     lines = [
-        f"{latest['visited']:,.0f} of {len(schedule.pool):,} prompts were trained on, in {counted(chunks, 'chunk')} "
-        f"of {counted(layout.chunk_prompts, 'prompt')} with {layout.group_size} rollouts each.",
-        f"{history.column('choosing').mean():.0%} of the chunks were chosen, the others drawn uniformly.",
+        f"{counts['visited']:,} of {len(schedule.pool):,} prompts were trained on, in {counted(observed, 'group')} of "
+        f"{schedule.run.group_size} rollouts.",
+        f"Prompts were chosen for {history.choosing_share:.0%} of the groups, and drawn uniformly for the others.",
     ]
     if not np.isfinite(chosen):
         lines.append(f"{uniform:.0%} of the groups were live (they had a gradient).")
@@ -130,22 +136,22 @@ def summary_lines(schedule: "OnlineSchedule") -> list[str]:
             f"Where prompts were chosen, {chosen:.0%} of their groups were live (they had a gradient), against "
             f"{uniform:.0%} of those drawn uniformly beside them ({draws:,.0f})."
         )
-    if not schedule.graded:
-        by_all, by_none = schedule.memory.solved_by()
+    if not schedule.settings.graded:
+        by_all, by_none = curriculum.memory.solved_by()
         lines.append(
             f"Of the prompts trained on, {by_all:,} were solved by all of their rollouts so far, and {by_none:,} by "
             "none."
         )
-    if latest["unscored"]:
+    if counts["unscored"]:
         lines.append(
-            f"{latest['unscored']:,.0f} of them had no reward that decides success, or no token in the loss, at their "
+            f"{counts['unscored']:,} of them had no reward that decides success, or no token in the loss, at their "
             "last visit."
         )
     return lines
 
 
 def plan_lines(schedule: "OnlineSchedule", step: int, max_steps: int) -> list[str]:
-    """Three lines for the start of a run; see [`Schedule.plan`]."""
+    """Return three lines for the start of a run; see [`Describes.plan`]."""
     layout = schedule.layout
     prompts, pool = layout.prompts_trained(max_steps), len(schedule.pool)
     return [
@@ -157,36 +163,39 @@ def plan_lines(schedule: "OnlineSchedule", step: int, max_steps: int) -> list[st
 
 
 def counted(number: int, noun: str) -> str:
-    """A number with its noun: `1 chunk`, `2 chunks`."""
+    """Return a number with its noun: `1 group`, `2 groups`."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _when(schedule, step, max_steps):
-    """Which steps train on random prompts, and which on chosen ones; of a new run before anything was looked at."""
-    known, observed = (schedule.judge, schedule.observed) if step else (Judge(), 0)
+    """Say which steps train on random prompts, and which on chosen ones."""
+    settings, layout, draws = schedule.settings, schedule.layout, 0
+    judge = Judge(settings)  # a new run has none before its prompts were looked at
+    if step:
+        judge, draws = schedule.curriculum.judge, schedule.curriculum.history.observed
     steps = f"steps {step + 1} to {max_steps} train on" if step + 1 < max_steps else f"step {max_steps} trains on"
-    if known.choosing:
-        return f"{steps} chosen prompts, as long as choosing helps ({UNIFORM:.0%} are random)."
-    layout = schedule.layout
+    if judge.choosing:
+        return f"{steps} chosen prompts, as long as choosing helps ({settings.uniform:.0%} are random)."
     # The prediction must have been tried when a step begins, which draws its batches and what is read ahead
-    tried = observed + known.chunks_to_try(layout.chunk_prompts)
+    tried = (draws + judge.draws_to_try(layout.chunk_prompts)) // layout.chunk_prompts
     begun = (tried - 1) * layout.repeats // layout.accumulation + 1  # steps before
     chunk = math.ceil((begun * layout.accumulation + layout.read_ahead) / layout.repeats)
     first = max(chunk * layout.repeats // layout.accumulation, step) + 1
     if first > max_steps:
         return (
-            f"{steps} random prompts, as TRL would: a prediction is judged after {judge.TRIED} random prompts, so "
+            f"{steps} random prompts, as TRL would: a prediction is judged after {settings.tried} random prompts, so "
             f"nothing can be chosen before step {first}. To see prompts chosen, train longer."
         )
     return (
         f"{steps} random prompts, as TRL would, until success is predicted well enough (not before step {first}), "
-        f"then on chosen ones ({UNIFORM:.0%} stay random)."
+        f"then on chosen ones ({settings.uniform:.0%} stay random)."
     )
 
 
 def warning(schedule: "OnlineSchedule", max_steps: int) -> str | None:
-    """What a new run should be warned of; see [`Schedule.warning`]."""
-    layout, config, pool, texts = schedule.layout, schedule.config, len(schedule.pool), []
+    """Return what a new run should be warned of; see [`Describes.warning`]."""
+    layout, config, pool = schedule.layout, schedule.run.config, len(schedule.pool)
+    texts = [_few_prompts(schedule.host)]
     if not layout.shuffle:
         texts.append(
             "`shuffle_dataset=False` has no effect on this schedule: prompts are chosen, and those that are not come "
@@ -204,26 +213,38 @@ def warning(schedule: "OnlineSchedule", max_steps: int) -> str | None:
             "others only the length is known: the choice may be little better than random. To change that, "
             f"{possible}name a `group_column` or a `pass_rate_column`, or take a smaller pool."
         )
-    return " ".join(texts) or None
+    return " ".join(filter(None, texts)) or None
 
 
-def nothing_to_predict(schedule: "OnlineSchedule") -> str | None:
+def _few_prompts(host) -> str | None:
+    """Warn of optimizer steps on so few prompts that the gradient is that of one or two live groups."""
+    args, processes = host.args, host.accelerator.num_processes
+    rollouts = args.per_device_train_batch_size * processes * args.gradient_accumulation_steps
+    prompts = rollouts / host.group_size
+    if prompts >= LEAST_PROMPTS:
+        return None
+    wanted = math.ceil(LEAST_PROMPTS / prompts * args.gradient_accumulation_steps)
+    return (
+        f"An optimizer step trains on {prompts:g} prompt{'s' * (prompts != 1)} ({rollouts} rollouts, "
+        f"{host.group_size} for each), so few that some steps may have no live group at all. Use {LEAST_PROMPTS} or "
+        f"more: `gradient_accumulation_steps={wanted}`, or a larger `per_device_train_batch_size`."
+    )
+
+
+def nothing_to_predict(curriculum: "OnlineCurriculum") -> str | None:
     """
-    A warning where success cannot be predicted from what was observed so far, or is probably not what the user calls
+    Return a warning where success cannot be predicted from the groups so far, or is probably not what the user calls
     so. Training goes on.
-
-    Args:
-        schedule ([`OnlineSchedule`]): after some groups.
     """
-    groups, successes, live = schedule.history.by_visit.sum(0)
-    known, threshold = schedule.scale.recent, schedule.config.success_threshold
+    groups, successes, live = curriculum.history.by_visit.sum(0)
+    known, threshold = curriculum.scale.recent, curriculum.settings.success_threshold
     start = "Success cannot be predicted, so draws stay uniform"
     if not groups:
         return (
             f"{start}: no rollout of the first chunk has a reward that decides success and a token in the loss. Check "
             "the reward functions; where completions are cut off, raise `max_completion_length`."
         )
-    if schedule.graded or not live:
+    if curriculum.settings.graded or not live:
         return None
     remedy = (
         f"A rollout succeeds where its reward is at least `success_threshold={threshold:.7g}`. Set "
@@ -234,4 +255,45 @@ def nothing_to_predict(schedule: "OnlineSchedule") -> str | None:
     return (
         f"{start}: of the first {groups:,.0f} groups {'every' if successes else 'no'} rollout counts as a success, "
         f"though rewards differ (they lie between {known.min():.7g} and {known.max():.7g}). {remedy}"
+    )
+
+
+def unscored_warnings(scored: "Scored", names: list[str]) -> tuple[np.ndarray, list[str]]:
+    """
+    Say what is the matter with groups that say nothing of success.
+
+    Args:
+        scored ([`Scored`]): has counted them.
+        names (`list[str]`): names of the reward functions.
+
+    Returns:
+        for each of [`KINDS`] whether it was found, bool, and a paragraph.
+    """
+    groups, without, dead, rollouts, masked = scored.counts
+    many = masked > _MANY_MASKED * rollouts
+    kinds = np.array([without > 0, dead > 0 and not masked, (dead > 0 and masked > 0) or many])
+    return kinds, [
+        _without(scored, names),
+        f"{dead:,.0f} of the last {groups:,.0f} groups ({dead / groups:.0%}) have no gradient, although their "
+        "successes differ: their total rewards do not. Give the reward that decides success a weight in "
+        "`reward_weights`, or see what clips it.",
+        f"{masked / rollouts:.0%} of the completions of the last {groups:,.0f} groups were cut off, and "
+        f"`mask_truncated_completions=True` leaves these out of the loss: {dead:,.0f} groups ({dead / groups:.0%}) "
+        "have no gradient because of it. Raise `max_completion_length`.",
+    ]
+
+
+def _without(scored, names):
+    groups, without, *_ = scored.counts
+    remedy = (
+        f"Check what `{names[0]}` makes of these rows, or leave them out."
+        if len(names) == 1
+        else f"The reward functions are {', '.join(names)}: where each scores the rows of its own task, name all that "
+        "decide in `success_reward`. Else leave such rows out."
+    )
+    rows = f"row {', row '.join(map(str, scored.examples))}{' and others' * int(without > len(scored.examples))}"
+    return (
+        f"{without:,.0f} of the last {groups:,.0f} groups ({without / groups:.0%}) have no reward that decides "
+        f"success: all are None or NaN ({rows}). Nothing can be predicted of such prompts, so they will seldom be "
+        f"chosen. {remedy}"
     )

@@ -1,0 +1,69 @@
+"""Finished groups as arrays: what each part of the curriculum learns from, whatever the order of the parts."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .flight import Flight
+
+
+@dataclass(frozen=True)
+class Batch:
+    """
+    Groups of n draws with G rollouts each, the state of their prompts before them included.
+
+    Attributes:
+        drawn ([`Flight`]): the draws, and what was expected of them.
+        outcomes (`np.ndarray` of shape `(n, G)`): 1 for a success, else 0; graded rewards scaled to [0, 1]. NaN where
+            there is none, and in a group that teaches nothing.
+        masked (`np.ndarray` of shape `(n, G)`): rollouts without a token in the loss, bool.
+        live (`np.ndarray` of shape `(n,)`): groups with a gradient, bool.
+        dead (`np.ndarray` of shape `(n,)`): groups that teach nothing whatever their rewards, bool: all masked, or
+            without a gradient though their outcomes differ.
+        visits (`np.ndarray` of shape `(n,)`): visits of the prompt before.
+        retired, parked (`np.ndarray` of shape `(n,)`): state of the prompt before, bool.
+    """
+
+    drawn: Flight
+    outcomes: np.ndarray
+    masked: np.ndarray
+    live: np.ndarray
+    dead: np.ndarray
+    visits: np.ndarray
+    retired: np.ndarray
+    parked: np.ndarray
+
+    @property
+    def trials(self) -> np.ndarray:
+        """Rollouts with an outcome, of shape `(n,)`."""
+        return np.isfinite(self.outcomes).sum(1)
+
+    @property
+    def successes(self) -> np.ndarray:
+        """Sum of the outcomes, of shape `(n,)`."""
+        return np.nansum(self.outcomes, axis=1)
+
+    @property
+    def scored(self) -> np.ndarray:
+        """Groups with an outcome, of shape `(n,)`, bool."""
+        return self.trials > 0
+
+    @property
+    def rates(self) -> np.ndarray:
+        """Mean outcome of each group, of shape `(n,)`; NaN without any."""
+        return np.divide(self.successes, self.trials, out=np.full(len(self.drawn), np.nan), where=self.scored)
+
+    @property
+    def equal(self) -> np.ndarray:
+        """Groups whose outcomes are all equal, of shape `(n,)`, bool."""
+        return ~varies(self.outcomes)
+
+    def __getitem__(self, places: np.ndarray) -> "Batch":
+        arrays = self.outcomes, self.masked, self.live, self.dead, self.visits, self.retired, self.parked
+        return Batch(self.drawn[places], *(array[places] for array in arrays))
+
+
+def varies(outcomes: np.ndarray) -> np.ndarray:
+    """Tell whether the outcomes of each group differ, of shape `(n,)`; NaN of `(n, G)` is none."""
+    known = np.isfinite(outcomes)
+    return np.where(known, outcomes, -np.inf).max(1) > np.where(known, outcomes, np.inf).min(1)

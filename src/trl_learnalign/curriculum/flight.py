@@ -1,0 +1,81 @@
+"""Draws in flight, whose groups are not finished yet, and what was expected of each when it was drawn."""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+
+@dataclass
+class Flight:
+    """
+    Draws with what was expected of them. All arrays have the shape `(n,)`.
+
+    Attributes:
+        numbers (`np.ndarray`): of the draws, int64.
+        rows (`np.ndarray`): of the dataset, int32.
+        clock (`np.ndarray`): half-lives of the policy until the draw, float64.
+        uniform (`np.ndarray`): draws that were uniform, bool.
+        choosing (`np.ndarray`): draws that were made while prompts were chosen, bool.
+        learnt (`np.ndarray`): draws before which anything had been observed, bool.
+        prior (`np.ndarray`): success predicted from the features alone, float64.
+        a, b (`np.ndarray`): the Beta distribution of success that was expected, float64.
+    """
+
+    numbers: np.ndarray
+    rows: np.ndarray
+    clock: np.ndarray
+    uniform: np.ndarray
+    choosing: np.ndarray
+    learnt: np.ndarray
+    prior: np.ndarray
+    a: np.ndarray
+    b: np.ndarray
+
+    @classmethod
+    def empty(cls) -> "Flight":
+        """Return no draws."""
+        return cls(**{name: np.zeros(0, kind) for name, kind in _KINDS.items()})
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """Expected success, of shape `(n,)`."""
+        return self.a / (self.a + self.b)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, places: np.ndarray) -> "Flight":
+        return Flight(*(getattr(self, one.name)[places] for one in fields(self)))
+
+    def __add__(self, other: "Flight") -> "Flight":
+        return Flight(*(np.concatenate([getattr(self, one.name), getattr(other, one.name)]) for one in fields(self)))
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Return the arrays."""
+        return {one.name: getattr(self, one.name) for one in fields(self)}
+
+    @classmethod
+    def from_state(cls, state: dict[str, np.ndarray]) -> "Flight":
+        """
+        Make the draws that `state_dict` was called on.
+
+        Raises:
+            `ValueError`: the arrays have different lengths.
+        """
+        arrays = {name: np.asarray(state[name]).astype(kind, copy=True) for name, kind in _KINDS.items()}
+        if len({array.shape for array in arrays.values()}) != 1:
+            raise ValueError(f"draws have the shapes {sorted({array.shape for array in arrays.values()})}")
+        return cls(**arrays)
+
+
+_KINDS = {
+    "numbers": np.int64,
+    "rows": np.int32,
+    "clock": np.float64,
+    "uniform": np.bool_,
+    "choosing": np.bool_,
+    "learnt": np.bool_,
+    "prior": np.float64,
+    "a": np.float64,
+    "b": np.float64,
+}

@@ -1,0 +1,383 @@
+"""The online curriculum: every prompt chosen by the learnability that the rewards of training so far predict."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from .batch import Batch, varies
+from .events import Draw, Group
+from .flight import Flight
+from .graded import RewardScale, VarianceCurve
+from .history import History
+from .judge import Judge
+from .memory import PromptMemory
+from .order import Order, Permutations, UniformDraws
+from .predictor import SuccessPredictor, expected_learnability
+from .rewards import RewardReader, has_gradient, is_success, read_rewards
+from .scored import Scored
+from .settings import OnlineSettings
+
+
+class OnlineCurriculum:
+    r"""
+    Chooses every prompt by predicted learnability, from the rewards of training alone. It knows neither PyTorch nor
+    TRL, so that any training loop can drive it:
+
+    ```python
+    curriculum = OnlineCurriculum(features, group_size=8)
+    for step in range(steps):
+        draws = curriculum.choose(16)
+        rewards = [train_on(draw.row) for draw in draws]
+        curriculum.observe([Group(draw.number, draw.row, found) for draw, found in zip(draws, rewards)])
+        curriculum.tick(1)
+    ```
+
+    The success rate of a prompt has a Beta posterior: the prior comes from a regression on features of the prompt
+    ([`SuccessPredictor`]), which all observations share; the prompt's own successes and failures are added, and fade.
+    Of random candidates those with the greatest E[p (1 - p)] / (1 + v) are taken, where v is the number of recent
+    visits, which fade alike. After each visit a prompt rests, twice as long each time in a row that all its rollouts
+    succeeded, or none did, or none had an outcome. Where some had none, utilities are multiplied by the predicted
+    chance of one ([`Scored`]). One prompt in twenty is drawn uniformly from the whole pool, which measures the pool
+    and the predictor. A prompt whose group is not finished yet is not drawn again while other prompts are free.
+
+    Draws are uniform until the predictor has been better than the mean on uniform draws and choosing is expected to
+    raise the variance of rewards, and again when either has not been so for a while ([`Judge`]).
+
+    Args:
+        features (`np.ndarray` of shape `(N, D)`): what is known of each prompt, float16 or float32, with a column of
+            ones; other columns have mean 0 and standard deviation 1 at most.
+        group_size (`int`): G, rollouts of a prompt.
+        seed (`int`, *optional*, defaults to 0): of everything random.
+        settings ([`OnlineSettings`], *optional*): defaults to those that were tuned.
+        pool (`np.ndarray` of shape `(n,)`, *optional*): rows that may be drawn, all by default.
+        choosable (`np.ndarray` of shape `(m,)`, *optional*): rows of the pool that may be chosen, all by default.
+            Uniform draws are of the whole pool.
+        order ([`Order`], *optional*): of uniform draws; random by default.
+        read ([`RewardReader`], *optional*): reads rewards; by default as [`read_rewards`].
+
+    Raises:
+        `ValueError`: the features or the group size have another shape or range.
+    """
+
+    def __init__(
+        self,
+        features: np.ndarray,
+        *,
+        group_size: int,
+        seed: int = 0,
+        settings: OnlineSettings | None = None,
+        pool: np.ndarray | None = None,
+        choosable: np.ndarray | None = None,
+        order: Order | None = None,
+        read: RewardReader = read_rewards,
+    ):
+        features = np.asarray(features)
+        if features.ndim != 2 or not len(features):
+            raise ValueError(
+                f"`features` have the shape {features.shape}, but a row of numbers for each prompt is needed. Pass "
+                "`np.ones((number_of_prompts, 1))` if nothing is known of the prompts."
+            )
+        if group_size < 2:
+            raise ValueError(
+                f"`group_size` is {group_size}, but a group of one rollout has no gradient. Use 2 or more."
+            )
+        self.settings = settings = OnlineSettings() if settings is None else settings
+        self.features, self.group_size, self.seed = features, group_size, seed
+        self.pool = np.arange(len(features), dtype=np.int32) if pool is None else pool
+        self.choosable = self.pool if choosable is None else choosable
+        self._read = read
+        self.predictor = SuccessPredictor(features, settings)
+        self.memory = PromptMemory(len(features), len(self.pool), settings)
+        self.judge = Judge(settings)
+        self.scored = Scored(features, settings)
+        self.scale, self.curve = RewardScale(), VarianceCurve()
+        self.history = History(settings.history_groups)
+        self.order = UniformDraws(self.pool, Permutations(len(self.pool), seed) if order is None else order)
+        self.flight = Flight.empty()
+        self.completions: dict[int, str] = {}  # of suspects, by row
+        self.drawn = 0  # draws so far
+        self.steps = 0  # optimizer steps so far
+        self._latest: dict[str, float] = {}  # shares and means of the groups that were observed last
+
+    @property
+    def clock(self) -> float:
+        """Half-lives of the policy so far: by optimizer steps, but no faster than groups came in."""
+        settings = self.settings
+        return min(self.steps / settings.half_life_steps, self.history.observed / settings.half_life_groups)
+
+    # Choosing ---------------------------------------------------------------------------------------------------
+
+    def choose(self, n: int) -> list[Draw]:
+        """
+        Choose the next `n` prompts.
+
+        Raises:
+            `ValueError`: `n` is less than 1.
+        """
+        if n < 1:
+            raise ValueError(f"`choose({n})` asks for no prompt. Ask for 1 or more.")
+        settings, first = self.settings, self.drawn
+        self._give_up(first)
+        generator = np.random.Generator(np.random.Philox(key=[self.seed % 2**64, first]))
+        candidates = self._candidates(generator)
+        a, b, recent = self._posterior(candidates)
+        utility = self.utility(a, b) * self.scored.chance(candidates, self.memory.unscored[candidates])
+        # The last digits may differ between processes, whose choices must not
+        ranks = np.round(utility / (1 + recent), 9)
+        ranked = np.lexsort((generator.random(len(candidates)), -ranks))
+        flying = self.flight.rows
+        rested = (self.memory.ready[candidates] <= first) & ~np.isin(candidates, flying)
+        best = ranked[rested[ranked]]
+        self.judge.decide(utility, best[: settings.headroom_prompts], (a / (a + b)).mean(), n)
+        choosing = self.judge.choosing
+        uniform = _rounded(settings.uniform * n, generator) if choosing else n
+        rows = self.order.take(uniform, flying if choosing else None)
+        if uniform < n:
+            rows += self._best(candidates, ranked, rested, flying, rows, n - uniform)
+        rows += self.order.take(n - len(rows))  # a pool may be smaller than `n`
+        self._take_off(np.array(rows, dtype=np.int32), np.arange(n) < uniform, choosing)
+        return [Draw(first + place, row) for place, row in enumerate(rows)]
+
+    def _give_up(self, first):
+        """Forget draws whose groups have not come for so long that they never will."""
+        if len(self.flight):
+            self.flight = self.flight[self.flight.numbers >= first - self.settings.give_up]
+
+    def _take_off(self, rows, uniform, choosing):
+        numbers, same = self.drawn + np.arange(len(rows)), np.ones(len(rows))
+        a, b, _ = self._posterior(rows)
+        drawn = Flight(
+            numbers=numbers,
+            rows=rows,
+            clock=self.clock * same,
+            uniform=uniform,
+            choosing=same * choosing > 0,
+            learnt=same * self.history.observed > 0,
+            prior=self.predictor.predict(rows),
+            a=a,
+            b=b,
+        )
+        self.memory.rest(rows, numbers)
+        self.flight = self.flight + drawn
+        self.drawn += len(rows)
+
+    def _best(self, candidates, ranked, rested, flying, taken, number) -> list[int]:
+        """Return the best that have rested, then those whose rest ends soonest, those in flight last."""
+        free = ~np.isin(candidates, taken)
+        best = ranked[(rested & free)[ranked]]
+        if len(best) < number:
+            others = np.flatnonzero(free & ~rested)
+            rows = candidates[others]
+            times = np.bincount(flying, minlength=len(self.features))[rows]
+            best = np.concatenate([best, others[np.lexsort((self.memory.ready[rows], times))]])
+        return candidates[best[:number]].tolist()
+
+    def utility(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """
+        Return what prompts of success ~ Beta(a, b) are ranked on: the expected p (1 - p); of graded rewards the
+        expected variance.
+        """
+        return self.curve(a / (a + b)) if self.settings.graded else expected_learnability(a, b)
+
+    @property
+    def _weight(self) -> float:
+        """Pseudo-counts of a rollout: 1 for pass or fail, more for graded rewards that vary less within a group."""
+        return 1 / max(self.curve.ratio, self.settings.least_noise) if self.settings.graded else 1.0
+
+    def _candidates(self, generator):
+        rows, most = self.choosable, self.settings.candidates
+        return rows if len(rows) <= most else rows[generator.choice(len(rows), most, replace=False, shuffle=False)]
+
+    def posterior(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return a and b of the Beta posteriors of the success rates of these rows, of shape `(n,)` each."""
+        return self._posterior(rows)[:2]
+
+    def _posterior(self, rows):
+        prior, strength = self.predictor.predict(rows), self.predictor.concentration
+        successes, failures, recent = self.memory.evidence(rows, self.clock)
+        return strength * prior + successes, strength * (1 - prior) + failures, recent
+
+    # Learning ---------------------------------------------------------------------------------------------------
+
+    def observe(self, groups: Sequence[Group]) -> None:
+        """
+        Learn from finished groups, in any order. A group that was observed before, or given up, changes nothing. One
+        that never comes is given up after `give_up` further draws.
+
+        Every part learns from the same [`Batch`], in which the state before is written down, so the order of the parts
+        does not matter.
+
+        Raises:
+            `ValueError`: a group names a draw that was never made, or another row than its draw; or its rewards have
+                another shape.
+        """
+        places = self._places(groups)
+        if not places:
+            return
+        known = [group for group in groups if group.number in places]
+        batch = self._batch(self.flight[np.array([places[group.number] for group in known])], known)
+        self.flight = self.flight[~np.isin(self.flight.numbers, batch.drawn.numbers)]
+        drawn, uniform = batch.drawn, batch.drawn.uniform & batch.scored
+        self._latest = self.history.observe(batch)
+        self.judge.observe(drawn.predicted[uniform], batch.rates[uniform], drawn.learnt[uniform])
+        if self.settings.graded:
+            self.curve.observe(drawn.predicted[batch.scored], np.nanvar(batch.outcomes[batch.scored], axis=1))
+            self.predictor.noise = self.curve.ratio
+        predicted = np.where(drawn.learnt, drawn.prior, np.nan)
+        self.predictor.observe(drawn.numbers, drawn.rows, drawn.clock, batch.successes, batch.trials, predicted)
+        self.scored.observe(batch)
+        self.memory.observe(batch, self._weight)
+        self.history.record(self._state_of_the_pool())
+        self.remember({group.row: group.completion for group in known if group.completion is not None})
+
+    def _places(self, groups) -> dict[int, int]:
+        """Return the place among the draws in flight of each group that is to be learnt from, by number."""
+        places = {number: place for place, number in enumerate(self.flight.numbers.tolist())}
+        found = {}
+        for group in groups:
+            if not 0 <= group.number < self.drawn:
+                raise ValueError(
+                    f"Group {group.number} was observed, but only {self.drawn} draws were made, counted from 0. Pass "
+                    "the `number` of the draw that asked for the group."
+                )
+            place = places.get(group.number)
+            if place is None:
+                continue
+            if self.flight.rows[place] != group.row:
+                raise ValueError(
+                    f"Group {group.number} has row {group.row}, but that draw asked for row "
+                    f"{self.flight.rows[place]}, so its rewards would count for the wrong prompt. Keep the number and "
+                    "the row of a draw together."
+                )
+            found[group.number] = place
+        return found
+
+    def _batch(self, drawn, groups) -> Batch:
+        rewards = _stacked(groups)
+        deciding, advantages = self._read(rewards)
+        masked = np.zeros(deciding.shape, bool)
+        for row, group in zip(masked, groups, strict=True):
+            if group.masked is not None:
+                row[: len(group.masked)] = group.masked
+        live = has_gradient(advantages, ~masked)
+        outcomes = self._outcomes(deciding)
+        dead = masked.all(1) | (~live & varies(outcomes))  # it teaches nothing, whatever its rewards
+        outcomes[dead] = np.nan
+        rows, memory = drawn.rows, self.memory
+        before = memory.visits[rows].copy(), memory.is_retired(rows), memory.is_parked(rows)
+        return Batch(drawn, outcomes, masked, live, dead, *before)
+
+    def _outcomes(self, deciding):
+        """Return 1 for a success, else 0; graded rewards scaled to [0, 1]. NaN where there is none."""
+        if self.settings.graded:
+            return self.scale(deciding)
+        self.scale.learn(deciding)
+        return np.where(np.isfinite(deciding), is_success(deciding, self.settings.success_threshold), np.nan)
+
+    def _state_of_the_pool(self) -> dict[str, float]:
+        judge = self.judge
+        return {
+            "step": self.steps,
+            "pool_success": judge.pool_success,
+            "skill": judge.skill,
+            "headroom": judge.headroom,
+            **self.memory.counts(),
+        }
+
+    def tick(self, steps: int) -> None:
+        """
+        Count optimizer steps that were taken since the last call.
+
+        Raises:
+            `ValueError`: a negative number.
+        """
+        if steps < 0:
+            raise ValueError(f"`tick({steps})` would turn back the clock. Pass the steps since the last call.")
+        self.steps += steps
+
+    # Suspects ---------------------------------------------------------------------------------------------------
+
+    def suspects(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return suspects as [`PromptMemory.suspects`]; none before the prediction was tried."""
+        rows, chances = self.memory.suspects()
+        return (rows, chances) if self.judge.tried else (rows[:0], chances[:0])
+
+    def num_suspects(self) -> int:
+        """Count the suspects; none before the prediction was tried."""
+        return self.memory.num_suspects() if self.judge.tried else 0
+
+    def asks_for(self, rows: Sequence[int]) -> list[int]:
+        """Return the suspects among these rows whose completion [`~OnlineCurriculum.remember`] should be given."""
+        if len(self.completions) >= 2 * self.settings.most_suspects:
+            return []
+        suspicious = self.memory.is_suspect(np.array(rows, dtype=np.int64))
+        return [row for row, so in zip(rows, suspicious, strict=True) if so and row not in self.completions]
+
+    def remember(self, completions: dict[int, str]) -> None:
+        """Keep completions of suspects, by row. Those of prompts that are no suspects any more make room."""
+        known = self.completions | completions
+        suspects = self.memory.is_suspect(np.array([*known], dtype=np.int64))
+        self.completions = {row: text for (row, text), so in zip(known.items(), suspects, strict=True) if so}
+
+    # What is known, and kept ------------------------------------------------------------------------------------
+
+    def metrics(self) -> dict[str, float]:
+        """Return values for a log, of the groups that were observed last and of the pool; empty before any."""
+        if not self._latest:
+            return {}
+        values = self._latest | self._state_of_the_pool() | {"suspects": self.num_suspects()}
+        return {name: float(values[name]) for name in _LOGGED}
+
+    def state_dict(self) -> dict:
+        """Return the state: 35 bytes a prompt, what was observed last, 64 bytes a row of the history."""
+        return {
+            **{name: getattr(self, name).state_dict() for name in _PARTS},
+            "drawn": self.drawn,
+            "steps": self.steps,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """
+        Restore what `state_dict` returned.
+
+        Raises:
+            `ValueError`: it is damaged, or of other prompts or features.
+        """
+        try:
+            for name in _PARTS:
+                if name != "flight":
+                    getattr(self, name).load_state_dict(state[name])
+            self.flight = Flight.from_state(state["flight"])
+            self.drawn, self.steps = int(state["drawn"]), int(state["steps"])
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise ValueError(
+                f"The state of the online curriculum is damaged or of other data: {error!r}. Resume with the same "
+                "dataset and settings, or from an earlier checkpoint."
+            ) from error
+
+
+_PARTS = "memory", "judge", "predictor", "scored", "scale", "curve", "history", "order", "flight"
+_LOGGED = (
+    *("choosing", "live_fraction", "live_chosen", "live_uniform", "predicted_success", "observed_success"),
+    *("pool_success", "skill", "headroom", "retired", "unscored", "suspects"),
+)
+
+
+def _stacked(groups: Sequence[Group]) -> np.ndarray:
+    """Stack rewards of shape `(G, F)`, or `(G,)` of one function, to `(n, G, F)`; a lost rollout has no reward."""
+    rewards = [np.asarray(group.rewards, dtype=np.float64) for group in groups]
+    rewards = [one[:, None] if one.ndim == 1 else one for one in rewards]
+    for group, one in zip(groups, rewards, strict=True):
+        if one.ndim != 2 or 0 in one.shape or one.shape[1] != rewards[0].shape[1]:
+            raise ValueError(
+                f"The rewards of group {group.number} have the shape {np.shape(group.rewards)}. Pass one row for each "
+                "rollout and one column for each reward function, NaN for none."
+            )
+    longest = max(len(one) for one in rewards)
+    return np.stack([np.pad(one, ((0, longest - len(one)), (0, 0)), constant_values=np.nan) for one in rewards])
+
+
+def _rounded(number: float, generator: np.random.Generator) -> int:
+    """Round at random, so that the mean is `number`."""
+    return math.floor(number + generator.random())

@@ -1,0 +1,74 @@
+"""The settings of the online curriculum, each with its reason."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class OnlineSettings:
+    """
+    Settings of [`OnlineCurriculum`]. The defaults are meant to be kept; experiments pass others.
+
+    Two clocks run. What fades as the policy changes fades by optimizer steps, but never faster than groups come in to
+    replace it. What concerns the coverage of the pool counts draws, whatever the batch size.
+    """
+
+    # What a reward means. A rollout succeeds where its reward is at least this
+    success_threshold: float = 1.0
+    # Rank by the variance of graded rewards instead of p (1 - p)
+    graded: bool = False
+
+    # An observation counts half after so many optimizer steps, as the policy moves on ...
+    half_life_steps: float = 50.0
+    # ... but not before so many groups: a regression on 65 features cannot live on fewer
+    half_life_groups: float = 800.0
+
+    # Precision of the Gaussian prior of a regression weight; features have standard deviation 1 at most
+    ridge: float = 3.0
+    # Rollouts that a group counts for in the regression: the rollouts of one prompt are alike
+    group_weight: float = 3.0
+    # Groups that the regression keeps. Bounds its time
+    window: int = 4096
+    # Bounds of the strength of the prior, in rollouts: below, one rollout would decide; above, none would
+    least_concentration: float = 0.5
+    greatest_concentration: float = 50.0
+
+    # Draws until a prompt may come again: this share of the pool, with bounds that 16 prompts a step were tuned with
+    cooldown_share: float = 0.1
+    least_cooldown: int = 32
+    most_cooldown: int = 400
+    # A rest is doubled per so many rollouts in a row that all succeed, or all fail; a visit counts for one doubling
+    doubling: int = 8
+    # Doublings at most, so that even a prompt that is always solved comes again
+    longest_rest: int = 6
+    # Doublings after which a prompt is called retired (always solved) or parked (never solved)
+    retired_after: int = 2
+
+    # Probability of failing so often below which a prompt is suspected of a wrong answer
+    suspicion: float = 0.1
+    # Suspects that a report lists
+    most_suspects: int = 1000
+
+    # Share of the draws that is uniform, which measures the pool and the prediction
+    uniform: float = 0.05
+    # Uniform draws before the prediction is judged
+    tried: int = 64
+    # Skill on uniform draws that choosing begins with, and less that it goes on with, so that it does not flicker
+    begin_skill: float = 0.1
+    least_skill: float = 0.05
+    # Utility of the best prompts over that of random ones, below which choosing is not worth it
+    least_headroom: float = 1.1
+    # Prompts that are called the best: a fixed number, as the best of one would promise more than the best of 64
+    headroom_prompts: int = 16
+    # Draws without skill or headroom before draws are uniform again
+    patience: int = 320
+    # Fading of the sums over uniform draws, per draw: the latest 200 count
+    judge_memory: float = 0.995
+
+    # Prompts that are ranked at a time, at random; all of a smaller pool. Bounds the time of a choice
+    candidates: int = 16_384
+    # Variance within groups of graded rewards, over that of successes, that is taken for the least possible
+    least_noise: float = 0.02
+    # Draws after which a group that never came is given up, so that its prompt may come again
+    give_up: int = 4096
+    # Groups that a row of the history holds at least
+    history_groups: int = 16
