@@ -10,15 +10,15 @@ import torch
 from trl.trainer.utils import RepeatSampler
 
 from trl_learnalign import LearnAlignConfig, LearnAlignSampler
-from trl_learnalign.callback import first_rollouts
 from trl_learnalign.curriculum import judge, memory, predictor
 from trl_learnalign.curriculum.draws import UniformDraws
 from trl_learnalign.curriculum.graded import VarianceCurve
 from trl_learnalign.curriculum.predictor import SuccessPredictor, expected_learnability
 from trl_learnalign.host import Host
 from trl_learnalign.run.layout import Layout
-from trl_learnalign.run.state import _decided, join, split
+from trl_learnalign.run.state import decided, join, split
 from trl_learnalign.schedules import online
+from trl_learnalign.schedules.tap import first_rollouts
 from trl_learnalign.scores import maths as scoring
 
 
@@ -185,12 +185,12 @@ def test_one_process_has_the_first_rollout_of_each_group_though_groups_are_split
 
 def test_processes_are_compared_by_decisions_and_not_by_last_digits():
     values, arrays = split({"skill": 0.3, "observed": 4, "rows": np.arange(3), "q": np.array([0.1, 0.2])})
-    decided = _decided(values, arrays)
+    known = decided(values, arrays)
     nearly = split({"skill": 0.3 + 1e-16, "observed": 4, "rows": np.arange(3), "q": np.nextafter([0.1, 0.2], 1)})
-    assert _decided(*nearly) == decided
+    assert decided(*nearly) == known
     for change in ({"observed": 5}, {"rows": np.array([0, 2, 1])}):
         other = {"skill": 0.3, "observed": 4, "rows": np.arange(3), "q": np.array([0.1, 0.2])} | change
-        assert _decided(*split(other)) != decided
+        assert decided(*split(other)) != known
 
 
 # Choice ------------------------------------------------------------------------------------------------------------

@@ -194,6 +194,12 @@ def drawn(trainer):
     return chunks
 
 
+def planned(sampler, i):
+    """The rows of chunk `i` of a staged run, by its log, whenever it was drawn."""
+    n = sampler.layout.chunk_prompts
+    return [sampler.schedule.row(number) for number in range(i * n, (i + 1) * n)]
+
+
 def weights(trainer):
     model = trainer.accelerator.unwrap_model(trainer.model)
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}

@@ -323,7 +323,7 @@ def run(arm, name, seed, arguments) -> dict:
 
 def suspects(trainer, pool) -> dict:
     """How many of the first 10, 30, 100 and 300 prompts that the schedule suspects, and of all, have wrong answers."""
-    rows = trainer._learnalign.sampler.schedule.memory.suspects()[0]
+    rows = trainer.learnalign.schedule.memory.suspects()[0]
     firsts = [first for first in (10, 30, 100, 300) if first < len(rows)]
     return {str(first): int(pool.wrong[rows[:first]].sum()) for first in [*firsts, len(rows)]}
 

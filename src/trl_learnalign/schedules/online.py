@@ -18,8 +18,9 @@ from ..curriculum.predictor import SuccessPredictor, expected_learnability
 from ..curriculum.scored import Scored, varies
 from ..host.rewards import check_success_reward
 from ..measures.feature_file import PromptFeatures
+from ..run.layout import Layout
 from ..scores.maths import has_gradient, is_success
-from .base import Schedule
+from .base import Describes, Prepares, Run, Schedule, whole_pool
 from .online_words import (
     nothing_to_predict,
     periods,
@@ -38,7 +39,7 @@ CANDIDATES = 16_384  # prompts that a chunk is chosen from, at random; all of a 
 LEAST_NOISE = 0.02  # variance within groups of graded rewards, over that of successes
 
 
-class OnlineSchedule(Schedule):
+class OnlineSchedule(Schedule, Describes, Prepares):
     r"""
     Chooses every chunk by predicted learnability. No rollout is made for it: it learns from the rewards of training.
 
@@ -55,11 +56,14 @@ class OnlineSchedule(Schedule):
     been so for `PATIENCE` chunks.
 
     Args:
-        config ([`LearnAlignConfig`]): of the sampler.
+        run ([`Run`]): the run that begins.
     """
 
-    def __init__(self, config):
-        super().__init__(config)
+    layout: Layout
+
+    def __init__(self, run: Run):
+        super().__init__(run)
+        self.config = run.config
         self.predictor: SuccessPredictor | None = None
         self.pool = np.zeros(0, np.int32)  # rows that may be trained on
         self.choosable = self.pool  # those that may be chosen; uniform draws are of the pool
@@ -71,18 +75,19 @@ class OnlineSchedule(Schedule):
 
     # Setting up -------------------------------------------------------------------------------------------------
 
-    def check(self, host):
-        """See [`Schedule`]."""
+    def fit(self, host):
+        """Looks for the pool. An epoch has as many prompts as may be trained on."""
         check_success_reward(host.reward_names, self.config.success_reward, self.config.learnability)
         check_online(host.dataset, self.config)
         self.pool = eligible_rows(host.dataset, self.config)
+        self.layout = whole_pool(host, len(self.pool))
+        return self.layout
 
     def prepare(self, host, state, peers):
         """See [`Schedule`]."""
         self.host, self.known = host, known_beforehand(host, self.config)
         if state is not None:
             self._take(hidden_features(host, self.config, self.layout, self.pool, peers, state.get("features_key")))
-            super().prepare(host, state, peers)
             self._read_completions(peers)
 
     def look(self, host, peers):
@@ -125,25 +130,20 @@ class OnlineSchedule(Schedule):
         self.history = History()
         self.completions: dict[int, str] = {}  # of suspects, by row
         self.drawn: dict[int, Drawn] = {}
+        self.asked = 0  # chunks that were drawn
         self.observed = 0  # chunks before this one were observed
-        self._masked: dict[int, np.ndarray] = {}  # rollouts without a token in the loss, by chunk
-        self._reported: int | None = None  # the step of the last report
+        self._suspects: list[int] = []  # rows of the groups observed last whose completion is wanted
+        self._reported: tuple[int, Path] | None = None  # the step of the last report, and its file
         self.order = UniformDraws(self.pool, self.layout.seed)
         seed = self.config.selection_seed
         self._seed = self.layout.seed if seed is None else seed
 
     # Choosing ---------------------------------------------------------------------------------------------------
 
-    def prompts_per_epoch(self, pool_size, chunk_prompts):
-        """See [`Schedule`]. An epoch has as many prompts as may be trained on."""
-        return super().prompts_per_epoch(len(self.pool) or pool_size, chunk_prompts)
-
-    def prompts(self, chunk):
-        """See [`Schedule`]."""
-        if chunk not in self.drawn:
-            if chunk < self.observed:  # trained on before a resume, which skips its batches
-                return [int(self.pool[0])] * self.layout.chunk_prompts
-            self.drawn[chunk] = self._choose(chunk)
+    def choose(self, n):
+        """Chooses the next chunk."""
+        chunk, self.asked = self.asked, self.asked + 1
+        self.drawn[chunk] = self._choose(chunk)
         return self.drawn[chunk].rows.tolist()
 
     def _choose(self, chunk) -> Drawn:
@@ -215,17 +215,24 @@ class OnlineSchedule(Schedule):
 
     # Learning ---------------------------------------------------------------------------------------------------
 
-    def masked(self, chunk, masked):
-        """See [`Schedule`]."""
-        self._masked = {chunk: masked}
-
-    def observe(self, chunk, rewards):
-        """See [`Schedule`]. A chunk that was observed before, or never drawn, changes nothing."""
+    def observe(self, groups):
+        """Learns from the groups of a chunk. A chunk that was observed before, or never drawn, changes nothing."""
+        chunk, self._suspects = groups[0].number // self.layout.chunk_prompts, []
         if chunk < self.observed or chunk not in self.drawn:
-            return None
+            return
+        rewards, masked = np.stack([group.rewards for group in groups]), None
+        if groups[0].masked is not None:
+            masked = np.stack([group.masked for group in groups])
+        self._suspects = self._learn(chunk, rewards, masked)
+
+    def wanted(self, groups):
+        """Returns the rows of suspects whose completion is not known yet."""
+        return self._suspects
+
+    def _learn(self, chunk, rewards, masked):
         drawn = self.drawn[chunk]
         deciding, advantages = self._rewards(rewards)
-        masked = self._masked.pop(chunk, np.zeros(deciding.shape, bool))
+        masked = np.zeros(deciding.shape, bool) if masked is None else masked
         live = has_gradient(advantages, ~masked)
         outcomes = self._outcomes(deciding)
         dead = masked.all(1) | (~live & varies(outcomes))  # it teaches nothing, whatever its rewards
@@ -271,12 +278,11 @@ class OnlineSchedule(Schedule):
         """Number of all of them."""
         return self.memory.num_suspects() if self.judge.tried else 0
 
-    def _suspicious(self, rows) -> dict[int, int]:
-        """Suspects among these rows whose completion is not known yet, with their places."""
+    def _suspicious(self, rows) -> list[int]:
+        """Returns the suspects among these rows whose completion is not known yet."""
         if len(self.completions) >= 2 * MOST_SUSPECTS:
-            return {}
-        places = np.flatnonzero(self.memory.is_suspect(rows)).tolist()
-        return {int(rows[place]): place for place in places if int(rows[place]) not in self.completions}
+            return []
+        return [row for row in rows[self.memory.is_suspect(rows)].tolist() if row not in self.completions]
 
     def remember(self, completions):
         """See [`Schedule`]. Those of prompts that are no suspects any more make room."""
@@ -335,13 +341,15 @@ class OnlineSchedule(Schedule):
         return warning(self, max_steps)
 
     def report(self, host, directory):
-        """See [`Schedule`]. Once per step."""
+        """Writes the report. Once per step."""
         step = host.trainer.state.global_step
-        if host.accelerator.is_main_process and self.observed and step != self._reported:
+        if not (host.accelerator.is_main_process and self.observed):
+            return None
+        if self._reported is None or self._reported[0] != step:
             from ..report.online_page import write_online_report  # with matplotlib
 
-            write_online_report(self, host, directory)
-            self._reported = step
+            self._reported = step, write_online_report(self, host, directory)
+        return self._reported[1]
 
     def summary(self):
         """See [`Schedule`]."""
@@ -364,6 +372,7 @@ class OnlineSchedule(Schedule):
             "drawn": draws.stacked(self.drawn),
             "features_key": self.features_key,
             "observed": self.observed,
+            "asked": self.asked,
         }
 
     def write_files(self, directory, is_writer):
@@ -375,12 +384,12 @@ class OnlineSchedule(Schedule):
         return {self.hidden.file: self.hidden.sha256}
 
     def load_state_dict(self, state):
-        """See [`Schedule`]."""
-        self.start()
+        """Restores the state."""
         try:
             for name in _PARTS:
                 getattr(self, name).load_state_dict(state[name])
-            self.observed, self.drawn = int(state["observed"]), draws.unstacked(state["drawn"])
+            self.observed, self.asked = int(state["observed"]), int(state["asked"])
+            self.drawn = draws.unstacked(state["drawn"])
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise ValueError(
                 f"The state of the online schedule in the checkpoint is damaged or of other data: {error!r}. Resume "
