@@ -27,6 +27,7 @@ from tiny import (
     make_model,
     make_trainer,
     online,
+    planned,
     weights,
 )
 from torch.distributed import fsdp
@@ -38,7 +39,8 @@ from trl_learnalign.ground.peers import Peers
 from trl_learnalign.host import find_host, objective
 from trl_learnalign.host.weights import weights_digest
 from trl_learnalign.measures import hidden_states
-from trl_learnalign.run import state as checkpoint_state
+from trl_learnalign.run.state import split
+from trl_learnalign.schedules import StagedSchedule, checkpoint
 
 
 def allow_sharding_on_cpu():
@@ -151,7 +153,7 @@ def run_online(task, path, seen, **kwargs):
         seen.reward = lambda completions, row, **kwargs: ["1.0"] * len(row)
     choice = online(prompt_features=task == "online with hidden states")
     trainer = make_trainer(path, choice, reward=seen, dataset=make_dataset(23), **settings)
-    schedule, result = trainer._learnalign.schedule, {"chunks": drawn(trainer)}
+    schedule, result = trainer.learnalign.schedule, {"chunks": drawn(trainer)}
 
     class Fault(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -164,7 +166,7 @@ def run_online(task, path, seen, **kwargs):
                 elif task == "online asks otherwise":  # by a number that no checkpoint compares
                     schedule.memory.surprise[:] = 3
 
-    def full(*args, original=checkpoint_state.write_arrays):
+    def full(*args, original=checkpoint.write_arrays):
         if task == "online cannot write" and rank == 0 and trainer.state.global_step == 3:
             raise OSError("no space left")
         return original(*args)
@@ -172,14 +174,14 @@ def run_online(task, path, seen, **kwargs):
     trainer.add_callback(Fault())
     with pytest.MonkeyPatch.context() as patch:
         choose_at_once(patch.setattr)
-        patch.setattr(checkpoint_state, "write_arrays", full)
+        patch.setattr(checkpoint, "write_arrays", full)
         try:
             trainer.train(
                 resume_from_checkpoint=str(Path(path) / "checkpoint-3") if task.startswith("resume") else None
             )
         except (OSError, RuntimeError) as error:
             result["error"] = f"{type(error).__name__}: {error}"
-    values, arrays = checkpoint_state.split(schedule.state_dict())
+    values, arrays = split(schedule.state_dict())
     result["state"] = [values, {name: array.astype(str).tolist() for name, array in arrays.items()}]
     return trainer, result
 
@@ -320,9 +322,9 @@ def main(task, path):
             trainer = train(path, seen, config={"score": "random", "warmup_prompts": 0}, **kwargs)
             trainer.train()
     sampler = trainer._get_train_sampler()
-    if isinstance(sampler, LearnAlignSampler) and sampler.schedule.selects:
+    if isinstance(sampler, LearnAlignSampler) and isinstance(sampler.schedule, StagedSchedule):
         result["log"] = [[version.start_chunk, list(version.indices)] for version in sampler.schedule.log]
-        result["chunks"] = [sampler.chunk(i) for i in range(40)]
+        result["chunks"] = [planned(sampler, i) for i in range(40)]
         result["chunk_prompts"] = sampler.layout.chunk_prompts
     digests = [callback.by_step for callback in trainer.callback_handler.callbacks if isinstance(callback, Digests)]
     kind = trainer.accelerator.distributed_type

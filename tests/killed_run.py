@@ -36,7 +36,8 @@ selecting = False
 
 def event(name, halve=None):
     """Something happens; `halve` is a file that a kill leaves half-written, or what does half of it."""
-    events.append(f"{name}, stage {trainer._get_train_sampler().schedule.stage}")
+    made = trainer._get_train_sampler().schedule
+    events.append(f"{name}, stage {made.stage if schedule == 'staged' else 0}")
     if len(events) - 1 == kill_at:
         if callable(halve):
             halve()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tiny import config, digit_reward, make_dataset, make_trainer, online
 from transformers import TrainerState
 
-from trl_learnalign import LearnAlignConfig, Selection, select_prompts
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig, Selection, select_prompts
 from trl_learnalign.ground.store import Log, prepare
 from trl_learnalign.host.groups import Group
 from trl_learnalign.measures.records import decode, encode
@@ -175,7 +175,8 @@ def written(tmp_path_factory):
         trainer.train()
         checkpoint = path / "checkpoint-5"
         state = json.loads((checkpoint / "trainer_state.json").read_text())
-        made[name] = trainer._learnalign._checkpoints, checkpoint, state["stateful_callbacks"]["learnalign"]
+        callback = next(one for one in trainer.callback_handler.callbacks if isinstance(one, LearnAlignCallback))
+        made[name] = callback._checkpoints, checkpoint, state["stateful_callbacks"]["learnalign"]
     return made
 
 
@@ -201,7 +202,7 @@ def test_state_in_a_checkpoint(written, tally, schedule, data):
         Path(directory, STATE_FILE).write_bytes(found)
         state._note(Path(directory))
         try:
-            state.sampler.schedule.load_state_dict(
+            state.stream.schedule.load_state_dict(
                 state.read(TrainerState(global_step=3, stateful_callbacks=callbacks))[0]
             )
         except ValueError as error:

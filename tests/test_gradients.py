@@ -717,7 +717,7 @@ def test_hidden_states_leave_such_layers_as_they_are(tmp_path):
     trainer.train()
     packing = [module for module in trainer.model.modules() if isinstance(module, PacksItsWeight)]
     assert packing and not any(module.packed for module in packing)
-    assert trainer._learnalign.schedule.hidden.values.shape[1] > 0
+    assert trainer.learnalign.schedule.hidden.values.shape[1] > 0
 
 
 class OfALibrary(torch.nn.Module):

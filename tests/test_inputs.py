@@ -21,6 +21,7 @@ from tiny import (
     make_trainer,
     online,
     parity_reward,
+    planned,
 )
 from torch.utils.data import Sampler
 
@@ -124,10 +125,9 @@ def test_no_learnable_prompt_at_all(tmp_path, caplog):
     assert trainer.state.global_step == trainer.state.max_steps
     sampler = trainer._get_train_sampler()
     assert sampler.schedule.log[1].indices == ()
-    random = LearnAlignSampler(config())
-    random.bind(sampler.layout)
+    random = make_trainer(tmp_path / "random", config(), num_train_epochs=2)._get_train_sampler()
     steps = trainer.state.global_step
-    assert [sampler.chunk(i) for i in range(steps)] == [random.chunk(i) for i in range(steps)]
+    assert [planned(sampler, i) for i in range(steps)] == [random.chunk(i) for i in range(steps)]
     selection = Selection.load(next((tmp_path / "learnalign").glob("step-*")))
     assert selection.indices == [] and "learnable 0; chosen 0" in selection.summary()
 

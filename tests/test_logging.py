@@ -92,7 +92,7 @@ def test_zero_variance_is_that_of_selected_prompts(tmp_path, changes):
     settings = {"warmup_prompts": 8, "num_prompts": 8}
     trainer = make_trainer(tmp_path, config(**settings), reward=dull_at_first, num_train_epochs=4, **changes)
     trainer.train()
-    start = trainer._learnalign.sampler.schedule.log[-1].start_chunk
+    start = trainer.learnalign.schedule.log[-1].start_chunk
     assert start == 3 and shares[:3] == [1.0] * 3 and max(shares[3:]) < 1
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     known, since = [], 0

@@ -107,7 +107,7 @@ def test_features_of_the_study_of_alignments_are_those_of_an_online_run(hard, tm
     reward = run.Recorder(task.reward)
     trainer = run.build_trainer("online", task, None, rows, reward, 1, alignment.SEED, str(tmp_path), 1e-3, [])
     trainer.train()
-    expected = trainer._learnalign.sampler.schedule.features
+    expected = trainer.learnalign.schedule.features
     assert expected.shape[1] > 10  # hidden states, too
     np.testing.assert_array_equal(alignment.features(task, rows, None), expected)
 
@@ -118,6 +118,6 @@ def test_wrong_answers_are_counted_among_as_many_suspects_as_there_are(number):
     memory.surprise[:number] = np.linspace(9, 8, number)
     wrong = np.arange(100) % 2 == 1
     schedule = SimpleNamespace(memory=memory)
-    trainer = SimpleNamespace(_learnalign=SimpleNamespace(sampler=SimpleNamespace(schedule=schedule)))
+    trainer = SimpleNamespace(learnalign=SimpleNamespace(schedule=schedule))
     found = run.suspects(trainer, SimpleNamespace(wrong=wrong))
     assert found == ({"10": 5} if number > 10 else {}) | {str(number): number // 2}

@@ -50,7 +50,7 @@ class Known(TrainerCallback):
     """The completions that the schedule knows before the first step of a process."""
 
     def __init__(self, trainer):
-        self.schedule, self.completions = trainer._learnalign.schedule, None
+        self.schedule, self.completions = trainer.learnalign.schedule, None
         trainer.add_callback(self)
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -64,7 +64,7 @@ def run(tmp_path_factory):
     path = tmp_path_factory.mktemp("online")
     trainer = trainer_of(path)
     trainer.train()
-    return path, trainer, trainer._learnalign.schedule
+    return path, trainer, trainer.learnalign.schedule
 
 
 def numbers(path):
@@ -221,7 +221,7 @@ def test_completions_of_suspects_survive_a_resume(run, tmp_path):
     resumed = trainer_of(path, write_report=False)
     known = Known(resumed)
     resumed.train(resume_from_checkpoint=str(path / "checkpoint-10"))
-    schedule = resumed._learnalign.schedule
+    schedule = resumed.learnalign.schedule
     assert known.completions == {} and set(schedule.completions) <= set(WRONG)
     (path / "learnalign/suspects.parquet").write_bytes(b"damaged")
     assert online_tables.read_completions(path / "learnalign", 24) == {}

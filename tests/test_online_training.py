@@ -43,8 +43,8 @@ from trl_learnalign import (
     LearnAlignSampler,
 )
 from trl_learnalign.curriculum import judge, memory
-from trl_learnalign.curriculum.order import RandomOrder
 from trl_learnalign.data import reading
+from trl_learnalign.data.order import RandomOrder
 from trl_learnalign.host.rewards import RewardError
 from trl_learnalign.host.trial import COMPLETION
 from trl_learnalign.report import online_page as online_report
@@ -153,7 +153,7 @@ def test_chunks_are_trained_on_and_their_rewards_are_counted(tmp_path, layout):
     trainer = make_trainer(tmp_path, online(), cls=Counting, reward=paid, **settings)
     chunks = drawn(trainer)
     trainer.train()
-    schedule, stream = trainer._learnalign.schedule, trainer._get_train_sampler().layout
+    schedule, stream = trainer.learnalign.schedule, trainer._get_train_sampler().layout
     assert len(paid.calls) == 2 * stream.epoch_chunks == 12 and stream.chunk_prompts == 4
     assert paid.chunks == [chunks[i] for i in range(12)]
     check_counts(schedule, paid.calls)
@@ -175,8 +175,8 @@ def test_hidden_states_of_the_prompts_cost_no_generation_and_change_nothing_else
     trainer = make_trainer(tmp_path / "a", online(prompt_features=True), cls=Counting, reward=paid, max_steps=4)
     trainer.train()
     assert trainer.generated == [16] * 4 and len(paid.calls) == 4
-    check_counts(trainer._learnalign.schedule, paid.calls)
-    features = trainer._learnalign.schedule.features
+    check_counts(trainer.learnalign.schedule, paid.calls)
+    features = trainer.learnalign.schedule.features
     assert features.shape[0] == 24 and features.shape[1] > 2 and features.dtype == np.float16
     assert features_file(tmp_path / "a/learnalign").is_file()
     make_trainer(tmp_path / "b", online(), reward=plain, max_steps=1).train()
@@ -192,9 +192,9 @@ def test_an_evaluation_leaves_the_schedule_untouched(tmp_path):
 
     class Between(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            before = snapshot(trainer._learnalign.schedule)
+            before = snapshot(trainer.learnalign.schedule)
             trainer.evaluate()
-            assert_unchanged(before, trainer._learnalign.schedule)
+            assert_unchanged(before, trainer.learnalign.schedule)
 
     paid = Paid(reward)
     others = make_dataset(4).map(lambda row: {"row": row["row"] + 1000})
@@ -203,7 +203,7 @@ def test_an_evaluation_leaves_the_schedule_untouched(tmp_path):
     trainer.add_callback(Between())
     trainer.train()
     assert len(evaluated) == 3 * 4 * 4
-    check_counts(trainer._learnalign.schedule, [call for call in paid.calls if max(call[0]) < 1000])
+    check_counts(trainer.learnalign.schedule, [call for call in paid.calls if max(call[0]) < 1000])
 
 
 class StopAtOnce(TrainerCallback):
@@ -238,7 +238,7 @@ def test_without_skill_the_run_is_that_of_a_stock_trainer(tmp_path, monkeypatch)
     trainer.train()
     stock = make_trainer(tmp_path / "stock", reward=theirs, num_train_epochs=2)
     stock.train()
-    assert ours.calls == theirs.calls and trainer._learnalign.schedule.observed == 12
+    assert ours.calls == theirs.calls and trainer.learnalign.schedule.observed == 12
     assert_same_weights(weights(trainer), weights(stock))
 
 
@@ -264,7 +264,7 @@ def test_training_twice_starts_afresh(tmp_path):
     for _ in range(2):
         paid.calls.clear()
         trainer.train()
-        check_counts(trainer._learnalign.schedule, paid.calls)
+        check_counts(trainer.learnalign.schedule, paid.calls)
 
 
 # Resuming ----------------------------------------------------------------------------------------------------------
@@ -308,7 +308,7 @@ def test_a_run_resumed_at_the_end_of_a_chunk_is_the_run(tmp_path, layout):
         again, since = run_with_rates(tmp_path, digit_reward, step, **settings | {"save_strategy": "no"})
         assert since.calls == paid.calls[stream.chunks_trained(step) :], step
         assert_same_weights(weights(again), weights(whole))
-        assert_unchanged(snapshot(whole._learnalign.schedule), again._learnalign.schedule)
+        assert_unchanged(snapshot(whole.learnalign.schedule), again.learnalign.schedule)
     assert len(ends) >= 2
 
 
@@ -328,7 +328,7 @@ def test_a_run_resumed_inside_a_chunk_credits_every_chunk_once(tmp_path, layout)
         left = stream.batches_trained(12) - stream.batches_trained(step)
         assert len(since.calls) == math.ceil(left / stream.repeats)
         assert since.chunks[0] == paid.chunks[first] and since.calls[0][1] != paid.calls[first][1]
-        check_counts(again._learnalign.schedule, paid.calls[: first + 1] + since.calls[1:])
+        check_counts(again.learnalign.schedule, paid.calls[: first + 1] + since.calls[1:])
     assert inside and stream.repeats > 1
 
 
@@ -425,7 +425,7 @@ def test_of_a_large_pool_a_part_that_the_run_can_visit_is_looked_at(tmp_path, mo
         paid = runs[name] = Paid()
         trainer = make_trainer(tmp_path / name, choice, reward=paid, dataset=dataset, max_steps=6, **EVERY_STEP)
         trainer.train()
-        schedule = trainer._learnalign.schedule
+        schedule = trainer.learnalign.schedule
         if name == "part":
             assert "first a forward over 48 of 100 prompts" in capsys.readouterr().out
             part = schedule
@@ -439,7 +439,7 @@ def test_of_a_large_pool_a_part_that_the_run_can_visit_is_looked_at(tmp_path, mo
         tmp_path / "part", online(prompt_features=True, where="row < 90"), dataset=dataset, **longer
     )
     resumed.train(resume_from_checkpoint=True)
-    assert resumed._learnalign.schedule.choosable.tolist() == part.choosable.tolist()
+    assert resumed.learnalign.schedule.choosable.tolist() == part.choosable.tolist()
 
 
 @pytest.mark.parametrize("loss", ["missing", "cut short", "another"])
@@ -514,10 +514,10 @@ def test_rewards_that_are_missing_are_neither_successes_nor_failures(tmp_path):
     paid = Paid(patchy)
     trainer = make_trainer(tmp_path, online(), reward=paid, num_train_epochs=2)
     trainer.train()
-    check_counts(trainer._learnalign.schedule, paid.calls)
+    check_counts(trainer.learnalign.schedule, paid.calls)
     assert (
-        trainer._learnalign.schedule.memory.successes[::3].sum()
-        == trainer._learnalign.schedule.memory.failures[::3].sum()
+        trainer.learnalign.schedule.memory.successes[::3].sum()
+        == trainer.learnalign.schedule.memory.failures[::3].sum()
         == 0
     )
     assert trainer.state.global_step == 12
@@ -530,7 +530,7 @@ def test_several_reward_functions(tmp_path):
     choice = online(success_reward="paid")
     trainer = make_trainer(tmp_path / "b", choice, reward=[graded_reward, paid], max_steps=8)
     trainer.train()
-    check_counts(trainer._learnalign.schedule, paid.calls)
+    check_counts(trainer.learnalign.schedule, paid.calls)
     # Any difference between total rewards makes a gradient
     for entry in logged(trainer):
         assert entry["learnalign/live_fraction"] == pytest.approx(1 - entry["frac_reward_zero_std"])
@@ -545,7 +545,7 @@ def test_graded_rewards(tmp_path):
 
     trainer = make_trainer(tmp_path, online(learnability="variance"), reward=graded, max_steps=8)
     trainer.train()
-    schedule = trainer._learnalign.schedule
+    schedule = trainer.learnalign.schedule
     rewards = np.array([reward for _, given in calls for reward in given])
     np.testing.assert_allclose(np.sort(schedule.scale.state_dict()["recent"]), np.sort(rewards), rtol=1e-6)
     assert (schedule.memory.successes + schedule.memory.failures).sum() >= 0.8 * len(rewards)  # some have faded
@@ -560,7 +560,7 @@ def test_a_finished_run_goes_on_with_more_epochs(tmp_path):
     longer = make_trainer(tmp_path, online(), reward=paid, num_train_epochs=2, **settings)
     longer.train(resume_from_checkpoint=True)
     assert len(paid.calls) == 6 and longer.state.global_step == 12
-    assert longer._learnalign.schedule.observed == 12
+    assert longer.learnalign.schedule.observed == 12
 
 
 def test_where_and_deduplicate_leave_rows_out(tmp_path):
@@ -573,7 +573,7 @@ def test_where_and_deduplicate_leave_rows_out(tmp_path):
     # Of the rows 3 and 4 it is the copies that may be trained on
     assert {row for chunk in paid.chunks for row in chunk} == set(range(12)) - {3, 4} | {15, 16}
     assert len(paid.chunks) == 6  # two epochs of the 12 prompts that may be trained on
-    check_counts(trainer._learnalign.schedule, paid.calls)
+    check_counts(trainer.learnalign.schedule, paid.calls)
 
 
 def test_columns_that_tell_of_success(tmp_path, capsys):
@@ -582,7 +582,7 @@ def test_columns_that_tell_of_success(tmp_path, capsys):
     choice = online(group_column="kind", pass_rate_column="rate")
     trainer = make_trainer(tmp_path, choice, dataset=dataset, max_steps=2)
     trainer.train()
-    assert trainer._learnalign.schedule.features.shape == (24, 1 + 1 + 3 + 1)
+    assert trainer.learnalign.schedule.features.shape == (24, 1 + 1 + 3 + 1)
     said = capsys.readouterr().out
     assert (
         "LearnAlign plan: steps 1 to 2 train on random prompts, as TRL would: a prediction is judged after 4 random "
@@ -627,7 +627,7 @@ def test_tools(tmp_path):
     """The hidden states of a prompt are those with the tools in its template."""
     trainer = chat_trainer(tmp_path, last_parity, chats(), tools=[double])
     trainer.train()
-    schedule = trainer._learnalign.schedule
+    schedule = trainer.learnalign.schedule
     assert schedule.observed == 4 and schedule.memory.visits.sum() == 16 and schedule.features_key is not None
     again = chat_trainer(tmp_path, last_parity, chats(), tools=[double])
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
@@ -644,7 +644,7 @@ def test_environments(tmp_path, caplog, prompts):
     factory = Counter if prompts else {"a": Counter, "b": Counter}
     trainer = chat_trainer(tmp_path, None, rows, environment_factory=factory)
     trainer.train()
-    schedule = trainer._learnalign.schedule
+    schedule = trainer.learnalign.schedule
     assert schedule.observed == 4 and schedule.memory.visits.sum() == 16 and schedule.features_key is None
     assert schedule.features.shape == (12, 1 + prompts)
     assert "Success is predicted without hidden states of the prompts, as an environment adds" in caplog.text
@@ -732,8 +732,8 @@ def test_a_column_without_a_value_for_every_row(tmp_path):
     choice = online(group_column="kind", pass_rate_column="rate")
     trainer = make_trainer(tmp_path, choice, dataset=dataset, max_steps=2)
     trainer.train()
-    assert np.isfinite(trainer._learnalign.schedule.features.astype(float)).all()
-    assert trainer._learnalign.schedule.features.shape[1] == 5
+    assert np.isfinite(trainer.learnalign.schedule.features.astype(float)).all()
+    assert trainer.learnalign.schedule.features.shape[1] == 5
 
 
 def test_a_dataloader_that_changes_the_order_is_found_out(tmp_path):
@@ -780,7 +780,7 @@ def test_a_reward_function_for_each_task(tmp_path, caplog, monkeypatch, several)
     trainer = make_trainer(tmp_path, choice, reward=rewards, max_steps=12, dataset=make_dataset(48))
     chunks = drawn(trainer)
     trainer.train()
-    memory_ = trainer._learnalign.schedule.memory
+    memory_ = trainer.learnalign.schedule.memory
     visits = np.bincount(np.concatenate([chunks[i] for i in range(12)]), minlength=48)
     np.testing.assert_array_equal(memory_.visits, visits)  # those without a reward, too
     unscored = (memory_.visits > 0) & (np.arange(48) % 2 == 0)
@@ -806,7 +806,7 @@ def test_completions_that_are_all_cut_off_make_dead_groups(tmp_path, caplog, mon
     assert np.mean(cut) > 0.8
     for entry in logged(trainer):
         assert (entry["learnalign/live_fraction"] > 0) == (entry["grad_norm"] > 0)
-    assert trainer._learnalign.schedule.memory.unscored.max() > 0
+    assert trainer.learnalign.schedule.memory.unscored.max() > 0
     assert any(
         "of the completions of the last 16 groups were cut off" in record.message and "%" in record.message
         for record in caplog.records
@@ -850,7 +850,7 @@ def test_a_trainer_that_calls_its_reward_functions_itself(tmp_path, schedule, ca
     assert trainer.state.global_step == 4
     if schedule == "online":
         assert "could not be tried before training (AttributeError" in caplog.text
-        assert (trainer._learnalign.schedule.memory.unscored <= 0).all()
+        assert (trainer.learnalign.schedule.memory.unscored <= 0).all()
 
 
 def test_reward_functions_are_tried_with_a_row_that_may_be_trained_on(tmp_path):
@@ -875,7 +875,7 @@ def test_a_transform_that_draws_random_numbers_changes_neither_features_nor_trai
             torch.rand(100)
             np.random.random(100)
         trainer.train()
-        made.append(trainer._learnalign.schedule.features)
+        made.append(trainer.learnalign.schedule.features)
     np.testing.assert_array_equal(*made)
     state = torch.get_rng_state()
     reading.read_rows(dataset, range(4))
@@ -924,7 +924,7 @@ def test_the_plan_says_from_which_step_prompts_can_be_chosen(tmp_path, capsys, m
     monkeypatch.setattr(judge, "TRIED", 16)
     trainer = make_trainer(tmp_path, online(), max_steps=12, **EVERY_STEP, **settings)
     trainer.train()
-    stream, chunks = trainer._get_train_sampler().layout, trainer._learnalign.schedule.history.column("choosing")
+    stream, chunks = trainer._get_train_sampler().layout, trainer.learnalign.schedule.history.column("choosing")
     chunk = int(np.flatnonzero(chunks)[0])
     first = next(step for step in range(13) if stream.batches_trained(step) > chunk * stream.repeats)
     said = capsys.readouterr().out

@@ -285,8 +285,8 @@ def test_the_advice_against_full_memory_can_be_followed(tmp_path, monkeypatch, c
 
     monkeypatch.setattr(generation, "generate_groups", generate)
     trainer = make_trainer(tmp_path, config(**settings), **kwargs)
-    accept = trainer._learnalign.schedule.accept
-    trainer._learnalign.schedule.accept = lambda *version: (full.append(version), accept(*version))
+    accept = trainer.learnalign.schedule.accept
+    trainer.learnalign.schedule.accept = lambda *version: (full.append(version), accept(*version))
     with pytest.raises(MemoryError):
         trainer.train()
     assert len(full) == 1
@@ -379,17 +379,17 @@ def test_what_chose_nothing_has_decided_nothing(tmp_path, caplog):
     settings = {"score": "learnability", "reselect_every": 0.5}
     trainer = make_trainer(tmp_path, config(**settings), reward=nearly_reward, **LATER | {"max_steps": 4})
     trainer.train()
-    log = trainer._learnalign.schedule.log
+    log = trainer.learnalign.schedule.log
     assert len(log) > 1 and not any(version.indices for version in log)
     assert "or another `success_threshold`" in caplog.text
     settings |= {"learnability": "variance"}
     once = make_trainer(tmp_path, config(**settings | {"reselect_every": None}), reward=nearly_reward, **LATER)
     caplog.clear()
     once.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert "None is to come: set `reselect_every`" in caplog.text and not once._learnalign.schedule.log[-1].indices
+    assert "None is to come: set `reselect_every`" in caplog.text and not once.learnalign.schedule.log[-1].indices
     again = make_trainer(tmp_path, config(**settings), reward=nearly_reward, **LATER)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    assert again._learnalign.schedule.log[: len(log)] == log and again._learnalign.schedule.log[-1].indices
+    assert again.learnalign.schedule.log[: len(log)] == log and again.learnalign.schedule.log[-1].indices
     settings |= {"learnability": "success_rate"}
     with pytest.raises(ValueError, match="`learnability` was 'variance' and is 'success_rate'"):
         make_trainer(tmp_path, config(**settings), reward=nearly_reward, **LATER).train(resume_from_checkpoint=True)
@@ -410,6 +410,6 @@ def test_another_target_may_follow_one_that_nothing_was_learnt_from(tmp_path, ca
         run(100, take="proportional").train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     again = run(100, num_rollouts=4)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert "instead" not in again._learnalign.selections[-1].provenance["target"]
+    assert "instead" not in again.learnalign.selections[-1].provenance["target"]
     with pytest.raises(ValueError, match="`target_dataset` was"):
         run(200, num_rollouts=4).train(resume_from_checkpoint=True)

@@ -1,6 +1,7 @@
 """The stream of prompts: TRL's order, a pure function of the log, nothing dropped, nothing visited more often."""
 
 import json
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -8,11 +9,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import planned
 from trl.trainer.utils import RepeatSampler
 
-from trl_learnalign import LearnAlignConfig, LearnAlignSampler
+from trl_learnalign import LearnAlignConfig, LearnAlignSampler, Schedule
 from trl_learnalign.run.layout import Layout
 from trl_learnalign.run.state import join, split
+from trl_learnalign.schedules import StagedSchedule
+from trl_learnalign.schedules.base import Run
+from trl_learnalign.schedules.stream import Stream
 
 
 LAYOUT = Layout(
@@ -30,10 +35,21 @@ LAYOUT = Layout(
 )
 
 
-def bound(**changes):
-    sampler = LearnAlignSampler(LearnAlignConfig(num_prompts=5, warmup_prompts=6))
-    sampler.bind(replace(LAYOUT, **changes))
+def bound(settings=None, **changes):
+    config = LearnAlignConfig(num_prompts=5, warmup_prompts=6, **settings or {})
+    layout = replace(LAYOUT, **changes)
+    schedule = StagedSchedule(
+        Run(layout.pool_size, layout.chunk_prompts, layout.group_size, layout.seed, config, None)
+    )
+    schedule.layout = layout
+    sampler = LearnAlignSampler(config)
+    sampler.bind(Stream(schedule, layout))
     return sampler
+
+
+def load(sampler, state):
+    """As a resumed run does."""
+    sampler.schedule.load_state_dict(sampler.stream.load_state_dict(state))
 
 
 def prompts(sampler, epochs=1):
@@ -67,10 +83,11 @@ def test_stream_is_a_pure_function_of_the_log():
     sampler = bound()
     sampler.schedule.accept(3, [1, 4, 7, 9, 11])
     sampler.schedule.accept(8, [0, 2])
+    state = sampler.stream.state_dict()
     forward = [sampler.chunk(i) for i in range(40)]
+    assert [planned(sampler, i) for i in reversed(range(40))] == forward[::-1]
     again = bound()
-    again.load_state_dict(sampler.state_dict())
-    assert [again.chunk(i) for i in reversed(range(40))] == forward[::-1]
+    load(again, state)
     assert list(prompts(again, epochs=3)) == forward[: 3 * LAYOUT.epoch_chunks]
 
 
@@ -81,7 +98,7 @@ def test_versions_start_where_the_log_says_and_visit_equally_often():
     for first, last, chosen in ((3, 10, {1, 4, 7, 9, 11}), (10, 33, {0, 2, 5, 8})):
         counts = Counter(index for i in range(first, last) for index in sampler.chunk(i))
         assert set(counts) == chosen and max(counts.values()) - min(counts.values()) <= 1
-    start = [index for i in range(3) for index in sampler.chunk(i)]
+    start = [index for i in range(3) for index in planned(sampler, i)]
     assert len(set(start)) == 9
 
 
@@ -133,34 +150,33 @@ def test_epochs_hold_the_warmup_and_a_pass_over_the_selection_each(warmup, chose
     assert layout.first_selection[1] <= layout.warmup_end
 
 
-def test_cursor_follows_what_was_drawn():
+def test_no_chunk_is_drawn_before_it_is_asked_for():
     sampler = bound()
     stream = iter(sampler)
     next(stream)
-    assert sampler.cursor == 1
+    assert sampler.stream.drawn == 1
     for _ in range(LAYOUT.chunk_prompts * LAYOUT.group_size * LAYOUT.repeats):
         next(stream)
-    assert sampler.cursor == 2
+    assert sampler.stream.drawn == 2
 
 
 def test_another_read_ahead_is_refused_where_it_changes_the_length_of_an_epoch():
     """The number of workers decides how long the warm-up is, and so where the chunks of each epoch begin."""
     settings = {"num_prompts": 5, "repeats": 1, "accumulation": 4, "epochs": 3.0}
-    saved = bound(**settings).state_dict()
+    saved = bound(**settings).stream.state_dict()
     longer = bound(**settings, read_ahead=5)
     assert longer.layout.epoch_chunks != bound(**settings).layout.epoch_chunks
     with pytest.raises(ValueError, match="another stream.*read_ahead.*`dataloader_num_workers`.* was 1 and is 5"):
-        longer.load_state_dict(saved)
-    bound(**settings, read_ahead=2).load_state_dict(saved)  # the epochs are as long
-    bound(**settings, warmup_prompts=0, read_ahead=5).load_state_dict(bound(**settings, warmup_prompts=0).state_dict())
-    del saved["layout"]["read_ahead"]  # of version 0.1
-    longer.load_state_dict(saved)
+        load(longer, saved)
+    load(bound(**settings, read_ahead=2), saved)  # the epochs are as long
+    without = bound(**settings, warmup_prompts=0).stream.state_dict()
+    load(bound(**settings, warmup_prompts=0, read_ahead=5), without)
 
 
 def test_one_sampler_serves_one_trainer():
     sampler = bound()
     with pytest.raises(ValueError, match="already belongs to a trainer.*new LearnAlignSampler"):
-        sampler.bind(LAYOUT)
+        sampler.bind(sampler.stream)
 
 
 def test_unbound_sampler_says_what_to_do():
@@ -168,6 +184,10 @@ def test_unbound_sampler_says_what_to_do():
         len(LearnAlignSampler())
     with pytest.raises(TypeError, match="`config` must be a LearnAlignConfig, but is a dict"):
         LearnAlignSampler({"num_prompts": 3})
+    with pytest.raises(TypeError, match="`schedule` is a Schedule, but every run.*Pass the class, `schedule=Sch"):
+        LearnAlignSampler(schedule=Schedule(None))
+    with pytest.raises(TypeError, match="`schedule` must be a class of schedules.*but is a str"):
+        LearnAlignSampler(schedule="online")
 
 
 @pytest.mark.parametrize(
@@ -190,30 +210,46 @@ def test_unbound_sampler_says_what_to_do():
             r"schedule OnlineSchedule .*, but this sampler has StagedSchedule",
         ),
         (lambda s: s.pop("schedule"), "damaged.*schedule"),
+        (lambda s: s.pop("in_flight"), "damaged.*in_flight"),
+        (lambda s: s.update(drawn=5), r"damaged: of 5 chunks, \[2, 3\] are in flight, with 2 x 3 rows"),
+        (lambda s: s.update(drawn="4"), "damaged: of '4' chunks"),
+        (lambda s: s["in_flight"].update(rows=np.zeros((2, 4), int)), "damaged.*2 x 4 rows"),
+        (lambda s: s["in_flight"].update(rows=np.full((2, 3), 12)), "names row 12.*12 rows"),
+        (lambda s: s["state"].update(drawn=-1), "damaged"),
     ],
 )
 def test_loading_is_strict(damage, message):
     sampler = bound()
     sampler.schedule.accept(3, [1, 2])
-    state = sampler.state_dict()
+    sampler.chunk(3)
+    state = sampler.stream.state_dict()
+    load(bound(), state)
     damage(state)
     with pytest.raises(ValueError, match=message):
-        bound().load_state_dict(state)
+        load(bound(), state)
     with pytest.raises(ValueError, match="before the last one"):
         sampler.schedule.accept(2, [1])
 
 
-def test_the_state_of_version_0_1_is_read():
-    sampler = bound()
-    sampler.schedule.accept(3, [1, 4, 7, 9, 11])
-    log = [{"start_chunk": 0, "indices": []}, {"start_chunk": 3, "indices": [1, 4, 7, 9, 11]}]
-    saved = {"state_version": 1, "layout": sampler.state_dict()["layout"], "log": log}
-    again = bound()
-    again.load_state_dict(saved)
-    assert [again.chunk(i) for i in range(20)] == [sampler.chunk(i) for i in range(20)]
-    for damage in ({"log": [{"start_chunk": 0}]}, {"log": "x"}, {"log": [{"start_chunk": 0, "indices": ["1"]}]}):
-        with pytest.raises(ValueError, match="damaged"):
-            bound().load_state_dict(saved | damage)
+@pytest.mark.parametrize("read_ahead", [1, 5])
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_draws_in_flight_are_answered_from_the_checkpoint(repeats, read_ahead):
+    """Whatever the schedule would say now, and with as many rows beside them as the rewards to come need."""
+    sampler = bound(repeats=repeats, read_ahead=read_ahead)
+    drawn = [sampler.chunk(i) for i in range(7)]
+    state = sampler.stream.state_dict()
+    trained = 7 - math.ceil((1 + read_ahead) / repeats)
+    again = bound(repeats=repeats, read_ahead=read_ahead)
+    load(again, state)
+    again.schedule.choose = None  # asked, it would fail
+    for i in range(4, 7):  # the epoch began with chunk 4
+        found = again.chunk(i)
+        assert len(found) == 3 and (found == drawn[i] or i < trained)
+        if i >= trained:
+            groups = again.stream.groups(i, np.zeros((12, 1)))
+            assert [(group.number, group.row) for group in groups] == [*enumerate(drawn[i], 3 * i)]
+    del again.schedule.choose
+    assert again.chunk(7) == sampler.chunk(7)
 
 
 @given(
@@ -242,8 +278,7 @@ def test_drawing_a_chunk_sorts_nothing(monkeypatch):
 @pytest.mark.parametrize("order", ["ranked", "folding"])
 def test_ranks_reach_the_stream(order):
     folding = {"fold": 2} if order == "folding" else {}
-    sampler = LearnAlignSampler(LearnAlignConfig(num_prompts=5, warmup_prompts=6, prompt_order=order, **folding))
-    sampler.bind(LAYOUT)
+    sampler = bound({"prompt_order": order, **folding})
     sampler.schedule.accept(2, [7, 1, 9, 4, 11])
     expected = [7, 1, 9, 4, 11] if order == "ranked" else [7, 9, 11, 1, 4]
     stream = [index for i in range(2, 12) for index in sampler.chunk(i)]

@@ -377,9 +377,9 @@ def test_a_resumed_run_ranks_again_and_rolls_nothing_out_again(tmp_path, monkeyp
     trainer = make_trainer(tmp_path, settings, **kwargs)
     trainer.train(resume_from_checkpoint=True)
     trained = (
-        trainer.state.max_steps - min(one.provenance["global_step"] for one in trainer._learnalign.selections)
+        trainer.state.max_steps - min(one.provenance["global_step"] for one in trainer.learnalign.selections)
     ) * 16
-    assert len(seen.rows) - before == trained and trainer._learnalign.selections[0].indices
+    assert len(seen.rows) - before == trained and trainer.learnalign.selections[0].indices
     assert not list(measures.glob("step-*"))
 
 

@@ -1,9 +1,9 @@
 """What a run trains on, that a selection leaves no trace, and that a resumed run is the run."""
 
-import json
 from collections import Counter
 from functools import partial, update_wrapper
 
+import numpy as np
 import pytest
 import torch
 from tiny import (
@@ -17,6 +17,7 @@ from tiny import (
     make_model,
     make_trainer,
     parity_reward,
+    planned,
     weights,
 )
 from torch.utils.data import Sampler
@@ -24,11 +25,9 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignMixin, LearnAlignSampler, Selection, select_prompts
-from trl_learnalign.ground.disk import digest
 from trl_learnalign.host import find_host
 from trl_learnalign.measures import gradients
 from trl_learnalign.run.restart import restart
-from trl_learnalign.run.state import STATE_FILE
 
 
 class Fixed(Sampler):
@@ -50,10 +49,12 @@ class Fixed(Sampler):
 
 def stock_trainer_fed(sampler, path, kind=GRPOTrainer, **kwargs):
     """A stock trainer that draws what `sampler`, whose log is complete, would yield from the first step on."""
-    epochs = []
-    for epoch in range(10):
-        sampler.set_epoch(epoch)
-        epochs.append(list(sampler))
+    layout = sampler.layout
+    chunks = [np.repeat(planned(sampler, i), layout.group_size).tolist() for i in range(10 * layout.epoch_chunks)]
+    epochs = [
+        [row for chunk in chunks[first : first + layout.epoch_chunks] for row in chunk * layout.repeats]
+        for first in range(0, len(chunks), layout.epoch_chunks)
+    ]
 
     class Stock(kind):
         def _get_train_sampler(self, dataset=None):
@@ -169,7 +170,7 @@ def test_prompts_that_reach_the_reward_function(tmp_path, shape):
     assert layout.first_selection == (selection.provenance["global_step"], sampler.schedule.log[1].start_chunk)
     start = sampler.schedule.log[1].start_chunk * layout.chunk_prompts
     assert sampler.config.warmup_prompts <= start <= layout.warmup_end * layout.chunk_prompts
-    assert trained == [row for i in range(len(trained) // layout.chunk_prompts) for row in sampler.chunk(i)]
+    assert trained == [row for i in range(len(trained) // layout.chunk_prompts) for row in planned(sampler, i)]
     assert len(set(trained[:start])) == start  # the warm-up visits no prompt twice
     counts = Counter(trained[start:])
     assert set(counts) == set(selection.indices) == set(sampler.schedule.log[1].indices)
@@ -215,7 +216,7 @@ def test_a_run_that_is_ending_makes_no_selection(tmp_path, saves):
     kwargs = {"max_steps": 6, "save_strategy": "steps" if saves else "no", "save_steps": 100}
     whole = make_trainer(tmp_path / "whole", config(), **kwargs)
     whole.train()
-    (step,) = (selection.provenance["global_step"] for selection in whole._learnalign.selections)
+    (step,) = (selection.provenance["global_step"] for selection in whole.learnalign.selections)
     seen = Seen(digit_reward)
     stopped = make_trainer(tmp_path / "stopped", config(), reward=seen, **kwargs)
     if saves:
@@ -223,12 +224,12 @@ def test_a_run_that_is_ending_makes_no_selection(tmp_path, saves):
     else:
         stopped.callback_handler.callbacks.insert(1, OutOfTime(step))
     stopped.train()
-    assert stopped.state.global_step == step and not stopped._learnalign.selections
+    assert stopped.state.global_step == step and not stopped.learnalign.selections
     assert len(seen.rows) == 16 * step and not list(tmp_path.glob("stopped/learnalign/step-*"))
     if saves:
         resumed = make_trainer(tmp_path / "stopped", config(), **kwargs)
         resumed.train(resume_from_checkpoint=True)
-        assert resumed._learnalign.selections[0].indices == whole._learnalign.selections[0].indices
+        assert resumed.learnalign.selections[0].indices == whole.learnalign.selections[0].indices
         assert_same_weights(weights(whole), weights(resumed))
 
 
@@ -616,8 +617,8 @@ def test_ties_are_drawn_from_the_whole_dataset(tmp_path):
         )
         trainer = make_trainer(tmp_path / name, settings, reward=half, dataset=make_dataset(48), max_steps=6)
         trainer.train()
-        assert all(one.to_pandas()["learnability"].eq(0.25).all() for one in trainer._learnalign.selections)
-        return [one.indices for one in trainer._learnalign.selections]
+        assert all(one.to_pandas()["learnability"].eq(0.25).all() for one in trainer.learnalign.selections)
+        return [one.indices for one in trainer.learnalign.selections]
 
     first, second = chosen("a", 0)
     for indices in (first, second):
@@ -660,25 +661,3 @@ def test_a_processor_in_place_of_a_tokenizer(tmp_path):
     trainer._tokenizer.eos_token = None
     row = host.filler()
     assert row.prompt_ids == row.completion_ids == [trainer._tokenizer.pad_token_id] and row.weight == 0
-
-
-def test_a_checkpoint_of_version_0_1_is_resumed(tmp_path):
-    """It has the chosen rows in trainer_state.json, and no file of its own."""
-    settings = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 1}
-    whole = make_trainer(tmp_path, config(), **settings)
-    whole.train()
-    checkpoint = tmp_path / "checkpoint-4"
-    (checkpoint / STATE_FILE).unlink()
-    file = checkpoint / "trainer_state.json"
-    document = json.loads(file.read_text())
-    saved = document["stateful_callbacks"]["learnalign"]
-    log = [{"start_chunk": one.start_chunk, "indices": list(one.indices)} for one in whole._learnalign.schedule.log]
-    assert [len(one["indices"]) for one in log] == [0, 8]
-    sampler = {"state_version": 1, "layout": saved["sampler"]["layout"], "log": log}
-    names = ("pending", "dataset_fingerprint", "num_processes")
-    content = {"sampler": sampler, **{name: saved[name] for name in names}}
-    document["stateful_callbacks"]["learnalign"] = content | {"sha256": digest(content)}
-    file.write_text(json.dumps(document))
-    resumed = make_trainer(tmp_path, config(), **settings)
-    resumed.train(resume_from_checkpoint=str(checkpoint))
-    assert_same_weights(weights(whole), weights(resumed))

@@ -1,6 +1,7 @@
 """A tiny random policy, a task it solves now and then, and trainers made of them."""
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from datasets import Dataset
@@ -10,7 +11,8 @@ from transformers import PreTrainedTokenizerFast, ProcessorMixin, Qwen2Config, Q
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler
-from trl_learnalign.curriculum import judge
+from trl_learnalign.curriculum import OnlineSettings
+from trl_learnalign.schedules import OnlineSchedule
 
 
 ALPHABET = "0123456789+=:ausert\n"
@@ -140,10 +142,12 @@ def make_trainer(
     processor=False,
     eval_dataset=None,
     reward_tokenizers=None,
+    settings=None,
     **changes,
 ):
     """
-    A LearnAlignGRPOTrainer if `config` is given, else a stock GRPOTrainer; `changes` go to GRPOConfig or RLOOConfig.
+    A LearnAlignGRPOTrainer if `config` is given, else a stock GRPOTrainer; `settings` are of an online schedule;
+    `changes` go to GRPOConfig or RLOOConfig.
     """
     kind = RLOOConfig if cls is not None and issubclass(cls, RLOOTrainer) else GRPOConfig
     kwargs = {
@@ -160,7 +164,8 @@ def make_trainer(
         kwargs["model"].config.image_token_id = 2  # newer TRL keeps it from being generated
     if config is None:
         return (cls or GRPOTrainer)(**kwargs)
-    return (cls or LearnAlignGRPOTrainer)(**kwargs, train_sampler=LearnAlignSampler(config))
+    schedule = partial(OnlineSchedule, settings=settings) if config.schedule == "online" else None
+    return (cls or LearnAlignGRPOTrainer)(**kwargs, train_sampler=LearnAlignSampler(config, schedule=schedule))
 
 
 def config(**changes):
@@ -176,10 +181,8 @@ def online(**changes):
     return LearnAlignConfig(**(settings | changes))
 
 
-def choose_at_once(set):
-    """Runs of a few steps prove no skill: `set(module, name, value)` lets the online schedule choose without."""
-    for name, value in {"TRIED": 4, "BEGIN_SKILL": -1e9, "LEAST_SKILL": -1e9, "LEAST_HEADROOM": 0.0}.items():
-        set(judge, name, value)
+# Runs of a few steps prove no skill: with these settings the online schedule chooses without
+EAGER = OnlineSettings(tried=4, begin_skill=-1e9, least_skill=-1e9, least_headroom=0.0)
 
 
 def drawn(trainer):
@@ -192,6 +195,12 @@ def drawn(trainer):
 
     sampler.chunk = chunk
     return chunks
+
+
+def planned(sampler, i):
+    """The rows of chunk `i` of a staged run, by its log, whenever it was drawn."""
+    n = sampler.layout.chunk_prompts
+    return [sampler.schedule.row(number) for number in range(i * n, (i + 1) * n)]
 
 
 def weights(trainer):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from trl import GRPOTrainer
 
-from .callback import LearnAlignCallback
+from .callback import LearnAlignCallback, LearnAlignHandle
 from .data.prompts import check_dataset, check_prompts
 from .ground.peers import Peers
 from .host import check_kind
@@ -39,9 +39,10 @@ class LearnAlignMixin:
             if kwargs.get("rollout_func") is None:
                 check_prompts(kwargs["train_dataset"])
         super().__init__(*args, **kwargs)
-        self._learnalign = None
+        self.learnalign: LearnAlignHandle | None = None
+        self._learnalign: LearnAlignCallback | None = None
         if train_sampler is not None:
-            self._learnalign = LearnAlignCallback(self, train_sampler)
+            self._learnalign = LearnAlignCallback(self, train_sampler)  # sets `learnalign`
             self.add_callback(self._learnalign)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
@@ -86,7 +87,7 @@ class LearnAlignMixin:
         card = Path(self.args.output_dir) / "README.md"
         if self._learnalign is None or not self.is_world_process_zero() or not card.is_file():
             return
-        online = self._learnalign.schedule.summary()
+        online = self._learnalign.announcer.summary()
         if online:
             card.write_text(card.read_text(encoding="utf-8").rstrip() + online_model_card(online), encoding="utf-8")
             return

@@ -274,7 +274,7 @@ class _SelectOnce(LearnAlignCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        if len(self.sampler.schedule.log) > 1:
+        if self.selects is not None and self.selects.stage:
             raise ValueError(
                 f"The checkpoint '{args.resume_from_checkpoint}' was saved after a selection, so its warm-up is over. "
                 "Pass the one that was saved at the end of the warm-up, or leave out `resume_from_checkpoint`."
@@ -284,15 +284,14 @@ class _SelectOnce(LearnAlignCallback):
         if not self.selections:  # a run resumed into the selection trains one more step, which is not used
             super().on_step_end(args, state, control, **kwargs)
 
-    def _say_plan(self, state):
-        if self.trainer.accelerator.is_main_process:
-            lines = self.schedule.plan(state.global_step, state.max_steps, self._pending is not None)
-            for line in (*lines[:2], "the command ends there."):
-                print(f"LearnAlign plan: {line}", flush=True)
+    def plan(self, state):
+        """Returns the plan up to the selection."""
+        return [*super().plan(state)[:2], "the command ends there."]
 
-    def _select(self, state):
-        self._pending = None
-        self._say_estimate(state)
+    def select(self, state):
+        """Makes the selection and ends the training."""
+        self.pending = None
+        self.announcer.estimate(state.global_step)
         self.trainer.control.should_training_stop = True
         if self.adapter is not None:
             self.trainer.save_model(self.adapter)

@@ -44,25 +44,25 @@ def _moving(values: np.ndarray, window: int, weights: np.ndarray | None = None) 
 
 
 def _windows(columns) -> tuple[int, int]:
-    """Chunks that a mean is taken over: of all groups, and of the few that are drawn uniformly."""
-    number = len(columns["chunk"])
+    """Return rows that a mean is taken over: of all groups, and of the few that are drawn uniformly."""
+    number = len(columns["groups"])
     return max(10, number // 20), max(40, number // 5)
 
 
 def _line(axes, columns, values, **style):
     step = max(1, len(values) // _MOST_POINTS)
-    axes.plot(columns["chunk"][::-step][::-1], values[::-step][::-1], **style)
+    axes.plot(columns["groups"][::-step][::-1], values[::-step][::-1], **style)
 
 
 def _shade(axes, columns, colours):
-    """The chunks that were drawn uniformly; they are counted, so ticks are whole numbers."""
+    """Shade the groups that were drawn uniformly. Groups are counted, so ticks are whole numbers."""
     axes.xaxis.get_major_locator().set_params(integer=True)
-    uniform = np.concatenate([[0], columns["choosing"] == 0, [0]]).astype(int)
+    uniform = np.concatenate([[0], columns["choosing"] <= 0.5, [0]]).astype(int)
     starts, ends = np.flatnonzero(np.diff(uniform) > 0), np.flatnonzero(np.diff(uniform) < 0)
-    chunks = columns["chunk"]
+    last, first = columns["groups"], np.concatenate([[0], columns["groups"][:-1]])
     for number, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
         label = None if number else "drawn uniformly"
-        axes.axvspan(chunks[start] - 0.5, chunks[end - 1] + 0.5, color=colours["grid"], alpha=0.7, lw=0, label=label)
+        axes.axvspan(first[start], last[end - 1], color=colours["grid"], alpha=0.7, lw=0, label=label)
 
 
 def _share(value) -> str:
@@ -80,20 +80,20 @@ def _groups(number) -> str:
 def _live(columns, run) -> Drawing:
     _, window = _windows(columns)
     draws = columns["uniform_draws"]
-    chosen = _moving(columns["live_chosen"], window, run["chunk_prompts"] - draws)
+    chosen = _moving(columns["live_chosen"], window, np.diff(columns["groups"], prepend=0) - draws)
     uniform = _moving(columns["live_uniform"], window, draws)
 
     def draw(axes, colours):
         _shade(axes, columns, colours)
         _line(axes, columns, uniform, color=colours["pool"], linewidth=2, linestyle="--", label="uniform draws")
         _line(axes, columns, chosen, color=colours["chosen"], linewidth=2, label="chosen prompts")
-        axes.set(xlabel="chunk", ylabel="share of live groups", title="Live groups", ylim=(0, 1))
+        axes.set(xlabel="prompts trained on", ylabel="share of live groups", title="Live groups", ylim=(0, 1))
         axes.legend()
 
     return Drawing(
         "online_live",
-        f"Share of groups whose rewards differ, so that they have a gradient: means over {window} chunks, in which "
-        "uniform draws are few where prompts are chosen.",
+        f"Share of groups whose rewards differ, so that they have a gradient: means over {window} rows of the "
+        "history, in which uniform draws are few where prompts are chosen.",
         f"At the end {_share(chosen[-1])} of chosen prompts and {_share(uniform[-1])} of "
         f"{draws[-window:].sum():,.0f} uniform draws.",
         draw,
@@ -110,14 +110,14 @@ def _success(columns, run) -> Drawing:
         _line(axes, columns, pool, color=colours["pool"], linewidth=2, linestyle="--", label="pool, estimated")
         _line(axes, columns, predicted, color=colours["ink"], linewidth=1.2, linestyle=":", label="predicted")
         _line(axes, columns, observed, color=colours["chosen"], linewidth=2, label="all groups")
-        axes.set(xlabel="chunk", ylabel=f"mean {name}", title="Success", ylim=(0, 1))
+        axes.set(xlabel="prompts trained on", ylabel=f"mean {name}", title="Success", ylim=(0, 1))
         axes.legend()
 
     return Drawing(
         "online_success",
-        f"Mean {name} of the prompts trained on, as observed and as predicted before, over {short} chunks. That of "
-        "the whole pool is estimated: the mean prediction, corrected by its mean error on the latest 200 uniform "
-        "draws or so. Chosen prompts are meant to be near one half.",
+        f"Mean {name} of the prompts trained on, as observed and as predicted before, over {short} rows of "
+        "the history. That of the whole pool is estimated: the mean prediction, corrected by its mean error on the latest "
+        "200 uniform draws or so. Chosen prompts are meant to be near one half.",
         f"At the end {_number(observed[-1])} was observed, {_number(predicted[-1])} predicted, and the pool's is "
         f"{_number(pool[-1])}.",
         draw,
@@ -131,7 +131,10 @@ def _skill(columns) -> Drawing:
         _line(axes, columns, columns["skill"], color=colours["chosen"], linewidth=2, label="skill")
         low = np.nanmin(columns["skill"])
         axes.set(
-            xlabel="chunk", ylabel="skill", title="Skill of the prediction", ylim=(max(-0.25, min(-0.05, low)), 1)
+            xlabel="prompts trained on",
+            ylabel="skill",
+            title="Skill of the prediction",
+            ylim=(max(-0.25, min(-0.05, low)), 1),
         )
         axes.legend()
 
@@ -149,7 +152,7 @@ def _headroom(columns, run) -> Drawing:
         _shade(axes, columns, colours)
         axes.axhline(1, color=colours["ink"], linewidth=0.8)
         _line(axes, columns, columns["headroom"], color=colours["chosen"], linewidth=2, label="headroom")
-        axes.set(xlabel="chunk", ylabel="times as often", title="Expected gain of choosing")
+        axes.set(xlabel="prompts trained on", ylabel="times as often", title="Expected gain of choosing")
         axes.set_ylim(bottom=min(0.9, np.nanmin(columns["headroom"])))
         axes.legend()
 
@@ -260,7 +263,7 @@ def _coverage(columns, run) -> Drawing:
         _line(axes, columns, columns["visited"], color=colours["chosen"], linewidth=2, label="visited")
         _line(axes, columns, columns["retired"], color=colours["pool"], linewidth=2, linestyle="--", label="retired")
         _line(axes, columns, columns["parked"], color=colours["ink"], linewidth=1.2, linestyle=":", label="parked")
-        axes.set(xlabel="chunk", ylabel="prompts", title="Coverage")
+        axes.set(xlabel="prompts trained on", ylabel="prompts", title="Coverage")
         axes.set_ylim(bottom=0)
         axes.legend()
 

@@ -106,18 +106,16 @@ def _intro(run, step) -> str:
     return (
         "This page shows which prompts an online run trained on, and why. From the rewards of training so far, the "
         "schedule predicts which prompts some rollouts will solve and others will not. Only such <em>live</em> groups "
-        "have a gradient. A few prompts of every chunk are drawn uniformly from the whole pool; they measure how good "
-        "the policy and the prediction are. The figures show live groups, success and prediction by "
-        "chunk. The tables show when prompts were chosen and when not, which prompts come less often because they are "
-        "always or never solved, and which may have a wrong answer or wrong grading. The page shows the state at step "
-        f"{step}. It is written with each checkpoint and at the end of training, and does not refresh by itself."
+        "have a gradient. One prompt in twenty is drawn uniformly from the whole pool; they measure how good "
+        "the policy and the prediction are. The figures show live groups, success and prediction over "
+        "the run. The tables show when prompts were chosen and when not, which prompts come less often because they "
+        "are always or never solved, and which may have a wrong answer or wrong grading. The page shows the state at "
+        f"step {step}. It is written with each checkpoint and at the end of training, and does not refresh by itself."
     )
 
 
 def _facts(prompts, history, run) -> dict[str, str]:
-    chosen, uniform, draws = live_shares(
-        lambda name: history[name].to_numpy(zero_copy_only=False), run["chunk_prompts"]
-    )
+    chosen, uniform, draws = live_shares(lambda name: history[name].to_numpy(zero_copy_only=False))
     states = count_states(prompts)
     visited = prompts.num_rows - states.get("new", 0)
     return {
@@ -148,7 +146,7 @@ def _periods(run) -> str:
         ]
         for one in run["periods"]
     ]
-    columns = ["chunks", "prompts", "skill", "headroom", "why"]
+    columns = ["groups", "prompts", "skill", "headroom", "why"]
     caption = "Skill and headroom at the end of each period; the last 20 periods at most."
     return html_table("When prompts were chosen", columns, rows, (), caption, ("why",))
 
@@ -215,7 +213,7 @@ def _suspects(suspects, run) -> str:
 
 
 def _samples(run) -> str:
-    columns = ["index", "visits", "own success", "predicted", "learnability", "last chunk", "prompt"]
+    columns = ["index", "visits", "own success", "predicted", "learnability", "last draw", "prompt"]
     blocks = []
     for state, (title, caption) in _SAMPLES.items():
         rows = [
@@ -225,7 +223,7 @@ def _samples(run) -> str:
                 number(one["success_rate"], 2),
                 number(one["predicted_success"], 2),
                 number(one["utility"], 3),
-                MISSING if one["last_chunk"] < 0 else f"{one['last_chunk']:,}",
+                MISSING if one["last_draw"] < 0 else f"{one['last_draw']:,}",
                 long_text(one["prompt"]),
             ]
             for one in run["samples"][state]

@@ -15,6 +15,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..choice.idle import missing
+from ..curriculum import OnlineCurriculum, OnlineSettings
+from ..curriculum.history import History
 from ..data.prompts import prompt_text
 from ..data.reading import columns_read, read_prompts, read_rows
 from ..ground.disk import make_directory, write_json, write_parquet
@@ -27,6 +29,9 @@ HISTORY_FILE = "online_history.parquet"
 SUSPECTS_FILE = "suspects.parquet"
 RUN_FILE = "online.json"
 SAMPLES = 10  # prompts shown of each kind
+STATES = ("new", "live", "resting", "retired", "parked", "unscored")
+_MOST_PERIODS = 20
+_BLOCK = 16_384  # prompts whose success is predicted at once, in float64
 ANSWER_COLUMNS = (
     "answer",
     "final_answer",
@@ -38,7 +43,7 @@ ANSWER_COLUMNS = (
     "target",
 )
 _PLAIN = ("string", "large_string", "int", "uint", "float", "bool")
-_COUNTS = ("chunk", "visited", "retired", "parked", "unscored")
+_COUNTS = ("groups", "step", "visited", "retired", "parked", "unscored")
 _PACKAGES = ("trl-learnalign", "trl", "transformers", "accelerate", "torch")
 
 
@@ -52,11 +57,80 @@ def write_tables(schedule, host, directory: Path) -> None:
         directory (`Path`): `OUTPUT_DIR/learnalign`.
     """
     make_directory(directory)
-    columns = schedule.prompt_columns()
+    curriculum = schedule.curriculum
+    columns = prompt_columns(curriculum)
     write_parquet(directory / PROMPTS_FILE, _prompts_table(columns))
-    write_parquet(directory / HISTORY_FILE, _history_table(schedule.history))
-    write_parquet(directory / SUSPECTS_FILE, _suspects_table(schedule, host.dataset))
+    write_parquet(directory / HISTORY_FILE, _history_table(curriculum.history))
+    write_parquet(directory / SUSPECTS_FILE, _suspects_table(curriculum, host.dataset))
     write_json(directory / RUN_FILE, _numbers(schedule, host) | {"samples": _samples(columns, host.dataset)})
+
+
+def prompt_columns(curriculum: OnlineCurriculum) -> dict[str, np.ndarray]:
+    """
+    Return by name a value for each prompt that may be trained on, of shape `(n,)`. Where nothing was seen,
+    `success_rate` is NaN and `last_draw` -1. docs/files_online.md explains the columns.
+    """
+    rows, memory = curriculum.pool, curriculum.memory
+    blocks = [rows[start : start + _BLOCK] for start in range(0, len(rows), _BLOCK)]
+    a, b = np.concatenate([np.stack(curriculum.posterior(block)) for block in blocks], axis=1)
+    successes, failures, visits = memory.successes[rows], memory.failures[rows], memory.visits[rows]
+    trials = successes + failures
+    conditions = {
+        "unscored": memory.unscored[rows] > 0,
+        "retired": memory.is_retired(rows),
+        "parked": memory.is_parked(rows),
+        "resting": (memory.solved[rows] > 0) | (memory.failed[rows] > 0),
+        "live": visits > 0,
+    }
+    places = [STATES.index(name) for name in conditions]
+    return {
+        "index": rows,
+        "visits": visits,
+        "success_rate": np.divide(successes, trials, out=np.full(len(rows), np.nan, np.float32), where=trials > 0),
+        "predicted_success": (a / (a + b)).astype(np.float32),
+        "utility": curriculum.utility(a, b).astype(np.float32),
+        "last_draw": memory.last[rows],
+        "ready_draw": memory.ready[rows],
+        "state": np.array(STATES)[np.select(list(conditions.values()), places, STATES.index("new"))],
+    }
+
+
+def periods(history: History, settings: OnlineSettings) -> list[dict]:
+    """
+    Return when prompts were chosen and when drawn uniformly, the last 20 periods, oldest first: `first` and `last`
+    group, `choosing`, `skill` and `headroom` at the end, and for uniform draws `why`.
+    """
+    choosing = history.column("choosing") > 0.5
+    groups = history.column("groups").astype(int)
+    ends = np.flatnonzero(np.diff(choosing, append=~choosing[-1:]))
+    starts = np.concatenate([[0], ends[:-1] + 1]).astype(int)
+    skill, headroom = history.column("skill"), history.column("headroom")
+    found = []
+    for start, end in list(zip(starts.tolist(), ends.tolist(), strict=True))[-_MOST_PERIODS:]:
+        if choosing[end]:
+            why = None
+        elif start == 0 and end + 1 < len(choosing):
+            why = (
+                f"at the start, until at least {settings.tried} uniform draws had shown that the prediction is better "
+                "than the mean and that choosing should help"
+            )
+        elif start == 0 and groups[end] < settings.tried:
+            why = f"the prediction is judged after {settings.tried} uniform draws"
+        elif skill[start if start else end] <= settings.begin_skill:
+            why = f"the prediction was hardly better than the mean (needed: a skill of {settings.begin_skill})"
+        else:
+            why = f"choosing would have made little difference (needed: a headroom of {settings.least_headroom})"
+        found.append(
+            {
+                "first": int(groups[start - 1]) if start else 0,
+                "last": int(groups[end]) - 1,
+                "choosing": bool(choosing[end]),
+                "skill": float(skill[end]),
+                "headroom": float(headroom[end]),
+                "why": why,
+            }
+        )
+    return found
 
 
 def read_completions(directory: Path, size: int) -> dict[int, str]:
@@ -73,28 +147,28 @@ def read_completions(directory: Path, size: int) -> dict[int, str]:
 
 def _prompts_table(columns) -> pa.Table:
     arrays = {name: pa.array(values, from_pandas=True) for name, values in columns.items()}  # NaN becomes null
-    arrays["last_chunk"] = pa.array(columns["last_chunk"], mask=columns["last_chunk"] < 0)
+    arrays["last_draw"] = pa.array(columns["last_draw"], mask=columns["last_draw"] < 0)
     return pa.table(arrays)
 
 
 def _history_table(history) -> pa.Table:
     arrays = {name: pa.array(history.column(name), from_pandas=True) for name in history.names}
     arrays |= {name: pa.array(history.column(name).astype(np.int64)) for name in _COUNTS}
-    return pa.table(arrays | {"choosing": pa.array(history.column("choosing") > 0)})
+    return pa.table(arrays)
 
 
-def _suspects_table(schedule, dataset) -> pa.Table:
-    rows, chance = schedule.suspects()
+def _suspects_table(curriculum, dataset) -> pa.Table:
+    rows, chance = curriculum.suspects()
     answers = [name for name in ANSWER_COLUMNS if _is_plain(dataset, name)]
     texts = _texts(dataset, rows, answers)
-    completions = [schedule.completions.get(row) for row in rows.tolist()]
+    completions = [curriculum.completions.get(row) for row in rows.tolist()]
     return pa.table(
         {
             "index": pa.array(rows, pa.int64()),
             "prompt": pa.array(texts["prompt"], pa.string()),
             **{name: pa.array(texts[name], pa.string()) for name in answers},
             "completion": pa.array([text and shortened(text) for text in completions], pa.string()),
-            "visits": pa.array(schedule.memory.visits[rows]),
+            "visits": pa.array(curriculum.memory.visits[rows]),
             "chance": pa.array(chance, pa.float64()),
         }
     )
@@ -125,12 +199,12 @@ def _samples(columns, dataset) -> dict[str, list[dict]]:
         if state == "new":
             places = random.choice(places, min(SAMPLES, len(places)), replace=False)
         else:
-            by = columns["utility" if state == "live" else "last_chunk"][places]
+            by = columns["utility" if state == "live" else "last_draw"][places]
             places = places[np.argsort(-by, kind="stable")[:SAMPLES]]
         rows = columns["index"][places]
         numbers = {
             name: [_finite(value) for value in columns[name][places].tolist()]
-            for name in ("index", "visits", "success_rate", "predicted_success", "utility", "last_chunk")
+            for name in ("index", "visits", "success_rate", "predicted_success", "utility", "last_draw")
         }
         numbers["prompt"] = _texts(dataset, rows)["prompt"]
         found[state] = [dict(zip(numbers, values, strict=True)) for values in zip(*numbers.values(), strict=True)]
@@ -138,32 +212,32 @@ def _samples(columns, dataset) -> dict[str, list[dict]]:
 
 
 def _numbers(schedule, host) -> dict:
-    state, history, config = host.trainer.state, schedule.history, host.trainer.model.config
+    state, config, curriculum = host.trainer.state, host.trainer.model.config, schedule.curriculum
+    history, judge = curriculum.history, curriculum.judge
     return {
         "step": state.global_step,
         "max_steps": state.max_steps,
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": config._name_or_path or config.model_type,
         "pool": len(schedule.pool),
-        "chunk_prompts": schedule.layout.chunk_prompts,
         "plan": schedule.plan(0, state.max_steps, False),
-        "suspects": schedule.num_suspects(),
-        "choosing": schedule.judge.choosing,
-        "skill": schedule.judge.skill,
-        "skilled": schedule.judge.skilled,
-        "tried": schedule.judge.tried,
-        "headroom": schedule.judge.headroom,
-        "pool_success": _finite(schedule.judge.pool_success),
+        "suspects": curriculum.num_suspects(),
+        "choosing": judge.choosing,
+        "skill": judge.skill,
+        "skilled": judge.has_clear_skill,
+        "tried": judge.tried,
+        "headroom": judge.headroom,
+        "pool_success": _finite(judge.pool_success),
         "calibration": history.calibration.tolist(),
         "by_visit": history.by_visit.tolist(),
         "revisits": history.revisits.tolist(),
-        "periods": schedule.periods(),
-        "graded": schedule.graded,
+        "periods": periods(history, schedule.settings),
+        "graded": schedule.settings.graded,
         "settings": {
             "config": {
                 name: value
-                for name, value in schedule.config.to_dict().items()
-                if name not in ("schedule", "score") and missing(schedule.config, name) is None
+                for name, value in schedule.run.config.to_dict().items()
+                if name not in ("schedule", "score") and missing(schedule.run.config, name) is None
             },
             "stream": {_SHOWN_AS.get(name, name): value for name, value in asdict(schedule.layout).items()},
             "num_processes": host.accelerator.num_processes,

@@ -105,8 +105,8 @@ class Layout:
         match name:
             case "epochs":
                 return self.warmup_end > 0
-            case "read_ahead":  # version 0.1 did not write it
-                return name in saved and replace(self, read_ahead=saved[name]).epoch_chunks != self.epoch_chunks
+            case "read_ahead":
+                return replace(self, read_ahead=saved.get(name)).epoch_chunks != self.epoch_chunks
         return True
 
 

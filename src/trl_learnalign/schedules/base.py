@@ -1,186 +1,241 @@
-"""The base class of schedules, which decide which prompt is trained on when."""
+"""The contract of schedules, which decide which prompt is trained on when."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from ..curriculum.events import Group
 from ..run.layout import Layout
 
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from ..config import LearnAlignConfig
     from ..ground.peers import Peers
+    from ..host import Host
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    A run that begins, as its schedule is told of it.
+
+    Attributes:
+        pool_size (`int`): rows of the training dataset.
+        prompts_at_once (`int`): prompts that the trainer generates for at once: `choose` is asked for so many.
+        group_size (`int`): rollouts of each prompt, the trainer's `num_generations`.
+        seed (`int`): the trainer's `seed`.
+        config ([`LearnAlignConfig`]): the configuration of the sampler.
+        dataset ([`~datasets.Dataset`]): the training dataset.
+    """
+
+    pool_size: int
+    prompts_at_once: int
+    group_size: int
+    seed: int
+    config: "LearnAlignConfig"
+    dataset: "Dataset"
 
 
 class Schedule:
     """
-    Decides which prompt is trained on when. Your own schedule overrides [`~Schedule.prompts`], and other methods if
-    it needs them:
+    Decides which prompt is trained on when. A schedule of your own overrides [`~Schedule.choose`], and of the four
+    other names those that it needs:
 
     ```python
     class EveryOther(Schedule):
-        def prompts(self, chunk):
-            n = self.layout.chunk_prompts
-            return [2 * i % self.layout.pool_size for i in range(chunk * n, (chunk + 1) * n)]
+        def __init__(self, run):
+            self.run, self.drawn = run, 0
 
-    sampler = LearnAlignSampler(config, schedule=EveryOther(config))
+        def choose(self, n):
+            first, self.drawn = self.drawn, self.drawn + n
+            return [2 * i % self.run.pool_size for i in range(first, self.drawn)]
+
+        def state_dict(self):
+            return {"drawn": self.drawn}
+
+        def load_state_dict(self, state):
+            self.drawn = state["drawn"]
+
+    sampler = LearnAlignSampler(config, schedule=EveryOther)
     ```
 
-    Every process has one, and calls it with the same values in the same order. It must come to the same results on all
-    of them, so random numbers come from a generator with a fixed seed.
+    - **A run has a schedule of its own.** The class, or a function that returns a schedule, is called with a [`Run`]
+      for every run: for the first when the trainer is built, so that an error comes before training.
+    - **A draw is asked for once**, in order, and has a number, counted from 0 over the whole run: the first
+      `choose(4)` makes the draws 0 to 3. The dataloader reads ahead, so some draws are always in flight: asked for,
+      and not yet observed.
+    - **A group is observed when its rewards are known**: in any order, twice, or never. It has the number of its draw.
+    - **A checkpoint holds the schedule's state as of its last draw**, and beside it the numbers and rows of the draws
+      in flight. A resumed run loads the state into a new schedule. Its dataloader asks for the drawn chunks of the
+      epoch again, but the schedule does not notice: draws in flight are answered from the checkpoint, those that were
+      trained on are skipped, and `choose` is asked for the first one that no run has drawn. So a schedule has nothing
+      to derive anew. Groups in flight are observed after the resume. A chunk that the checkpoint cut in two is
+      generated again and observed a second time, under the same numbers.
+    - **Every process has one**, and calls it with the same values in the same order. All must come to the same
+      results, so random numbers come from a generator with a fixed seed.
+
+    No other attribute of a schedule is looked up, so a schedule may have any. Schedules that want more of the trainer
+    also derive from [`Selects`], [`Describes`] or [`Prepares`].
 
     Args:
-        config ([`LearnAlignConfig`]): the configuration of the sampler.
+        run ([`Run`]): the run that begins.
     """
 
-    selects = False  # whether selections are made for it
+    def __init__(self, run: Run):
+        self.run = run
 
-    def __init__(self, config: "LearnAlignConfig"):
-        self.config = config
-        self.layout: Layout | None = None
-
-    def prompts_per_epoch(self, pool_size: int, chunk_prompts: int) -> tuple[int, int]:
+    def choose(self, n: int) -> Sequence[int]:
         """
-        Prompts of an epoch, and random prompts before the first one. By default all whole chunks of the pool, and
-        none.
-        """
-        return max(pool_size // chunk_prompts, 1) * chunk_prompts, 0
-
-    def check(self, host) -> None:
-        """Raises an error for a trainer that the schedule cannot serve; called when the trainer is built."""
-
-    def check_length(self, max_steps: int) -> None:
-        """Raises an error if a run of so many optimizer steps is too short."""
-
-    def bind(self, layout: Layout) -> None:
-        """Ties the schedule to a run. `start` follows."""
-        self.layout = layout
-
-    def prepare(self, host, state: dict | None, peers: "Peers") -> None:
-        """
-        Called once when training begins, on all processes, inside the context of `peers`.
+        Chooses the next prompts.
 
         Args:
-            host ([`Host`]): the trainer, as far as a schedule may see it.
-            state (`dict`, *optional*): what `state_dict` returned, where a run is resumed; `None` for a new run.
-            peers ([`Peers`]): the other processes.
-        """
-        if state is None:
-            self.start()
-        else:
-            self.load_state_dict(state)
+            n (`int`): how many.
 
-    def look(self, host, peers: "Peers") -> None:
+        Returns:
+            n rows of the dataset, counted from 0.
         """
-        Called once when a new run begins, on all processes, inside the context of `peers`, after `prepare` and after
-        the plan was printed: what takes long.
+        raise NotImplementedError(f"{type(self).__name__} has no method `choose(n)`, which every schedule needs.")
+
+    def observe(self, groups: Sequence[Group]) -> None:
+        """Learns from finished groups, which come in any order. A group with a known number must change nothing."""
+
+    def tick(self, steps: int) -> None:
+        """Notes that so many optimizer steps were taken since the last call."""
+
+    def metrics(self) -> dict[str, float]:
+        """Returns values for the log, after groups were observed."""
+        return {}
+
+    def state_dict(self) -> dict:
+        """Returns the state for a checkpoint: values for JSON, and NumPy arrays."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """
+        Restores what [`~Schedule.state_dict`] returned.
+
+        Raises:
+            `ValueError`: the state is damaged or of another run.
         """
 
-    def start(self) -> None:
-        """A new run begins: forgets all."""
 
-    def prompts(self, chunk: int) -> Sequence[int]:
-        """
-        Dataset rows of the prompts of a chunk, `layout.chunk_prompts` of them. Chunks are asked for in their order;
-        where a run is resumed, those of the epoch that were drawn before are asked for again, and must be the same.
-        """
-        raise NotImplementedError  # the one thing that every schedule has
+class Selects:
+    """A schedule that selections are made for. Chunks are `prompts_at_once` draws each, counted from 0."""
 
     def due(self, step: int, max_steps: int, drawn: int) -> bool:
         """
-        Whether a selection is due.
+        Tells whether a selection is due.
 
         Args:
             step (`int`): the optimizer step that just ended; 0 before the first.
             max_steps (`int`): optimizer steps of the run.
-            drawn (`int`): chunks that the dataloader has drawn.
+            drawn (`int`): chunks that were drawn.
         """
-        return False
+        raise NotImplementedError
 
     def accept(self, start: int, indices: Sequence[int]) -> None:
         """
         Takes the result of a selection that was due.
 
         Args:
-            start (`int`): the first chunk that it can take effect with.
+            start (`int`): the first chunk that the selection can take effect with: none of it was drawn.
             indices (`Sequence[int]`): the chosen dataset rows, best first; empty if no prompt is learnable.
         """
-
-    def masked(self, chunk: int, masked: np.ndarray) -> None:
-        """
-        Receives, before the rewards of a chunk, which of its rollouts have no token in the loss, as truncated ones
-        under `mask_truncated_completions`. Called only where there are some.
-
-        Args:
-            chunk (`int`): the chunk.
-            masked (`np.ndarray` of shape `(n, G)`): bool.
-        """
-
-    def observe(self, chunk: int, rewards: np.ndarray) -> dict[int, int] | None:
-        """
-        Receives the rewards of training. A chunk may be observed twice, where a resumed run generates it
-        again.
-
-        Args:
-            chunk (`int`): the chunk.
-            rewards (`np.ndarray` of shape `(n, G, F)`): of its n prompts, G rollouts each, by F reward functions; NaN
-                where one gave none.
-
-        Returns:
-            dataset rows whose first completion `remember` is to be given, with their place in the chunk; nothing by
-            default.
-        """
-
-    def remember(self, completions: dict[int, str]) -> None:
-        """Takes the completions that `observe` asked for, by dataset row."""
+        raise NotImplementedError
 
     @property
     def stage(self) -> int:
         """Selections so far."""
-        return 0
+        raise NotImplementedError
 
     @property
     def in_use_from(self) -> int | None:
         """The chunk from which on the last selection is trained on; `None` where random prompts are."""
-        return None
+        raise NotImplementedError
+
+
+class Describes:
+    """A schedule with something to say to people: on the terminal, in a report, in a model card."""
 
     def plan(self, step: int, max_steps: int, due: bool) -> list[str]:
         """
-        The plan of the run in a few lines, printed at its start.
+        Returns the plan of the run in a few lines, which are printed at its start.
 
         Args:
             step (`int`): the optimizer step that a resumed run goes on after; 0 for a new run.
             max_steps (`int`): optimizer steps of the run.
             due (`bool`): whether a selection is made before the next step.
         """
-        return [f"steps {step + 1} to {max_steps} train on the prompts that {type(self).__name__} chooses."]
+        return []
 
     def warning(self, max_steps: int) -> str | None:
-        """What a new run of so many steps should be warned of."""
+        """Returns a warning about a new run of so many steps, if there is one."""
         return None
 
     def estimate(self, step: int, since: int, seconds: float) -> str | None:
-        """A line about the selection after a step, with `seconds` that training took since step `since`."""
+        """Returns a line about the selection after a step; training took `seconds` since step `since`."""
         return None
 
-    def report(self, host, directory: Path) -> None:
+    def wanted(self, groups: Sequence[Group]) -> Sequence[int]:
         """
-        Writes its report into a directory, whenever a checkpoint was saved and at the end. Called on all processes.
+        Returns those rows of groups that were just observed whose first completion is wanted for the report. The main
+        process decides for all.
         """
-
-    def summary(self) -> list[str]:
-        """What a model card says of the run, a sentence each. Nothing by default: it names the selections."""
         return []
 
-    def metrics(self) -> dict[str, float]:
-        """Values for the log after each chunk that was observed."""
-        return {}
+    def remember(self, completions: dict[int, str]) -> None:
+        """Keeps the completions that were `wanted`, by dataset row."""
 
-    def state_dict(self) -> dict:
-        """The state for a checkpoint: values for JSON, and NumPy arrays."""
-        return {}
+    def report(self, host: "Host", directory: Path) -> Path | None:
+        """
+        Writes a report into a directory. Called on all processes, of which the main one writes.
+
+        Returns:
+            the file, or `None` where there is nothing to report yet.
+        """
+        return None
+
+    def summary(self) -> list[str]:
+        """Returns what a model card says of the run, a sentence each; nothing where it names the selections."""
+        return []
+
+
+class Prepares:
+    """A schedule that looks at the trainer before it begins, or keeps files beside its state."""
+
+    def fit(self, host: "Host") -> Layout:
+        """
+        Checks that the schedule can serve a trainer, and returns the layout of its run. Called after the schedule was
+        made.
+
+        Raises:
+            `ValueError`: the trainer or its dataset does not fit.
+        """
+        return whole_pool(host)
+
+    def check_length(self, max_steps: int) -> None:
+        """
+        Checks the length of a new run.
+
+        Raises:
+            `ValueError`: so many optimizer steps are too few.
+        """
+
+    def prepare(self, host: "Host", state: dict | None, peers: "Peers") -> None:
+        """
+        Gets ready when training begins, before the state is loaded. Called on all processes.
+
+        Args:
+            host ([`Host`]): the trainer, as far as a schedule may see it.
+            state (`dict`, *optional*): what `load_state_dict` will get where a run is resumed; `None` for a new run.
+            peers ([`Peers`]): the other processes; an open context.
+        """
+
+    def look(self, host: "Host", peers: "Peers") -> None:
+        """Does what takes long, once for a new run, after its plan was printed. Called on all processes."""
 
     def write_files(self, directory: Path, is_writer: bool) -> dict[str, str]:
         """
@@ -192,10 +247,9 @@ class Schedule:
         """
         return {}
 
-    def load_state_dict(self, state: dict) -> None:
-        """
-        Restores what [`~Schedule.state_dict`] returned.
 
-        Raises:
-            `ValueError`: it is damaged or of another run.
-        """
+def whole_pool(host: "Host", pool_size: int | None = None) -> Layout:
+    """Returns a layout without a warm-up, whose epochs have the whole chunks of the pool, by default of all rows."""
+    read = host.layout()
+    size, chunk = pool_size or read["pool_size"], read["chunk_prompts"]
+    return Layout(**read, num_prompts=max(size // chunk, 1) * chunk, warmup_prompts=0)

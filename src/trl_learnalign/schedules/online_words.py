@@ -1,4 +1,4 @@
-"""What is said about an online run: tables for its report, lines for its output and its model card, warnings."""
+"""Lines about an online run for its output and its model card, and warnings."""
 
 import math
 from typing import TYPE_CHECKING
@@ -13,85 +13,12 @@ from ..selection.words import live_shares
 
 if TYPE_CHECKING:
     from ..curriculum import OnlineCurriculum
-    from ..curriculum.history import History
     from ..curriculum.scored import Scored
-    from ..curriculum.settings import OnlineSettings
     from .online import OnlineSchedule
 
-STATES = ("new", "live", "resting", "retired", "parked", "unscored")
 KINDS = ("without a deciding reward", "without a weight", "cut off")  # of warnings about groups that say nothing
 LEAST_PROMPTS = 8  # of an optimizer step, below which a warning is given
-_MOST_PERIODS = 20
 _MANY_MASKED = 0.5  # share of the completions that is worth a warning, whether or not a whole group is masked
-_BLOCK = 16_384  # prompts whose success is predicted at once, in float64
-
-
-def prompt_columns(curriculum: "OnlineCurriculum") -> dict[str, np.ndarray]:
-    """
-    Return by name a value for each prompt that may be trained on, of shape `(n,)`. Where nothing was seen,
-    `success_rate` is NaN and `last_draw` -1. docs/files_online.md explains them.
-    """
-    rows, memory = curriculum.pool, curriculum.memory
-    blocks = [rows[start : start + _BLOCK] for start in range(0, len(rows), _BLOCK)]
-    a, b = np.concatenate([np.stack(curriculum.posterior(block)) for block in blocks], axis=1)
-    successes, failures, visits = memory.successes[rows], memory.failures[rows], memory.visits[rows]
-    trials = successes + failures
-    conditions = {
-        "unscored": memory.unscored[rows] > 0,
-        "retired": memory.is_retired(rows),
-        "parked": memory.is_parked(rows),
-        "resting": (memory.solved[rows] > 0) | (memory.failed[rows] > 0),
-        "live": visits > 0,
-    }
-    places = [STATES.index(name) for name in conditions]
-    return {
-        "index": rows,
-        "visits": visits,
-        "success_rate": np.divide(successes, trials, out=np.full(len(rows), np.nan, np.float32), where=trials > 0),
-        "predicted_success": (a / (a + b)).astype(np.float32),
-        "utility": curriculum.utility(a, b).astype(np.float32),
-        "last_draw": memory.last[rows],
-        "ready_draw": memory.ready[rows],
-        "state": np.array(STATES)[np.select(list(conditions.values()), places, STATES.index("new"))],
-    }
-
-
-def periods(history: "History", settings: "OnlineSettings") -> list[dict]:
-    """
-    Return when prompts were chosen and when drawn uniformly, the last 20 periods, oldest first: `first` and `last`
-    group, `choosing`, `skill` and `headroom` at the end, and for uniform draws `why`.
-    """
-    choosing = history.column("choosing") > 0.5
-    groups = history.column("groups").astype(int)
-    ends = np.flatnonzero(np.diff(choosing, append=~choosing[-1:]))
-    starts = np.concatenate([[0], ends[:-1] + 1]).astype(int)
-    skill, headroom = history.column("skill"), history.column("headroom")
-    found = []
-    for start, end in list(zip(starts.tolist(), ends.tolist(), strict=True))[-_MOST_PERIODS:]:
-        if choosing[end]:
-            why = None
-        elif start == 0 and end + 1 < len(choosing):
-            why = (
-                f"at the start, until at least {settings.tried} uniform draws had shown that the prediction is better "
-                "than the mean and that choosing should help"
-            )
-        elif start == 0 and groups[end] < settings.tried:
-            why = f"the prediction is judged after {settings.tried} uniform draws"
-        elif skill[start if start else end] <= settings.begin_skill:
-            why = f"the prediction was hardly better than the mean (needed: a skill of {settings.begin_skill})"
-        else:
-            why = f"choosing would have made little difference (needed: a headroom of {settings.least_headroom})"
-        found.append(
-            {
-                "first": int(groups[start - 1]) if start else 0,
-                "last": int(groups[end]) - 1,
-                "choosing": bool(choosing[end]),
-                "skill": float(skill[end]),
-                "headroom": float(headroom[end]),
-                "why": why,
-            }
-        )
-    return found
 
 
 def switch_line(draw: int, judge: Judge) -> str:

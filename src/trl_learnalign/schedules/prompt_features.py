@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset
 
-from ..curriculum.order import RandomOrder
 from ..data.columns import (
     candidate_rows,
     check_condition,
@@ -18,6 +17,7 @@ from ..data.columns import (
     check_numbers,
     dataset_columns,
 )
+from ..data.order import RandomOrder
 from ..data.prompts import equal_prompts, prompt_lengths
 from ..data.reading import columns_read
 from ..measures.feature_file import PromptFeatures

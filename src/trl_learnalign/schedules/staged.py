@@ -4,12 +4,14 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from ..curriculum.order import RandomOrder
+from ..data.order import RandomOrder
+from ..run.layout import Layout
 from . import staged_plan as plan
-from .base import Schedule
+from .base import Describes, Prepares, Run, Schedule, Selects
 
 
 @dataclass(frozen=True)
@@ -20,10 +22,10 @@ class Version:
     indices: tuple[int, ...]
 
 
-class StagedSchedule(Schedule):
+class StagedSchedule(Schedule, Selects, Describes, Prepares):
     """
     Random prompts during the warm-up, then those of a selection, in `prompt_order`; a new selection after every
-    `reselect_every` passes. `prompts(i)` is a pure function of the layout, the log of versions and i:
+    `reselect_every` passes. The row of a draw is a pure function of the layout, the log of versions and its number:
 
         chunk     0    1    2    3    4    5    6    7    8
         version   0    0    0    1    1    1    1    2    2
@@ -32,28 +34,64 @@ class StagedSchedule(Schedule):
     Within a version, prompts are visited pass by pass; a chunk may contain the end of one pass and the beginning of
     the next. So no prompt is dropped, and two prompts of a version are visited equally often, or one of them once
     more.
+
+    Args:
+        run ([`Run`]): the run that begins.
     """
 
-    selects = True
+    layout: Layout
+    work: plan.Work  # of a selection
 
-    def __init__(self, config):
-        super().__init__(config)
-        self.log: list[Version] = []
-        self.work: plan.Work | None = None  # of a selection
+    def __init__(self, run: Run):
+        super().__init__(run)
+        self.config = run.config
+        self.log = [Version(0, ())]
+        self.drawn = 0  # draws so far
         self._orders: dict[int, tuple[RandomOrder, np.ndarray]] = {}
 
-    def prompts_per_epoch(self, pool_size, chunk_prompts):
-        """See [`Schedule`]."""
-        return min(self.config.num_prompts, pool_size), self.config.warmup_prompts
+    def fit(self, host) -> Layout:
+        """Counts what selections will look at. An epoch has `num_prompts` prompts, after the warm-up."""
+        self.work = plan.work_of(self.run.dataset, self.config)
+        prompts = min(self.config.num_prompts, self.run.pool_size)
+        self.layout = Layout(**host.layout(), num_prompts=prompts, warmup_prompts=self.config.warmup_prompts)
+        return self.layout
 
-    def check(self, host):
-        """See [`Schedule`]."""
-        self.work = plan.work_of(host.dataset, self.config)
+    # Draws ------------------------------------------------------------------------------------------------------
 
-    def start(self):
-        """Forgets all selections."""
-        self.log = [Version(0, ())]
-        self._orders = {}
+    def choose(self, n: int) -> list[int]:
+        """Returns the next n rows."""
+        first, self.drawn = self.drawn, self.drawn + n
+        return [self.row(number) for number in range(first, self.drawn)]
+
+    def row(self, number: int) -> int:
+        """Returns the dataset row of a draw, counted from 0."""
+        chunk = number // self.layout.chunk_prompts
+        place = bisect_right(self.log, chunk, key=lambda version: version.start_chunk) - 1
+        version = self.log[place]
+        if not version.indices:  # random prompts: the order of version 0, as if nothing had been selected
+            place, version = 0, self.log[0]
+        if place not in self._orders:
+            indices = self._indices(place)
+            shuffled = self.layout.shuffle and (place == 0 or self.config.prompt_order == "shuffle")
+            seed = self.layout.seed + place * 1_000_003
+            self._orders[place] = RandomOrder(len(indices), seed, shuffled), indices
+        order, indices = self._orders[place]
+        return int(indices[order[number - version.start_chunk * self.layout.chunk_prompts]])
+
+    def _indices(self, place):
+        """Returns the rows of a version before they are shuffled: by row, or by rank, or folded."""
+        if not place:
+            return np.arange(self.layout.pool_size)
+        ranked = np.array(self.log[place].indices, dtype=np.int64)
+        match self.config.prompt_order:
+            case "ranked":
+                return ranked
+            case "folding":
+                return np.concatenate([ranked[first :: self.config.fold] for first in range(self.config.fold)])
+            case _:
+                return np.sort(ranked)
+
+    # Selections -------------------------------------------------------------------------------------------------
 
     def accept(self, start: int, indices: Sequence[int]) -> None:
         """Adds a version to the log: from chunk `start` on, train on `indices` (empty: random prompts)."""
@@ -63,7 +101,7 @@ class StagedSchedule(Schedule):
         self.log.append(Version(start, tuple(indices)))
 
     def due(self, step: int, max_steps: int, drawn: int) -> bool:
-        """See [`Schedule`]."""
+        """Tells whether the warm-up has ended, or the last selection was visited `reselect_every` times."""
         layout, last = self.layout, self.log[-1]
         if len(self.log) == 1:
             target = layout.warmup_chunks
@@ -77,6 +115,8 @@ class StagedSchedule(Schedule):
 
     def check_length(self, max_steps: int) -> None:
         """
+        Checks that the warm-up leaves something to train on.
+
         Raises:
             `ValueError`: nothing would be left for the selection.
         """
@@ -91,60 +131,48 @@ class StagedSchedule(Schedule):
             )
 
     @property
-    def stage(self):
-        """See [`Schedule`]."""
+    def stage(self) -> int:
+        """Selections so far."""
         return len(self.log) - 1
 
     @property
-    def in_use_from(self):
-        """See [`Schedule`]."""
+    def in_use_from(self) -> int | None:
+        """The chunk from which on the last selection is trained on."""
         return self.log[-1].start_chunk if self.log[-1].indices else None
 
-    def plan(self, step, max_steps, due):
-        """See [`Schedule`]."""
+    # What is said -----------------------------------------------------------------------------------------------
+
+    def plan(self, step: int, max_steps: int, due: bool) -> list[str]:
+        """Returns three lines: the warm-up, the selection, and the training on it."""
         return plan.plan_lines(self.layout, self.config, self.work, max_steps, step, self.log, due)
 
-    def warning(self, max_steps):
-        """See [`Schedule`]."""
+    def warning(self, max_steps: int) -> str | None:
+        """Returns a warning if the warm-up takes much of the run."""
         return plan.warmup_warning(self.layout, max_steps)
 
-    def estimate(self, step, since, seconds):
-        """See [`Schedule`]."""
+    def estimate(self, step: int, since: int, seconds: float) -> str | None:
+        """Returns a line about how long the selection may take."""
         if self.config.score == "random":
             return None
         return plan.estimate_line(self.layout, self.config, self.work, step, since, seconds)
 
-    def prompts(self, chunk: int) -> list[int]:
-        """See [`Schedule`]."""
-        number = bisect_right(self.log, chunk, key=lambda version: version.start_chunk) - 1
-        version = self.log[number]
-        if not version.indices:  # random prompts: the order of version 0, as if nothing had been selected
-            number, version = 0, self.log[0]
-        if number not in self._orders:
-            indices = self._indices(number)
-            shuffled = self.layout.shuffle and (number == 0 or self.config.prompt_order == "shuffle")
-            seed = self.layout.seed + number * 1_000_003
-            self._orders[number] = RandomOrder(len(indices), seed, shuffled), indices
-        order, indices = self._orders[number]
-        first = (chunk - version.start_chunk) * self.layout.chunk_prompts
-        return [int(indices[order[first + i]]) for i in range(self.layout.chunk_prompts)]
+    def report(self, host, directory: Path) -> Path | None:
+        """Writes the report about the selections so far, as every selection does when it is made."""
+        if not self.stage or not host.accelerator.is_main_process:
+            return None
+        from ..report.selection_page import write_report  # with matplotlib
 
-    def _indices(self, number):
-        """Of a version, before they are shuffled: by row, or by rank, or folded."""
-        if not number:
-            return np.arange(self.layout.pool_size)
-        ranked = np.array(self.log[number].indices, dtype=np.int64)
-        match self.config.prompt_order:
-            case "ranked":
-                return ranked
-            case "folding":
-                return np.concatenate([ranked[first :: self.config.fold] for first in range(self.config.fold)])
-            case _:
-                return np.sort(ranked)
+        return write_report(directory, host.trainer.state.global_step)
+
+    # Checkpoints ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict:
-        """The log: where each version starts, how many prompts it has, and all of their rows in a row."""
+        """
+        Returns the number of draws and the log: where each version starts, how many prompts it has, and all of their
+        rows in a row.
+        """
         return {
+            "drawn": self.drawn,
             "starts": [version.start_chunk for version in self.log],
             "lengths": [len(version.indices) for version in self.log],
             "indices": np.array([index for version in self.log for index in version.indices], dtype=np.int64),
@@ -157,7 +185,7 @@ class StagedSchedule(Schedule):
         Raises:
             `ValueError`: the state is damaged, or names rows that the dataset does not have.
         """
-        log = _log_of_0_1(state) if isinstance(state, dict) and "log" in state else _log(state)
+        drawn, log = _read(state)
         starts = [version.start_chunk for version in log]
         if not starts or starts[0] != 0 or starts != sorted(starts):
             raise ValueError(f"The sampler state in the checkpoint is damaged: versions start at {starts[:10]}.")
@@ -167,13 +195,14 @@ class StagedSchedule(Schedule):
                 f"The sampler state in the checkpoint names row {highest}, but the training dataset has "
                 f"{self.layout.pool_size} rows."
             )
-        self.log = log
+        self.drawn, self.log = drawn, log
         self._orders = {}
 
 
-def _log(state) -> list[Version]:
+def _read(state) -> tuple[int, list[Version]]:
+    """Returns the number of draws and the log of a state."""
     try:
-        starts, lengths, indices = state["starts"], state["lengths"], state["indices"]
+        drawn, starts, lengths, indices = (state[name] for name in ("drawn", "starts", "lengths", "indices"))
         ends = np.cumsum([0, *lengths]).tolist()
         log = [
             Version(start, tuple(indices[first:last].tolist()))
@@ -181,23 +210,9 @@ def _log(state) -> list[Version]:
         ]
         if ends[-1] != len(indices):
             raise ValueError(f"{len(indices)} rows for {ends[-1]}")
-        _check(log)
+        numbers = [drawn, *(number for version in log for number in (version.start_chunk, *version.indices))]
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError("a number of draws, a start or a row is not an integer")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"The sampler state in the checkpoint is damaged: {error!r}.") from error
-    return log
-
-
-def _log_of_0_1(state) -> list[Version]:
-    """Version 0.1 wrote the rows of each version into a list."""
-    try:
-        log = [Version(entry["start_chunk"], tuple(entry["indices"])) for entry in state["log"]]
-        _check(log)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"The sampler state in the checkpoint is damaged: {error!r}.") from error
-    return log
-
-
-def _check(log):
-    numbers = [number for version in log for number in (version.start_chunk, *version.indices)]
-    if not all(type(number) is int and number >= 0 for number in numbers):
-        raise ValueError("a start or a row is not an integer")
+    return drawn, log

@@ -1,6 +1,7 @@
 """Selections and online runs in a few words and numbers."""
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -65,20 +66,19 @@ def _outcomes(selection):
     }
 
 
-def live_shares(column, chunk_prompts: int) -> tuple[float, float, float]:
+def live_shares(column: Callable[[str], np.ndarray]) -> tuple[float, float, float]:
     """
-    Shares of live groups over the chunks that were chosen: of chosen prompts, of the uniform draws beside them, and
-    the number of these. Where nothing was chosen the last two are those of all chunks.
+    Return shares of live groups while prompts were chosen: of the chosen ones, and of the uniform draws beside them;
+    and the number of these draws. Where nothing was chosen the last two are those of the whole run.
 
     Args:
-        column: gives a column of the history by its name, of shape `(chunks,)`.
-        chunk_prompts (`int`): prompts of a chunk.
+        column (`Callable`): returns a column of the history by its name, of shape `(rows,)`.
     """
     chosen, uniform, draws = (column(name).astype(float) for name in ("live_chosen", "live_uniform", "uniform_draws"))
-    choosing = column("choosing") > 0
+    groups, choosing = np.diff(column("groups"), prepend=0), column("choosing") > 0
     part = choosing if choosing.any() else np.ones(len(choosing), bool)
     return (
-        _weighted(chosen[part], chunk_prompts - draws[part]),
+        _weighted(chosen[part], (groups - draws)[part]),
         _weighted(uniform[part], draws[part]),
         float(draws[part].sum()),
     )

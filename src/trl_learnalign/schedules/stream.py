@@ -1,0 +1,201 @@
+"""The stream: a trainer's chunks as the draws and groups of a schedule, in one place, and across a resume."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from ..config import LearnAlignConfig
+from ..curriculum.events import Group
+from ..run.layout import STREAM_FIELDS, Layout, to_train_longer
+from . import SCHEDULES
+from .base import Prepares, Run, Schedule, whole_pool
+
+
+STATE_VERSION = 3
+MakesSchedule = Callable[[Run], Schedule]
+
+
+def open_stream(make: MakesSchedule, host, config: LearnAlignConfig) -> "Stream":
+    """
+    Makes a schedule for a run of a trainer.
+
+    Args:
+        make (`Callable`): is called with a [`Run`].
+        host ([`Host`]): the trainer.
+        config ([`LearnAlignConfig`]): of the sampler.
+
+    Raises:
+        `TypeError`: no [`Schedule`] was made.
+        `ValueError`: the schedule cannot serve the trainer.
+    """
+    read = host.layout()
+    run = Run(read["pool_size"], read["chunk_prompts"], read["group_size"], read["seed"], config, host.dataset)
+    schedule = make(run)
+    if not isinstance(schedule, Schedule):
+        raise TypeError(
+            f"`schedule` made a {type(schedule).__name__}, but must make a Schedule. Derive your class from "
+            "`trl_learnalign.Schedule`."
+        )
+    return Stream(schedule, schedule.fit(host) if isinstance(schedule, Prepares) else whole_pool(host))
+
+
+class Stream:
+    """
+    The draws of one run. A trainer asks for chunks, `layout.chunk_prompts` prompts each; draw `number` is prompt
+    `number % chunk_prompts` of chunk `number // chunk_prompts`.
+
+        chunk          0   1   2   3   4   5   6   7
+        trained on     x   x   x                       a checkpoint is saved here
+        drawn          x   x   x   x   x               chunks 3 and 4 are in flight: read ahead, or not yet done
+        after a resume the dataloader begins with the epoch and asks for
+                       0   1   2                       which are skipped: a placeholder will do
+                                   3   4               from the record in the checkpoint
+                                           5   6   7   `schedule.choose`, once each
+
+    Args:
+        schedule ([`Schedule`]): made for this run.
+        layout ([`Layout`]): of the run.
+
+    Attributes:
+        drawn (`int`): chunks that the schedule was asked for, in this run and those that it resumes.
+    """
+
+    def __init__(self, schedule: Schedule, layout: Layout):
+        self.schedule, self.layout = schedule, layout
+        self.drawn = 0
+        self._record: dict[int, list[int]] = {}  # rows by chunk: those in flight, and some before
+
+    # Draws ------------------------------------------------------------------------------------------------------
+
+    def chunk(self, i: int) -> list[int]:
+        """
+        Draws chunk `i`, and those before it that were not drawn yet. Returns its dataset rows, of length
+        `chunk_prompts`.
+
+        Raises:
+            `ValueError`: the schedule gave another number of rows, or one that the dataset does not have.
+        """
+        layout = self.layout
+        while self.drawn <= i:
+            self._record[self.drawn] = self._chosen(layout.chunk_prompts)
+            self.drawn += 1
+        # The step under way and what is read ahead: the rewards are still to come, or are to come again after a resume
+        kept = 1 + math.ceil((layout.accumulation + layout.read_ahead) / layout.repeats)
+        self._record = {number: rows for number, rows in self._record.items() if number > i - kept}
+        return self.rows(i)
+
+    def rows(self, i: int) -> list[int]:
+        """Returns the rows of a chunk that was drawn; placeholders for one that was trained on long ago."""
+        return self._record.get(i) or [0] * self.layout.chunk_prompts
+
+    def _chosen(self, n):
+        rows, name = [int(row) for row in self.schedule.choose(n)], type(self.schedule).__name__
+        if len(rows) != n:
+            raise ValueError(
+                f"{name}.choose({n}) returned {len(rows)} rows, but {n} were asked for. Return one for each prompt."
+            )
+        outside = [row for row in rows if not 0 <= row < self.layout.pool_size]
+        if outside:
+            raise ValueError(
+                f"{name}.choose({n}) returned row {outside[0]}, but the training dataset has {self.layout.pool_size} "
+                "rows, counted from 0. Return rows that it has."
+            )
+        return rows
+
+    # Groups -----------------------------------------------------------------------------------------------------
+
+    def groups(self, i: int, rewards: np.ndarray, masked: np.ndarray | None = None) -> list[Group]:
+        """
+        Returns the groups of chunk `i`.
+
+        Args:
+            i (`int`): the chunk.
+            rewards (`np.ndarray` of shape `(chunk_prompts * G, F)`): of its rollouts in their order.
+            masked (`np.ndarray` of shape `(chunk_prompts * G,)`, *optional*): rollouts without a token in the loss.
+        """
+        n, size = self.layout.chunk_prompts, self.layout.group_size
+        parts = rewards.reshape(n, size, -1)
+        without = [None] * n if masked is None else masked.reshape(n, size)
+        return [Group(i * n + place, row, parts[place], without[place]) for place, row in enumerate(self.rows(i))]
+
+    # Checkpoints ------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict:
+        """Returns the layout, the draws in flight and the state of the schedule: values for JSON, and NumPy arrays."""
+        rows = np.array([*self._record.values()], np.int64).reshape(-1, self.layout.chunk_prompts)
+        return {
+            "state_version": STATE_VERSION,
+            "layout": {name: getattr(self.layout, name) for name in STREAM_FIELDS},
+            "schedule": type(self.schedule).__name__,
+            "drawn": self.drawn,
+            "in_flight": {"chunks": np.array([*self._record], np.int64), "rows": rows},
+            "state": self.schedule.state_dict(),
+        }
+
+    def load_state_dict(self, saved: dict) -> dict:
+        """
+        Restores the draws. Returns the state of the schedule, which is not loaded yet.
+
+        Raises:
+            `ValueError`: the state is damaged, or was made for another stream (other data, batch size, number of
+                processes, seed or schedule), which would train on other prompts.
+        """
+        try:
+            version, was = saved["state_version"], saved["layout"]
+            if version != STATE_VERSION:
+                raise ValueError(
+                    f"The sampler state has version {version!r}, but this package reads {STATE_VERSION}. Resume with "
+                    "the version of trl-learnalign that the run began with, or start a new run."
+                )
+            name, state, drawn = saved["schedule"], saved["state"], saved["drawn"]
+            chunks, rows = saved["in_flight"]["chunks"].tolist(), saved["in_flight"]["rows"].tolist()
+            changed = self.layout.differences(was)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"The sampler state in the checkpoint is damaged: {error!r}.") from error
+        if name != type(self.schedule).__name__:
+            raise ValueError(
+                f"The checkpoint was written with the schedule {_called(name)}, but this sampler has "
+                f"{_called(type(self.schedule).__name__)}. Resume with the same `schedule`, or start a new run from "
+                "the weights of this one."
+            )
+        if changed:
+            raise ValueError(
+                "The checkpoint was written for another stream of prompts: "
+                + "; ".join(changed)
+                + f". {_fixed(self.layout, was)}{to_train_longer(self.layout, was.get('epochs'))}Resume with the "
+                "settings, the data and the number of processes of the first run (or keep "
+                "`per_device_train_batch_size` x processes, `steps_per_generation` and `gradient_accumulation_steps` "
+                "the same), or start a new run."
+            )
+        self._check(drawn, chunks, rows)
+        self.drawn, self._record = drawn, dict(zip(chunks, rows, strict=True))
+        return state
+
+    def _check(self, drawn, chunks, rows):
+        """Raises an error unless the record is one of this stream."""
+        n, size = self.layout.chunk_prompts, self.layout.pool_size
+        whole = type(drawn) is int and len(chunks) == len(rows) and all(len(row) == n for row in rows)
+        if not whole or chunks != list(range(drawn - len(chunks), drawn)) or (drawn and not chunks):
+            raise ValueError(
+                f"The sampler state in the checkpoint is damaged: of {drawn!r} chunks, {chunks[:10]} are in flight, "
+                f"with {len(rows)} x {len(rows[0]) if rows else 0} rows."
+            )
+        outside = [row for part in rows for row in part if type(row) is not int or not 0 <= row < size]
+        if outside:
+            raise ValueError(
+                f"The sampler state in the checkpoint names row {outside[0]}, but the training dataset has {size} "
+                "rows."
+            )
+
+
+def _called(schedule: str) -> str:
+    """A schedule by its class, and as `LearnAlignConfig` calls it."""
+    names = [name for name, kind in SCHEDULES.items() if kind.__name__ == schedule]
+    return f"{schedule} (`schedule={names[0]!r}`)" if names else schedule
+
+
+def _fixed(layout, was) -> str:
+    """Why numbers of prompts cannot change, if one did."""
+    names = [name for name in ("num_prompts", "warmup_prompts") if was.get(name) != getattr(layout, name)]
+    return f"The length of an epoch follows from {' and '.join(f'`{name}`' for name in names)}. " if names else ""

@@ -1,0 +1,101 @@
+"""The rewards of training, handed to a schedule as groups."""
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+from accelerate.utils import broadcast_object_list, gather_object
+
+from ..data.prompts import prompt_text
+from ..data.reading import has_transform, read_rows
+from .base import Describes
+from .stream import Stream
+
+
+if TYPE_CHECKING:
+    from ..host import Host
+
+
+class RewardTap:
+    """
+    Turns the chunks that a trainer reports into groups, and shows them to the schedule.
+
+    Args:
+        host ([`Host`]): the trainer.
+
+    Attributes:
+        stream ([`Stream`]): of the run under way.
+    """
+
+    stream: Stream
+
+    def __init__(self, host: "Host"):
+        self.host = host
+        host.on_rewards(self.observe, self.check_rows)
+
+    def observe(self, batch: int, inputs: list[dict], completions: list, rewards: np.ndarray, trained: np.ndarray):
+        """Shows a chunk to the schedule; see [`~trl_learnalign.host.taps.observe_rewards`] for the arguments."""
+        schedule = self.stream.schedule
+        masked = ~trained if len(trained) == len(rewards) and not trained.all() else None
+        groups = self.stream.groups(batch // self.stream.layout.repeats, rewards, masked)
+        schedule.observe(groups)
+        if isinstance(schedule, Describes):
+            self._complete(schedule, groups, completions, len(inputs))
+        for name, value in schedule.metrics().items():
+            if np.isfinite(value):
+                self.host.log_metric(f"learnalign/{name}", float(value))
+
+    def _complete(self, schedule, groups, completions, own_rows):
+        """Gives the schedule the completions that it wants to show."""
+        # The main process decides what is asked for: the others may have rounded otherwise
+        wanted = broadcast_object_list([[int(row) for row in schedule.wanted(groups)]])[0]
+        if not wanted:
+            return
+        places = {group.row: place for place, group in enumerate(groups) if group.row in wanted}
+        start = self.host.accelerator.process_index * own_rows  # of its rollouts; it may split a group
+        firsts = first_rollouts(places, start, own_rows, self.stream.layout.group_size)
+        own = {row: prompt_text(completions[at]) for row, at in firsts.items()}
+        schedule.remember({row: text for part in gather_object([own]) for row, text in part.items()})
+
+    def check_rows(self, batch: int, inputs: list[dict]) -> int:
+        """
+        Returns a digest of the chunk's rows, to be compared between the processes.
+
+        Raises:
+            `RuntimeError`: the rewards are those of other prompts than the schedule chose.
+        """
+        layout = self.stream.layout
+        chunk = batch // layout.repeats
+        rows = self.stream.rows(chunk)
+        start = self.host.accelerator.process_index * len(inputs)
+        self._check_row(chunk, rows[start // layout.group_size], inputs[0])
+        content = np.array([chunk, *rows], np.int64).tobytes()
+        return int.from_bytes(hashlib.blake2b(content, digest_size=7).digest())
+
+    def _check_row(self, chunk, row, found):
+        if has_transform(self.host.dataset):  # which may make another prompt of the row each time
+            return
+        (expected,) = read_rows(self.host.dataset, [row])
+        if "prompt" in expected and np.any(found["prompt"] != expected["prompt"]):
+            raise RuntimeError(
+                f"Training generated for another prompt than row {row}, which the schedule had chosen for chunk "
+                f"{chunk}, so its rewards would be credited to the wrong prompts. Something between dataset and "
+                "trainer changes the order of rows: use TRL's own dataloader."
+            )
+
+
+def first_rollouts(places: dict[int, int], start: int, number: int, group_size: int) -> dict[int, int]:
+    """
+    Finds, among groups of a chunk, those whose first rollout is of this process.
+
+    Args:
+        places (`dict[int, int]`): by row the place of its group in the chunk.
+        start (`int`): the first rollout of this process; a group may be on several processes.
+        number (`int`): its rollouts.
+        group_size (`int`): rollouts of a group.
+
+    Returns:
+        by row the place of the rollout among those of this process.
+    """
+    firsts = {row: place * group_size - start for row, place in places.items()}
+    return {row: at for row, at in firsts.items() if 0 <= at < number}
