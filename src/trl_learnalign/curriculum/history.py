@@ -111,7 +111,7 @@ class History:
             self._grow()
         values = values | _shares(self._open) | {"groups": self.observed}
         self._rows[self._number - 1] = [values[name] for name in COLUMNS]
-        self._full = self._open[0] >= self._row_groups
+        self._full = bool(self._open[0] >= self._row_groups)
         if self._full:
             self._open = np.zeros(8)
 

@@ -116,8 +116,8 @@ def _success(columns, run) -> Drawing:
     return Drawing(
         "online_success",
         f"Mean {name} of the prompts trained on, as observed and as predicted before, over {short} rows of "
-        "the history. That of the whole pool is estimated: the mean prediction, corrected by its mean error on the latest "
-        "200 uniform draws or so. Chosen prompts are meant to be near one half.",
+        "the history. That of the whole pool is estimated: the mean prediction, corrected by its mean error on the "
+        "latest 200 uniform draws or so. Chosen prompts are meant to be near one half.",
         f"At the end {_number(observed[-1])} was observed, {_number(predicted[-1])} predicted, and the pool's is "
         f"{_number(pool[-1])}.",
         draw,
