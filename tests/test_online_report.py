@@ -289,7 +289,7 @@ def test_of_a_large_pool_a_few_texts_are_read(tmp_path, monkeypatch):
     world = World(size=size, mean=0.0)
     world.run(30)
     monkeypatch.setattr(
-        "trl_learnalign.report.online_tables.prompt_text", lambda prompt: read.append(prompt) or prompt, raising=True
+        "trl_learnalign.selection.excerpt.prompt_text", lambda prompt: read.append(prompt) or prompt, raising=True
     )
     dataset = Dataset.from_dict({"prompt": [f"prompt {row} " + "x" * 5000 for row in range(50)]})
     dataset = dataset.select([row % 50 for row in range(size)])

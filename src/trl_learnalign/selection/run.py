@@ -27,9 +27,9 @@ from ..measures.alignments import GradientAlignments, Target, roll_out_target
 from ..measures.rollouts import Rollouts, prompts_at_once, roll_out, save_shard
 from ..run.uploads import warn_of_uploads
 from ..scores.builtin import SCORES
+from .excerpt import texts_table
 from .keys import keys_of, other_settings, parts_of
 from .result import SELECTION_FILE, Selection
-from .texts import texts_table
 from .warnings import pool_warnings, selection_warning
 
 
