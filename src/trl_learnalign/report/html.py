@@ -18,50 +18,30 @@ _SHOWN_CHARACTERS, _SHOWN_LINES = 240, 5  # of a text that is not opened; also i
 
 
 def write_page(
-    directory: Path,
-    *,
-    title: str,
-    subtitle: str,
-    facts: dict[str, str],
-    figures: tuple[str, str],
-    sections: Sequence[tuple[str, str, str]],
-    footer: str,
-    skip: tuple[str, str],
-    intro: str = "",
-    notes: str = "",
-    scripts: str = "",
+    directory: Path, facts: dict[str, str], sections: Sequence[tuple[str, str, str]], title: str, **parts: str
 ) -> Path:
     """
     Write `report.html` into a directory.
 
     Args:
         directory (`Path`): where it goes.
-        title, subtitle (`str`): plain text.
         facts (`dict[str, str]`): numbers by name, plain text.
-        figures (`tuple[str, str]`): their heading, and HTML.
-        sections: an id, a heading and HTML for each section below the figures.
-        footer (`str`): HTML.
-        skip (`tuple[str, str]`): the id that the first link leads to, for keyboards, and its name.
-        intro, notes (`str`): HTML above and below the facts.
-        scripts (`str`): an addition to the content security policy, which by default allows no script.
+        sections: an id, a heading and HTML for each.
+        title (`str`): plain text.
+        parts: HTML for the other names in page.html: `subtitle`; `skip`, the id of the section that the first link
+            leads to, for keyboards; `intro` and `notes` above and below the facts; `footer`; and `scripts`, an
+            addition to the content security policy, which by default allows no script.
 
     Returns:
         `Path`: the file.
     """
-    parts = {
+    headings = {name: heading for name, heading, _ in sections}
+    parts = {"intro": "", "notes": "", "scripts": "", "skip_to": headings[parts["skip"]]} | parts
+    parts |= {
         "title": html.escape(title),
-        "subtitle": html.escape(subtitle),
         "style": _resource("page.css"),
-        "scripts": scripts,
-        "skip": skip[0],
-        "skip_to": skip[1],
-        "intro": intro,
         "facts": "\n".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items()),
-        "notes": notes,
-        "figures_title": figures[0],
-        "figures": figures[1],
         "sections": "\n".join(f'<h2 id="{name}">{heading}</h2>\n{text}' for name, heading, text in sections),
-        "footer": footer,
     }
     page, target = filled("page.html", parts), directory / REPORT_FILE
     write_atomically(target, lambda temporary: temporary.write_text(page, encoding="utf-8"))
@@ -82,18 +62,23 @@ def _resource(name):
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
-def figure(drawing: Drawing, light: bytes, dark: bytes) -> str:
-    """Embed a drawing, with its PNG files for light and dark pages."""
+def figures(drawings: Iterable[Drawing], folder: Path | None = None) -> str:
+    """Draw figures for light and dark pages, and embed them. Those for light pages are also written into `folder`."""
+    found = []
+    for drawing in drawings:
+        light, dark, words = drawing.png(), drawing.png(dark=True), html.escape(drawing.words)
+        if folder is not None:
+            write_atomically(folder / f"{drawing.name}.png", lambda temporary, data=light: temporary.write_bytes(data))
+        found.append(
+            f'<figure><picture><source srcset="{_source(dark)}" media="(prefers-color-scheme: dark)">'
+            f'<img src="{_source(light)}" alt="{words}"></picture>'
+            f"<figcaption>{html.escape(drawing.caption)} {words}</figcaption></figure>"
+        )
+    return '<div class="figures">\n{}\n</div>'.format("\n".join(found)) if found else ""
 
-    def source(data):
-        return "data:image/png;base64," + base64.b64encode(data).decode()
 
-    words = html.escape(drawing.words)
-    return (
-        f'<figure><picture><source srcset="{source(dark)}" media="(prefers-color-scheme: dark)">'
-        f'<img src="{source(light)}" alt="{words}"></picture>'
-        f"<figcaption>{html.escape(drawing.caption)} {words}</figcaption></figure>"
-    )
+def _source(png):
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def table(name: str, columns: dict[str, str], rows: Iterable[Sequence], caption: str = "") -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..selection.words import live_shares
 from . import online_figures
-from .html import TEXT, WORDS, figure, formatted, settings, table, write_page
+from .html import TEXT, WORDS, figures, formatted, settings, table, write_page
 from .online_tables import count_states, find_run, load_tables, write_tables
 from .trackers import log_figures
 
@@ -73,11 +73,13 @@ def _write_page(directory):
     target = write_page(
         directory,
         title=f"LearnAlign online, step {step}",
-        subtitle=f"{run['model']}, {run['pool']:,} prompts, written {run['made'][:16].replace('T', ' ')} UTC",
+        subtitle=html.escape(
+            f"{run['model']}, {run['pool']:,} prompts, written {run['made'][:16].replace('T', ' ')} UTC"
+        ),
         intro=_intro(step),
         facts=_facts(prompts, history, run),
-        figures=("How the run went", "\n".join(figure(one, one.png(), one.png(dark=True)) for one in drawings)),
         sections=[
+            ("figures", "How the run went", figures(drawings)),
             ("periods", "When prompts were chosen", _periods(run)),
             ("states", "Retired and parked prompts", _states(prompts, run)),
             ("suspects", "Suspects", _suspects(suspects, run)),
@@ -85,7 +87,7 @@ def _write_page(directory):
             ("settings", "How it was made", _settings(run)),
         ],
         footer=f"trl-learnalign. Written at step {step}; this page does not refresh by itself.",
-        skip=("figures", "the figures"),
+        skip="figures",
     )
     return target, drawings
 

@@ -23,14 +23,8 @@ SUSPECTS_FILE = "suspects.parquet"
 RUN_FILE = "online.json"
 SAMPLES = 10  # prompts shown of each kind
 ANSWER_COLUMNS = (
-    "answer",
-    "final_answer",
-    "expected_answer",
-    "reference_answer",
-    "solution",
-    "ground_truth",
-    "label",
-    "target",
+    *("answer", "final_answer", "expected_answer", "reference_answer"),
+    *("solution", "ground_truth", "label", "target"),
 )
 _PLAIN = ("string", "large_string", "int", "uint", "float", "bool")
 _COUNTS = ("chunk", "visited", "retired", "parked", "unscored")

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from ..ground.disk import make_directory, write_atomically
-from ..selection import figures
+from ..ground.disk import make_directory
 from ..selection.excerpt import characters_each, ranking_ends, sample_quotas, scores_of, shortened, shown_rows
+from ..selection.figures import drawings, overlaps
 from ..selection.result import TEXTS_FILE, Selection
 from ..selection.stages import load_last
-from ..selection.warnings import selection_warning
+from ..selection.warnings import pool_warnings, selection_warning
 from ..selection.words import OUTCOME_LABELS, at_random, chosen_by, replaced_score
-from .html import TEXT, figure, filled, settings, table, write_page
+from .html import TEXT, figures, filled, settings, table, write_page
 
 
 _COLUMNS = [
@@ -56,35 +56,26 @@ def write_report(path: str | os.PathLike, until: int | None = None) -> Path:
     selection, stages = load_last(path, until)
     step = stages[-1].path
     directory = step if step == Path(path) else step.parent
-    provenance, drawings = selection.provenance, _figures(selection, stages, directory / "figures")
-    texts, random = _texts(step), at_random(selection)
+    provenance, texts, random = selection.provenance, _texts(step), at_random(selection)
+    ends = "Some of the prompts" if random else "The highest- and the lowest-ranked prompts that may be chosen"
+    made = {name: value for name, value in provenance.items() if name != "unscorable"}
+    subtitle = f"{provenance['model']}, optimizer step {provenance['global_step']}, "
+    subtitle += f"{'chosen' if random else 'ranked'} {chosen_by(selection)}"
     return write_page(
         directory,
         title=f"LearnAlign: {len(selection.indices):,} of {selection.num_pool():,} prompts",
-        subtitle=f"{provenance['model']}, optimizer step {provenance['global_step']}, "
-        f"{'chosen' if random else 'ranked'} {chosen_by(selection)}",
+        subtitle=html.escape(subtitle),
         facts=_facts(selection),
         notes=_notes(selection),
-        figures=("Pool and chosen prompts", drawings),
         sections=[
+            ("figures", "Pool and chosen prompts", _figures(selection, stages, directory / "figures")),
             *([("stages", "Selections of this run", _stages(stages))] if len(stages) > 1 else ()),
-            (
-                "why",
-                "Some of the prompts" if random else "The highest- and the lowest-ranked prompts that may be chosen",
-                _ends(selection, texts),
-            ),
+            ("why", ends, _ends(selection, texts)),
             ("prompts", "All prompts", _prompts(selection, texts)),
-            (
-                "provenance",
-                "How it was made",
-                settings(
-                    "Settings, versions and costs",
-                    {name: value for name, value in provenance.items() if name != "unscorable"},
-                ),
-            ),
+            ("provenance", "How it was made", settings("Settings, versions and costs", made)),
         ],
         footer="trl-learnalign, after Li et al., <cite>LearnAlign</cite>, arXiv 2506.11480.",
-        skip=("prompts", "all prompts"),
+        skip="prompts",
         scripts="; script-src 'unsafe-inline'",
     )
 
@@ -92,13 +83,8 @@ def write_report(path: str | os.PathLike, until: int | None = None) -> Path:
 def _figures(selection, stages, folder: Path) -> str:
     """Write the figures as files, and return them as HTML."""
     make_directory(folder)
-    embedded = []
-    for drawing in figures.drawings(selection, stages):
-        light, dark = drawing.png(), drawing.png(dark=True)
-        write_atomically(folder / f"{drawing.name}.png", lambda temporary, data=light: temporary.write_bytes(data))
-        embedded.append(figure(drawing, light, dark))
-    if embedded:
-        return "\n".join(embedded)
+    if found := figures(drawings(selection, stages), folder):
+        return found
     if "rollouts" in selection.measures:
         return "<p>Nothing could be measured.</p>"
     return f"<p>Prompts were chosen {html.escape(chosen_by(selection))}: nothing was measured.</p>"
@@ -128,21 +114,15 @@ def _facts(selection) -> dict[str, str]:
 
 def _notes(selection) -> str:
     notes = []
-    unscorable = len(selection.provenance["unscorable"])
     if "reward_std" in selection.outcomes():
         notes.append(
             "Rewards are graded, so prompts have no success rate here. The reward std of a prompt is the standard "
             "deviation of the rewards of its rollouts; its square, scaled to the range of all rewards, is the "
             "prompt's learnability."
         )
-    if unscorable and selection.scores.num_rows:
-        notes.append(
-            f"{unscorable:,} prompts were left out: none of their rollouts got a reward that is a finite number."
-        )
     if other := replaced_score(selection):
         notes.append(f"Prompts were chosen{other}.")
-    if (warning := selection_warning(selection)) is not None:
-        notes.append(warning)
+    notes += filter(None, (selection_warning(selection), *pool_warnings(selection)))
     return "".join(f"<p>{html.escape(note)}</p>" for note in notes)
 
 
@@ -156,7 +136,7 @@ def _stages(stages) -> str:
             *(mean for name in outcomes for mean in stage.outcomes[name]),
             kept,
         )
-        for stage, kept in zip(stages, figures.overlaps(stages), strict=True)
+        for stage, kept in zip(stages, overlaps(stages), strict=True)
     ]
     return table("Selections of this run", columns | {"also chosen before": ".0%"}, rows, "Oldest first.")
 

@@ -123,14 +123,15 @@ def _to_wandb(trainer, tables, images, step):
     import wandb
 
     if wandb.run is not None:
-        media = {name: wandb.Image(image) for name, image in images.items()}
-        tables = {name: wandb.Table(dataframe=table) for name, table in tables.items()}
-        wandb.log(tables | media, commit=False)
+        wandb.log(_media(wandb, tables, images), commit=False)
 
 
 def _to_trackio(trainer, tables, images, step):
     import trackio
 
-    media = {name: trackio.Image(image) for name, image in images.items()}
-    tables = {name: trackio.Table(dataframe=table) for name, table in tables.items()}
-    trackio.log({"train/global_step": step} | tables | media)
+    trackio.log({"train/global_step": step} | _media(trackio, tables, images))
+
+
+def _media(module, tables, images):
+    made = {name: module.Table(dataframe=table) for name, table in tables.items()}
+    return made | {name: module.Image(image) for name, image in images.items()}

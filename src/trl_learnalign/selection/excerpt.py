@@ -112,11 +112,9 @@ def texts_table(
     """
     ends = {index for indices in ranking_ends(selection) for index in indices}
     indices = sorted(ends.union(shown_rows(selection)))
-    rolled_out = [row for row in indices if own is not None and row in own]
-    completions = {row: _first_completion(host, own.group(row)) for row in rolled_out if row in ends}
     named = "prompt" in columns_read(dataset)
-    supplied = {} if named else {row: host.text(own.group(row).prompt_ids[0]) for row in rolled_out}
-    gathered = zip(*peers.gather((completions, supplied)), strict=True)
+    found = ({}, {}) if own is None else _rolled_out(host, own, ends, [] if named else indices)
+    gathered = zip(*peers.gather(found), strict=True)
     completions, supplied = (dict(itertools.chain(*(part.items() for part in parts))) for parts in gathered)
     if peers.rank != 0:
         return None
@@ -131,7 +129,12 @@ def texts_table(
     )
 
 
-def _first_completion(host, group) -> tuple[str, float]:
-    """Return the first completion of a group as text, and its total reward."""
+def _rolled_out(host, own, ends, without_prompt):
+    """Return by row the first completion of `ends` with its total reward, and the prompt of `without_prompt`."""
+    completions = {row: _first_completion(host, own.group(row)) for row in ends if row in own}
+    return completions, {row: host.text(own.group(row).prompt_ids[0]) for row in without_prompt if row in own}
+
+
+def _first_completion(host, group):
     reward = host.total(torch.tensor(group.rewards[0], dtype=torch.float64))
     return host.text(group.completion_ids[0]), reward.nan_to_num(0.0).item()
