@@ -24,7 +24,7 @@ _BLOCK = 16_384  # prompts whose success is predicted at once, in float64
 def prompt_columns(schedule: "OnlineSchedule") -> dict[str, np.ndarray]:
     """
     By name a value for each prompt that may be trained on, of shape `(n,)`. Where nothing was seen, `success_rate` is
-    NaN and `last_chunk` -1. docs/files_online.md explains them.
+    NaN and `last_chunk` -1. docs/files.md explains them.
     """
     rows, memory = schedule.pool, schedule.memory
     blocks = [rows[start : start + _BLOCK] for start in range(0, len(rows), _BLOCK)]
