@@ -23,7 +23,7 @@ import pyarrow as pa
 from trl_learnalign import LearnAlignConfig, Selection
 from trl_learnalign.choice.table import SCORES_SCHEMA
 from trl_learnalign.report.selection_page import write_report
-from trl_learnalign.selection.samples import extremes, shortened, shown
+from trl_learnalign.selection.excerpt import ranking_ends, shortened, shown_rows
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,7 +68,7 @@ def save(path: Path, num: int, characters: int) -> Path:
     """A finished run whose only selection is of `num` prompts of that many characters."""
     selection = selection_of(num)
     words = np.random.default_rng(1).choice(list("abcdefghij klmno"), 2 * characters)
-    listed = sorted({*shown(selection), *(index for end in extremes(selection) for index in end)})
+    listed = sorted({*shown_rows(selection), *(index for end in ranking_ends(selection) for index in end)})
     texts = {"index": listed, "prompt": [shortened("".join(np.roll(words, index)[:characters])) for index in listed]}
     texts |= {"completion": ["so"] * len(listed), "reward": [1.0] * len(listed)}
     return selection.save(path / "learnalign" / "step-000038", texts=pa.table(texts)).parent

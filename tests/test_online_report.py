@@ -13,16 +13,20 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
-from test_online import World
+from test_curriculum import DEFAULTS, World
 from tiny import make_trainer
 from transformers import TrainerCallback
 
 from trl_learnalign import LearnAlignConfig
 from trl_learnalign.cli.main import main
-from trl_learnalign.curriculum import judge, memory
+from trl_learnalign.curriculum import Group
 from trl_learnalign.curriculum.history import COLUMNS
 from trl_learnalign.report import online_page as online_report
 from trl_learnalign.report import online_tables
+from trl_learnalign.report.online_state import periods, prompt_columns
+from trl_learnalign.run.layout import Layout
+from trl_learnalign.schedules.base import Run
+from trl_learnalign.schedules.online import OnlineSchedule
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -50,21 +54,21 @@ class Known(TrainerCallback):
     """The completions that the schedule knows before the first step of a process."""
 
     def __init__(self, trainer):
-        self.schedule, self.completions = trainer.learnalign.schedule, None
+        self.trainer, self.completions = trainer, None
         trainer.add_callback(self)
 
     def on_step_begin(self, args, state, control, **kwargs):
         if self.completions is None:
-            self.completions = dict(self.schedule.completions)
+            self.completions = dict(self.trainer.learnalign.schedule.curriculum.completions)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of 20 steps, and its trainer."""
+    """A run of 20 steps, its trainer, and its curriculum."""
     path = tmp_path_factory.mktemp("online")
     trainer = trainer_of(path)
     trainer.train()
-    return path, trainer, trainer.learnalign.schedule
+    return path, trainer, trainer.learnalign.schedule.curriculum
 
 
 def numbers(path):
@@ -72,83 +76,85 @@ def numbers(path):
 
 
 def test_every_prompt_is_in_the_table(run):
-    path, _, schedule = run
+    path, _, curriculum = run
     table = pq.read_table(path / "learnalign/online_prompts.parquet").to_pandas()
     assert table["index"].tolist() == list(range(24))
-    for column, values in (("visits", schedule.memory.visits), ("ready_chunk", schedule.memory.ready)):
+    for column, values in (("visits", curriculum.memory.visits), ("ready_draw", curriculum.memory.ready)):
         np.testing.assert_array_equal(table[column], values)
-    a, b = schedule.posterior(np.arange(24), schedule.observed)
+    a, b = curriculum.posterior(np.arange(24))
     np.testing.assert_allclose(table["predicted_success"], a / (a + b), rtol=1e-6)
     np.testing.assert_allclose(table["utility"], a * b / ((a + b) * (a + b + 1)), rtol=1e-6)
     for row, one in table.iterrows():
-        if schedule.memory.visits[row] == 0:
+        if curriculum.memory.visits[row] == 0:
             expected, own, last = "new", None, None
         else:
             right = row not in WRONG
-            streak = schedule.memory.solved[row] if right else schedule.memory.failed[row]
+            streak = curriculum.memory.solved[row] if right else curriculum.memory.failed[row]
             expected = "resting" if streak < 16 else "retired" if right else "parked"
-            own, last = float(right), schedule.memory.last[row]
+            own, last = float(right), curriculum.memory.last[row]
         assert one["state"] == expected
         assert (None if np.isnan(one["success_rate"]) else one["success_rate"]) == own
-        assert (None if np.isnan(one["last_chunk"]) else one["last_chunk"]) == last
+        assert (None if np.isnan(one["last_draw"]) else one["last_draw"]) == last
 
 
 def test_a_prompt_is_live_new_resting_retired_or_parked():
     world = World(size=400, chunk=8, mean=0.0)
     world.run(120)
-    schedule = world.schedule
-    states = schedule.prompt_columns()["state"]
+    memory = world.curriculum.memory
+    states = prompt_columns(world.curriculum)["state"]
     for row, state in enumerate(states.tolist()):
-        solved, failed = schedule.memory.solved[row], schedule.memory.failed[row]
+        solved, failed = memory.solved[row], memory.failed[row]
         match state:
             case "new":
-                assert schedule.memory.visits[row] == 0
+                assert memory.visits[row] == 0
             case "retired" | "parked":
                 assert (solved if state == "retired" else failed) >= 16
             case "resting":
                 assert max(solved, failed) == 8
             case "live":
-                assert solved == failed == 0 < schedule.memory.visits[row]
+                assert solved == failed == 0 < memory.visits[row]
     assert set(states) == {"new", "live", "resting", "retired", "parked"}
 
 
-def test_every_chunk_is_in_the_history(run):
-    path, _, schedule = run
+def test_every_group_is_in_the_history(run):
+    path, _, curriculum = run
     table = pq.read_table(path / "learnalign/online_history.parquet").to_pandas()
-    assert tuple(table) == COLUMNS and len(table) == len(schedule.history.chunks) == 20
-    np.testing.assert_array_equal(table.astype(float), schedule.history.chunks)
+    history = curriculum.history
+    assert tuple(table) == COLUMNS and len(table) == len(history.rows) == 5  # 16 groups each
+    np.testing.assert_array_equal(table.astype(float), history.rows)
+    assert table["groups"].tolist() == [16, 32, 48, 64, 80] and table["step"].tolist()[-1] <= 20
     assert numbers(path)["step"] == numbers(path)["max_steps"] == 20
     for name in ("calibration", "by_visit", "revisits"):
-        np.testing.assert_array_equal(numbers(path)[name], getattr(schedule.history, name))
+        np.testing.assert_array_equal(numbers(path)[name], getattr(history, name))
 
 
 def test_suspects_have_their_texts(run):
-    path, _, schedule = run
+    path, _, curriculum = run
     found = pq.read_table(path / "learnalign/suspects.parquet").to_pylist()
     assert sorted(one["index"] for one in found) == sorted(WRONG)
-    chances = dict(zip(*(values.tolist() for values in schedule.memory.suspects()), strict=True))
+    chances = dict(zip(*(values.tolist() for values in curriculum.suspects()), strict=True))
     for one in found:
         assert one["prompt"] == rows()[one["index"]]["prompt"] and one["answer"] == rows()[one["index"]]["answer"]
-        assert one["label"] == "1.5" and one["visits"] == schedule.memory.visits[one["index"]]
-        assert one["chance"] == chances[one["index"]] < memory.SUSPICION
-        assert one["completion"] == schedule.completions[one["index"]]
+        assert one["label"] == "1.5" and one["visits"] == curriculum.memory.visits[one["index"]]
+        assert one["chance"] == chances[one["index"]] < DEFAULTS.suspicion
+        assert one["completion"] == curriculum.completions[one["index"]]
 
 
 def test_revisits_are_those_of_a_loop():
     world = World(size=64, chunk=8, mean=0.0, spread=6.0)
-    schedule, expected = world.schedule, np.zeros((2, 2))
-    streaks = np.zeros((2, 64), int)
-    drawn = [np.array(schedule.prompts(0))]
-    for chunk in range(150):
-        drawn.append(np.array(schedule.prompts(chunk + 1)))
-        rewards = world.rewards(drawn[chunk])
-        schedule.observe(chunk, rewards)
-        for row, own in zip(drawn[chunk].tolist(), rewards[:, :, 0].sum(1), strict=True):
-            for kind, same in enumerate((own == rewards.shape[1], own == 0)):
-                if streaks[kind, row] >= memory.RETIRED_AFTER:
+    expected, streaks = np.zeros((2, 2)), np.zeros((2, 64), int)
+    world.draw()
+    for _ in range(150):
+        world.draw()
+        rows = np.array([draw.row for draw in world.queue[0]])
+        rewards = world.rewards(rows)
+        world.finish(rewards)
+        for row, own in zip(rows.tolist(), rewards[:, :, 0].sum(1), strict=True):
+            for kind, same in enumerate((own == world.group, own == 0)):
+                if streaks[kind, row] >= DEFAULTS.retired_after * DEFAULTS.doubling:
                     expected[kind] += [1, not same]
-                streaks[kind, row] = streaks[kind, row] + 1 if same else 0
-    np.testing.assert_array_equal(schedule.history.revisits, expected)
+                streaks[kind, row] = streaks[kind, row] + 8 if same else 0
+    np.testing.assert_array_equal(world.curriculum.history.revisits, expected)
     assert (expected > 0).all()
 
 
@@ -197,14 +203,13 @@ def test_the_command_writes_the_page_again(run, tmp_path, capsys):
 
 
 def test_the_model_card_says_what_was_done(run):
-    path, trainer, schedule = run
+    path, trainer, curriculum = run
     trainer.create_model_card()
     card = (path / "README.md").read_text(encoding="utf-8")
     assert "chosen online with trl-learnalign" in card and "li2025learnalign" in card
-    assert (
-        f"{np.count_nonzero(schedule.memory.visits)} of 24 prompts were trained on, in 20 chunks of 4 prompts" in card
-    )
-    live = schedule.history.column("live_fraction").mean()
+    visited = np.count_nonzero(curriculum.memory.visits)
+    assert f"{visited} of 24 prompts were trained on, in 80 groups of 4 rollouts" in card
+    live = curriculum.history.column("live_fraction").mean()
     assert f"{live:.0%} of the groups were live" in card or "of their groups were live" in card
 
 
@@ -221,19 +226,19 @@ def test_completions_of_suspects_survive_a_resume(run, tmp_path):
     resumed = trainer_of(path, write_report=False)
     known = Known(resumed)
     resumed.train(resume_from_checkpoint=str(path / "checkpoint-10"))
-    schedule = resumed.learnalign.schedule
-    assert known.completions == {} and set(schedule.completions) <= set(WRONG)
+    curriculum = resumed.learnalign.schedule.curriculum
+    assert known.completions == {} and set(curriculum.completions) <= set(WRONG)
     (path / "learnalign/suspects.parquet").write_bytes(b"damaged")
     assert online_tables.read_completions(path / "learnalign", 24) == {}
 
 
 def test_completions_of_prompts_that_were_solved_make_room():
-    schedule = World().schedule
-    schedule.memory.surprise[[3, 5]] = 10.0
-    schedule.remember({3: "a", 5: "b"})
-    schedule.memory.surprise[3] = 0.0
-    schedule.remember({})
-    assert schedule.completions == {5: "b"}
+    curriculum = World().curriculum
+    curriculum.memory.surprise[[3, 5]] = 10.0
+    curriculum.remember({3: "a", 5: "b"})
+    curriculum.memory.surprise[3] = 0.0
+    curriculum.remember({})
+    assert curriculum.completions == {5: "b"}
 
 
 def test_a_page_that_fails_does_not_end_the_run(tmp_path, monkeypatch, caplog):
@@ -284,20 +289,41 @@ def in_place_of_a_trainer(world, dataset, step=30):
     return SimpleNamespace(trainer=trainer, dataset=dataset, accelerator=SimpleNamespace(num_processes=1))
 
 
+def schedule_of(world):
+    """A schedule around the curriculum of a simulated world."""
+    size = len(world.logits)
+    config = LearnAlignConfig(schedule="online", prompt_features=False)
+    schedule = OnlineSchedule(Run(size, world.chunk, world.group, 0, config, None))
+    schedule.curriculum, schedule.pool = world.curriculum, world.curriculum.pool
+    schedule.layout = Layout(
+        pool_size=size,
+        num_prompts=size,
+        group_size=world.group,
+        chunk_prompts=world.chunk,
+        repeats=1,
+        accumulation=1,
+        warmup_prompts=0,
+        read_ahead=1,
+        epochs=1.0,
+        shuffle=True,
+        seed=0,
+    )
+    return schedule
+
+
 def test_of_a_large_pool_a_few_texts_are_read(tmp_path, monkeypatch):
     size, read = 50_000, []
     world = World(size=size, mean=0.0)
     world.run(30)
     monkeypatch.setattr(
-        "trl_learnalign.report.online_tables.prompt_text", lambda prompt: read.append(prompt) or prompt, raising=True
+        "trl_learnalign.selection.excerpt.prompt_text", lambda prompt: read.append(prompt) or prompt, raising=True
     )
     dataset = Dataset.from_dict({"prompt": [f"prompt {row} " + "x" * 5000 for row in range(50)]})
     dataset = dataset.select([row % 50 for row in range(size)])
-    online_report.write_online_report(world.schedule, in_place_of_a_trainer(world, dataset), tmp_path)
-    assert len(read) == len(world.schedule.memory.suspects()[0]) + sum(
-        len(part) for part in numbers_of(tmp_path)["samples"].values()
-    )
-    assert all(len(part) <= online_tables.SAMPLES for part in numbers_of(tmp_path)["samples"].values())
+    online_report.write_online_report(schedule_of(world), in_place_of_a_trainer(world, dataset), tmp_path)
+    samples = numbers_of(tmp_path)["samples"].values()
+    assert len(read) == len(world.curriculum.suspects()[0]) + sum(map(len, samples))
+    assert all(len(part) <= online_tables.SAMPLES for part in samples)
     assert pq.read_metadata(tmp_path / "online_prompts.parquet").num_rows == size
     assert (tmp_path / "online.json").stat().st_size < 150_000
     assert (tmp_path / "report.html").stat().st_size < 3_000_000
@@ -318,51 +344,54 @@ def test_when_and_why_draws_were_uniform(tmp_path):
     world = World()
     world.run(60)
     world.logits = np.zeros(2000)  # from now on everything is live
-    world.run(300, first=60)
-    schedule = world.schedule
-    periods = schedule.periods()
-    choosing = schedule.history.column("choosing") > 0
-    assert [one["first"] for one in periods] == [0, *(np.flatnonzero(np.diff(choosing)) + 1)]
-    assert [one["choosing"] for one in periods] == [n % 2 == 1 for n in range(len(periods))]
-    for one in periods:
-        part = choosing[one["first"] : one["last"] + 1]
-        assert (part == one["choosing"]).all()
-    assert "at the start" in periods[0]["why"] and periods[1]["why"] is None
-    assert "needed: a headroom of 1.1" in periods[2]["why"]
-    dataset = Dataset.from_dict(
-        {"question": [f"row {row}" for row in range(2000)]}
-    )  # an environment makes the prompts
-    online_report.write_online_report(schedule, in_place_of_a_trainer(world, dataset), tmp_path)
+    world.run(300)
+    history = world.curriculum.history
+    found = periods(history, DEFAULTS)
+    choosing, groups = history.column("choosing") > 0.5, history.column("groups").astype(int)
+    ends = np.flatnonzero(np.diff(choosing))
+    assert [one["first"] for one in found] == [0, *groups[ends]]
+    assert [one["last"] for one in found] == [*(groups[ends] - 1), groups[-1] - 1]
+    assert [one["choosing"] for one in found] == [n % 2 == 1 for n in range(len(found))]
+    assert "at the start" in found[0]["why"] and found[1]["why"] is None
+    assert "needed: a headroom of 1.1" in found[2]["why"]
+    # An environment makes the prompts
+    dataset = Dataset.from_dict({"question": [f"row {row}" for row in range(2000)]})
+    online_report.write_online_report(schedule_of(world), in_place_of_a_trainer(world, dataset), tmp_path)
     page = (tmp_path / "report.html").read_text()
-    assert html.escape(periods[2]["why"]) in page and "question: row" in page
+    assert html.escape(found[2]["why"]) in page and "question: row" in page
 
 
 def test_without_skill_it_says_so():
     world = World(informed=False, noise=4.0, spread=0.0)
     world.run(60)
-    last = world.schedule.periods()[-1]
-    assert not last["choosing"] and world.schedule.judge.skill <= judge.BEGIN_SKILL
+    last = periods(world.curriculum.history, DEFAULTS)[-1]
+    assert not last["choosing"] and world.curriculum.judge.skill <= DEFAULTS.begin_skill
     assert "hardly better than the mean" in last["why"]
     young = World()
     young.run(1)
-    assert young.schedule.periods()[0]["why"] == f"the prediction is judged after {judge.TRIED} uniform draws"
+    (only,) = periods(young.curriculum.history, DEFAULTS)
+    assert only["why"] == f"the prediction is judged after {DEFAULTS.tried} uniform draws"
 
 
 def test_lines_where_choosing_begins_and_ends(capsys):
     world = World()
-    world.schedule.host.accelerator.is_main_process = True
-    world.run(60)
-    world.logits = np.zeros(2000)
-    world.run(300, first=60)
+    schedule, curriculum = schedule_of(world), world.curriculum
+    schedule.host = SimpleNamespace(accelerator=SimpleNamespace(is_main_process=True))
+    switches, before = [], False
+    for chunk in range(360):
+        if chunk == 60:
+            world.logits = np.zeros(2000)
+        first, rows = curriculum.drawn, np.array(schedule.choose(world.chunk))
+        if curriculum.judge.choosing != before:
+            switches, before = [*switches, first], not before
+        groups = zip(range(first, curriculum.drawn), rows.tolist(), world.rewards(rows), strict=True)
+        curriculum.observe([Group(*group) for group in groups])
+        schedule.tick(1)
     lines = [line for line in capsys.readouterr().out.splitlines() if "from now on" in line]
-    choosing = world.schedule.history.column("choosing")
-    switches = [int(chunk) + 1 for chunk in np.flatnonzero(np.diff(choosing))]
-    assert [int(line.split()[2].rstrip(":")) for line in lines] == switches and len(lines) >= 2
-    assert (
-        "prompts are chosen by predicted learnability: their rewards should have " in lines[0]
-        and "(skill 0." in lines[0]
-    )
-    assert "draws are uniform" in lines[1]
+    numbers = [int(line.split()[2].replace(",", "")) for line in lines]
+    assert numbers == switches and len(lines) >= 2
+    assert "prompts are chosen by predicted learnability: their rewards should have " in lines[0]
+    assert "(skill 0." in lines[0] and "draws are uniform" in lines[1]
 
 
 def test_moving_means_are_those_of_a_loop():

@@ -1,14 +1,14 @@
 """report.html and its figures: what they say, that they need nothing, and that they hold in a browser."""
 
 import html
+import itertools
 import json
 import os
 import re
 import shutil
-import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,12 +20,8 @@ from trl_learnalign.data.prompts import prompt_text
 from trl_learnalign.ground.disk import rollouts_of
 from trl_learnalign.report.selection_page import write_report
 from trl_learnalign.selection.dry_run import plan_selection
-from trl_learnalign.selection.samples import extremes
+from trl_learnalign.selection.excerpt import ranking_ends, shown_rows
 from trl_learnalign.selection.stages import load_run
-
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-import report_million
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -83,7 +79,7 @@ def test_a_run_leaves_a_report(run):
 
 def test_both_ends_of_the_ranking_come_with_a_completion(run):
     step = sorted(run.glob("step-*"))[-1]
-    best, last = extremes(Selection.load(step))
+    best, last = ranking_ends(Selection.load(step))
     texts = {row["index"]: row for row in pq.read_table(step / "texts.parquet").to_pylist()}
     assert len(best) == 10 and not set(best) & set(last)
     for index, row in texts.items():
@@ -112,8 +108,8 @@ def rows_on(page):
 
 
 def test_a_large_pool_is_shown_by_a_sample_and_the_page_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("trl_learnalign.selection.samples.MOST_ROWS", 8)
-    monkeypatch.setattr("trl_learnalign.selection.samples.MOST_CHARACTERS", 3)
+    monkeypatch.setattr("trl_learnalign.selection.excerpt.MOST_ROWS", 8)
+    monkeypatch.setattr("trl_learnalign.selection.excerpt.MOST_CHARACTERS", 3)
     selection = select_prompts(make_trainer(tmp_path), reported())
     page = (tmp_path / "learnalign/report.html").read_text(encoding="utf-8")
     rows = rows_on(page)
@@ -128,13 +124,29 @@ def test_a_large_pool_is_shown_by_a_sample_and_the_page_says_so(tmp_path, monkey
     )
     assert "Those of more than 3 characters are cut and end with \u201c\u2026\u201d." in page
     texts = set(pq.read_table(tmp_path / "learnalign/step-000000/texts.parquet")["index"].to_pylist())
-    best, last = extremes(selection)
+    best, last = ranking_ends(selection)
     assert texts == {*best, *last, *(row["index"] for row in rows)} and len(texts) < 24
 
 
-def test_size_of_the_page_is_bounded(tmp_path):
-    """50,000 long prompts, of which 1,000 are chosen, through the code of the benchmark."""
-    run = report_million.save(tmp_path, 50_000, 2_000)
+def as_if_of_a_large_pool(run, path, num):
+    """Save a selection of 1,000 of `num` long prompts, with the columns and the provenance of a real one."""
+    small = Selection.load(sorted(run.glob("step-*"))[0])
+    draws = np.random.default_rng(0)
+    table = small.scores.take(draws.integers(0, small.scores.num_rows, num)).to_pandas()
+    table = table.assign(index=np.arange(num), score=draws.random(num) * table["eligible"])
+    table["rank"] = table["score"].rank(ascending=False, method="first").astype(int) - 1
+    settings = small.provenance["config"] | {"num_prompts": 1000}
+    provenance = small.provenance | {"config": settings, "num_rows": num}
+    large = Selection([], pa.Table.from_pandas(table, small.scores.schema, preserve_index=False), provenance).chosen()
+    listed = sorted({*shown_rows(large), *itertools.chain(*ranking_ends(large))})
+    texts = {"index": listed, "prompt": [f"{index} " + "x" * 1990 for index in listed]}
+    texts |= {"completion": ["so"] * len(listed), "reward": [1.0] * len(listed)}
+    return large.save(path / "learnalign/step-000038", pa.table(texts)).parent
+
+
+def test_size_of_the_page_is_bounded(tmp_path, run):
+    """50,000 long prompts, of which 1,000 are chosen."""
+    run = as_if_of_a_large_pool(run, tmp_path, 50_000)
     text = write_report(run).read_text(encoding="utf-8")
     rows, selection = rows_on(text), Selection.load(run / "step-000038")
     assert len(rows) == 20_000 < selection.scores.num_rows

@@ -9,7 +9,7 @@ from tiny import config, digit_reward, make_dataset, make_trainer
 from trl_learnalign import Selection, select_prompts
 from trl_learnalign.choice.table import SCORES_SCHEMA
 from trl_learnalign.ground.disk import rollouts_of
-from trl_learnalign.selection.samples import extremes
+from trl_learnalign.selection.excerpt import ranking_ends
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def change(path, **changes):
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path):
-    from trl_learnalign.selection.result import write_json
+    from trl_learnalign.ground.disk import write_json
 
     write_json(tmp_path / "a.json", {"a": 1})
     with pytest.raises(ValueError):
@@ -176,7 +176,7 @@ def test_another_budget_without_new_rollouts(tmp_path):
     assert Selection.load(path).indices == derived.indices
     everything = large.select(10**6)
     assert set(everything.indices) == set(large.to_pandas().query("learnability > 0").index)
-    assert [index for indices in extremes(large, 3) for index in indices] == everything.indices[
+    assert [index for indices in ranking_ends(large, 3) for index in indices] == everything.indices[
         :3
     ] + everything.indices[-3:]
     for wrong in (0, -1, 2.5, True, "5"):

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .callback import LearnAlignCallback
     from .config import LearnAlignConfig
+    from .report.selecting import select_prompts
     from .sampler import LearnAlignSampler
     from .schedules.base import Schedule
     from .selection.result import Selection, find_selections
-    from .selection.run import select_prompts
     from .trainer import LearnAlignGRPOTrainer, LearnAlignMixin
 
 __all__ = [
@@ -37,7 +37,7 @@ _MODULES = {
     "Schedule": "schedules.base",
     "Selection": "selection.result",
     "find_selections": "selection.result",
-    "select_prompts": "selection.run",
+    "select_prompts": "report.selecting",
 }
 
 

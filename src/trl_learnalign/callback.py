@@ -10,6 +10,7 @@ from .ground.disk import DirectoryLock, initial_weights_of
 from .ground.peers import Peers
 from .host import find_host
 from .report import trackers
+from .report.selecting import select_at_stage
 from .run.restart import check_restart, restart, save_initial_weights
 from .run.uploads import warn_of_uploads
 from .sampler import LearnAlignSampler
@@ -20,7 +21,7 @@ from .schedules.checkpoint import CheckpointState
 from .schedules.stream import Stream, open_stream
 from .schedules.tap import RewardTap
 from .selection.result import Selection
-from .selection.run import forget_measures, select_at_stage
+from .selection.run import forget_measures
 
 
 logger = logging.getLogger(__name__)

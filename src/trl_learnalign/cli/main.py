@@ -23,11 +23,11 @@ from ..callback import LearnAlignCallback
 from ..config import LearnAlignConfig
 from ..ground.disk import make_directory, write_atomically
 from ..report.online_page import rewrite_online_report
+from ..report.selecting import select_at_stage, select_prompts
 from ..report.selection_page import write_report
 from ..sampler import LearnAlignSampler
 from ..selection.dry_run import plan_selection
 from ..selection.result import Selection
-from ..selection.run import select_at_stage, select_prompts
 from .build import SelectArguments, build_trainer, nearest
 from .exports import check_repository, exact, push_rows, write_lines
 

@@ -1,4 +1,4 @@
-"""Text about a selection for model and dataset cards."""
+"""Texts for model and dataset cards."""
 
 import re
 from pathlib import Path
@@ -8,8 +8,8 @@ from ..selection.result import Selection
 
 def dataset_card(selection: Selection, source: str) -> str:
     """
-    The text of a dataset card: what was chosen of `source`, how, and by what. Files and directories are named without
-    the directories that they are in.
+    Write a dataset card: what was chosen from `source`, how, and by what. Files and directories are named without the
+    directories that they are in.
     """
     config = selection.provenance["config"] | {"target_dataset": None, "score": None}
     for name in ("target_dataset", "score"):
@@ -38,7 +38,7 @@ Findings of ACL 2026, [arXiv:2506.11480](https://arxiv.org/abs/2506.11480).
 
 
 def _public(name: str) -> str:
-    """A path on this machine, or one with a function, by its last part; anything else, as of the Hub, as it is."""
+    """Shorten a path on this machine, or one with a function, to its last part; keep all else, such as a Hub id."""
     path = name.partition(".py:")[0] + ".py" if ".py:" in name else name
     of_hub = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path) and ".py:" not in name
     return name if of_hub and not Path(path).exists() else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
@@ -50,13 +50,13 @@ def _stem(source: str) -> str:
 
 
 def model_card(summaries: list[str]) -> str:
-    """The section of a model card about the prompts of a training, with a line for each selection."""
+    """Write the section of a model card about the prompts of a training, with a line for each selection."""
     intro = "The prompts of this training were selected with trl-learnalign; `learnalign/` holds the scores of all."
     return _section(intro, summaries)
 
 
 def online_model_card(lines: list[str]) -> str:
-    """The section of a model card about the prompts of an online run."""
+    """Write the section of a model card about the prompts of an online run."""
     intro = (
         "The prompts of this training were chosen online with trl-learnalign: each chunk by the learnability that the "
         "rewards of training so far predict. Choosing prompts changes the objective, and nothing corrects that. "

@@ -1,4 +1,6 @@
-"""The figures of an online run."""
+"""Figures of an online run."""
+
+from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +15,7 @@ _LEAST_GROUPS = 5  # that a dot is drawn for
 
 def drawings(prompts: pa.Table, history: pa.Table, run: dict) -> list[Drawing]:
     """
-    The figures, in the order of the page.
+    Prepare the figures, in the order of the page.
 
     Args:
         prompts, history (`pa.Table`), run (`dict`): as `online_tables.load_tables` returns them.
@@ -32,7 +34,7 @@ def drawings(prompts: pa.Table, history: pa.Table, run: dict) -> list[Drawing]:
 
 
 def _moving(values: np.ndarray, window: int, weights: np.ndarray | None = None) -> np.ndarray:
-    """The mean of the last `window` values at each place, weighted, without those that are NaN."""
+    """Average the last `window` values at each place, weighted, without those that are NaN."""
     weights = np.where(np.isfinite(values), 1.0 if weights is None else weights, 0.0)
     sums = np.cumsum(np.where(weights > 0, values, 0.0) * weights)
     counts = np.cumsum(weights)
@@ -44,14 +46,47 @@ def _moving(values: np.ndarray, window: int, weights: np.ndarray | None = None) 
 
 
 def _windows(columns) -> tuple[int, int]:
-    """Return rows that a mean is taken over: of all groups, and of the few that are drawn uniformly."""
+    """Count the rows that a mean is taken over: a mean of all groups, and one of the few uniform draws."""
     number = len(columns["groups"])
     return max(10, number // 20), max(40, number // 5)
 
 
-def _line(axes, columns, values, **style):
-    step = max(1, len(values) // _MOST_POINTS)
-    axes.plot(columns["groups"][::-step][::-1], values[::-step][::-1], **style)
+def _over_time(columns, lines, level=None, bottom=None, **labels) -> Callable:
+    """
+    Draw lines over the groups trained on.
+
+    Args:
+        lines (`dict[str, tuple]`): by label the values and a key of `_STYLES`.
+        level (`float`, *optional*): where a thin horizontal line goes.
+        bottom (`float`, *optional*): the lower end of the vertical axis.
+        labels: for `axes.set`.
+    """
+
+    def draw(axes, colours):
+        _shade(axes, columns, colours)
+        if level is not None:
+            axes.axhline(level, color=colours["ink"], linewidth=0.8)
+        for label, (values, style) in lines.items():
+            step = max(1, len(values) // _MOST_POINTS)
+            kept = slice(None, None, -step)  # from the end, so that the latest value is drawn
+            axes.plot(
+                columns["groups"][kept][::-1],
+                values[kept][::-1],
+                label=label,
+                **_STYLES[style] | {"color": colours[style]},
+            )
+        axes.set(xlabel="prompts trained on", **labels)
+        axes.set_ylim(bottom=bottom)
+        axes.legend()
+
+    return draw
+
+
+_STYLES: dict[str, dict] = {
+    "chosen": {"linewidth": 2},
+    "pool": {"linewidth": 2, "linestyle": "--"},
+    "ink": {"linewidth": 1.2, "linestyle": ":"},
+}
 
 
 def _shade(axes, columns, colours):
@@ -83,13 +118,8 @@ def _live(columns, run) -> Drawing:
     chosen = _moving(columns["live_chosen"], window, np.diff(columns["groups"], prepend=0) - draws)
     uniform = _moving(columns["live_uniform"], window, draws)
 
-    def draw(axes, colours):
-        _shade(axes, columns, colours)
-        _line(axes, columns, uniform, color=colours["pool"], linewidth=2, linestyle="--", label="uniform draws")
-        _line(axes, columns, chosen, color=colours["chosen"], linewidth=2, label="chosen prompts")
-        axes.set(xlabel="prompts trained on", ylabel="share of live groups", title="Live groups", ylim=(0, 1))
-        axes.legend()
-
+    lines = {"uniform draws": (uniform, "pool"), "chosen prompts": (chosen, "chosen")}
+    draw = _over_time(columns, lines, ylabel="share of live groups", title="Live groups", ylim=(0, 1))
     return Drawing(
         "online_live",
         f"Share of groups whose rewards differ, so that they have a gradient: means over {window} rows of the "
@@ -104,20 +134,13 @@ def _success(columns, run) -> Drawing:
     short, _ = _windows(columns)
     observed, predicted = (_moving(columns[f"{name}_success"], short) for name in ("observed", "predicted"))
     pool, name = columns["pool_success"], "scaled reward" if run["graded"] else "success rate"
-
-    def draw(axes, colours):
-        _shade(axes, columns, colours)
-        _line(axes, columns, pool, color=colours["pool"], linewidth=2, linestyle="--", label="pool, estimated")
-        _line(axes, columns, predicted, color=colours["ink"], linewidth=1.2, linestyle=":", label="predicted")
-        _line(axes, columns, observed, color=colours["chosen"], linewidth=2, label="all groups")
-        axes.set(xlabel="prompts trained on", ylabel=f"mean {name}", title="Success", ylim=(0, 1))
-        axes.legend()
-
+    lines = {"pool, estimated": (pool, "pool"), "predicted": (predicted, "ink"), "all groups": (observed, "chosen")}
+    draw = _over_time(columns, lines, ylabel=f"mean {name}", title="Success", ylim=(0, 1))
     return Drawing(
         "online_success",
-        f"Mean {name} of the prompts trained on, as observed and as predicted before, over {short} rows of "
-        "the history. That of the whole pool is estimated: the mean prediction, corrected by its mean error on the "
-        "latest 200 uniform draws or so. Chosen prompts are meant to be near one half.",
+        f"Mean {name} of the prompts trained on, as observed and as predicted before, over {short} rows of the "
+        "history. That of the whole pool is estimated: the mean prediction, corrected by its mean error on the latest "
+        "200 uniform draws or so. Chosen prompts are meant to be near one half.",
         f"At the end {_number(observed[-1])} was observed, {_number(predicted[-1])} predicted, and the pool's is "
         f"{_number(pool[-1])}.",
         draw,
@@ -125,19 +148,10 @@ def _success(columns, run) -> Drawing:
 
 
 def _skill(columns) -> Drawing:
-    def draw(axes, colours):
-        _shade(axes, columns, colours)
-        axes.axhline(0, color=colours["ink"], linewidth=0.8)
-        _line(axes, columns, columns["skill"], color=colours["chosen"], linewidth=2, label="skill")
-        low = np.nanmin(columns["skill"])
-        axes.set(
-            xlabel="prompts trained on",
-            ylabel="skill",
-            title="Skill of the prediction",
-            ylim=(max(-0.25, min(-0.05, low)), 1),
-        )
-        axes.legend()
-
+    skill = columns["skill"]
+    ends = max(-0.25, min(-0.05, np.nanmin(skill))), 1
+    labels = {"ylabel": "skill", "title": "Skill of the prediction", "ylim": ends}
+    draw = _over_time(columns, {"skill": (skill, "chosen")}, level=0, **labels)
     return Drawing(
         "online_skill",
         "How much better the prediction of success is than the mean, on uniform draws: 1 minus the ratio of squared "
@@ -148,14 +162,10 @@ def _skill(columns) -> Drawing:
 
 
 def _headroom(columns, run) -> Drawing:
-    def draw(axes, colours):
-        _shade(axes, columns, colours)
-        axes.axhline(1, color=colours["ink"], linewidth=0.8)
-        _line(axes, columns, columns["headroom"], color=colours["chosen"], linewidth=2, label="headroom")
-        axes.set(xlabel="prompts trained on", ylabel="times as often", title="Expected gain of choosing")
-        axes.set_ylim(bottom=min(0.9, np.nanmin(columns["headroom"])))
-        axes.legend()
-
+    headroom = columns["headroom"]
+    labels = {"ylabel": "times as often", "title": "Expected gain of choosing"}
+    least = min(0.9, np.nanmin(headroom))
+    draw = _over_time(columns, {"headroom": (headroom, "chosen")}, level=1, bottom=least, **labels)
     return Drawing(
         "online_headroom",
         "Headroom: how many times as often the prompts that would be chosen are expected to be live as random ones"
@@ -258,16 +268,10 @@ def _visits(prompts) -> Drawing:
 
 
 def _coverage(columns, run) -> Drawing:
-    def draw(axes, colours):
-        _shade(axes, columns, colours)
-        _line(axes, columns, columns["visited"], color=colours["chosen"], linewidth=2, label="visited")
-        _line(axes, columns, columns["retired"], color=colours["pool"], linewidth=2, linestyle="--", label="retired")
-        _line(axes, columns, columns["parked"], color=colours["ink"], linewidth=1.2, linestyle=":", label="parked")
-        axes.set(xlabel="prompts trained on", ylabel="prompts", title="Coverage")
-        axes.set_ylim(bottom=0)
-        axes.legend()
-
-    last = {name: columns[name][-1] for name in ("visited", "retired", "parked")}
+    styles = {"visited": "chosen", "retired": "pool", "parked": "ink"}
+    lines = {name: (columns[name], style) for name, style in styles.items()}
+    draw = _over_time(columns, lines, bottom=0, ylabel="prompts", title="Coverage")
+    last = {name: columns[name][-1] for name in styles}
     return Drawing(
         "online_coverage",
         f"Of a pool of {run['pool']:,}: different prompts visited so far; those that are retired (solved by all "

@@ -1,21 +1,16 @@
 """`report.html` of an online run: what was chosen, why, and with what result, in one file that needs no network."""
 
 import html
-import json
 import os
 from pathlib import Path
 
-import numpy as np
-
-from ..ground.disk import write_atomically
 from ..selection.words import live_shares
 from . import online_figures
+from .html import TEXT, WORDS, figures, formatted, settings, table, write_page
 from .online_tables import count_states, find_run, load_tables, write_tables
-from .page import MISSING, fact_list, figure, filled, html_table, long_text, number
 from .trackers import log_figures
 
 
-REPORT_FILE = "report.html"
 MOST_SUSPECTS_SHOWN = 20
 _SAMPLES = {
     "live": ("Live at the last visit", "Those with the highest predicted learnability."),
@@ -36,8 +31,8 @@ _STATES = {
 
 def write_online_report(schedule, host, directory: Path) -> Path:
     """
-    Writes the tables and the page of an online run as it is now. The texts of some prompts are read, whatever the size
-    of the pool. At the end of training the figures go to the trackers, too.
+    Write the tables and the page of an online run as it is now. The texts of some prompts are read, whatever the size
+    of the pool. At the end of training log the figures to the trackers.
 
     Args:
         schedule ([`OnlineSchedule`]): after its first observation.
@@ -56,7 +51,7 @@ def write_online_report(schedule, host, directory: Path) -> Path:
 
 def rewrite_online_report(path: str | os.PathLike) -> Path | None:
     """
-    Writes the page again from the files of a run.
+    Write the page again from the files of a run.
 
     Args:
         path: the `output_dir` of a run, or its `learnalign` directory.
@@ -74,91 +69,82 @@ def rewrite_online_report(path: str | os.PathLike) -> Path | None:
 def _write_page(directory):
     prompts, history, suspects, run = load_tables(directory)
     drawings = online_figures.drawings(prompts, history, run)
-    page = filled("online_template.html", _parts(prompts, history, suspects, run, drawings))
-    target = directory / REPORT_FILE
-    write_atomically(target, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    step = f"{run['step']:,} of {run['max_steps']:,}"
+    target = write_page(
+        directory,
+        title=f"LearnAlign online, step {step}",
+        subtitle=html.escape(
+            f"{run['model']}, {run['pool']:,} prompts, written {run['made'][:16].replace('T', ' ')} UTC"
+        ),
+        intro=_intro(step),
+        facts=_facts(prompts, history, run),
+        sections=[
+            ("figures", "How the run went", figures(drawings)),
+            ("periods", "When prompts were chosen", _periods(run)),
+            ("states", "Retired and parked prompts", _states(prompts, run)),
+            ("suspects", "Suspects", _suspects(suspects, run)),
+            ("samples", "Some of the prompts", _samples(run)),
+            ("settings", "How it was made", _settings(run)),
+        ],
+        footer=f"trl-learnalign. Written at step {step}; this page does not refresh by itself.",
+        skip="figures",
+    )
     return target, drawings
 
 
-def _parts(prompts, history, suspects, run, drawings) -> dict[str, str]:
-    step = f"{run['step']:,} of {run['max_steps']:,}"
-    return {
-        "title": f"LearnAlign online, step {step}",
-        "subtitle": html.escape(
-            f"{run['model']}, {run['pool']:,} prompts, written {run['made'][:16].replace('T', ' ')} UTC"
-        ),
-        "skip": "figures",
-        "skip_to": "the figures",
-        "scripts": "",
-        "step": step,
-        "intro": _intro(run, step),
-        "facts": fact_list(_facts(prompts, history, run)),
-        "figures": "\n".join(figure(one, one.png(), one.png(dark=True)) for one in drawings),
-        "periods": _periods(run),
-        "states": _states(prompts, run),
-        "suspects": _suspects(suspects, run),
-        "samples": _samples(run),
-        "settings": _settings(run),
-    }
-
-
-def _intro(run, step) -> str:
+def _intro(step) -> str:
     return (
-        "This page shows which prompts an online run trained on, and why. From the rewards of training so far, the "
+        "<p>This page shows which prompts an online run trained on, and why. From the rewards of training so far, the "
         "schedule predicts which prompts some rollouts will solve and others will not. Only such <em>live</em> groups "
-        "have a gradient. One prompt in twenty is drawn uniformly from the whole pool; they measure how good "
-        "the policy and the prediction are. The figures show live groups, success and prediction over "
-        "the run. The tables show when prompts were chosen and when not, which prompts come less often because they "
-        "are always or never solved, and which may have a wrong answer or wrong grading. The page shows the state at "
-        f"step {step}. It is written with each checkpoint and at the end of training, and does not refresh by itself."
+        "have a gradient. One prompt in twenty is drawn uniformly from the whole pool; these measure how good the "
+        "policy and the prediction are. The figures show live groups, success and prediction over the run. The tables "
+        "show when prompts were chosen and when not, which prompts come less often because they are always or never "
+        "solved, and which may have a wrong answer or wrong grading. The page shows the state at step "
+        f"{step}. It is written with each checkpoint and at the end of training, and does not refresh by itself.</p>"
     )
 
 
 def _facts(prompts, history, run) -> dict[str, str]:
     chosen, uniform, draws = live_shares(lambda name: history[name].to_numpy(zero_copy_only=False))
     states = count_states(prompts)
-    visited = prompts.num_rows - states.get("new", 0)
     return {
         "pool": f"{prompts.num_rows:,}",
-        "visited": f"{visited:,}",
+        "visited": f"{prompts.num_rows - states.get('new', 0):,}",
         "never visited": f"{states.get('new', 0):,}",
-        "live, chosen": f"{chosen:.0%}" if np.isfinite(chosen) else MISSING,
-        f"live, {draws:,.0f} uniform draws": f"{uniform:.0%}" if np.isfinite(uniform) else MISSING,
-        "scaled reward of the pool" if run["graded"] else "success of the pool": number(run["pool_success"], 2),
-        "skill": number(run["skill"], 2),
+        "live, chosen": formatted(chosen, ".0%"),
+        f"live, {draws:,.0f} uniform draws": formatted(uniform, ".0%"),
+        "scaled reward of the pool" if run["graded"] else "success of the pool": formatted(run["pool_success"], ".2f"),
+        "skill": formatted(run["skill"], ".2f"),
         "headroom": f"{run['headroom']:.2f} x",
         "draws now": "chosen" if run["choosing"] else "uniform",
-        "retired": f"{states.get('retired', 0):,}",
-        "parked": f"{states.get('parked', 0):,}",
-        "unscored": f"{states.get('unscored', 0):,}",
+        **{state: f"{states.get(state, 0):,}" for state in ("retired", "parked", "unscored")},
         "suspects": f"{run['suspects']:,}",
     }
 
 
 def _periods(run) -> str:
     rows = [
-        [
+        (
             f"{one['first']:,} to {one['last']:,}",
             "chosen" if one["choosing"] else "drawn uniformly",
-            f"{one['skill']:.2f}",
-            f"{one['headroom']:.2f}",
-            html.escape(one["why"] or "the prediction is good enough, and choosing is expected to help"),
-        ]
+            one["skill"],
+            one["headroom"],
+            one["why"] or "the prediction is good enough, and choosing is expected to help",
+        )
         for one in run["periods"]
     ]
-    columns = ["groups", "prompts", "skill", "headroom", "why"]
+    columns = {"groups": "", "prompts": "", "skill": ".2f", "headroom": ".2f", "why": WORDS}
     caption = "Skill and headroom at the end of each period; the last 20 periods at most."
-    return html_table("When prompts were chosen", columns, rows, (), caption, ("why",))
+    return table("When prompts were chosen", columns, rows, caption)
 
 
 def _states(prompts, run) -> str:
     counts = count_states(prompts)
     rows = [
-        [name, f"{counts.get(name, 0):,}", f"{counts.get(name, 0) / prompts.num_rows:.1%}", meaning]
+        (name, counts.get(name, 0), counts.get(name, 0) / prompts.num_rows, meaning)
         for name, meaning in _STATES.items()
     ]
-    columns = ["state", "prompts", "share", "meaning"]
-    table = html_table("States of the prompts", columns, rows, words=("state", "meaning"))
+    columns = {"state": WORDS, "prompts": ",", "share": ".1%", "meaning": WORDS}
     lines = [
         f"{int(visits):,} later visits of {kind} prompts, after which {int(changed):,} ({changed / visits:.0%}) "
         f"{outcome}."
@@ -171,7 +157,7 @@ def _states(prompts, run) -> str:
             strict=True,
         )
     ]
-    return table + f"<p>{' '.join(lines)}</p>"
+    return table("States of the prompts", columns, rows) + f"<p>{' '.join(lines)}</p>"
 
 
 def _suspects(suspects, run) -> str:
@@ -180,64 +166,54 @@ def _suspects(suspects, run) -> str:
         "function may not accept the right one; others are only harder than predicted. The chance is the predicted "
         "probability that all their rollouts fail.</p>"
     )
-    if not run.get("skilled", True):
+    if not run["skilled"]:
         explanation += (
             f"<p>The prediction is hardly better than the mean success of the pool (skill {run['skill']:.2f}), so "
             "these are prompts that failed more often than that mean lets expect, whatever they are like.</p>"
         )
     if not suspects.num_rows:
-        none = "There are none." if run.get("tried", True) else "None are listed before the prediction was tried."
+        none = "There are none." if run["tried"] else "None are listed before the prediction was tried."
         none = "With graded rewards suspects are not searched for." if run["graded"] else none
         return explanation + f"<p>{none}</p>"
-    answers = [
-        name for name in suspects.column_names if name not in ("index", "prompt", "completion", "visits", "chance")
-    ]
+    # All other columns are texts: the prompt, the answers that the dataset has, and the completion
+    kinds = {"index": "d", "visits": "d", "chance": ".2g"}
+    names = [*kinds, *(name for name in suspects.column_names if name not in kinds)]
+    columns = {"a completion" if name == "completion" else name: kinds.get(name, TEXT) for name in names}
     shown = suspects.slice(0, MOST_SUSPECTS_SHOWN).to_pylist()
-    columns = ["index", "visits", "chance", "prompt", *answers, "a completion"]
-    rows = [
-        [
-            str(one["index"]),
-            str(one["visits"]),
-            f"{one['chance']:.2g}",
-            *(long_text(one[name] or "") for name in ("prompt", *answers, "completion")),
-        ]
-        for one in shown
-    ]
     caption = (
         f"The most suspicious {len(shown)} of {run['suspects']:,}; suspects.parquet has "
         f"{'all' if run['suspects'] == suspects.num_rows else 'more'}."
         if len(shown) < suspects.num_rows
         else "The most suspicious first."
     )
-    return explanation + html_table("Suspects", columns, rows, ("prompt", *answers, "a completion"), caption)
+    return explanation + table("Suspects", columns, ([one[name] for name in names] for one in shown), caption)
 
 
 def _samples(run) -> str:
-    columns = ["index", "visits", "own success", "predicted", "learnability", "last draw", "prompt"]
+    columns = {
+        "index": ("index", "d"),
+        "visits": ("visits", ","),
+        "success_rate": ("own success", ".2f"),
+        "predicted_success": ("predicted", ".2f"),
+        "utility": ("learnability", ".3f"),
+        "last_draw": ("last draw", ","),
+        "prompt": ("prompt", TEXT),
+    }
     blocks = []
     for state, (title, caption) in _SAMPLES.items():
         rows = [
-            [
-                str(one["index"]),
-                f"{one['visits']:,}",
-                number(one["success_rate"], 2),
-                number(one["predicted_success"], 2),
-                number(one["utility"], 3),
-                MISSING if one["last_draw"] < 0 else f"{one['last_draw']:,}",
-                long_text(one["prompt"]),
-            ]
+            [None if name == "last_draw" and one[name] < 0 else one[name] for name in columns]
             for one in run["samples"][state]
         ]
-        table = html_table(title, columns, rows, ("prompt",), caption) if rows else "<p>There are none.</p>"
-        blocks.append(f"<h3>{title}</h3>{table}")
+        found = table(title, dict(columns.values()), rows, caption) if rows else "<p>There are none.</p>"
+        blocks.append(f"<h3>{title}</h3>{found}")
     return "\n".join(blocks)
 
 
 def _settings(run) -> str:
     plan = "".join(f"<li>{html.escape(line[:1].upper() + line[1:])}</li>" for line in run["plan"])
-    text = html.escape(json.dumps(run["settings"], indent=2))
     return (
-        f"<p>The plan of the run:</p><ul>{plan}</ul><details open><summary>Settings and "
-        f"versions</summary><pre>{text}</pre></details><p>Choosing prompts changes the objective: prompts with a "
-        "success rate near one half come more often than in the pool, and nothing here corrects that.</p>"
+        f"<p>The plan of the run:</p><ul>{plan}</ul>{settings('Settings and versions', run['settings'])}"
+        "<p>Choosing prompts changes the objective: prompts with a success rate near one half come more often than in "
+        "the pool, and nothing here corrects that.</p>"
     )

@@ -1,4 +1,4 @@
-"""`report.html`: why each prompt was chosen, in one file that needs no network, and its figures as PNG."""
+"""`report.html` of a selection: why each prompt was chosen, in one file that needs no network; and its figures."""
 
 import html
 import json
@@ -8,17 +8,16 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from ..ground.disk import make_directory, write_atomically
-from ..selection import figures
-from ..selection.result import TEXTS_FILE
-from ..selection.samples import extremes, most_characters, rows_of, shares, shortened, shown
+from ..ground.disk import make_directory
+from ..selection.excerpt import characters_each, ranking_ends, sample_quotas, scores_of, shortened, shown_rows
+from ..selection.figures import drawings, overlaps
+from ..selection.result import TEXTS_FILE, Selection
 from ..selection.stages import load_last
-from ..selection.warnings import selection_warning
-from ..selection.words import OUTCOME_LABELS, how, instead
-from .page import MISSING, fact_list, figure, filled, html_table, long_text, number
+from ..selection.warnings import pool_warnings, selection_warning
+from ..selection.words import OUTCOME_LABELS, at_random, chosen_by, replaced_score
+from .html import TEXT, figures, filled, settings, table, write_page
 
 
-REPORT_FILE = "report.html"
 _COLUMNS = [
     # (key, label, digits, whether the first click puts the highest first)
     ("rank", "rank", 0, False),
@@ -34,12 +33,12 @@ _COLUMNS = [
     ("gradient_norm", "gradient norm", 4, True),
     ("index", "index", 0, False),
 ]
-_TEXTS = ("prompt", "one of its completions")
+_AT_THE_ENDS = ("rank", "success_rate", "reward_mean", "reward_std", "alignment", "score")
 
 
 def write_report(path: str | os.PathLike, until: int | None = None) -> Path:
     """
-    Writes `report.html` and `figures/*.png` about the selections of a run.
+    Write `report.html` and `figures/*.png` about the selections of a run.
 
     Args:
         path: the `output_dir` of a run, its `learnalign` directory, or the directory of one selection. With a run's,
@@ -57,84 +56,48 @@ def write_report(path: str | os.PathLike, until: int | None = None) -> Path:
     selection, stages = load_last(path, until)
     step = stages[-1].path
     directory = step if step == Path(path) else step.parent
-    drawings = figures.drawings(selection, stages)
-    folder = directory / "figures"
+    provenance, texts, random = selection.provenance, _texts(step), at_random(selection)
+    ends = "Some of the prompts" if random else "The highest- and the lowest-ranked prompts that may be chosen"
+    made = {name: value for name, value in provenance.items() if name != "unscorable"}
+    subtitle = f"{provenance['model']}, optimizer step {provenance['global_step']}, "
+    subtitle += f"{'chosen' if random else 'ranked'} {chosen_by(selection)}"
+    return write_page(
+        directory,
+        title=f"LearnAlign: {len(selection.indices):,} of {selection.num_pool():,} prompts",
+        subtitle=html.escape(subtitle),
+        facts=_facts(selection),
+        notes=_notes(selection),
+        sections=[
+            ("figures", "Pool and chosen prompts", _figures(selection, stages, directory / "figures")),
+            *([("stages", "Selections of this run", _stages(stages))] if len(stages) > 1 else ()),
+            ("why", ends, _ends(selection, texts)),
+            ("prompts", "All prompts", _prompts(selection, texts)),
+            ("provenance", "How it was made", settings("Settings, versions and costs", made)),
+        ],
+        footer="trl-learnalign, after Li et al., <cite>LearnAlign</cite>, arXiv 2506.11480.",
+        skip="prompts",
+        scripts="; script-src 'unsafe-inline'",
+    )
+
+
+def _figures(selection, stages, folder: Path) -> str:
+    """Write the figures as files, and return them as HTML."""
     make_directory(folder)
-    embedded = {}
-    for drawing in drawings:
-        light, dark = drawing.png(), drawing.png(dark=True)
-        write_atomically(folder / f"{drawing.name}.png", lambda temporary, data=light: temporary.write_bytes(data))
-        embedded[drawing.name] = light, dark
-    page = _page(selection, stages, _texts(step), drawings, embedded)
-    target = directory / REPORT_FILE
-    write_atomically(target, lambda temporary: temporary.write_text(page, encoding="utf-8"))
-    return target
+    if found := figures(drawings(selection, stages), folder):
+        return found
+    if "rollouts" in selection.measures:
+        return "<p>Nothing could be measured.</p>"
+    return f"<p>Prompts were chosen {html.escape(chosen_by(selection))}: nothing was measured.</p>"
 
 
 def _texts(step: Path) -> dict[int, dict]:
-    """By dataset index: `prompt`, and for the highest- and the lowest-ranked also `completion` and `reward`."""
+    """Read by dataset index `prompt`, and for the highest- and the lowest-ranked also `completion` and `reward`."""
     if not (step / TEXTS_FILE).is_file():
         return {}
     return {row["index"]: row for row in pq.read_table(step / TEXTS_FILE).to_pylist()}
 
 
-# The page ----------------------------------------------------------------------------------------------------------
-
-
-def _page(selection, stages, texts, drawings, embedded) -> str:
-    provenance = selection.provenance
-    random = provenance["config"]["score"] == "random"
-    table = rows_of(selection, shown(selection))
-    characters = most_characters(len(table))
-    parts = {
-        "title": f"LearnAlign: {len(selection.indices):,} of {selection.num_pool():,} prompts",
-        "subtitle": f"{provenance['model']}, optimizer step {provenance['global_step']}, "
-        + f"{'chosen' if random else 'ranked'} {how(selection)}",
-        "shown": _shown(selection, len(table)),
-        "cut": f"Those of more than {characters:,} characters are cut and end with \u201c\u2026\u201d."
-        if any(len(text["prompt"]) > characters for text in texts.values())
-        else "",
-        "why": "Some of the prompts" if random else "The highest- and the lowest-ranked prompts that may be chosen",
-    }
-    parts = {name: html.escape(text) for name, text in parts.items()}
-    rolled_out = "rollouts" in selection.measures
-    nothing = (
-        "Nothing could be measured." if rolled_out else f"Prompts were chosen {how(selection)}: nothing was measured."
-    )
-    filters = {"all": "all prompts", "chosen": "chosen"}
-    filters |= (
-        {"rest": "learnable, not chosen", "unlearnable": "not learnable"} if rolled_out else {"rest": "not chosen"}
-    )
-    parts |= {
-        "skip": "prompts",
-        "skip_to": "all prompts",
-        "scripts": "; script-src 'unsafe-inline'",
-        "facts": _facts(selection),
-        "notes": _notes(selection),
-        "figures": "\n".join(figure(drawing, *embedded[drawing.name]) for drawing in drawings) or f"<p>{nothing}</p>",
-        "stages": _stages(stages),
-        "extremes": _extremes(selection, texts),
-        "filters": "".join(f'<option value="{name}">{label}</option>' for name, label in filters.items()),
-        "provenance": _provenance(provenance),
-        "data": _data(table, texts, selection, characters),
-    }
-    return filled("report_template.html", parts)
-
-
-def _shown(selection, num_rows) -> str:
-    """Which prompts the page holds."""
-    if num_rows == selection.scores.num_rows:
-        return f"{num_rows:,} prompts."
-    (most, end), chosen = shares(), len(selection.indices)
-    first = f"first {most:,} of the {chosen:,}" if chosen > most else f"{chosen:,}"
-    return (
-        f"A sample of {num_rows:,} of {selection.scores.num_rows:,} prompts: the {first} chosen, the {end:,} highest- "
-        f"and the {end:,} lowest-ranked that may be chosen, and a random part of the others. scores.parquet has all."
-    )
-
-
-def _facts(selection) -> str:
-    seconds = sum(selection.provenance["seconds"].values())
+def _facts(selection) -> dict[str, str]:
     outcomes = selection.outcomes()
     facts = {"pool": f"{selection.num_pool():,}", "chosen": f"{len(selection.indices):,}"}
     if selection.provenance["unscorable"]:
@@ -145,117 +108,126 @@ def _facts(selection) -> str:
         means = (("pool", pool), ("chosen", chosen))
         facts |= {f"{OUTCOME_LABELS[name]}, {of}": f"{mean:.2f}" for of, mean in means if not math.isnan(mean)}
     if outcomes:
-        facts["time"] = f"{seconds:,.0f} s"
-    return fact_list(facts)
+        facts["time"] = f"{sum(selection.provenance['seconds'].values()):,.0f} s"
+    return facts
 
 
 def _notes(selection) -> str:
     notes = []
-    unscorable = len(selection.provenance["unscorable"])
     if "reward_std" in selection.outcomes():
         notes.append(
             "Rewards are graded, so prompts have no success rate here. The reward std of a prompt is the standard "
             "deviation of the rewards of its rollouts; its square, scaled to the range of all rewards, is the "
             "prompt's learnability."
         )
-    if unscorable and selection.scores.num_rows:
-        notes.append(
-            f"{unscorable:,} prompts were left out: none of their rollouts got a reward that is a finite number."
-        )
-    if other := instead(selection):
+    if other := replaced_score(selection):
         notes.append(f"Prompts were chosen{other}.")
-    if (warning := selection_warning(selection)) is not None:
-        notes.append(warning)
+    notes += filter(None, (selection_warning(selection), *pool_warnings(selection)))
     return "".join(f"<p>{html.escape(note)}</p>" for note in notes)
 
 
 def _stages(stages) -> str:
-    if len(stages) < 2:
-        return ""
     outcomes = list(stages[-1].outcomes)
-    rows = []
-    for stage, kept in zip(stages, figures.overlaps(stages), strict=True):
-        counts = (stage.provenance["global_step"], len(stage.indices), stage.num_learnable)
-        means = [number(mean, 3) for name in outcomes for mean in stage.outcomes[name]]
-        rows.append([*(f"{count:,}" for count in counts), *means, MISSING if kept is None else f"{kept:.0%}"])
-    labels = [f"{OUTCOME_LABELS[name]}, {of}" for name in outcomes for of in ("pool", "chosen")]
-    columns = ["step", "chosen", "learnable", *labels, "also chosen before"]
-    title = "Selections of this run"
-    return f'<h2 id="stages">{title}</h2>' + html_table(title, columns, rows, (), "Oldest first.")
+    columns = dict.fromkeys(("step", "chosen", "learnable"), ",")
+    columns |= {f"{OUTCOME_LABELS[name]}, {of}": ".3f" for name in outcomes for of in ("pool", "chosen")}
+    rows = [
+        (
+            *(stage.provenance["global_step"], len(stage.indices), stage.num_learnable),
+            *(mean for name in outcomes for mean in stage.outcomes[name]),
+            kept,
+        )
+        for stage, kept in zip(stages, overlaps(stages), strict=True)
+    ]
+    return table("Selections of this run", columns | {"also chosen before": ".0%"}, rows, "Oldest first.")
 
 
-def _extremes(selection, texts) -> str:
-    """
-    The ten highest-ranked and the ten lowest-ranked that are learnable, with a completion each; of a random order, its
-    two ends.
-    """
-    ends = extremes(selection)
+def _ends(selection, texts) -> str:
+    """Show the ten highest- and the ten lowest-ranked with a completion each, or both ends of a random order."""
+    ends = ranking_ends(selection)
     if not ends[0]:
         return "<p>There are no such prompts.</p>"
     if not texts:
         return "<p>The texts of the prompts were not kept.</p>"
-    random = selection.provenance["config"]["score"] == "random"
-    table = rows_of(selection, [*ends[0], *ends[1]])
-    columns = {"rank": ("rank", 0)}
-    columns |= {
-        key: (label, digits)
-        for key, label, digits, _ in _columns(selection, table)
-        if key in ("success_rate", "reward_mean", "reward_std", "alignment", "score")
-    }
-    by_index = table.set_index("index")
-    blocks = []
-    titles = (
-        ("First of the random order", "Last of the random order") if random else ("Highest-ranked", "Lowest-ranked")
-    )
+    random = at_random(selection)
+    scores = scores_of(selection, [*ends[0], *ends[1]])
+    numbers = {key: (label, digits) for key, label, digits, _ in _columns(selection, scores) if key in _AT_THE_ENDS}
+    columns = {label: f".{digits}f" for label, digits in numbers.values()} | {"prompt": TEXT}
+    kept = ["prompt"] if random else ["prompt", "completion", "reward"]
+    columns |= {} if random else {"one of its completions": TEXT, "its reward": ".3g"}
+    titles = ("First of the random order", "Last of the random order")
+    titles = titles if random else ("Highest-ranked", "Lowest-ranked")
+    by_index, none, blocks = scores.set_index("index"), dict.fromkeys(kept), []
     for title, indices in zip(titles, ends, strict=True):
-        if not indices:
-            continue
-        rows = []
-        for index in indices:
-            text = texts.get(index, {})
-            row = [number(by_index.loc[index, key], digits) for key, (_, digits) in columns.items()]
-            row.append(long_text(text.get("prompt") or ""))
-            if not random:
-                reward = "" if text.get("reward") is None else f"<div class=reward>reward {text['reward']:.3g}</div>"
-                row.append(long_text(text.get("completion") or "") + reward)
-            rows.append(row)
-        names = [*(label for label, _ in columns.values()), *_TEXTS[: 1 if random else 2]]
-        blocks.append(f"<h3>{title}</h3>" + html_table(title, names, rows, _TEXTS))
+        rows = [
+            (*(by_index.loc[index, key] for key in numbers), *(texts.get(index, none)[name] for name in kept))
+            for index in indices
+        ]
+        blocks += [f"<h3>{title}</h3>" + table(title, columns, rows)] * bool(rows)
     return "\n".join(blocks)
 
 
-def _provenance(provenance) -> str:
-    text = json.dumps({name: value for name, value in provenance.items() if name != "unscorable"}, indent=2)
-    return f"<details open><summary>Settings, versions and costs</summary><pre>{html.escape(text)}</pre></details>"
-
-
-def _columns(selection, table) -> list[tuple]:
-    """Those of `_COLUMNS` that say something about the selection."""
+def _columns(selection: Selection, scores) -> list[tuple]:
+    """Keep those of `_COLUMNS` that say something about the selection."""
     unfit = {"success_rate", "reward_mean", "reward_std"} - selection.outcomes().keys()
     always = ("rank", "selected", "prompt", "index")
     return [
         column
         for column in _COLUMNS
-        if column[0] in always or (column[0] not in unfit and table[column[0]].notna().any())
+        if column[0] in always or (column[0] not in unfit and scores[column[0]].notna().any())
     ]
 
 
-def _data(table, texts, selection, characters) -> str:
-    """The rows of the table as JSON that is safe inside a script element."""
+# The table of all prompts, which a script lays out -----------------------------------------------------------------
+
+
+def _prompts(selection, texts) -> str:
+    scores = scores_of(selection, shown_rows(selection))
+    characters = characters_each(len(scores))
+    cut = any(len(text["prompt"]) > characters for text in texts.values())
+    filters = {"all": "all prompts", "chosen": "chosen"}
+    filters |= (
+        {"rest": "learnable, not chosen", "unlearnable": "not learnable"}
+        if "rollouts" in selection.measures
+        else {"rest": "not chosen"}
+    )
+    parts = {
+        "shown": _shown(selection, len(scores)),
+        "cut": f"Those of more than {characters:,} characters are cut and end with \u201c\u2026\u201d." if cut else "",
+        "filters": "".join(f'<option value="{name}">{label}</option>' for name, label in filters.items()),
+        "data": _data(scores, texts, selection, characters),
+    }
+    return filled("prompts.html", parts)
+
+
+def _shown(selection, num_rows) -> str:
+    """Say which prompts the page holds."""
+    if num_rows == selection.scores.num_rows:
+        return f"{num_rows:,} prompts."
+    (most, end), chosen = sample_quotas(), len(selection.indices)
+    first = f"first {most:,} of the {chosen:,}" if chosen > most else f"{chosen:,}"
+    return (
+        f"A sample of {num_rows:,} of {selection.scores.num_rows:,} prompts: the {first} chosen, the {end:,} highest- "
+        f"and the {end:,} lowest-ranked that may be chosen, and a random part of the others. scores.parquet has all."
+    )
+
+
+def _data(scores, texts, selection, characters) -> str:
+    """Write the rows of the table as JSON that is safe inside a script element."""
     columns = [
         {"key": key, "label": label, "digits": digits, "first": "high" if high else "low", "text": key == "prompt"}
-        for key, label, digits, high in _columns(selection, table)
+        for key, label, digits, high in _columns(selection, scores)
     ]
     values = []
     for column in columns:
         if column["key"] == "prompt":
-            prompts = (texts[index]["prompt"] if index in texts else None for index in table["index"])
+            prompts = (texts[index]["prompt"] if index in texts else None for index in scores["index"])
             values.append([text if text is None else shortened(text, characters) for text in prompts])
         else:
-            cells = table[column["key"]].tolist()
+            cells = scores[column["key"]].tolist()
             values.append([None if cell is None or cell != cell else _short(cell) for cell in cells])
     document = {"columns": columns, "rows": list(zip(*values, strict=True))}
     text = json.dumps(document, separators=(",", ":"), ensure_ascii=False)
+    # No tag can end the element, and no line separator can end a line of the script
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 

@@ -1,11 +1,11 @@
-"""What is logged to TensorBoard, W&B and trackio: values, the table of scores, and the figures of the report."""
+"""Logs to TensorBoard, W&B and trackio: values, the table of scores, and the figures of the report."""
 
 import io
 import logging
 
 import numpy as np
 
-from ..selection.samples import rows_of, shown
+from ..selection.excerpt import scores_of, shown_rows
 from ..selection.stages import load_run
 
 
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def log_values(selection, warmup_prompts: int) -> dict[str, float]:
-    """The numbers of a selection, by the names they have in a log; docs/log.md explains them."""
+    """Return the numbers of a selection by their names in a log; docs/log.md explains them."""
     provenance = selection.provenance
     values = {
         "learnalign/stage": provenance["stage"],
@@ -37,8 +37,8 @@ def log_values(selection, warmup_prompts: int) -> dict[str, float]:
 
 def zero_variance(history: list[dict], layout, start: int) -> float | None:
     """
-    Mean share of groups without a gradient, of what was generated from chunk `start` on; None if nothing of it was
-    logged.
+    Average the share of groups without a gradient over what was generated from chunk `start` on; `None` if nothing of
+    it was logged.
 
     Args:
         history (`list[dict]`): the trainer's log. An entry with a `loss` covers what was generated since the one
@@ -60,9 +60,9 @@ def zero_variance(history: list[dict], layout, start: int) -> float | None:
 
 def log_media(trainer, selection) -> None:
     """
-    The table of scores, best first, as TRL logs completions, and the figures of the report. To be called before the
-    values of the selection are logged, which W&B puts into the same step. All of this is also on disk, so a failure
-    here does not end the run.
+    Log the table of scores, best first, as TRL logs completions, and the figures of the report. To be called before
+    the values of the selection are logged, which W&B puts into the same step. All of this is also on disk, so a
+    failure here does not end the run.
     """
 
     def media():
@@ -71,21 +71,21 @@ def log_media(trainer, selection) -> None:
             from ..selection import figures
 
             drawings = figures.drawings(selection, load_run(trainer.args.output_dir, until=step))
-        return {"learnalign/scores": rows_of(selection, shown(selection))}, drawings, step
+        return {"learnalign/scores": scores_of(selection, shown_rows(selection))}, drawings, step
 
     _log(trainer, "table of scores and the figures", media)
 
 
 def log_figures(trainer, drawings: list) -> None:
     """
-    The figures of a report, at the step that just ended. They are in the report, so a failure here does not end the
+    Log the figures of a report at the step that just ended. The report has them, so a failure here does not end the
     run.
     """
     _log(trainer, "figures", lambda: ({}, drawings, trainer.state.global_step))
 
 
 def _log(trainer, what, media):
-    """`media()` returns tables by name, drawings, and their step."""
+    """Log what `media()` returns: tables by name, drawings, and their step."""
     used = set(trainer.args.report_to or ()) & {"tensorboard", "wandb", "trackio"}
     if not used:
         return
@@ -102,7 +102,7 @@ def _log(trainer, what, media):
 
 
 def _images(drawings) -> dict:
-    """The figures as PIL images, by name."""
+    """Draw the figures as PIL images, by name."""
     from PIL import Image  # which comes with matplotlib
 
     return {
@@ -123,14 +123,15 @@ def _to_wandb(trainer, tables, images, step):
     import wandb
 
     if wandb.run is not None:
-        media = {name: wandb.Image(image) for name, image in images.items()}
-        tables = {name: wandb.Table(dataframe=table) for name, table in tables.items()}
-        wandb.log(tables | media, commit=False)
+        wandb.log(_media(wandb, tables, images), commit=False)
 
 
 def _to_trackio(trainer, tables, images, step):
     import trackio
 
-    media = {name: trackio.Image(image) for name, image in images.items()}
-    tables = {name: trackio.Table(dataframe=table) for name, table in tables.items()}
-    trackio.log({"train/global_step": step} | tables | media)
+    trackio.log({"train/global_step": step} | _media(trackio, tables, images))
+
+
+def _media(module, tables, images):
+    made = {name: module.Table(dataframe=table) for name, table in tables.items()}
+    return made | {name: module.Image(image) for name, image in images.items()}

@@ -29,6 +29,7 @@ class Announcer:
     def __init__(self, host: "Host", config: "LearnAlignConfig", schedule: Schedule):
         self.host, self.config, self.schedule = host, config, schedule
         self._describes = schedule if isinstance(schedule, Describes) else None
+        self._reported = -1  # step of the latest report
         self._since = 0, time.perf_counter()  # the step that time is counted from, and when it was
 
     @property
@@ -68,12 +69,14 @@ class Announcer:
 
     def report(self) -> None:
         """
-        Writes the report, unless every selection writes it. A failure to write it does not end the run.
+        Writes the report, once a step, unless every selection writes it. A failure to write it does not end the run.
         """
-        if not self.config.write_report or isinstance(self.schedule, Selects):
+        step = self.host.trainer.state.global_step
+        if not self.config.write_report or isinstance(self.schedule, Selects) or step == self._reported:
             return
         try:
             self.write_report()
+            self._reported = step
         except Exception as error:
             logger.warning(f"The report of the schedule could not be written ({error!r}). Training goes on.")
 

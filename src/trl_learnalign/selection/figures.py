@@ -1,4 +1,4 @@
-"""The figures of a selection, drawn by matplotlib, for light and dark pages."""
+"""Figures of a selection, drawn by matplotlib, for light and dark pages."""
 
 import io
 import itertools
@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from .words import how
+from .words import chosen_by
 
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Drawing:
     draw: Callable
 
     def figure(self, dark: bool = False, size: tuple[float, float] = (6.4, 4.0)) -> Figure:
-        """Inches. Light or dark."""
+        """Draw it, light or dark; `size` is in inches."""
         colours = _DARK if dark else _LIGHT
         with _style(colours):
             figure = Figure(figsize=size, layout="constrained")
@@ -41,7 +41,7 @@ class Drawing:
         return figure
 
     def png(self, dark: bool = False) -> bytes:
-        """The figure as a file."""
+        """Draw it into a PNG file."""
         buffer = io.BytesIO()
         self.figure(dark).savefig(buffer, format="png", dpi=144)
         return buffer.getvalue()
@@ -49,8 +49,8 @@ class Drawing:
 
 def drawings(last: "Selection", stages: Sequence["Stage"] = ()) -> list[Drawing]:
     """
-    Figures of the last selection of a run and, if the run has several stages (the last one included), of their
-    differences. None of a selection at random.
+    Prepare the figures of the last selection of a run and, if the run has several stages (the last one included), of
+    their differences. A selection at random has none.
     """
     table = last.scores.to_pandas()
     found = []
@@ -67,7 +67,7 @@ def drawings(last: "Selection", stages: Sequence["Stage"] = ()) -> list[Drawing]
 
 
 def plot(selection: "Selection", dark: bool = False) -> Figure:
-    """Success rates (or graded rewards), scores and lengths of pool and choice, side by side."""
+    """Plot success rates (or graded rewards), scores and lengths of pool and choice, side by side."""
     import matplotlib.pyplot as plt  # this also sets up figures in a notebook
 
     panels = [drawing for drawing in drawings(selection) if drawing.name != "seconds"]
@@ -77,11 +77,11 @@ def plot(selection: "Selection", dark: bool = False) -> Figure:
         for axes, drawing in zip(np.atleast_1d(figure.subplots(1, max(1, len(panels)))), panels, strict=False):
             drawing.draw(axes, colours)
         if not panels:
-            nothing = f"chosen {how(selection)}: nothing was measured"
+            nothing = f"chosen {chosen_by(selection)}: nothing was measured"
             reason = "no prompt could be scored" if selection.measures else nothing
             figure.axes[0].text(0.5, 0.5, reason, ha="center")
             figure.axes[0].set_axis_off()
-    plt.close(figure)  # it is returned, so it must not be shown a second time
+    plt.close(figure)  # a notebook shows what is returned, and would show an open figure a second time
     return figure
 
 
@@ -105,20 +105,26 @@ def _style(colours):
         yield
 
 
-def _success_rates(table, selection) -> Drawing:
-    chosen = table[table["selected"]]
-    rollouts = selection.provenance.get("num_rollouts", 8)
-    edges = (np.arange(rollouts + 2) - 0.5) / rollouts
+def _bars(table, column, edges, **labels) -> Callable:
+    """Draw a histogram of the pool and of the chosen prompts, bar beside bar."""
 
     def draw(axes, colours):
-        for rows, label, place in ((table, "pool", -0.5), (chosen, "chosen", 0.5)):
-            shares = np.histogram(rows["success_rate"].dropna(), bins=edges)[0] / max(1, len(rows))
-            width = 0.42 / rollouts
-            centres = np.arange(rollouts + 1) / rollouts + place * width
-            axes.bar(centres, shares, width=width, color=colours[label], label=f"{label} ({len(rows):,})")
-        axes.set(xlabel="success rate", ylabel="share of prompts", title="Success rates")
+        width, centres = 0.42 * (edges[1] - edges[0]), (edges[:-1] + edges[1:]) / 2
+        for rows, label, place in ((table, "pool", -0.5), (table[table["selected"]], "chosen", 0.5)):
+            shares = np.histogram(rows[column].dropna(), bins=edges)[0] / max(1, len(rows))
+            bars = {"width": width, "color": colours[label], "label": f"{label} ({len(rows):,})"}
+            axes.bar(centres + place * width, shares, **bars)
+        axes.set(ylabel="share of prompts", **labels)
         axes.legend()
 
+    return draw
+
+
+def _success_rates(table, selection) -> Drawing:
+    chosen = table[table["selected"]]
+    rollouts = selection.provenance["num_rollouts"]
+    edges = (np.arange(rollouts + 2) - 0.5) / rollouts  # a bar for each number of successes
+    draw = _bars(table, "success_rate", edges, xlabel="success rate", title="Success rates")
     never, always = (table["success_rate"] == 0).mean(), (table["success_rate"] == 1).mean()
     mean = "" if chosen.empty else f" That of the chosen prompts is {chosen['success_rate'].mean():.2f}."
     return Drawing(
@@ -134,16 +140,7 @@ def _rewards(table, selection) -> Drawing:
     chosen = table[table["selected"]]
     least, most = table["reward_mean"].min(), table["reward_mean"].max()
     edges = np.linspace(least, most if most > least else least + 1.0, 21)
-
-    def draw(axes, colours):
-        width = 0.42 * (edges[1] - edges[0])
-        for rows, label, place in ((table, "pool", -0.5), (chosen, "chosen", 0.5)):
-            shares = np.histogram(rows["reward_mean"].dropna(), bins=edges)[0] / max(1, len(rows))
-            centres = (edges[:-1] + edges[1:]) / 2 + place * width
-            axes.bar(centres, shares, width=width, color=colours[label], label=f"{label} ({len(rows):,})")
-        axes.set(xlabel="mean reward of a prompt", ylabel="share of prompts", title="Rewards")
-        axes.legend()
-
+    draw = _bars(table, "reward_mean", edges, xlabel="mean reward of a prompt", title="Rewards")
     words = (
         f"For {(table['learnability'] == 0).mean():.0%} of the pool all rewards of a prompt are equal. Over the pool "
         f"the mean reward is {table['reward_mean'].mean():.2f} and the mean standard deviation of a prompt's rewards "
@@ -161,6 +158,7 @@ def _scatter(table, selection) -> Drawing:
     points = learnable.sample(min(len(learnable), _MOST_POINTS), random_state=0).sort_values("selected")
 
     def draw(axes, colours):
+        # V takes few values, so points would hide each other
         spread = np.random.default_rng(0).uniform(-0.25, 0.25, len(points)) * _smallest_gap(points["learnability"])
         for selected, name in ((False, "not chosen"), (True, "chosen")):
             mask = (points["selected"] == selected).to_numpy()
@@ -180,7 +178,7 @@ def _scatter(table, selection) -> Drawing:
         means = learnable.groupby("selected")["alignment"].mean()
         words += f" Mean alignment of the chosen {means[True]:.2f}"
         words += f", of the others {means[False]:.2f}." if False in means else "."
-    # |mean z| is one number for the whole pool: see `scoring.scores_from_mean`
+    # |mean z| is one number for the whole pool: see `maths.scores_from_mean`
     score = {
         "learnalign": "learnability \u00d7 alignment \u00d7 |mean z|",
         "alignment": "alignment \u00d7 |mean z|",
@@ -247,7 +245,7 @@ def _seconds(selection) -> Drawing:
 
 
 def overlaps(stages: Sequence["Stage"]) -> list[float | None]:
-    """Share of each stage's prompts that the one before had also chosen."""
+    """Compute the share of each stage's prompts that the stage before had also chosen; `None` if there is no share."""
     shares = [
         float(np.isin(now.indices, before.indices).mean()) if len(now.indices) else None
         for before, now in itertools.pairwise(stages)

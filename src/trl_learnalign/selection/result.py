@@ -19,9 +19,8 @@ from datasets import Dataset
 from ..choice.choose import choose
 from ..data.rows import dataset_fingerprint
 from ..ground.disk import digest, make_directory, write_json, write_parquet
-from ..scores.builtin import SCORES
-from . import warnings as advice
-from . import words as summaries
+from . import words
+from .warnings import too_few
 
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ class Selection:
 
     def save(self, path: str | os.PathLike, texts: pa.Table | None = None) -> Path:
         """
-        Writes `scores.parquet` and `selection.json` (and `texts.parquet`) into the directory `path`.
+        Write `scores.parquet` and `selection.json` (and `texts.parquet`) into the directory `path`.
 
         Every file is written under a temporary name and renamed; `selection.json` comes last, so that a directory
         which has it is complete.
@@ -89,7 +88,7 @@ class Selection:
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Selection":
         """
-        Reads what [`~Selection.save`] wrote.
+        Read what [`~Selection.save`] wrote.
 
         Raises:
             `FileNotFoundError`: `path` holds no finished selection.
@@ -121,7 +120,7 @@ class Selection:
 
     def to_dataset(self, dataset: Dataset, with_scores: bool = False) -> Dataset:
         """
-        The chosen rows of the dataset that the selection was made from, best first; with `with_scores` also the
+        Return the chosen rows of the dataset that the selection was made from, best first; with `with_scores` also the
         columns `learnalign_score` and `success_rate`.
 
         Raises:
@@ -146,13 +145,13 @@ class Selection:
         return rows
 
     def to_pandas(self) -> "pandas.DataFrame":
-        """The table of scores, best first, with the dataset's indices as its index."""
+        """Return the table of scores, best first, with the dataset's indices as its index."""
         return self.scores.to_pandas().sort_values("rank").set_index("index")
 
     def select(self, num_prompts: int) -> "Selection":
         """
-        The choice of another number of prompts from the same scores: no rollouts, no gradients. Fewer than
-        `num_prompts`, with a warning, if fewer are learnable (with `deduplicate`, each prompt counts once).
+        Choose another number of prompts from the same scores: no rollouts, no gradients. Fewer than `num_prompts`,
+        with a warning, if fewer are learnable (with `deduplicate`, each prompt counts once).
 
         Raises:
             `ValueError`: `num_prompts` is not an integer of at least 1.
@@ -160,7 +159,7 @@ class Selection:
         if isinstance(num_prompts, bool) or not isinstance(num_prompts, int) or num_prompts < 1:
             raise ValueError(f"`num_prompts` must be an integer of at least 1, but is {num_prompts!r}.")
         if num_prompts > (most := len(self.eligible())):
-            warnings.warn(advice.too_few(self, num_prompts, most), stacklevel=2)
+            warnings.warn(too_few(self, num_prompts, most), stacklevel=2)
         # The key is of another choice
         provenance = {name: value for name, value in self.provenance.items() if name != "key"}
         provenance["config"] = self.provenance["config"] | {"num_prompts": num_prompts}
@@ -168,7 +167,7 @@ class Selection:
 
     def chosen(self, equal: list[int] | None = None) -> "Selection":
         """
-        The choice that the configuration makes from these scores.
+        Choose from these scores as the configuration says.
 
         Args:
             equal (`list[int]`, *optional*): for each row of the dataset a number that is the same for equal prompts,
@@ -183,13 +182,9 @@ class Selection:
         return replace(self, provenance=provenance)._choose(self.provenance["config"]["num_prompts"])
 
     def eligible(self) -> np.ndarray:
-        """Dataset indices of the prompts that may be chosen, best first, of shape `(num_eligible,)`."""
-        if "eligible" in self.scores.column_names:
-            may = self.scores["eligible"]
-        else:  # of version 0.1.0. V is null where nothing was rolled out: there every prompt may be chosen
-            may = pc.invert(pc.fill_null(pc.equal(self.scores["learnability"], 0), False))
+        """Return the dataset indices of the prompts that may be chosen, best first, of shape `(num_eligible,)`."""
         indices = self.scores["index"].to_numpy()
-        may = may.to_numpy() & ~np.isin(indices, self.provenance.get("duplicates", []))
+        may = self.scores["eligible"].to_numpy() & ~np.isin(indices, self.provenance.get("duplicates", []))
         return indices[may][np.argsort(self.scores["rank"].to_numpy()[may])]
 
     def _choose(self, num_prompts) -> "Selection":
@@ -205,24 +200,24 @@ class Selection:
         return replace(self, indices=chosen, scores=scores)
 
     def plot(self, dark: bool = False) -> "matplotlib.figure.Figure":
-        """Success rates, learnability against alignment, and completion lengths of pool and choice."""
-        from .figures import plot
+        """Plot success rates, learnability against alignment, and completion lengths of pool and choice."""
+        from .figures import plot  # with matplotlib, which nothing else here needs
 
         return plot(self, dark)
 
     def num_pool(self) -> int:
-        """Number of prompts to choose from: those with a score and those that no reward function could score."""
+        """Count the prompts to choose from: those with a score and those that no reward function could score."""
         return self.scores.num_rows + len(self.provenance.get("unscorable", ()))
 
     def mean_success_rates(self) -> tuple[float, float]:
-        """Mean success rate of the pool and of the chosen prompts, in [0, 1]; NaN without rollouts or prompts."""
+        """Average the success rates of the pool and of the chosen, in [0, 1]; NaN without rollouts or prompts."""
         return self._means("success_rate")
 
     def outcomes(self) -> dict[str, tuple[float, float]]:
         """
-        What the rollouts came to, as the mean over the pool and the mean over the chosen prompts (NaN without
-        prompts): of `success_rate`, or, with `learnability="variance"`, where a graded reward need not be a success,
-        of `reward_mean` and `reward_std`, the standard deviation of a prompt's rewards. Empty without rollouts.
+        Average what the rollouts came to over the pool and over the chosen prompts (NaN without prompts):
+        `success_rate`, or, with `learnability="variance"`, where a graded reward need not be a success, `reward_mean`
+        and `reward_std`, the standard deviation of a prompt's rewards. Empty without rollouts.
         """
         if "rollouts" not in self.measures:
             return {}
@@ -236,26 +231,25 @@ class Selection:
 
     @property
     def measures(self) -> tuple[str, ...]:
-        """What was measured: `"rollouts"`, `"gradients"`, both or nothing."""
-        score = self.provenance.get("config", {}).get("score")
-        return tuple(self.provenance.get("measures", SCORES[score].requires if score in SCORES else ()))
+        """Names of what was measured, such as `"rollouts"` and `"gradients"`; empty if nothing was."""
+        return tuple(self.provenance.get("measures", ()))
 
     def num_learnable(self) -> int:
-        """Number of scored prompts with V > 0; 0 without rollouts."""
+        """Count the scored prompts with V > 0; 0 without rollouts."""
         return pc.sum(pc.greater(self.scores["learnability"], 0)).as_py() or 0
 
     def summary(self) -> str:
-        """One line of text: pool, learnable, chosen, mean outcomes, time of each phase, cost of the gradients."""
-        return summaries.summary(self)
+        """Say in one line: pool, learnable, chosen, mean outcomes, time of each phase, cost of the gradients."""
+        return words.summary(self)
 
     def __repr__(self):
-        return summaries.representation(self)
+        return words.representation(self)
 
 
 def find_selections(path: str | os.PathLike) -> list[Path]:
     """
-    Directories of finished selections, oldest first: `path` itself, or those below it, if it is the `output_dir` of a
-    run or its `learnalign` directory.
+    List the directories of finished selections, oldest first: `path` itself, or those below it, if it is the
+    `output_dir` of a run or its `learnalign` directory.
 
     Raises:
         `FileNotFoundError`: there is none.
@@ -275,8 +269,10 @@ def find_selections(path: str | os.PathLike) -> list[Path]:
 
 def check_score_columns(dataset: Dataset) -> None:
     """
+    Check that a dataset has room for `SCORE_COLUMNS`.
+
     Raises:
-        `ValueError`: the dataset has a column of the name of one of `SCORE_COLUMNS`.
+        `ValueError`: the dataset has a column of one of these names.
     """
     taken = set(SCORE_COLUMNS) & set(dataset.column_names)
     if taken:

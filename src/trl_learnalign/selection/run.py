@@ -3,6 +3,7 @@
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +12,6 @@ import numpy as np
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
-from transformers import Trainer
 
 from ..choice.table import Pool, draw_pool, load_target, rank, scores_table
 from ..config import LearnAlignConfig
@@ -22,55 +22,20 @@ from ..ground.disk import DirectoryLock, make_directory, rollouts_of, scratch
 from ..ground.hashing import stable_hash
 from ..ground.peers import Peers
 from ..ground.store import Log, open_log
-from ..host import Host, find_host
+from ..host import Host
 from ..measures.alignments import GradientAlignments, Target, roll_out_target
 from ..measures.rollouts import Rollouts, prompts_at_once, roll_out, save_shard
 from ..run.uploads import warn_of_uploads
 from ..scores.builtin import SCORES
+from .excerpt import texts_table
 from .keys import keys_of, other_settings, parts_of
 from .result import SELECTION_FILE, Selection
-from .texts import texts_table
 from .warnings import pool_warnings, selection_warning
 
 
 logger = logging.getLogger(__name__)
 
 _PACKAGES = ("trl-learnalign", "trl", "transformers", "peft", "accelerate", "datasets", "torch")
-
-
-def select_prompts(trainer: Trainer, config: LearnAlignConfig | None = None) -> Selection:
-    r"""
-    Scores the prompts of a trainer's dataset with the policy as it is, and selects the best. Nothing is trained, and
-    the trainer's state does not change.
-
-    With several processes every process must call this; all get the same selection. One line about it is printed, and
-    its files, with a report, are left in `OUTPUT_DIR/learnalign/step-{global_step:06d}/` (see docs/files.md). A
-    selection there that was made from the same policy, data, rewards and settings is reused, unless its score is a
-    function of your own, and an interrupted one is finished. What was measured stays in `OUTPUT_DIR/_learnalign/`:
-    another score at the same weights measures only what it needs besides.
-
-    Args:
-        trainer ([`~trl.GRPOTrainer`] or [`~trl.RLOOTrainer`]): supplies the policy, the prompts, the generation and
-            the rewards.
-        config ([`LearnAlignConfig`], *optional*): defaults to the paper's settings.
-
-    Returns:
-        [`Selection`]: `trainer.train_dataset.select(selection.indices)` are the chosen prompts. Empty if no prompt
-        is learnable.
-
-    Raises:
-        `ValueError`: see [`Host.check`] and [`UnseenParametersError`]; or weights sharded before training.
-    """
-    find_host(trainer).look_at_functions()
-    return select_at_stage(trainer, config if config is not None else LearnAlignConfig(), stage=0, keep_measures=True)
-
-
-def select_at_stage(trainer: Trainer, config: LearnAlignConfig, stage: int, keep_measures: bool = False) -> Selection:
-    """
-    [`select_prompts`], with the number of selections before this one in a staged run. In training nothing that was
-    measured is kept, as the next step changes the weights.
-    """
-    return checked_run(find_host(trainer), config, stage, keep_measures).run()
 
 
 def checked_run(host: Host, config: LearnAlignConfig, stage: int, keep_measures: bool = False) -> "SelectionRun":
@@ -133,7 +98,15 @@ class SelectionRun:
             "made": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
-    def run(self):
+    def run(self, write_page: Callable[[Path, int], Path] | None = None) -> Selection:
+        """
+        Make the selection, or find it finished, and say what came of it. All processes must call this.
+
+        Args:
+            write_page (`Callable`, *optional*): writes the page about the selections of a directory up to an optimizer
+                step, and returns its path. It is called on the main process while the directory is locked, unless
+                `write_report=False`. Without it there is no page.
+        """
         lock = None
         try:
             with self.peers:
@@ -141,7 +114,7 @@ class SelectionRun:
                     lock = DirectoryLock(self.path.parent)
                     warn_of_uploads(self.host.trainer, self.config)
                 selection = self._run()
-                report = self._report()
+                report = self._report(write_page)
         finally:
             self.host.note_functions()
             if lock is not None:
@@ -299,14 +272,12 @@ class SelectionRun:
             save_shard(rollouts_of(self.path) / name, own, pool)
         self.peers.wait()
 
-    def _report(self) -> Path | None:
-        """The report, if there is one. A failure to write it does not end the run."""
-        if not (self.accelerator.is_main_process and self.config.write_report):
+    def _report(self, write_page) -> Path | None:
+        """Write the page, if there is one. A failure to write it does not end the run."""
+        if write_page is None or not (self.accelerator.is_main_process and self.config.write_report):
             return None
         try:
-            from ..report.selection_page import write_report
-
-            return write_report(self.path.parent, self.step)
+            return write_page(self.path.parent, self.step)
         except Exception as error:
             logger.warning(
                 f"The report about the selection could not be written ({error!r}). The selection itself is complete; "

@@ -1,4 +1,4 @@
-"""The selections of one run, of which only those that are new or have changed are read."""
+"""The selections of one run. Only those that are new or have changed are read again."""
 
 import os
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from .result import SCORES_FILE, SELECTION_FILE, Selection, find_selections
 @dataclass(frozen=True)
 class Stage:
     """
-    What is kept in memory of a finished selection of a run.
+    A finished selection of a run, as far as it is kept in memory.
 
     Attributes:
         path (`Path`): its directory, as it was asked for.
@@ -33,7 +33,7 @@ class Stage:
 
     @classmethod
     def of(cls, path: Path, selection: Selection) -> "Stage":
-        """Of a selection that was read from `path`."""
+        """Keep what is needed of a selection that was read from `path`."""
         lists = ("unscorable", "duplicates")
         provenance = {name: value for name, value in selection.provenance.items() if name not in lists}
         indices = np.asarray(selection.indices, dtype=np.int64)
@@ -41,15 +41,17 @@ class Stage:
         return cls(path, provenance, indices, outcomes, learnable, selection.summary())
 
 
-_KNOWN: dict[Path, tuple[tuple, Stage]] = {}  # by directory: what its files were when it was read, and what they said
+# By directory: the state of its files when they were read, and what they said. A model card is written with each
+# checkpoint, and a pool's scores can take seconds to read
+_KNOWN: dict[Path, tuple[tuple, Stage]] = {}
 
 
 def load_run(path: str | os.PathLike, until: int | None = None) -> list[Stage]:
     """
-    The last selection that [`find_selections`] finds, and the earlier ones of the same run, oldest first: those of an
-    earlier stage with the same configuration, seed and dataset. `until` leaves out selections after that optimizer
-    step, which are of another run. Selections that this process has read before are read again only if a file of
-    theirs has changed.
+    Read the last selection that [`find_selections`] finds, and the earlier ones of the same run, oldest first: those
+    of an earlier stage with the same configuration, seed and dataset. `until` leaves out selections after that
+    optimizer step, which are of another run. A selection that this process has read before is read again only if one
+    of its files has changed.
 
     Raises:
         `FileNotFoundError`: there is none.
@@ -59,7 +61,7 @@ def load_run(path: str | os.PathLike, until: int | None = None) -> list[Stage]:
 
 
 def load_last(path: str | os.PathLike, until: int | None = None) -> tuple[Selection, list[Stage]]:
-    """The last selection, whole, and the run that it belongs to, itself included: see [`load_run`]."""
+    """Read the last selection whole, and the run that it belongs to, as [`load_run`] does; the run includes it."""
     stages, last_read = _read(path, until)
     if not stages:
         raise FileNotFoundError(f"'{path}' holds no finished selection up to optimizer step {until}.")
@@ -68,7 +70,7 @@ def load_last(path: str | os.PathLike, until: int | None = None) -> tuple[Select
 
 
 def _read(path, until):
-    """The stages, and by its path the selection that was read last."""
+    """Return the stages, and by its path the selection that was read last, if any had to be read."""
     found, last_read = [], {}
     for directory in find_selections(path):
         key, files = directory.resolve(), _identity(directory)
@@ -87,7 +89,7 @@ def _identity(directory):
 
 
 def _belongs(provenance, last):
-    """Whether it is of the same run as the last one."""
+    """Return whether a selection is of the same run as the last one."""
 
     def origin(provenance):
         config = {name: value for name, value in provenance.get("config", {}).items() if name not in FREE_ON_RESUME}

@@ -14,26 +14,32 @@ if TYPE_CHECKING:
 OUTCOME_LABELS = {"success_rate": "mean success rate", "reward_mean": "mean reward", "reward_std": "mean reward std"}
 
 
-def how(selection: "Selection") -> str:
-    """How prompts were chosen."""
-    score = selection.provenance["config"]["score"]
-    return "at random" if score == "random" else f"by {score}" + instead(selection)
+def at_random(selection: "Selection") -> bool:
+    """Return whether prompts were chosen at random, so that ranks mean nothing."""
+    return selection.provenance["config"]["score"] == "random"
 
 
-def instead(selection: "Selection") -> str:
-    """That another score than the one of the configuration was used, and why; empty where none was."""
+def chosen_by(selection: "Selection") -> str:
+    """Say by what prompts were chosen."""
+    if at_random(selection):
+        return "at random"
+    return f"by {selection.provenance['config']['score']}" + replaced_score(selection)
+
+
+def replaced_score(selection: "Selection") -> str:
+    """Say that the configured score gave way to another, and why; empty if it did not."""
     other = selection.provenance.get("target", {}).get("instead")
     return f" (by {other} instead, as no prompt of the target was learnable)" if other else ""
 
 
 def summary(selection: "Selection") -> str:
-    """One line: pool, learnable, chosen, mean outcomes, time of each phase, cost of the gradients."""
+    """Say in one line: pool, learnable, chosen, mean outcomes, time of each phase, cost of the gradients."""
     provenance = selection.provenance
-    manner = "" if "rollouts" in selection.measures else f" {how(selection)}"
+    manner = "" if "rollouts" in selection.measures else f" {chosen_by(selection)}"
     pool = f"pool {selection.num_pool()}"
     if provenance["unscorable"]:
         pool += f" ({len(provenance['unscorable'])} unscorable: no finite reward)"
-    chosen = f"chosen {len(selection.indices)}" + (manner or instead(selection))
+    chosen = f"chosen {len(selection.indices)}" + (manner or replaced_score(selection))
     if provenance.get("duplicates"):
         chosen += f" ({len(provenance['duplicates'])} duplicates left out)"
     parts = [pool, chosen]
@@ -48,7 +54,7 @@ def summary(selection: "Selection") -> str:
 
 
 def representation(selection: "Selection") -> str:
-    """What a console shows of it."""
+    """Return what a console shows of a selection."""
     config, outcomes = selection.provenance.get("config", {}), _outcomes(selection)
     parts = [f"{len(selection.indices)} of {selection.num_pool()} prompts", f"score={config.get('score')!r}"]
     parts.append(f"step={selection.provenance.get('global_step')}")

@@ -1,0 +1,128 @@
+"""The state of an online schedule as plain columns and numbers: the only module here that knows its parts."""
+
+import math
+from dataclasses import asdict
+from importlib.metadata import version
+
+import numpy as np
+
+from ..choice.idle import missing
+from ..curriculum import OnlineCurriculum, OnlineSettings
+from ..curriculum.history import History
+
+
+STATES = ("new", "live", "resting", "retired", "parked", "unscored")
+_MOST_PERIODS = 20
+_BLOCK = 16_384  # prompts whose success is predicted at once, in float64
+_PACKAGES = ("trl-learnalign", "trl", "transformers", "accelerate", "torch")
+
+
+def read_state(schedule, max_steps) -> tuple[dict, dict, dict, dict]:
+    """Gather what the files hold of a schedule: columns of prompts, of the history and of suspects; and numbers."""
+    curriculum, config = schedule.curriculum, schedule.run.config
+    judge, history, memory = curriculum.judge, curriculum.history, curriculum.memory
+    rows, chance = curriculum.suspects()
+    suspects = {
+        "index": rows,
+        "completion": [curriculum.completions.get(row) for row in rows.tolist()],
+        "visits": memory.visits[rows],
+        "chance": chance,
+    }
+    numbers = {
+        "pool": len(schedule.pool),
+        "plan": schedule.plan(0, max_steps, False),
+        "suspects": curriculum.num_suspects(),
+        **{name: getattr(judge, name) for name in ("choosing", "skill", "tried", "headroom")},
+        "skilled": judge.has_clear_skill,
+        "pool_success": finite(judge.pool_success),
+        **{name: getattr(history, name).tolist() for name in ("calibration", "by_visit", "revisits")},
+        "periods": periods(history, schedule.settings),
+        "graded": schedule.settings.graded,
+        "settings": {
+            "config": {
+                name: value
+                for name, value in config.to_dict().items()
+                if name not in ("schedule", "score") and missing(config, name) is None
+            },
+            # Without a selection an epoch has `num_prompts`
+            "stream": {
+                "prompts_per_epoch" if name == "num_prompts" else name: value
+                for name, value in asdict(schedule.layout).items()
+            },
+            "versions": {package: version(package) for package in _PACKAGES},
+        },
+    }
+    return prompt_columns(curriculum), {name: history.column(name) for name in history.names}, suspects, numbers
+
+
+def prompt_columns(curriculum: OnlineCurriculum) -> dict[str, np.ndarray]:
+    """
+    Return by name a value for each prompt that may be trained on, of shape `(n,)`. Where nothing was seen,
+    `success_rate` is NaN and `last_draw` -1. docs/files.md explains the columns.
+    """
+    rows, memory = curriculum.pool, curriculum.memory
+    blocks = [rows[start : start + _BLOCK] for start in range(0, len(rows), _BLOCK)]
+    a, b = np.concatenate([np.stack(curriculum.posterior(block)) for block in blocks], axis=1)
+    successes, failures, visits = memory.successes[rows], memory.failures[rows], memory.visits[rows]
+    trials = successes + failures
+    conditions = {
+        "unscored": memory.unscored[rows] > 0,
+        "retired": memory.is_retired(rows),
+        "parked": memory.is_parked(rows),
+        "resting": (memory.solved[rows] > 0) | (memory.failed[rows] > 0),
+        "live": visits > 0,
+    }
+    places = [STATES.index(name) for name in conditions]
+    return {
+        "index": rows,
+        "visits": visits,
+        "success_rate": np.divide(successes, trials, out=np.full(len(rows), np.nan, np.float32), where=trials > 0),
+        "predicted_success": (a / (a + b)).astype(np.float32),
+        "utility": curriculum.utility(a, b).astype(np.float32),
+        "last_draw": memory.last[rows],
+        "ready_draw": memory.ready[rows],
+        "state": np.array(STATES)[np.select(list(conditions.values()), places, STATES.index("new"))],
+    }
+
+
+def periods(history: History, settings: OnlineSettings) -> list[dict]:
+    """
+    Return when prompts were chosen and when drawn uniformly, the last 20 periods, oldest first: `first` and `last`
+    group, `choosing`, `skill` and `headroom` at the end, and for uniform draws `why`.
+    """
+    choosing = history.column("choosing") > 0.5
+    groups = history.column("groups").astype(int)
+    ends = np.flatnonzero(np.diff(choosing, append=~choosing[-1:]))
+    starts = np.concatenate([[0], ends[:-1] + 1]).astype(int)
+    skill, headroom = history.column("skill"), history.column("headroom")
+    found = []
+    for start, end in list(zip(starts.tolist(), ends.tolist(), strict=True))[-_MOST_PERIODS:]:
+        if choosing[end]:
+            why = None
+        elif start == 0 and end + 1 < len(choosing):
+            why = (
+                f"at the start, until at least {settings.tried} uniform draws had shown that the prediction is better "
+                "than the mean and that choosing should help"
+            )
+        elif start == 0 and groups[end] < settings.tried:
+            why = f"the prediction is judged after {settings.tried} uniform draws"
+        elif skill[start if start else end] <= settings.begin_skill:
+            why = f"the prediction was hardly better than the mean (needed: a skill of {settings.begin_skill})"
+        else:
+            why = f"choosing would have made little difference (needed: a headroom of {settings.least_headroom})"
+        found.append(
+            {
+                "first": int(groups[start - 1]) if start else 0,
+                "last": int(groups[end]) - 1,
+                "choosing": bool(choosing[end]),
+                "skill": float(skill[end]),
+                "headroom": float(headroom[end]),
+                "why": why,
+            }
+        )
+    return found
+
+
+def finite(value):
+    """Replace NaN, which JSON has not, by `None`."""
+    return value if math.isfinite(value) else None
