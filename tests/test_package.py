@@ -65,14 +65,20 @@ def test_wheel_installs_into_an_empty_environment(wheel, tmp_path):
 
 def test_public_names():
     names = ["LearnAlignCallback", "LearnAlignConfig", "LearnAlignGRPOTrainer", "LearnAlignMixin", "LearnAlignSampler"]
-    assert trl_learnalign.__all__ == [*names, "Selection", "select_prompts"]
+    assert trl_learnalign.__all__ == [*names, "Schedule", "Selection", "find_selections", "select_prompts"]
     assert all(getattr(trl_learnalign, name).__doc__ for name in trl_learnalign.__all__)
+    assert {*trl_learnalign.__all__} <= {*dir(trl_learnalign)}
+    with pytest.raises(AttributeError, match="has no attribute 'LearnAlignSample'"):
+        _ = trl_learnalign.LearnAlignSample
 
 
 def test_version_is_the_same_everywhere():
     project = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     changelog = re.search(r"^## (\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert trl_learnalign.__version__ == project[1] == changelog[1]
+
+
+PURE = ("curriculum/", "scores/", "choice/", "gradients/", "selection/result", "selection/words")
 
 
 def test_modules_are_small_and_import_only_what_they_may():
@@ -83,18 +89,11 @@ def test_modules_are_small_and_import_only_what_they_may():
         assert text.count("\n") <= 400, file
         name = file.relative_to(ROOT / "src/trl_learnalign").with_suffix("").as_posix()  # two are called gradients
         imports[name] = set(re.findall(r"^(?:from|import) (\w+|\.\w*)", text, re.MULTILINE))
-    for module in (
-        "config",
-        "scoring",
-        "projection",
-        "choice",
-        "scores",
-        "gradients",
-        "selection",
-        "sampler",
-        "groups",
-    ):
-        assert not {"trl", "transformers", "peft", "accelerate"} & imports[module], module
+    for name, found in imports.items():
+        if name == "config" or name.startswith(PURE):
+            assert not {"trl", "transformers", "peft", "accelerate"} & found, name
+        if name.startswith("curriculum/"):
+            assert not {"torch", "pandas", "datasets"} & found, name
 
 
 # What is of TRL's trainers alone: not of transformers' Trainer, nor of its attributes
@@ -176,28 +175,54 @@ def test_nothing_that_is_read_can_run_code():
                 assert node.arg != "trust_remote_code", file
 
 
-def test_modules_import_from_layers_below():
-    """The layers as docs/contributing.md lists them, and the imports as they are."""
-    block = (ROOT / "docs/contributing.md").read_text().partition("```text\n")[2].partition("```")[0]
-    package = ROOT / "src/trl_learnalign"
-    modules = {path.stem: [path] if path.is_file() else sorted(path.glob("*.py")) for path in package.glob("[!_]*")}
-    modules = {name: files for name, files in modules.items() if all(file.suffix == ".py" for file in files)}
-    layer = {}
-    for number, line in enumerate(block.splitlines()):
-        if not line.startswith(" "):
-            layer |= dict.fromkeys(re.split(r"\s{2,}", line)[0].split(", "), number)
-    assert set(layer) == set(modules)
-    for module, files in modules.items():
-        for file in files:
-            outside = 1 + (file.parent != package)  # dots of an import from another module of the package
-            tree = ast.parse(file.read_text())
-            typing = {
-                id(one)
-                for node in tree.body
-                if ast.unparse(node).startswith("if TYPE_CHECKING")
-                for one in ast.walk(node)
-            }
-            for node in ast.walk(tree):
-                if isinstance(node, ast.ImportFrom) and node.level == outside and id(node) not in typing:
-                    for other in [node.module] if node.module else [name.name for name in node.names]:
-                        assert layer[other.partition(".")[0]] > layer[module], f"{file} imports {other}"
+def imports_of(file):
+    """Modules of the package that a file really imports, anywhere in it: not those for type checkers alone."""
+    tree = ast.parse(file.read_text())
+    typing = {
+        id(one) for node in tree.body if ast.unparse(node).startswith("if TYPE_CHECKING") for one in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level and id(node) not in typing:
+            start = file.parents[node.level - 1] / (node.module or "").replace(".", "/")
+            for alias in node.names:
+                choices = (start / f"{alias.name}.py", start / alias.name / "__init__.py")
+                found = next((one for one in choices if one.is_file()), None)
+                own = start.with_suffix(".py") if start.with_suffix(".py").is_file() else start / "__init__.py"
+                yield found or own
+
+
+PACKAGE = ROOT / "src/trl_learnalign"
+
+
+def room_of(file):
+    """The folder of a module, or its name if it lies at the top."""
+    return file.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def test_no_import_climbs():
+    """The rooms as docs/contributing.md lists them, from the top down, and the imports as they are."""
+    rooms = (ROOT / "docs/contributing.md").read_text().partition("## Rooms")[2]
+    block = rooms.partition("```text\n")[2].partition("```")[0]
+    rooms = [re.split(r"\s{2,}", line)[0].rstrip("/") for line in block.splitlines()]
+    assert set(rooms) == {room_of(file) for file in SOURCES} - {"__init__"}
+    for file in SOURCES:
+        for other in imports_of(file):
+            room, target = room_of(file), room_of(other)
+            assert room == "__init__" or rooms.index(room) <= rooms.index(target), f"{file} imports {other}"
+
+
+def test_no_circle_of_files():
+    needs = {file: set(imports_of(file)) - {file} for file in SOURCES}
+    while True:
+        free = {file for file, others in needs.items() if not others & needs.keys()}
+        if not free:
+            break
+        for file in free:
+            del needs[file]
+    assert not needs, sorted(str(file.relative_to(PACKAGE)) for file in needs)
+
+
+def test_the_face_is_five_files():
+    assert sorted(file.name for file in PACKAGE.glob("*.py")) == sorted(
+        ["__init__.py", "callback.py", "config.py", "sampler.py", "trainer.py"]
+    )
