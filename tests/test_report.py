@@ -18,9 +18,11 @@ from tiny import config, digit_reward, graded_reward, make_trainer, parity_rewar
 from trl_learnalign import Selection, select_prompts
 from trl_learnalign.data.prompts import prompt_text
 from trl_learnalign.ground.disk import rollouts_of
+from trl_learnalign.host import find_host
 from trl_learnalign.report.selection_page import write_report
 from trl_learnalign.selection.dry_run import plan_selection
 from trl_learnalign.selection.excerpt import ranking_ends, shown_rows
+from trl_learnalign.selection.run import checked_run
 from trl_learnalign.selection.stages import load_run
 
 
@@ -230,10 +232,11 @@ def test_paths(run, tmp_path):
     assert write_report(run.parent) == write_report(run) == run / "report.html"
     step = sorted(run.glob("step-*"))[0]
     alone = shutil.copytree(step, tmp_path / "alone")
-    page = write_report(alone).read_text(encoding="utf-8")
-    assert "Selections of this run" not in page
     (alone / "texts.parquet").unlink()
-    assert "texts of the prompts were not kept" in write_report(str(alone)).read_text(encoding="utf-8")
+    page = write_report(str(alone))
+    assert page == alone / "report.html"
+    text = page.read_text(encoding="utf-8")
+    assert "Selections of this run" not in text and "texts of the prompts were not kept" in text
     with pytest.raises(FileNotFoundError, match="holds no finished selection"):
         write_report(tmp_path)
 
@@ -247,6 +250,10 @@ def test_switched_off_and_never_in_the_way(tmp_path, monkeypatch, caplog, capsys
     selection = select_prompts(make_trainer(tmp_path / "broken"), reported())
     assert selection.indices and "could not be written (ZeroDivisionError" in caplog.text
     assert "Why each prompt" not in capsys.readouterr().out
+    # Who makes a selection decides whether there is a page, and how it is written
+    trainer, written = make_trainer(tmp_path / "other"), []
+    checked_run(find_host(trainer), reported(score="random"), 0).run(lambda *where: written.append(where))
+    assert written == [(tmp_path / "other/learnalign", 0)]
 
 
 def test_selections_of_an_earlier_run_stay_out_of_it(tmp_path):
@@ -266,9 +273,15 @@ def test_selections_of_an_earlier_run_stay_out_of_it(tmp_path):
 
 
 @pytest.mark.parametrize("score", ["random", "learnability"])
-def test_other_scores(tmp_path, score):
-    select_prompts(make_trainer(tmp_path), reported(score=score))
+def test_other_scores(tmp_path, score, caplog):
+    def patchy(completions, row, **kwargs):
+        return [None if r < 3 else own for r, own in zip(row, digit_reward(completions, row), strict=True)]
+
+    select_prompts(make_trainer(tmp_path, reward=patchy), reported(score=score))
     page = (tmp_path / "learnalign/report.html").read_text(encoding="utf-8")
+    # The page has what the log warns of
+    warned = [record.message for record in caplog.records if record.name == "trl_learnalign.selection.run"]
+    assert len(warned) == (score == "learnability") and all(html.escape(text) in page for text in warned)
     assert ("chosen at random" in page) == (score == "random")
     keys = [column["key"] for column in data_of(page)["columns"]]
     assert "alignment" not in keys and ("success_rate" in keys) == (score == "learnability")

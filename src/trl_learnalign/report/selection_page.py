@@ -87,7 +87,7 @@ def _figures(selection, stages, folder: Path) -> str:
         return found
     if "rollouts" in selection.measures:
         return "<p>Nothing could be measured.</p>"
-    return f"<p>Prompts were chosen {html.escape(chosen_by(selection))}: nothing was measured.</p>"
+    return f"<p>Prompts were chosen {html.escape(chosen_by(selection))}, without rollouts.</p>"
 
 
 def _texts(step: Path) -> dict[int, dict]:
@@ -170,9 +170,11 @@ def _columns(selection: Selection, scores) -> list[tuple]:
     """Keep those of `_COLUMNS` that say something about the selection."""
     unfit = {"success_rate", "reward_mean", "reward_std"} - selection.outcomes().keys()
     always = ("rank", "selected", "prompt", "index")
+    known = {column[0] for column in _COLUMNS} | {"eligible", "quota_group"}
+    more = [(name, name.replace("_", " "), 4, True) for name in scores if name not in known]  # of other measures
     return [
         column
-        for column in _COLUMNS
+        for column in (*_COLUMNS[:-1], *more, _COLUMNS[-1])
         if column[0] in always or (column[0] not in unfit and scores[column[0]].notna().any())
     ]
 
