@@ -1,4 +1,4 @@
-"""Features of prompts that were not seen yet, for the online schedule: a row of numbers for each row of the dataset."""
+"""Features of prompts, for the online schedule: a row of numbers for each row of the dataset."""
 
 import logging
 import math
@@ -73,8 +73,8 @@ def eligible_rows(dataset: Dataset, config) -> np.ndarray:
 
 def column_features(dataset: Dataset, config) -> np.ndarray:
     """
-    Return features that need no policy, of shape `(N, D)`, float16: a constant, the logarithm of the prompt's length in
-    characters (where there is a prompt), an indicator of each group, the logit of the pass rate. Length and logit
+    Return features that need no policy, of shape `(N, D)`, float16: a constant, the logarithm of the prompt's length
+    in characters (where there is a prompt), an indicator of each group, the logit of the pass rate. Length and logit
     have mean 0 and variance 1.
     """
     columns = [np.ones(len(dataset), np.float16)]
