@@ -37,14 +37,14 @@ class Announcer:
         return Path(self.host.args.output_dir) / "learnalign"
 
     def plan(self, step: int, max_steps: int, due: bool) -> list[str]:
-        """Returns the lines of the plan; see [`Describes.plan`]."""
+        """Return the lines of the plan; see [`Describes.plan`]."""
         if self._describes is None:
             name = type(self.schedule).__name__
             return [f"steps {step + 1} to {max_steps} train on the prompts that {name} chooses."]
         return self._describes.plan(step, max_steps, due)
 
     def begin(self, lines: list[str], step: int, max_steps: int) -> None:
-        """Prints a plan, and warns of what is odd in a new run."""
+        """Print a plan, and warn of what is odd in a new run."""
         if not self.host.accelerator.is_main_process:
             return
         for line in lines:
@@ -54,11 +54,11 @@ class Announcer:
             logger.warning(warning)
 
     def count_from(self, step: int) -> None:
-        """Notes that training goes on now, after a step."""
+        """Note that training goes on now, after a step."""
         self._since = step, time.perf_counter()
 
     def estimate(self, step: int) -> None:
-        """Prints how long the selection after a step may take."""
+        """Print how long the selection after a step may take."""
         if self._describes is None:
             return
         since, then = self._since
@@ -68,7 +68,7 @@ class Announcer:
 
     def report(self) -> None:
         """
-        Writes the report, unless every selection writes it. A failure to write it does not end the run.
+        Write the report, unless every selection writes it. A failure to write it does not end the run.
         """
         if not self.config.write_report or isinstance(self.schedule, Selects):
             return
@@ -78,15 +78,15 @@ class Announcer:
             logger.warning(f"The report of the schedule could not be written ({error!r}). Training goes on.")
 
     def write_report(self) -> Path | None:
-        """Writes the report. Returns its file, on the main process, where there is something to report."""
+        """Write the report. Return its file, on the main process, where there is something to report."""
         return None if self._describes is None else self._describes.report(self.host, self.directory)
 
     def summary(self) -> list[str]:
-        """Returns sentences about the run, for a model card."""
+        """Return sentences about the run, for a model card."""
         return [] if self._describes is None else list(self._describes.summary())
 
     def end(self) -> None:
-        """Prints what came of the run."""
+        """Print what came of the run."""
         if self.host.accelerator.is_main_process:
             lines, page = self.summary(), self.directory / "report.html"
             if lines and page.is_file():

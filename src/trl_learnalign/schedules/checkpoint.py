@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..config import FREE_BEFORE_SELECTION, FREE_ON_RESUME, FREE_WITHOUT_TARGET
 from ..data.rows import dataset_fingerprint
@@ -43,13 +43,13 @@ class CheckpointState:
         host.on_resume(self._note)
 
     def begin(self, stream: Stream) -> None:
-        """Begins a run."""
+        """Begin a run."""
         self.stream = stream
         self._selects = isinstance(stream.schedule, Selects)
         self._free: tuple[str, ...] = FREE_BEFORE_SELECTION if self._selects else ()
 
     def selected(self, selection) -> None:
-        """Notes what a run that is resumed may change after this [`Selection`]: no longer what chose its prompts."""
+        """Note what a run that is resumed may change after this [`Selection`]: no longer what chose its prompts."""
         if "instead" in selection.provenance.get("target", {}) and (selection.indices or not self._free):
             self._free = FREE_WITHOUT_TARGET
         elif selection.indices:
@@ -60,7 +60,7 @@ class CheckpointState:
 
     def write(self, directory: Path, is_writer: bool, peers: Peers, pending: int | None) -> None:
         """
-        Puts the state into the trainer's, which the checkpoint in `directory` will hold, and its arrays into a file
+        Put the state into the trainer's, which the checkpoint in `directory` will hold, and its arrays into a file
         there, beside those that the schedule writes.
 
         Args:
@@ -93,11 +93,12 @@ class CheckpointState:
             "stage": schedule.stage if isinstance(schedule, Selects) else 0,
             "free": list(self._free),
         }
-        self.host.trainer.state.stateful_callbacks[STATE_KEY] = content | {"sha256": digest(content)}
+        states: Any = self.host.trainer.state.stateful_callbacks  # a dict, whatever transformers declares
+        states[STATE_KEY] = content | {"sha256": digest(content)}
 
     def read(self, state) -> tuple[dict, int | None]:
         """
-        Restores the draws. Returns the state of the schedule, and the start chunk of a selection that was due.
+        Restore the draws. Return the state of the schedule, and the start chunk of a selection that was due.
 
         Args:
             state ([`~transformers.TrainerState`]): as read from the checkpoint.
@@ -122,7 +123,9 @@ class CheckpointState:
                 f"The LearnAlign state in the checkpoint of step {state.global_step} is damaged: it does not agree "
                 "with its checksum. Resume from an earlier checkpoint."
             )
-        arrays = read_arrays(self.host.resumed_from, saved.get("arrays"))
+        checkpoint = self.host.resumed_from
+        assert checkpoint is not None  # noted when Trainer loaded the optimizer
+        arrays = read_arrays(checkpoint, saved.get("arrays"))
         whole = join({"sampler": saved["sampler"]}, arrays)
         schedule_state = self.stream.load_state_dict(whole["sampler"])
         if saved["dataset_fingerprint"] != self._fingerprint:

@@ -76,7 +76,7 @@ class OnlineSchedule(Schedule, Describes, Prepares):
     # Setting up -------------------------------------------------------------------------------------------------
 
     def fit(self, host):
-        """Looks for the pool. An epoch has as many prompts as may be trained on."""
+        """Look for the pool. An epoch has as many prompts as may be trained on."""
         check_success_reward(host.reward_names, self.config.success_reward, self.config.learnability)
         check_online(host.dataset, self.config)
         self.pool = eligible_rows(host.dataset, self.config)
@@ -141,7 +141,7 @@ class OnlineSchedule(Schedule, Describes, Prepares):
     # Choosing ---------------------------------------------------------------------------------------------------
 
     def choose(self, n):
-        """Chooses the next chunk."""
+        """Choose the next chunk."""
         chunk, self.asked = self.asked, self.asked + 1
         self.drawn[chunk] = self._choose(chunk)
         return self.drawn[chunk].rows.tolist()
@@ -216,7 +216,7 @@ class OnlineSchedule(Schedule, Describes, Prepares):
     # Learning ---------------------------------------------------------------------------------------------------
 
     def observe(self, groups):
-        """Learns from the groups of a chunk. A chunk that was observed before, or never drawn, changes nothing."""
+        """Learn from the groups of a chunk. A chunk that was observed before, or never drawn, changes nothing."""
         chunk, self._suspects = groups[0].number // self.layout.chunk_prompts, []
         if chunk < self.observed or chunk not in self.drawn:
             return
@@ -226,7 +226,7 @@ class OnlineSchedule(Schedule, Describes, Prepares):
         self._suspects = self._learn(chunk, rewards, masked)
 
     def wanted(self, groups):
-        """Returns the rows of suspects whose completion is not known yet."""
+        """Return the rows of suspects whose completion is not known yet."""
         return self._suspects
 
     def _learn(self, chunk, rewards, masked):
@@ -279,7 +279,7 @@ class OnlineSchedule(Schedule, Describes, Prepares):
         return self.memory.num_suspects() if self.judge.tried else 0
 
     def _suspicious(self, rows) -> list[int]:
-        """Returns the suspects among these rows whose completion is not known yet."""
+        """Return the suspects among these rows whose completion is not known yet."""
         if len(self.completions) >= 2 * MOST_SUSPECTS:
             return []
         return [row for row in rows[self.memory.is_suspect(rows)].tolist() if row not in self.completions]
@@ -341,7 +341,7 @@ class OnlineSchedule(Schedule, Describes, Prepares):
         return warning(self, max_steps)
 
     def report(self, host, directory):
-        """Writes the report. Once per step."""
+        """Write the report. Once per step."""
         step = host.trainer.state.global_step
         if not (host.accelerator.is_main_process and self.observed):
             return None
@@ -384,7 +384,7 @@ class OnlineSchedule(Schedule, Describes, Prepares):
         return {self.hidden.file: self.hidden.sha256}
 
     def load_state_dict(self, state):
-        """Restores the state."""
+        """Restore the state."""
         try:
             for name in _PARTS:
                 getattr(self, name).load_state_dict(state[name])

@@ -38,7 +38,7 @@ class Work:
 
 def work_of(dataset: Dataset, config: LearnAlignConfig) -> Work:
     """
-    Counts what a selection from a dataset would look at.
+    Count what a selection from a dataset would look at.
 
     Raises:
         `ValueError`: `where` holds for no row, or the target cannot be read.
@@ -151,7 +151,7 @@ def estimate_line(layout: Layout, config: LearnAlignConfig, work: Work, step: in
 
 
 def warmup_warning(layout: Layout, max_steps: int) -> str | None:
-    """A warning if the warm-up takes more than a third of a run."""
+    """Return a warning if the warm-up takes more than a third of a run."""
     end = layout.steps_of(layout.first_selection[1])
     if end <= _MOST_WARMUP * max_steps:
         return None

@@ -18,7 +18,7 @@ MakesSchedule = Callable[[Run], Schedule]
 
 def open_stream(make: MakesSchedule, host, config: LearnAlignConfig) -> "Stream":
     """
-    Makes a schedule for a run of a trainer.
+    Make a schedule for a run of a trainer.
 
     Args:
         make (`Callable`): is called with a [`Run`].
@@ -70,7 +70,7 @@ class Stream:
 
     def chunk(self, i: int) -> list[int]:
         """
-        Draws chunk `i`, and those before it that were not drawn yet. Returns its dataset rows, of length
+        Draw chunk `i`, and those before it that were not drawn yet. Return its dataset rows, of length
         `chunk_prompts`.
 
         Raises:
@@ -86,7 +86,7 @@ class Stream:
         return self.rows(i)
 
     def rows(self, i: int) -> list[int]:
-        """Returns the rows of a chunk that was drawn; placeholders for one that was trained on long ago."""
+        """Return the rows of a chunk that was drawn; placeholders for one that was trained on long ago."""
         return self._record.get(i) or [0] * self.layout.chunk_prompts
 
     def _chosen(self, n):
@@ -107,7 +107,7 @@ class Stream:
 
     def groups(self, i: int, rewards: np.ndarray, masked: np.ndarray | None = None) -> list[Group]:
         """
-        Returns the groups of chunk `i`.
+        Return the groups of chunk `i`.
 
         Args:
             i (`int`): the chunk.
@@ -122,7 +122,7 @@ class Stream:
     # Checkpoints ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict:
-        """Returns the layout, the draws in flight and the state of the schedule: values for JSON, and NumPy arrays."""
+        """Return the layout, the draws in flight and the state of the schedule: values for JSON, and NumPy arrays."""
         rows = np.array([*self._record.values()], np.int64).reshape(-1, self.layout.chunk_prompts)
         return {
             "state_version": STATE_VERSION,
@@ -135,7 +135,7 @@ class Stream:
 
     def load_state_dict(self, saved: dict) -> dict:
         """
-        Restores the draws. Returns the state of the schedule, which is not loaded yet.
+        Restore the draws. Return the state of the schedule, which is not loaded yet.
 
         Raises:
             `ValueError`: the state is damaged, or was made for another stream (other data, batch size, number of
@@ -173,7 +173,7 @@ class Stream:
         return state
 
     def _check(self, drawn, chunks, rows):
-        """Raises an error unless the record is one of this stream."""
+        """Raise an error unless the record is one of this stream."""
         n, size = self.layout.chunk_prompts, self.layout.pool_size
         whole = type(drawn) is int and len(chunks) == len(rows) and all(len(row) == n for row in rows)
         if not whole or chunks != list(range(drawn - len(chunks), drawn)) or (drawn and not chunks):
@@ -190,12 +190,12 @@ class Stream:
 
 
 def _called(schedule: str) -> str:
-    """A schedule by its class, and as `LearnAlignConfig` calls it."""
+    """Name a schedule by its class, and as `LearnAlignConfig` calls it."""
     names = [name for name, kind in SCHEDULES.items() if kind.__name__ == schedule]
     return f"{schedule} (`schedule={names[0]!r}`)" if names else schedule
 
 
 def _fixed(layout, was) -> str:
-    """Why numbers of prompts cannot change, if one did."""
+    """Explain why numbers of prompts cannot change, if one did."""
     names = [name for name in ("num_prompts", "warmup_prompts") if was.get(name) != getattr(layout, name)]
     return f"The length of an epoch follows from {' and '.join(f'`{name}`' for name in names)}. " if names else ""

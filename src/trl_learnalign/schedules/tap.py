@@ -33,8 +33,10 @@ class RewardTap:
         self.host = host
         host.on_rewards(self.observe, self.check_rows)
 
-    def observe(self, batch: int, inputs: list[dict], completions: list, rewards: np.ndarray, trained: np.ndarray):
-        """Shows a chunk to the schedule; see [`~trl_learnalign.host.taps.observe_rewards`] for the arguments."""
+    def observe(
+        self, batch: int, inputs: list[dict], completions: list, rewards: np.ndarray, trained: np.ndarray
+    ) -> None:
+        """Show a chunk to the schedule; see [`~trl_learnalign.host.taps.observe_rewards`] for the arguments."""
         schedule = self.stream.schedule
         masked = ~trained if len(trained) == len(rewards) and not trained.all() else None
         groups = self.stream.groups(batch // self.stream.layout.repeats, rewards, masked)
@@ -46,7 +48,7 @@ class RewardTap:
                 self.host.log_metric(f"learnalign/{name}", float(value))
 
     def _complete(self, schedule, groups, completions, own_rows):
-        """Gives the schedule the completions that it wants to show."""
+        """Give the schedule the completions that it wants to show."""
         # The main process decides what is asked for: the others may have rounded otherwise
         wanted = broadcast_object_list([[int(row) for row in schedule.wanted(groups)]])[0]
         if not wanted:
@@ -59,7 +61,7 @@ class RewardTap:
 
     def check_rows(self, batch: int, inputs: list[dict]) -> int:
         """
-        Returns a digest of the chunk's rows, to be compared between the processes.
+        Return a digest of the chunk's rows, to be compared between the processes.
 
         Raises:
             `RuntimeError`: the rewards are those of other prompts than the schedule chose.
@@ -86,7 +88,7 @@ class RewardTap:
 
 def first_rollouts(places: dict[int, int], start: int, number: int, group_size: int) -> dict[int, int]:
     """
-    Finds, among groups of a chunk, those whose first rollout is of this process.
+    Find, among groups of a chunk, those whose first rollout is of this process.
 
     Args:
         places (`dict[int, int]`): by row the place of its group in the chunk.
