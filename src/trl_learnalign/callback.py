@@ -16,7 +16,7 @@ from .run.uploads import warn_of_uploads
 from .sampler import LearnAlignSampler
 from .schedules import Schedule
 from .schedules.announcer import Announcer
-from .schedules.base import Prepares, Selects
+from .schedules.base import Selects
 from .schedules.checkpoint import CheckpointState
 from .schedules.stream import Stream, open_stream
 from .schedules.tap import RewardTap
@@ -101,7 +101,7 @@ class LearnAlignCallback(TrainerCallback):
         self.sampler.begin(stream)
         self._checkpoints.begin(stream)
         self._tap.stream = stream
-        self.announcer = Announcer(self.host, self.config, stream.schedule)
+        self.announcer = Announcer(self.host, self.config, stream)
 
     @property
     def schedule(self) -> Schedule:
@@ -111,8 +111,7 @@ class LearnAlignCallback(TrainerCallback):
     @property
     def selects(self) -> Selects | None:
         """The schedule, if selections are made for it."""
-        schedule = self.schedule
-        return schedule if isinstance(schedule, Selects) else None
+        return self.sampler.stream.selects
 
     # The events of a run ----------------------------------------------------------------------------------------
 
@@ -125,12 +124,12 @@ class LearnAlignCallback(TrainerCallback):
             if not self._untouched:  # of a run before, whose schedule this one must not know
                 self._begin(open_stream(self.sampler.makes_schedule, self.host, self.config))
             self._untouched = False
-            saved = self._resume(state) if state.global_step > 0 else None
-            prepares = self.schedule if isinstance(self.schedule, Prepares) else None
-            if prepares is not None:
-                if saved is None:
-                    prepares.check_length(state.max_steps)
-                prepares.prepare(self.host, saved, peers)
+            prepares, saved = self.sampler.stream.prepares, None
+            if state.global_step > 0:
+                saved, self.pending = self._checkpoints.read(state)
+            else:
+                prepares.check_length(state.max_steps)
+            prepares.prepare(self.host, saved, peers)
             if saved is not None:
                 self.schedule.load_state_dict(saved)
             elif self._due(0, state.max_steps):
@@ -138,17 +137,13 @@ class LearnAlignCallback(TrainerCallback):
             elif self.config.after_warmup == "restart":
                 save_initial_weights(self.host, self._initial_file())
             self.announcer.begin(self.plan(state), state.global_step, state.max_steps)
-            if prepares is not None and saved is None:
+            if saved is None:
                 prepares.look(self.host, peers)
             peers.wait()
         warn_of_uploads(self.trainer, self.config)
         self.announcer.count_from(state.global_step)
         if self.pending is not None:
             self.select(state)
-
-    def _resume(self, state):
-        saved, self.pending = self._checkpoints.read(state)
-        return saved
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # Accelerate's `set_epoch` does not reach the sampler of a resumed epoch
@@ -204,7 +199,7 @@ class LearnAlignCallback(TrainerCallback):
         """Make the selection that is `pending`, and hand it to the schedule."""
         start, self.pending = self.pending, None
         selects = self.selects
-        assert start is not None and selects is not None
+        assert start is not None and selects is not None  # else nothing is pending
         self.announcer.estimate(state.global_step)
         stage = selects.stage
         selection = select_at_stage(self.trainer, self.config, stage)

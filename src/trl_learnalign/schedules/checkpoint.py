@@ -9,7 +9,6 @@ from ..data.rows import dataset_fingerprint
 from ..ground.disk import digest
 from ..ground.peers import Peers
 from ..run.state import decided, join, read_arrays, split, write_arrays
-from .base import Prepares, Selects
 from .stream import Stream
 
 
@@ -45,8 +44,7 @@ class CheckpointState:
     def begin(self, stream: Stream) -> None:
         """Begin a run."""
         self.stream = stream
-        self._selects = isinstance(stream.schedule, Selects)
-        self._free: tuple[str, ...] = FREE_BEFORE_SELECTION if self._selects else ()
+        self._free: tuple[str, ...] = FREE_BEFORE_SELECTION if stream.selects else ()
 
     def selected(self, selection) -> None:
         """Note what a run that is resumed may change after this [`Selection`]: no longer what chose its prompts."""
@@ -74,8 +72,7 @@ class CheckpointState:
         """
         values, arrays = split({"sampler": self.stream.state_dict()})
         entry = write_arrays(directory, arrays, is_writer)
-        schedule = self.stream.schedule
-        files = schedule.write_files(directory, is_writer) if isinstance(schedule, Prepares) else {}
+        files = self.stream.prepares.write_files(directory, is_writer)
         found = peers.gather(decided(values, arrays))
         if len(set(found)) > 1:  # the same on all processes, so all raise
             raise RuntimeError(
@@ -90,7 +87,7 @@ class CheckpointState:
             "dataset_fingerprint": self._fingerprint,
             "num_processes": self.host.accelerator.num_processes,
             "config": self.config.to_dict(),
-            "stage": schedule.stage if isinstance(schedule, Selects) else 0,
+            "stage": self.stream.stage,
             "free": list(self._free),
         }
         states: Any = self.host.trainer.state.stateful_callbacks  # a dict, whatever transformers declares
@@ -146,7 +143,7 @@ class CheckpointState:
         free = FREE_ON_RESUME + self._free
         refused = [text for name, text in changes.items() if name not in free]
         if refused:
-            chosen = "The selections so far were made" if self._selects else "Prompts were chosen"
+            chosen = "The selections so far were made" if self.stream.selects else "Prompts were chosen"
             raise ValueError(
                 f"The LearnAlignConfig is not that of the checkpoint: {'; '.join(refused)}. {chosen} "
                 "with the old values. Resume with these, or start a new run in another `output_dir` (with "
@@ -155,7 +152,7 @@ class CheckpointState:
             )
         said = [text for name, text in changes.items() if name not in ("max_tokens_per_batch", *_OF_FILES)]
         if said and self.host.accelerator.is_main_process:
-            lacking = not (coming or self.config.reselect_every) and self._selects
+            lacking = not (coming or self.config.reselect_every) and self.stream.selects is not None
             how = " None is to come: set `reselect_every`, or resume from a checkpoint before the last one." * lacking
             logger.warning(f"{'; '.join(said)}: the selections to come follow the new values.{how}")
 

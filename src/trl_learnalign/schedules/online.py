@@ -72,6 +72,8 @@ class OnlineSchedule(Schedule, Describes, Prepares):
         self.features_key: str | None = None  # theirs
         self.known: list[str] = []  # what success is predicted from, besides a prompt's own rewards
         self.host = None
+        self.observed = 0  # chunks before this one were observed
+        self.history = History()
 
     # Setting up -------------------------------------------------------------------------------------------------
 
@@ -131,7 +133,7 @@ class OnlineSchedule(Schedule, Describes, Prepares):
         self.completions: dict[int, str] = {}  # of suspects, by row
         self.drawn: dict[int, Drawn] = {}
         self.asked = 0  # chunks that were drawn
-        self.observed = 0  # chunks before this one were observed
+        self.observed = 0
         self._suspects: list[int] = []  # rows of the groups observed last whose completion is wanted
         self._reported: tuple[int, Path] | None = None  # the step of the last report, and its file
         self.order = UniformDraws(self.pool, self.layout.seed)

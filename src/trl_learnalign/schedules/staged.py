@@ -212,7 +212,7 @@ def _read(state) -> tuple[int, list[Version]]:
             raise ValueError(f"{len(indices)} rows for {ends[-1]}")
         numbers = [drawn, *(number for version in log for number in (version.start_chunk, *version.indices))]
         if not all(type(number) is int and number >= 0 for number in numbers):
-            raise ValueError("a number of draws, a start or a row is not an integer")
+            raise ValueError("a start or a row is not an integer")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"The sampler state in the checkpoint is damaged: {error!r}.") from error
     return drawn, log

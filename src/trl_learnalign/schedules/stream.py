@@ -9,7 +9,7 @@ from ..config import LearnAlignConfig
 from ..curriculum.events import Group
 from ..run.layout import STREAM_FIELDS, Layout, to_train_longer
 from . import SCHEDULES
-from .base import Prepares, Run, Schedule, whole_pool
+from .base import Describes, Prepares, Run, Schedule, Selects
 
 
 STATE_VERSION = 3
@@ -37,7 +37,8 @@ def open_stream(make: MakesSchedule, host, config: LearnAlignConfig) -> "Stream"
             f"`schedule` made a {type(schedule).__name__}, but must make a Schedule. Derive your class from "
             "`trl_learnalign.Schedule`."
         )
-    return Stream(schedule, schedule.fit(host) if isinstance(schedule, Prepares) else whole_pool(host))
+    prepares = schedule if isinstance(schedule, Prepares) else Prepares()
+    return Stream(schedule, prepares.fit(host))
 
 
 class Stream:
@@ -59,12 +60,23 @@ class Stream:
 
     Attributes:
         drawn (`int`): chunks that the schedule was asked for, in this run and those that it resumes.
+        selects ([`Selects`], *optional*): the schedule, if selections are made for it.
+        describes ([`Describes`]): the schedule, if it has something to say, else what says nothing.
+        prepares ([`Prepares`]): the schedule, if it looks at the trainer, else what does not.
     """
 
     def __init__(self, schedule: Schedule, layout: Layout):
         self.schedule, self.layout = schedule, layout
+        self.selects = schedule if isinstance(schedule, Selects) else None
+        self.describes = schedule if isinstance(schedule, Describes) else Describes()
+        self.prepares = schedule if isinstance(schedule, Prepares) else Prepares()
         self.drawn = 0
         self._record: dict[int, list[int]] = {}  # rows by chunk: those in flight, and some before
+
+    @property
+    def stage(self) -> int:
+        """Selections so far."""
+        return 0 if self.selects is None else self.selects.stage
 
     # Draws ------------------------------------------------------------------------------------------------------
 
