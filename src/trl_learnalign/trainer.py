@@ -99,7 +99,7 @@ class LearnAlignMixin(_Trainer):
         card = Path(self.args.output_dir) / "README.md"
         if self._learnalign is None or not self.is_world_process_zero() or not card.is_file():
             return
-        online = self._learnalign.sampler.stream.describes.summary()
+        online = self._learnalign.announcer.summary()
         if online:
             card.write_text(card.read_text(encoding="utf-8").rstrip() + online_model_card(online), encoding="utf-8")
             return

@@ -30,6 +30,8 @@ class Announcer:
     def __init__(self, host: "Host", config: "LearnAlignConfig", stream: Stream):
         self.host, self.config, self.stream = host, config, stream
         self._since = 0, time.perf_counter()  # the step that time is counted from, and when it was
+        self._begun = False  # before, a schedule has not seen its trainer
+        self._reported: int | None = None  # the step of the last report
 
     @property
     def directory(self) -> Path:
@@ -49,6 +51,7 @@ class Announcer:
 
     def begin(self, lines: list[str], step: int, max_steps: int) -> None:
         """Print a plan, and warn of what is odd in a new run."""
+        self._begun = True
         if not self.host.accelerator.is_main_process:
             return
         for line in lines:
@@ -69,9 +72,12 @@ class Announcer:
             print(line, flush=True)
 
     def report(self) -> None:
-        """Write the report, unless every selection writes it. A failure to write it does not end the run."""
-        if not self.config.write_report or self.stream.selects is not None:
+        """Write the report, once for a step. A failure to write the report does not end the run."""
+        step = self.host.trainer.state.global_step
+        # A selection writes the report when it is made
+        if not self.config.write_report or self.stream.selects is not None or step == self._reported:
             return
+        self._reported = step
         try:
             self.write_report()
         except Exception as error:
@@ -79,12 +85,16 @@ class Announcer:
 
     def write_report(self) -> Path | None:
         """Write the report. Return its file, on the main process, where there is something to report."""
-        return self.describes.report(self.host, self.directory)
+        return self.describes.report(self.host, self.directory) if self._begun else None
+
+    def summary(self) -> list[str]:
+        """Return sentences about the run, for a model card."""
+        return list(self.describes.summary()) if self._begun else []
 
     def end(self) -> None:
         """Print what came of the run."""
         if self.host.accelerator.is_main_process:
-            lines, page = list(self.describes.summary()), self.directory / "report.html"
+            lines, page = self.summary(), self.directory / "report.html"
             if lines and page.is_file():
                 lines.append(f"What was chosen and why: {page}")
             for line in lines:

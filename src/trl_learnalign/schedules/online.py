@@ -72,13 +72,11 @@ class OnlineSchedule(Schedule, Describes, Prepares):
         self.features_key: str | None = None  # theirs
         self.known: list[str] = []  # what success is predicted from, besides a prompt's own rewards
         self.host = None
-        self.observed = 0  # chunks before this one were observed
-        self.history = History()
 
     # Setting up -------------------------------------------------------------------------------------------------
 
     def fit(self, host):
-        """Look for the pool. An epoch has as many prompts as may be trained on."""
+        """Looks for the pool. An epoch has as many prompts as may be trained on."""
         check_success_reward(host.reward_names, self.config.success_reward, self.config.learnability)
         check_online(host.dataset, self.config)
         self.pool = eligible_rows(host.dataset, self.config)
@@ -133,7 +131,7 @@ class OnlineSchedule(Schedule, Describes, Prepares):
         self.completions: dict[int, str] = {}  # of suspects, by row
         self.drawn: dict[int, Drawn] = {}
         self.asked = 0  # chunks that were drawn
-        self.observed = 0
+        self.observed = 0  # chunks before this one were observed
         self._suspects: list[int] = []  # rows of the groups observed last whose completion is wanted
         self._reported: tuple[int, Path] | None = None  # the step of the last report, and its file
         self.order = UniformDraws(self.pool, self.layout.seed)
@@ -143,7 +141,7 @@ class OnlineSchedule(Schedule, Describes, Prepares):
     # Choosing ---------------------------------------------------------------------------------------------------
 
     def choose(self, n):
-        """Choose the next chunk."""
+        """Chooses the next chunk."""
         chunk, self.asked = self.asked, self.asked + 1
         self.drawn[chunk] = self._choose(chunk)
         return self.drawn[chunk].rows.tolist()
@@ -218,7 +216,7 @@ class OnlineSchedule(Schedule, Describes, Prepares):
     # Learning ---------------------------------------------------------------------------------------------------
 
     def observe(self, groups):
-        """Learn from the groups of a chunk. A chunk that was observed before, or never drawn, changes nothing."""
+        """Learns from the groups of a chunk. A chunk that was observed before, or never drawn, changes nothing."""
         chunk, self._suspects = groups[0].number // self.layout.chunk_prompts, []
         if chunk < self.observed or chunk not in self.drawn:
             return
@@ -228,7 +226,7 @@ class OnlineSchedule(Schedule, Describes, Prepares):
         self._suspects = self._learn(chunk, rewards, masked)
 
     def wanted(self, groups):
-        """Return the rows of suspects whose completion is not known yet."""
+        """Returns the rows of suspects whose completion is not known yet."""
         return self._suspects
 
     def _learn(self, chunk, rewards, masked):
@@ -281,7 +279,7 @@ class OnlineSchedule(Schedule, Describes, Prepares):
         return self.memory.num_suspects() if self.judge.tried else 0
 
     def _suspicious(self, rows) -> list[int]:
-        """Return the suspects among these rows whose completion is not known yet."""
+        """Returns the suspects among these rows whose completion is not known yet."""
         if len(self.completions) >= 2 * MOST_SUSPECTS:
             return []
         return [row for row in rows[self.memory.is_suspect(rows)].tolist() if row not in self.completions]
@@ -343,7 +341,7 @@ class OnlineSchedule(Schedule, Describes, Prepares):
         return warning(self, max_steps)
 
     def report(self, host, directory):
-        """Write the report. Once per step."""
+        """Writes the report. Once per step."""
         step = host.trainer.state.global_step
         if not (host.accelerator.is_main_process and self.observed):
             return None
@@ -386,7 +384,7 @@ class OnlineSchedule(Schedule, Describes, Prepares):
         return {self.hidden.file: self.hidden.sha256}
 
     def load_state_dict(self, state):
-        """Restore the state."""
+        """Restores the state."""
         try:
             for name in _PARTS:
                 getattr(self, name).load_state_dict(state[name])
