@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import logging
 import re
 import shutil
@@ -25,7 +24,6 @@ from tiny import (
 )
 
 from trl_learnalign import LearnAlignConfig, Selection, select_prompts
-from trl_learnalign.ground.disk import digest
 from trl_learnalign.host import generation
 from trl_learnalign.schedules.staged import Version
 from trl_learnalign.schedules.staged_plan import Work, estimate_line, plan_lines, rollouts_text, warmup_warning
@@ -298,27 +296,6 @@ def test_the_advice_against_full_memory_can_be_followed(tmp_path, monkeypatch, c
 def test_another_schedule_is_named(run, capsys):
     with pytest.raises(ValueError, match=r"schedule StagedSchedule \(`schedule='staged'`\).*has OnlineSchedule"):
         resumed(run[1], 4, online(), capsys)
-
-
-def test_checkpoints_of_version_0_1_0_know_no_config(run, tmp_path, capsys):
-    trainer, path, *_ = run
-    shutil.copytree(path, tmp_path / "old")
-    file = tmp_path / "old/checkpoint-4/trainer_state.json"
-    state = json.loads(file.read_text())
-    ours = state["stateful_callbacks"]["learnalign"]
-    del ours["sha256"], ours["config"]
-    ours["sha256"] = digest(ours)
-    file.write_text(json.dumps(state))
-    again, _ = resumed(tmp_path / "old", 4, config(), capsys)
-    assert_same_weights(weights(again), weights(trainer))
-    ours["config"] = {
-        name: value for name, value in config().to_dict().items() if name != "deduplicate"
-    }  # a later one
-    del ours["sha256"]
-    ours["sha256"] = digest(ours)
-    file.write_text(json.dumps(state))
-    with pytest.raises(ValueError, match="not that of the checkpoint: `deduplicate` was False and is True"):
-        resumed(tmp_path / "old", 4, config(deduplicate=True), capsys)
 
 
 def test_a_finished_run_is_trained_longer_with_max_steps(run, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from functools import partial, update_wrapper
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from tiny import (
     make_dataset,
     make_model,
     make_trainer,
+    online,
     parity_reward,
     planned,
     weights,
@@ -499,11 +501,7 @@ def test_callback_and_mixin_choose_as_the_trainer_does(tmp_path):
     stock = make_trainer(tmp_path / "c", **kwargs)
     stock.add_callback(LearnAlignCallback(stock, LearnAlignSampler(config())))
     stock.train()
-    assert (
-        ours._get_train_sampler().schedule.log
-        == mixed._get_train_sampler().schedule.log
-        == stock._get_train_sampler().schedule.log
-    )
+    assert ours.learnalign.schedule.log == mixed.learnalign.schedule.log == stock.learnalign.schedule.log
     assert_same_weights(weights(ours), weights(mixed))
     assert_same_weights(weights(ours), weights(stock))
 
@@ -517,6 +515,20 @@ def test_without_a_sampler_the_trainer_is_what_it_was(tmp_path):
     stock = make_trainer(tmp_path / "b", max_steps=2)
     stock.train()
     assert_same_weights(weights(ours), weights(stock))
+    assert ours.learnalign is None and not hasattr(stock, "learnalign")
+
+
+def test_the_handle_of_a_trainer_writes_a_report_when_asked(tmp_path):
+    """By whatever way the trainer got a sampler, and though `write_report` is off."""
+    staged = make_trainer(tmp_path / "staged", max_steps=3)
+    staged.add_callback(LearnAlignCallback(staged, LearnAlignSampler(config(score="learnability", warmup_prompts=4))))
+    for trainer in (staged, make_trainer(tmp_path / "online", online(), max_steps=2)):
+        handle, page = trainer.learnalign, Path(trainer.args.output_dir, "learnalign/report.html")
+        assert handle.selections == [] and handle.report() is None and not page.exists()
+        trainer.train()
+        assert not page.exists() and handle.report() == page and page.is_file()
+        chosen = [list(version.indices) for version in getattr(handle.schedule, "log", [])[1:]]
+        assert [one.indices for one in handle.selections] == chosen and bool(chosen) == (trainer is staged)
 
 
 def test_training_twice_starts_afresh(tmp_path):

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
@@ -16,7 +17,7 @@ from .run.uploads import warn_of_uploads
 from .sampler import LearnAlignSampler
 from .schedules import Schedule
 from .schedules.announcer import Announcer
-from .schedules.base import Prepares, Selects
+from .schedules.base import Selects
 from .schedules.checkpoint import CheckpointState
 from .schedules.stream import Stream, open_stream
 from .schedules.tap import RewardTap
@@ -79,9 +80,10 @@ class LearnAlignCallback(TrainerCallback):
         self._begin(stream)
         self._untouched = True  # no run has used this stream
         self.host.replace_sampler(self._train_sampler)
-        self.host.before_checkpoint(lambda *where: self._checkpoints.write(*where, self.pending))
+        self.host.before_checkpoint(self._write_state)
         self.host.add_tag("learnalign")
-        trainer.learnalign = LearnAlignHandle(self)
+        with_handle: Any = trainer
+        with_handle.learnalign = LearnAlignHandle(self)
 
     def _train_sampler(self, dataset=None):
         size = len(self.trainer.train_dataset if dataset is None else dataset)
@@ -92,12 +94,15 @@ class LearnAlignCallback(TrainerCallback):
             )
         return self.sampler
 
+    def _write_state(self, directory: Path, is_writer: bool, peers: Peers) -> None:
+        self._checkpoints.write(directory, is_writer, peers, self.pending)
+
     def _begin(self, stream: Stream) -> None:
-        """Hands the draws of a run to all who work with them."""
+        """Hand the draws of a run to all who work with them."""
         self.sampler.begin(stream)
         self._checkpoints.begin(stream)
         self._tap.stream = stream
-        self.announcer = Announcer(self.host, self.config, stream.schedule)
+        self.announcer = Announcer(self.host, self.config, stream)
 
     @property
     def schedule(self) -> Schedule:
@@ -107,8 +112,7 @@ class LearnAlignCallback(TrainerCallback):
     @property
     def selects(self) -> Selects | None:
         """The schedule, if selections are made for it."""
-        schedule = self.schedule
-        return schedule if isinstance(schedule, Selects) else None
+        return self.sampler.stream.selects
 
     # The events of a run ----------------------------------------------------------------------------------------
 
@@ -121,12 +125,12 @@ class LearnAlignCallback(TrainerCallback):
             if not self._untouched:  # of a run before, whose schedule this one must not know
                 self._begin(open_stream(self.sampler.makes_schedule, self.host, self.config))
             self._untouched = False
-            saved = self._resume(state) if state.global_step > 0 else None
-            prepares = self.schedule if isinstance(self.schedule, Prepares) else None
-            if prepares is not None:
-                if saved is None:
-                    prepares.check_length(state.max_steps)
-                prepares.prepare(self.host, saved, peers)
+            prepares, saved = self.sampler.stream.prepares, None
+            if state.global_step > 0:
+                saved, self.pending = self._checkpoints.read(state)
+            else:
+                prepares.check_length(state.max_steps)
+            prepares.prepare(self.host, saved, peers)
             if saved is not None:
                 self.schedule.load_state_dict(saved)
             elif self._due(0, state.max_steps):
@@ -134,17 +138,13 @@ class LearnAlignCallback(TrainerCallback):
             elif self.config.after_warmup == "restart":
                 save_initial_weights(self.host, self._initial_file())
             self.announcer.begin(self.plan(state), state.global_step, state.max_steps)
-            if prepares is not None and saved is None:
+            if saved is None:
                 prepares.look(self.host, peers)
             peers.wait()
         warn_of_uploads(self.trainer, self.config)
         self.announcer.count_from(state.global_step)
         if self.pending is not None:
             self.select(state)
-
-    def _resume(self, state):
-        saved, self.pending = self._checkpoints.read(state)
-        return saved
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # Accelerate's `set_epoch` does not reach the sampler of a resumed epoch
@@ -180,12 +180,12 @@ class LearnAlignCallback(TrainerCallback):
         self.ended()
 
     def ended(self) -> None:
-        """Notes that training has ended, finished or not."""
+        """Note that training has ended, finished or not."""
         self.host.note_functions()
         self.unlock()
 
     def unlock(self) -> None:
-        """Lets other runs use the output directory."""
+        """Let other runs use the output directory."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -193,14 +193,14 @@ class LearnAlignCallback(TrainerCallback):
     # What a subclass may do otherwise ---------------------------------------------------------------------------
 
     def plan(self, state: TrainerState) -> list[str]:
-        """Returns the lines of the plan that is printed when training begins."""
+        """Return the lines of the plan that is printed when training begins."""
         return self.announcer.plan(state.global_step, state.max_steps, self.pending is not None)
 
     def select(self, state: TrainerState) -> None:
-        """Makes the selection that is `pending`, and hands it to the schedule."""
+        """Make the selection that is `pending`, and hand it to the schedule."""
         start, self.pending = self.pending, None
         selects = self.selects
-        assert start is not None and selects is not None
+        assert start is not None and selects is not None  # else nothing is pending
         self.announcer.estimate(state.global_step)
         stage = selects.stage
         selection = select_at_stage(self.trainer, self.config, stage)
@@ -220,7 +220,7 @@ class LearnAlignCallback(TrainerCallback):
     def _due(self, step, max_steps) -> bool:
         return self.selects is not None and self.selects.due(step, max_steps, self.sampler.stream.drawn)
 
-    def _log(self, selection, start, before):
+    def _log(self, selection: Selection, start: int, before: float | None) -> None:
         # Not `self.trainer.log`, which flushes the metrics of the training batches gathered so far. A log event resets
         # `should_log`, which the step that just ended may have set for its own values
         control: TrainerControl = self.trainer.control
@@ -233,15 +233,15 @@ class LearnAlignCallback(TrainerCallback):
 
     def with_zero_variance(self, logs: dict[str, float]) -> dict[str, float]:
         """
-        Returns `logs` with the mean share of groups of selected prompts that have no gradient, if `logs` are of
+        Return `logs` with the mean share of groups of selected prompts that have no gradient, if `logs` are of
         training.
         """
         selects = self.selects
         share = self._zero_variance(selects) if selects is not None and selects.in_use_from else None
         return logs if share is None or "loss" not in logs else logs | {"learnalign/zero_variance_after": share}
 
-    def _zero_variance(self, selects) -> float | None:
-        """Returns the mean share of groups without a gradient since the last selection took effect, or the start."""
+    def _zero_variance(self, selects: Selects) -> float | None:
+        """Return the mean share of groups without a gradient since the last selection took effect, or the start."""
         history = self.trainer.state.log_history
         return trackers.zero_variance(history, self.sampler.layout, selects.in_use_from or 0)
 
@@ -272,7 +272,7 @@ class LearnAlignHandle:
 
     def report(self) -> Path | None:
         """
-        Writes the report about the run as it is now, whatever `write_report` says.
+        Write the report about the run as it is now, whatever `write_report` says.
 
         Returns:
             `Path`, *optional*: the HTML file; `None` where there is nothing to report yet, and on other processes than

@@ -52,7 +52,7 @@ class LearnAlignSampler(Sampler[int]):
 
     def bind(self, stream: Stream) -> None:
         """
-        Ties the sampler to a trainer. Called by the trainer or the callback, not by users.
+        Tie the sampler to a trainer. Called by the trainer or the callback, not by users.
 
         Raises:
             `ValueError`: the sampler serves another trainer already.
@@ -65,7 +65,7 @@ class LearnAlignSampler(Sampler[int]):
         self._stream = stream
 
     def begin(self, stream: Stream) -> None:
-        """Begins another run of the same trainer."""
+        """Begin another run of the same trainer."""
         self._stream, self.epoch = stream, 0
 
     @property
@@ -90,11 +90,11 @@ class LearnAlignSampler(Sampler[int]):
         return self.stream.layout
 
     def chunk(self, i: int) -> list[int]:
-        """Returns the dataset rows of the prompts of chunk `i`, of length `chunk_prompts`; see [`Stream.chunk`]."""
+        """Return the dataset rows of the prompts of chunk `i`, of length `chunk_prompts`; see [`Stream.chunk`]."""
         return self.stream.chunk(i)
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch that the next iteration yields."""
+        """Set the epoch that the next iteration yields."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:

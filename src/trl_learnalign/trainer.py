@@ -1,6 +1,7 @@
 """GRPOTrainer, or RLOOTrainer, with a `train_sampler`."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trl import GRPOTrainer
 
@@ -15,7 +16,13 @@ from .sampler import LearnAlignSampler
 from .selection.stages import load_run
 
 
-class LearnAlignMixin:
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object  # stands before a class of trainers
+
+
+class LearnAlignMixin(_Trainer):
     r"""
     Gives a GRPOTrainer or an RLOOTrainer (or a subclass of yours) the argument `train_sampler`:
 
@@ -25,8 +32,12 @@ class LearnAlignMixin:
 
     Args:
         train_sampler ([`LearnAlignSampler`], *optional*):
-            Decides which prompts are trained on. Without it the trainer does not change. All other arguments are
-            passed to the trainer.
+            Decides which prompts are trained on. Without a sampler the trainer does not change. All other arguments
+            are passed to the trainer.
+
+    Attributes:
+        learnalign ([`LearnAlignHandle`], *optional*): the schedule of the run, its selections and its report; `None`
+            without a sampler.
     """
 
     def __init__(self, *args, train_sampler: LearnAlignSampler | None = None, **kwargs):
@@ -47,8 +58,9 @@ class LearnAlignMixin:
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """
-        As the trainer's, but `resume_from_checkpoint=True` resumes from the last complete checkpoint: a run killed
-        while writing one goes on from the one before it, and a run killed before its first starts from the beginning.
+        Train as the trainer does, but `resume_from_checkpoint=True` resumes from the last complete checkpoint: a run
+        killed while writing one goes on from the one before it, and a run killed before its first starts from the
+        beginning.
 
         Raises:
             `ValueError`: the checkpoint that was asked for is not complete, or there are checkpoints and none is.
@@ -63,26 +75,26 @@ class LearnAlignMixin:
             self._learnalign.ended()
 
     def _whole_checkpoint(self, wanted):
-        """The same on all processes, or the same error: only those that write checkpoints look at the disk."""
+        """Find the checkpoint, or the error, on those processes that write any; all come to the same."""
         path, shared = self.args.output_dir, not self.args.save_on_each_node
         with Peers(self.accelerator) as peers:
             surveys = peers.gather(survey(path, wanted, shared) if self.args.should_save else None)
         return whole_checkpoint(path, wanted, [view for view in surveys if view is not None])
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """As the trainer's, with `learnalign/zero_variance_after` once a selection is in use."""
+        """Log as the trainer does, with `learnalign/zero_variance_after` once a selection is in use."""
         if self._learnalign is not None:
             logs = self._learnalign.with_zero_variance(logs)
         super().log(logs, *args, **kwargs)
 
     def push_to_hub(self, *args, **kwargs):
-        """As the trainer's, with a warning if prompts go to a repository that is public, or may be."""
+        """Push as the trainer does, with a warning if prompts go to a repository that is public, or may be."""
         if self._learnalign is not None:
             warn_of_uploads(self, self._learnalign.config, now=True)
         return super().push_to_hub(*args, **kwargs)
 
     def create_model_card(self, *args, **kwargs):
-        """As the trainer's, with a section on the prompts: the selections of this run, and the paper."""
+        """Write the trainer's card, with a section on the prompts: the selections of this run, and the paper."""
         super().create_model_card(*args, **kwargs)
         card = Path(self.args.output_dir) / "README.md"
         if self._learnalign is None or not self.is_world_process_zero() or not card.is_file():

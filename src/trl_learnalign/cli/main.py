@@ -274,7 +274,7 @@ class _SelectOnce(LearnAlignCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        if self.selects is not None and self.selects.stage:
+        if self.sampler.stream.stage:
             raise ValueError(
                 f"The checkpoint '{args.resume_from_checkpoint}' was saved after a selection, so its warm-up is over. "
                 "Pass the one that was saved at the end of the warm-up, or leave out `resume_from_checkpoint`."

@@ -62,7 +62,9 @@ class Flight:
         Raises:
             `ValueError`: the arrays have different lengths.
         """
-        arrays = {name: np.asarray(state[name]).astype(kind, copy=True) for name, kind in _KINDS.items()}
+        arrays: dict[str, np.ndarray] = {
+            name: np.asarray(state[name]).astype(kind, copy=True) for name, kind in _KINDS.items()
+        }
         if len({array.shape for array in arrays.values()}) != 1:
             raise ValueError(f"draws have the shapes {sorted({array.shape for array in arrays.values()})}")
         return cls(**arrays)

@@ -8,7 +8,7 @@ from .settings import OnlineSettings
 
 
 _NEWTON_STEPS = 8  # at most; from the weights before, three are usually enough
-_CONVERGED = 1e-7  # greatest change of a logit
+_CONVERGED = 1e-3  # greatest change of a logit; the steps converge quadratically
 _COLUMNS = {"numbers": np.int64, "rows": np.int32, "clock": np.float64} | dict.fromkeys(
     ("successes", "trials", "predicted"), np.float32
 )

@@ -1,4 +1,4 @@
-"""Which checkpoint of [`~transformers.Trainer`] to resume from: the last complete one."""
+"""The last complete checkpoint of [`~transformers.Trainer`], to resume from."""
 
 import hashlib
 import json
@@ -51,9 +51,9 @@ _INDICES = (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME)
 
 def damage(checkpoint: Path, shared: bool = True) -> str | None:
     """
-    What is wrong with a checkpoint, or `None` if it is complete. A run killed while writing a checkpoint leaves one
-    without `trainer_state.json`, which Trainer writes last, or with files cut short. `shared`: whether the processes
-    of all nodes write to the same disk.
+    Say what is wrong with a checkpoint, or `None` if it is complete. A run killed while writing a checkpoint leaves
+    one without `trainer_state.json`, which Trainer writes last, or with files cut short. `shared`: whether the
+    processes of all nodes write to the same disk.
     """
     state = checkpoint / TRAINER_STATE_NAME
     try:
@@ -97,7 +97,7 @@ def _damage_of_file(file):
 
 
 def _damage_of_ours(checkpoint, ours):
-    """Of the schedule's state and files: `trainer_state.json` names each file with its digest."""
+    """Look at the state and files of the schedule: `trainer_state.json` names each file with its digest."""
     arrays, files = ours.get("arrays"), ours.get("files")
     named = dict(files) if isinstance(files, dict) else {}
     if isinstance(arrays, dict):
@@ -113,7 +113,7 @@ def _damage_of_ours(checkpoint, ours):
 
 
 def _damage_of_shards(index):
-    """Weights that are too large for one file."""
+    """Look at weights that are too large for one file."""
     try:
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -128,11 +128,11 @@ def _damage_of_shards(index):
 
 def survey(output_dir: str, wanted: str | bool, shared: bool = True) -> dict:
     """
-    The checkpoints as a process that writes them finds them: `damage` of the one that is `wanted`, or, if that is
+    Look at the checkpoints, on a process that writes them: `damage` of the one that is `wanted`, or, if that is
     `True`, of all in `output_dir`, latest first; and whether a run has `started` there.
     """
     if wanted is not True:
-        return {"started": True, "damage": {str(wanted): damage(Path(wanted), shared)}}
+        return {"started": True, "damage": {str(wanted): damage(Path(str(wanted)), shared)}}
     steps = {}
     for path in Path(output_dir).glob("checkpoint-*"):
         if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir():
@@ -145,7 +145,7 @@ def survey(output_dir: str, wanted: str | bool, shared: bool = True) -> dict:
 
 def whole_checkpoint(output_dir: str, wanted: str | bool, surveys: list[dict]) -> str | bool | None:
     """
-    What to resume from: `wanted`, if it names a complete checkpoint; if it is `True`, the last complete one in
+    Decide what to resume from: `wanted`, if it names a complete checkpoint; if it is `True`, the last complete one in
     `output_dir`. If there is no checkpoint: `None` if a run started there and was killed before its first one, `True`
     if no run started there.
 
@@ -158,7 +158,7 @@ def whole_checkpoint(output_dir: str, wanted: str | bool, surveys: list[dict]) -
     Raises:
         `ValueError`: `wanted` names a checkpoint that is not complete, or there are checkpoints and none is complete.
     """
-    paths = dict.fromkeys(path for view in surveys for path in view["damage"])
+    paths = list(dict.fromkeys(path for view in surveys for path in view["damage"]))
     if wanted is True:
         paths = sorted(paths, key=lambda path: int(path.rpartition("-")[2]), reverse=True)
     reasons = {path: _first(view["damage"].get(path, "it is missing on a node") for view in surveys) for path in paths}
@@ -169,7 +169,7 @@ def whole_checkpoint(output_dir: str, wanted: str | bool, surveys: list[dict]) -
                 "`resume_from_checkpoint=True` for the last one that is."
             )
         return wanted
-    passed = []
+    passed: list[str] = []
     for path, reason in reasons.items():
         if reason is None:
             for warning in passed:

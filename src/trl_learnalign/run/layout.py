@@ -1,4 +1,4 @@
-"""What a trainer's configuration says of the stream of prompts, and the arithmetic of chunks, batches and steps."""
+"""The shape of a stream of prompts, and the arithmetic of chunks, batches and optimizer steps."""
 
 import math
 from dataclasses import dataclass, replace
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 @dataclass(frozen=True)
 class Layout:
     """
-    What the trainer's configuration says of the stream. Equal layouts make equal streams.
+    The shape of a stream, as the trainer's configuration has it. Equal layouts make equal streams.
 
     Attributes:
         pool_size (`int`): rows of the training dataset.
@@ -65,17 +65,17 @@ class Layout:
         return math.ceil(self.epoch_chunks * self.repeats / self.accumulation)
 
     def batches_trained(self, step: int) -> int:
-        """Batches (a chunk makes `repeats` of them) that have been trained on after optimizer step `step`."""
+        """Count the batches (a chunk makes `repeats` of them) that are trained on after optimizer step `step`."""
         epochs, rest = divmod(step, self.epoch_steps)
         epoch_batches = self.epoch_chunks * self.repeats
         return epochs * epoch_batches + min(rest * self.accumulation, epoch_batches)
 
     def chunks_trained(self, step: int) -> int:
-        """Whole chunks that have been trained on, all their repeats, after optimizer step `step`."""
+        """Count the whole chunks that are trained on, all their repeats, after optimizer step `step`."""
         return self.batches_trained(step) // self.repeats
 
     def steps_of(self, chunks: int) -> int:
-        """Optimizer step after which the first `chunks` chunks have been trained on, all their repeats."""
+        """Return the optimizer step after which the first `chunks` chunks are trained on, all their repeats."""
         epochs, rest = divmod(chunks, self.epoch_chunks)
         return epochs * self.epoch_steps + math.ceil(rest * self.repeats / self.accumulation)
 
@@ -90,11 +90,11 @@ class Layout:
         return step, min(drawn, math.ceil(step / self.epoch_steps) * self.epoch_chunks)
 
     def prompts_trained(self, step: int) -> float:
-        """Prompts that have been trained on after optimizer step `step`."""
+        """Count the prompts that are trained on after optimizer step `step`."""
         return self.batches_trained(step) / self.repeats * self.chunk_prompts
 
     def differences(self, saved: dict) -> list[str]:
-        """What a stream depends on and `saved`, the fields of another layout, has otherwise: a text for each."""
+        """Compare with `saved`, the fields of another layout. Return a text for each that a stream depends on."""
         return [
             f"{_EXPLAINED.get(name, name)} was {saved.get(name)!r} and is {getattr(self, name)!r}"
             for name in STREAM_FIELDS
@@ -111,7 +111,7 @@ class Layout:
 
 
 def to_train_longer(layout: Layout, epochs) -> str:
-    """What to do instead of changing `num_train_epochs`, if that was changed."""
+    """Say what to do instead of changing `num_train_epochs`, if that was changed."""
     if epochs == layout.epochs or not isinstance(epochs, (int, float)) or not 0 < epochs < math.inf:
         return ""
     steps = replace(layout, epochs=epochs).steps_of(math.ceil(layout.epochs * layout.epoch_chunks))

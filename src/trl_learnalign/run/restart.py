@@ -12,6 +12,8 @@ from ..ground.peers import Peers
 
 def check_restart(host) -> None:
     """
+    Check that training can start over.
+
     Raises:
         `ValueError`: weights that are sharded, or a reference policy that follows them.
     """
@@ -30,7 +32,7 @@ def check_restart(host) -> None:
 
 def save_initial_weights(host, file: Path) -> None:
     """
-    Writes the trainable weights. All processes call this.
+    Write the trainable weights. All processes call this.
 
     Raises:
         `ValueError`: the optimizer has a state already.
@@ -48,7 +50,7 @@ def save_initial_weights(host, file: Path) -> None:
 
 def restart(host, file: Path) -> None:
     """
-    Sets the weights that `save_initial_weights` wrote, and an empty optimizer state. The learning rate goes on by its
+    Set the weights that `save_initial_weights` wrote, and an empty optimizer state. The learning rate goes on by its
     schedule. All processes call this.
 
     Raises:

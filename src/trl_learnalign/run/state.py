@@ -14,8 +14,9 @@ STATE_FILE = "learnalign_state.safetensors"
 
 
 def split(state: dict) -> tuple[dict, dict[str, np.ndarray]]:
-    """The values of a nested state, and its arrays by their place in it, such as `"sampler/state/indices"`."""
-    values, arrays = {}, {}
+    """Split a nested state into values, and arrays by their place in it, such as `"sampler/state/indices"`."""
+    values: dict = {}
+    arrays: dict[str, np.ndarray] = {}
     for name, value in state.items():
         if isinstance(value, dict):
             values[name], inner = split(value)
@@ -28,7 +29,7 @@ def split(state: dict) -> tuple[dict, dict[str, np.ndarray]]:
 
 
 def join(values: dict, arrays: dict[str, np.ndarray]) -> dict:
-    """What was [`split`]."""
+    """Join what was [`split`]."""
     state = {name: join(value, {}) if isinstance(value, dict) else value for name, value in values.items()}
     for path, array in arrays.items():
         *outer, name = path.split("/")
@@ -41,7 +42,7 @@ def join(values: dict, arrays: dict[str, np.ndarray]) -> dict:
 
 def write_arrays(directory: Path, arrays: dict[str, np.ndarray], is_writer: bool) -> dict | None:
     """
-    Writes the arrays into a checkpoint, where there are any. Returns what trainer_state.json is to say of them: the
+    Write the arrays into a checkpoint, where there are any. Return what trainer_state.json is to say of them: the
     name of the file and its SHA-256.
     """
     if not arrays:
@@ -56,7 +57,7 @@ def write_arrays(directory: Path, arrays: dict[str, np.ndarray], is_writer: bool
 
 def read_arrays(directory: Path, entry: dict | None) -> dict[str, np.ndarray]:
     """
-    The arrays that [`write_arrays`] wrote, by its entry.
+    Read the arrays that [`write_arrays`] wrote, by its entry.
 
     Raises:
         `ValueError`: the file is missing or damaged.
@@ -76,9 +77,9 @@ def read_arrays(directory: Path, entry: dict | None) -> dict[str, np.ndarray]:
         ) from error
 
 
-def decided(values, arrays) -> str:
+def decided(values: dict, arrays: dict[str, np.ndarray]) -> str:
     """
-    Digests what a schedule has decided: all but floating-point numbers, whose last digits may differ between
+    Digest what a schedule has decided: all but floating-point numbers, whose last digits may differ between
     processors.
     """
     decided = {name: array for name, array in sorted(arrays.items()) if array.dtype.kind != "f"}

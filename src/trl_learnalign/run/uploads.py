@@ -1,4 +1,4 @@
-"""Which files of a run hold prompts and are uploaded to the Hub with the model."""
+"""A warning about files of a run that hold prompts and are uploaded to the Hub with the model."""
 
 import logging
 import weakref
@@ -12,28 +12,28 @@ from ..config import LearnAlignConfig
 
 logger = logging.getLogger(__name__)
 
-# Of the checkpoints, which hold the features of prompts, too
+# Checkpoints hold the features of prompts
 _CHECKPOINTS = {"checkpoint": " and in the last checkpoint", "all_checkpoints": " and in all checkpoints"}
-_WARNED = weakref.WeakSet()  # trainers
+_WARNED: weakref.WeakSet[Trainer] = weakref.WeakSet()
 
 
 def warn_of_uploads(trainer: Trainer, config: LearnAlignConfig, now: bool = False) -> None:
     """
-    Warns, once for a trainer and on the main process, if `push_to_hub` uploads files that hold prompts to a repository
+    Warn, once for a trainer and on the main process, if `push_to_hub` uploads files that hold prompts to a repository
     that is public, or may be.
 
     Args:
         trainer ([`~transformers.Trainer`]): whose `output_dir` is uploaded.
         config ([`LearnAlignConfig`]): of its sampler.
         now (`bool`, *optional*, defaults to `False`): whether `trainer.push_to_hub()` was called, which uploads
-            without `push_to_hub=True`, too.
+            without `push_to_hub=True` as well.
     """
     args = trainer.args
     if not (now or args.push_to_hub) or not trainer.accelerator.is_main_process or trainer in _WARNED:
         return
     _WARNED.add(trainer)
     files = _with_prompts(config, args)
-    repo = getattr(trainer, "hub_model_id", None) or args.hub_model_id or Path(args.output_dir).absolute().name
+    repo = getattr(trainer, "hub_model_id", None) or args.hub_model_id or Path(str(args.output_dir)).absolute().name
     private = _is_private(repo, args.hub_token)
     if not files or private or (private is None and args.hub_private_repo):
         return
@@ -66,7 +66,7 @@ def _with_prompts(config, args) -> list[str]:
 
 
 def _is_private(repo, token) -> bool | None:
-    """Of a model's repository; `None` if the Hub does not say."""
+    """Ask the Hub whether the repository of a model is private; `None` without an answer."""
     try:
         return HfApi(token=token).model_info(repo).private
     except Exception:  # no network, or no right to ask; the upload itself complains of what is wrong

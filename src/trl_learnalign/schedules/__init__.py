@@ -1,11 +1,20 @@
 """Schedules, which decide which prompt is trained on when."""
 
-from .base import Schedule
+from .base import Describes, Prepares, Run, Schedule, Selects
 from .online import OnlineSchedule
 from .staged import StagedSchedule
 
 
-# By the name that `LearnAlignConfig(schedule=...)` has for them
+# Schedules by the name that `LearnAlignConfig(schedule=...)` has for them
 SCHEDULES: dict[str, type[Schedule]] = {"staged": StagedSchedule, "online": OnlineSchedule}
 
-__all__ = ["SCHEDULES", "OnlineSchedule", "Schedule", "StagedSchedule"]
+__all__ = [
+    "SCHEDULES",
+    "Describes",
+    "OnlineSchedule",
+    "Prepares",
+    "Run",
+    "Schedule",
+    "Selects",
+    "StagedSchedule",
+]

@@ -5,7 +5,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .base import Describes, Schedule, Selects
+from .base import Describes
+from .stream import Stream
 
 
 if TYPE_CHECKING:
@@ -18,78 +19,80 @@ logger = logging.getLogger(__name__)
 
 class Announcer:
     """
-    Speaks for a schedule, on the main process.
+    Speaks for the schedule of a run, on the main process.
 
     Args:
         host ([`Host`]): the trainer.
         config ([`LearnAlignConfig`]): of its sampler.
-        schedule ([`Schedule`]): of the run that begins.
+        stream ([`Stream`]): of the run that begins.
     """
 
-    def __init__(self, host: "Host", config: "LearnAlignConfig", schedule: Schedule):
-        self.host, self.config, self.schedule = host, config, schedule
-        self._describes = schedule if isinstance(schedule, Describes) else None
-        self._reported = -1  # step of the latest report
+    def __init__(self, host: "Host", config: "LearnAlignConfig", stream: Stream):
+        self.host, self.config, self.stream = host, config, stream
         self._since = 0, time.perf_counter()  # the step that time is counted from, and when it was
+        self._begun = False  # before, a schedule has not seen its trainer
+        self._reported: int | None = None  # the step of the last report
 
     @property
     def directory(self) -> Path:
         """`OUTPUT_DIR/learnalign`."""
         return Path(self.host.args.output_dir) / "learnalign"
 
+    @property
+    def describes(self) -> Describes:
+        """The schedule, as far as it says something."""
+        return self.stream.describes
+
     def plan(self, step: int, max_steps: int, due: bool) -> list[str]:
-        """Returns the lines of the plan; see [`Describes.plan`]."""
-        if self._describes is None:
-            name = type(self.schedule).__name__
-            return [f"steps {step + 1} to {max_steps} train on the prompts that {name} chooses."]
-        return self._describes.plan(step, max_steps, due)
+        """Return the lines of the plan; see [`Describes.plan`]."""
+        name = type(self.stream.schedule).__name__
+        by_default = [f"steps {step + 1} to {max_steps} train on the prompts that {name} chooses."]
+        return self.describes.plan(step, max_steps, due) or by_default
 
     def begin(self, lines: list[str], step: int, max_steps: int) -> None:
-        """Prints a plan, and warns of what is odd in a new run."""
+        """Print a plan, and warn of what is odd in a new run."""
+        self._begun = True
         if not self.host.accelerator.is_main_process:
             return
         for line in lines:
             print(f"LearnAlign plan: {line}", flush=True)
-        warning = self._describes.warning(max_steps) if self._describes is not None else None
+        warning = self.describes.warning(max_steps)
         if warning is not None and step == 0:
             logger.warning(warning)
 
     def count_from(self, step: int) -> None:
-        """Notes that training goes on now, after a step."""
+        """Note that training goes on now, after a step."""
         self._since = step, time.perf_counter()
 
     def estimate(self, step: int) -> None:
-        """Prints how long the selection after a step may take."""
-        if self._describes is None:
-            return
+        """Print how long the selection after a step may take."""
         since, then = self._since
-        line = self._describes.estimate(step, since, time.perf_counter() - then)
+        line = self.describes.estimate(step, since, time.perf_counter() - then)
         if line is not None and self.host.accelerator.is_main_process:
             print(line, flush=True)
 
     def report(self) -> None:
-        """
-        Writes the report, once a step, unless every selection writes it. A failure to write it does not end the run.
-        """
+        """Write the report, once for a step. A failure to write the report does not end the run."""
         step = self.host.trainer.state.global_step
-        if not self.config.write_report or isinstance(self.schedule, Selects) or step == self._reported:
+        # A selection writes the report when it is made
+        if not self.config.write_report or self.stream.selects is not None or step == self._reported:
             return
+        self._reported = step
         try:
             self.write_report()
-            self._reported = step
         except Exception as error:
             logger.warning(f"The report of the schedule could not be written ({error!r}). Training goes on.")
 
     def write_report(self) -> Path | None:
-        """Writes the report. Returns its file, on the main process, where there is something to report."""
-        return None if self._describes is None else self._describes.report(self.host, self.directory)
+        """Write the report. Return its file, on the main process, where there is something to report."""
+        return self.describes.report(self.host, self.directory) if self._begun else None
 
     def summary(self) -> list[str]:
-        """Returns sentences about the run, for a model card."""
-        return [] if self._describes is None else list(self._describes.summary())
+        """Return sentences about the run, for a model card."""
+        return list(self.describes.summary()) if self._begun else []
 
     def end(self) -> None:
-        """Prints what came of the run."""
+        """Print what came of the run."""
         if self.host.accelerator.is_main_process:
             lines, page = self.summary(), self.directory / "report.html"
             if lines and page.is_file():

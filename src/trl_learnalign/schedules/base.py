@@ -89,7 +89,7 @@ class Schedule:
 
     def choose(self, n: int) -> Sequence[int]:
         """
-        Chooses the next prompts.
+        Choose the next prompts.
 
         Args:
             n (`int`): how many.
@@ -100,22 +100,22 @@ class Schedule:
         raise NotImplementedError(f"{type(self).__name__} has no method `choose(n)`, which every schedule needs.")
 
     def observe(self, groups: Sequence[Group]) -> None:
-        """Learns from finished groups, which come in any order. A group with a known number must change nothing."""
+        """Learn from finished groups, which come in any order. A group with a known number must change nothing."""
 
     def tick(self, steps: int) -> None:
-        """Notes that so many optimizer steps were taken since the last call."""
+        """Note that so many optimizer steps were taken since the last call."""
 
     def metrics(self) -> dict[str, float]:
-        """Returns values for the log, after groups were observed."""
+        """Return values for the log, after groups were observed."""
         return {}
 
     def state_dict(self) -> dict:
-        """Returns the state for a checkpoint: values for JSON, and NumPy arrays."""
+        """Return the state for a checkpoint: values for JSON, and NumPy arrays."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
         """
-        Restores what [`~Schedule.state_dict`] returned.
+        Restore what [`~Schedule.state_dict`] returned.
 
         Raises:
             `ValueError`: the state is damaged or of another run.
@@ -127,7 +127,7 @@ class Selects:
 
     def due(self, step: int, max_steps: int, drawn: int) -> bool:
         """
-        Tells whether a selection is due.
+        Tell whether a selection is due.
 
         Args:
             step (`int`): the optimizer step that just ended; 0 before the first.
@@ -138,7 +138,7 @@ class Selects:
 
     def accept(self, start: int, indices: Sequence[int]) -> None:
         """
-        Takes the result of a selection that was due.
+        Take the result of a selection that was due.
 
         Args:
             start (`int`): the first chunk that the selection can take effect with: none of it was drawn.
@@ -162,7 +162,7 @@ class Describes:
 
     def plan(self, step: int, max_steps: int, due: bool) -> list[str]:
         """
-        Returns the plan of the run in a few lines, which are printed at its start.
+        Return the plan of the run in a few lines, which are printed at its start.
 
         Args:
             step (`int`): the optimizer step that a resumed run goes on after; 0 for a new run.
@@ -172,26 +172,26 @@ class Describes:
         return []
 
     def warning(self, max_steps: int) -> str | None:
-        """Returns a warning about a new run of so many steps, if there is one."""
+        """Return a warning about a new run of so many steps, if there is one."""
         return None
 
     def estimate(self, step: int, since: int, seconds: float) -> str | None:
-        """Returns a line about the selection after a step; training took `seconds` since step `since`."""
+        """Return a line about the selection after a step; training took `seconds` since step `since`."""
         return None
 
     def wanted(self, groups: Sequence[Group]) -> Sequence[int]:
         """
-        Returns those rows of groups that were just observed whose first completion is wanted for the report. The main
+        Return those rows of groups that were just observed whose first completion is wanted for the report. The main
         process decides for all.
         """
         return []
 
     def remember(self, completions: dict[int, str]) -> None:
-        """Keeps the completions that were `wanted`, by dataset row."""
+        """Keep the completions that were `wanted`, by dataset row."""
 
     def report(self, host: "Host", directory: Path) -> Path | None:
         """
-        Writes a report into a directory. Called on all processes, of which the main one writes.
+        Write a report into a directory. Called on all processes, of which the main one writes.
 
         Returns:
             the file, or `None` where there is nothing to report yet.
@@ -199,7 +199,7 @@ class Describes:
         return None
 
     def summary(self) -> list[str]:
-        """Returns what a model card says of the run, a sentence each; nothing where it names the selections."""
+        """Return sentences about the run for a model card; none where the card names the selections instead."""
         return []
 
 
@@ -208,7 +208,7 @@ class Prepares:
 
     def fit(self, host: "Host") -> Layout:
         """
-        Checks that the schedule can serve a trainer, and returns the layout of its run. Called after the schedule was
+        Check that the schedule can serve a trainer, and return the layout of its run. Called after the schedule was
         made.
 
         Raises:
@@ -218,7 +218,7 @@ class Prepares:
 
     def check_length(self, max_steps: int) -> None:
         """
-        Checks the length of a new run.
+        Check the length of a new run.
 
         Raises:
             `ValueError`: so many optimizer steps are too few.
@@ -226,7 +226,7 @@ class Prepares:
 
     def prepare(self, host: "Host", state: dict | None, peers: "Peers") -> None:
         """
-        Gets ready when training begins, before the state is loaded. Called on all processes.
+        Get ready when training begins, before the state is loaded. Called on all processes.
 
         Args:
             host ([`Host`]): the trainer, as far as a schedule may see it.
@@ -235,11 +235,11 @@ class Prepares:
         """
 
     def look(self, host: "Host", peers: "Peers") -> None:
-        """Does what takes long, once for a new run, after its plan was printed. Called on all processes."""
+        """Do what takes long, once for a new run, after its plan was printed. Called on all processes."""
 
     def write_files(self, directory: Path, is_writer: bool) -> dict[str, str]:
         """
-        Writes what the state needs beside it into a checkpoint, if `is_writer`. Called on all processes.
+        Write what the state needs beside it into a checkpoint, if `is_writer`. Called on all processes.
 
         Returns:
             the SHA-256 of each file by its name, the same on all processes. A checkpoint without one of them, or with
@@ -249,7 +249,7 @@ class Prepares:
 
 
 def whole_pool(host: "Host", pool_size: int | None = None) -> Layout:
-    """Returns a layout without a warm-up, whose epochs have the whole chunks of the pool, by default of all rows."""
+    """Return a layout without a warm-up, whose epochs have the whole chunks of the pool, by default of all rows."""
     read = host.layout()
     size, chunk = pool_size or read["pool_size"], read["chunk_prompts"]
     return Layout(**read, num_prompts=max(size // chunk, 1) * chunk, warmup_prompts=0)

@@ -2,14 +2,13 @@
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..config import FREE_BEFORE_SELECTION, FREE_ON_RESUME, FREE_WITHOUT_TARGET
 from ..data.rows import dataset_fingerprint
 from ..ground.disk import digest
 from ..ground.peers import Peers
 from ..run.state import decided, join, read_arrays, split, write_arrays
-from .base import Prepares, Selects
 from .stream import Stream
 
 
@@ -43,13 +42,12 @@ class CheckpointState:
         host.on_resume(self._note)
 
     def begin(self, stream: Stream) -> None:
-        """Begins a run."""
+        """Begin a run."""
         self.stream = stream
-        self._selects = isinstance(stream.schedule, Selects)
-        self._free: tuple[str, ...] = FREE_BEFORE_SELECTION if self._selects else ()
+        self._free: tuple[str, ...] = FREE_BEFORE_SELECTION if stream.selects else ()
 
     def selected(self, selection) -> None:
-        """Notes what a run that is resumed may change after this [`Selection`]: no longer what chose its prompts."""
+        """Note what a run that is resumed may change after this [`Selection`]: no longer what chose its prompts."""
         if "instead" in selection.provenance.get("target", {}) and (selection.indices or not self._free):
             self._free = FREE_WITHOUT_TARGET
         elif selection.indices:
@@ -60,7 +58,7 @@ class CheckpointState:
 
     def write(self, directory: Path, is_writer: bool, peers: Peers, pending: int | None) -> None:
         """
-        Puts the state into the trainer's, which the checkpoint in `directory` will hold, and its arrays into a file
+        Put the state into the trainer's, which the checkpoint in `directory` will hold, and its arrays into a file
         there, beside those that the schedule writes.
 
         Args:
@@ -74,8 +72,7 @@ class CheckpointState:
         """
         values, arrays = split({"sampler": self.stream.state_dict()})
         entry = write_arrays(directory, arrays, is_writer)
-        schedule = self.stream.schedule
-        files = schedule.write_files(directory, is_writer) if isinstance(schedule, Prepares) else {}
+        files = self.stream.prepares.write_files(directory, is_writer)
         found = peers.gather(decided(values, arrays))
         if len(set(found)) > 1:  # the same on all processes, so all raise
             raise RuntimeError(
@@ -90,14 +87,15 @@ class CheckpointState:
             "dataset_fingerprint": self._fingerprint,
             "num_processes": self.host.accelerator.num_processes,
             "config": self.config.to_dict(),
-            "stage": schedule.stage if isinstance(schedule, Selects) else 0,
+            "stage": self.stream.stage,
             "free": list(self._free),
         }
-        self.host.trainer.state.stateful_callbacks[STATE_KEY] = content | {"sha256": digest(content)}
+        states: Any = self.host.trainer.state.stateful_callbacks  # a dict, whatever transformers declares
+        states[STATE_KEY] = content | {"sha256": digest(content)}
 
     def read(self, state) -> tuple[dict, int | None]:
         """
-        Restores the draws. Returns the state of the schedule, and the start chunk of a selection that was due.
+        Restore the draws. Return the state of the schedule, and the start chunk of a selection that was due.
 
         Args:
             state ([`~transformers.TrainerState`]): as read from the checkpoint.
@@ -122,7 +120,9 @@ class CheckpointState:
                 f"The LearnAlign state in the checkpoint of step {state.global_step} is damaged: it does not agree "
                 "with its checksum. Resume from an earlier checkpoint."
             )
-        arrays = read_arrays(self.host.resumed_from, saved.get("arrays"))
+        checkpoint = self.host.resumed_from
+        assert checkpoint is not None  # noted when Trainer loaded the optimizer
+        arrays = read_arrays(checkpoint, saved.get("arrays"))
         whole = join({"sampler": saved["sampler"]}, arrays)
         schedule_state = self.stream.load_state_dict(whole["sampler"])
         if saved["dataset_fingerprint"] != self._fingerprint:
@@ -143,7 +143,7 @@ class CheckpointState:
         free = FREE_ON_RESUME + self._free
         refused = [text for name, text in changes.items() if name not in free]
         if refused:
-            chosen = "The selections so far were made" if self._selects else "Prompts were chosen"
+            chosen = "The selections so far were made" if self.stream.selects else "Prompts were chosen"
             raise ValueError(
                 f"The LearnAlignConfig is not that of the checkpoint: {'; '.join(refused)}. {chosen} "
                 "with the old values. Resume with these, or start a new run in another `output_dir` (with "
@@ -152,7 +152,7 @@ class CheckpointState:
             )
         said = [text for name, text in changes.items() if name not in ("max_tokens_per_batch", *_OF_FILES)]
         if said and self.host.accelerator.is_main_process:
-            lacking = not (coming or self.config.reselect_every) and self._selects
+            lacking = not (coming or self.config.reselect_every) and self.stream.selects is not None
             how = " None is to come: set `reselect_every`, or resume from a checkpoint before the last one." * lacking
             logger.warning(f"{'; '.join(said)}: the selections to come follow the new values.{how}")
 

@@ -1,4 +1,4 @@
-"""What the online schedule knows of a prompt before it was seen: a row of numbers for each row of the dataset."""
+"""Features of prompts, for the online schedule: a row of numbers for each row of the dataset."""
 
 import logging
 import math
@@ -33,6 +33,8 @@ LEAST_PART = 4096
 
 def check_online(dataset: Dataset, config) -> None:
     """
+    Check the settings of the online schedule against the columns of a dataset.
+
     Raises:
         `ValueError`: `group_column` or `pass_rate_column` name a column that there is not or that does not fit; or
             `where` needs more than columns of the dataset.
@@ -59,8 +61,8 @@ def check_online(dataset: Dataset, config) -> None:
 
 def eligible_rows(dataset: Dataset, config) -> np.ndarray:
     """
-    The rows that may be trained on: those that `where` holds for, and with `deduplicate` the first of equal prompts,
-    int32.
+    Return the rows that may be trained on, int32: those that `where` holds for, and with `deduplicate` the first of
+    equal prompts.
     """
     rows = np.asarray(candidate_rows(dataset, config), dtype=np.int32)
     if config.deduplicate:
@@ -71,8 +73,8 @@ def eligible_rows(dataset: Dataset, config) -> np.ndarray:
 
 def column_features(dataset: Dataset, config) -> np.ndarray:
     """
-    Features that need no policy, of shape `(N, D)`, float16: a constant, the logarithm of the prompt's length in
-    characters (where there is a prompt), an indicator of each group, the logit of the pass rate. Length and logit
+    Return features that need no policy, of shape `(N, D)`, float16: a constant, the logarithm of the prompt's length
+    in characters (where there is a prompt), an indicator of each group, the logit of the pass rate. Length and logit
     have mean 0 and variance 1.
     """
     columns = [np.ones(len(dataset), np.float16)]
@@ -84,7 +86,7 @@ def column_features(dataset: Dataset, config) -> np.ndarray:
     if config.pass_rate_column is not None:
         rates = _column(dataset, config.pass_rate_column).astype(float)
         rates = rates.fillna(rates.mean()).clip(0.02, 0.98)
-        columns.append(_standard(np.log(rates / (1 - rates)).to_numpy()))
+        columns.append(_standard(np.log((rates / (1 - rates)).to_numpy())))
     return np.stack(columns, axis=1)
 
 
@@ -97,7 +99,7 @@ def _standard(values):
 
 
 def known_beforehand(host, config) -> list[str]:
-    """What success is predicted from before a prompt was seen, in words."""
+    """Name what success is predicted from before a prompt was seen."""
     names = ["length"] * ("prompt" in columns_read(host.dataset))
     names += [name for name in (config.group_column, config.pass_rate_column) if name]
     return names + ["hidden states"] * (_reason(host, config) is None)
@@ -109,10 +111,10 @@ def _reason(host, config):
 
 def hidden_features(host, config, layout, pool, peers, key: str | None = None) -> PromptFeatures | None:
     """
-    The hidden states of the prompts, equal on all processes; `None` where there are none.
+    Return the hidden states of the prompts, equal on all processes; `None` where there are none.
 
-    Of a pool much larger than what the run can visit they are those of a random part: the first prompts in the order
-    of uniform draws, `PER_VISIT` times as many as the run trains on, at least `LEAST_PART`.
+    A pool much larger than what the run can visit is looked at in part: the first prompts in the order of uniform
+    draws, `PER_VISIT` times as many as the run trains on, at least `LEAST_PART`.
 
     Args:
         host ([`Host`]): of the trainer.
@@ -137,7 +139,7 @@ def hidden_features(host, config, layout, pool, peers, key: str | None = None) -
 
 
 def part_of(pool: np.ndarray, layout, max_steps: int) -> np.ndarray:
-    """Rows of the pool that are looked at before a run of so many steps, increasing; see [`hidden_features`]."""
+    """Return the rows of the pool that are looked at before a run of so many steps; see [`hidden_features`]."""
     number = max(PER_VISIT * math.ceil(layout.prompts_trained(max_steps)), LEAST_PART)
     if number >= len(pool):
         return pool
@@ -149,8 +151,8 @@ def whole_features(
     dataset: Dataset, config, hidden: PromptFeatures | None
 ) -> tuple[np.ndarray, PromptFeatures | None]:
     """
-    Features of every row of the dataset, of shape `(N, D)`, float16, with the hidden states, which are views of them
-    from now on.
+    Join column features and hidden states to features of every row of the dataset, of shape `(N, D)`, float16. The
+    hidden states that are returned are views of them.
     """
     columns = column_features(dataset, config)
     if hidden is None:

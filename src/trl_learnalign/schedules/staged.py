@@ -50,7 +50,7 @@ class StagedSchedule(Schedule, Selects, Describes, Prepares):
         self._orders: dict[int, tuple[RandomOrder, np.ndarray]] = {}
 
     def fit(self, host) -> Layout:
-        """Counts what selections will look at. An epoch has `num_prompts` prompts, after the warm-up."""
+        """Count what selections will look at. An epoch has `num_prompts` prompts, after the warm-up."""
         self.work = plan.work_of(self.run.dataset, self.config)
         prompts = min(self.config.num_prompts, self.run.pool_size)
         self.layout = Layout(**host.layout(), num_prompts=prompts, warmup_prompts=self.config.warmup_prompts)
@@ -59,12 +59,12 @@ class StagedSchedule(Schedule, Selects, Describes, Prepares):
     # Draws ------------------------------------------------------------------------------------------------------
 
     def choose(self, n: int) -> list[int]:
-        """Returns the next n rows."""
+        """Return the next n rows."""
         first, self.drawn = self.drawn, self.drawn + n
         return [self.row(number) for number in range(first, self.drawn)]
 
     def row(self, number: int) -> int:
-        """Returns the dataset row of a draw, counted from 0."""
+        """Return the dataset row of a draw, counted from 0."""
         chunk = number // self.layout.chunk_prompts
         place = bisect_right(self.log, chunk, key=lambda version: version.start_chunk) - 1
         version = self.log[place]
@@ -79,7 +79,7 @@ class StagedSchedule(Schedule, Selects, Describes, Prepares):
         return int(indices[order[number - version.start_chunk * self.layout.chunk_prompts]])
 
     def _indices(self, place):
-        """Returns the rows of a version before they are shuffled: by row, or by rank, or folded."""
+        """Return the rows of a version before they are shuffled: by row, or by rank, or folded."""
         if not place:
             return np.arange(self.layout.pool_size)
         ranked = np.array(self.log[place].indices, dtype=np.int64)
@@ -94,14 +94,14 @@ class StagedSchedule(Schedule, Selects, Describes, Prepares):
     # Selections -------------------------------------------------------------------------------------------------
 
     def accept(self, start: int, indices: Sequence[int]) -> None:
-        """Adds a version to the log: from chunk `start` on, train on `indices` (empty: random prompts)."""
+        """Add a version to the log: from chunk `start` on, train on `indices` (empty: random prompts)."""
         last = self.log[-1].start_chunk
         if start < last:
             raise ValueError(f"A selection cannot take effect at chunk {start}, before the last one, at {last}.")
         self.log.append(Version(start, tuple(indices)))
 
     def due(self, step: int, max_steps: int, drawn: int) -> bool:
-        """Tells whether the warm-up has ended, or the last selection was visited `reselect_every` times."""
+        """Tell whether the warm-up has ended, or the last selection was visited `reselect_every` times."""
         layout, last = self.layout, self.log[-1]
         if len(self.log) == 1:
             target = layout.warmup_chunks
@@ -115,7 +115,7 @@ class StagedSchedule(Schedule, Selects, Describes, Prepares):
 
     def check_length(self, max_steps: int) -> None:
         """
-        Checks that the warm-up leaves something to train on.
+        Check that the warm-up leaves something to train on.
 
         Raises:
             `ValueError`: nothing would be left for the selection.
@@ -143,21 +143,21 @@ class StagedSchedule(Schedule, Selects, Describes, Prepares):
     # What is said -----------------------------------------------------------------------------------------------
 
     def plan(self, step: int, max_steps: int, due: bool) -> list[str]:
-        """Returns three lines: the warm-up, the selection, and the training on it."""
+        """Return three lines: the warm-up, the selection, and the training on it."""
         return plan.plan_lines(self.layout, self.config, self.work, max_steps, step, self.log, due)
 
     def warning(self, max_steps: int) -> str | None:
-        """Returns a warning if the warm-up takes much of the run."""
+        """Return a warning if the warm-up takes much of the run."""
         return plan.warmup_warning(self.layout, max_steps)
 
     def estimate(self, step: int, since: int, seconds: float) -> str | None:
-        """Returns a line about how long the selection may take."""
+        """Return a line about how long the selection may take."""
         if self.config.score == "random":
             return None
         return plan.estimate_line(self.layout, self.config, self.work, step, since, seconds)
 
     def report(self, host, directory: Path) -> Path | None:
-        """Writes the report about the selections so far, as every selection does when it is made."""
+        """Write the report about the selections so far, as every selection does when it is made."""
         if not self.stage or not host.accelerator.is_main_process:
             return None
         from ..report.selection_page import write_report  # with matplotlib
@@ -168,7 +168,7 @@ class StagedSchedule(Schedule, Selects, Describes, Prepares):
 
     def state_dict(self) -> dict:
         """
-        Returns the number of draws and the log: where each version starts, how many prompts it has, and all of their
+        Return the number of draws and the log: where each version starts, how many prompts it has, and all of their
         rows in a row.
         """
         return {
@@ -180,7 +180,7 @@ class StagedSchedule(Schedule, Selects, Describes, Prepares):
 
     def load_state_dict(self, state: dict) -> None:
         """
-        Restores the log.
+        Restore the log.
 
         Raises:
             `ValueError`: the state is damaged, or names rows that the dataset does not have.
@@ -200,7 +200,7 @@ class StagedSchedule(Schedule, Selects, Describes, Prepares):
 
 
 def _read(state) -> tuple[int, list[Version]]:
-    """Returns the number of draws and the log of a state."""
+    """Return the number of draws and the log of a state."""
     try:
         drawn, starts, lengths, indices = (state[name] for name in ("drawn", "starts", "lengths", "indices"))
         ends = np.cumsum([0, *lengths]).tolist()
@@ -212,7 +212,7 @@ def _read(state) -> tuple[int, list[Version]]:
             raise ValueError(f"{len(indices)} rows for {ends[-1]}")
         numbers = [drawn, *(number for version in log for number in (version.start_chunk, *version.indices))]
         if not all(type(number) is int and number >= 0 for number in numbers):
-            raise ValueError("a number of draws, a start or a row is not an integer")
+            raise ValueError("a start or a row is not an integer")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"The sampler state in the checkpoint is damaged: {error!r}.") from error
     return drawn, log

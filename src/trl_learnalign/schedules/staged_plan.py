@@ -23,11 +23,11 @@ _MOST_WARMUP = 1 / 3  # of the steps of a run
 @dataclass(frozen=True)
 class Work:
     """
-    What a selection looks at.
+    The prompts that a selection looks at.
 
     Attributes:
         pool (`int`): prompts that it scores.
-        target (`int`): prompts of the target, which are rolled out, too.
+        target (`int`): prompts of the target, which are rolled out as well.
         filtered (`bool`): whether a condition on what is measured may leave some of the pool out.
     """
 
@@ -38,7 +38,7 @@ class Work:
 
 def work_of(dataset: Dataset, config: LearnAlignConfig) -> Work:
     """
-    Counts what a selection from a dataset would look at.
+    Count what a selection from a dataset would look at.
 
     Raises:
         `ValueError`: `where` holds for no row, or the target cannot be read.
@@ -52,7 +52,7 @@ def plan_lines(
     layout: Layout, config: LearnAlignConfig, work: Work, max_steps: int, step: int, log: "list[Version]", due: bool
 ) -> list[str]:
     """
-    Three lines: the warm-up, the selection, and the training on it.
+    Return three lines: the warm-up, the selection, and the training on it.
 
     Args:
         layout ([`Layout`]): of the run.
@@ -128,7 +128,7 @@ def rollouts_text(layout: Layout, config: LearnAlignConfig, work: Work) -> str:
 
 def estimate_line(layout: Layout, config: LearnAlignConfig, work: Work, step: int, since: int, seconds: float) -> str:
     """
-    How long the selection after optimizer step `step` may take, by the pace of training.
+    Estimate how long the selection after optimizer step `step` may take, by the pace of training.
 
     Args:
         layout ([`Layout`]): of the run.
@@ -151,7 +151,7 @@ def estimate_line(layout: Layout, config: LearnAlignConfig, work: Work, step: in
 
 
 def warmup_warning(layout: Layout, max_steps: int) -> str | None:
-    """A warning if the warm-up takes more than a third of a run."""
+    """Return a warning if the warm-up takes more than a third of a run."""
     end = layout.steps_of(layout.first_selection[1])
     if end <= _MOST_WARMUP * max_steps:
         return None

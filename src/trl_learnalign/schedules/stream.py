@@ -9,7 +9,7 @@ from ..config import LearnAlignConfig
 from ..curriculum.events import Group
 from ..run.layout import STREAM_FIELDS, Layout, to_train_longer
 from . import SCHEDULES
-from .base import Prepares, Run, Schedule, whole_pool
+from .base import Describes, Prepares, Run, Schedule, Selects
 
 
 STATE_VERSION = 3
@@ -18,7 +18,7 @@ MakesSchedule = Callable[[Run], Schedule]
 
 def open_stream(make: MakesSchedule, host, config: LearnAlignConfig) -> "Stream":
     """
-    Makes a schedule for a run of a trainer.
+    Make a schedule for a run of a trainer.
 
     Args:
         make (`Callable`): is called with a [`Run`].
@@ -37,7 +37,8 @@ def open_stream(make: MakesSchedule, host, config: LearnAlignConfig) -> "Stream"
             f"`schedule` made a {type(schedule).__name__}, but must make a Schedule. Derive your class from "
             "`trl_learnalign.Schedule`."
         )
-    return Stream(schedule, schedule.fit(host) if isinstance(schedule, Prepares) else whole_pool(host))
+    prepares = schedule if isinstance(schedule, Prepares) else Prepares()
+    return Stream(schedule, prepares.fit(host))
 
 
 class Stream:
@@ -59,18 +60,29 @@ class Stream:
 
     Attributes:
         drawn (`int`): chunks that the schedule was asked for, in this run and those that it resumes.
+        selects ([`Selects`], *optional*): the schedule, if selections are made for it.
+        describes ([`Describes`]): the schedule, if it has something to say, else what says nothing.
+        prepares ([`Prepares`]): the schedule, if it looks at the trainer, else what does not.
     """
 
     def __init__(self, schedule: Schedule, layout: Layout):
         self.schedule, self.layout = schedule, layout
+        self.selects = schedule if isinstance(schedule, Selects) else None
+        self.describes = schedule if isinstance(schedule, Describes) else Describes()
+        self.prepares = schedule if isinstance(schedule, Prepares) else Prepares()
         self.drawn = 0
         self._record: dict[int, list[int]] = {}  # rows by chunk: those in flight, and some before
+
+    @property
+    def stage(self) -> int:
+        """Selections so far."""
+        return 0 if self.selects is None else self.selects.stage
 
     # Draws ------------------------------------------------------------------------------------------------------
 
     def chunk(self, i: int) -> list[int]:
         """
-        Draws chunk `i`, and those before it that were not drawn yet. Returns its dataset rows, of length
+        Draw chunk `i`, and those before it that were not drawn yet. Return its dataset rows, of length
         `chunk_prompts`.
 
         Raises:
@@ -86,7 +98,7 @@ class Stream:
         return self.rows(i)
 
     def rows(self, i: int) -> list[int]:
-        """Returns the rows of a chunk that was drawn; placeholders for one that was trained on long ago."""
+        """Return the rows of a chunk that was drawn; placeholders for one that was trained on long ago."""
         return self._record.get(i) or [0] * self.layout.chunk_prompts
 
     def _chosen(self, n):
@@ -107,7 +119,7 @@ class Stream:
 
     def groups(self, i: int, rewards: np.ndarray, masked: np.ndarray | None = None) -> list[Group]:
         """
-        Returns the groups of chunk `i`.
+        Return the groups of chunk `i`.
 
         Args:
             i (`int`): the chunk.
@@ -122,7 +134,7 @@ class Stream:
     # Checkpoints ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict:
-        """Returns the layout, the draws in flight and the state of the schedule: values for JSON, and NumPy arrays."""
+        """Return the layout, the draws in flight and the state of the schedule: values for JSON, and NumPy arrays."""
         rows = np.array([*self._record.values()], np.int64).reshape(-1, self.layout.chunk_prompts)
         return {
             "state_version": STATE_VERSION,
@@ -135,7 +147,7 @@ class Stream:
 
     def load_state_dict(self, saved: dict) -> dict:
         """
-        Restores the draws. Returns the state of the schedule, which is not loaded yet.
+        Restore the draws. Return the state of the schedule, which is not loaded yet.
 
         Raises:
             `ValueError`: the state is damaged, or was made for another stream (other data, batch size, number of
@@ -173,7 +185,7 @@ class Stream:
         return state
 
     def _check(self, drawn, chunks, rows):
-        """Raises an error unless the record is one of this stream."""
+        """Raise an error unless the record is one of this stream."""
         n, size = self.layout.chunk_prompts, self.layout.pool_size
         whole = type(drawn) is int and len(chunks) == len(rows) and all(len(row) == n for row in rows)
         if not whole or chunks != list(range(drawn - len(chunks), drawn)) or (drawn and not chunks):
@@ -190,12 +202,12 @@ class Stream:
 
 
 def _called(schedule: str) -> str:
-    """A schedule by its class, and as `LearnAlignConfig` calls it."""
+    """Name a schedule by its class, and as `LearnAlignConfig` calls it."""
     names = [name for name, kind in SCHEDULES.items() if kind.__name__ == schedule]
     return f"{schedule} (`schedule={names[0]!r}`)" if names else schedule
 
 
 def _fixed(layout, was) -> str:
-    """Why numbers of prompts cannot change, if one did."""
+    """Explain why numbers of prompts cannot change, if one did."""
     names = [name for name in ("num_prompts", "warmup_prompts") if was.get(name) != getattr(layout, name)]
     return f"The length of an epoch follows from {' and '.join(f'`{name}`' for name in names)}. " if names else ""

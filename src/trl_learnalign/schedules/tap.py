@@ -8,7 +8,6 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from ..data.prompts import prompt_text
 from ..data.reading import has_transform, read_rows
-from .base import Describes
 from .stream import Stream
 
 
@@ -33,33 +32,34 @@ class RewardTap:
         self.host = host
         host.on_rewards(self.observe, self.check_rows)
 
-    def observe(self, batch: int, inputs: list[dict], completions: list, rewards: np.ndarray, trained: np.ndarray):
-        """Shows a chunk to the schedule; see [`~trl_learnalign.host.taps.observe_rewards`] for the arguments."""
+    def observe(
+        self, batch: int, inputs: list[dict], completions: list, rewards: np.ndarray, trained: np.ndarray
+    ) -> None:
+        """Show a chunk to the schedule; see [`~trl_learnalign.host.taps.observe_rewards`] for the arguments."""
         schedule = self.stream.schedule
         masked = ~trained if len(trained) == len(rewards) and not trained.all() else None
         groups = self.stream.groups(batch // self.stream.layout.repeats, rewards, masked)
         schedule.observe(groups)
-        if isinstance(schedule, Describes):
-            self._complete(schedule, groups, completions, len(inputs))
+        self._complete(groups, completions, len(inputs))
         for name, value in schedule.metrics().items():
             if np.isfinite(value):
                 self.host.log_metric(f"learnalign/{name}", float(value))
 
-    def _complete(self, schedule, groups, completions, own_rows):
-        """Gives the schedule the completions that it wants to show."""
+    def _complete(self, groups, completions, own_rows):
+        """Give the schedule the completions that it wants to show."""
         # The main process decides what is asked for: the others may have rounded otherwise
-        wanted = broadcast_object_list([[int(row) for row in schedule.wanted(groups)]])[0]
+        wanted = broadcast_object_list([[int(row) for row in self.stream.describes.wanted(groups)]])[0]
         if not wanted:
             return
         places = {group.row: place for place, group in enumerate(groups) if group.row in wanted}
         start = self.host.accelerator.process_index * own_rows  # of its rollouts; it may split a group
         firsts = first_rollouts(places, start, own_rows, self.stream.layout.group_size)
         own = {row: prompt_text(completions[at]) for row, at in firsts.items()}
-        schedule.remember({row: text for part in gather_object([own]) for row, text in part.items()})
+        self.stream.describes.remember({row: text for part in gather_object([own]) for row, text in part.items()})
 
     def check_rows(self, batch: int, inputs: list[dict]) -> int:
         """
-        Returns a digest of the chunk's rows, to be compared between the processes.
+        Return a digest of the chunk's rows, to be compared between the processes.
 
         Raises:
             `RuntimeError`: the rewards are those of other prompts than the schedule chose.
@@ -86,7 +86,7 @@ class RewardTap:
 
 def first_rollouts(places: dict[int, int], start: int, number: int, group_size: int) -> dict[int, int]:
     """
-    Finds, among groups of a chunk, those whose first rollout is of this process.
+    Find, among groups of a chunk, those whose first rollout is of this process.
 
     Args:
         places (`dict[int, int]`): by row the place of its group in the chunk.
