@@ -20,6 +20,7 @@ from .run.restart import check_restart, restart, save_initial_weights
 from .run.state import CheckpointState
 from .run.uploads import warn_of_uploads
 from .sampler import LearnAlignSampler
+from .selection.checks import check_selection
 from .selection.result import Selection
 from .selection.run import forget_measures, select_at_stage
 
@@ -58,7 +59,9 @@ class LearnAlignCallback(TrainerCallback):
         self.config, self.schedule = sampler.config, sampler.schedule
         with Peers(trainer.accelerator) as peers:  # what one process alone finds wrong ends all
             self.host.look_at_functions()
-            self.host.check(self.config, self.schedule.selects)
+            self.host.check(self.config)
+            if self.schedule.selects:
+                check_selection(self.host, self.config)
             self.schedule.check(self.host)
             if self.config.after_warmup == "restart":
                 check_restart(self.host)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from ..ground.disk import make_directory, write_atomically
+from ..scores.builtin import is_random
 from ..selection import figures
 from ..selection.result import TEXTS_FILE
 from ..selection.samples import extremes, most_characters, rows_of, shares, shortened, shown
@@ -83,7 +84,7 @@ def _texts(step: Path) -> dict[int, dict]:
 
 def _page(selection, stages, texts, drawings, embedded) -> str:
     provenance = selection.provenance
-    random = provenance["config"]["score"] == "random"
+    random = is_random(provenance["config"]["score"])
     table = rows_of(selection, shown(selection))
     characters = most_characters(len(table))
     parts = {
@@ -99,7 +100,7 @@ def _page(selection, stages, texts, drawings, embedded) -> str:
     parts = {name: html.escape(text) for name, text in parts.items()}
     rolled_out = "rollouts" in selection.measures
     nothing = (
-        "Nothing could be measured." if rolled_out else f"Prompts were chosen {how(selection)}: nothing was measured."
+        "Nothing could be measured." if rolled_out else f"Prompts were chosen {how(selection)}, without rollouts."
     )
     filters = {"all": "all prompts", "chosen": "chosen"}
     filters |= (
@@ -194,7 +195,7 @@ def _extremes(selection, texts) -> str:
         return "<p>There are no such prompts.</p>"
     if not texts:
         return "<p>The texts of the prompts were not kept.</p>"
-    random = selection.provenance["config"]["score"] == "random"
+    random = is_random(selection.provenance["config"]["score"])
     table = rows_of(selection, [*ends[0], *ends[1]])
     columns = {"rank": ("rank", 0)}
     columns |= {
@@ -233,9 +234,11 @@ def _columns(selection, table) -> list[tuple]:
     """Those of `_COLUMNS` that say something about the selection."""
     unfit = {"success_rate", "reward_mean", "reward_std"} - selection.outcomes().keys()
     always = ("rank", "selected", "prompt", "index")
+    known = {column[0] for column in _COLUMNS} | {"eligible", "quota_group"}
+    more = [(name, name.replace("_", " "), 4, True) for name in table if name not in known]
     return [
         column
-        for column in _COLUMNS
+        for column in (*_COLUMNS[:-1], *more, _COLUMNS[-1])
         if column[0] in always or (column[0] not in unfit and table[column[0]].notna().any())
     ]
 

@@ -110,7 +110,7 @@ class StagedSchedule(Schedule):
 
     def estimate(self, step, since, seconds):
         """See [`Schedule`]."""
-        if self.config.score == "random":
+        if self.config.ranking().at_random:
             return None
         return plan.estimate_line(self.layout, self.config, self.work, step, since, seconds)
 

@@ -77,8 +77,8 @@ def plot(selection: "Selection", dark: bool = False) -> Figure:
         for axes, drawing in zip(np.atleast_1d(figure.subplots(1, max(1, len(panels)))), panels, strict=False):
             drawing.draw(axes, colours)
         if not panels:
-            nothing = f"chosen {how(selection)}: nothing was measured"
-            reason = "no prompt could be scored" if selection.measures else nothing
+            reason = f"chosen {how(selection)}, without rollouts"
+            reason = "no prompt could be scored" if "rollouts" in selection.measures else reason
             figure.axes[0].text(0.5, 0.5, reason, ha="center")
             figure.axes[0].set_axis_off()
     plt.close(figure)  # it is returned, so it must not be shown a second time

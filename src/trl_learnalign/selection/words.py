@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..scores.builtin import manner
+
 
 if TYPE_CHECKING:
     from .result import Selection
@@ -15,8 +17,7 @@ OUTCOME_LABELS = {"success_rate": "mean success rate", "reward_mean": "mean rewa
 
 def how(selection: "Selection") -> str:
     """How prompts were chosen."""
-    score = selection.provenance["config"]["score"]
-    return "at random" if score == "random" else f"by {score}" + instead(selection)
+    return manner(selection.provenance["config"]["score"]) + instead(selection)
 
 
 def instead(selection: "Selection") -> str:
@@ -28,15 +29,15 @@ def instead(selection: "Selection") -> str:
 def summary(selection: "Selection") -> str:
     """One line: pool, learnable, chosen, mean outcomes, time of each phase, cost of the gradients."""
     provenance = selection.provenance
-    manner = "" if "rollouts" in selection.measures else f" {how(selection)}"
+    by = "" if "rollouts" in selection.measures else f" {how(selection)}"
     pool = f"pool {selection.num_pool()}"
     if provenance["unscorable"]:
         pool += f" ({len(provenance['unscorable'])} unscorable: no finite reward)"
-    chosen = f"chosen {len(selection.indices)}" + (manner or instead(selection))
+    chosen = f"chosen {len(selection.indices)}" + (by or instead(selection))
     if provenance.get("duplicates"):
         chosen += f" ({len(provenance['duplicates'])} duplicates left out)"
     parts = [pool, chosen]
-    if not manner:
+    if not by:
         outcomes = [f"{OUTCOME_LABELS[name]} {means}" for name, means in _outcomes(selection).items()]
         parts = [pool, f"learnable {selection.num_learnable()}", chosen, *outcomes]
     parts += [f"{phase} {seconds:.1f} s" for phase, seconds in provenance["seconds"].items()]
