@@ -54,7 +54,7 @@ class Likelihood(Measure):
             named = (f"{fault}: row {', '.join(map(str, rows[:_SHOWN]))}" for fault, rows in faults.items())
             more = " and others" * any(len(rows) > _SHOWN for rows in faults.values())
             raise ValueError(
-                f"`answer_column` is {config.answer_column!r}, but some answers are no text and no number "
+                f"`answer_column` is {config.answer_column!r}, but not every row has an answer "
                 f"({'; '.join(named)}{more}). Correct these rows (counted from 0), or leave them out with "
                 "`dataset.filter`."
             )
@@ -99,7 +99,7 @@ def _fault(answer) -> str | None:
     if answer is None or answer != answer:
         return "missing"
     if not isinstance(answer, str | int | float):
-        return f"a {type(answer).__name__}"
+        return "neither a text nor a number"
     return None if _text(answer) else "empty"
 
 
