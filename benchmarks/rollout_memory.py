@@ -24,9 +24,9 @@ from workload import ROOT, build_trainer, save_results
 
 from trl_learnalign import LearnAlignConfig
 from trl_learnalign.host import find_host, generation
-from trl_learnalign.host.groups import Group
-from trl_learnalign.measures.alignments import GradientAlignments
-from trl_learnalign.measures.rollouts import roll_out
+from trl_learnalign.host.groups import RolloutGroup
+from trl_learnalign.measures.alignments import features_of
+from trl_learnalign.measures.rollouts import RolledOut, gather_rewards, roll_out
 from trl_learnalign.selection.run import SelectionRun
 
 
@@ -39,8 +39,8 @@ def groups_of(indices, size, tokens):
     generator = np.random.default_rng(indices[0])
     for index in indices:
         solved = np.arange(size) < index % 3 * size // 3
-        yield Group(
-            index=index,
+        yield RolloutGroup(
+            row=index,
             prompt_ids=[generator.integers(0, 150_000, 100, np.int32)] * size,
             completion_ids=list(generator.integers(0, 150_000, (size, tokens), np.int32)),
             loss_masks=list(np.ones((size, tokens), np.int8)),
@@ -77,10 +77,10 @@ def work(directory, arguments):
     with run.host.left_as_found(8):
         log = run.open_log("rollouts")
         syncs.clear()
-        own = roll_out(run, run.dataset, run.pool, log)
+        own = roll_out(run.context, run.context.dataset, run.pool, log, BATCH)
         rounds = len(syncs)
-        pool = run.gather_rewards(own)
-        source = GradientAlignments(run, own, pool)._source(own, pool, run.open_log("gradients"))
+        rolled_out = RolledOut(own, gather_rewards(run.context, own))
+        source = features_of(run.context, rolled_out, run.open_log("gradients"))
         tokens = 0
         for window in source.windows:
             rows = {index: source.rows(index) for index in window.indices}

@@ -38,7 +38,8 @@ from trl_learnalign import LearnAlignSampler, select_prompts
 from trl_learnalign.ground.peers import Peers
 from trl_learnalign.host import find_host, objective
 from trl_learnalign.host.weights import weights_digest
-from trl_learnalign.measures import hidden_states
+from trl_learnalign.measures import hidden_states, likelihood
+from trl_learnalign.report.selecting import select_at_stage
 from trl_learnalign.run.state import split
 from trl_learnalign.schedules import StagedSchedule, checkpoint
 
@@ -82,7 +83,9 @@ class Digests(TrainerCallback):
 
 
 class HiddenStates(TrainerCallback):
-    """The features of the prompts when training begins, and the forwards that they took."""
+    """
+    The features of the prompts when training begins, and the forwards that they took; and the likelihoods of answers.
+    """
 
     def __init__(self, trainer, path):
         self.trainer, self.path, self.found = trainer, path, {}
@@ -97,9 +100,12 @@ class HiddenStates(TrainerCallback):
             )
             values = hidden_states.hidden_states(host, Path(self.path), peers).values
             hook.remove()
+        by_confidence = config(score="confidence", answer_column="row")
+        likelihoods = select_at_stage(self.trainer, by_confidence, 0).scores["answer_likelihood"].to_pylist()
         compared = 0 if host.is_sharded else 2  # once whole and once half
         self.found = {
             "features": values.tolist(),
+            "likelihoods": likelihoods,
             "forwards": len(forwards) - compared,
             "dimensions": sorted(set(forwards)),
         }
@@ -274,7 +280,7 @@ def main(task, path):
                 except (FloatingPointError, RuntimeError) as error:
                     result["error"] = str(error)
         case "hidden states":
-            hidden_states.SAMPLE, hidden_states.WINDOW = 10, 4
+            hidden_states.SAMPLE, hidden_states.WINDOW, likelihood.WINDOW = 10, 4, 5
             # Several end tokens, as Llama 3 has them
             model = make_model(eos_token_id=[1, 2])
             trainer = make_trainer(path, reward=seen, dataset=make_dataset(23), model=model, max_steps=1, **kwargs)

@@ -167,15 +167,6 @@ def test_messages_have_enough_digits(tmp_path, caplog):
     assert "which no reward reaches (rewards are between 0 and 0.99999)" in said[0]
 
 
-def test_range_of_a_selection_made_by_an_earlier_version(tmp_path):
-    selection = select_prompts(
-        make_trainer(tmp_path, reward=cycle(0.25, 0.75), max_steps=1), config(score="learnability")
-    )
-    assert "between 0.25 and 0.75" in selection_warning(selection)
-    del selection.provenance["reward_range"]
-    assert "the range of the rewards was not kept" in selection_warning(selection)
-
-
 def test_plan_and_training_say_it_too(tmp_path, caplog):
     trainer = make_trainer(tmp_path, reward=cycle(0, 0.3, 0.7), max_steps=1)
     text, learnable = plan_selection(trainer, config())

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from trl_learnalign import LearnAlignConfig
 from trl_learnalign.choice.choose import apportion, choose, draw_order
-from trl_learnalign.choice.rehearsal import rehearse
 from trl_learnalign.data.columns import candidate_rows, check_columns, dataset_columns
 from trl_learnalign.data.conditions import Condition
+from trl_learnalign.selection.rehearsal import rehearse
 
 
 TABLE = pd.DataFrame(

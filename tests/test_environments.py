@@ -136,16 +136,16 @@ def test_an_environment_may_begin_every_rollout_differently(tmp_path, monkeypatc
     decode = trainer.processing_class.decode
     prompts = [decode(prompt) for group in groups for prompt in group.prompt_ids]
     shown = SHOWN[: len(prompts)]  # the selection comes before the training
-    texts = [f"{group.index % 10}+{group.index // 10}=" for group in groups for _ in range(8)]
+    texts = [f"{group.row % 10}+{group.row // 10}=" for group in groups for _ in range(8)]
     assert prompts == [f"u:{text}:{digits}+a:" for text, digits in zip(texts, shown, strict=True)]
     assert len(rows) > 4
     # What is known before the environment begins
     ids = find_host(trainer).prompt_ids([trainer.train_dataset[row] for row in (3, 11)])
     assert [decode(tokens) for tokens in ids] == ["u:3+0=+a:", "u:1+1=+a:"]
     for group in groups:
-        if group.index in rows:
+        if group.row in rows:
             expected = {(tuple(p), tuple(c)) for p, c in zip(group.prompt_ids, group.completion_ids, strict=True)}
-            found = {(tuple(row.prompt_ids), tuple(row.completion_ids)) for row in rows[group.index]}
+            found = {(tuple(row.prompt_ids), tuple(row.completion_ids)) for row in rows[group.row]}
             assert found and found <= expected
     assert [float(int(digits) % 2) for digits in shown] == np.concatenate([g.rewards[:, 0] for g in groups]).tolist()
 
@@ -199,7 +199,7 @@ def test_a_rollout_function(tmp_path, monkeypatch):
     assert words[:per_batch] == [str(place) for place in range(per_batch)]
     for place, group in enumerate(groups):
         for g in range(8):
-            text = f"{(place * 8 + g) % per_batch % 10}:{group.index % 10}+{group.index // 10}="
+            text = f"{(place * 8 + g) % per_batch % 10}:{group.row % 10}+{group.row // 10}="
             assert trainer.processing_class.decode(group.prompt_ids[g]) == text
             assert group.loss_masks[g].tolist() == [1] * (len(group.completion_ids[g]) - 2) + [0, 0]
     assert all(row.loss_mask[-2:].tolist() == [0, 0] for found in rows.values() for row in found)

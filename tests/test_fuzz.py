@@ -19,7 +19,7 @@ from transformers import TrainerState
 
 from trl_learnalign import LearnAlignCallback, LearnAlignConfig, Selection, select_prompts
 from trl_learnalign.ground.store import Log, prepare
-from trl_learnalign.host.groups import Group
+from trl_learnalign.host.groups import RolloutGroup
 from trl_learnalign.measures.records import decode, encode
 from trl_learnalign.run.state import STATE_FILE
 
@@ -120,8 +120,8 @@ def test_logs(tally, data):
     tally["nonsense: files of measures"] += 1
     prompt = data.draw(st.sampled_from(PROMPTS))
     groups = [
-        Group(
-            index=index,
+        RolloutGroup(
+            row=index,
             prompt_ids=prompt,
             completion_ids=[np.array([6], np.int32), np.array([7, 8], np.int32)],
             loss_masks=[np.array([1], np.int8), np.array([1, index % 2], np.int8)],
@@ -135,7 +135,7 @@ def test_logs(tally, data):
     with tempfile.TemporaryDirectory() as directory:
         prepare(path := Path(directory) / "log", "key")
         log = Log(path, "key", 0)
-        log.append([(group.index, encode(group)) for group in groups])
+        log.append([(group.row, encode(group)) for group in groups])
         log.append([(99, features.numpy())])
         log.close()
         file = data.draw(st.sampled_from(sorted(path.iterdir())))
@@ -145,15 +145,15 @@ def test_logs(tally, data):
         again = Log(path, "key", 0)
         for reader in (log, again):  # one that was open before, and one that looks anew
             for group in groups:
-                payload = reader.read(group.index)
+                payload = reader.read(group.row)
                 if payload is not None:
                     np.testing.assert_equal(vars(decode(payload, completions=True)), vars(group))
             mapped = reader.map(99)
             assert mapped is None or torch.equal(torch.frombuffer(mapped, dtype=torch.float32), features.flatten())
-        again.append([(group.index, encode(group)) for group in groups])
+        again.append([(group.row, encode(group)) for group in groups])
         for reader in (again, Log(path, "key", 1)):
             for group in groups:
-                np.testing.assert_equal(vars(decode(reader.read(group.index), completions=True)), vars(group))
+                np.testing.assert_equal(vars(decode(reader.read(group.row), completions=True)), vars(group))
 
 
 JSON = st.recursive(

@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from trl_learnalign.gradients.modes import as_in_evaluation
 from trl_learnalign.ground.peers import Peers
 from trl_learnalign.host import find_host
-from trl_learnalign.measures import half_forward
+from trl_learnalign.measures import forwards, half_forward
 from trl_learnalign.measures import hidden_states as measure
 from trl_learnalign.measures.feature_file import PromptFeatures
 from trl_learnalign.measures.half_forward import HalfForward
@@ -167,7 +167,7 @@ def test_where_the_short_way_is_another_the_whole_policy_runs(tmp_path, monkeypa
 def test_every_prompt_goes_through_half_of_the_policy_once_and_not_through_the_head(tmp_path, monkeypatch):
     """But for one beginning of a prompt, on which that is compared with the whole policy."""
     monkeypatch.setattr(measure, "SAMPLE", 20)
-    monkeypatch.setattr(half_forward, "MOST_TOKENS", 256)
+    monkeypatch.setattr(forwards, "MOST_TOKENS", 256)
     dataset = of_unequal_lengths(200)
     trainer = make_trainer(tmp_path, dataset=dataset)
     counter = Counter(trainer)
@@ -342,6 +342,9 @@ def test_two_processes_come_to_the_same(tmp_path, of_one_process, how):
     ranks = launch("hidden states", tmp_path, 2, SHARDED.get(how))
     assert ranks[0]["features"] == ranks[1]["features"]
     np.testing.assert_allclose(ranks[0]["features"], of_one_process["features"], atol=2e-3)
+    for rank in ranks:  # the likelihoods of answers, which go round in the same way
+        assert len(set(rank["likelihoods"])) > 10
+        np.testing.assert_allclose(rank["likelihoods"], of_one_process["likelihoods"], rtol=1e-4)
     # The forward of sharded weights takes both; else each process has its own batches
     numbers = [rank["forwards"] for rank in ranks]
     assert all(rank["dimensions"] == [2] for rank in ranks)

@@ -13,7 +13,7 @@ from trl import RLOOConfig, RLOOTrainer
 from trl_learnalign import select_prompts
 from trl_learnalign.gradients.engine import PromptGradients
 from trl_learnalign.host import find_host, generation
-from trl_learnalign.host.groups import Group, Row
+from trl_learnalign.host.groups import RolloutGroup, Row
 from trl_learnalign.measures import gradients, packing, rollouts
 from trl_learnalign.selection.run import SelectionRun
 
@@ -162,15 +162,15 @@ def test_gradients_of_rloo_need_rollouts_with_the_kl_term(tmp_path, counted):
 def test_rollouts_that_are_lost_are_an_error_not_a_score(tmp_path, monkeypatch, counted):
     """Between the rewards and the gradients; what is left is used again."""
 
-    def damage(self, *args, original=SelectionRun.gather_rewards):
-        file = next(self.path_of_measures.glob("rollouts/*.log"))
+    def damage(context, own, original=rollouts.gather_rewards):
+        file = next(own.log.path.glob("*.log"))
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
-        return original(self, *args)
+        return original(context, own)
 
     with monkeypatch.context() as patch:
-        patch.setattr(SelectionRun, "gather_rewards", damage)
+        patch.setattr(rollouts, "gather_rewards", damage)
         with pytest.raises(RuntimeError, match=r"The rollouts of prompt \d+ could not be read back from .*rollouts'"):
             select(tmp_path, save_rollouts=True)
     counted()
@@ -274,8 +274,8 @@ def synthetic(host, indices, tokens=6):
     size = host.group_size
     generator = np.random.default_rng(indices[0])
     return [
-        Group(
-            index=index,
+        RolloutGroup(
+            row=index,
             prompt_ids=[np.full(4, 5, np.int32)] * size,
             completion_ids=[generator.integers(3, 20, tokens, np.int32) for _ in range(size)],
             loss_masks=[np.ones(tokens, np.int8) for _ in range(size)],
@@ -301,14 +301,14 @@ def test_rollouts_are_not_in_memory(tmp_path, monkeypatch):
         gc.collect()
         tracemalloc.start()
         try:
-            own = rollouts.roll_out(run, run.dataset, run.pool, log)
+            own = rollouts.roll_out(run.context, run.context.dataset, run.pool, log, 8)
             gc.collect()
             taken, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
         whole = prompts * 8 * tokens * 4
         assert taken < whole / 50 and peak < whole / 5
-        assert not [one for one in gc.get_objects() if isinstance(one, Group)]
+        assert not [one for one in gc.get_objects() if isinstance(one, RolloutGroup)]
         # Read back, each as it was
         for group, expected in zip(own, synthetic(run.host, run.pool[:8], tokens), strict=False):
             np.testing.assert_equal(group.completion_ids, expected.completion_ids)
@@ -320,7 +320,7 @@ def test_rows_of_one_window_are_in_memory(tmp_path, monkeypatch):
     def collect(self, counts, rows, original=gradients.GradientFeatures._collect):
         gc.collect()
         alive = gc.get_objects()
-        most.append([sum(isinstance(one, kind) for one in alive) for kind in (Row, Group)])
+        most.append([sum(isinstance(one, kind) for one in alive) for kind in (Row, RolloutGroup)])
         return original(self, counts, rows)
 
     monkeypatch.setattr(gradients.GradientFeatures, "_collect", collect)

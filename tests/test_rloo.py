@@ -186,7 +186,7 @@ def test_the_gradient_of_a_selection_is_that_of_a_step_on_the_group(tmp_path):
 
     def keep(*args):
         made = generate(*args)
-        kept.update({group.index: group for group in made})
+        kept.update({group.row: group for group in made})
         return made
 
     with pytest.MonkeyPatch.context() as patch:

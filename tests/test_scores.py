@@ -11,11 +11,11 @@ from datasets import Dataset
 from tiny import Seen, config, digit_reward, make_dataset, make_trainer, online
 
 from trl_learnalign import Selection, select_prompts
-from trl_learnalign.choice import rehearsal
 from trl_learnalign.cli.main import main as command
 from trl_learnalign.data.columns import dataset_columns
 from trl_learnalign.report import trackers
 from trl_learnalign.scores import builtin as scores
+from trl_learnalign.selection import rehearsal
 
 
 ROWS = 24

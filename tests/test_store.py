@@ -14,7 +14,7 @@ from tiny import config, make_dataset, make_trainer, parity_reward
 from trl_learnalign import select_prompts
 from trl_learnalign.ground import store
 from trl_learnalign.ground.store import Log, prepare
-from trl_learnalign.host.groups import Group
+from trl_learnalign.host.groups import RolloutGroup
 from trl_learnalign.measures.records import decode, encode
 
 
@@ -34,7 +34,7 @@ def a_group(index=3, own_prompts=False, masked=True, size=2):
     completions = ["a", [{"role": "assistant", "content": "b\u2028"}]] * (size // 2)
     rewards = generator.normal(size=(size, 2)).astype(np.float32)
     rewards[0, 1] = np.nan
-    return Group(index, prompts, ids, masks, completions, rewards, rewards[:, 0] / 3, has_images=size > 2)
+    return RolloutGroup(index, prompts, ids, masks, completions, rewards, rewards[:, 0] / 3, has_images=size > 2)
 
 
 @pytest.mark.parametrize("own_prompts", [False, True])

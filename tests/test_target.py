@@ -9,6 +9,7 @@ from trl import GRPOTrainer, RLOOTrainer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignSampler, Selection, select_prompts
 from trl_learnalign.measures import alignments, gradients
+from trl_learnalign.measures import target as of_target
 
 
 def target_rows(num=6):
@@ -24,10 +25,10 @@ def select(path, monkeypatch=None, **settings):
     """A selection with exact gradients; and the features of the pool and of the target, by row."""
     features = {"pool": {}, "target": {}}
     if monkeypatch is not None:
-        original = alignments.GradientAlignments._source
+        original = alignments.features_of
 
-        def seen(self, own, pool, log):
-            source = original(self, own, pool, log)
+        def seen(context, rolled_out, log):
+            source = original(context, rolled_out, log)
             kind = "target" if log.path.name == "target-gradients" else "pool"
             computed = source._computed
 
@@ -39,7 +40,8 @@ def select(path, monkeypatch=None, **settings):
             source._computed = noted
             return source
 
-        monkeypatch.setattr(alignments.GradientAlignments, "_source", seen)
+        for module in (alignments, of_target):
+            monkeypatch.setattr(module, "features_of", seen)
     trainer = make_trainer(path, reward=parity_reward, dataset=make_dataset(12))
     return select_prompts(trainer, config(projection_dim=None, **settings)), features
 

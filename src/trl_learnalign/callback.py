@@ -21,6 +21,7 @@ from .schedules.base import Selects
 from .schedules.checkpoint import CheckpointState
 from .schedules.stream import Stream, open_stream
 from .schedules.tap import RewardTap
+from .selection.checks import check_selection
 from .selection.result import Selection
 from .selection.run import forget_measures
 
@@ -66,7 +67,9 @@ class LearnAlignCallback(TrainerCallback):
         made_by = sampler.makes_schedule
         with Peers(trainer.accelerator) as peers:  # what one process alone finds wrong ends all
             self.host.look_at_functions()
-            self.host.check(self.config, isinstance(made_by, type) and issubclass(made_by, Selects))
+            self.host.check(self.config)
+            if isinstance(made_by, type) and issubclass(made_by, Selects):
+                check_selection(self.host, self.config)
             stream = open_stream(made_by, self.host, self.config)
             if self.config.after_warmup == "restart":
                 check_restart(self.host)

@@ -11,7 +11,7 @@ from .choice.idle import missing
 from .data.conditions import Condition
 from .data.rows import dataset_fingerprint
 from .ground.knobs import check, explain
-from .scores.builtin import OWN_MEASURES, SCORES, Score, find_score, score_name
+from .scores.builtin import SCORES, Score, find_score, score_name
 
 
 SCHEDULE_NAMES = ("staged", "online")
@@ -20,7 +20,15 @@ SCHEDULE_NAMES = ("staged", "online")
 FREE_ON_RESUME = ("reselect_every", "rollout_batch_prompts", "max_tokens_per_batch", "save_rollouts", "write_report")
 # And what it may change besides while no selection has chosen a prompt: what only the coming one uses
 FREE_BEFORE_SELECTION = (
-    *("num_rollouts", "score", "score_measures", "learnability", "success_threshold", "success_reward"),
+    *(
+        "num_rollouts",
+        "score",
+        "score_measures",
+        "answer_column",
+        "learnability",
+        "success_threshold",
+        "success_reward",
+    ),
     *("gradient_rollouts", "projection_dim", "candidate_prompts", "deduplicate", "target_dataset", "target_column"),
     *("where", "quota_column", "quota", "take", "prompt_order", "fold", "selection_seed"),
 )
@@ -69,12 +77,18 @@ class LearnAlignConfig:
             What prompts are ranked by: `"learnalign"` (Eq. 8), `"learnability"` (V alone; no gradients), `"alignment"`
             (Eq. 8 without V), `"random"` (no rollouts), `"target"` (V times the alignment with the mean gradient of
             `target_dataset`, the largest over subtasks: LESS, arXiv 2402.04333), `"target_alignment"` (the same
-            without V), `"column:NAME"` (a column of numbers of the dataset; no rollouts), or your own function, as an
-            object or as `"file.py:function"`. The function takes a `pandas.DataFrame` with a row per prompt and
-            returns a Series. Higher is better; a prompt with NaN is never chosen.
+            without V), `"confidence"` (how near the likelihood of the answer in `answer_column` is to the mean over
+            the pool: UFO-RL, arXiv 2505.12457; one forward over each prompt, no rollouts), `"column:NAME"` (a column
+            of numbers of the dataset; no rollouts), or your own function, as an object or as `"file.py:function"`. The
+            function takes a `pandas.DataFrame` with a row per prompt and returns a Series. Higher is better; a prompt
+            with NaN is never chosen.
         score_measures (`list[str]`, *optional*):
-            What your own function in `score` needs: `["rollouts"]`, `["gradients"]` (which need rollouts), or nothing
-            (the default).
+            What your own function in `score` needs: `["rollouts"]`, `["gradients"]` (which need rollouts),
+            `["likelihood"]` (of the answers), `["hidden_states"]`, or nothing (the default).
+        answer_column (`str`, *optional*):
+            Column of the dataset with the right answer to each prompt, texts or numbers, as the policy should write
+            it after the prompt. Required by `score="confidence"`. On the command line reward functions get the column
+            as `solution`.
         learnability (`str`, *optional*, defaults to `"success_rate"`):
             `"success_rate"`: V = p (1 - p). `"variance"`, for graded rewards: V = the variance of a prompt's rewards,
             scaled to their range over the pool; for rewards of 0 and 1 the two are equal.
@@ -166,6 +180,7 @@ class LearnAlignConfig:
     rollout_batch_prompts: int | None = None
     score: str = "learnalign"
     score_measures: list[str] | None = None
+    answer_column: str | None = None
     learnability: str = field(default="success_rate", metadata={"choices": ["success_rate", "variance"]})
     success_threshold: float = 1.0
     success_reward: list[str] | None | str = None  # noqa: RUF036 in this order the parser takes it for a list
@@ -239,8 +254,8 @@ class LearnAlignConfig:
                 f"`score` is {self.score!r}, but must be one of {', '.join(SCORES)}, `column:NAME`, or a function."
             )
         measures = self.score_measures
-        if measures is not None and (not isinstance(measures, list | tuple) or set(measures) - set(OWN_MEASURES)):
-            raise ValueError(f"`score_measures` must be a list of {', '.join(OWN_MEASURES)}, but is {measures!r}.")
+        if measures is not None and not (isinstance(measures, list) and all(isinstance(one, str) for one in measures)):
+            raise ValueError(f"`score_measures` must be a list of names of measures, but is {measures!r}.")
         if measures is not None and isinstance(self.score, str) and (self.score in SCORES or ".py:" not in self.score):
             raise ValueError(
                 f"`score_measures` is {measures!r}, but is only for your own functions, and `score` is "
@@ -274,7 +289,7 @@ class LearnAlignConfig:
                 "`target_dataset` must be a path, a name of the Hub or a Dataset, but is a "
                 f"{type(self.target_dataset).__name__}."
             )
-        if ("target" in self.measures) != (self.target_dataset is not None):
+        if ("target-gradients" in self.measures) != (self.target_dataset is not None):
             have = "is not set" if self.target_dataset is None else "is set"
             raise ValueError(
                 f"`score` is {score_name(self.score)!r}, but `target_dataset` {have}. The scores `target` and "
@@ -287,7 +302,7 @@ class LearnAlignConfig:
 
     @property
     def measures(self) -> tuple[str, ...]:
-        """What the score needs: `"rollouts"`, `"gradients"`, both or nothing."""
+        """Names of the measures that the score needs."""
         return self.ranking().requires
 
     def ranking(self) -> Score:

@@ -49,8 +49,8 @@ _FOLDING = Acting(
     "set `prompt_order='folding'`",
 )
 _SCORED = Acting(
-    lambda config: config.score != "random",
-    "with `score='random'`, whose draw is uniform",
+    lambda config: not config.ranking().at_random,
+    "with `score={score!r}`, whose draw is uniform",
     "use another score",
     refused=False,
 )
@@ -62,6 +62,7 @@ ACTING = {
     "num_rollouts": (_STAGED, _ROLLOUTS),
     "rollout_batch_prompts": (_STAGED, _ROLLOUTS),
     "score_measures": (_STAGED,),
+    "answer_column": (_STAGED,),
     "learnability": (_ROLLOUTS,),
     "success_threshold": (_ROLLOUTS, _SUCCESS),
     "success_reward": (_ROLLOUTS,),

@@ -31,10 +31,6 @@ class SelectArguments(ScriptArguments):
         metadata={"help": "Reward functions: `file.py:function`, a dotted path, or the name of one of `trl.rewards`."},
     )
     prompt_column: str = field(default="prompt", metadata={"help": "Column of the dataset that holds the prompts."})
-    answer_column: str | None = field(
-        default=None,
-        metadata={"help": "Column passed to reward functions as `solution`, the name that `trl.rewards` uses."},
-    )
     adapter: str | None = field(
         default=None,
         metadata={"help": "Directory of a PEFT adapter trained on the model, loaded before the selection."},
@@ -43,13 +39,14 @@ class SelectArguments(ScriptArguments):
         default=None, metadata={"help": "Directory to save the adapter in after the warm-up."}
     )
 
-    def wanted(self, columns: list[str]) -> dict[str, str]:
+    def wanted(self, columns: list[str], answer_column: str | None) -> dict[str, str]:
         """
-        Columns that the trainer gets under another name: the dataset's name -> the trainer's. One that has such a name
-        already gets another, as in `dataset_prompt`.
+        Return the columns that the trainer gets under another name: the dataset's name -> the trainer's. One that has
+        such a name already gets another, as in `dataset_prompt`. The answers become `solution`, the name that
+        `trl.rewards` uses.
         """
-        pairs = {self.prompt_column: "prompt", self.answer_column: "solution"}
-        pairs = {old: new for old, new in pairs.items() if old not in (None, new)}
+        pairs = {self.prompt_column: "prompt"} | ({} if answer_column is None else {answer_column: "solution"})
+        pairs = {old: new for old, new in pairs.items() if old != new}
         taken = [new for new in pairs.values() if new in columns and new not in pairs]
         return pairs | {name: f"dataset_{name}" for name in taken}
 
@@ -110,7 +107,9 @@ def build_trainer(
     if "rollouts" in config.measures and None not in names:
         check_success_reward(names, config.success_reward, config.learnability)
     _check_model(model_args)
-    rows = read_rows(arguments)
+    rows = read_rows(arguments, config.answer_column)
+    if config.answer_column is not None:
+        config.answer_column = rows.renamed.get(config.answer_column, config.answer_column)
     check_dataset(rows.dataset)
     peft_config = get_peft_config(model_args)
     if arguments.adapter is not None:
@@ -178,7 +177,7 @@ def load_adapter(trainer: GRPOTrainer, path: str) -> None:
 # Rows --------------------------------------------------------------------------------------------------------------
 
 
-def read_rows(arguments: SelectArguments) -> Rows:
+def read_rows(arguments: SelectArguments, answer_column: str | None) -> Rows:
     """
     The training split of a dataset of the Hub or of a directory, or the rows of files, with the trainer's names. The
     scores that an earlier export added are left out.
@@ -202,7 +201,7 @@ def read_rows(arguments: SelectArguments) -> Rows:
         dataset = dataset.rename_column(old, new)
         notes.append(f"The selection adds a column '{old}', so that of the dataset is called '{new}'.")
     columns = dataset.column_names
-    renamed = arguments.wanted(columns)
+    renamed = arguments.wanted(columns, answer_column)
     for old, new in renamed.items():
         if old not in columns:
             raise ValueError(

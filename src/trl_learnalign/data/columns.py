@@ -15,17 +15,11 @@ from .conditions import Condition
 from .reading import has_transform
 
 
-# Columns that a measure adds to the table
-MEASURED = {
-    "rollouts": ("success_rate", "learnability", "reward_mean", "reward_std", "completion_length_mean"),
-    "gradients": ("alignment", "gradient_norm"),
-    "target": (),
-}
 _FEW = 0.05  # of all rows are read one by one
 _EXACT = 1 << 53  # floats hold whole numbers up to here
 
 
-def dataset_columns(dataset: Dataset, rows: Sequence[int], names: Iterable[str] | None) -> pd.DataFrame:
+def dataset_columns(dataset: Dataset, rows: "Sequence[int] | pd.Index", names: Iterable[str] | None) -> pd.DataFrame:
     """
     Columns of the dataset by dataset row, in the order of `rows`, as they are stored (a transform is not asked), and
     fields of nested ones, such as `extra.level`; `None`: all that hold numbers or text.
@@ -104,14 +98,16 @@ def _kind(dataset, name):
     return kind
 
 
-def check_columns(dataset: Dataset, config: LearnAlignConfig) -> None:
+def check_columns(dataset: Dataset, config: LearnAlignConfig, columns: Iterable[str]) -> None:
     """
+    Check the columns that settings name. `columns` are those that are measured.
+
     Raises:
         `ValueError`: `score`, `where` or `quota_column` name a column that there is not, a score that holds no
             numbers, `where` a column of the dataset that has the name of what is measured, or a function of the
             user's would find such a column.
     """
-    measured = {"score"}.union(*(MEASURED[measure] for measure in config.measures))
+    measured = {"score", *columns}
     if config.ranking().code is not None:
         for name in sorted((measured - {"score"}) & set(dataset.column_names)):
             raise ValueError(

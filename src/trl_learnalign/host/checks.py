@@ -1,24 +1,14 @@
 """What is refused before anything is generated."""
 
 import os
-import warnings
 
 import trl
 from packaging.version import Version
 
-from ..choice.rehearsal import rehearse
-from ..choice.table import load_target
 from ..config import LearnAlignConfig
-from ..data.columns import check_columns
 from ..data.prompts import check_dataset, check_duplicates, check_prompts, warn_of_answers
-from ..data.reading import columns_read, read_prompts
-from ..gradients.engine import UnseenParametersError, check_parameters, unseen_message
-from ..ground.randomness import random_state, set_random_state
+from ..data.reading import read_prompts
 from .generation import is_colocated
-from .rewards import check_success_reward
-
-
-_LONG = 1000  # tokens, where nothing limits a completion
 
 
 def check_trainer(host, config: LearnAlignConfig) -> None:
@@ -52,53 +42,6 @@ def check_trainer(host, config: LearnAlignConfig) -> None:
     # With an environment or a `rollout_func` equal prompts may be different tasks
     equal_tasks = not own_rollouts and not host.environments
     check_duplicates(dataset, config.deduplicate, warn=equal_tasks and trainer.accelerator.is_main_process)
-
-
-def check_selection(host, config: LearnAlignConfig) -> None:
-    """
-    Raises an error for all settings of a trainer with which a selection would fail or be wrong.
-
-    Raises:
-        `ValueError`: an unknown column, a score, a condition or a target that cannot be used, an unknown or missing
-            reward name, vLLM set up so that TRL mixes completions up; and where gradients are wanted: an unknown loss,
-            a multimodal dataset, sharded weights without an adapter.
-        [`UnseenParametersError`]: trainable tensors whose gradients would be missed.
-    """
-    dataset = host.dataset
-    if config.num_prompts > len(dataset):
-        warnings.warn(
-            f"`num_prompts` is {config.num_prompts}, but the training dataset has {len(dataset)} rows: every "
-            "learnable prompt will be selected.",
-            stacklevel=4,
-        )
-    check_columns(dataset, config)
-    load_target(dataset, config)
-    randomness = random_state()  # a function of the user's may draw from it
-    longest = getattr(host.args, "max_completion_length", None) or _LONG
-    rehearse(dataset, config, config.num_rollouts or host.group_size, longest)
-    set_random_state(randomness)
-    if not config.measures:
-        return
-    check_success_reward(host.reward_names, config.success_reward, config.learnability)
-    check_vllm(host)
-    if "gradients" not in config.measures:
-        return
-    host.check_loss()
-    if {"image", "images"} & set(columns_read(dataset)):
-        raise ValueError(
-            "The training dataset has images, and gradients of multimodal prompts are not supported. Use "
-            "`score='learnability'`, which takes no gradients."
-        )
-    if host.is_sharded and not host.has_adapter:
-        raise ValueError(
-            "Full fine-tuning with FSDP or DeepSpeed is not supported: the probe would see only shards of the "
-            "weights. Train a LoRA adapter (`peft_config`), or use `score='learnability'`, which takes no gradients."
-        )
-    model = host.model
-    for adapter in getattr(model, "peft_config", {}).values():
-        if getattr(adapter, "target_parameters", None):  # their A and B are multiplied without their layers' forward
-            raise UnseenParametersError(unseen_message([f"target_parameters={adapter.target_parameters}"]))
-    check_parameters(model, probe=not host.has_adapter)
 
 
 def _check_template(trainer):

@@ -15,7 +15,7 @@ from ..data.reading import read_rows
 from ..gradients.modes import turn_dropout_off
 from ..ground.hashing import stable_hash
 from ..ground.randomness import random_state, set_random_state
-from .groups import Group, shared
+from .groups import RolloutGroup, shared
 from .rewards import guarded
 
 
@@ -32,7 +32,7 @@ class NoLogps:
         return None, None, None
 
     def penalties(self, output: dict) -> torch.Tensor:
-        """Of each row of a batch that TRL generated, see [`Group`]."""
+        """Of each row of a batch that TRL generated, see [`RolloutGroup`]."""
         return torch.zeros(len(output["completion_ids"]))
 
 
@@ -71,7 +71,7 @@ def left_as_found(trainer: Trainer, num_rollouts: int) -> Iterator[None]:
         set_random_state(randomness)
 
 
-def generate_groups(host, dataset: Dataset, indices: list[int], seed: int, gradients: bool) -> list[Group]:
+def generate_groups(host, dataset: Dataset, indices: list[int], seed: int, gradients: bool) -> list[RolloutGroup]:
     """
     Rolls out this process's prompts through the trainer's own generation and reward functions. To be called inside
     [`Host.left_as_found`], by all processes at once, each with its own `indices`, equally many.
@@ -132,8 +132,8 @@ def generate_groups(host, dataset: Dataset, indices: list[int], seed: int, gradi
         rows = range(i * size, (i + 1) * size)
         completion_ids = [np.asarray(seen["completion_ids"][row], dtype=np.int32) for row in rows]
         groups.append(
-            Group(
-                index=index,
+            RolloutGroup(
+                row=index,
                 prompt_ids=shared([prompt_ids[row][prompt_mask[row]] for row in rows]),
                 completion_ids=completion_ids,
                 loss_masks=[loss_mask[row, : len(ids)].copy() for row, ids in zip(rows, completion_ids, strict=True)],

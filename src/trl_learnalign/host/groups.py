@@ -6,12 +6,12 @@ import numpy as np
 
 
 @dataclass
-class Group:
+class RolloutGroup:
     """
     The rollouts of one prompt.
 
     Attributes:
-        index (`int`): row of the training dataset.
+        row (`int`): of the training dataset.
         prompt_ids (`list[np.ndarray]`): of each of G completions the tokens that it continues, int32. One array where
             they are equal; an environment or a `rollout_func` may begin every rollout differently.
         completion_ids (`list[np.ndarray]`): tokens of each of G completions, int32.
@@ -27,7 +27,7 @@ class Group:
             the policy's input.
     """
 
-    index: int
+    row: int
     prompt_ids: list[np.ndarray]
     completion_ids: list[np.ndarray]
     loss_masks: list[np.ndarray]

@@ -5,9 +5,9 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch.nn.utils.rnn import pad_sequence
 
+from ..ground.memory import attempt
 from ..ground.randomness import random_state, set_random_state
 
 
@@ -62,23 +62,21 @@ class Halving:
         if size > self.rows and parts:
             return self._in_parts(original, inputs)
         state = random_state()
-        try:
-            return original(**inputs)
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-            if size == 1 or not parts:
-                raise MemoryError(
-                    f"{size} rollouts at once do not fit into the memory ({error}). Lower `rollout_batch_prompts` or "
-                    "`max_completion_length`, or generate with vLLM."
-                ) from error
-        # Outside of the handler, whose traceback keeps the tensors of the failed attempt
+
+        def refuse(error):
+            return MemoryError(
+                f"{size} rollouts at once do not fit into the memory ({error}). Lower `rollout_batch_prompts` or "
+                "`max_completion_length`, or generate with vLLM."
+            )
+
+        found = attempt(lambda: original(**inputs), refuse if size == 1 or not parts else None)
+        if found is not None:
+            return found
         self.rows = size // 2
         logger.warning(
             f"{size} rollouts at once do not fit into the memory, so they are generated in halves. Lower "
             "`rollout_batch_prompts` to avoid the retry."
         )
-        clear_device_cache(garbage_collection=True)
         set_random_state(state)
         return self._in_parts(original, inputs)
 

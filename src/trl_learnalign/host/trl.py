@@ -15,9 +15,9 @@ from transformers import Trainer
 from ..config import LearnAlignConfig
 from ..gradients.modes import dropout_off
 from . import generation, identities, taps
-from .checks import check_selection, check_trainer
+from .checks import check_trainer
 from .generation import NoLogps
-from .groups import Group, Row
+from .groups import RolloutGroup, Row
 from .memory import Halving
 from .names import check_names
 from .objective import policy
@@ -171,11 +171,9 @@ class Host(ABC):
         """See [`~trl_learnalign.host.weights.weights_digest`]."""
         return weights_digest(self.trainer)
 
-    def check(self, config: LearnAlignConfig, selects: bool = True) -> None:
-        """See [`~trl_learnalign.host.checks.check_trainer`], and, if a selection is made, `check_selection`."""
+    def check(self, config: LearnAlignConfig) -> None:
+        """See [`~trl_learnalign.host.checks.check_trainer`]."""
         check_trainer(self, config)
-        if selects:
-            check_selection(self, config)
 
     @abstractmethod
     def check_loss(self) -> None:
@@ -196,6 +194,10 @@ class Host(ABC):
     def text(self, ids: Sequence[int]) -> str:
         """Tokens as text."""
         return self.trainer._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def text_ids(self, texts: list[str]) -> list[list[int]]:
+        """Return the tokens of texts that go on where others end, without special tokens."""
+        return self.trainer._tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     def prompt_ids(self, rows: list[dict]) -> list[list[int]]:
         """
@@ -221,13 +223,13 @@ class Host(ABC):
         with generation.left_as_found(self.trainer, num_rollouts), dropout_off(self.trainer.model):
             yield
 
-    def generate(self, dataset: Dataset, rows: list[int], seed: int, gradients: bool = True) -> list[Group]:
+    def generate(self, dataset: Dataset, rows: list[int], seed: int, gradients: bool = True) -> list[RolloutGroup]:
         """See [`~trl_learnalign.host.generation.generate_groups`]."""
         return generation.generate_groups(self, dataset, rows, seed, gradients)
 
     @property
     def has_penalties(self) -> bool:
-        """Whether [`Group`] has penalties where gradients will be taken, and only there."""
+        """Whether [`RolloutGroup`] has penalties where gradients will be taken, and only there."""
         return False
 
     def stand_in(self, gradients: bool) -> NoLogps:
@@ -276,7 +278,7 @@ class Host(ABC):
 
         Args:
             rewards (`torch.Tensor` of shape `(n, G, F)`): NaN where a function gave none.
-            penalties (`torch.Tensor` of shape `(n, G)`): see [`Group`].
+            penalties (`torch.Tensor` of shape `(n, G)`): see [`RolloutGroup`].
 
         Returns:
             `torch.Tensor` of shape `(n, G)`, float64; 0 for a rollout that no reward function scored.

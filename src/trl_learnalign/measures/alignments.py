@@ -1,196 +1,212 @@
 """The gradients of a selection's prompts, aligned with the mean of all or with a target."""
 
-import logging
 import time
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import pandas as pd
 import torch
 
-from ..choice.table import Pool
-from ..data.columns import dataset_columns
+from ..data.reading import columns_read
+from ..gradients.engine import UnseenParametersError, check_parameters, unseen_message
 from ..ground.store import Log
 from ..host.groups import Row
 from ..scores import maths as scoring
+from .base import Context, Finding, Measure
 from .gradients import GradientFeatures
-from .rollouts import Rollouts, roll_out
+from .rollouts import RolledOut, RolloutMeasure
 
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from .target import Directions
+
+# What decides which rollouts make a gradient, and how long a feature is
+KEY_OF_GRADIENTS = ("gradient_rollouts", "projection_dim", "success_threshold", "success_reward", "learnability")
 
 
-@dataclass(frozen=True)
-class Target:
+class GradientMeasure(Measure):
     """
-    The rollouts of a target.
-
-    Attributes:
-        own ([`Rollouts`]): this process's.
-        found ([`Pool`]): what all rollouts found out.
-        learnable (`list[int]`): rows of the target with V > 0.
-    """
-
-    own: Rollouts
-    found: Pool
-    learnable: list[int]
-
-
-def roll_out_target(run) -> Target:
-    """
-    Rolls out the prompts of a selection's target. All processes must call this.
-
-    Args:
-        run ([`SelectionRun`]): the selection, inside [`Host.left_as_found`].
-    """
-    dataset, rows = run.host.visible(run.target), list(range(len(run.target)))
-    own = roll_out(run, dataset, rows, run.open_log("target-rollouts"), "target rollouts")
-    found = run.gather_rewards(own)
-    return Target(own, found, found.indices[found.learnability > 0].tolist())
-
-
-class GradientAlignments:
-    """
-    Implements [`Alignments`] on all processes of a selection.
-
-    Args:
-        run ([`SelectionRun`]): the selection, inside [`Host.left_as_found`].
-        own ([`Rollouts`]): this process's, of the pool.
-        pool ([`Pool`]): what all rollouts found out.
-        target ([`Target`], *optional*): with a learnable prompt, where the score needs one.
+    The gradients of the learnable prompts. The result implements [`Alignments`]: only a score knows what to align them
+    with, so they are computed when it asks.
     """
 
-    def __init__(self, run, own: Rollouts, pool: Pool, target: Target | None = None):
-        self.run, self.own, self.pool, self._target = run, own, pool, target
-        self.config, self.host, self.peers = run.config, run.host, run.peers
+    name = "gradients"
+    requires = ("rollouts",)
+    columns = ("alignment", "gradient_norm")
+    price = "gradients"
+
+    def check(self, host, config):
+        """
+        Raise a `ValueError` for an unknown loss, images, and sharded weights without an adapter; and an
+        [`UnseenParametersError`] for trainable tensors whose gradients would be missed.
+        """
+        host.check_loss()
+        if {"image", "images"} & set(columns_read(host.dataset)):
+            raise ValueError(
+                "The training dataset has images, and gradients of multimodal prompts are not supported. Use "
+                "`score='learnability'`, which takes no gradients."
+            )
+        if host.is_sharded and not host.has_adapter:
+            raise ValueError(
+                "Full fine-tuning with FSDP or DeepSpeed is not supported: the probe would see only shards of the "
+                "weights. Train a LoRA adapter (`peft_config`), or use `score='learnability'`, which takes no "
+                "gradients."
+            )
+        for adapter in getattr(host.model, "peft_config", {}).values():
+            if getattr(adapter, "target_parameters", None):  # their A and B are multiplied without a layer's forward
+                raise UnseenParametersError(unseen_message([f"target_parameters={adapter.target_parameters}"]))
+        check_parameters(host.model, probe=not host.has_adapter)
+
+    def key(self, context, rows):
+        """Return what rollouts and features depend on."""
+        config = context.config.to_dict()
+        features = {f"`{name}`": config[name] for name in KEY_OF_GRADIENTS}
+        return {**RolloutMeasure().key(context, rows), **features}
+
+    def run(self, context, rows, log):
+        """Return the [`Alignments`], with nothing computed yet."""
+        return GradientAlignments(context, log)
+
+    def made_up(self, table, num_rollouts, longest):
+        """Return alignments that differ from prompt to prompt."""
+        return _MadeUpAlignments(table)
+
+
+class _MadeUpAlignments(Finding):
+    """A stand-in for gradients, see [`~trl_learnalign.scores.builtin.Alignments`]."""
+
+    def __init__(self, table: pd.DataFrame):
+        super().__init__(table[[]])
+        self.learnability = table["learnability"]
 
     def __call__(self, weights: pd.Series) -> pd.DataFrame:
-        """See [`Alignments`]."""
-        started = time.perf_counter()
-        source = self._source(self.own, self.pool, self.run.open_log("gradients"))
-        by_row = torch.zeros(len(self.run.dataset), dtype=torch.float64)
+        aligned = self.target()
+        return aligned.assign(score=(weights * aligned["alignment"]).fillna(0.0))
+
+    def target(self) -> pd.DataFrame:
+        places = np.arange(len(self.learnability))
+        known = self.learnability.to_numpy() > 0
+        columns = {"alignment": np.cos(places), "gradient_norm": 1 + places % 7}
+        return pd.DataFrame(
+            {name: np.where(known, values, np.nan) for name, values in columns.items()}, index=self.learnability.index
+        )
+
+
+class GradientAlignments(Finding):
+    """
+    An implementation of [`Alignments`] on all processes of a selection.
+
+    Args:
+        context ([`Context`]): with what the rollouts found out, and the directions of a target, if there is one.
+        log ([`Log`]): keeps the features.
+    """
+
+    def __init__(self, context: Context, log: Log):
+        self.context, self.log = context, log
+        self.rolled_out = cast(RolledOut, context.found["rollouts"])
+        super().__init__(self.rolled_out.pool.table()[[]])
+
+    def __call__(self, weights: pd.Series) -> pd.DataFrame:
+        """Align every learnable prompt with the weighted mean of all, see [`Alignments`]."""
+        context, started = self.context, time.perf_counter()
+        source = features_of(context, self.rolled_out, self.log)
+        by_row = torch.zeros(len(context.dataset), dtype=torch.float64)
         by_row[weights.index.tolist()] = torch.tensor(weights.to_numpy(dtype=float))
-        total = self._sum(source, by_row)
-        self.run.clock("gradients", started)
+        total = sum_over_processes(context, source, by_row)
+        spent = context.clock("gradients", started)
         started = time.perf_counter()
-        columns = self._gathered(scoring.scores_of_batches(source, by_row, total / len(self.pool.indices)))
-        self.run.clock("scores", started)
-        self._count_cost(source)
+        columns = self._gathered(scoring.scores_of_batches(source, by_row, total / len(self.rolled_out.pool.rows)))
+        self._count_cost(source, spent + context.clock("scores", started))
         table = self._by_prompt(columns, ("score", "alignment", "gradient_norm"))
         return table.assign(score=table["score"].fillna(0.0))
 
     def target(self) -> pd.DataFrame:
-        """See [`Alignments`]."""
-        directions = self._directions()
-        started = time.perf_counter()
-        source = self._source(self.own, self.pool, self.run.open_log("gradients"))
+        """Align every learnable prompt with the target, see [`Alignments`]."""
+        context, started = self.context, time.perf_counter()
+        source = features_of(context, self.rolled_out, self.log)
         source.compute()
-        self.run.clock("gradients", started)
+        spent = context.clock("gradients", started)
         started = time.perf_counter()
+        directions = cast("Directions", context.found["target-gradients"]).directions
         columns = self._gathered(scoring.largest_cosines(source, directions))
-        self.run.clock("scores", started)
-        self._count_cost(source)
+        self._count_cost(source, spent + context.clock("scores", started))
         return self._by_prompt(columns, ("alignment", "gradient_norm"))
 
-    def _directions(self) -> torch.Tensor:
-        """g_s of each subtask s that has a learnable prompt, of shape `(S, d)`, float64."""
-        run, rows, target = self.run, self.run.target, self._target
-        started = time.perf_counter()
-        source = self._source(target.own, target.found, run.open_log("target-gradients"))
-        names = ["all"] * len(rows)
-        if self.config.target_column is not None:
-            column = dataset_columns(rows, range(len(rows)), [self.config.target_column])[self.config.target_column]
-            names = [None if missing else name for name, missing in zip(column, column.isna(), strict=True)]
-        weights, without = [], []
-        for name in sorted(set(names), key=str):
-            members = [index for index in target.learnable if names[index] == name]
-            if not members:
-                without.append(str(name))
-                continue
-            weights.append(torch.zeros(len(rows), dtype=torch.float64))
-            weights[-1][members] = 1 / len(members)
-        directions = self._sum(source, torch.stack(weights))
-        run.clock("target gradients", started)
-        run.provenance["target"]["without"] = without
-        if without and run.accelerator.is_main_process:
-            logger.warning(
-                f"These subtasks of the target are left out: {', '.join(without)}. None of their prompts is "
-                "learnable, so they have no gradient. In a new run warm up longer, use more `num_rollouts`, or other "
-                "target prompts. A run that is resumed with `reselect_every` tries them again."
-            )
-        return directions
-
-    def _source(self, own: Rollouts, pool: Pool, log: Log) -> GradientFeatures:
-        learnable = {
-            index: i for i, index in enumerate(pool.indices.tolist()) if index in own and pool.learnability[i] > 0
-        }
-        chosen = {
-            index: self._chosen(own, index, pool.advantages[i], pool.deciding[i]) for index, i in learnable.items()
-        }
-        lengths = {}
-        for index in own.rows.tolist():  # in the order of the batches
-            if index in learnable:
-                place = own.place(index)
-                lengths[index] = (own.prompt_lengths[place] + own.lengths[place])[chosen[index]]
-
-        def rows(index):
-            group, advantages = own.group(index), pool.advantages[learnable[index]].tolist()
-            # The mean is over all rollouts that the configuration chooses, also over those that have no gradient
-            weight = 1 / (len(advantages) if self.config.gradient_rollouts == "all" else 1)
-            return [
-                Row(group.prompt_ids[g], group.completion_ids[g], group.loss_masks[g], advantages[g], weight)
-                for g in chosen[index].tolist()
-            ]
-
-        dim, budget = self.config.projection_dim, self.config.max_tokens_per_batch
-        return GradientFeatures(self.host, dim, self.run.seed, lengths, rows, log, budget, self.peers)
-
-    def _chosen(self, own, index, advantages, deciding):
-        """Which rollouts of a group carry a gradient."""
-        chosen = np.arange(len(advantages), dtype=np.uint8 if len(advantages) < 256 else np.int32)
-        if self.config.gradient_rollouts == "one_correct":
-            successes = scoring.is_success(deciding, self.config.success_threshold).nonzero().flatten().tolist()
-            first = successes[0] if successes else int(deciding.nan_to_num(-torch.inf).argmax())
-            chosen = chosen[first : first + 1]
-        counts = own.trained[own.place(index)] > 0
-        if not self.host.counts_without_advantage:
-            counts &= advantages.numpy() != 0
-        return chosen[counts[chosen]]
-
-    def _sum(self, source, weights):
-        """See [`GradientFeatures.weighted_sum`], over the prompts of all processes."""
-        total = source.weighted_sum(weights)
-        self.peers.wait()
-        accelerator = self.run.accelerator
-        if accelerator.num_processes > 1:  # float64, which not every single device has
-            total = accelerator.reduce(total.to(accelerator.device), "sum").cpu()
-        return total
-
     def _gathered(self, columns):
-        """The columns of all processes. All prompts must be there."""
-        columns = tuple(torch.cat(parts) for parts in zip(*self.peers.gather(columns), strict=True))
-        missing = int((self.pool.learnability > 0).sum()) - len(columns[0])
+        """Return the columns of all processes. All prompts must be there."""
+        columns = tuple(torch.cat(parts) for parts in zip(*self.context.peers.gather(columns), strict=True))
+        missing = len(self.rolled_out.learnable) - len(columns[0])
         if missing:  # the same on every process, so all raise
             raise RuntimeError(
                 f"The gradient features of {missing} prompts could not be read back from "
-                f"'{self.run.path_of_measures}'. Check the disk and run again: the features that are still there are "
+                f"'{self.log.path.parent}'. Check the disk and run again: the features that are still there are "
                 "reused."
             )
         return columns
 
     def _by_prompt(self, columns, names):
-        indices, *values = (column.numpy() for column in columns)
-        return pd.DataFrame(dict(zip(names, values, strict=True)), index=indices).reindex(self.pool.table().index)
+        rows, *values = (column.numpy() for column in columns)
+        index = self.rolled_out.pool.table().index
+        return pd.DataFrame(dict(zip(names, values, strict=True)), index=rows).reindex(index)
 
-    def _count_cost(self, source):
-        """The cost of gradients and scores relative to the rollouts, and an estimate of the least that it can be."""
-        rolled_out = int(self.own.lengths.sum(dtype=np.int64) + self.own.prompt_lengths.sum(dtype=np.int64))
-        counts = np.sum(self.peers.gather((rolled_out, *source.num_tokens())), axis=0).tolist()
+    def _count_cost(self, source, spent):
+        """Note the cost of gradients and scores relative to the rollouts, and an estimate of the least possible."""
+        host, own = self.context.host, self.rolled_out.own
+        rolled_out = int(own.lengths.sum(dtype=np.int64) + own.prompt_lengths.sum(dtype=np.int64))
+        counts = np.sum(self.context.peers.gather((rolled_out, *source.num_tokens())), axis=0).tolist()
         cost = dict(zip(("rollout_tokens", "gradient_tokens", "computed_tokens"), counts, strict=True))
         # Forward and backward through a LoRA cost two forwards; the reference policy of the KL term one more
-        forwards = 3 if self.host.runs_reference else 2
+        forwards = 3 if host.runs_reference else 2
         cost["floor"] = forwards * cost["gradient_tokens"] / cost["rollout_tokens"]
-        if not self.own.found:  # else the rollouts' time is not known
-            spent = self.run.seconds["gradients"] + self.run.seconds["scores"]
-            cost["of_rollouts"] = spent / max(self.run.seconds["rollouts"], 1e-3)
-        self.run.provenance["cost"] = cost
+        if not own.found:  # else the rollouts' time is not known
+            cost["of_rollouts"] = spent / max(self.rolled_out.seconds, 1e-3)
+        self.context.note({"cost": cost})
+
+
+def features_of(context: Context, rolled_out: RolledOut, log: Log) -> GradientFeatures:
+    """Return the gradient features of this process's learnable prompts, which are computed when they are used."""
+    config, own, pool = context.config, rolled_out.own, rolled_out.pool
+    learnable = {row: i for i, row in enumerate(pool.rows.tolist()) if row in own and pool.learnability[i] > 0}
+    chosen = {row: _chosen(context, own, row, pool.advantages[i], pool.deciding[i]) for row, i in learnable.items()}
+    lengths = {}
+    for row in own.rows.tolist():  # in the order of the batches
+        if row in learnable:
+            place = own.place(row)
+            lengths[row] = (own.prompt_lengths[place] + own.lengths[place])[chosen[row]]
+
+    def rollouts(row):
+        group, advantages = own.group(row), pool.advantages[learnable[row]].tolist()
+        # The mean is over all rollouts that the configuration chooses, also over those that have no gradient
+        weight = 1 / (len(advantages) if config.gradient_rollouts == "all" else 1)
+        return [
+            Row(group.prompt_ids[g], group.completion_ids[g], group.loss_masks[g], advantages[g], weight)
+            for g in chosen[row].tolist()
+        ]
+
+    budget = config.max_tokens_per_batch
+    return GradientFeatures(
+        context.host, config.projection_dim, context.seed, lengths, rollouts, log, budget, context.peers
+    )
+
+
+def _chosen(context, own, row, advantages, deciding):
+    """Return which rollouts of a group carry a gradient."""
+    chosen = np.arange(len(advantages), dtype=np.uint8 if len(advantages) < 256 else np.int32)
+    if context.config.gradient_rollouts == "one_correct":
+        successes = scoring.is_success(deciding, context.config.success_threshold).nonzero().flatten().tolist()
+        first = successes[0] if successes else int(deciding.nan_to_num(-torch.inf).argmax())
+        chosen = chosen[first : first + 1]
+    counts = own.trained[own.place(row)] > 0
+    if not context.host.counts_without_advantage:
+        counts &= advantages.numpy() != 0
+    return chosen[counts[chosen]]
+
+
+def sum_over_processes(context: Context, source: GradientFeatures, weights: torch.Tensor) -> torch.Tensor:
+    """Return what [`GradientFeatures.weighted_sum`] does, over the prompts of all processes."""
+    total = source.weighted_sum(weights)
+    context.peers.wait()
+    accelerator = context.host.accelerator
+    if accelerator.num_processes > 1:  # float64, which not every single device has
+        total = accelerator.reduce(total.to(accelerator.device), "sum").cpu()
+    return total

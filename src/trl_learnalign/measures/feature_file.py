@@ -18,6 +18,8 @@ from ..ground.disk import make_directory, write_atomically
 @dataclass(frozen=True)
 class PromptFeatures:
     """
+    The features of some prompts.
+
     Attributes:
         values (`np.ndarray` of shape `(n, k)`, float16): columns of mean 0, in the order of the variance that they
             explain. The first has standard deviation 1, column j has (u_j / u_1)^(1/4), where u are the variances of
@@ -35,11 +37,11 @@ class PromptFeatures:
 
     @property
     def file(self) -> str:
-        """Its name, another for each key: a second run in the same directory leaves the first's."""
+        """Name of the file, another for each key: a second run in the same directory leaves the first's."""
         return file_name(self.key)
 
     def spread(self, total: int) -> np.ndarray:
-        """Of shape `(total, k)`: by row of the dataset, 0, which is the mean, where nothing is known."""
+        """Return features by dataset row, of shape `(total, k)`: 0, which is the mean, where nothing is known."""
         if len(self.rows) == total:
             return self.values
         found = np.zeros((total, self.values.shape[1]), dtype=np.float16)
@@ -47,7 +49,7 @@ class PromptFeatures:
         return found
 
     def content(self) -> bytes:
-        """The file, the same on every process."""
+        """Return the content of the file, the same on every process."""
         checks = {"crc32": _checksum(self.values, self.rows), "key": self.key, "made_from": self.made_from}
         # One entry, since safetensors writes several in any order
         about = {"learnalign": json.dumps(checks, sort_keys=True)}
@@ -55,12 +57,12 @@ class PromptFeatures:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the file."""
+        """SHA-256 of the file."""
         return hashlib.sha256(self.content()).hexdigest()
 
     def write(self, directory: Path, source: Path | None = None) -> None:
         """
-        Writes the file into a directory; as a link to that in the directory `source`, if it can be had.
+        Write the file into a directory; as a link to that in the directory `source`, if it can be had.
 
         Raises:
             `OSError`: it cannot be written.
@@ -83,12 +85,12 @@ class PromptFeatures:
 
 
 def file_name(key: str) -> str:
-    """Of the file of the features with this key."""
+    """Return the name of the file of the features with this key."""
     return f"prompt_features-{key[:16]}.safetensors"
 
 
 def read_features(directory: Path, key: str) -> PromptFeatures | None:
-    """The features with this key; `None` where there is no file of them, or a damaged one."""
+    """Return the features with this key; `None` where there is no file of them, or a damaged one."""
     try:
         with safe_open(directory / file_name(key), "numpy") as file:
             about = json.loads(file.metadata()["learnalign"])

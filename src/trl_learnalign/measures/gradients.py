@@ -1,16 +1,17 @@
 """Gradient features of a process's learnable prompts, computed in microbatches, stored or computed again."""
 
-import itertools
+import collections
 import logging
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from ..gradients.engine import PromptGradients
 from ..gradients.modes import turn_dropout_off
+from ..ground.memory import in_halves
 from ..ground.peers import Peers
 from ..ground.progress import progress_bar
 from ..ground.store import Log
@@ -30,9 +31,9 @@ Batch = tuple[list[int], torch.Tensor]
 
 class GradientFeatures:
     """
-    Iterates over `(dataset indices, features)` of this process's prompts, in batches of a few, features of shape
-    `(k, d)` in float32. They are read back from the log, and rows are read when their microbatch is computed, so that
-    memory does not grow with the pool.
+    An iterable of `(dataset rows, features)` of this process's prompts, in batches of a few, features of shape `(k,
+    d)` in float32. The features are read back from the log, and rows are read when their microbatch is computed, so
+    that memory does not grow with the pool.
 
     Args:
         host ([`Host`]): inside [`Host.left_as_found`].
@@ -68,7 +69,7 @@ class GradientFeatures:
         most, left_over = map(max, zip(*self.peers.gather((len(lengths), len(self.parts))), strict=True))
         self.kept = dim is not None or most * self.engine.feature_dim * 4 <= EXACT_BYTES
         self.did_not_fit = math.inf  # tokens of the smallest microbatch that was too large for the memory
-        self.entropy_masks = {}  # by prompt, a bit for each token of its rows
+        self.entropy_masks: dict[int, list[np.ndarray]] = {}  # by prompt, a bit for each token of its rows
         # Exact gradients too large to be kept are made one prompt at a time, so that only a few are in memory
         self.windows = pack(lengths, self.max_tokens, WINDOW if self.kept else 1)
         if left_over:  # maybe by another number of processes, or in microbatches of another size
@@ -76,7 +77,9 @@ class GradientFeatures:
             self.parts.keep(set().union(*self.peers.gather(names)))
 
     def num_tokens(self) -> tuple[int, int]:
-        """Tokens of the rows of this process's prompts: their own, and with the padding of the microbatches."""
+        """
+        Count the tokens of the rows of this process's prompts: their own, and with the padding of the microbatches.
+        """
         own = padded = 0
         for window in self.windows:
             for _, places in window.microbatches():
@@ -86,7 +89,7 @@ class GradientFeatures:
 
     def weighted_sum(self, weights: torch.Tensor) -> torch.Tensor:
         """
-        sum_j w_j phi_j / |phi_j| over the prompts of this process, float64; w by dataset index.
+        Return sum_j w_j phi_j / |phi_j| over the prompts of this process, float64; w by dataset row.
 
         Args:
             weights (`torch.Tensor` of shape `(..., N)`): one or more w. All sums take one pass.
@@ -104,7 +107,7 @@ class GradientFeatures:
         return total
 
     def compute(self) -> None:
-        """Computes the features of all prompts, so that they can be read. All processes must call this."""
+        """Compute the features of all prompts, so that they can be read. All processes must call this."""
         if self.kept:
             for _ in self._computed():
                 pass
@@ -123,7 +126,7 @@ class GradientFeatures:
                 bar.update()
 
     def _without_rows(self):
-        """V > 0, but no token that the policy is trained on."""
+        """Yield prompts with V > 0, but no token that the policy is trained on."""
         empty = [index for index, own in self.lengths.items() if not len(own)]
         if empty:
             yield empty, torch.zeros(self._shape(empty))
@@ -133,7 +136,7 @@ class GradientFeatures:
 
     def _load(self, log, name, indices, verify=True):
         """
-        What a log keeps of these prompts, mapped from its file; `None` if there is nothing, or features are not kept.
+        Map what a log keeps of these prompts from its file; `None` if there is nothing, or features are not kept.
         """
         payload = log.map(name, verify) if self.kept else None
         k, d = self._shape(indices)
@@ -142,7 +145,7 @@ class GradientFeatures:
         return torch.frombuffer(payload, dtype=torch.float32).view(k, d)
 
     def _computed(self):
-        """Every prompt once, window by window, in an order that does not depend on what was in the log."""
+        """Yield every prompt once, window by window, in an order that does not depend on what was in the log."""
         yield from self._without_rows()
         missing = [window for window in self.windows if self._load(self.log, window.name, window.indices) is None]
         if self.host.entropy_share < 1:
@@ -166,7 +169,7 @@ class GradientFeatures:
                 self._collect([1], [self.host.filler()])
 
     def _window(self, window, bar):
-        """The features of a window, which are kept when all of its microbatches are done."""
+        """Compute the features of a window, which are kept when all of its microbatches are done."""
         features = torch.zeros(self._shape(window.indices))
         places = {index: place for place, index in enumerate(window.indices)}
         microbatches = window.microbatches()
@@ -191,14 +194,14 @@ class GradientFeatures:
         return features
 
     def _missing_parts(self, window):
-        """How many microbatches of a window are to be computed."""
+        """Count the microbatches of a window that are to be computed."""
         return sum(
             self._load(self.parts, window.part(number), counts) is None
             for number, (counts, _) in enumerate(window.microbatches())
         )
 
     def _mark_high_entropies(self, missing):
-        """Finds the tokens of high entropy, before all gradients: a sharded forward needs all processes at once."""
+        """Find the tokens of high entropy, before all gradients: a sharded forward needs all processes at once."""
         windows = [window for window in missing if window.indices[0] not in self.entropy_masks]
         number = sum(len(window.microbatches()) for window in windows)
         rounds = max(self.peers.gather(number)) if self.host.is_sharded else 0
@@ -219,26 +222,21 @@ class GradientFeatures:
             self._entropies([self.host.filler()])
 
     def _marked_rows(self, index):
-        """The rows of a prompt, with the tokens of high entropy if only these count."""
+        """Return the rows of a prompt, with the tokens of high entropy if only these count."""
         rows = self.rows(index)
         for row, mask in zip(rows, self.entropy_masks.get(index, ()), strict=False):
             row.entropy_mask = np.unpackbits(mask, count=len(row.completion_ids)).view(np.int8)
         return rows
 
     def _entropies(self, rows):
-        """The entropies of each row's tokens; computed in halves if memory is full."""
-        self._meet()
-        turn_dropout_off(self.host.model)  # some ways to generate turn it on
-        try:
+        """Compute the entropies of each row's tokens; in halves if memory is full."""
+
+        def run(rows):
+            self._meet()
+            turn_dropout_off(self.host.model)  # some ways to generate turn it on
             return self.host.entropies(rows)
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-            if len(rows) == 1 or self.host.is_sharded:
-                raise self._too_large(rows, error) from error
-        clear_device_cache(garbage_collection=True)
-        half = len(rows) // 2
-        return self._entropies(rows[:half]) + self._entropies(rows[half:])
+
+        return in_halves(rows, run, operator.add, self._too_large, whole=self.host.is_sharded)
 
     def _finite(self, part, counts):
         finite = feature_norms(part).isfinite().tolist()
@@ -252,32 +250,37 @@ class GradientFeatures:
         return part
 
     def _collect(self, counts, rows):
-        """The gradients of a microbatch; computed in halves if memory is full."""
-        tokens = len(rows) * max(map(len, rows))
-        if len(rows) == 1 or tokens < self.did_not_fit:
-            try:
-                return self._collect_at_once(counts, rows)
-            except RuntimeError as error:
-                if not should_reduce_batch_size(error):
-                    raise
-                if len(rows) == 1 or self.host.is_sharded:
-                    raise self._too_large(rows, error) from error
-                self.did_not_fit = tokens
-            # Outside of the handler, whose traceback keeps the tensors of the failed attempt
+        """Compute the gradients of a microbatch; in halves if memory is full."""
+        # Each row with the place of its prompt, so that a half knows whose gradients it has
+        owned = [(place, row) for place, row in zip(np.repeat(range(len(counts)), counts).tolist(), rows, strict=True)]
+
+        def run(part):
+            places, numbers = zip(*collections.Counter(place for place, _ in part).items(), strict=True)
+            return list(places), self._collect_at_once(list(numbers), [row for _, row in part])
+
+        def join(first, second):
+            places = sorted({*first[0], *second[0]})
+            total = torch.zeros(self._shape(places))
+            for own, gradients in (first, second):
+                total[[places.index(place) for place in own]] += gradients.cpu()
+            return places, total
+
+        def failed(part):
+            self.did_not_fit = tokens = _padded(part)
             logger.warning(
                 f"A microbatch of {tokens} tokens does not fit into the memory, so the gradients are taken in halves. "
                 f"Set `max_tokens_per_batch` below {tokens} to avoid the retry."
             )
-            clear_device_cache(garbage_collection=True)
-        half = len(rows) // 2
-        parts = torch.zeros(self._shape(counts))
-        for first, last in ((0, half), (half, len(rows))):
-            # how many rows of each prompt lie between `first` and `last`
-            ends = list(itertools.accumulate(counts))
-            inside = [min(end, last) - max(end - count, first) for end, count in zip(ends, counts, strict=True)]
-            places = [place for place, count in enumerate(inside) if count > 0]
-            parts[places] += self._collect([inside[place] for place in places], rows[first:last]).cpu()
-        return parts
+
+        return in_halves(
+            owned,
+            run,
+            join,
+            lambda part, error: self._too_large([row for _, row in part], error),
+            fits=lambda part: _padded(part) < self.did_not_fit,
+            whole=self.host.is_sharded,
+            failed=failed,
+        )[1]
 
     def _too_large(self, rows, error):
         return MemoryError(
@@ -287,7 +290,7 @@ class GradientFeatures:
         )
 
     def _meet(self):
-        """Before a forward that needs all processes, waits for them: none starts it after another has failed."""
+        """Wait for the others before a forward that needs all processes: none starts it after another has failed."""
         if self.host.is_sharded:
             self.peers.wait()
 
@@ -295,3 +298,7 @@ class GradientFeatures:
         self._meet()
         turn_dropout_off(self.host.model)
         return self.engine.collect(counts, max(map(len, rows)), lambda: self.host.objective(rows))
+
+
+def _padded(owned):
+    return len(owned) * max(len(row) for _, row in owned)

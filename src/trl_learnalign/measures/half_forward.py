@@ -1,18 +1,17 @@
 """The hidden states of prompts after half of a policy's layers, without the other half and without the head."""
 
 import inspect
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..host import Host
+from .forwards import Forward, tokens_at_once
 
 
-MOST_TOKENS = 16_384  # of a forward at first, padding included; half as many whenever memory is full
-_MOST_SHARDED = 4096  # where the states of all layers are in memory
 _COMPARED = 32  # tokens that the short way is compared with the whole policy on
 
 
@@ -20,68 +19,41 @@ class _Reached(Exception):
     """The first layer that is not needed was about to run."""
 
 
-class HalfForward:
+class HalfForward(Forward):
     """
-    Mean hidden states of prompts. Inside of [`~trl_learnalign.gradients.modes.as_in_evaluation`] and
-    `torch.no_grad()`.
+    Mean hidden states of prompts, of shape `(n, hidden size)`, float32.
 
-    The layers run as far as they are needed. The first prompt, or its beginning, goes through the whole policy, too:
-    where it does not have the same states there, or where the weights are sharded, so that a forward must not be left
-    in the middle, the whole policy always runs, with the last token alone in the head.
+    The layers run as far as they are needed. The first prompt, or its beginning, goes through the whole policy as
+    well: where it does not have the same states there, or where the weights are sharded, so that a forward must not be
+    left in the middle, the whole policy always runs, with the last token alone in the head.
 
     Args:
         host ([`Host`]): of the trainer.
-
-    Attributes:
-        tokens (`int`): that a forward may have, padding included. Fewer once they did not fit.
     """
 
+    remedy = "Set `prompt_features=False`, or leave out the longest prompts (`where`)."
+
     def __init__(self, host: Host):
-        self.host = host
-        self.tokens = tokens_at_once(host)
-        self._decoder, self._layers, self._after = (None, (), None) if host.is_sharded else _first_half(host.model)
+        super().__init__(host, tokens_at_once(host))
+        self._decoder: nn.Module | None
+        self._layers: list[nn.Module]
+        self._after: nn.Module | None
+        self._decoder, self._layers, self._after = (None, [], None) if host.is_sharded else _first_half(host.model)
         self._compared = self._decoder is None
 
     @property
     def parameters(self) -> int:
-        """That each token meets."""
+        """Number of the parameters that each token meets."""
         layers = self._layers or [self.host.model]
         return sum(parameter.numel() for layer in layers for parameter in layer.parameters())
 
-    def __call__(self, ids: list[list[int]]) -> np.ndarray:
+    def run(self, ids: Sequence[list[int]]) -> np.ndarray:
         """
-        Of n prompts the mean hidden state after half of the layers, shape `(n, hidden size)`, float32. In halves where
-        memory is full, unless the weights are sharded, so that others take part in each forward.
+        Run half of the policy over prompts.
 
         Raises:
-            `MemoryError`: not even one prompt fits, or the weights are sharded.
             `ValueError`: a state is not finite.
         """
-        longest = max(map(len, ids))
-        alone = len(ids) == 1 or self.host.is_sharded
-        if not alone and len(ids) * longest > self.tokens:
-            return self._in_halves(ids)
-        try:
-            return self._means(ids)
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-            if alone:
-                tokens = sum(map(len, ids))
-                raise MemoryError(
-                    f"One forward over {len(ids)} prompts of {tokens:,} tokens does not fit into the memory "
-                    f"({error}). Set `prompt_features=False`, or leave out the longest prompts (`where`)."
-                ) from error
-        # Outside of the handler, whose traceback keeps the tensors of the failed attempt
-        clear_device_cache(garbage_collection=True)
-        self.tokens = min(self.tokens, len(ids) * longest) // 2
-        return self._in_halves(ids)
-
-    def _in_halves(self, ids):
-        half = len(ids) // 2
-        return np.concatenate([self(part) for part in (ids[:half], ids[half:])])
-
-    def _means(self, ids):
         device = self.host.accelerator.device
         lengths = torch.tensor([len(prompt) for prompt in ids], device=device)
         # Padded on the right, where causal attention keeps it out whatever a model makes of the mask
@@ -89,7 +61,7 @@ class HalfForward:
         mask = torch.arange(input_ids.shape[1], device=device) < lengths[:, None]
         if not self._compared:
             if not self._is_the_same(input_ids[:1, : min(_COMPARED, len(ids[0]))]):
-                self._decoder, self._layers = None, ()
+                self._decoder, self._layers = None, []
             self._compared = True
         states = (self._whole if self._decoder is None else self._half)(input_ids, mask).float()
         means = ((states * mask[:, :, None]).sum(1) / lengths[:, None]).cpu().numpy()
@@ -137,23 +109,12 @@ class HalfForward:
         return states[len(states) // 2]  # the first of them are the embeddings
 
 
-def tokens_at_once(host: Host) -> int:
-    """
-    Of a forward at first, padding included. With sharded weights, where there is no second attempt, as many as the
-    completions of a training step may have, which fit in memory.
-    """
-    if not host.is_sharded:
-        return MOST_TOKENS
-    completions = host.args.per_device_train_batch_size * (host.args.max_completion_length or _MOST_SHARDED)
-    return min(completions, _MOST_SHARDED)
-
-
 def _base(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _first_half(model) -> tuple[nn.Module | None, list[nn.Module], nn.Module | None]:
-    """The backbone, the layers of it that are needed, and the one after them; where they show."""
+    """Return the backbone, its layers that are needed, and the one after them; where they show."""
     base = _base(model)
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else getattr(base, "base_model", None)
     number = getattr(base.config.get_text_config(), "num_hidden_layers", None)

@@ -1,26 +1,23 @@
-"""
-What the policy's hidden states say about prompts before any of them is rolled out: one forward over the pool, of which
-a few principal components a prompt are kept.
-"""
+"""Hidden states of prompts, as a few principal components: one forward over the pool before any rollout."""
 
 import hashlib
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
+import pandas as pd
 
-from ..data.reading import columns_read, read_prompts
 from ..data.rows import dataset_fingerprint
-from ..gradients.modes import as_in_evaluation
 from ..ground.disk import digest, scratch
 from ..ground.peers import Peers
-from ..ground.progress import progress_bar
-from ..ground.store import Log, open_log
+from ..ground.store import open_log
 from ..host import Host
+from .base import Finding, Measure
 from .feature_file import PromptFeatures, file_name, read_features
-from .half_forward import HalfForward, tokens_at_once
+from .forwards import evaluating, in_rounds, prompt_ids, reason_against, tokens_at_once, windows_of
+from .half_forward import HalfForward
 
 
 COMPONENTS = 64  # of a prompt, less where the hidden states of the pool have fewer dimensions
@@ -28,23 +25,50 @@ SAMPLE = 2048  # prompts that the components are found with
 WINDOW = 1024  # prompts that a process tokenises at once, sorts by length, and keeps on disk when they are done
 _FORMAT = 2
 _FLAT = 1e-4  # of the largest: a dimension that varies less is as good as constant
-_PADDED = 1.03  # most tokens of a batch with its padding, over those without
 _COUNTED = 256  # prompts whose tokens are counted for the plan
 _BASIS = 1 << 40  # name of the record of the components, behind all windows
 
 
-def reason_against(host: Host) -> str | None:
-    """Why the prompts of this trainer have no hidden states that could be computed beforehand; `None` if they have."""
-    if host.rollout_func is not None:
-        return "a `rollout_func` may change the prompts"
-    if host.environments:
-        return "an environment adds to the prompts"
-    columns = columns_read(host.dataset)
-    if "prompt" not in columns:
-        return "the training dataset has no column `prompt`"
-    if {"image", "images"} & set(columns):
-        return "the training dataset has images"
-    return None
+class HiddenStates(Measure):
+    """
+    Principal components of the prompts' hidden states, the columns `hidden_0`, `hidden_1`, ... of the table, see
+    [`hidden_states`]. They are not kept in `scores.parquet`.
+    """
+
+    name = "hidden_states"
+
+    def check(self, host, config):
+        """Raise a `ValueError` for prompts that are not known before their rollouts."""
+        if (reason := reason_against(host)) is not None:
+            raise ValueError(
+                f"The score needs hidden states of the prompts, but {reason}. Use a score that needs rollouts alone."
+            )
+
+    def key(self, context, rows):
+        """Return the sizes of the sample, of windows and of batches."""
+        return {"sizes": _sizes(context.host), **super().key(context, rows)}
+
+    def run(self, context, rows, log):
+        """Run half of the policy over every prompt."""
+        host, started = context.host, time.perf_counter()
+        values = _compute(host, context.peers, np.array(rows, np.int32), HalfForward(host), log)
+        log.close()
+        context.clock("hidden states", started)
+        return Finding(_table(values, rows))
+
+    def made_up(self, table, num_rollouts, longest):
+        """Return components that differ from prompt to prompt."""
+        places = np.arange(len(table))[:, None] + np.arange(COMPONENTS)
+        return Finding(_table(np.cos(places), table.index))
+
+
+def _table(values, rows):
+    names = [f"hidden_{number}" for number in range(values.shape[1])]
+    return pd.DataFrame(values.astype(np.float64), columns=names, index=pd.Index(rows, name="index", dtype="int64"))
+
+
+def _sizes(host):
+    return [COMPONENTS, SAMPLE, WINDOW, tokens_at_once(host)]
 
 
 def hidden_states(
@@ -55,8 +79,8 @@ def hidden_states(
     before: Callable[[], None] = lambda: None,
 ) -> PromptFeatures:
     """
-    Features of prompts of the training dataset, equal on all processes; those of `directory` if they were made from
-    the same rows and weights in the same way. The policy does not change. All processes must call this, if
+    Return features of prompts of the training dataset, equal on all processes; those of `directory` if they were made
+    from the same rows and weights in the same way. The policy does not change. All processes must call this, if
     [`reason_against`] returned `None`.
 
     Of a prompt's hidden states the mean over its tokens is taken, after half of the layers. Each dimension is
@@ -83,7 +107,7 @@ def hidden_states(
         "model": host.base_identity(),
         "prompts": host.prompt_identity(),
         "weights": host.weights_digest(),
-        "sizes": [COMPONENTS, SAMPLE, WINDOW, tokens_at_once(host)],
+        "sizes": _sizes(host),
         "rows": hashlib.sha256(rows.tobytes()).hexdigest(),
     }
     key = peers.broadcast(digest(made_from))
@@ -110,8 +134,8 @@ def hidden_states(
 
 def features_of_the_run(host: Host, directory: Path, peers: Peers, key: str) -> PromptFeatures:
     """
-    The features that a resumed run began with, from the checkpoint, else from `directory`, where they are kept for the
-    checkpoints to come. The weights have changed since, so they are read and not made again.
+    Return the features that a resumed run began with, from the checkpoint, else from `directory`, where they are kept
+    for the checkpoints to come. The weights have changed since, so the features are read and not made again.
 
     Raises:
         `ValueError`: neither has them.
@@ -133,9 +157,9 @@ def features_of_the_run(host: Host, directory: Path, peers: Peers, key: str) -> 
 
 
 def _what_it_takes(host, rows, forward) -> str:
-    """Tokens and operations of the forward, from some of the prompts."""
+    """Estimate tokens and operations of the forward from some of the prompts."""
     picked = np.random.Generator(np.random.Philox(1)).permutation(rows)[:_COUNTED]
-    lengths = [len(ids) for ids in _prompt_ids(host, picked)]
+    lengths = [len(ids) for ids in prompt_ids(host, picked)]
     tokens = np.mean(lengths) * len(rows)
     of_pool = "" if len(rows) == len(host.dataset) else f" of {len(host.dataset):,}"
     flops = "" if host.is_sharded else f", about {2 * forward.parameters * tokens:.1e} FLOPs"
@@ -146,34 +170,30 @@ def _what_it_takes(host, rows, forward) -> str:
 
 
 def _compute(host, peers, rows, forward, log) -> np.ndarray:
-    """(n, k), float16."""
+    """Compute the components, of shape `(n, k)`, float16."""
     sampled = np.random.Generator(np.random.Philox(0)).permutation(len(rows))[:SAMPLE]
     sampled.sort()
     rest = np.setdiff1d(np.arange(len(rows)), sampled)
-    first, then = _windows(rows[sampled]), _windows(rows[rest])
-    with (
-        as_in_evaluation(host.policy),
-        torch.no_grad(),
-        progress_bar(host, "hidden states", len(rows), "prompts") as bar,
-    ):
-        states = _measured(host, peers, bar, log, forward, first, 0, lambda states: states, np.float32, -1)
+    first, then = windows_of(rows[sampled], WINDOW), windows_of(rows[rest], WINDOW)
+
+    def read(part):
+        return prompt_ids(host, part)
+
+    with evaluating(host, "hidden states", len(rows)) as bar:
+        states = in_rounds(host, peers, bar, log, forward, read, first, np.float32)
         basis = peers.broadcast(_basis(log, states) if host.accelerator.is_main_process else None)
         features = np.empty((len(rows), basis[-1].shape[1]), dtype=np.float16)
         features[sampled] = _project(states, *basis)
         if then:
-            project = lambda states: _project(states, *basis)  # noqa: E731
-            features[rest] = _measured(
-                host, peers, bar, log, forward, then, len(first), project, np.float16, features.shape[1]
+            features[rest] = in_rounds(
+                *(host, peers, bar, log, forward, read, then, np.float16, len(first)),
+                keep=lambda states: _project(states, *basis),
             )
     return peers.broadcast(features)  # the last bit of a product may differ from machine to machine
 
 
-def _windows(rows):
-    return [rows[start : start + WINDOW] for start in range(0, len(rows), WINDOW)]
-
-
 def _basis(log, states):
-    """Of a killed run the one that its rows were projected with."""
+    """Find the components; in a killed run those that its rows were projected with."""
     found = log.read(_BASIS)
     if found is None:
         mean, matrix = _principal(states)
@@ -183,76 +203,14 @@ def _basis(log, states):
     return np.ascontiguousarray(both[:, 0]), np.ascontiguousarray(both[:, 1:])
 
 
-def _measured(host, peers, bar, log: Log, forward, windows, first, keep, kind, width) -> np.ndarray:
-    """
-    `keep` of the hidden states of all windows, one after another, on every process. Windows that are in the log are
-    read; the others go round, one for each process. A forward of sharded weights takes all processes, so in every
-    round all run equally many. The batches do not depend on the number of processes.
-    """
-    world, rank = host.accelerator.num_processes, host.accelerator.process_index
-    known = {place: log.read(first + place) for place in range(len(windows))}
-    holders = {}
-    for other, places in enumerate(peers.gather([place for place, content in known.items() if content is not None])):
-        for place in places:
-            holders.setdefault(place, other)
-    values = {
-        place: np.frombuffer(known[place], kind).reshape(len(windows[place]), width)
-        for place, holder in holders.items()
-        if holder == rank
-    }
-    del known
-    bar.update(sum(len(windows[place]) for place in holders))
-    left = [place for place in range(len(windows)) if place not in holders]
-    for start in range(0, len(left), world):
-        batches, ids = [], []
-        if start + rank < len(left):
-            place = left[start + rank]
-            ids = _prompt_ids(host, windows[place])
-            batches = _pack(ids, forward.tokens)
-        most = max(peers.gather(len(batches)))
-        parts = [forward([ids[number] for number in batch]) for batch in batches]
-        if host.is_sharded:
-            for _ in range(most - len(batches)):
-                forward([list(host.filler().prompt_ids)])
-        if batches:
-            states = np.empty((len(ids), parts[0].shape[1]), np.float32)
-            states[np.concatenate(batches)] = np.concatenate(parts)
-            values[place] = keep(states)
-            log.append([(first + place, values[place])])
-        bar.update(sum(len(windows[place]) for place in left[start : start + world]))
-    found = {place: array for part in peers.gather(values) for place, array in part.items()}
-    return np.concatenate([found[place] for place in range(len(windows))])
-
-
-def _prompt_ids(host, rows):
-    return host.prompt_ids([{"prompt": prompt} for prompt in read_prompts(host.dataset, rows)])
-
-
-def _pack(ids: list[list[int]], tokens: int) -> list[list[int]]:
-    """
-    Places of prompts in batches of at most so many tokens, hardly any of them padding, longest first; a longer prompt
-    has one for itself.
-    """
-    batches, longest, held = [], 0, 0
-    for place in sorted(range(len(ids)), key=lambda place: -len(ids[place])):
-        length = max(1, len(ids[place]))
-        padded = longest * (len(batches[-1]) + 1) if batches else 0
-        if not batches or padded > tokens or padded > _PADDED * (held + length):
-            batches.append([])
-            longest, held = length, 0
-        batches[-1].append(place)
-        held += length
-    return batches
-
-
 # Principal components ----------------------------------------------------------------------------------------------
 
 
 def _principal(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
-    Of n sampled prompts: the mean of shape `(d,)`, and the matrix `(d, k)` that makes components of what differs from
-    it, scaled as [`PromptFeatures`] says. Computed in float64. Of the two signs that a component could have it gets
-    the one that makes its largest entry positive.
+    Return the mean of n sampled prompts, of shape `(d,)`, and the matrix `(d, k)` that makes components of the
+    differences from it, scaled as [`PromptFeatures`] says. Computed in float64. A component gets the sign that makes
+    its largest entry positive.
     """
     states = states.astype(np.float64)
     mean, spread = states.mean(0), states.std(0)

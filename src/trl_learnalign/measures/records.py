@@ -4,22 +4,23 @@ import json
 
 import numpy as np
 
-from ..host.groups import Group
+from ..host.groups import RolloutGroup
 
 
 # A record begins with so many numbers: dataset row, G, F, number of prompts, has a loss mask, has images
 _COUNTS = 6
 
 
-def encode(group: Group) -> bytes:
+def encode(group: RolloutGroup) -> bytes:
     """
-    The bytes of a group: its counts (int64), the lengths of its prompts and completions, their tokens (int32), its
-    rewards and penalties (float32), its loss masks unless all tokens count (a bit each), and its completions (JSON).
+    Return the bytes of a group: its counts (int64), the lengths of its prompts and completions, their tokens (int32),
+    its rewards and penalties (float32), its loss masks unless all tokens count (a bit each), and its completions
+    (JSON).
     """
     prompts = group.prompt_ids[:1] if all(ids is group.prompt_ids[0] for ids in group.prompt_ids) else group.prompt_ids
     masks = np.concatenate(group.loss_masks)
     partial = not masks.all()
-    counts = [group.index, *group.rewards.shape, len(prompts), partial, group.has_images]
+    counts = [group.row, *group.rewards.shape, len(prompts), partial, group.has_images]
     tokens = [*prompts, *group.completion_ids]
     return b"".join(
         [
@@ -34,9 +35,10 @@ def encode(group: Group) -> bytes:
     )
 
 
-def decode(payload: bytes, completions: bool = False) -> Group:
+def decode(payload: bytes, completions: bool = False) -> RolloutGroup:
     """
-    The group that [`encode`] was given; with `completions=False` without its completions, whose tokens are there.
+    Return the group that [`encode`] was given; with `completions=False` without its completions, whose tokens are
+    there.
     """
     place = 0
 
@@ -46,15 +48,15 @@ def decode(payload: bytes, completions: bool = False) -> Group:
         place += array.nbytes
         return array
 
-    index, size, rewards, prompts, partial, has_images = take(np.int64, _COUNTS).tolist()
+    row, size, rewards, prompts, partial, has_images = take(np.int64, _COUNTS).tolist()
     lengths = take(np.int32, prompts + size)
     ids = [take(np.int32, length) for length in lengths]
     rewards = take(np.float32, size * rewards).reshape(size, rewards)
     penalties = take(np.float32, size)
     total = int(lengths[prompts:].sum())
     masks = np.unpackbits(take(np.uint8, -(-total // 8)), count=total) if partial else np.ones(total, np.uint8)
-    return Group(
-        index=index,
+    return RolloutGroup(
+        row=row,
         prompt_ids=ids[:prompts] * (size if prompts == 1 else 1),
         completion_ids=ids[prompts:],
         loss_masks=np.split(masks.view(np.int8), np.cumsum(lengths[prompts:-1])),

@@ -152,7 +152,7 @@ class StagedSchedule(Schedule, Selects, Describes, Prepares):
 
     def estimate(self, step: int, since: int, seconds: float) -> str | None:
         """Return a line about how long the selection may take."""
-        if self.config.score == "random":
+        if self.config.ranking().at_random:
             return None
         return plan.estimate_line(self.layout, self.config, self.work, step, since, seconds)
 

@@ -9,8 +9,9 @@ from ..choice.table import load_target
 from ..config import LearnAlignConfig
 from ..data.columns import candidate_rows, needs_measures
 from ..ground.progress import duration
+from ..measures.registry import prices, spending
 from ..run.layout import Layout
-from ..scores.builtin import score_name
+from ..scores.builtin import manner
 
 
 if TYPE_CHECKING:
@@ -111,19 +112,17 @@ def _training(layout, work, max_steps, begin, log):
 
 
 def _each(layout, config):
-    """Rollouts of each prompt in a selection."""
-    return (config.num_rollouts or layout.group_size) if "rollouts" in config.measures else 0
+    """Return the rollouts of each prompt in a selection."""
+    return (config.num_rollouts or layout.group_size) if "rollouts" in prices(config.measures) else 0
 
 
 def rollouts_text(layout: Layout, config: LearnAlignConfig, work: Work) -> str:
-    """How many rollouts a selection makes."""
-    each = _each(layout, config)
-    if not each:
-        how = "at random" if config.score == "random" else f"by {score_name(config.score)}"
-        most = "at most " * work.filtered
-        return f"{most}{min(layout.num_prompts, work.pool):,} of {work.pool:,} prompts {how}, without rollouts"
-    prompts = f"{work.pool:,} prompts" + f" and {work.target:,} of the target" * bool(work.target)
-    return f"{prompts} x {each} rollouts = {(work.pool + work.target) * each:,}"
+    """Say how much a selection generates and computes."""
+    if found := spending(config.measures, work.pool, work.target, _each(layout, config)):
+        return found
+    most = "at most " * work.filtered
+    number = min(layout.num_prompts, work.pool)
+    return f"{most}{number:,} of {work.pool:,} prompts {manner(config.score)}, without rollouts"
 
 
 def estimate_line(layout: Layout, config: LearnAlignConfig, work: Work, step: int, since: int, seconds: float) -> str:

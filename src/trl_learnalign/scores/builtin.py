@@ -1,10 +1,10 @@
-"""What prompts are ranked on: functions of what was measured, each with the measures that it needs."""
+"""Scores: functions of what was measured, each with the measures that it needs, by which prompts are ranked."""
 
 import functools
 from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..ground.user_code import load_file, partial_arguments
 
@@ -12,16 +12,13 @@ from ..ground.user_code import load_file, partial_arguments
 if TYPE_CHECKING:
     import pandas
 
-MEASURES = ("rollouts", "gradients", "target")
-OWN_MEASURES = MEASURES[:2]  # that a function of the user's can ask for
-
 
 class Alignments(Protocol):
     """The gradient features of the learnable prompts, where a score needs `"gradients"`."""
 
     def target(self) -> "pandas.DataFrame":
         """
-        Aligns every learnable prompt with the target, where a score needs `"target"`: max_s cos(phi_i, g_s), with g_s
+        Align every learnable prompt with the target, where a score needs `"target"`: max_s cos(phi_i, g_s), with g_s
         the mean of phi_j / |phi_j| over the learnable target prompts j of subtask s (LESS, arXiv 2402.04333, section
         4.2).
 
@@ -31,7 +28,7 @@ class Alignments(Protocol):
 
     def __call__(self, weights: "pandas.Series") -> "pandas.DataFrame":
         """
-        Aligns every learnable prompt with the weighted mean of all, mean_j z_j with z_j = w_j phi_j / |phi_j|.
+        Align every learnable prompt with the weighted mean of all, mean_j z_j with z_j = w_j phi_j / |phi_j|.
 
         Args:
             weights (`pandas.Series` of n numbers): w, by dataset row.
@@ -46,8 +43,7 @@ class Alignments(Protocol):
 class Score:
     """
     Attributes:
-        requires (`tuple[str, ...]`): the measures that it needs: `"rollouts"`, `"gradients"` (which need rollouts),
-            `"target"` (which needs both), or none.
+        requires (`tuple[str, ...]`): names of the measures that it needs, with those that these require.
         rank (`Callable`):
             Takes the table of what was measured, a row per prompt by dataset row, and the [`Alignments`] (`None`
             without gradients). Returns the score of each prompt, higher is better, as a Series, or a DataFrame with
@@ -56,12 +52,19 @@ class Score:
         code (`Callable`, *optional*): a function of the user's, whose source a selection depends on.
         columns (`tuple[str, ...]`): columns of the dataset that the table must hold; `None` for all that hold numbers
             or text.
+        at_random (`bool`): whether the order of ties is the choice, and the score says nothing.
     """
 
     requires: tuple[str, ...]
-    rank: Callable[["pandas.DataFrame", Alignments | None], "pandas.Series | pandas.DataFrame"]
+    rank: Callable[["pandas.DataFrame", Any], "pandas.Series | pandas.DataFrame"]
     columns: tuple[str, ...] | None = ()
     code: Callable | None = None
+    at_random: bool = False
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Names of the measures that it needs, the columns of the dataset among them."""
+        return (*self.requires, "columns") if self.columns is None or self.columns else self.requires
 
 
 def _to_target(table, align, weights):
@@ -69,7 +72,12 @@ def _to_target(table, align, weights):
     return aligned.assign(score=(weights * aligned["alignment"]).where(table["learnability"] > 0, 0.0))
 
 
-_TARGET = ("rollouts", "gradients", "target")
+def _confidence(table, align):
+    likelihood = table["answer_likelihood"]
+    return 1 - (likelihood - likelihood.mean()) ** 2
+
+
+_TARGET = ("rollouts", "gradients", "target-gradients")
 SCORES = {
     # Eq. 8 of the paper, and without V
     "learnalign": Score(("rollouts", "gradients"), lambda table, align: align(table["learnability"])),
@@ -77,14 +85,15 @@ SCORES = {
     "learnability": Score(("rollouts",), lambda table, align: table["learnability"]),
     "target": Score(_TARGET, lambda table, align: _to_target(table, align, table["learnability"])),
     "target_alignment": Score(_TARGET, lambda table, align: _to_target(table, align, 1.0)),
-    "random": Score((), lambda table, align: table.index.to_series() * 0.0),  # all tied, and ties are in random order
+    "confidence": Score(("likelihood",), _confidence),  # UFO-RL, arXiv 2505.12457
+    "random": Score((), lambda table, align: table.index.to_series() * 0.0, at_random=True),  # all are tied
 }
 _COLUMN = "column:"
 
 
 def find_score(score: str | Callable, measures: Sequence[str] | None) -> Score:
     """
-    The score of a configuration.
+    Find the score of a configuration.
 
     Args:
         score (`str` or `Callable`): a name of `SCORES`; `"column:NAME"`, a column of numbers of the dataset; or a
@@ -92,7 +101,7 @@ def find_score(score: str | Callable, measures: Sequence[str] | None) -> Score:
         measures (`Sequence[str]`, *optional*): that a function needs.
 
     Raises:
-        `ValueError`: there is no such score, file or function; or measures that there are not.
+        `ValueError`: there is no such score, file or function.
     """
     if isinstance(score, str) and score in SCORES:
         return SCORES[score]
@@ -100,9 +109,8 @@ def find_score(score: str | Callable, measures: Sequence[str] | None) -> Score:
         name = score.removeprefix(_COLUMN)
         return Score((), lambda table, align: table[name], (name,))
     function = load_function(score) if isinstance(score, str) else score
-    needs = set(measures or ())
-    if "gradients" in needs:
-        needs.add("rollouts")
+    # Alignments are of what was rolled out
+    needs = dict.fromkeys(["rollouts"] * ("gradients" in (measures or ())) + list(measures or ()))
 
     def rank(table, align):
         if align is None:
@@ -111,13 +119,13 @@ def find_score(score: str | Callable, measures: Sequence[str] | None) -> Score:
         found = by_row(function(table.join(aligned)), table.index)
         return aligned.drop(columns=found.columns, errors="ignore").join(found)
 
-    return Score(tuple(name for name in MEASURES if name in needs), rank, None, function)
+    return Score(tuple(needs), rank, None, function)
 
 
 def by_row(returned, index: "pandas.Index") -> "pandas.DataFrame":
     """
-    What a score returned, with the column `score`, by dataset row: a Series or a DataFrame of these rows in any order,
-    or as many values in their order.
+    Return what a score returned, with the column `score`, by dataset row: a Series or a DataFrame of these rows in any
+    order, or as many values in their order.
 
     Raises:
         `ValueError`: it is none of these.
@@ -147,7 +155,7 @@ def by_row(returned, index: "pandas.Index") -> "pandas.DataFrame":
 
 
 def score_name(score: str | Callable) -> str:
-    """A score for people and for files: a function by its name, an object by its class."""
+    """Name a score for people and for files: a function by its name, an object by its class."""
     if isinstance(score, str):
         return score
     if isinstance(score, functools.partial):
@@ -156,9 +164,19 @@ def score_name(score: str | Callable) -> str:
     return f"{named.__module__}.{named.__qualname__}"
 
 
+def manner(score: str | Callable) -> str:
+    """Say how a score, or its name, chooses prompts."""
+    return "at random" if is_random(score) else f"by {score_name(score)}"
+
+
+def is_random(score: str | Callable) -> bool:
+    """Tell whether a score of a configuration, or its name in a file, chooses prompts at random."""
+    return isinstance(score, str) and score in SCORES and SCORES[score].at_random
+
+
 def load_function(name: str) -> Callable:
     """
-    A function by `file.py:function`.
+    Load a function by `file.py:function`.
 
     Raises:
         `ValueError`: no such file or function, or the file failed.

@@ -46,7 +46,7 @@ def has_gradient(
 
 def doubtful_threshold(rewards: np.ndarray, threshold: float) -> tuple[float, float, float] | None:
     """
-    Looks for shaped rewards with the threshold on the wrong side of most of them: right answers worth .9 to .99 and a
+    Look for shaped rewards with the threshold on the wrong side of most of them: right answers worth .9 to .99 and a
     threshold of 1, or wrong ones worth .1 and a threshold of .05.
 
     Args:
@@ -124,7 +124,7 @@ def feature_norms(features: torch.Tensor) -> torch.Tensor:
 
 def add_unit_features(total: torch.Tensor, features: torch.Tensor, weights: torch.Tensor) -> None:
     """
-    Adds sum_i z_i to `total`, where z_i = w_i phi_i / |phi_i| is the factor of Eq. 8: S_ij = z_i . z_j. A feature of
+    Add sum_i z_i to `total`, where z_i = w_i phi_i / |phi_i| is the factor of Eq. 8: S_ij = z_i . z_j. A feature of
     norm 0 adds nothing.
 
     Args:

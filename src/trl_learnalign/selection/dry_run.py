@@ -1,4 +1,4 @@
-"""Estimates the cost of a selection from a small one that is not kept."""
+"""An estimate of the cost of a selection, from a small one that is not kept."""
 
 import math
 import tempfile
@@ -12,29 +12,38 @@ from ..config import LearnAlignConfig
 from ..host import find_host
 from ..measures.gradients import EXACT_BYTES
 from ..measures.parts import rollouts_at_once
-from ..scores.builtin import score_name
+from ..measures.registry import spending
+from ..measures.rollouts import prompts_at_once
+from ..scores.builtin import manner
 from .run import SelectionRun, checked_run
 from .warnings import plan_warnings
 from .words import OUTCOME_LABELS
 
 
+_LEAST_TRIED = {"rollouts": 16, "forward": 256}  # prompts of the small selection
+
+
 def plan_selection(trainer: Trainer, config: LearnAlignConfig) -> tuple[str, bool]:
     """
-    A text about the cost of a selection, and whether any prompt was learnable. A small selection is made in a
-    temporary directory, of one batch of prompts per process, or more up to 16 prompts, and its time is scaled to the
-    whole pool. Every process must call this.
+    Return a text about the cost of a selection, and whether any prompt could be chosen. A small selection is made in a
+    temporary directory, of one batch of prompts per process or a few more, and its time is scaled to the whole pool.
+    Every process must call this.
     """
     host = find_host(trainer)
     host.look_at_functions()
     whole = checked_run(host, config, 0)
-    prompts, each, world = len(whole.pool), whole.num_rollouts, trainer.accelerator.num_processes
-    if not config.measures:
-        number = min(config.num_prompts, prompts)
-        how = "chosen at random" if config.score == "random" else f"chosen by {score_name(config.score)}"
-        return f"pool: {prompts:,} prompts\n{number:,} would be {how}: no rollouts, no gradients", True
-    batch = whole.prompts_at_once
-    tried = min(prompts, world * batch * math.ceil(16 / (world * batch)))
-    small = replace(config, candidate_prompts=tried, num_prompts=tried, rollout_batch_prompts=batch)
+    paid, prompts, world = whole.context.prices, len(whole.pool), trainer.accelerator.num_processes
+    wanted = min(config.num_prompts, prompts)
+    if not paid:
+        return f"pool: {prompts:,} prompts\n{wanted:,} would be chosen {manner(config.score)}: no rollouts", True
+    each = whole.context.num_rollouts
+    batch = prompts_at_once(host, config, each, prompts)
+    together = world * (batch if "rollouts" in paid else 1)
+    least = _LEAST_TRIED["rollouts" if "rollouts" in paid else "forward"]
+    tried = min(prompts, together * math.ceil(least / together))
+    small = replace(config, candidate_prompts=tried, num_prompts=tried)
+    if "rollouts" in paid:
+        small = replace(small, rollout_batch_prompts=batch)
     trial = SelectionRun(host, small, 0, keep_measures=True)
     with tempfile.TemporaryDirectory() as directory:
         trial.path = Path(directory) / "learnalign" / "trial"
@@ -42,24 +51,32 @@ def plan_selection(trainer: Trainer, config: LearnAlignConfig) -> tuple[str, boo
             selection = trial._run()
             written = trial.peers.gather(_bytes_of(trial.path_of_measures))  # each process has a directory of its own
     host.note_functions()
-    more, learnable = prompts / tried, selection.num_learnable()
+    more, eligible = prompts / tried, len(selection.eligible())
     times = _whole(selection.provenance["seconds"], more)
     disk = _whole(_summed(written), more)
     if config.projection_dim is None and disk.get("gradients", 0) > world * EXACT_BYTES:  # computed twice instead
         del disk["gradients"]
-    gradients = (
-        f"about {learnable * more:,.0f} prompts" if learnable else "not known, since none of these was learnable"
-    )
-    lines = [f"pool: {prompts:,} prompts x {each} rollouts = {prompts * each:,}"]
-    if whole.target is not None:
-        lines.append(f"target: {len(whole.target):,} prompts x {each} rollouts = {len(whole.target) * each:,}")
+    targets = 0 if whole.context.target is None else len(whole.context.target)
+    lines = [f"pool: {spending(config.measures, prompts, 0, each)}"]
+    if targets:
+        lines.append(f"target: {spending(config.measures, targets, 0, each)}")
+    said = f"tried: {tried} prompts on {world} process{'es' * (world > 1)}"
+    if "rollouts" in paid:
+        learnable = selection.num_learnable()
+        lines += [
+            f"{said}, of which {learnable} are learnable ({learnable / tried:.0%})",
+            *(
+                f"{OUTCOME_LABELS[name]}: {pool:.3f}"
+                for name, (pool, _) in selection.outcomes().items()
+                if pool == pool
+            ),
+            f"at once: {batch * rollouts_at_once(host, each)} rollouts a process; "
+            "more at once (rollout_batch_prompts) are faster, if memory allows",
+            f"gradients: {_gradients(paid, learnable * more)}",
+        ]
+    else:
+        lines += [said, "rollouts: none"]
     lines += [
-        f"tried: {tried} prompts on {world} process{'es' * (world > 1)}, of which {learnable} are learnable "
-        f"({learnable / tried:.0%})",
-        *(f"{OUTCOME_LABELS[name]}: {pool:.3f}" for name, (pool, _) in selection.outcomes().items() if pool == pool),
-        f"at once: {batch * rollouts_at_once(host, each)} rollouts a process; "
-        "more at once (rollout_batch_prompts) are faster, if memory allows",
-        f"gradients: {gradients if 'gradients' in config.measures else 'none'}",
         "expected time: "
         + ", ".join(f"{phase} {seconds:,.0f} s" for phase, seconds in times.items())
         + f"; {sum(times.values()) / 60:,.1f} minutes in all",
@@ -70,12 +87,18 @@ def plan_selection(trainer: Trainer, config: LearnAlignConfig) -> tuple[str, boo
     device = trainer.accelerator.device
     if device.type == "cuda":
         lines.append(f"most memory of the device so far: {torch.cuda.max_memory_allocated(device) / 2**30:,.1f} GiB")
-    lines += plan_warnings(selection, learnable * more, min(config.num_prompts, prompts))
-    return "\n".join([*lines, "Nothing was kept."]), learnable > 0
+    lines += plan_warnings(selection, eligible * more, wanted)
+    return "\n".join([*lines, "Nothing was kept."]), eligible > 0
+
+
+def _gradients(paid, learnable) -> str:
+    if "gradients" not in paid:
+        return "none"
+    return f"about {learnable:,.0f} prompts" if learnable else "not known, since none of these was learnable"
 
 
 def _bytes_of(directory) -> dict[str, int]:
-    """Of each measure in a directory, what its records take."""
+    """Return what the records of each measure in a directory take."""
     return {
         path.name: sum(file.stat().st_size for file in path.glob("*.log")) for path in sorted(directory.glob("[!.]*/"))
     }
@@ -86,7 +109,7 @@ def _summed(parts):
 
 
 def _whole(amounts: dict[str, float], more: float) -> dict[str, float]:
-    """Those of the whole pool, which is `more` times the part that was tried. The target is always whole."""
+    """Scale amounts to the whole pool, which is `more` times the part that was tried. The target is always whole."""
     return {name: amount if name.startswith("target") else amount * more for name, amount in amounts.items()}
 
 

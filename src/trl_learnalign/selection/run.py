@@ -1,19 +1,20 @@
-"""One selection: rollouts, gradients, scores, choice, files."""
+"""One selection: measures, score, choice, files."""
 
 import logging
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pandas as pd
-import torch
 from tqdm.auto import tqdm
 
-from ..choice.table import Pool, draw_pool, load_target, rank, scores_table
+from ..choice.table import draw_pool, load_target, rank, scores_table
 from ..config import LearnAlignConfig
 from ..data.columns import candidate_rows
 from ..data.prompts import equal_prompts
@@ -23,10 +24,12 @@ from ..ground.hashing import stable_hash
 from ..ground.peers import Peers
 from ..ground.store import Log, open_log
 from ..host import Host
-from ..measures.alignments import GradientAlignments, Target, roll_out_target
-from ..measures.rollouts import Rollouts, prompts_at_once, roll_out, save_shard
+from ..measures.base import Context, Finding
+from ..measures.registry import MEASURES, needed, prices
+from ..measures.rollouts import RolledOut, save_shard
 from ..run.uploads import warn_of_uploads
 from ..scores.builtin import SCORES
+from .checks import check_selection
 from .excerpt import texts_table
 from .keys import keys_of, other_settings, parts_of
 from .result import SELECTION_FILE, Selection
@@ -39,9 +42,12 @@ _PACKAGES = ("trl-learnalign", "trl", "transformers", "peft", "accelerate", "dat
 
 
 def checked_run(host: Host, config: LearnAlignConfig, stage: int, keep_measures: bool = False) -> "SelectionRun":
-    """A selection to be made. What one process alone finds wrong, such as a file that its node lacks, ends all."""
+    """
+    Check and prepare a selection. An error that one process alone finds, such as a file that its node lacks, ends all.
+    """
     with Peers(host.accelerator) as peers:
         host.check(config)
+        check_selection(host, config)
         if host.is_sharded and host.trainer.optimizer is None:
             raise ValueError(
                 "FSDP and DeepSpeed shard the weights when training starts, so nothing can be selected before. Use "
@@ -53,7 +59,7 @@ def checked_run(host: Host, config: LearnAlignConfig, stage: int, keep_measures:
 
 
 def forget_measures(host: Host) -> None:
-    """Deletes what the last selection of a run measured; for when a checkpoint holds its result."""
+    """Delete what the last selection of a run measured, once a checkpoint holds its result."""
     if host.accelerator.is_local_main_process:
         for path in scratch(Path(host.args.output_dir) / "learnalign").glob("step-*"):
             shutil.rmtree(path, ignore_errors=True)
@@ -69,30 +75,41 @@ class SelectionRun:
         self.accelerator = host.accelerator
         self.step = trainer.state.global_step
         self.seed = config.selection_seed if config.selection_seed is not None else trainer.args.seed
-        self.num_rollouts = config.num_rollouts or host.group_size
         self.keep_measures = keep_measures
-        self.dataset = host.visible()
         self.score = config.ranking()
-        rows = candidate_rows(host.dataset, config)
-        self.pool = draw_pool(rows, config.candidate_prompts, stable_hash(self.seed, "pool", stage))
-        self.prompts_at_once = prompts_at_once(host, config, self.num_rollouts, len(self.pool))
-        self.path = Path(trainer.args.output_dir) / "learnalign" / f"step-{self.step:06d}"
-        self.target = load_target(host.dataset, config)
+        self.pool = draw_pool(
+            candidate_rows(host.dataset, config), config.candidate_prompts, stable_hash(self.seed, "pool", stage)
+        )
+        self.path = Path(host.args.output_dir) / "learnalign" / f"step-{self.step:06d}"
         self.equal = equal_prompts(host.dataset) if config.deduplicate else None
-        self.seconds = {}
+        self.seconds: dict[str, float] = {}
         self.reused = False
         self.peers = Peers(self.accelerator)
-        self.provenance = {
+        self.context = Context(
+            host=host,
+            peers=self.peers,
+            config=config,
+            score=self.score,
+            seed=self.seed,
+            step=self.step,
+            dataset=host.visible(),
+            open_log=self.open_log,
+            clock=self.clock,
+            note=self.note,
+            prices=prices(self.score.requires),
+            target=load_target(host.dataset, config),
+        )
+        self.provenance: dict[str, Any] = {
             "config": config.to_dict(),
             "seed": self.seed,
             "global_step": self.step,
             "stage": stage,
-            "num_rollouts": self.num_rollouts,
+            "num_rollouts": self.context.num_rollouts,
             "measures": list(self.score.requires),
             "dataset_fingerprint": dataset_fingerprint(host.dataset),
-            "num_rows": len(self.dataset),
+            "num_rows": len(host.dataset),
             # Not the name of its class, which FSDP2 changes
-            "model": trainer.model.config._name_or_path or trainer.model.config.model_type,
+            "model": host.model.config._name_or_path or host.model.config.model_type,
             "versions": {package: version(package) for package in _PACKAGES},
             "num_processes": self.accelerator.num_processes,
             "made": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -130,27 +147,32 @@ class SelectionRun:
         return selection
 
     def _run(self):
-        if not self.score.requires:
-            table = pd.DataFrame(index=pd.Index(self.pool, name="index"))
-            self.provenance["unscorable"] = []
-            selection = self._choose(table)
-            self._publish(selection)
-            return selection
-        self.make_keys()
-        self.provenance |= {"key": self.keys["selection"], "made_from": self.parts["selection"]}
-        found = self._finished()
-        self.reused = found is not None
-        if self.reused:
-            return found
+        untouched: AbstractContextManager = nullcontext()
+        if self.context.prices:
+            self.make_keys()
+            self.provenance |= {"key": self.keys["selection"], "made_from": self.parts["selection"]}
+            found = self._finished()
+            self.reused = found is not None
+            if found is not None:
+                return found
+            self._warn_of_unknown()
+            self._make_room()
+            untouched = self.host.left_as_found(self.context.num_rollouts)
+        with untouched:
+            self._measure()
+            selection = self._chosen()
+        self._publish(selection)
+        return selection
+
+    def _warn_of_unknown(self):
         if self.accelerator.is_main_process and (unknown := self.host.unidentified()):
             logger.warning(
                 f"{'; '.join(unknown)}: LearnAlign cannot tell whether that is the same another time, so a selection "
                 "that is interrupted starts again, and nothing that was measured is used twice."
             )
-        return self._scored()
 
     def _finished(self):
-        """A finished selection with the same key."""
+        """Return a finished selection with the same key."""
         found = None
         if self.accelerator.is_main_process and (self.path / SELECTION_FILE).is_file():
             try:
@@ -158,10 +180,8 @@ class SelectionRun:
             except (OSError, ValueError):
                 found = None
             if found is not None and found.provenance.get("key") != self.provenance["key"]:
-                other, made = (
-                    other_settings(found.provenance, self.provenance),
-                    found.provenance.get("made", "unknown"),
-                )
+                other = other_settings(found.provenance, self.provenance)
+                made = found.provenance.get("made", "unknown")
                 tqdm.write(f"Will be replaced: {_REPLACED.format(self.path, other, made)}")
                 found = None
             elif self.score.code is not None:
@@ -171,40 +191,6 @@ class SelectionRun:
             self._tidy_up()
         return found
 
-    def _scored(self):
-        self._make_room()
-        log = self.open_log("rollouts")
-        with self.host.left_as_found(self.num_rollouts):
-            target = self._rolled_out_target() if self.target is not None else None
-            started = time.perf_counter()
-            own = roll_out(self, self.dataset, self.pool, log)
-            self.clock("rollouts", started)
-            pool = self.gather_rewards(own)
-            self.provenance |= pool.provenance()
-            align = GradientAlignments(self, own, pool, target) if "gradients" in self.score.requires else None
-            selection = self._choose(pool.table(), align)
-        self._publish(selection, own, pool)
-        return selection
-
-    def _rolled_out_target(self) -> Target:
-        """Of few prompts, so before the pool. Without a learnable one the selection is made by learnability."""
-        started = time.perf_counter()
-        target = roll_out_target(self)
-        self.clock("target rollouts", started)
-        self.provenance["target"] = {"num_rows": len(self.target), "learnable": len(target.learnable), "without": []}
-        if not target.learnable:
-            self.score = SCORES["learnability"]
-            self.provenance |= {"measures": list(self.score.requires)}
-            self.provenance["target"]["instead"] = "learnability"
-            if self.accelerator.is_main_process:
-                logger.warning(
-                    f"No prompt of `target_dataset` is learnable: all {len(self.target)} were always or never solved, "
-                    "or could not be scored, so the target has no gradient, and this selection is made by "
-                    "`learnability` instead. For the next one resume with `reselect_every`, and with more "
-                    "`num_rollouts` or other target prompts; or warm up longer in a new run."
-                )
-        return target
-
     # Measures ---------------------------------------------------------------------------------------------------
 
     @property
@@ -213,63 +199,84 @@ class SelectionRun:
         return scratch(self.path.parent) / self.path.name
 
     def make_keys(self) -> None:
-        """What a selection and its measures are made from, and their keys. All processes must call this."""
+        """Find the parts that a selection and its measures are made from, and their keys. All processes must call."""
         self.peers.wait()  # before the collective operations of sharded weights
         weights = self.host.weights_digest()
-        self.parts = self.peers.broadcast(parts_of(self, weights))
+        measures = [measure for measure in needed(self.score.requires) if measure.price != "none"]
+        parts = parts_of(self.context, self.pool, measures, weights, self.provenance["stage"])
+        self.parts = self.peers.broadcast(parts)
         self.keys = keys_of(self.parts)
 
     def open_log(self, measure: str) -> Log:
-        """The log of a measure, as far as it was made under the same key. All processes must call this."""
+        """Open the log of a measure, as far as it was made under the same key. All processes must call this."""
         path, parts = self.path_of_measures / measure, self.parts[measure]
         return open_log(path, self.keys[measure], self.accelerator, self.peers, parts)
 
+    def _measure(self):
+        """Run the measures that the score needs, each with the findings of those before."""
+        while (name := self._next()) is not None:
+            measure = MEASURES[name]
+            log = None if measure.price == "none" else self.open_log(name)
+            finding = measure.run(self.context, self.pool, log)
+            if finding.instead is not None:
+                self.score = SCORES[finding.instead]
+                self.provenance["measures"] = list(self.score.requires)
+            found: dict[str, Finding] = {**self.context.found, name: finding}
+            self.context = replace(self.context, score=self.score, found=found)
+
+    def _next(self) -> str | None:
+        names = [measure.name for measure in needed(self.score.measures)]
+        return next((name for name in names if name not in self.context.found), None)
+
     def _make_room(self):
-        """Deletes what was measured at other steps, and by earlier versions."""
+        """Delete what was measured at other steps."""
         if self.accelerator.is_local_main_process:
             for path in self.path_of_measures.parent.glob("step-*"):
-                if path != self.path_of_measures or (path / "manifest.json").exists():
+                if path != self.path_of_measures:
                     shutil.rmtree(path, ignore_errors=True)
         self.peers.wait()
 
-    def gather_rewards(self, own: Rollouts) -> Pool:
-        """What the rollouts of all processes found out, on every process."""
-        columns = own.rows, own.rewards, own.penalties, own.lengths, own.trained
-        gathered = zip(*self.peers.gather(columns), strict=True)
-        return Pool.of_rewards(
-            *(torch.from_numpy(np.concatenate(parts)) for parts in gathered), self.config, self.host
-        )
-
     # Choice and files -------------------------------------------------------------------------------------------
 
-    def _choose(self, table, align=None) -> Selection:
-        dataset, stage = self.host.dataset, self.provenance["stage"]
-        ranked = rank(self.score, table, dataset, align)
+    def _chosen(self) -> Selection:
+        """Join what was measured, rank and choose."""
+        dataset, stage, found = self.host.dataset, self.provenance["stage"], self.context.found
+        table = pd.DataFrame(index=pd.Index(self.pool, name="index", dtype="int64"))
+        measured: list[str] = []
+        for measure in needed(self.score.requires):
+            if (part := found[measure.name].table) is not None:
+                table = table.join(part, how="inner")
+                measured += measure.columns
+        self.provenance["unscorable"] = sorted(set(self.pool) - set(table.index))
+        columns = found["columns"].table if "columns" in found else None
+        ranked = rank(self.score, table, columns, found.get("gradients"))
         # With all scores equal the ties are the choice
-        seed = stable_hash(self.seed, "random" if self.config.score == "random" else "ties", stage)
-        scores = scores_table(table, ranked, dataset, self.config, seed)
+        seed = stable_hash(self.seed, "random" if self.score.at_random else "ties", stage)
+        scores = scores_table(table, ranked, dataset, self.config, seed, measured)
         selection = Selection([], scores, self.provenance | {"seconds": dict(self.seconds)})
         # Scores may differ in the last bit between processes
         return self.peers.broadcast(selection.chosen(self.equal))
 
-    def _publish(self, selection, own=None, pool=None):
-        texts = texts_table(self.host, self.dataset, selection, own, self.peers)
-        self._save_rollouts(own, pool)
+    def _publish(self, selection):
+        rolled_out = self.context.found.get("rollouts")
+        own = rolled_out.own if isinstance(rolled_out, RolledOut) else None
+        texts = texts_table(self.host, self.context.dataset, selection, own, self.peers)
+        self._save_rollouts(rolled_out)
         if self.accelerator.is_main_process:
             selection.save(self.path, texts)
         self.peers.wait()
         self._tidy_up()
 
-    def _save_rollouts(self, own, pool):
-        """A file of each process. Those of a selection that this one replaces are deleted."""
+    def _save_rollouts(self, rolled_out):
+        """Write a file of each process. Those of a selection that this one replaces are deleted."""
         if self.accelerator.is_local_main_process:
             shutil.rmtree(rollouts_of(self.path), ignore_errors=True)
         self.peers.wait()
-        if own is not None and self.config.save_rollouts:
+        if rolled_out is not None and self.config.save_rollouts:
             make_directory(rollouts_of(self.path))
             world, rank = self.accelerator.num_processes, self.accelerator.process_index
             name = "rollouts.parquet" if world == 1 else f"rollouts-{rank:05d}-of-{world:05d}.parquet"
-            save_shard(rollouts_of(self.path) / name, own, pool)
+            save_shard(rollouts_of(self.path) / name, rolled_out.own, rolled_out.pool)
         self.peers.wait()
 
     def _report(self, write_page) -> Path | None:
@@ -283,10 +290,11 @@ class SelectionRun:
                 f"The report about the selection could not be written ({error!r}). The selection itself is complete; "
                 f"`trl-learnalign report {self.path.parent}` tries again."
             )
+            return None
 
     def _tidy_up(self):
         """
-        Deletes what was measured, on every node, unless another score may use it, or a resumed run, which computes a
+        Delete what was measured, on every node, unless another score may use it, or a resumed run, which computes a
         score of the user's own again.
         """
         if self.accelerator.is_local_main_process and not self.keep_measures and self.score.code is None:
@@ -295,9 +303,14 @@ class SelectionRun:
 
     # Small things -----------------------------------------------------------------------------------------------
 
-    def clock(self, phase: str, started: float) -> None:
-        """Notes the seconds that a phase took."""
+    def clock(self, phase: str, started: float) -> float:
+        """Note the seconds that a phase took."""
         self.seconds[phase] = round(time.perf_counter() - started, 3)
+        return self.seconds[phase]
+
+    def note(self, about: dict) -> None:
+        """Add to the provenance."""
+        self.provenance |= about
 
 
 _REUSED = (

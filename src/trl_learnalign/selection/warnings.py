@@ -1,9 +1,10 @@
 """Warnings about a selection that chose no prompt, or fewer than were asked for."""
 
-import math
 from typing import TYPE_CHECKING
 
 import pyarrow.compute as pc
+
+from ..scores.builtin import is_random
 
 
 if TYPE_CHECKING:
@@ -14,8 +15,8 @@ _ROUNDING = 1e-9  # rounding may make the standard deviation of equal rewards th
 
 def selection_warning(selection: "Selection") -> str | None:
     """
-    One paragraph with the reason and the remedy, if fewer prompts were chosen than were asked for, or not by the draw
-    that was asked for; else `None`.
+    Return one paragraph with the reason and the remedy, if fewer prompts were chosen than were asked for, or not by
+    the draw that was asked for; else `None`.
     """
     return " ".join(filter(None, (_shortage(selection), _not_drawn(selection)))) or None
 
@@ -23,10 +24,10 @@ def selection_warning(selection: "Selection") -> str | None:
 def _shortage(selection) -> str | None:
     config, chosen = selection.provenance["config"], len(selection.indices)
     wanted = min(config["num_prompts"], selection.provenance["num_rows"])
-    if chosen >= wanted or (config["score"] == "random" and chosen):
+    if chosen >= wanted or (is_random(config["score"]) and chosen):
         return None
     eligible = len(selection.eligible()) + len(selection.provenance.get("duplicates", ()))
-    if not selection.measures or eligible < selection.num_learnable():
+    if "rollouts" not in selection.measures or eligible < selection.num_learnable():
         return _conditions(selection, chosen, config)
     if chosen:
         different = "different " * bool(selection.provenance.get("duplicates"))
@@ -52,7 +53,7 @@ def _shortage(selection) -> str | None:
 
 
 def pool_warnings(selection: "Selection") -> list[str]:
-    """Warnings about prompts that could not be measured as the user would expect, a paragraph each."""
+    """Return warnings about prompts that could not be measured as the user would expect, a paragraph each."""
     provenance, texts = selection.provenance, []
     rows, pool, config = provenance.get("unscorable", ()), selection.num_pool(), provenance.get("config", {})
     if rows and selection.scores.num_rows:
@@ -79,13 +80,13 @@ def pool_warnings(selection: "Selection") -> list[str]:
             f"{without:,} of {pool:,} prompts count as not learnable although the rewards of their rollouts differ, "
             f"as they have no gradient: {reason}"
         )
-    if selection.indices and (doubt := provenance.get("doubt")):  # else `selection_warning` speaks of the threshold
-        texts.append(threshold_warning(doubt, config["success_threshold"]))
+    if selection.indices:  # else `selection_warning` speaks of the threshold
+        texts += filter(None, [threshold_warning(provenance.get("doubt"), config.get("success_threshold"))])
     return texts
 
 
 def threshold_warning(doubt: tuple[float, float, float] | None, threshold: float) -> str | None:
-    """A warning about what [`~trl_learnalign.scores.maths.doubtful_threshold`] found, if it found something."""
+    """Return a warning about what [`~trl_learnalign.scores.maths.doubtful_threshold`] found, if it found something."""
     if doubt is None:
         return None
     share, least, most = doubt
@@ -103,7 +104,7 @@ def _rows(rows):
 
 
 def _not_drawn(selection) -> str | None:
-    """Chosen prompts whose score is not above 0, where a draw in proportion to the scores was asked for."""
+    """Tell of chosen prompts whose score is not above 0, where a draw in proportion to the scores was asked for."""
     if selection.provenance["config"].get("take") != "proportional":
         return None
     chosen = selection.scores["score"].filter(selection.scores["selected"])
@@ -118,7 +119,7 @@ def _not_drawn(selection) -> str | None:
 
 
 def _conditions(selection, chosen, config):
-    """Fewer than were asked for, as a condition or missing scores leave prompts out."""
+    """Explain that a condition or missing scores leave prompts out."""
     reasons = [f"`where` ({config['where']}) holds for" * bool(config.get("where")), "the score has a number for"]
     return (
         f"{chosen:,} prompts are chosen, fewer than `num_prompts` ({config['num_prompts']:,}): of "
@@ -129,9 +130,9 @@ def _conditions(selection, chosen, config):
 
 
 def too_few(selection: "Selection", wanted: int, eligible: int) -> str:
-    """Another choice from the same scores can only have the `eligible` prompts."""
-    kind = "" if selection.provenance["config"]["score"] == "random" else " eligible"
-    kind = " learnable" if selection.measures and eligible >= selection.num_learnable() else kind
+    """Explain that another choice from the same scores can only have the `eligible` prompts."""
+    kind = "" if is_random(selection.provenance["config"]["score"]) else " eligible"
+    kind = " learnable" if "rollouts" in selection.measures and eligible >= selection.num_learnable() else kind
     kind += " and different" * bool(selection.provenance.get("duplicates"))
     return (
         f"`num_prompts` is {wanted:,}, but the pool of {selection.scores.num_rows:,} has only {eligible:,}{kind} "
@@ -139,18 +140,19 @@ def too_few(selection: "Selection", wanted: int, eligible: int) -> str:
     )
 
 
-def plan_warnings(trial: "Selection", learnable: float, wanted: int) -> list[str]:
-    """Warnings of a dry run. `learnable` prompts are expected in the whole pool, `wanted` were asked for."""
-    if not trial.num_learnable():
+def plan_warnings(trial: "Selection", eligible: float, wanted: int) -> list[str]:
+    """Return warnings of a dry run. `eligible` prompts are expected in the whole pool, `wanted` were asked for."""
+    if not len(trial.eligible()):
         return [f"warning: {selection_warning(trial)}"]
-    if learnable < wanted:
-        return [f"warning: about {learnable:,.0f} prompts will be learnable, fewer than `num_prompts` ({wanted:,})."]
+    if eligible < wanted:
+        kind = "learnable" if "rollouts" in trial.measures else "eligible"
+        return [f"warning: about {eligible:,.0f} prompts will be {kind}, fewer than `num_prompts` ({wanted:,})."]
     return []
 
 
 def _graded(selection, threshold, differ):
-    """The rewards of `differ` prompts differ, but no prompt has rewards on both sides of the threshold."""
-    least, most = selection.provenance.get("reward_range") or (-math.inf, math.inf)
+    """Explain that the rewards of `differ` prompts differ, but lie on one side of the threshold for each prompt."""
+    least, most = selection.provenance["reward_range"]
     where = "and no prompt has rewards on both sides of it"
     where = (
         "which no reward reaches" if most < threshold else "which all rewards reach" if least >= threshold else where
@@ -164,7 +166,7 @@ def _graded(selection, threshold, differ):
 
 
 def _all_equal(selection, learnability):
-    """The rewards of every prompt are equal."""
+    """Explain that the rewards of every prompt are equal."""
     rate = selection.mean_success_rates()[0]
     reason, prompts, check = "every prompt was always or never solved", "easier or harder", " and `success_threshold`"
     if learnability == "variance":
@@ -181,8 +183,6 @@ def _all_equal(selection, learnability):
 
 
 def _seen(selection):
-    """The range of the rewards, which version 0.1.0 did not keep."""
-    if not selection.provenance.get("reward_range"):
-        return "the range of the rewards was not kept"
+    """Name the range of the rewards."""
     least, most = selection.provenance["reward_range"]
     return f"all rewards are {least:.7g}" if least == most else f"rewards are between {least:.7g} and {most:.7g}"

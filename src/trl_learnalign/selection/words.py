@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..scores.builtin import is_random, manner
+
 
 if TYPE_CHECKING:
     from .result import Selection
@@ -16,14 +18,12 @@ OUTCOME_LABELS = {"success_rate": "mean success rate", "reward_mean": "mean rewa
 
 def at_random(selection: "Selection") -> bool:
     """Return whether prompts were chosen at random, so that ranks mean nothing."""
-    return selection.provenance["config"]["score"] == "random"
+    return is_random(selection.provenance["config"]["score"])
 
 
 def chosen_by(selection: "Selection") -> str:
     """Say by what prompts were chosen."""
-    if at_random(selection):
-        return "at random"
-    return f"by {selection.provenance['config']['score']}" + replaced_score(selection)
+    return manner(selection.provenance["config"]["score"]) + replaced_score(selection)
 
 
 def replaced_score(selection: "Selection") -> str:
@@ -35,15 +35,15 @@ def replaced_score(selection: "Selection") -> str:
 def summary(selection: "Selection") -> str:
     """Say in one line: pool, learnable, chosen, mean outcomes, time of each phase, cost of the gradients."""
     provenance = selection.provenance
-    manner = "" if "rollouts" in selection.measures else f" {chosen_by(selection)}"
+    by = "" if "rollouts" in selection.measures else f" {chosen_by(selection)}"
     pool = f"pool {selection.num_pool()}"
     if provenance["unscorable"]:
         pool += f" ({len(provenance['unscorable'])} unscorable: no finite reward)"
-    chosen = f"chosen {len(selection.indices)}" + (manner or replaced_score(selection))
+    chosen = f"chosen {len(selection.indices)}" + (by or replaced_score(selection))
     if provenance.get("duplicates"):
         chosen += f" ({len(provenance['duplicates'])} duplicates left out)"
     parts = [pool, chosen]
-    if not manner:
+    if not by:
         outcomes = [f"{OUTCOME_LABELS[name]} {means}" for name, means in _outcomes(selection).items()]
         parts = [pool, f"learnable {selection.num_learnable()}", chosen, *outcomes]
     parts += [f"{phase} {seconds:.1f} s" for phase, seconds in provenance["seconds"].items()]

@@ -1,0 +1,156 @@
+"""The likelihood of the right answers: one forward of the policy over each prompt and its answer."""
+
+import inspect
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from ..data.columns import candidate_rows, check_named, dataset_columns
+from .base import Finding, Measure
+from .forwards import Forward, evaluating, in_rounds, prompt_ids, reason_against, tokens_at_once, windows_of
+
+
+WINDOW = 256  # prompts that a process sorts by length, and keeps on disk when they are done
+_LOGITS = 1 << 29  # most logits of a forward: the vocabulary may be large
+_SHOWN = 10  # rows that an error names
+
+
+class Likelihood(Measure):
+    """
+    The likelihood s of the answer in `answer_column` after the prompt: exp of the mean log-probability of the answer's
+    tokens, in (0, 1], at temperature 1. The prompt becomes tokens as in training, with the chat template and the
+    generation prompt; the answer follows as plain text, without an end token.
+    """
+
+    name = "likelihood"
+    columns = ("answer_likelihood",)
+
+    def check(self, host, config):
+        """
+        Raise a `ValueError` without `answer_column`, for a prompt that has no tokens before its rollouts, and for rows
+        without an answer.
+        """
+        if config.answer_column is None:
+            raise ValueError(
+                "The score needs the likelihood of the right answers, but `answer_column` is not set. Name the column "
+                "of the dataset that holds them."
+            )
+        if (reason := reason_against(host)) is not None:
+            raise ValueError(
+                f"The score needs the likelihood of the right answers, but {reason}. Use `score='learnability'`, "
+                "which generates instead."
+            )
+        check_named(host.dataset, "answer_column", config.answer_column, [config.answer_column])
+        faults: dict[str, list[int]] = {}
+        rows = candidate_rows(host.dataset, config)
+        for row, answer in zip(rows, _column(host, config, rows), strict=True):
+            if (fault := _fault(answer)) is not None:
+                faults.setdefault(fault, []).append(row)
+        if faults:
+            named = (f"{fault}: row {', '.join(map(str, rows[:_SHOWN]))}" for fault, rows in faults.items())
+            more = " and others" * any(len(rows) > _SHOWN for rows in faults.values())
+            raise ValueError(
+                f"`answer_column` is {config.answer_column!r}, but not every row has an answer "
+                f"({'; '.join(named)}{more}). Correct these rows (counted from 0), or leave them out with "
+                "`dataset.filter`."
+            )
+
+    def key(self, context, rows):
+        """Return the column of the answers and the sizes of batches, on which the last digits depend."""
+        return {
+            "`answer_column`": context.config.answer_column,
+            "sizes": [WINDOW, _tokens(context.host)],
+            **super().key(context, rows),
+        }
+
+    def run(self, context, rows, log):
+        """Run the policy over every prompt with its answer, in batches of nearly equal length."""
+        host = context.host
+
+        def read(part):
+            texts = [_text(answer) for answer in _column(host, context.config, part)]
+            pairs = zip(part, prompt_ids(host, part), host.text_ids(texts), strict=True)
+            return [_Answered(row, prompt, answer) for row, prompt, answer in pairs]
+
+        started = time.perf_counter()
+        with evaluating(host, "likelihoods", len(rows)) as bar:
+            windows = windows_of(list(rows), WINDOW)
+            forward = _AnswerForward(host, _tokens(host))
+            means = in_rounds(host, context.peers, bar, log, forward, read, windows, np.float64)
+        log.close()
+        context.clock("likelihoods", started)
+        index = pd.Index(rows, name="index", dtype="int64")
+        return Finding(pd.DataFrame({"answer_likelihood": np.exp(means[:, 0])}, index=index))
+
+
+def _tokens(host):
+    return max(1, min(tokens_at_once(host), _LOGITS // host.model.config.get_text_config().vocab_size))
+
+
+def _column(host, config, rows):
+    return dataset_columns(host.dataset, rows, [config.answer_column])[config.answer_column].tolist()
+
+
+def _fault(answer) -> str | None:
+    if answer is None or answer != answer:
+        return "missing"
+    if not isinstance(answer, str | int | float):
+        return "neither a text nor a number"
+    return None if _text(answer) else "empty"
+
+
+def _text(answer) -> str:
+    return answer.strip() if isinstance(answer, str) else str(answer)
+
+
+@dataclass(frozen=True)
+class _Answered:
+    """The tokens of a prompt and of its answer."""
+
+    row: int
+    prompt: list[int]
+    answer: list[int]
+
+    def __len__(self):
+        return len(self.prompt) + len(self.answer)
+
+
+class _AnswerForward(Forward):
+    """Mean log-probabilities of answers, of shape `(n, 1)`, float64."""
+
+    def run(self, sequences):
+        """Run the policy, with a head for the columns of the answers alone."""
+        host, device = self.host, self.host.accelerator.device
+        # Padded on the right, where causal attention keeps it out whatever a model makes of the mask
+        input_ids = pad_sequence([torch.tensor(one.prompt + one.answer) for one in sequences], True).to(device)
+        mask = torch.arange(input_ids.shape[1], device=device) < torch.tensor(
+            [[len(one)] for one in sequences], device=device
+        )
+        keep = input_ids.shape[1] - min(len(one.prompt) for one in sequences) + 1
+        base = host.model.get_base_model() if hasattr(host.model, "get_base_model") else host.model
+        some = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
+        with host.accelerator.autocast():
+            logits = host.policy(input_ids=input_ids, attention_mask=mask.long(), use_cache=False, **some).logits
+        first = input_ids.shape[1] - logits.shape[1]
+        means = np.empty((len(sequences), 1))
+        # Row by row, so that the logits of one answer alone are in float32
+        for place, one in enumerate(sequences):
+            own = logits[place, len(one.prompt) - 1 - first : len(one) - 1 - first].float()
+            tokens = torch.tensor(one.answer, device=device)[:, None]
+            means[place] = (own.gather(1, tokens)[:, 0] - own.logsumexp(1)).double().mean().item()
+        wrong = [one.row for one, mean in zip(sequences, means[:, 0], strict=True) if not np.isfinite(mean)]
+        if wrong:
+            raise ValueError(
+                f"The likelihood of the answers of rows {wrong[:_SHOWN]} is not a number: the answer has no token, or "
+                "the policy's numbers are not finite. Correct the answers, or train in another precision."
+            )
+        return means
+
+    def filler(self):
+        """Return a prompt and an answer of one token each."""
+        row = self.host.filler()
+        return _Answered(-1, list(row.prompt_ids), list(row.completion_ids))

@@ -1,0 +1,110 @@
+"""The rewards of a pool's rollouts, and what follows from them: success, learnability, advantages."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import torch
+
+from ..host import Host
+from ..scores import maths as scoring
+
+
+if TYPE_CHECKING:
+    from ..config import LearnAlignConfig
+
+
+@dataclass
+class Pool:
+    """The prompts that could be scored by their rollouts: n groups of G."""
+
+    rows: torch.Tensor  # (n,), of the dataset, increasing
+    deciding: torch.Tensor  # (n, G), the reward that decides success
+    success_rate: torch.Tensor  # (n,)
+    learnability: torch.Tensor  # (n,)
+    advantages: torch.Tensor  # (n, G)
+    lengths: torch.Tensor  # (n, G), tokens
+    unscorable: list[int]  # rows of the prompts left out
+    scored_elsewhere: int  # how many of these have rewards that do not decide success
+    masked: float  # share of the rollouts without a token in the loss
+    without_gradient: int  # prompts whose rewards differ, but not those of rollouts in the loss
+    doubt: tuple[float, float, float] | None  # of the threshold, see `scoring.doubtful_threshold`
+
+    @classmethod
+    def of_rewards(
+        cls,
+        rows: torch.Tensor,
+        rewards: torch.Tensor,
+        penalties: torch.Tensor,
+        lengths: torch.Tensor,
+        trained: torch.Tensor,
+        config: "LearnAlignConfig",
+        host: Host,
+    ) -> "Pool":
+        """
+        Compute success, learnability and advantages.
+
+        Args:
+            rows (`torch.Tensor` of shape `(n,)`): of the dataset, in any order.
+            rewards (`torch.Tensor` of shape `(n, G, F)`): NaN where a reward function gave none.
+            penalties (`torch.Tensor` of shape `(n, G)`): see [`RolloutGroup`].
+            lengths (`torch.Tensor` of shape `(n, G)`): tokens of the completions.
+            trained (`torch.Tensor` of shape `(n, G)`): how many of these are in the loss. What has no gradient is not
+                learnable.
+            config ([`LearnAlignConfig`]): says what success and learnability are.
+            host ([`Host`]): says how rewards become advantages.
+        """
+        order = rows.argsort()
+        rows, rewards, penalties, lengths, trained = (
+            part[order] for part in (rows, rewards, penalties, lengths.double(), trained)
+        )
+        deciding = host.deciding(rewards, config)
+        scorable = ~deciding.isnan().all(1)
+        success_rate = scoring.success_rates(deciding, config.success_threshold)
+        graded = config.learnability == "variance"
+        learnability = scoring.reward_variance(deciding) if graded else scoring.learnability(success_rate)
+        advantages = host.advantages(rewards, penalties)
+        without_gradient = (learnability > 0) & ~scoring.has_gradient(advantages, trained > 0)
+        learnability = learnability.masked_fill(without_gradient, 0.0)
+        deciding = deciding[scorable]
+        return cls(
+            rows=rows[scorable],
+            deciding=deciding,
+            success_rate=success_rate[scorable],
+            learnability=learnability[scorable],
+            advantages=advantages[scorable],
+            lengths=lengths[scorable],
+            unscorable=rows[~scorable].tolist(),
+            scored_elsewhere=int((~scorable & ~rewards.isnan().all(2).all(1)).sum()),
+            masked=(trained == 0).double().mean().item(),
+            without_gradient=int(without_gradient.sum()),
+            doubt=None if graded else scoring.doubtful_threshold(deciding.numpy(), config.success_threshold),
+        )
+
+    def provenance(self) -> dict:
+        """Return what a selection notes of the rollouts of its pool."""
+        known = self.deciding[~self.deciding.isnan()].numpy()
+        return {
+            "unscorable": self.unscorable,
+            "scored_elsewhere": self.scored_elsewhere,
+            "masked": self.masked,
+            "without_gradient": self.without_gradient,
+            "doubt": self.doubt,
+            "reward_range": [known.min().item(), known.max().item()] if len(known) else None,
+        }
+
+    def table(self) -> pd.DataFrame:
+        """
+        Return what the rollouts found out, a row per scorable prompt by dataset row: the columns of `scores.parquet`
+        but for the score.
+        """
+        mean = self.deciding.double().nanmean(1)
+        columns = {
+            "success_rate": self.success_rate,
+            "learnability": self.learnability,
+            "reward_mean": mean,
+            "reward_std": (self.deciding.double() - mean[:, None]).square().nanmean(1).sqrt(),
+            "completion_length_mean": self.lengths.mean(1),
+        }
+        arrays = {name: values.numpy() for name, values in columns.items()}
+        return pd.DataFrame(arrays, index=pd.Index(self.rows.numpy(), name="index"))
