@@ -102,7 +102,9 @@ def test_the_forward_is_made_once_and_known_by_its_answers(tmp_path, monkeypatch
     dataset = rows_with_answers()
     first = select_prompts(trainer_of(tmp_path, dataset), config(**SETTINGS))
     assert sum(forwards_made) == 24
-    least = config(score=lambda table: -table["answer_likelihood"], score_measures=["likelihood"], answer_column="answer")
+    least = config(
+        score=lambda table: -table["answer_likelihood"], score_measures=["likelihood"], answer_column="answer"
+    )
     assert select_prompts(trainer_of(tmp_path, dataset), least).indices[0] == (
         first.scores.to_pandas().set_index("index")["answer_likelihood"].idxmin()
     )
