@@ -1,7 +1,7 @@
 """Every prompt of a pool with its score, and the order in which prompts may be chosen."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,7 @@ from ..data.prompts import check_prompts
 from ..data.reading import columns_read
 from ..data.rows import read_dataset
 from ..scores import maths as scoring
-from ..scores.builtin import Alignments, Score, by_row
+from ..scores.builtin import Score, by_row
 from .choose import draw_order
 
 
@@ -63,9 +63,7 @@ def load_target(dataset: Dataset, config: "LearnAlignConfig") -> Dataset | None:
     return target
 
 
-def rank(
-    score: Score, table: pd.DataFrame, columns: pd.DataFrame | None, align: Alignments | None
-) -> "pd.DataFrame | pd.Series":
+def rank(score: Score, table: pd.DataFrame, columns: pd.DataFrame | None, align: Any) -> "pd.DataFrame | pd.Series":
     """
     Return what a score returns for a table of what was measured, by dataset row, to which `columns` of the dataset are
     added.

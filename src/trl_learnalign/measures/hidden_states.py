@@ -159,7 +159,7 @@ def features_of_the_run(host: Host, directory: Path, peers: Peers, key: str) -> 
 def _what_it_takes(host, rows, forward) -> str:
     """Estimate tokens and operations of the forward from some of the prompts."""
     picked = np.random.Generator(np.random.Philox(1)).permutation(rows)[:_COUNTED]
-    lengths = [len(ids) for ids in prompt_ids(host, picked)]
+    lengths = [len(ids) for ids in prompt_ids(host, picked.tolist())]
     tokens = np.mean(lengths) * len(rows)
     of_pool = "" if len(rows) == len(host.dataset) else f" of {len(host.dataset):,}"
     flops = "" if host.is_sharded else f", about {2 * forward.parameters * tokens:.1e} FLOPs"

@@ -2,20 +2,20 @@
 
 from array import array
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 
 _COLUMNS = 1024  # of features that are in float64 at a time
-
-
+Values = TypeVar("Values", torch.Tensor, np.ndarray)
 ROUNDING = 1e-6  # of a threshold: rewards are float32, and may be sums of several
 
 
-def is_success(rewards: "torch.Tensor | np.ndarray", threshold: float) -> "torch.Tensor | np.ndarray":
+def is_success(rewards: Values, threshold: float) -> Values:
     """
-    Whether a reward is at least `threshold`, up to rounding: .9 as a float32 is less than .9. NaN is no success.
+    Tell whether a reward is at least `threshold`, up to rounding: .9 as a float32 is less than .9. NaN is no success.
 
     Args:
         rewards (`torch.Tensor` or `np.ndarray`): of any shape.
@@ -27,12 +27,10 @@ def is_success(rewards: "torch.Tensor | np.ndarray", threshold: float) -> "torch
     return rewards >= threshold - ROUNDING * abs(threshold)
 
 
-def has_gradient(
-    advantages: "torch.Tensor | np.ndarray", trained: "torch.Tensor | np.ndarray"
-) -> "torch.Tensor | np.ndarray":
+def has_gradient(advantages: Values, trained: Values) -> Values:
     """
-    Whether a group has a gradient: a rollout in the loss has an advantage. Advantages of equal rewards may be off in
-    the last digit.
+    Tell whether a group has a gradient: a rollout in the loss has an advantage. Advantages of equal rewards may be off
+    in the last digit.
 
     Args:
         advantages (`torch.Tensor` or `np.ndarray` of shape `(n, G)`): see [`advantages`].
@@ -71,7 +69,7 @@ def doubtful_threshold(rewards: np.ndarray, threshold: float) -> tuple[float, fl
 
 def success_rates(rewards: torch.Tensor, threshold: float) -> torch.Tensor:
     """
-    Share of each group's scorable rollouts whose reward is at least `threshold`.
+    Return the share of each group's scorable rollouts whose reward is at least `threshold`.
 
     Args:
         rewards (`torch.Tensor` of shape `(n, G)`): rewards of n groups; NaN where a rollout could not be scored.
@@ -85,14 +83,14 @@ def success_rates(rewards: torch.Tensor, threshold: float) -> torch.Tensor:
 
 
 def learnability(success_rate: torch.Tensor) -> torch.Tensor:
-    """V = p (1 - p), of shape `(n,)`, in [0, .25] (section 3.2 of the paper)."""
+    """Return V = p (1 - p), of shape `(n,)`, in [0, .25] (section 3.2 of the paper)."""
     return success_rate * (1 - success_rate)
 
 
 def reward_variance(rewards: torch.Tensor) -> torch.Tensor:
     """
-    Learnability for graded rewards: the (population) variance of each group's rewards, the rewards of all groups
-    having been scaled to [0, 1] by their least and greatest value. For rewards of 0 and 1 it equals p (1 - p).
+    Return the learnability for graded rewards: the (population) variance of each group's rewards, the rewards of all
+    groups having been scaled to [0, 1] by their least and greatest value. For rewards of 0 and 1 it equals p (1 - p).
 
     Args:
         rewards (`torch.Tensor` of shape `(n, G)`): NaN where a rollout could not be scored.
@@ -114,7 +112,7 @@ def reward_variance(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def feature_norms(features: torch.Tensor) -> torch.Tensor:
-    """|phi| of features of shape `(n, d)`: of shape `(n,)`, float64, without a copy in float64."""
+    """Return |phi| of features of shape `(n, d)`: of shape `(n,)`, float64, without a copy in float64."""
     squares = torch.zeros(len(features), dtype=torch.float64)
     for part in features.split(_COLUMNS, 1):
         part = part.double()
@@ -142,7 +140,7 @@ def scores_from_mean(
     features: torch.Tensor, weights: torch.Tensor, mean: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    score_i = mean_j S_ij = z_i . mean_j z_j, which takes O(n d) and no n x n matrix.
+    Return score_i = mean_j S_ij = z_i . mean_j z_j, which takes O(n d) and no n x n matrix.
 
     Args:
         features (`torch.Tensor` of shape `(n, d)`): gradient features phi.
@@ -166,9 +164,9 @@ def scores_from_mean(
 
 def scores_of_batches(
     batches: Iterable[tuple[list[int], torch.Tensor]], weights: torch.Tensor, mean: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """
-    [`scores_from_mean`] of a pool whose features are read batch by batch, once.
+    Do what [`scores_from_mean`] does for a pool whose features are read batch by batch, once.
 
     Args:
         batches (`Iterable`): of k dataset indices and features of shape `(k, d)`.
@@ -179,7 +177,7 @@ def scores_of_batches(
         four `torch.Tensor` of shape `(n,)`: dataset indices (int64); scores, alignments and norms (float64).
     """
     # Grown in place: small tensors kept between large ones that come and go would leave holes in the memory
-    columns = array("q"), array("d"), array("d"), array("d")
+    columns: list[array] = [array("q"), array("d"), array("d"), array("d")]
     for indices, features in batches:
         values = (value.tolist() for value in scores_from_mean(features, weights[indices], mean))
         for column, entries in zip(columns, (indices, *values), strict=True):
@@ -191,9 +189,9 @@ def scores_of_batches(
 
 def largest_cosines(
     batches: Iterable[tuple[list[int], torch.Tensor]], directions: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """
-    max_s cos(phi_i, g_s) of features that are read batch by batch, once.
+    Return max_s cos(phi_i, g_s) of features that are read batch by batch, once.
 
     Args:
         batches (`Iterable`): of k dataset indices and features phi of shape `(k, d)`.
@@ -203,7 +201,7 @@ def largest_cosines(
     Returns:
         three `torch.Tensor` of shape `(n,)`: dataset indices (int64); the largest cosines and |phi_i| (float64).
     """
-    columns = array("q"), array("d"), array("d")
+    columns: list[array] = [array("q"), array("d"), array("d")]
     lengths = directions.norm(dim=1)
     for indices, features in batches:
         products = torch.zeros(len(features), len(directions), dtype=torch.float64)
@@ -221,8 +219,8 @@ def largest_cosines(
 
 def ranking(scores: torch.Tensor, learnabilities: torch.Tensor, seed: int) -> list[int]:
     """
-    All n positions, best first: those with V > 0 by falling score, then those with V = 0. Scores that agree in 12
-    digits are ties, as only rounding makes them differ (1/5 x 4/5 and 4/5 x 1/5); ties are in random order.
+    Return all n positions, best first: those with V > 0 by falling score, then those with V = 0. Scores that agree in
+    12 digits are ties, as only rounding makes them differ (1/5 x 4/5 and 4/5 x 1/5); ties are in random order.
 
     Args:
         scores (`torch.Tensor` of shape `(n,)`): what to rank on.
@@ -238,7 +236,8 @@ def advantages(
     rewards: torch.Tensor, weights: torch.Tensor, scale: str = "group", aggregation: str = "sum_then_normalize"
 ) -> torch.Tensor:
     """
-    Advantages of the rollouts of a pool, as GRPOTrainer computes them, with the pool in place of the batch.
+    Compute the advantages of the rollouts of a pool, as GRPOTrainer computes them, with the pool in place of the
+    batch.
 
     The scale of a group leaves the direction of its gradient unchanged unless the KL term is in use.
 
@@ -273,8 +272,8 @@ def advantages_leave_one_out(
     normalize: bool = False,
 ) -> torch.Tensor:
     """
-    Advantages of the rollouts of a pool, as RLOOTrainer computes them, with the pool in place of the batch: each total
-    reward minus the mean of the others of its group.
+    Compute the advantages of the rollouts of a pool, as RLOOTrainer computes them, with the pool in place of the
+    batch: each total reward minus the mean of the others of its group.
 
     Args:
         rewards (`torch.Tensor` of shape `(n, G, F)`): rewards of n groups by F reward functions; NaN if unscorable.
@@ -298,7 +297,7 @@ def advantages_leave_one_out(
 
 
 def _nanstd(values):
-    """Sample standard deviation along dimension 1, NaN left out; 0 for fewer than two values."""
+    """Compute the sample standard deviation along dimension 1, NaN left out; 0 for fewer than two values."""
     known = (~values.isnan()).sum(1)
     squares = (values - values.nanmean(1, keepdim=True)).square().nansum(1)
     return torch.where(known > 1, (squares / (known - 1).clamp_min(1)).sqrt(), 0.0)

@@ -99,6 +99,7 @@ class SelectionRun:
             prices=prices(self.score.requires),
             target=load_target(host.dataset, config),
         )
+        model: Any = host.model.config
         self.provenance: dict[str, Any] = {
             "config": config.to_dict(),
             "seed": self.seed,
@@ -109,7 +110,7 @@ class SelectionRun:
             "dataset_fingerprint": dataset_fingerprint(host.dataset),
             "num_rows": len(host.dataset),
             # Not the name of its class, which FSDP2 changes
-            "model": host.model.config._name_or_path or host.model.config.model_type,
+            "model": model._name_or_path or model.model_type,
             "versions": {package: version(package) for package in _PACKAGES},
             "num_processes": self.accelerator.num_processes,
             "made": datetime.now(UTC).isoformat(timespec="seconds"),
