@@ -1,7 +1,8 @@
-"""What is refused before anything is generated."""
+"""Errors for settings of a trainer, raised before anything is generated."""
 
 import os
 import warnings
+from typing import TYPE_CHECKING
 
 import trl
 from packaging.version import Version
@@ -15,15 +16,20 @@ from ..data.reading import columns_read, read_prompts
 from ..gradients.engine import UnseenParametersError, check_parameters, unseen_message
 from ..ground.randomness import random_state, set_random_state
 from .generation import is_colocated
+from .names import GENERATES
 from .rewards import check_success_reward
+
+
+if TYPE_CHECKING:
+    from .trl import Host
 
 
 _LONG = 1000  # tokens, where nothing limits a completion
 
 
-def check_trainer(host, config: LearnAlignConfig) -> None:
+def check_trainer(host: "Host", config: LearnAlignConfig) -> None:
     """
-    Raises an error for all settings of a trainer with which no prompts can be chosen.
+    Raise an error for all settings of a trainer with which no prompts can be chosen.
 
     Raises:
         `ValueError`: processes that are not connected, a streaming dataset, an environment that owns the data, no
@@ -36,7 +42,7 @@ def check_trainer(host, config: LearnAlignConfig) -> None:
             f"The launcher started {launched} processes, but the trainer sees {seen}: each would train by itself and "
             f"write to the same files. On a machine without a GPU set `use_cpu=True` in {type(trainer.args).__name__}."
         )
-    dataset = trainer.train_dataset
+    dataset = host.dataset
     check_dataset(dataset, needs_prompt=host.environments is None)
     if _is_placeholder(dataset):
         raise ValueError(
@@ -54,14 +60,15 @@ def check_trainer(host, config: LearnAlignConfig) -> None:
     check_duplicates(dataset, config.deduplicate, warn=equal_tasks and trainer.accelerator.is_main_process)
 
 
-def check_selection(host, config: LearnAlignConfig) -> None:
+def check_selection(host: "Host", config: LearnAlignConfig) -> None:
     """
-    Raises an error for all settings of a trainer with which a selection would fail or be wrong.
+    Raise an error for all settings of a trainer with which a selection would fail or be wrong.
 
     Raises:
         `ValueError`: an unknown column, a score, a condition or a target that cannot be used, an unknown or missing
             reward name, vLLM set up so that TRL mixes completions up; and where gradients are wanted: an unknown loss,
             a multimodal dataset, sharded weights without an adapter.
+        `RuntimeError`: a version of TRL that lacks what the score needs.
         [`UnseenParametersError`]: trainable tensors whose gradients would be missed.
     """
     dataset = host.dataset
@@ -73,17 +80,18 @@ def check_selection(host, config: LearnAlignConfig) -> None:
         )
     check_columns(dataset, config)
     load_target(dataset, config)
-    randomness = random_state()  # a function of the user's may draw from it
+    randomness = random_state()  # which a function of the user's may draw from
     longest = getattr(host.args, "max_completion_length", None) or _LONG
     rehearse(dataset, config, config.num_rollouts or host.group_size, longest)
     set_random_state(randomness)
-    if not config.measures:
+    if "rollouts" not in config.measures:
         return
+    host.require(GENERATES)
     check_success_reward(host.reward_names, config.success_reward, config.learnability)
     check_vllm(host)
     if "gradients" not in config.measures:
         return
-    host.check_loss()
+    host.check_gradients()
     if {"image", "images"} & set(columns_read(dataset)):
         raise ValueError(
             "The training dataset has images, and gradients of multimodal prompts are not supported. Use "
@@ -96,7 +104,8 @@ def check_selection(host, config: LearnAlignConfig) -> None:
         )
     model = host.model
     for adapter in getattr(model, "peft_config", {}).values():
-        if getattr(adapter, "target_parameters", None):  # their A and B are multiplied without their layers' forward
+        # Such an adapter's A and B are multiplied without their layers' forward, which the hooks need
+        if getattr(adapter, "target_parameters", None):
             raise UnseenParametersError(unseen_message([f"target_parameters={adapter.target_parameters}"]))
     check_parameters(model, probe=not host.has_adapter)
 
@@ -116,22 +125,24 @@ def _check_template(trainer):
 
 
 def _is_placeholder(dataset):
-    """GRPOTrainer makes such a dataset when it is given none and an environment supplies the prompts."""
+    """Tell if GRPOTrainer made the dataset, as it does when it is given none and an environment has the prompts."""
     if dataset.column_names != ["prompt"]:
         return False
     empty = [{"role": "user", "content": ""}]
     return all(prompt == empty for prompt in read_prompts(dataset, range(min(10, len(dataset)))))
 
 
-def check_vllm(host) -> None:
+def check_vllm(host: "Host") -> None:
     """
+    Raise an error if vLLM and TRL would mix completions up.
+
     Raises:
         `ValueError`: vLLM is set up so that TRL's completions are those of other prompts or of another policy.
     """
     trainer = host.trainer
     if host.sharing > 1 and getattr(trainer, "tools", None):
         raise ValueError(
-            f"`vllm_tensor_parallel_size` is {trainer.vllm_tensor_parallel_size}, which TRL cannot combine with "
+            f"`vllm_tensor_parallel_size` is {trainer.args.vllm_tensor_parallel_size}, which TRL cannot combine with "
             "tools: once the processes that share a vLLM have different numbers of calls to answer, they wait for "
             "each other or get each other's completions. Use `vllm_tensor_parallel_size=1`."
         )

@@ -5,7 +5,7 @@ import torch
 from ..scores import maths as scoring
 from . import objective
 from .groups import Row
-from .names import COMMON, GRPO
+from .names import GRPO
 from .trl import ARGUMENTS, SETTINGS, Host
 
 
@@ -15,7 +15,7 @@ _ENVIRONMENTS = "_batch_environments"
 class GRPOHost(Host):
     """[`~trl.GRPOTrainer`]: advantages by group, a loss by `loss_type`, the KL term in the loss."""
 
-    names = COMMON + GRPO
+    names = GRPO
     settings = (
         *SETTINGS,
         "multi_objective_aggregation",
@@ -62,10 +62,11 @@ class GRPOHost(Host):
 
     def entropies(self, rows: list[Row]) -> list[torch.Tensor]:
         """
-        Entropies in nats of the policy where it drew the completion tokens of each row, of shape `(tokens,)`, float32.
+        Compute entropies in nats of the policy where it drew the completion tokens of each row, of shape `(tokens,)`,
+        float32.
         """
         return objective.token_entropies(self.trainer, rows)
 
     def mark_high_entropies(self, rows: list[Row], entropies: list[torch.Tensor]) -> None:
-        """Sets the `entropy_mask` of a group's rows."""
+        """Set the `entropy_mask` of the rows of a group."""
         objective.mark_high_entropies(rows, entropies, self.entropy_share)
