@@ -121,7 +121,7 @@ def test_dropout_in_layers_that_checkpoint_their_activations(tmp_path):
 
 def test_tools_with_a_vllm_of_several_processes(tmp_path):
     trainer = make_trainer(tmp_path)
-    trainer.args.use_vllm, trainer.args.vllm_tensor_parallel_size = True, 2  # colocated by default
+    trainer.args.use_vllm, trainer.args.vllm_mode, trainer.args.vllm_tensor_parallel_size = True, "colocate", 2
     trainer.tools, trainer._last_loaded_step = [print], -1
     with pytest.raises(ValueError, match="`vllm_tensor_parallel_size` is 2, which TRL cannot combine with tools"):
         LearnAlignCallback(trainer, LearnAlignSampler(config()))

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from .roles import Generates
 
 _IMAGES = {"pixel_values", "num_images"}  # what TRL's batches hold where any rollout has one
-_CORRECTION = "vllm_importance_sampling_correction"
 SELECTING: WeakSet[Trainer] = WeakSet()  # trainers that generate for something else than training
 
 
@@ -67,8 +66,8 @@ def left_as_found(host: "Generates", num_rollouts: int) -> Iterator[None]:
     """
     trainer = host.trainer
     values = {name: copy.deepcopy(getattr(trainer, name)) for name in host.books}
-    if getattr(trainer, _CORRECTION, None) is not None:  # RLOOTrainer has none
-        values[_CORRECTION] = False
+    if getattr(trainer, "vllm_importance_sampling_correction", None) is not None:  # GRPOTrainer alone has one
+        values["vllm_importance_sampling_correction"] = False
     tokens_seen, randomness = trainer.state.num_input_tokens_seen, random_state()
     outermost = trainer not in SELECTING
     SELECTING.add(trainer)

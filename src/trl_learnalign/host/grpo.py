@@ -6,6 +6,7 @@ from ..scores import maths as scoring
 from . import objective
 from .groups import Row
 from .names import GRPO
+from .objective import LEVELS, LOSS_TYPES
 from .trl import ARGUMENTS, SETTINGS, Host
 
 
@@ -29,7 +30,7 @@ class GRPOHost(Host):
     arguments = (*ARGUMENTS, "use_bias_correction_kl", "delta")
 
     def check_loss(self) -> None:
-        objective.check_loss(self.trainer)
+        objective.check_loss(self.trainer, loss_type=LOSS_TYPES, importance_sampling_level=LEVELS)
 
     def prompt_ids(self, rows: list[dict]) -> list[list[int]]:
         trainer = self.trainer

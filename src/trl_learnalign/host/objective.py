@@ -14,9 +14,9 @@ LOSS_TYPES = (*CLIPPED, "cispo", "sapo", "vespo")
 LEVELS = ("token", "sequence")
 
 
-def check_loss(trainer: RolloutTrainer) -> None:
-    """Raise a `ValueError` for a loss whose gradient [`policy_objective`] does not know."""
-    for name, known in (("loss_type", LOSS_TYPES), ("importance_sampling_level", LEVELS)):
+def check_loss(trainer: RolloutTrainer, **settings: tuple[str, ...]) -> None:
+    """Raise a `ValueError` for an attribute of the trainer that is not one of the values whose gradient is known."""
+    for name, known in settings.items():
         value = getattr(trainer, name)
         if value not in known:
             raise ValueError(

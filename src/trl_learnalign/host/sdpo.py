@@ -11,7 +11,7 @@ from . import generation
 from .generation import NoLogps
 from .groups import Row
 from .names import SDPO
-from .objective import arguments_of, divisor, of_completions, policy
+from .objective import arguments_of, check_loss, divisor, of_completions, policy
 from .trl import ARGUMENTS, SETTINGS, Host
 
 
@@ -53,19 +53,14 @@ class SDPOHost(Host):
         return scoring.advantages(rewards, self.trainer.reward_weights.cpu(), self.trainer.scale_rewards)
 
     def check_loss(self) -> None:
-        weight, loss_type = self.args.distillation_weight, self.trainer.loss_type
+        weight = self.args.distillation_weight
         if weight != 0:
             raise ValueError(
                 f"`distillation_weight` is {weight}, and the self-distillation loss has no gradient by rollout: the "
                 "teacher is shown the other rollouts of the group. Use `score='learnability'` or `schedule='online'`, "
                 "which take no gradients, or `distillation_weight=0.0`, the policy loss alone."
             )
-        if loss_type not in LOSS_TYPES:
-            raise ValueError(
-                f"`loss_type` is {loss_type!r}, and its gradient is not implemented here, so it would differ from "
-                f"that of training. Use one of {', '.join(LOSS_TYPES)}, or `score='learnability'`, which takes no "
-                "gradients."
-            )
+        check_loss(self.trainer, loss_type=LOSS_TYPES)
 
     def objective(self, rows: list[Row]) -> torch.Tensor:
         r"""
