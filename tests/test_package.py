@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import trl
-from tiny import config, make_trainer
+from tiny import config, make_trainer, online
 from transformers import Trainer
 from trl import GRPOTrainer, RLOOTrainer
 
 import trl_learnalign
-from trl_learnalign import LearnAlignGRPOTrainer
+from trl_learnalign import LearnAlignGRPOTrainer, select_prompts
 from trl_learnalign.host import check_kind, names
 
 
@@ -165,8 +165,19 @@ def test_only_the_host_knows_the_insides_of_a_trainer():
             assert not used, f"{file.name} uses {used}"
 
 
-@pytest.mark.parametrize("name", ["_calculate_rewards", "_metrics"])
-def test_a_trainer_that_lacks_a_name_is_refused_when_it_is_built(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "purpose", "works"),
+    [
+        ("reward_weights", "serve the trainer", {}),
+        ("_calculate_rewards", "generate rollouts outside of training", {}),
+        ("_logs", "generate rollouts outside of training", {"schedule": "online", "score": "random"}),
+        ("top_entropy_quantile", "take gradients of its loss", {"schedule": "online", "score": "learnability"}),
+        ("_save_checkpoint", "choose the prompts of its training", {}),
+    ],
+)
+def test_a_trainer_that_lacks_a_name_of_a_role_is_refused_when_it_is_built(tmp_path, name, purpose, works):
+    """What needs the role is refused, with what works without it."""
+
     class Newer(LearnAlignGRPOTrainer):
         """As if TRL had renamed a method, or an attribute."""
 
@@ -175,10 +186,15 @@ def test_a_trainer_that_lacks_a_name_is_refused_when_it_is_built(tmp_path, name)
                 raise AttributeError(attribute)
             return super().__getattribute__(attribute)
 
-    with pytest.raises(
-        RuntimeError, match=f"Newer has no `{name}`, which LearnAlign needs.* {trl.__version__} is inst"
-    ):
+    message = f"Newer has no `{name}`, which LearnAlign needs to {purpose} and .* {trl.__version__} is inst"
+    with pytest.raises(RuntimeError, match=message) as refused:
         make_trainer(tmp_path, config(), cls=Newer)
+    for setting, value in works.items():
+        assert f"`{setting}='{value}'`" in str(refused.value)
+        make_trainer(tmp_path, online() if setting == "schedule" else config(score=value), cls=Newer)
+    if name == "_save_checkpoint":
+        assert "Use `select_prompts`" in str(refused.value)
+        select_prompts(make_trainer(tmp_path, cls=Newer), config(score="learnability"))
 
 
 def test_nothing_that_is_read_can_run_code():

@@ -153,9 +153,10 @@ class Facts(ABC):
                 "There are no prompt tokens before the environment begins: the training dataset has no column "
                 "`prompt`. Give it one, or do not use features of the prompts."
             )
-        return [list(ids) for ids in self._tokenized([row["prompt"] for row in rows])]
+        return [list(ids) for ids in self.tokenize([row["prompt"] for row in rows])]
 
-    def _tokenized(self, prompts: list) -> list[list[int]]:
+    def tokenize(self, prompts: list) -> list[list[int]]:
+        """Return the tokens of prompts, text or messages, as the trainer makes them."""
         return self.trainer._tokenize_prompts(prompts)[0]
 
     # Rewards ----------------------------------------------------------------------------------------------------

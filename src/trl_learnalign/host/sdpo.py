@@ -46,7 +46,7 @@ class SDPOHost(Host):
     def stand_in(self, gradients: bool) -> NoLogps:
         return _None()
 
-    def _tokenized(self, prompts: list) -> list[list[int]]:
+    def tokenize(self, prompts: list) -> list[list[int]]:
         return self.trainer._tokenize_prompts(prompts)
 
     def advantages(self, rewards: torch.Tensor, penalties: torch.Tensor) -> torch.Tensor:
