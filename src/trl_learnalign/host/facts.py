@@ -1,4 +1,4 @@
-"""What a trainer is: its parts, its model and its rewards, which every role of a host needs."""
+"""Facts about a trainer that every role of a host needs: its parts, its model, its prompts and its rewards."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -56,6 +56,14 @@ class Facts(ABC):
             `RuntimeError`: a version of TRL that lacks what is used here.
         """
         check_role(self.trainer, self.names, role, self.tried)
+
+    def plays(self, role: str) -> bool:
+        """Tell if [`require`] would pass."""
+        try:
+            self.require(role)
+        except (ValueError, RuntimeError):
+            return False
+        return True
 
     @property
     def accelerator(self):

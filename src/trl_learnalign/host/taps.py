@@ -165,8 +165,8 @@ def _agreed(trainer, failure: Exception | None, digest: int, trained: np.ndarray
     failed = found[:, 0].nonzero().flatten().tolist()
     if failed:
         raise RuntimeError(
-            f"Process {', '.join(map(str, failed))} failed in a generation for training, so this process ends, too. "
-            "Its own output has the cause."
+            f"Process {', '.join(map(str, failed))} failed in a generation for training, so this process ends. "
+            "The output of that process has the cause."
         )
     if len(found[:, 1].unique()) > 1:
         raise RuntimeError(

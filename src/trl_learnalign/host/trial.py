@@ -9,6 +9,7 @@ from trl.data_utils import is_conversational
 
 from ..data.reading import columns_read, read_rows
 from . import generation, rewards
+from .names import GENERATES
 
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ def try_rewards(host: "Generates", row: int) -> None:
     """
     Call the trainer's reward functions, but for reward models, as training does, on one group of made-up completions
     of a row of the dataset. No rewards are kept, and metrics, logs and random states stay as they are. All processes
-    must call this. Does nothing with an environment, tools or a `rollout_func`, which make more than a completion.
+    must call this. Does nothing with an environment, tools or a `rollout_func`, which make more than a completion, nor
+    for a trainer that does not generate outside of training.
 
     An exception that may come from what the completion says is a warning.
 
@@ -32,7 +34,7 @@ def try_rewards(host: "Generates", row: int) -> None:
     """
     trainer = host.trainer
     more = host.environments or host.rollout_func is not None or getattr(trainer, "tools", None)
-    if more or "prompt" not in columns_read(host.dataset):
+    if more or "prompt" not in columns_read(host.dataset) or not host.plays(GENERATES):
         return
     rows = read_rows(host.visible(), [row] * min(host.group_size, host.rows_at_once))
     message = [{"role": "assistant", "content": COMPLETION}]
