@@ -1,19 +1,16 @@
 """
-What a contributor writes for a new score: one function and one test; and for a new schedule or a new measure: one
-class and one test. Nothing of the package is touched.
+What a contributor writes for a new score: one function and one test; for a new schedule, a new measure, or a host for
+another trainer: one class and one test. Nothing of the package is touched.
 """
 
 import itertools
 
 import numpy as np
-import pandas as pd
-import pyarrow.parquet as pq
 import pytest
 from tiny import (
     Seen,
     assert_same_weights,
     config,
-    digit_reward,
     grpo_args,
     lora,
     make_dataset,
@@ -24,11 +21,14 @@ from tiny import (
 )
 from trl import GRPOTrainer
 
-from trl_learnalign import LearnAlignCallback, LearnAlignGRPOTrainer, LearnAlignSampler, Selection, select_prompts
-from trl_learnalign.measures.base import Finding, Measure
-from trl_learnalign.measures.registry import MEASURES
+from trl_learnalign import (
+    LearnAlignCallback,
+    LearnAlignGRPOTrainer,
+    LearnAlignSampler,
+    Selection,
+    select_prompts,
+)
 from trl_learnalign.schedules import Schedule
-from trl_learnalign.scores.builtin import SCORES, Score
 
 
 def shortest_first(table):
@@ -233,46 +233,3 @@ def test_a_schedule_of_yours_that_is_wrong_is_named(tmp_path, fault, message):
     trainer.add_callback(LearnAlignCallback(trainer, LearnAlignSampler(config(), schedule=wrong)))
     with pytest.raises(ValueError, match=rf"Wrong.choose\(4\) {message}"):
         trainer.train()
-
-
-class Different(Measure):
-    """How many of a prompt's completions are different, of the rollouts that are there."""
-
-    name = "different"
-    requires = ("rollouts",)
-    columns = ("different_completions",)
-    price = "none"
-
-    def run(self, context, rows, log):
-        own = context.found["rollouts"].own
-        counts = {group.row: float(len({tuple(ids) for ids in group.completion_ids})) for group in own}
-        whole = {row: count for part in context.peers.gather(counts) for row, count in part.items()}
-        return Finding(pd.DataFrame({"different_completions": pd.Series(whole)}).reindex(rows))
-
-
-def test_a_measure_and_its_score(tmp_path, monkeypatch):
-    """Kept in scores.parquet, named by conditions, tried before anything is generated, shown in the report."""
-    monkeypatch.setitem(MEASURES, "different", Different())
-    rank = lambda table, align: table["learnability"] * table["different_completions"]  # noqa: E731
-    monkeypatch.setitem(SCORES, "diverse", Score(("rollouts", "different"), rank))
-    where = "different_completions > 2"
-    choice = config(score="diverse", where=where, save_rollouts=True, write_report=True)
-    selection = select_prompts(make_trainer(tmp_path), choice)
-    rollouts = pq.read_table(tmp_path / "_learnalign/rollouts/step-000000/rollouts.parquet").to_pandas()
-    expected = rollouts.groupby("index")["completion_ids"].apply(lambda ids: len(set(map(tuple, ids))))
-    table = Selection.load(tmp_path / "learnalign/step-000000").scores.to_pandas().set_index("index")
-    assert table["different_completions"].to_dict() == expected.to_dict() and expected.nunique() > 1
-    assert table["score"].tolist() == (table["learnability"] * expected).tolist()
-    assert set(selection.indices) <= set(expected[expected > 2].index) and selection.measures == (
-        "rollouts",
-        "different",
-    )
-    page = (tmp_path / "learnalign/report.html").read_text()
-    assert "different completions" in page
-    # The function of a user may have it, and the rollouts are there
-    mine = config(score=lambda table: table["different_completions"], score_measures=["rollouts", "different"])
-    by_number = select_prompts(make_trainer(tmp_path, reward=Seen(digit_reward)), mine)
-    assert by_number.scores["different_completions"].to_pylist() == expected.tolist()
-    wrong = config(score=lambda table: table["different"], score_measures=["rollouts", "differnet"])
-    with pytest.raises(ValueError, match=r"requires the measure 'differnet'.*what can be measured is: .*different"):
-        select_prompts(make_trainer(tmp_path), wrong)

@@ -121,11 +121,11 @@ def test_dropout_in_layers_that_checkpoint_their_activations(tmp_path):
 
 def test_tools_with_a_vllm_of_several_processes(tmp_path):
     trainer = make_trainer(tmp_path)
-    trainer.use_vllm, trainer.vllm_mode, trainer.vllm_tensor_parallel_size = True, "colocate", 2
+    trainer.args.use_vllm, trainer.args.vllm_mode, trainer.args.vllm_tensor_parallel_size = True, "colocate", 2
     trainer.tools, trainer._last_loaded_step = [print], -1
     with pytest.raises(ValueError, match="`vllm_tensor_parallel_size` is 2, which TRL cannot combine with tools"):
         LearnAlignCallback(trainer, LearnAlignSampler(config()))
-    trainer.vllm_mode = "server"  # which has a size of its own
+    trainer.args.vllm_mode = "server"  # which has a size of its own
     LearnAlignCallback(trainer, LearnAlignSampler(config()))
 
 

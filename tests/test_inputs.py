@@ -263,7 +263,7 @@ def test_wrong_types(tmp_path):
         LearnAlignGRPOTrainer(train_sampler=SequentialSampler([1]))
     with pytest.raises(TypeError, match="`sampler` must be a LearnAlignSampler, but is a Sampler"):
         LearnAlignCallback(make_trainer(tmp_path), Sampler())
-    with pytest.raises(TypeError, match=r"works on a trl.GRPOTrainer or a trl.RLOOTrainer, but got a str"):
+    with pytest.raises(TypeError, match=r"works on a trl.GRPOTrainer, .* but got a str"):
         select_prompts("trainer", config())
 
 

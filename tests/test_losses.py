@@ -6,10 +6,10 @@ import re
 import pytest
 import torch
 from test_gradients import features_of
-from tiny import config, make_dataset, make_trainer
+from tiny import config, make_dataset, make_trainer, online
 from trl import GRPOTrainer
 
-from trl_learnalign import select_prompts
+from trl_learnalign import LearnAlignCallback, LearnAlignSampler, host, select_prompts
 from trl_learnalign.host import objective
 from trl_learnalign.host.groups import Row
 from trl_learnalign.host.objective import LOSS_TYPES
@@ -202,6 +202,54 @@ def test_an_unknown_loss_is_refused_when_the_trainer_is_built(tmp_path, name, va
         make_trainer(tmp_path, config(), **{name: value})
     make_trainer(tmp_path, config(score="learnability"), **{name: value})
     make_trainer(tmp_path, **{name: value})
+
+
+class Squared(GRPOTrainer):
+    """A subclass with a loss of its own, as TRL's experimental ones have."""
+
+    def _compute_loss(self, model, inputs):
+        return super()._compute_loss(model, inputs) ** 2
+
+
+class Logging(GRPOTrainer):
+    """A subclass whose override changes no gradient."""
+
+    def compute_loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs)
+
+
+def test_gradients_of_a_loss_that_a_subclass_overrides_are_refused(tmp_path, monkeypatch):
+    """In silence they would be those of another loss. What takes no gradients works, and a registered host vouches."""
+    monkeypatch.setattr(host, "_HOSTS", dict(host._HOSTS))
+    message = "Squared has its own `_compute_loss`, so its gradients may differ from those of GRPOTrainer"
+    with pytest.raises(ValueError, match=f"{message}.*score='learnability'.*register_host.Squared, GRPOHost"):
+        select_prompts(make_trainer(tmp_path, cls=Squared), config())
+    trainer = make_trainer(tmp_path, cls=Squared)
+    select_prompts(trainer, config(score="learnability"))
+    LearnAlignCallback(trainer, LearnAlignSampler(online()))
+    trainer = make_trainer(tmp_path, cls=Logging)
+    with pytest.raises(ValueError, match="Logging has its own `compute_loss`"):
+        host.find_host(trainer).check_gradients()
+    host.register_host(Logging, host.GRPOHost)
+    host.find_host(trainer).check_gradients()
+    with pytest.raises(ValueError, match="Logging has its own `compute_loss`"):
+        monkeypatch.setattr(trainer, "compute_loss", lambda *args: 0)
+        host.find_host(trainer).check_gradients()
+    with pytest.raises(TypeError, match="`register_host` takes a subclass of Trainer and a subclass of Host, but got"):
+        host.register_host(Squared, Squared)
+
+
+def test_the_nearest_registered_class_decides(tmp_path, monkeypatch):
+    class OwnHost(host.GRPOHost):
+        pass
+
+    monkeypatch.setattr(host, "_HOSTS", dict(host._HOSTS))
+    host.register_host(Squared, OwnHost)
+
+    class Further(Squared):
+        pass
+
+    assert host.check_kind(Further) is OwnHost and host.check_kind(Logging) is host.GRPOHost
 
 
 def test_a_selection_of_another_loss_is_not_reused(tmp_path):

@@ -6,18 +6,19 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
 import pytest
 import trl
-from tiny import config, make_trainer
+from tiny import config, make_trainer, online
 from transformers import Trainer
 from trl import GRPOTrainer, RLOOTrainer
 
 import trl_learnalign
-from trl_learnalign import LearnAlignGRPOTrainer
-from trl_learnalign.host import check_kind, names
+from trl_learnalign import LearnAlignGRPOTrainer, select_prompts
+from trl_learnalign.host import check_kind, find_host, names
 
 
 ROOT = Path(__file__).parent.parent
@@ -96,7 +97,7 @@ def test_modules_are_small_and_import_only_what_they_may():
             assert not {"torch", "pandas", "datasets"} & found, name
 
 
-# What is of TRL's trainers alone: not of transformers' Trainer, nor of its attributes
+# What TRL's trainers have alone: not transformers' Trainer, nor its attributes
 GENERAL = inspect.getsource(Trainer)
 
 
@@ -104,48 +105,78 @@ def own_names(kind):
     """Names that a trainer of TRL has and a Trainer has not, and private ones that both have."""
     names = {name for pair in re.findall(r"\bself\.(\w+)|def (_\w+)", inspect.getsource(kind)) for name in pair}
     special = {name for name in names if not hasattr(Trainer, name) and not re.search(rf"\bself\.{name}\b", GENERAL)}
-    return {name for name in names if name.startswith("_") or name in special} - {
-        "",
-        "__init__",
-    }
+    return {name for name in names if name.startswith("_") or name in special} - {"", "__init__"}
 
 
-def used_names(files):
-    texts = [file.read_text() for file in files]
-    used = {name for text in texts for name in re.findall(r"\b(?:trainer|super\(\))\.(\w+)", text)}
-    quoted = re.compile(r'"(_[a-z_]+|vllm_[a-z_]+)"|\btrainer, "(\w+)"')
-    return used | {name for text in texts for pair in quoted.findall(text) for name in pair} - {""}
+def used_names(file, quoted=True):
+    """Attributes of whatever is called `trainer`, `host.trainer` included, and of `super()`; and names in quotes."""
+    used = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        match node:
+            case ast.Attribute(value=owner, attr=name):
+                if re.search(r"\btrainer$|^super\(\)$", ast.unparse(owner)):
+                    used.add(name)
+            case ast.Call(func=ast.Name("getattr" | "setattr"), args=[owner, ast.Constant(name), *_]):
+                if re.search(r"\btrainer$", ast.unparse(owner)):
+                    used.add(name)
+            case ast.Constant(str(name)) if quoted and re.fullmatch(r"_[a-z_]+", name):
+                used.add(name)
+    return used
 
 
-@pytest.mark.parametrize(("kind", "extra"), [(GRPOTrainer, names.GRPO), (RLOOTrainer, names.RLOO)])
-def test_every_undocumented_name_of_a_trainer_is_checked(kind, extra):
-    """What the host uses of a GRPOTrainer or an RLOOTrainer, but not of a Trainer."""
-    used = used_names(file for file in SOURCES if file.parent.name == "host" and file.stem != "names")
-    needed = used & own_names(kind)
-    known = {*names.COMMON, *extra, *names.WITH_VLLM}
-    optional = {
-        "chat_template",
-        "environment_factories",
-        "rollout_func",
-        "_batch_environments",
-    }  # that not every trainer has
-    assert needed - known - optional == set() and len(needed) > 15
-    other = {*names.GRPO, *names.RLOO} - {*extra}
-    unused = known - used - set(check_kind(kind).settings)
-    assert unused == set() and not other & known
+HOST = {file.stem: used_names(file) for file in SOURCES if file.parent.name == "host" and file.stem != "names"}
+# Modules of one kind of trainer; the others are for all
+OWN = {"GRPOTrainer": {"grpo", "objective"}, "RLOOTrainer": {"rloo"}, "SDPOTrainer": {"sdpo"}}
+# Not every trainer has these, so each is asked for first
+OPTIONAL = {"chat_template", "environment_factories", "ref_model", "rollout_func", "tools", "_batch_environments"}
+
+
+def kinds():
+    yield GRPOTrainer
+    yield RLOOTrainer
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of everything experimental
+        try:
+            from trl.experimental.sdpo import SDPOTrainer
+        except ImportError:
+            return
+    if hasattr(SDPOTrainer, "_prepare_training_batch"):  # else of another make, and refused
+        yield SDPOTrainer
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_every_undocumented_name_of_a_trainer_is_checked(kind):
+    """The names of the roles are those that the host uses of a trainer of TRL, but not of a Trainer."""
+    host, others = check_kind(kind), set().union(*OWN.values()) - OWN[kind.__name__]
+    used = set().union(*(found for module, found in HOST.items() if module not in others))
+    needed = used & own_names(kind) - OPTIONAL - set(host.loss_methods)  # compared where there are any
+    known = set().union(*host.names.values(), names.WITH_VLLM)
+    assert needed - known == set() and len(needed) > 15
+    assert known - set().union(*HOST.values()) - set(host.settings) == set()
+    assert set(host.names) == set(names.ROLES)
 
 
 def test_only_the_host_knows_the_insides_of_a_trainer():
-    own = own_names(GRPOTrainer) | own_names(RLOOTrainer)
+    own = set().union(*map(own_names, kinds()))
     for file in SOURCES:
         if file.parent.name != "host":
-            used = used_names([file]) & own
-            private = re.findall(r"\btrainer\.(_\w+)", file.read_text())
-            assert not used and not private, f"{file.name} uses {used or private}"
+            used = {name for name in used_names(file, quoted=False) if name in own or re.match("_[a-z]", name)}
+            assert not used, f"{file.name} uses {used}"
 
 
-@pytest.mark.parametrize("name", ["_calculate_rewards", "_metrics"])
-def test_a_trainer_that_lacks_a_name_is_refused_when_it_is_built(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "purpose", "works"),
+    [
+        ("reward_weights", "serve the trainer", {}),
+        ("_calculate_rewards", "generate rollouts outside of training", {}),
+        ("_logs", "generate rollouts outside of training", {"schedule": "online", "score": "random"}),
+        ("top_entropy_quantile", "take gradients of its loss", {"schedule": "online", "score": "learnability"}),
+        ("_save_checkpoint", "choose the prompts of its training", {}),
+    ],
+)
+def test_a_trainer_that_lacks_a_name_of_a_role_is_refused_when_it_is_built(tmp_path, name, purpose, works):
+    """What needs the role is refused, with what works without it."""
+
     class Newer(LearnAlignGRPOTrainer):
         """As if TRL had renamed a method, or an attribute."""
 
@@ -154,10 +185,17 @@ def test_a_trainer_that_lacks_a_name_is_refused_when_it_is_built(tmp_path, name)
                 raise AttributeError(attribute)
             return super().__getattribute__(attribute)
 
-    with pytest.raises(
-        RuntimeError, match=f"Newer has no `{name}`, which LearnAlign needs.* {trl.__version__} is inst"
-    ):
+    message = f"Newer has no `{name}`, which LearnAlign needs to {purpose} and .* {trl.__version__} is inst"
+    with pytest.raises(RuntimeError, match=message) as refused:
         make_trainer(tmp_path, config(), cls=Newer)
+    for setting, value in works.items():
+        assert f"`{setting}='{value}'`" in str(refused.value)
+        make_trainer(tmp_path, online() if setting == "schedule" else config(score=value), cls=Newer)
+    if name == "_logs":
+        find_host(make_trainer(tmp_path, cls=Newer)).try_rewards(0)  # as an online run does, which needs it not
+    if name == "_save_checkpoint":
+        assert "Use `select_prompts`" in str(refused.value)
+        select_prompts(make_trainer(tmp_path, cls=Newer), config(score="learnability"))
 
 
 def test_nothing_that_is_read_can_run_code():

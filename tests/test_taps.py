@@ -74,7 +74,11 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+SLOW = ("a chunk over several steps", "chunks used twice")  # each is a part of another layout
+PARAMETERS = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in LAYOUTS]
+
+
+@pytest.mark.parametrize("layout", PARAMETERS)
 def test_rewards_of_training_with_the_number_of_their_batch(tmp_path, layout):
     """Also in a run that is resumed, at the first and at the last checkpoint of each place in a chunk."""
     choice, settings = config(score="random", num_prompts=13, warmup_prompts=6), LAYOUTS[layout]

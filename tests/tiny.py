@@ -147,9 +147,9 @@ def make_trainer(
 ):
     """
     A LearnAlignGRPOTrainer if `config` is given, else a stock GRPOTrainer; `settings` are of an online schedule;
-    `changes` go to GRPOConfig or RLOOConfig.
+    `changes` go to its kind of arguments.
     """
-    kind = RLOOConfig if cls is not None and issubclass(cls, RLOOTrainer) else GRPOConfig
+    kind = RLOOConfig if cls is not None and issubclass(cls, RLOOTrainer) else getattr(cls, "config_cls", GRPOConfig)
     kwargs = {
         "model": model if model is not None else make_model(),
         "reward_funcs": reward,

@@ -8,30 +8,66 @@ from .rloo import RLOOHost
 from .trl import Host
 
 
-__all__ = ["Host", "check_kind", "find_host"]
+__all__ = ["GRPOHost", "Host", "RLOOHost", "check_kind", "find_host", "register_host"]
 
-_HOSTS = {GRPOTrainer: GRPOHost, RLOOTrainer: RLOOHost}
+_HOSTS: dict[type, type[Host]] = {GRPOTrainer: GRPOHost, RLOOTrainer: RLOOHost}
+_SDPO = ("trl.experimental.sdpo.sdpo_trainer", "SDPOTrainer")
+
+
+def register_host(trainer_class: type[Trainer], host_class: type[Host]) -> None:
+    """
+    Serve trainers of a class by a host of one's own. A subclass is served by the host of its nearest registered base.
+
+    Args:
+        trainer_class (`type`): the class of trainers.
+        host_class (`type`): a subclass of [`Host`]. To register a host of a base class again, such as `GRPOHost`, says
+            that gradients of its loss are those of the subclass.
+
+    Raises:
+        `TypeError`: no class of trainers, or no class of hosts.
+    """
+    for given, base in ((trainer_class, Trainer), (host_class, Host)):
+        if not (isinstance(given, type) and issubclass(given, base)):
+            raise TypeError(f"`register_host` takes a subclass of Trainer and a subclass of Host, but got {given!r}.")
+    _HOSTS[trainer_class] = host_class
 
 
 def check_kind(kind: type) -> type[Host]:
     """
-    The host of a class of trainers.
+    Return the class of hosts for a class of trainers.
 
     Raises:
-        `TypeError`: neither a GRPOTrainer nor an RLOOTrainer.
+        `TypeError`: no host is registered for the class nor for its bases.
     """
-    for trainer, host in _HOSTS.items():
-        if issubclass(kind, trainer):
-            return host
-    raise TypeError(f"LearnAlign works on a trl.GRPOTrainer or a trl.RLOOTrainer, but got a {kind.__name__}.")
+    return _HOSTS[_served(kind)]
 
 
 def find_host(trainer: Trainer) -> Host:
     """
-    The host of a trainer.
+    Return a host for a trainer.
 
     Raises:
-        `TypeError`: neither a GRPOTrainer nor an RLOOTrainer.
+        `TypeError`: no host is registered for its class.
         `RuntimeError`: a version of TRL that lacks what is used here.
     """
-    return check_kind(type(trainer))(trainer)
+    served = _served(type(trainer))
+    host = _HOSTS[served](trainer)
+    host.served = served
+    return host
+
+
+def _served(kind: type) -> type:
+    """Return the nearest registered class that `kind` is, or inherits from."""
+    for base in kind.__mro__:
+        # Known by name: not every version of TRL has the class, and importing an experimental one warns
+        if base not in _HOSTS and (base.__module__, base.__name__) == _SDPO:
+            from .sdpo import SDPOHost
+
+            _HOSTS[base] = SDPOHost
+        if base in _HOSTS:
+            return base
+    raise TypeError(
+        "LearnAlign works on a trl.GRPOTrainer, a trl.RLOOTrainer, a trl.experimental.sdpo.SDPOTrainer and trainers "
+        f"that a host is registered for, but got a {kind.__name__}. Pass one of these, or register a host with "
+        "`trl_learnalign.host.register_host`."
+    )

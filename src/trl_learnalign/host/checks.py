@@ -1,6 +1,7 @@
-"""What is refused before anything is generated."""
+"""Errors for settings of a trainer, raised before anything is generated."""
 
 import os
+from typing import TYPE_CHECKING
 
 import trl
 from packaging.version import Version
@@ -11,9 +12,13 @@ from ..data.reading import read_prompts
 from .generation import is_colocated
 
 
-def check_trainer(host, config: LearnAlignConfig) -> None:
+if TYPE_CHECKING:
+    from .trl import Host
+
+
+def check_trainer(host: "Host", config: LearnAlignConfig) -> None:
     """
-    Raises an error for all settings of a trainer with which no prompts can be chosen.
+    Raise an error for all settings of a trainer with which no prompts can be chosen.
 
     Raises:
         `ValueError`: processes that are not connected, a streaming dataset, an environment that owns the data, no
@@ -26,7 +31,7 @@ def check_trainer(host, config: LearnAlignConfig) -> None:
             f"The launcher started {launched} processes, but the trainer sees {seen}: each would train by itself and "
             f"write to the same files. On a machine without a GPU set `use_cpu=True` in {type(trainer.args).__name__}."
         )
-    dataset = trainer.train_dataset
+    dataset = host.dataset
     check_dataset(dataset, needs_prompt=host.environments is None)
     if _is_placeholder(dataset):
         raise ValueError(
@@ -59,22 +64,24 @@ def _check_template(trainer):
 
 
 def _is_placeholder(dataset):
-    """GRPOTrainer makes such a dataset when it is given none and an environment supplies the prompts."""
+    """Tell if GRPOTrainer made the dataset, as it does when it is given none and an environment has the prompts."""
     if dataset.column_names != ["prompt"]:
         return False
     empty = [{"role": "user", "content": ""}]
     return all(prompt == empty for prompt in read_prompts(dataset, range(min(10, len(dataset)))))
 
 
-def check_vllm(host) -> None:
+def check_vllm(host: "Host") -> None:
     """
+    Raise an error if vLLM and TRL would mix completions up.
+
     Raises:
         `ValueError`: vLLM is set up so that TRL's completions are those of other prompts or of another policy.
     """
     trainer = host.trainer
     if host.sharing > 1 and getattr(trainer, "tools", None):
         raise ValueError(
-            f"`vllm_tensor_parallel_size` is {trainer.vllm_tensor_parallel_size}, which TRL cannot combine with "
+            f"`vllm_tensor_parallel_size` is {trainer.args.vllm_tensor_parallel_size}, which TRL cannot combine with "
             "tools: once the processes that share a vLLM have different numbers of calls to answer, they wait for "
             "each other or get each other's completions. Use `vllm_tensor_parallel_size=1`."
         )

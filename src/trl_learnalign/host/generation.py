@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import numpy as np
@@ -16,12 +17,14 @@ from ..gradients.modes import turn_dropout_off
 from ..ground.hashing import stable_hash
 from ..ground.randomness import random_state, set_random_state
 from .groups import RolloutGroup, shared
+from .names import RolloutTrainer
 from .rewards import guarded
 
 
+if TYPE_CHECKING:
+    from .roles import Generates
+
 _IMAGES = {"pixel_values", "num_images"}  # what TRL's batches hold where any rollout has one
-_PATCHED = ("_calculate_rewards", "_get_per_token_logps_and_entropies")
-_CORRECTION = "vllm_importance_sampling_correction"
 SELECTING: WeakSet[Trainer] = WeakSet()  # trainers that generate for something else than training
 
 
@@ -32,48 +35,57 @@ class NoLogps:
         return None, None, None
 
     def penalties(self, output: dict) -> torch.Tensor:
-        """Of each row of a batch that TRL generated, see [`RolloutGroup`]."""
+        """Return the penalty of each row of a batch that TRL generated, see [`RolloutGroup`]."""
         return torch.zeros(len(output["completion_ids"]))
 
 
-def is_colocated(trainer: Trainer) -> bool:
-    """Whether vLLM runs inside the processes that train."""
-    return trainer.use_vllm and trainer.vllm_mode == "colocate"
+def is_colocated(trainer: RolloutTrainer) -> bool:
+    """Tell if vLLM runs inside the processes that train."""
+    return getattr(trainer.args, "use_vllm", False) and trainer.args.vllm_mode == "colocate"
 
 
 @contextmanager
-def left_as_found(trainer: Trainer, num_rollouts: int) -> Iterator[None]:
-    """
-    Lets the trainer generate `num_rollouts` completions a prompt, and undoes on exit all that a generation changes but
-    for modes: metrics, logs, counters, random states.
-    """
-    numbers = trainer.num_generations, trainer.state.num_input_tokens_seen
-    books = {name: getattr(trainer, name) for name in ("_metrics", "_logs", "_pending_extra_logs", "_pending_metrics")}
-    correction = getattr(trainer, _CORRECTION, None)  # RLOOTrainer has none
-    randomness = random_state()
-    for name, book in books.items():
-        setattr(trainer, name, copy.deepcopy(book))
-    trainer.num_generations = num_rollouts
-    outermost = trainer not in SELECTING
-    SELECTING.add(trainer)
-    if correction is not None:
-        setattr(trainer, _CORRECTION, False)
+def replaced(trainer: Trainer, **values) -> Iterator[None]:
+    """Give attributes of a trainer, methods included, other values while the context is open."""
+    # The instance's own attributes, if any, are put back: `del` alone would lose a user's patch
+    own = {name: vars(trainer)[name] for name in values if name in vars(trainer)}
+    vars(trainer).update(values)
     try:
         yield
     finally:
+        for name in values:
+            vars(trainer).pop(name, None)
+        vars(trainer).update(own)
+
+
+@contextmanager
+def left_as_found(host: "Generates", num_rollouts: int) -> Iterator[None]:
+    """
+    Let the trainer generate `num_rollouts` completions for a prompt, and undo on exit all that a generation changes:
+    metrics, logs, counters, random states. Modes of the model are not put back.
+    """
+    trainer = host.trainer
+    values = {name: copy.deepcopy(getattr(trainer, name)) for name in host.books}
+    if getattr(trainer, "vllm_importance_sampling_correction", None) is not None:  # GRPOTrainer alone has one
+        values["vllm_importance_sampling_correction"] = False
+    tokens_seen, randomness = trainer.state.num_input_tokens_seen, random_state()
+    outermost = trainer not in SELECTING
+    SELECTING.add(trainer)
+    try:
+        with replaced(trainer, num_generations=num_rollouts, **values):
+            yield
+    finally:
         if outermost:
             SELECTING.discard(trainer)
-        for name, book in books.items():
-            setattr(trainer, name, book)
-        trainer.num_generations, trainer.state.num_input_tokens_seen = numbers
-        if correction is not None:
-            setattr(trainer, _CORRECTION, correction)
+        trainer.state.num_input_tokens_seen = tokens_seen
         set_random_state(randomness)
 
 
-def generate_groups(host, dataset: Dataset, indices: list[int], seed: int, gradients: bool) -> list[RolloutGroup]:
+def generate_groups(
+    host: "Generates", dataset: Dataset, indices: list[int], seed: int, gradients: bool
+) -> list[RolloutGroup]:
     """
-    Rolls out this process's prompts through the trainer's own generation and reward functions. To be called inside
+    Roll out this process's prompts through the trainer's own generation and reward functions. To be called inside
     [`Host.left_as_found`], by all processes at once, each with its own `indices`, equally many.
 
     Args:
@@ -92,7 +104,7 @@ def generate_groups(host, dataset: Dataset, indices: list[int], seed: int, gradi
     set_seed(seed % 2**32)
     size = host.group_size
     inputs = copy.deepcopy(read_rows(dataset, [index for index in indices for _ in range(size)]))
-    seen = {}
+    seen: dict[str, Any] = {}
     calculate_rewards, logps = trainer._calculate_rewards, host.stand_in(gradients)
 
     def record(inputs, prompts, completions, completion_ids_list):
@@ -102,19 +114,13 @@ def generate_groups(host, dataset: Dataset, indices: list[int], seed: int, gradi
         seen.update(completions=completions, completion_ids=completion_ids_list, rewards=rewards)
         return rewards
 
-    # The instance's own attributes, if any, are put back: `del` alone would lose a user's patch
-    own = {name: vars(trainer)[name] for name in _PATCHED if name in vars(trainer)}
-    trainer._calculate_rewards = record
-    trainer._get_per_token_logps_and_entropies = logps
-    reward_funcs = trainer.reward_funcs
-    try:
-        with guarded(reward_funcs, trainer.reward_func_names) as trainer.reward_funcs, host.halving(host):
-            output = trainer._generate_and_score_completions(inputs)
-    finally:
-        trainer.reward_funcs = reward_funcs
-        for name in _PATCHED:
-            delattr(trainer, name)
-        vars(trainer).update(own)
+    methods = {"_calculate_rewards": record} | ({host.logps_method: logps} if host.logps_method else {})
+    with (
+        guarded(trainer.reward_funcs, trainer.reward_func_names) as reward_funcs,
+        replaced(trainer, reward_funcs=reward_funcs, **methods),
+        host.halving(host),
+    ):
+        output = getattr(trainer, host.generation_method)(inputs)
     start = trainer.accelerator.process_index * len(inputs)
     rewards = seen["rewards"][start : start + len(inputs)].float().cpu()
     rewards = rewards.masked_fill(~rewards.isfinite(), torch.nan).numpy()
@@ -147,5 +153,5 @@ def generate_groups(host, dataset: Dataset, indices: list[int], seed: int, gradi
 
 
 def _plain(completion):
-    """A completion that can be written as JSON: messages may hold images, as answers of tools."""
+    """Make a completion of values that JSON can hold: messages may have images, as answers of tools."""
     return json.loads(json.dumps(completion, default=lambda value: f"[{type(value).__name__}]"))

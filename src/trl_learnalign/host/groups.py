@@ -1,4 +1,4 @@
-"""The rollouts of one prompt: as they are measured, as they enter a gradient, and which process makes them."""
+"""Rollouts of one prompt: as they are measured, as they enter a gradient, and dealt to processes."""
 
 from dataclasses import dataclass
 
@@ -11,9 +11,9 @@ class RolloutGroup:
     The rollouts of one prompt.
 
     Attributes:
-        row (`int`): of the training dataset.
-        prompt_ids (`list[np.ndarray]`): of each of G completions the tokens that it continues, int32. One array where
-            they are equal; an environment or a `rollout_func` may begin every rollout differently.
+        row (`int`): row of the training dataset.
+        prompt_ids (`list[np.ndarray]`): tokens that each of G completions continues, int32. One array where all are
+            equal; an environment or a `rollout_func` may begin every rollout differently.
         completion_ids (`list[np.ndarray]`): tokens of each of G completions, int32.
         loss_masks (`list[np.ndarray]`): 1 for a completion token that the policy is trained on, else 0 (tool results,
             truncated completions under `mask_truncated_completions`), int8.
@@ -23,8 +23,8 @@ class RolloutGroup:
         penalties (`np.ndarray` of shape `(G,)`): what the trainer takes off the total reward of each completion,
             float32: RLOOTrainer the KL term, beta times log pi - log pi_ref of the completion. 0 for GRPOTrainer,
             whose loss has it, and where no gradients are taken.
-        has_images (`bool`): whether one of the rollouts of its batch has an image, so that the tokens are not all of
-            the policy's input.
+        has_images (`bool`): `True` if one of the rollouts of its batch has an image, so that the tokens are not all
+            of the policy's input.
     """
 
     row: int
@@ -56,15 +56,15 @@ class Row:
 
 
 def shared(arrays: list[np.ndarray]) -> list[np.ndarray]:
-    """The arrays; if all are equal, one of them repeated, to save memory."""
+    """Return the arrays; if all are equal, one of them repeated, to save memory."""
     first = arrays[0]
     return [first] * len(arrays) if all(np.array_equal(first, other) for other in arrays[1:]) else arrays
 
 
 def deal(batches: list[list[int]], first: int, rank: int, sharing: int) -> tuple[list[int], list[int], bool]:
     """
-    What a process does in the round that begins with batch `first`: its batch, the batch whose seed it takes, and
-    whether that is its own work. A process without a batch repeats another's, since all must generate equally often.
+    Deal a process its part of the round that begins with batch `first`: its batch, the batch whose seed it takes, and
+    `True` if that is its own work. A process without a batch repeats another's, since all must generate equally often.
     `sharing` processes generate together, and so with the same seed. A batch has the same neighbours, and the same
     seed, on any number of processes:
 

@@ -5,7 +5,8 @@ import torch
 from ..scores import maths as scoring
 from . import objective
 from .groups import Row
-from .names import COMMON, GRPO
+from .names import GRPO
+from .objective import LEVELS, LOSS_TYPES
 from .trl import ARGUMENTS, SETTINGS, Host
 
 
@@ -15,7 +16,7 @@ _ENVIRONMENTS = "_batch_environments"
 class GRPOHost(Host):
     """[`~trl.GRPOTrainer`]: advantages by group, a loss by `loss_type`, the KL term in the loss."""
 
-    names = COMMON + GRPO
+    names = GRPO
     settings = (
         *SETTINGS,
         "multi_objective_aggregation",
@@ -29,7 +30,7 @@ class GRPOHost(Host):
     arguments = (*ARGUMENTS, "use_bias_correction_kl", "delta")
 
     def check_loss(self) -> None:
-        objective.check_loss(self.trainer)
+        objective.check_loss(self.trainer, loss_type=LOSS_TYPES, importance_sampling_level=LEVELS)
 
     def prompt_ids(self, rows: list[dict]) -> list[list[int]]:
         trainer = self.trainer
@@ -62,10 +63,11 @@ class GRPOHost(Host):
 
     def entropies(self, rows: list[Row]) -> list[torch.Tensor]:
         """
-        Entropies in nats of the policy where it drew the completion tokens of each row, of shape `(tokens,)`, float32.
+        Compute entropies in nats of the policy where it drew the completion tokens of each row, of shape `(tokens,)`,
+        float32.
         """
         return objective.token_entropies(self.trainer, rows)
 
     def mark_high_entropies(self, rows: list[Row], entropies: list[torch.Tensor]) -> None:
-        """Sets the `entropy_mask` of a group's rows."""
+        """Set the `entropy_mask` of the rows of a group."""
         objective.mark_high_entropies(rows, entropies, self.entropy_share)

@@ -1,5 +1,6 @@
-"""What a trainer's rollouts and gradients depend on, besides its trainable weights, in parts for JSON."""
+"""Identities: all that a trainer's rollouts and gradients depend on besides its weights, in parts for JSON."""
 
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from datasets import Dataset
@@ -13,16 +14,18 @@ from ..identity.objects import identify
 from ..identity.seen import look, note, seen
 
 
-_SCALING = ("peft_type", "r", "lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern")  # of an adapter's weights
-# Of a model's configuration: what training sets, and what says nothing about the policy
+# Fields of an adapter's configuration that scale its weights
+_SCALING = ("peft_type", "r", "lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern")
+# Fields of a model's configuration that training sets, or that say nothing about the policy
 _UNUSED = ("use_cache", "transformers_version", "pad_token_id", "bos_token_id", "eos_token_id", "quantization_config")
 _BEFORE_SHARDING: WeakKeyDictionary[Trainer, str] = WeakKeyDictionary()
 
 
 def base_identity(host) -> dict:
     """
-    The model that the trainable weights belong to: name and revision, configuration, quantization, precision, the kind
-    of attention, how it is run, and a sample of each tensor that is not trained, the reference policy's included.
+    Identify the model that the trainable weights belong to: name and revision, configuration, quantization, precision,
+    the kind of attention, how it is run, and a sample of each tensor that is not trained, the reference policy's
+    included.
 
     Weights that FSDP shards are looked at before training begins, and so when the callback or the trainer is made; of
     those that are sharded at once (ZeRO-3) only names, types and shapes are known.
@@ -36,7 +39,7 @@ def base_identity(host) -> dict:
         weights = _BEFORE_SHARDING[trainer]
     else:
         weights = _frozen(model, reference)
-    quantization = getattr(config, "quantization_config", None)
+    quantization: Any = getattr(config, "quantization_config", None)
     generation = getattr(model, "generation_config", None)
     return {
         "name": config._name_or_path or config.model_type,
@@ -46,7 +49,7 @@ def base_identity(host) -> dict:
         "quantization": identify(quantization if not hasattr(quantization, "to_dict") else quantization.to_dict()),
         "dtype": str(getattr(config, "dtype", None)),
         "attention": getattr(config, "_attn_implementation", None),
-        "vllm": trainer.use_vllm and trainer.vllm_mode,
+        "vllm": getattr(trainer.args, "use_vllm", False) and trainer.args.vllm_mode,
         "weights": weights,
     }
 
@@ -63,8 +66,8 @@ def _document(config):
 
 def prompt_identity(host, dataset: Dataset | None = None) -> dict:
     """
-    What makes tokens of the rows of a dataset, by default of the training dataset: the transform that makes the rows
-    as the trainer reads them, the tokenizer, the chat template, the tools.
+    Identify what makes tokens of the rows of a dataset, by default of the training dataset: the transform that makes
+    the rows as the trainer reads them, the tokenizer, the chat template, the tools.
     """
     trainer = host.trainer
     tokenizer, processor = trainer._tokenizer, trainer.processing_class
@@ -86,12 +89,12 @@ def _transform(dataset):
 
 
 def _function_of(made):
-    """Of what makes a dataset's rows, if it is a function."""
+    """Return the function that makes a dataset's rows, if one does."""
     return made["format_kwargs"].get("transform") if made else None
 
 
 def identity(host) -> dict:
-    """What rollouts and gradients depend on besides the weights, the data and LearnAlign's own settings."""
+    """Identify what rollouts and gradients depend on besides the weights, the data and LearnAlign's own settings."""
     trainer = host.trainer
     settings = {name: getattr(trainer, name, None) for name in host.settings}
     settings |= {name: getattr(trainer.args, name, None) for name in host.arguments}
@@ -111,7 +114,7 @@ def identity(host) -> dict:
 
 
 def _rewards(trainer):
-    """Of each reward function what it is; of a reward model also of what makes its tokens."""
+    """Return a digest of each reward function; that of a reward model covers what makes its tokens."""
     processors = trainer.reward_processing_classes or [None] * len(trainer.reward_funcs)
     pairs = zip(trainer.reward_funcs, processors, strict=True)
     return [
@@ -121,7 +124,7 @@ def _rewards(trainer):
 
 
 def _plain(value):
-    """As it is, if JSON can hold it; anything else by what it is."""
+    """Return a value as it is, if JSON can hold it, else its identity."""
     if isinstance(value, dict):
         return {str(name): _plain(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
@@ -130,25 +133,25 @@ def _plain(value):
 
 
 def look_at_functions(host) -> None:
-    """Before calls: what was changed by hand since the last ones makes other functions."""
+    """Look at functions before calls: what was changed by hand since the last calls makes other functions."""
     for _, function in _functions(host):
         look(function)
 
 
 def note_functions(host) -> None:
-    """After calls: what these changed does not."""
+    """Note functions after calls: what the calls changed does not make other functions."""
     for _, function in _functions(host):
         note(function)
 
 
 def unidentified(host) -> list[str]:
-    """Each function of the user's that depends on something that cannot be identified, with what that is."""
+    """List the user's functions that depend on something that cannot be identified, with what that is."""
     found = [(name, seen(function).unknown) for name, function in _functions(host)]
     return list(dict.fromkeys(f"{name} depends on {', '.join(parts)}" for name, parts in found if parts))
 
 
 def _functions(host) -> list[tuple[str, object]]:
-    """Of the user's all that selections and training call, with what to call it."""
+    """List the user's functions that selections and training call, each after its name in messages."""
     trainer = host.trainer
     named = zip(host.reward_names, trainer.reward_funcs, strict=True)
     found = [(f"the reward function `{name}`", function) for name, function in named]

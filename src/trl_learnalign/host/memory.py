@@ -16,8 +16,8 @@ logger = logging.getLogger(__name__)
 
 class Halving:
     """
-    Lets a model generate for no more rows at once than fit into the memory of this process. What is found out stays
-    for later calls.
+    Limit on the rows that a model generates at once: no more than fit into the memory of this process. A limit that
+    was found stays for later calls.
 
     Attributes:
         rows (`float`): the most rows that may fit.
@@ -29,8 +29,8 @@ class Halving:
     @contextmanager
     def __call__(self, host) -> Iterator[None]:
         """
-        Within it, the policy's `generate` takes its rows in parts that fit. It is a local operation, so others need
-        not know.
+        Let the policy's `generate` take its rows in parts that fit while the context is open. It is a local operation,
+        so other processes need not know.
         """
         model = host.model
         own = vars(model).get("generate")
@@ -52,8 +52,8 @@ class Halving:
 
     def _generate(self, original, inputs, parts):
         """
-        As one call, or, if it may be cut into `parts`, as several. What was drawn for a call that failed is drawn
-        again.
+        Generate in one call, or, if the call may be cut into `parts`, in several. Random numbers that a failed call
+        drew are drawn again.
 
         Raises:
             `MemoryError`: not even one row fits, or the weights are sharded, so that others take part in the call.

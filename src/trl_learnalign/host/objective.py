@@ -3,11 +3,10 @@
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Trainer
-from trl import GRPOTrainer
 from trl.trainer.utils import use_adapter
 
 from .groups import Row
+from .names import RolloutTrainer
 
 
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
@@ -15,9 +14,9 @@ LOSS_TYPES = (*CLIPPED, "cispo", "sapo", "vespo")
 LEVELS = ("token", "sequence")
 
 
-def check_loss(trainer: GRPOTrainer) -> None:
-    """Raises a `ValueError` for a loss whose gradient [`policy_objective`] does not know."""
-    for name, known in (("loss_type", LOSS_TYPES), ("importance_sampling_level", LEVELS)):
+def check_loss(trainer: RolloutTrainer, **settings: tuple[str, ...]) -> None:
+    """Raise a `ValueError` for an attribute of the trainer that is not one of the values whose gradient is known."""
+    for name, known in settings.items():
         value = getattr(trainer, name)
         if value not in known:
             raise ValueError(
@@ -26,18 +25,19 @@ def check_loss(trainer: GRPOTrainer) -> None:
             )
 
 
-def policy(trainer: Trainer) -> torch.nn.Module:
+def policy(trainer: RolloutTrainer) -> torch.nn.Module:
     """
-    The policy to run. It is wrapped only under FSDP, where the wrapper has part of the weights: DDP's and DeepSpeed's
-    would reduce gradients after every backward. DeepSpeed's ZeRO-3 gathers its weights in hooks of the layers
-    themselves.
+    Return the policy to run. It is wrapped only under FSDP, where the wrapper has part of the weights: DDP's and
+    DeepSpeed's would reduce gradients after every backward. DeepSpeed's ZeRO-3 gathers its weights in hooks of the
+    layers themselves.
     """
     return trainer.model_wrapped if trainer.is_fsdp_enabled else trainer.model
 
 
-def policy_objective(trainer: GRPOTrainer, rows: list[Row]) -> torch.Tensor:
+def policy_objective(trainer: RolloutTrainer, rows: list[Row]) -> torch.Tensor:
     r"""
-    The scalar whose gradient is that of the trainer's own loss, with the sign of an objective, summed over `rows`:
+    Return the scalar whose gradient is that of the trainer's own loss, with the sign of an objective, summed over
+    `rows`:
 
         sum_rows  weight / N  sum_t  (c_t + beta k_t)  log pi_theta(token t)
 
@@ -84,11 +84,14 @@ def policy_objective(trainer: GRPOTrainer, rows: list[Row]) -> torch.Tensor:
             reference = _reference_logps(trainer, arguments)
     logps = trainer._get_per_token_logps_and_entropies(policy(trainer), *arguments)[0].float()
     coefficients = _coefficients(trainer, advantages, logps.detach(), reference, mask, entropy_mask)
-    return (weights / _divisor(trainer, mask) * coefficients * logps * mask).sum()
+    return (weights / divisor(trainer, mask) * coefficients * logps * mask).sum()
 
 
-def arguments_of(trainer: Trainer, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Of TRL's forward: token ids, attention mask, and the number of last columns that hold all completions."""
+def arguments_of(trainer: RolloutTrainer, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """
+    Return the arguments of TRL's forward: token ids, attention mask, and the number of last columns that hold all
+    completions.
+    """
     device = trainer.accelerator.device
     ids = [torch.from_numpy(np.concatenate([row.prompt_ids, row.completion_ids])).long() for row in rows]
     # Padded on the right as a whole: prompts and completions padded apart, as in training, make more padding
@@ -98,14 +101,14 @@ def arguments_of(trainer: Trainer, rows: list[Row]) -> tuple[torch.Tensor, torch
 
 
 def of_completions(arguments: tuple, rows: list[Row], values: list) -> torch.Tensor:
-    """A value for each completion token of each row, where [`arguments_of`] puts them; 0 elsewhere."""
+    """Lay out a value for each completion token of each row where [`arguments_of`] puts the token; 0 elsewhere."""
     input_ids, _, keep = arguments
-    values = [torch.from_numpy(np.pad(own, (len(row.prompt_ids), 0))) for row, own in zip(rows, values, strict=True)]
-    return pad_sequence(values, True, 0).to(input_ids.device)[:, -keep:]
+    padded = [torch.from_numpy(np.pad(own, (len(row.prompt_ids), 0))) for row, own in zip(rows, values, strict=True)]
+    return pad_sequence(padded, True, 0).to(input_ids.device)[:, -keep:]
 
 
 def _coefficients(trainer, advantages, logps, reference, mask, entropy_mask):
-    """c_t + beta k_t of [`policy_objective`], of shape `(rows, T)` or `(rows, 1)`."""
+    """Return c_t + beta k_t of [`policy_objective`], of shape `(rows, T)` or `(rows, 1)`."""
     loss_type, args = trainer.loss_type, trainer.args
     sequence = trainer.importance_sampling_level == "sequence"
     tokens = mask.sum(1, keepdim=True).clamp(min=1)
@@ -128,8 +131,8 @@ def _coefficients(trainer, advantages, logps, reference, mask, entropy_mask):
     return coefficients
 
 
-def _divisor(trainer, mask):
-    """N of [`policy_objective`]."""
+def divisor(trainer, mask):
+    """Return N of [`policy_objective`]."""
     match trainer.loss_type:
         case "grpo" | "sapo":
             return mask.sum(1, keepdim=True).clamp(min=1)
@@ -140,7 +143,7 @@ def _divisor(trainer, mask):
 
 
 def _reference_logps(trainer, arguments):
-    """Log-probabilities under pi_ref, found where GRPOTrainer finds it."""
+    """Compute log-probabilities under pi_ref, found where GRPOTrainer finds it."""
     if trainer.ref_model is not None:
         return trainer._get_per_token_logps_and_entropies(trainer.ref_model, *arguments)[0].float()
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -149,9 +152,10 @@ def _reference_logps(trainer, arguments):
 
 
 @torch.no_grad()
-def token_entropies(trainer: GRPOTrainer, rows: list[Row]) -> list[torch.Tensor]:
+def token_entropies(trainer: RolloutTrainer, rows: list[Row]) -> list[torch.Tensor]:
     """
-    Entropies in nats of the policy where it drew the completion tokens of each row, of shape `(tokens,)`, float32.
+    Compute entropies in nats of the policy where it drew the completion tokens of each row, of shape `(tokens,)`,
+    float32.
     """
     arguments = input_ids, _, keep = arguments_of(trainer, rows)
     entropies = trainer._get_per_token_logps_and_entropies(policy(trainer), *arguments, compute_entropy=True)[1]
@@ -165,7 +169,7 @@ def token_entropies(trainer: GRPOTrainer, rows: list[Row]) -> list[torch.Tensor]
 
 def mark_high_entropies(rows: list[Row], entropies: list[torch.Tensor], share: float) -> None:
     """
-    Sets the `entropy_mask` of a group's rows: 1 for tokens kept by the loss mask whose entropy is at least the
+    Set the `entropy_mask` of a group's rows: 1 for tokens kept by the loss mask whose entropy is at least the
     quantile 1 - `share` of those of the group, as GRPOTrainer does it with all tokens of a batch.
     """
     masks = [torch.as_tensor(row.loss_mask).bool() for row in rows]

@@ -1,4 +1,4 @@
-"""Reward functions that fail with a clear error on all processes, so that none is left waiting in a collective."""
+"""Guards around reward functions: one that fails is a clear error on all processes, and none waits for ever."""
 
 import functools
 import inspect
@@ -19,14 +19,14 @@ class RewardError(RuntimeError):
 @contextmanager
 def guarded(functions: list, names: list[str]):
     """
-    Yields wrappers of reward functions that give a reward of 0 if the function raises, returns something else than
+    Yield wrappers of reward functions that give a reward of 0 if the function raises, returns something else than
     numbers (or `None`), or the wrong number of them, so that the collectives that follow find every process there. On
     exit the first failure is raised. Reward models are left as they are.
 
     Raises:
         [`RewardError`]: with the function's own exception as its cause.
     """
-    failures = []
+    failures: list[tuple[str, Exception]] = []
     yield [guard(function, name, failures) for function, name in zip(functions, names, strict=True)]
     if failures:
         name, error = failures[0]
@@ -38,7 +38,7 @@ def guarded(functions: list, names: list[str]):
 
 
 def place_of(error: BaseException) -> str:
-    """Where in the user's file an error of a guarded function was raised; nothing for one that was raised here."""
+    """Name the line of the user's file that raised an error of a guarded function; empty for an error raised here."""
     _, *frames = traceback.extract_tb(error.__traceback__)  # the first is the wrapper's
     if not frames or frames[0].filename == __file__:
         return ""
@@ -46,12 +46,14 @@ def place_of(error: BaseException) -> str:
 
 
 def success_names(success_reward: str | list[str]) -> list[str]:
-    """The names in the setting `success_reward`, in their order."""
+    """Return the names in the setting `success_reward`, in their order."""
     return [success_reward] if isinstance(success_reward, str) else list(success_reward)
 
 
 def check_success_reward(names: list[str], success_reward: str | list[str] | None, learnability: str) -> None:
     """
+    Raise an error for a setting `success_reward` that does not go with the reward functions.
+
     Raises:
         `ValueError`: it is not clear which of the reward functions `names` decides success.
     """
@@ -77,8 +79,8 @@ def check_success_reward(names: list[str], success_reward: str | list[str] | Non
 
 def guard(function: Callable, name: str, failures: list) -> Callable:
     """
-    A stand-in for a reward function that returns zeros where the function fails, and adds its name and the error to
-    `failures`. In all else it is the function: its attributes, and whatever way it is called in (where that is not
+    Make a stand-in for a reward function that returns zeros where the function fails, and adds its name and the error
+    to `failures`. In all else it is the function: its attributes, and whatever way it is called in (where that is not
     TRL's, an error is raised). A reward model is returned as it is.
     """
     if isinstance(function, nn.Module):
@@ -117,18 +119,18 @@ class _Guarded:
 
 
 def _number(kwargs) -> int | None:
-    """Of completions; `None` where the function is called in another way than by TRL."""
+    """Return the number of completions; `None` where the function is called in another way than by TRL."""
     return len(kwargs["completions"]) if "completions" in kwargs else None
 
 
 def is_async(function) -> bool:
-    """Whether calling `function` gives a coroutine."""
+    """Tell if calling `function` gives a coroutine."""
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def checked(rewards, number: int | None) -> list[float]:
     """
-    What a reward function returned for a number of completions, or any number, as a list of numbers.
+    Make a list of numbers of what a reward function returned for a number of completions, or any number.
 
     Raises:
         `TypeError`, `ValueError`: it is no list of numbers, or one of another length.
@@ -147,7 +149,7 @@ def checked(rewards, number: int | None) -> list[float]:
 
 
 def _is_scalar(value) -> bool:
-    """A tensor or an array without dimensions has the methods of an iterable, but is a number."""
+    """Tell if a value is a number, as a tensor without dimensions is, which has the methods of an iterable."""
     return getattr(value, "ndim", None) == 0
 
 

@@ -5,9 +5,9 @@ import torch
 from ..scores import maths as scoring
 from .generation import NoLogps
 from .groups import Row
-from .names import COMMON, RLOO
+from .names import RLOO, RolloutTrainer
 from .objective import arguments_of, of_completions, policy
-from .trl import ARGUMENTS, SETTINGS, Host
+from .trl import SETTINGS, Host
 
 
 class RLOOHost(Host):
@@ -16,12 +16,8 @@ class RLOOHost(Host):
     reward.
     """
 
-    names = COMMON + RLOO
+    names = RLOO
     settings = (*SETTINGS, "normalize_advantages", "reward_clip_range", "_name")
-    arguments = ARGUMENTS
-
-    def check_loss(self) -> None:
-        """It has one."""
 
     @property
     def has_penalties(self) -> bool:
@@ -39,9 +35,9 @@ class RLOOHost(Host):
 
     def objective(self, rows: list[Row]) -> torch.Tensor:
         r"""
-        sum_rows  weight A  sum_t log pi_theta(token t)  over the tokens t that the loss mask keeps: the gradient of
-        RLOOTrainer's loss where the ratio pi_theta / pi_old of every completion is 1, and so nothing is cut. The
-        router's auxiliary loss, which does not depend on rewards, is left out.
+        Return  sum_rows  weight A  sum_t log pi_theta(token t)  over the tokens t that the loss mask keeps. Its
+        gradient is that of RLOOTrainer's loss where the ratio pi_theta / pi_old of every completion is 1, and so
+        nothing is cut. The router's auxiliary loss, which does not depend on rewards, is left out.
         """
         arguments = arguments_of(self.trainer, rows)
         mask = of_completions(arguments, rows, [row.loss_mask for row in rows])
@@ -58,11 +54,11 @@ class _Zeros(NoLogps):
 
 
 class _Recorder(NoLogps):
-    """Computes them, and keeps those of the policy and then of the reference policy for the KL term."""
+    """Computes log-probabilities, and keeps those of the policy and of the reference policy for the KL term."""
 
-    def __init__(self, trainer):
+    def __init__(self, trainer: RolloutTrainer):
         self.beta, self._compute = trainer.beta, trainer._get_per_token_logps_and_entropies
-        self._seen = []
+        self._seen: list[torch.Tensor] = []  # of the policy, then of the reference policy
 
     def __call__(self, *args, **kwargs):
         found = self._compute(*args, **kwargs)

@@ -1,71 +1,82 @@
-"""Reports events of a running training: its rewards, and that a checkpoint is being written."""
+"""Methods of a trainer that are wrapped to hear of its events, of rewards above all."""
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..ground.peers import Peers
 from .generation import SELECTING
+from .names import RolloutTrainer
 from .rewards import RewardError, guarded
 
 
 Undo = Callable[[], None]
 RewardObserver = Callable[[int, list[dict], list, np.ndarray, np.ndarray], None]
 RowCheck = Callable[[int, list[dict]], int]
-CheckpointWriter = Callable[[Path, bool, Peers], None]
 
 
-def observe_rewards(trainer: Trainer, observer: RewardObserver, check: RowCheck | None = None) -> Undo:
+class RewardTap:
     """
-    Calls `observer(batch_in_run, inputs, completions, rewards, trained)` after every generation for training, on every
-    process; not of an evaluation, nor of a selection. A batch is what one backward takes; a chunk is generated for at
-    once and makes several.
+    Reports the rewards of training: calls `observer(batch_in_run, inputs, completions, rewards, trained)` after every
+    generation for training, on every process; not in an evaluation, nor in a selection. A batch is what one backward
+    takes; a chunk is generated for at once and makes several.
 
     - `batch_in_run` (`int`): training batches before this one in the whole run, also those before the checkpoint that
       it was resumed from. After a resume inside a chunk the rest of that chunk is generated again, with the number of
       its first batch left.
     - `inputs` (`list[dict]`): the rows of this process, in the order of their rewards, with their prompts as they were
       drawn: with TRL 1.8 an environment writes what it adds into the prompts themselves.
-    - `completions` (`list`): of these rows, as the reward functions got them.
+    - `completions` (`list`): the completions of these rows, as the reward functions got them.
     - `rewards` (`np.ndarray` of shape `(rows of all processes, F)`, float64): in the order of the chunk; NaN where a
       reward function gave none, or an infinite one.
-    - `trained` (`np.ndarray` of shape `(rows of all processes,)`, bool): in the same order; whether a token of the
-      completion is in the loss. None is of a truncated completion under `mask_truncated_completions`.
+    - `trained` (`np.ndarray` of shape `(rows of all processes,)`, bool): in the same order; tells if a token of the
+      completion is in the loss. A truncated completion has none under `mask_truncated_completions`.
 
     `check(batch_in_run, inputs)` comes before, and returns a digest (a number below 2**63) of what must be the same on
     all processes. A reward function that fails, or returns no numbers, a failure of `check` and digests that differ
-    end all processes with an error, none of which is left waiting for the others.
+    end all processes with an error, none of which is left waiting for the others:
 
-    Raises:
-        [`RewardError`]: a reward function failed.
-        `RuntimeError`: the digests differ, or another process failed.
+    - [`RewardError`]: a reward function failed.
+    - `RuntimeError`: the digests differ, or another process failed.
 
-    Returns:
-        a function that ends it.
+    Args:
+        trainer ([`~transformers.Trainer`]): the trainer, which reports from now on.
+        generation_method (`str`): its method that makes a training batch of rows, see [`Generates`].
+        observer (`Callable`): as above.
+        check (`Callable`, *optional*): as above.
     """
-    counter = _BatchCounter(trainer)
-    batch, prompts_drawn = None, {}  # of the generation under way, if it is for training; prompts by `id` of their row
-    seen = []  # rows, completions and rewards of that generation
 
-    def train(inner, *args, **kwargs):
-        counter.count()
+    def __init__(
+        self,
+        trainer: RolloutTrainer,
+        generation_method: str,
+        observer: RewardObserver,
+        check: RowCheck | None = None,
+    ):
+        self.trainer, self.observer, self.check = trainer, observer, check
+        self._counter = _BatchCounter(trainer)
+        self._under_way: _Generation | None = None  # the generation for training that is under way
+        methods = {"training_step": self._train, generation_method: self._generate, "_calculate_rewards": self._reward}
+        self._undos = [wrap(trainer, name, around) for name, around in methods.items()]
+
+    def undo(self) -> None:
+        """End the reports."""
+        for one in self._undos:
+            one()
+
+    def _train(self, inner, *args, **kwargs):
+        self._counter.count()
         return inner(*args, **kwargs)
 
-    def generate(inner, inputs, *args, **kwargs):
-        nonlocal batch, prompts_drawn, seen
+    def _generate(self, inner, inputs, *args, **kwargs):
+        trainer, before = self.trainer, self._under_way
         # Asked before the generation, as some ways to generate leave the model in another mode
         training = trainer.is_in_train and trainer.model.training and trainer not in SELECTING
-        before, batch, prompts_drawn, seen = (batch, prompts_drawn, seen), None, {}, []
-        if training:
-            batch = counter.batches_before()
-            prompts_drawn = {id(row): copy.deepcopy(row["prompt"]) for row in inputs if "prompt" in row}
+        self._under_way = _Generation(self._counter.batches_before(), inputs) if training else None
         try:
-            if not training:
+            if self._under_way is None:
                 return inner(inputs, *args, **kwargs)
             output = failure = None
             functions = trainer.reward_funcs
@@ -76,46 +87,58 @@ def observe_rewards(trainer: Trainer, observer: RewardObserver, check: RowCheck 
                 failure = error
             finally:
                 trainer.reward_funcs = functions
-            tell(output, failure)
+            self._tell(self._under_way, output, failure)
             return output
         finally:
-            batch, prompts_drawn, seen = before
+            self._under_way = before
 
-    def tell(output, failure):
-        """Of one generation, once all processes are known to have come through it alike."""
+    def _reward(self, inner, inputs, prompts, completions, *args, **kwargs):
+        rewards = inner(inputs, prompts, completions, *args, **kwargs)
+        if self._under_way is not None:
+            self._under_way.note(inputs, completions, rewards)
+        return rewards
+
+    def _tell(self, generation, output, failure):
+        """Report a generation, once all processes are known to have come through it alike."""
         digest, trained = 0, np.zeros(0, bool)
+        rows = generation.rewarded[0][0] if generation.rewarded else None
         try:
             if failure is None:
                 trained = _in_loss(output)
-                if seen and len(trained) != len(seen[0][0]):  # a subclass returns others than were rewarded
-                    trained = np.ones(len(seen[0][0]), bool)
-                digest = check(batch, seen[0][0]) if check is not None and seen else 0
+                if rows is not None and len(trained) != len(rows):  # a subclass returns others than were rewarded
+                    trained = np.ones(len(rows), bool)
+                digest = self.check(generation.batch, rows) if self.check is not None and rows is not None else 0
         except Exception as error:
             failure = error
-        trained = _agreed(trainer, failure, digest, trained)
-        for rows, completions, rewards in seen:
-            observer(batch, rows, completions, rewards, trained)
+        trained = _agreed(self.trainer, failure, digest, trained)
+        for one in generation.rewarded:
+            self.observer(generation.batch, *one, trained)
 
-    def reward(inner, inputs, prompts, completions, *args, **kwargs):
-        rewards = inner(inputs, prompts, completions, *args, **kwargs)
-        if batch is not None:
-            found = rewards.detach().cpu().double()
-            rows = [row | {"prompt": prompts_drawn[id(row)]} if id(row) in prompts_drawn else row for row in inputs]
-            seen.append((rows, completions, found.masked_fill(~found.isfinite(), torch.nan).numpy()))
-        return rewards
 
-    methods = {"training_step": train, "_generate_and_score_completions": generate, "_calculate_rewards": reward}
-    undos = [wrap(trainer, name, around) for name, around in methods.items()]
+class _Generation:
+    """
+    A generation for training that is under way.
 
-    def undo():
-        for one in undos:
-            one()
+    Attributes:
+        batch: training batches before it in the whole run.
+        rewarded: rows, completions and rewards of each call of the reward functions.
+    """
 
-    return undo
+    def __init__(self, batch: int, inputs: list[dict]):
+        self.batch = batch
+        self.rewarded: list[tuple[list[dict], list, np.ndarray]] = []
+        # By the identity of a row, as some versions of TRL change the prompt in it
+        self._drawn = {id(row): copy.deepcopy(row["prompt"]) for row in inputs if "prompt" in row}
+
+    def note(self, inputs: list[dict], completions: list, rewards: torch.Tensor) -> None:
+        """Keep the rewards of rows, with the prompts that were drawn."""
+        rows = [row | {"prompt": self._drawn[id(row)]} if id(row) in self._drawn else row for row in inputs]
+        found = rewards.detach().cpu().double()
+        self.rewarded.append((rows, completions, found.masked_fill(~found.isfinite(), torch.nan).numpy()))
 
 
 def _in_loss(output: dict) -> np.ndarray:
-    """Whether a token of each completion of a generation is in the loss, of shape `(rows,)`."""
+    """Tell for each completion of a generation, `(rows,)`, if a token of it is in the loss."""
     mask = output["completion_mask"]
     if "tool_mask" in output:
         mask = mask * output["tool_mask"]
@@ -124,7 +147,7 @@ def _in_loss(output: dict) -> np.ndarray:
 
 def _agreed(trainer, failure: Exception | None, digest: int, trained: np.ndarray) -> np.ndarray:
     """
-    `trained` of all processes, in their order. One collective, which all processes enter, those with a `failure`, too.
+    Gather `trained` of all processes, in their order. One collective, which processes with a `failure` enter as well.
 
     Raises:
         the `failure`; or `RuntimeError`: one of another process, or other digests there.
@@ -142,8 +165,8 @@ def _agreed(trainer, failure: Exception | None, digest: int, trained: np.ndarray
     failed = found[:, 0].nonzero().flatten().tolist()
     if failed:
         raise RuntimeError(
-            f"Process {', '.join(map(str, failed))} failed in a generation for training, so this process ends, too. "
-            "Its own output has the cause."
+            f"Process {', '.join(map(str, failed))} failed in a generation for training, so this process ends. "
+            "The output of that process has the cause."
         )
     if len(found[:, 1].unique()) > 1:
         raise RuntimeError(
@@ -154,49 +177,10 @@ def _agreed(trainer, failure: Exception | None, digest: int, trained: np.ndarray
     return found[:, 2:].bool().flatten().numpy() if accelerator.num_processes > 1 else trained
 
 
-def write_before_checkpoints(trainer: Trainer, write: CheckpointWriter) -> Undo:
-    """
-    Calls `write(directory, is_writer, peers)` on every process whenever a checkpoint is saved, before anything else of
-    it is written: `trainer_state.json` comes later, so it can hold a checksum of what was written. The directory
-    exists; only processes with `is_writer` write what all have in common. An exception on one process ends all.
-
-    Returns:
-        a function that ends it.
-    """
-
-    def save(inner, model, trial, *args, **kwargs):
-        number = f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
-        directory = Path(trainer._get_output_dir(trial=trial), number)
-        with Peers(trainer.accelerator) as peers:
-            directory.mkdir(parents=True, exist_ok=True)
-            write(directory, trainer.args.should_save, peers)
-            peers.wait()
-        return inner(model, trial, *args, **kwargs)
-
-    return wrap(trainer, "_save_checkpoint", save)
-
-
-def read_on_resume(trainer: Trainer, read: Callable[[Path], None]) -> Undo:
-    """
-    Calls `read(directory)` on every process when a run is resumed from the checkpoint in `directory`, before training
-    begins.
-
-    Returns:
-        a function that ends it.
-    """
-
-    def load(inner, checkpoint, *args, **kwargs):
-        if checkpoint is not None:
-            read(Path(checkpoint))
-        return inner(checkpoint, *args, **kwargs)
-
-    return wrap(trainer, "_load_optimizer_and_scheduler", load)
-
-
 def wrap(trainer: Trainer, name: str, around: Callable) -> Undo:
     """
-    From now on calls of a method of this trainer go to `around(inner, ...)`, with `inner` the method as it was: that
-    of the class, or what the user has put in its place.
+    Let calls of a method of this trainer go to `around(inner, ...)` from now on, with `inner` the method as it was:
+    that of the class, or what the user has put in its place.
 
     Returns:
         a function that undoes this. What was put around the method meanwhile stays.

@@ -1,25 +1,31 @@
-"""Reward functions tried on a made-up completion, so that their mistakes come before anything that takes long."""
+"""A trial of the reward functions on a made-up completion, so that mistakes come before anything that takes long."""
 
 import logging
 import traceback
+from typing import TYPE_CHECKING
 
 from torch import nn
 from trl.data_utils import is_conversational
 
 from ..data.reading import columns_read, read_rows
 from . import generation, rewards
+from .names import GENERATES
 
+
+if TYPE_CHECKING:
+    from .roles import Generates
 
 logger = logging.getLogger(__name__)
 
 COMPLETION = "A made-up completion."
 
 
-def try_rewards(host, row: int) -> None:
+def try_rewards(host: "Generates", row: int) -> None:
     """
-    Calls the trainer's reward functions, but for reward models, as training does, on one group of made-up completions
+    Call the trainer's reward functions, but for reward models, as training does, on one group of made-up completions
     of a row of the dataset. No rewards are kept, and metrics, logs and random states stay as they are. All processes
-    must call this. Does nothing with an environment, tools or a `rollout_func`, which make more than a completion.
+    must call this. Does nothing with an environment, tools or a `rollout_func`, which make more than a completion, nor
+    for a trainer that does not generate outside of training.
 
     An exception that may come from what the completion says is a warning.
 
@@ -28,33 +34,34 @@ def try_rewards(host, row: int) -> None:
     """
     trainer = host.trainer
     more = host.environments or host.rollout_func is not None or getattr(trainer, "tools", None)
-    if more or "prompt" not in columns_read(host.dataset):
+    if more or "prompt" not in columns_read(host.dataset) or not host.plays(GENERATES):
         return
     rows = read_rows(host.visible(), [row] * min(host.group_size, host.rows_at_once))
     message = [{"role": "assistant", "content": COMPLETION}]
     completions = [list(message) if is_conversational(row) else COMPLETION for row in rows]
     ids = [list(trainer._tokenizer.encode(COMPLETION)) for _ in rows]
-    failures, functions = [], trainer.reward_funcs
-    named = zip(functions, trainer.reward_func_names, strict=True)
-    with generation.left_as_found(trainer, host.group_size):
-        trainer.reward_funcs = [
-            _no_rewards if isinstance(function, nn.Module) else rewards.guard(function, name, failures)
-            for function, name in named
-        ]
+    failures: list[tuple[str, Exception]] = []
+    named = zip(trainer.reward_funcs, trainer.reward_func_names, strict=True)
+    stand_ins = [
+        _no_rewards if isinstance(function, nn.Module) else rewards.guard(function, name, failures)
+        for function, name in named
+    ]
+    with (
+        generation.left_as_found(host, host.group_size),
+        generation.replaced(trainer, reward_funcs=stand_ins),
+    ):
         try:  # TRL's own way to call them, with a gather in which all processes meet
             trainer._calculate_rewards(rows, [one["prompt"] for one in rows], completions, ids)
         except Exception as error:  # of a subclass, which needs what a generation leaves behind
             logger.warning(f"The reward functions could not be tried before training ({error!r}). Training goes on.")
-        finally:
-            trainer.reward_funcs = functions
-    for name, error in failures:
-        what = f"{type(error).__name__}: {error}{rewards.place_of(error)}"
-        if _is_sure(error):
+    for name, failure in failures:
+        what = f"{type(failure).__name__}: {failure}{rewards.place_of(failure)}"
+        if _is_sure(failure):
             raise rewards.RewardError(
                 f"The reward function `{name}` failed on a made-up completion of row {row}, before training: {what}. "
                 "It must return a list with a number for every completion (or None, where one cannot be scored). "
                 "Correct it and run again."
-            ) from error
+            ) from failure
         if host.accelerator.is_main_process:
             logger.warning(
                 f"The reward function `{name}` raised {what}, when it was tried with the completion '{COMPLETION}'. A "
@@ -69,7 +76,7 @@ def _no_rewards(completions, **kwargs):
 
 def _is_sure(error) -> bool:
     """
-    Whether a function fails whatever the completion says: it returned no rewards, cannot be called with the columns
+    Tell if a function fails whatever the completion says: it returned no rewards, cannot be called with the columns
     that there are, lacks a name or a module, or takes messages for text. A search that finds nothing in the text, or
     what it makes of it, is not sure.
     """

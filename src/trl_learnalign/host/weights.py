@@ -11,22 +11,22 @@ from ..gradients.engine import clean_name
 
 def weights_digest(trainer: Trainer) -> str:
     """
-    SHA-256 of the names, types, shapes and bytes of the trainable weights: the same for any number of processes, and
-    whether or not the weights are sharded. All processes must call this; the main process gets the digest, the others
-    an empty string.
+    Return the SHA-256 of the names, types, shapes and bytes of the trainable weights: the same for any number of
+    processes, and for weights that are sharded or not. All processes must call this; the main process gets the digest,
+    the others an empty string.
     """
     hashes = {}
     for name, tensor in _trainable(trainer):
         if trainer.accelerator.is_main_process:
-            # A copy on the CPU, too: FSDP frees the storage, which a NumPy array would hold on to
-            content = tensor.detach().to("cpu", copy=True).contiguous().flatten().view(torch.uint8).numpy()
+            # A copy even on the CPU: FSDP frees the storage, which a NumPy array would hold on to
+            content = tensor.detach().to("cpu", copy=True).contiguous().flatten().view(torch.uint8).numpy().data
             hashes[clean_name(name)] = f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(content).hexdigest()}"
     return hashlib.sha256(repr(sorted(hashes.items())).encode()).hexdigest() if hashes else ""
 
 
 def _trainable(trainer) -> Iterator[tuple[str, torch.Tensor]]:
     """
-    One complete tensor after another, in the same order on every process, since all gather each sharded tensor.
+    Yield one complete tensor after another, in the same order on every process, since all gather each sharded tensor.
     Between forwards ZeRO-3 keeps no numbers in a parameter, FSDP2 those of this process's shard, FSDP1 the same or
     none.
     """

@@ -40,7 +40,7 @@ class GradientMeasure(Measure):
         Raise a `ValueError` for an unknown loss, images, and sharded weights without an adapter; and an
         [`UnseenParametersError`] for trainable tensors whose gradients would be missed.
         """
-        host.check_loss()
+        host.check_gradients()
         if {"image", "images"} & set(columns_read(host.dataset)):
             raise ValueError(
                 "The training dataset has images, and gradients of multimodal prompts are not supported. Use "

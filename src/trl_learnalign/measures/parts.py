@@ -37,16 +37,13 @@ def generate_in_parts(
     size = host.group_size
     at_once = rollouts_at_once(host, size)
     parts = []
-    try:
-        for start in range(0, size, at_once):
-            if start:
-                peers.wait()
-            host.group_size = min(at_once, size - start)
-            part_seed = stable_hash(seed, "part", start) if start else seed
+    for start in range(0, size, at_once):
+        if start:
+            peers.wait()
+        part_seed = stable_hash(seed, "part", start) if start else seed
+        with host.groups_of(min(at_once, size - start)):
             parts.append(host.generate(dataset, indices, part_seed, gradients))
-    finally:
-        host.group_size = size
-    return [_joined(list(groups)) for groups in zip(*parts, strict=True)]
+    return [_joined(groups) for groups in zip(*parts, strict=True)]
 
 
 def _joined(parts: list[RolloutGroup]) -> RolloutGroup:

@@ -7,6 +7,7 @@ from ..config import LearnAlignConfig
 from ..data.columns import check_columns
 from ..ground.randomness import random_state, set_random_state
 from ..host import Host
+from ..host.names import GENERATES
 from ..measures.registry import needed
 from .rehearsal import rehearse
 
@@ -21,6 +22,7 @@ def check_selection(host: Host, config: LearnAlignConfig) -> None:
     Raises:
         `ValueError`: an unknown column or measure, a score, a condition or a target that cannot be used, or what one
             of the measures cannot work with, see [`Measure.check`].
+        `RuntimeError`: a version of TRL that lacks what the score needs.
         [`UnseenParametersError`]: trainable tensors whose gradients would be missed.
     """
     dataset = host.dataset
@@ -37,5 +39,7 @@ def check_selection(host: Host, config: LearnAlignConfig) -> None:
     longest = getattr(host.args, "max_completion_length", None) or _LONG
     rehearse(dataset, config, config.num_rollouts or host.group_size, longest)
     set_random_state(randomness)
+    if any(measure.price != "none" for measure in measures):
+        host.require(GENERATES)
     for measure in measures:
         measure.check(host, config)
