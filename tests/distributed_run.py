@@ -181,6 +181,10 @@ def run_online(task, path, seen, **kwargs):
             )
         except (OSError, RuntimeError) as error:
             result["error"] = f"{type(error).__name__}: {error}"
+    result["warnings"] = []
+    for accumulation in (1, 2):
+        trainer.args.gradient_accumulation_steps = accumulation
+        result["warnings"].append(schedule.warning(10))
     values, arrays = split(schedule.state_dict())
     result["state"] = [values, {name: array.astype(str).tolist() for name, array in arrays.items()}]
     return trainer, result

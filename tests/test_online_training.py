@@ -816,9 +816,7 @@ def test_a_reward_function_for_each_task(tmp_path, caplog, several):
     choice = online(success_reward=names)
     rewards = [odd_rows, even_rows]
     settings = replace(SETTINGS, tried=16)
-    trainer = make_trainer(
-        tmp_path, choice, reward=rewards, max_steps=12, dataset=make_dataset(48), settings=settings
-    )
+    trainer = make_trainer(tmp_path, choice, reward=rewards, max_steps=12, dataset=make_dataset(48), settings=settings)
     chunks = drawn(trainer)
     trainer.train()
     kept = trainer.learnalign.schedule.curriculum.memory
@@ -1060,5 +1058,4 @@ def test_chunks_of_one_prompt_choose_as_chunks_of_four_do(tmp_path, capsys):
         live = [len({*own[i : i + 4]}) > 1 for _, own in paid.calls for i in range(0, 4 * chunk, 4)]
         found[chunk] = [np.count_nonzero(counts), np.sort(counts)[-16:].sum(), np.mean(live)]
         assert 0 < history.column("uniform_draws")[1:].sum() < 8
-    print(found)
     np.testing.assert_allclose(found[1], found[4], rtol=0.15)
