@@ -1016,6 +1016,8 @@ FEW = "An optimizer step trains on "
         ({"gradient_accumulation_steps": 3, "per_device_train_batch_size": 8}, "6 prompts (24 rollouts", 4),
         ({"per_device_train_batch_size": 4}, "1 prompt (4 rollouts", 8),
         ({"per_device_train_batch_size": 2, "steps_per_generation": 2}, "0.5 prompts (2 rollouts", 16),
+        # Eleven batches of three would do, but hold no whole groups
+        ({"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4}, "3 prompts (12 rollouts", 12),
         ({"per_device_train_batch_size": 32}, None, None),
     ],
 )
