@@ -30,7 +30,6 @@ class Announcer:
         self.host, self.config, self.schedule = host, config, schedule
         self._describes = schedule if isinstance(schedule, Describes) else None
         self._since = 0, time.perf_counter()  # the step that time is counted from, and when it was
-        self._reported: int | None = None  # the step of the last report
 
     @property
     def directory(self) -> Path:
@@ -71,10 +70,8 @@ class Announcer:
         """
         Writes the report, unless every selection writes it. A failure to write it does not end the run.
         """
-        step = self.host.trainer.state.global_step
-        if not self.config.write_report or isinstance(self.schedule, Selects) or step == self._reported:
+        if not self.config.write_report or isinstance(self.schedule, Selects):
             return
-        self._reported = step  # the last step is that of a checkpoint as well
         try:
             self.write_report()
         except Exception as error:
