@@ -2,9 +2,7 @@
 What an online run writes: its tables, its page, what a resume reads back, and what the output and the model card say.
 """
 
-import contextlib
 import html
-import io
 import json
 import os
 import shutil
@@ -15,25 +13,21 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
-from test_curriculum import GROUP, World
-from tiny import make_trainer, online
+from test_online import World
+from tiny import make_trainer
 from transformers import TrainerCallback
 
 from trl_learnalign import LearnAlignConfig
 from trl_learnalign.cli.main import main
-from trl_learnalign.curriculum import Draw, OnlineSettings
+from trl_learnalign.curriculum import judge, memory
 from trl_learnalign.curriculum.history import COLUMNS
 from trl_learnalign.report import online_page as online_report
 from trl_learnalign.report import online_tables
-from trl_learnalign.run.layout import Layout
-from trl_learnalign.schedules import OnlineSchedule
-from trl_learnalign.schedules.base import Run
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = "<img src=x onerror=window.hacked=1>{{data}}"
 WRONG = (4, 11)  # rows whose answer no completion agrees with
-DEFAULTS = OnlineSettings()
 
 
 def rows(num=24):
@@ -61,7 +55,7 @@ class Known(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         if self.completions is None:
-            self.completions = dict(self.schedule.curriculum.completions)
+            self.completions = dict(self.schedule.completions)
 
 
 @pytest.fixture(scope="module")
@@ -79,96 +73,82 @@ def numbers(path):
 
 def test_every_prompt_is_in_the_table(run):
     path, _, schedule = run
-    curriculum, kept = schedule.curriculum, schedule.curriculum.memory
     table = pq.read_table(path / "learnalign/online_prompts.parquet").to_pandas()
     assert table["index"].tolist() == list(range(24))
-    for column, values in (("visits", kept.visits), ("ready_draw", kept.ready)):
+    for column, values in (("visits", schedule.memory.visits), ("ready_chunk", schedule.memory.ready)):
         np.testing.assert_array_equal(table[column], values)
-    a, b = curriculum.posterior(np.arange(24))
+    a, b = schedule.posterior(np.arange(24), schedule.observed)
     np.testing.assert_allclose(table["predicted_success"], a / (a + b), rtol=1e-6)
     np.testing.assert_allclose(table["utility"], a * b / ((a + b) * (a + b + 1)), rtol=1e-6)
     for row, one in table.iterrows():
-        if kept.visits[row] == 0:
+        if schedule.memory.visits[row] == 0:
             expected, own, last = "new", None, None
         else:
             right = row not in WRONG
-            streak = kept.solved[row] if right else kept.failed[row]
+            streak = schedule.memory.solved[row] if right else schedule.memory.failed[row]
             expected = "resting" if streak < 16 else "retired" if right else "parked"
-            own, last = float(right), kept.last[row]
+            own, last = float(right), schedule.memory.last[row]
         assert one["state"] == expected
         assert (None if np.isnan(one["success_rate"]) else one["success_rate"]) == own
-        assert (None if np.isnan(one["last_draw"]) else one["last_draw"]) == last
-    assert table["last_draw"].max() == 79  # of 80: the last chunk was trained on
+        assert (None if np.isnan(one["last_chunk"]) else one["last_chunk"]) == last
 
 
 def test_a_prompt_is_live_new_resting_retired_or_parked():
     world = World(size=400, chunk=8, mean=0.0)
     world.run(120)
-    kept = world.curriculum.memory
-    states = online_tables.prompt_columns(world.curriculum)["state"]
+    schedule = world.schedule
+    states = schedule.prompt_columns()["state"]
     for row, state in enumerate(states.tolist()):
-        solved, failed = kept.solved[row], kept.failed[row]
+        solved, failed = schedule.memory.solved[row], schedule.memory.failed[row]
         match state:
             case "new":
-                assert kept.visits[row] == 0
+                assert schedule.memory.visits[row] == 0
             case "retired" | "parked":
                 assert (solved if state == "retired" else failed) >= 16
             case "resting":
                 assert max(solved, failed) == 8
             case "live":
-                assert solved == failed == 0 < kept.visits[row]
+                assert solved == failed == 0 < schedule.memory.visits[row]
     assert set(states) == {"new", "live", "resting", "retired", "parked"}
 
 
-def test_all_groups_are_in_the_history(run):
-    """80 in 20 steps: a row per 16, and rates that are means over these."""
-    path, trainer, schedule = run
-    history = schedule.curriculum.history
+def test_every_chunk_is_in_the_history(run):
+    path, _, schedule = run
     table = pq.read_table(path / "learnalign/online_history.parquet").to_pandas()
-    assert tuple(table) == COLUMNS and len(table) == len(history.rows) == 5
-    np.testing.assert_array_equal(table.astype(float), history.rows)
-    assert table["groups"].tolist() == [16, 32, 48, 64, 80]
-    assert table["step"].tolist() == [3, 7, 11, 15, 19]  # a group is observed before its step ends
-    observed = [entry["rewards/right_but_for_wrong_labels/mean"] for entry in trainer.state.log_history[:-1]]
-    assert np.mean(observed) == pytest.approx(table["observed_success"].mean())
+    assert tuple(table) == COLUMNS and len(table) == len(schedule.history.chunks) == 20
+    np.testing.assert_array_equal(table.astype(float), schedule.history.chunks)
     assert numbers(path)["step"] == numbers(path)["max_steps"] == 20
     for name in ("calibration", "by_visit", "revisits"):
-        np.testing.assert_array_equal(numbers(path)[name], getattr(history, name))
-
-
-def test_a_row_that_is_not_full_is_in_the_history(tmp_path):
-    trainer_of(tmp_path, max_steps=5).train()
-    table = pq.read_table(tmp_path / "learnalign/online_history.parquet").to_pandas()
-    assert table["groups"].tolist() == [16, 20] and table["step"].tolist() == [3, 4]
+        np.testing.assert_array_equal(numbers(path)[name], getattr(schedule.history, name))
 
 
 def test_suspects_have_their_texts(run):
-    path, curriculum = run[0], run[2].curriculum
+    path, _, schedule = run
     found = pq.read_table(path / "learnalign/suspects.parquet").to_pylist()
     assert sorted(one["index"] for one in found) == sorted(WRONG)
-    chances = dict(zip(*(values.tolist() for values in curriculum.memory.suspects()), strict=True))
+    chances = dict(zip(*(values.tolist() for values in schedule.memory.suspects()), strict=True))
     for one in found:
         assert one["prompt"] == rows()[one["index"]]["prompt"] and one["answer"] == rows()[one["index"]]["answer"]
-        assert one["label"] == "1.5" and one["visits"] == curriculum.memory.visits[one["index"]]
-        assert one["chance"] == chances[one["index"]] < DEFAULTS.suspicion
-        assert one["completion"] == curriculum.completions[one["index"]]
+        assert one["label"] == "1.5" and one["visits"] == schedule.memory.visits[one["index"]]
+        assert one["chance"] == chances[one["index"]] < memory.SUSPICION
+        assert one["completion"] == schedule.completions[one["index"]]
 
 
 def test_revisits_are_those_of_a_loop():
     world = World(size=64, chunk=8, mean=0.0, spread=6.0)
-    expected, streaks = np.zeros((2, 2)), np.zeros((2, 64), int)
-    world.draw()
-    for _ in range(150):
-        world.draw()
-        drawn = np.array([draw.row for draw in world.queue[0]])
-        rewards = world.rewards(drawn)
-        world.finish(rewards)
-        for row, own in zip(drawn.tolist(), rewards[:, :, 0].sum(1), strict=True):
-            for kind, same in enumerate((own == GROUP, own == 0)):
-                if streaks[kind, row] >= DEFAULTS.retired_after:
+    schedule, expected = world.schedule, np.zeros((2, 2))
+    streaks = np.zeros((2, 64), int)
+    drawn = [np.array(schedule.prompts(0))]
+    for chunk in range(150):
+        drawn.append(np.array(schedule.prompts(chunk + 1)))
+        rewards = world.rewards(drawn[chunk])
+        schedule.observe(chunk, rewards)
+        for row, own in zip(drawn[chunk].tolist(), rewards[:, :, 0].sum(1), strict=True):
+            for kind, same in enumerate((own == rewards.shape[1], own == 0)):
+                if streaks[kind, row] >= memory.RETIRED_AFTER:
                     expected[kind] += [1, not same]
                 streaks[kind, row] = streaks[kind, row] + 1 if same else 0
-    np.testing.assert_array_equal(world.curriculum.history.revisits, expected)
+    np.testing.assert_array_equal(schedule.history.revisits, expected)
     assert (expected > 0).all()
 
 
@@ -221,11 +201,10 @@ def test_the_model_card_says_what_was_done(run):
     trainer.create_model_card()
     card = (path / "README.md").read_text(encoding="utf-8")
     assert "chosen online with trl-learnalign" in card and "li2025learnalign" in card
-    history, visited = schedule.curriculum.history, np.count_nonzero(schedule.curriculum.memory.visits)
-    assert f"{visited} of 24 prompts were trained on, in 80 groups of 4 rollouts." in card
-    share = history.column("choosing").mean()  # the rows have 16 groups each
-    assert f"Prompts were chosen for {share:.0%} of the groups" in card
-    live = history.column("live_fraction").mean()
+    assert (
+        f"{np.count_nonzero(schedule.memory.visits)} of 24 prompts were trained on, in 20 chunks of 4 prompts" in card
+    )
+    live = schedule.history.column("live_fraction").mean()
     assert f"{live:.0%} of the groups were live" in card or "of their groups were live" in card
 
 
@@ -242,19 +221,19 @@ def test_completions_of_suspects_survive_a_resume(run, tmp_path):
     resumed = trainer_of(path, write_report=False)
     known = Known(resumed)
     resumed.train(resume_from_checkpoint=str(path / "checkpoint-10"))
-    completions = resumed.learnalign.schedule.curriculum.completions
-    assert known.completions == {} and set(completions) <= set(WRONG)
+    schedule = resumed.learnalign.schedule
+    assert known.completions == {} and set(schedule.completions) <= set(WRONG)
     (path / "learnalign/suspects.parquet").write_bytes(b"damaged")
     assert online_tables.read_completions(path / "learnalign", 24) == {}
 
 
 def test_completions_of_prompts_that_were_solved_make_room():
-    curriculum = World().curriculum
-    curriculum.memory.surprise[[3, 5]] = 10.0
-    curriculum.remember({3: "a", 5: "b"})
-    curriculum.memory.surprise[3] = 0.0
-    curriculum.remember({})
-    assert curriculum.completions == {5: "b"}
+    schedule = World().schedule
+    schedule.memory.surprise[[3, 5]] = 10.0
+    schedule.remember({3: "a", 5: "b"})
+    schedule.memory.surprise[3] = 0.0
+    schedule.remember({})
+    assert schedule.completions == {5: "b"}
 
 
 def test_a_page_that_fails_does_not_end_the_run(tmp_path, monkeypatch, caplog):
@@ -296,25 +275,7 @@ def test_figures_reach_tensorboard_at_the_end(tmp_path, monkeypatch):
 # Without a trainer -------------------------------------------------------------------------------------------------
 
 
-class ScheduledWorld(World):
-    """A world whose draws and groups go through a schedule, as a trainer's do."""
-
-    def __init__(self, size=2000, chunk=16, **kwargs):
-        super().__init__(size=size, chunk=chunk, **kwargs)
-        of_pool = {"pool_size": size, "num_prompts": size // chunk * chunk, "warmup_prompts": 0}
-        of_chunks = {"chunk_prompts": chunk, "repeats": 1, "group_size": GROUP, "accumulation": 1, "read_ahead": 1}
-        self.schedule = schedule = OnlineSchedule(Run(size, chunk, GROUP, 0, online(), None), self.curriculum.settings)
-        schedule.layout = Layout(**of_pool, **of_chunks, epochs=1.0, shuffle=True, seed=0)
-        schedule.curriculum, schedule.pool = self.curriculum, self.curriculum.pool
-        schedule.host = SimpleNamespace(accelerator=SimpleNamespace(is_main_process=True))
-
-    def draw(self):
-        first, rows = self.curriculum.drawn, self.schedule.choose(self.chunk)
-        self.queue.append([Draw(first + place, row) for place, row in enumerate(rows)])
-        return np.array(rows)
-
-
-def in_place_of_a_trainer(dataset, step=30):
+def in_place_of_a_trainer(world, dataset, step=30):
     """What the report reads of a trainer."""
     model = SimpleNamespace(config=SimpleNamespace(_name_or_path="policy", model_type="x"))
     state = SimpleNamespace(global_step=step, max_steps=100)
@@ -325,15 +286,15 @@ def in_place_of_a_trainer(dataset, step=30):
 
 def test_of_a_large_pool_a_few_texts_are_read(tmp_path, monkeypatch):
     size, read = 50_000, []
-    world = ScheduledWorld(size=size, mean=0.0)
+    world = World(size=size, mean=0.0)
     world.run(30)
     monkeypatch.setattr(
         "trl_learnalign.report.online_tables.prompt_text", lambda prompt: read.append(prompt) or prompt, raising=True
     )
     dataset = Dataset.from_dict({"prompt": [f"prompt {row} " + "x" * 5000 for row in range(50)]})
     dataset = dataset.select([row % 50 for row in range(size)])
-    online_report.write_online_report(world.schedule, in_place_of_a_trainer(dataset), tmp_path)
-    assert len(read) == len(world.curriculum.suspects()[0]) + sum(
+    online_report.write_online_report(world.schedule, in_place_of_a_trainer(world, dataset), tmp_path)
+    assert len(read) == len(world.schedule.memory.suspects()[0]) + sum(
         len(part) for part in numbers_of(tmp_path)["samples"].values()
     )
     assert all(len(part) <= online_tables.SAMPLES for part in numbers_of(tmp_path)["samples"].values())
@@ -353,43 +314,25 @@ def numbers_of(directory):
     return json.loads((directory / "online.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def changing():
-    """A world in which choosing helps, and then does not: 5,760 groups, with the times of the switches."""
-    world, switches = ScheduledWorld(), []
-    draw, judge = world.draw, world.curriculum.judge
-
-    def noted():
-        before, number = judge.choosing, world.curriculum.drawn
-        rows = draw()
-        switches.extend([number] * (judge.choosing != before))
-        return rows
-
-    world.draw, out = noted, io.StringIO()
-    with contextlib.redirect_stdout(out):
-        world.run(60)
-        world.logits = np.zeros(2000)  # from now on everything is live
-        world.run(300)
-    return world, switches, out.getvalue()
-
-
-def test_when_and_why_draws_were_uniform(changing, tmp_path):
-    world, switches, _ = changing
-    history = world.curriculum.history
-    periods = online_tables.periods(history, world.schedule.settings)
-    assert [one["first"] for one in periods] == [0, *switches]
-    assert [one["last"] + 1 for one in periods] == [*switches, history.observed]
+def test_when_and_why_draws_were_uniform(tmp_path):
+    world = World()
+    world.run(60)
+    world.logits = np.zeros(2000)  # from now on everything is live
+    world.run(300, first=60)
+    schedule = world.schedule
+    periods = schedule.periods()
+    choosing = schedule.history.column("choosing") > 0
+    assert [one["first"] for one in periods] == [0, *(np.flatnonzero(np.diff(choosing)) + 1)]
     assert [one["choosing"] for one in periods] == [n % 2 == 1 for n in range(len(periods))]
-    choosing, groups = history.column("choosing") > 0, history.column("groups")
     for one in periods:
-        part = choosing[(groups > one["first"]) & (groups <= one["last"] + 1)]
-        assert len(part) and (part == one["choosing"]).all()
+        part = choosing[one["first"] : one["last"] + 1]
+        assert (part == one["choosing"]).all()
     assert "at the start" in periods[0]["why"] and periods[1]["why"] is None
     assert "needed: a headroom of 1.1" in periods[2]["why"]
     dataset = Dataset.from_dict(
         {"question": [f"row {row}" for row in range(2000)]}
     )  # an environment makes the prompts
-    online_report.write_online_report(world.schedule, in_place_of_a_trainer(dataset), tmp_path)
+    online_report.write_online_report(schedule, in_place_of_a_trainer(world, dataset), tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert html.escape(periods[2]["why"]) in page and "question: row" in page
 
@@ -397,27 +340,29 @@ def test_when_and_why_draws_were_uniform(changing, tmp_path):
 def test_without_skill_it_says_so():
     world = World(informed=False, noise=4.0, spread=0.0)
     world.run(60)
-    curriculum = world.curriculum
-    last = online_tables.periods(curriculum.history, DEFAULTS)[-1]
-    assert not last["choosing"] and curriculum.judge.skill <= DEFAULTS.begin_skill
+    last = world.schedule.periods()[-1]
+    assert not last["choosing"] and world.schedule.judge.skill <= judge.BEGIN_SKILL
     assert "hardly better than the mean" in last["why"]
     young = World()
     young.run(1)
-    (first,) = online_tables.periods(young.curriculum.history, DEFAULTS)
-    assert first["why"] == f"the prediction is judged after {DEFAULTS.tried} uniform draws"
+    assert young.schedule.periods()[0]["why"] == f"the prediction is judged after {judge.TRIED} uniform draws"
 
 
-def test_lines_where_choosing_begins_and_ends(changing):
-    _, switches, said = changing
-    lines = [line for line in said.splitlines() if "from now on" in line]
-    numbers = [int(line.split()[2].replace(",", "")) for line in lines]
-    assert numbers == switches and len(lines) >= 2
-    assert all(line.startswith("LearnAlign, after ") and " prompts: from now on " in line for line in lines)
+def test_lines_where_choosing_begins_and_ends(capsys):
+    world = World()
+    world.schedule.host.accelerator.is_main_process = True
+    world.run(60)
+    world.logits = np.zeros(2000)
+    world.run(300, first=60)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "from now on" in line]
+    choosing = world.schedule.history.column("choosing")
+    switches = [int(chunk) + 1 for chunk in np.flatnonzero(np.diff(choosing))]
+    assert [int(line.split()[2].rstrip(":")) for line in lines] == switches and len(lines) >= 2
     assert (
         "prompts are chosen by predicted learnability: their rewards should have " in lines[0]
         and "(skill 0." in lines[0]
     )
-    assert "draws are uniform" in lines[1] and f"for {DEFAULTS.patience} prompts" in lines[1]
+    assert "draws are uniform" in lines[1]
 
 
 def test_moving_means_are_those_of_a_loop():
