@@ -17,8 +17,8 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from tiny import (
+    EAGER,
     Seen,
-    choose_at_once,
     config,
     digit_reward,
     drawn,
@@ -158,19 +158,20 @@ def run_online(task, path, seen, **kwargs):
     if task == "online reward returns texts" and rank == 1:
         seen.reward = lambda completions, row, **kwargs: ["1.0"] * len(row)
     choice = online(prompt_features=task == "online with hidden states")
-    trainer = make_trainer(path, choice, reward=seen, dataset=make_dataset(23), **settings)
+    trainer = make_trainer(path, choice, reward=seen, dataset=make_dataset(23), settings=EAGER, **settings)
     schedule, result = trainer.learnalign.schedule, {"chunks": drawn(trainer)}
 
     class Fault(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if rank == 1 and state.global_step == 3:
+                memory = schedule.curriculum.memory
                 if task == "online differs":
-                    schedule.memory.visits[0] += 1
+                    memory.visits[0] += 1
                 elif task == "online draws otherwise":  # and no checkpoint is saved that would find it out
-                    schedule.memory.ready[:] = 0
-                    schedule.memory.failures[:] = np.arange(23)
+                    memory.ready[:] = 0
+                    memory.failures[:] = np.arange(23)
                 elif task == "online asks otherwise":  # by a number that no checkpoint compares
-                    schedule.memory.surprise[:] = 3
+                    memory.surprise[:] = 3
 
     def full(*args, original=checkpoint.write_arrays):
         if task == "online cannot write" and rank == 0 and trainer.state.global_step == 3:
@@ -179,7 +180,6 @@ def run_online(task, path, seen, **kwargs):
 
     trainer.add_callback(Fault())
     with pytest.MonkeyPatch.context() as patch:
-        choose_at_once(patch.setattr)
         patch.setattr(checkpoint, "write_arrays", full)
         try:
             trainer.train(
@@ -187,6 +187,10 @@ def run_online(task, path, seen, **kwargs):
             )
         except (OSError, RuntimeError) as error:
             result["error"] = f"{type(error).__name__}: {error}"
+    result["warnings"] = []
+    for accumulation in (1, 2):
+        trainer.args.gradient_accumulation_steps = accumulation
+        result["warnings"].append(schedule.warning(10))
     values, arrays = split(schedule.state_dict())
     result["state"] = [values, {name: array.astype(str).tolist() for name, array in arrays.items()}]
     return trainer, result

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from safetensors.torch import save_file
-from tiny import choose_at_once, config, digit_reward, make_dataset, make_trainer, online, weights
+from tiny import EAGER, config, digit_reward, make_dataset, make_trainer, online, weights
 from transformers import Trainer, TrainerState
 
 from trl_learnalign.gradients.engine import PromptGradients
@@ -114,13 +114,13 @@ before(OnlineSchedule, "observe", "observing")
 before(Trainer, "training_step", "training")
 Trainer.save_model, Trainer._save_rng_state, TrainerState.save_to_json = save_model, save_rng, save_state
 
-choose_at_once(setattr)
 path.mkdir(exist_ok=True)
 trainer = make_trainer(
     path,
     choices[schedule],
     reward=reward,
     dataset=make_dataset(14),
+    settings=EAGER,
     num_train_epochs=3,
     per_device_train_batch_size=16 // int(os.environ.get("WORLD_SIZE", 1)),
     save_strategy="steps",

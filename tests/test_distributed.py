@@ -457,6 +457,10 @@ def test_an_online_run_chooses_the_same_on_any_number_of_processes(tmp_path, fir
     assert whole["rows"] == [row for chunk in chunks for row in chunk for _ in range(4)]
     for rank, half in ((one, slice(0, 2)), (two, slice(2, 4))):
         assert rank["rows"] == [row for chunk in chunks for row in chunk[half] for _ in range(4)]
+    for rank in (one, two, whole):  # four prompts a step, and eight
+        few, enough = rank["warnings"]
+        assert "An optimizer step trains on 4 prompts (16 rollouts, 4 for each)" in few
+        assert "An optimizer step trains" not in (enough or "")
     _, (one, two) = first["online with hidden states"]
     assert one["chunks"] == two["chunks"] and one["state"] == two["state"] != whole["state"]
 

@@ -11,11 +11,13 @@ import numpy as np
 import pools
 import pytest
 import run
-from tiny import Seen, config, make_dataset, make_trainer
+from tiny import Seen, config, drawn, make_dataset, make_trainer
 from transformers import AutoTokenizer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignSampler
+from trl_learnalign.curriculum import Group, OnlineSettings
 from trl_learnalign.curriculum.memory import PromptMemory
+from trl_learnalign.schedules.base import Run
 
 
 @pytest.fixture(scope="module")
@@ -55,29 +57,30 @@ def test_a_tenth_of_the_answers_is_wrong_and_the_trainer_is_not_told(hard):
 
 @pytest.mark.parametrize("name", baselines.SCHEDULES)
 def test_another_method_trains_on_what_it_draws_and_learns_from_its_rewards(tmp_path, name):
-    choice, seen = config(), Seen()
-    sampler = LearnAlignSampler(choice, schedule=baselines.SCHEDULES[name](choice))
+    seen = Seen()
+    sampler = LearnAlignSampler(config(), schedule=baselines.SCHEDULES[name])
     trainer = make_trainer(tmp_path, reward=seen, dataset=make_dataset(24), max_steps=4)
     trainer.add_callback(LearnAlignCallback(trainer, sampler))
+    chunks = drawn(trainer)
     trainer.train()
     schedule, size = sampler.schedule, trainer.num_generations
-    drawn = [row for chunk in range(4) for row in schedule.prompts(chunk)]
-    assert seen.rows[::size] == drawn
-    assert schedule._observed == set(range(4))
+    rows = [row for chunk in range(4) for row in chunks[chunk]]
+    assert seen.rows[::size] == rows
+    assert min(schedule._flight, default=schedule.drawn) == 16  # all groups of the four chunks were observed
     if name in ("beta mean", "mopps"):
-        visits = np.bincount(drawn, minlength=24)
+        visits = np.bincount(rows, minlength=24)
         assert (schedule.a + schedule.b - 2 == size * visits).all() and (schedule.a > 1).any()
 
 
 def test_greso_skips_prompts_without_a_gradient_more_often_the_longer_they_have_none():
-    schedule = baselines.GRESO(config())
-    schedule.layout = type("Layout", (), {"pool_size": 40, "chunk_prompts": 8, "group_size": 8, "seed": 0})()
-    schedule.start()
+    schedule, later = baselines.GRESO(Run(40, 8, 8, 0, config(), None)), []
     for chunk in range(60):
-        rows = np.array(schedule.prompts(chunk))
-        schedule.learn(rows, np.where(rows % 2, 4, 8))  # even rows are solved each time
-    later = np.array([schedule.prompts(chunk) for chunk in range(40, 60)]).ravel()
-    assert (later % 2 == 0).mean() < 0.3
+        rows = schedule.choose(8)
+        rewards = np.where(rows[:, None] % 2, np.arange(8) % 2, 1)  # even rows are solved each time
+        groups = enumerate(zip(rows.tolist(), rewards, strict=True), start=8 * chunk)
+        schedule.observe([Group(number, row, own[:, None]) for number, (row, own) in groups])
+        later += rows.tolist() if chunk >= 40 else []
+    assert np.mean([row % 2 == 0 for row in later]) < 0.3
     assert schedule.keep["hard"] > 0.5  # none of that kind: it may look at more
 
 
@@ -107,17 +110,17 @@ def test_features_of_the_study_of_alignments_are_those_of_an_online_run(hard, tm
     reward = run.Recorder(task.reward)
     trainer = run.build_trainer("online", task, None, rows, reward, 1, alignment.SEED, str(tmp_path), 1e-3, [])
     trainer.train()
-    expected = trainer.learnalign.schedule.features
+    expected = trainer.learnalign.schedule.curriculum.features
     assert expected.shape[1] > 10  # hidden states, too
     np.testing.assert_array_equal(alignment.features(task, rows, None), expected)
 
 
 @pytest.mark.parametrize("number", [7, 10, 12])
 def test_wrong_answers_are_counted_among_as_many_suspects_as_there_are(number):
-    memory = PromptMemory(100, 10)
+    memory = PromptMemory(100, 10, OnlineSettings())
     memory.surprise[:number] = np.linspace(9, 8, number)
     wrong = np.arange(100) % 2 == 1
-    schedule = SimpleNamespace(memory=memory)
+    schedule = SimpleNamespace(curriculum=SimpleNamespace(memory=memory))
     trainer = SimpleNamespace(learnalign=SimpleNamespace(schedule=schedule))
     found = run.suspects(trainer, SimpleNamespace(wrong=wrong))
     assert found == ({"10": 5} if number > 10 else {}) | {str(number): number // 2}

@@ -7,18 +7,21 @@ import json
 import logging
 import math
 import shutil
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import trl
 from datasets import Dataset
 from packaging.version import Version
 from test_environments import Counter, chat_tokenizer, double, last_parity
 from tiny import (
+    EAGER,
     assert_same_weights,
-    choose_at_once,
     config,
     digit_reward,
     drawn,
@@ -28,7 +31,6 @@ from tiny import (
     lora,
     make_dataset,
     make_model,
-    make_trainer,
     online,
     parity_reward,
     weights,
@@ -42,14 +44,14 @@ from trl_learnalign import (
     LearnAlignMixin,
     LearnAlignSampler,
 )
-from trl_learnalign.curriculum import judge, memory
+from trl_learnalign.curriculum import OnlineSettings
 from trl_learnalign.data import reading
 from trl_learnalign.data.order import RandomOrder
 from trl_learnalign.host.rewards import RewardError
 from trl_learnalign.host.trial import COMPLETION
 from trl_learnalign.report import online_page as online_report
 from trl_learnalign.run.state import STATE_FILE, split
-from trl_learnalign.schedules import prompt_features
+from trl_learnalign.schedules import OnlineSchedule, prompt_features
 
 
 METRICS = (
@@ -59,10 +61,11 @@ LOGGED = {f"learnalign/{name}" for name in METRICS}
 EVERY_STEP = {"save_strategy": "steps", "save_steps": 1}
 
 
-@pytest.fixture(autouse=True)
-def eager(monkeypatch):
-    """These runs are too short for a predictor to prove its skill."""
-    choose_at_once(monkeypatch.setattr)
+# These runs are too short for a predictor to prove its skill, and for anything to fade with half-lives of real runs.
+# Steps with one chunk fade by groups, those with several by steps
+SETTINGS = replace(EAGER, half_life_steps=10.0, half_life_groups=48.0)
+make_schedule = partial(OnlineSchedule, settings=SETTINGS)
+make_trainer = partial(tiny.make_trainer, settings=SETTINGS)
 
 
 class Counting(LearnAlignGRPOTrainer):
@@ -98,25 +101,45 @@ class Paid:
         return [row[::4] for row, _ in self.calls]
 
 
-def expected(calls, size):
+def clocks(trainer):
+    """
+    Fills with the half-lives of the policy until each chunk was drawn, unless a run before had drawn it: by the steps
+    till then, or by the groups.
+    """
+    sampler = trainer._get_train_sampler()
+    found, ask = {}, sampler.chunk
+
+    def chunk(i):
+        steps, groups = trainer.state.global_step, sampler.schedule.curriculum.history.observed
+        if i >= sampler.stream.drawn:
+            found[i] = min(steps / SETTINGS.half_life_steps, groups / SETTINGS.half_life_groups)
+        return ask(i)
+
+    sampler.chunk = chunk
+    return found
+
+
+def expected(calls, drawn_at, size):
     """Successes, failures and visits of each prompt, by a loop over the rewards that were paid for."""
-    successes, failures, last, visits = np.zeros(size), np.zeros(size), np.full(size, -1), np.zeros(size, int)
+    successes, failures, last, visits = np.zeros(size), np.zeros(size), np.zeros(size), np.zeros(size, int)
     for chunk, (rows, rewards) in enumerate(calls):
         for first in range(0, len(rows), 4):
             row, own = rows[first], [r for r in rewards[first : first + 4] if r is not None and math.isfinite(r)]
-            faded = 0.5 ** ((chunk - last[row]) / memory.HALF_LIFE)
+            faded = 0.5 ** (drawn_at[chunk] - last[row])
             successes[row] = successes[row] * faded + sum(r >= 1 for r in own)
             failures[row] = failures[row] * faded + sum(r < 1 for r in own)
-            last[row], visits[row] = chunk, visits[row] + 1
+            last[row], visits[row] = drawn_at[chunk], visits[row] + 1
     return successes, failures, visits
 
 
-def check_counts(schedule, calls, size=24):
-    successes, failures, visits = expected(calls, size)
-    np.testing.assert_allclose(schedule.memory.successes, successes, rtol=1e-5)
-    np.testing.assert_allclose(schedule.memory.failures, failures, rtol=1e-5)
-    np.testing.assert_array_equal(schedule.memory.visits, visits)
-    assert schedule.observed == len(calls)
+def check_counts(schedule, calls, drawn_at, size=24):
+    """The memory is that of a loop over `calls`, one a chunk, of which `drawn_at` has the `clocks`."""
+    successes, failures, visits = expected(calls, drawn_at, size)
+    kept, history = schedule.curriculum.memory, schedule.curriculum.history
+    np.testing.assert_allclose(kept.successes, successes, rtol=1e-5)
+    np.testing.assert_allclose(kept.failures, failures, rtol=1e-5)
+    np.testing.assert_array_equal(kept.visits, visits)
+    assert history.observed == sum(len(rows) // 4 for rows, _ in calls) and history.groups <= history.observed
 
 
 def logged(trainer):
@@ -151,14 +174,15 @@ def test_chunks_are_trained_on_and_their_rewards_are_counted(tmp_path, layout):
     paid = Paid()
     settings = {"num_train_epochs": 2} | LAYOUTS[layout]
     trainer = make_trainer(tmp_path, online(), cls=Counting, reward=paid, **settings)
-    chunks = drawn(trainer)
+    drawn_at, chunks = clocks(trainer), drawn(trainer)
     trainer.train()
     schedule, stream = trainer.learnalign.schedule, trainer._get_train_sampler().layout
     assert len(paid.calls) == 2 * stream.epoch_chunks == 12 and stream.chunk_prompts == 4
     assert paid.chunks == [chunks[i] for i in range(12)]
-    check_counts(schedule, paid.calls)
+    check_counts(schedule, paid.calls, drawn_at)
+    assert max(drawn_at.values()) > 0.3  # or the loop would not tell a clock from none
     assert len(trainer.generated) == 12  # training's own, and no other
-    assert schedule.history.column("choosing")[-1] == 1.0  # it was choosing
+    assert schedule.curriculum.history.column("choosing")[-1] == 1.0  # it was choosing
     for entry in logged(trainer):  # a step without a generation has no reward to tell of
         assert LOGGED & entry.keys() == (LOGGED if "reward" in entry else set())
     live = [len({*rewards[i : i + 4]}) > 1 for _, rewards in paid.calls for i in range(0, 16, 4)]
@@ -173,10 +197,11 @@ def test_hidden_states_of_the_prompts_cost_no_generation_and_change_nothing_else
     """The first chunk, which is drawn before anything was observed, is that of a run without them."""
     paid, plain = Paid(), Paid()
     trainer = make_trainer(tmp_path / "a", online(prompt_features=True), cls=Counting, reward=paid, max_steps=4)
+    drawn_at = clocks(trainer)
     trainer.train()
     assert trainer.generated == [16] * 4 and len(paid.calls) == 4
-    check_counts(trainer.learnalign.schedule, paid.calls)
-    features = trainer.learnalign.schedule.features
+    check_counts(trainer.learnalign.schedule, paid.calls, drawn_at)
+    features = trainer.learnalign.schedule.curriculum.features
     assert features.shape[0] == 24 and features.shape[1] > 2 and features.dtype == np.float16
     assert features_file(tmp_path / "a/learnalign").is_file()
     make_trainer(tmp_path / "b", online(), reward=plain, max_steps=1).train()
@@ -201,9 +226,10 @@ def test_an_evaluation_leaves_the_schedule_untouched(tmp_path):
     settings = {"per_device_eval_batch_size": 8, "max_steps": 3}
     trainer = make_trainer(tmp_path, online(), reward=paid, eval_dataset=others, **settings)
     trainer.add_callback(Between())
+    drawn_at = clocks(trainer)
     trainer.train()
     assert len(evaluated) == 3 * 4 * 4
-    check_counts(trainer.learnalign.schedule, [call for call in paid.calls if max(call[0]) < 1000])
+    check_counts(trainer.learnalign.schedule, [call for call in paid.calls if max(call[0]) < 1000], drawn_at)
 
 
 class StopAtOnce(TrainerCallback):
@@ -230,26 +256,27 @@ def test_an_epoch_is_as_long_as_a_stock_trainer_makes_it(tmp_path, rows, setting
     assert steps[0] == steps[1] > 0
 
 
-def test_without_skill_the_run_is_that_of_a_stock_trainer(tmp_path, monkeypatch):
+def test_without_skill_the_run_is_that_of_a_stock_trainer(tmp_path):
     """Bit for bit: prompts, rewards, weights."""
-    monkeypatch.setattr(judge, "BEGIN_SKILL", 2.0)
     ours, theirs = Paid(), Paid()
-    trainer = make_trainer(tmp_path / "ours", online(), reward=ours, num_train_epochs=2)
+    doubting = replace(SETTINGS, begin_skill=2.0)
+    trainer = make_trainer(tmp_path / "ours", online(), reward=ours, num_train_epochs=2, settings=doubting)
     trainer.train()
     stock = make_trainer(tmp_path / "stock", reward=theirs, num_train_epochs=2)
     stock.train()
-    assert ours.calls == theirs.calls and trainer.learnalign.schedule.observed == 12
+    assert ours.calls == theirs.calls and trainer.learnalign.schedule.curriculum.history.observed == 48
     assert_same_weights(weights(trainer), weights(stock))
 
 
 @pytest.mark.parametrize("kind", [GRPOTrainer, RLOOTrainer])
 def test_the_callback_on_a_trainer_already_built(tmp_path, kind):
     paid, again = Paid(), Paid()
-    sampler = LearnAlignSampler(online())
+    sampler = LearnAlignSampler(online(), schedule=make_schedule)
     trainer = make_trainer(tmp_path / "a", cls=kind, reward=paid, max_steps=8)
     trainer.add_callback(LearnAlignCallback(trainer, sampler))
+    drawn_at = clocks(trainer)
     trainer.train()
-    check_counts(sampler.schedule, paid.calls)
+    check_counts(sampler.schedule, paid.calls, drawn_at)
     assert LOGGED <= logged(trainer)[-1].keys()
     cls = LearnAlignGRPOTrainer if kind is GRPOTrainer else OnlineRLOOTrainer
     other = make_trainer(tmp_path / "b", online(), cls=cls, reward=again, max_steps=8)
@@ -261,10 +288,14 @@ def test_the_callback_on_a_trainer_already_built(tmp_path, kind):
 def test_training_twice_starts_afresh(tmp_path):
     paid = Paid()
     trainer = make_trainer(tmp_path, online(), reward=paid, max_steps=4)
+    drawn_at, times = clocks(trainer), []
     for _ in range(2):
         paid.calls.clear()
+        drawn_at.clear()
         trainer.train()
-        check_counts(trainer.learnalign.schedule, paid.calls)
+        check_counts(trainer.learnalign.schedule, paid.calls, drawn_at)
+        times.append(dict(drawn_at))
+    assert times[0] == times[1]
 
 
 # Resuming ----------------------------------------------------------------------------------------------------------
@@ -287,6 +318,7 @@ def run_with_rates(path, reward, resume=None, **settings):
     paid = Paid(reward)
     dataset = make_dataset().add_column("rate", [(7 * i) % 24 / 24 for i in range(24)])
     trainer = make_trainer(path, online(pass_rate_column="rate"), reward=paid, dataset=dataset, **settings)
+    paid.drawn_at = clocks(trainer)
     trainer.train(resume_from_checkpoint=None if resume is None else str(path / f"checkpoint-{resume}"))
     return trainer, paid
 
@@ -328,7 +360,9 @@ def test_a_run_resumed_inside_a_chunk_credits_every_chunk_once(tmp_path, layout)
         left = stream.batches_trained(12) - stream.batches_trained(step)
         assert len(since.calls) == math.ceil(left / stream.repeats)
         assert since.chunks[0] == paid.chunks[first] and since.calls[0][1] != paid.calls[first][1]
-        check_counts(again.learnalign.schedule, paid.calls[: first + 1] + since.calls[1:])
+        drawn_at = paid.drawn_at | since.drawn_at  # chunks that a run before had drawn keep their time
+        check_counts(again.learnalign.schedule, paid.calls[: first + 1] + since.calls[1:], drawn_at)
+        assert set(since.drawn_at) < set(paid.drawn_at)
     assert inside and stream.repeats > 1
 
 
@@ -344,10 +378,8 @@ def test_the_rewards_of_some_prompts_decide_which_others_come(tmp_path):
 def finished(tmp_path_factory):
     """A run with hidden states and a checkpoint of every step."""
     path, paid = tmp_path_factory.mktemp("run"), Paid()
-    with pytest.MonkeyPatch.context() as patch:
-        choose_at_once(patch.setattr)
-        trainer = make_trainer(path, online(prompt_features=True), reward=paid, max_steps=6, **EVERY_STEP)
-        trainer.train()
+    trainer = make_trainer(path, online(prompt_features=True), reward=paid, max_steps=6, **EVERY_STEP)
+    trainer.train()
     return path, paid, weights(trainer)
 
 
@@ -418,7 +450,6 @@ def test_of_a_large_pool_a_part_that_the_run_can_visit_is_looked_at(tmp_path, mo
     """Uniform draws are those of a run without hidden states, and in the part, as is what is chosen."""
     monkeypatch.setattr(prompt_features, "PER_VISIT", 2)
     monkeypatch.setattr(prompt_features, "LEAST_PART", 8)
-    choose_at_once(monkeypatch.setattr)
     dataset = make_dataset(100)
     runs = {}
     for name, choice in (("part", online(prompt_features=True, where="row < 90")), ("none", online(where="row < 90"))):
@@ -429,17 +460,20 @@ def test_of_a_large_pool_a_part_that_the_run_can_visit_is_looked_at(tmp_path, mo
         if name == "part":
             assert "first a forward over 48 of 100 prompts" in capsys.readouterr().out
             part = schedule
-    assert part.choosable.tolist() == part.hidden.rows.tolist() and len(part.choosable) == 48 and len(part.pool) == 90
+    choosable = part.curriculum.choosable.tolist()
+    assert len(choosable) == 48 and len(part.pool) == len(part.curriculum.pool) == 90
     order = RandomOrder(90, part.layout.seed)
-    assert set(part.choosable.tolist()) == {order[place] for place in range(48)}
-    assert {row for chunk in runs["part"].chunks for row in chunk} <= set(part.choosable.tolist())
+    assert set(choosable) == {order[place] for place in range(48)}
+    looked_at = np.abs(part.curriculum.features[:, 2:]).max(1) > 0  # the first two: a constant and the length
+    assert set(np.flatnonzero(looked_at)) <= set(choosable) and looked_at.sum() > 24
+    assert {row for chunk in runs["part"].chunks for row in chunk} <= set(choosable)
     assert runs["part"].chunks[0] == runs["none"].chunks[0]
     longer = {"max_steps": 9, "save_strategy": "no"}  # the part stays
     resumed = make_trainer(
         tmp_path / "part", online(prompt_features=True, where="row < 90"), dataset=dataset, **longer
     )
     resumed.train(resume_from_checkpoint=True)
-    assert resumed.learnalign.schedule.choosable.tolist() == part.choosable.tolist()
+    assert resumed.learnalign.schedule.curriculum.choosable.tolist() == choosable
 
 
 @pytest.mark.parametrize("loss", ["missing", "cut short", "another"])
@@ -456,7 +490,8 @@ def test_a_checkpoint_without_its_state_is_passed_over_or_refused(finished, copi
         resume(copied, checkpoint=str(copied / "checkpoint-5"))
     # A stock trainer with the callback takes what it is told to
     trainer = make_trainer(copied, reward=Paid(), max_steps=6)
-    callback = LearnAlignCallback(trainer, LearnAlignSampler(online(prompt_features=True)))
+    sampler = LearnAlignSampler(online(prompt_features=True), schedule=make_schedule)
+    callback = LearnAlignCallback(trainer, sampler)
     trainer.add_callback(callback)
     with pytest.raises(
         ValueError, match=f"{STATE_FILE}', the state of the schedule in this checkpoint, cannot be used"
@@ -513,13 +548,11 @@ def test_rewards_that_are_missing_are_neither_successes_nor_failures(tmp_path):
 
     paid = Paid(patchy)
     trainer = make_trainer(tmp_path, online(), reward=paid, num_train_epochs=2)
+    drawn_at = clocks(trainer)
     trainer.train()
-    check_counts(trainer.learnalign.schedule, paid.calls)
-    assert (
-        trainer.learnalign.schedule.memory.successes[::3].sum()
-        == trainer.learnalign.schedule.memory.failures[::3].sum()
-        == 0
-    )
+    check_counts(trainer.learnalign.schedule, paid.calls, drawn_at)
+    kept = trainer.learnalign.schedule.curriculum.memory
+    assert kept.successes[::3].sum() == kept.failures[::3].sum() == 0
     assert trainer.state.global_step == 12
 
 
@@ -529,8 +562,9 @@ def test_several_reward_functions(tmp_path):
     paid = Paid()
     choice = online(success_reward="paid")
     trainer = make_trainer(tmp_path / "b", choice, reward=[graded_reward, paid], max_steps=8)
+    drawn_at = clocks(trainer)
     trainer.train()
-    check_counts(trainer.learnalign.schedule, paid.calls)
+    check_counts(trainer.learnalign.schedule, paid.calls, drawn_at)
     # Any difference between total rewards makes a gradient
     for entry in logged(trainer):
         assert entry["learnalign/live_fraction"] == pytest.approx(1 - entry["frac_reward_zero_std"])
@@ -543,12 +577,14 @@ def test_graded_rewards(tmp_path):
         calls.append((row, graded_reward(completions=completions)))
         return calls[-1][1]
 
-    trainer = make_trainer(tmp_path, online(learnability="variance"), reward=graded, max_steps=8)
+    choice = online(learnability="variance")
+    trainer = make_trainer(tmp_path, choice, reward=graded, max_steps=8, settings=EAGER)
     trainer.train()
-    schedule = trainer.learnalign.schedule
+    curriculum = trainer.learnalign.schedule.curriculum
+    assert curriculum.settings.graded
     rewards = np.array([reward for _, given in calls for reward in given])
-    np.testing.assert_allclose(np.sort(schedule.scale.state_dict()["recent"]), np.sort(rewards), rtol=1e-6)
-    assert (schedule.memory.successes + schedule.memory.failures).sum() >= 0.8 * len(rewards)  # some have faded
+    np.testing.assert_allclose(np.sort(curriculum.scale.recent), np.sort(rewards), rtol=1e-6)
+    assert (curriculum.memory.successes + curriculum.memory.failures).sum() >= 0.8 * len(rewards)  # some have faded
     assert all(0 <= entry["learnalign/observed_success"] <= 1 for entry in logged(trainer))
 
 
@@ -560,7 +596,7 @@ def test_a_finished_run_goes_on_with_more_epochs(tmp_path):
     longer = make_trainer(tmp_path, online(), reward=paid, num_train_epochs=2, **settings)
     longer.train(resume_from_checkpoint=True)
     assert len(paid.calls) == 6 and longer.state.global_step == 12
-    assert longer.learnalign.schedule.observed == 12
+    assert longer.learnalign.schedule.curriculum.history.observed == 48
 
 
 def test_where_and_deduplicate_leave_rows_out(tmp_path):
@@ -569,11 +605,12 @@ def test_where_and_deduplicate_leave_rows_out(tmp_path):
     paid = Paid()
     choice = online(where="row != 3 and row != 4", deduplicate=True)
     trainer = make_trainer(tmp_path, choice, reward=paid, dataset=twice, num_train_epochs=2)
+    drawn_at = clocks(trainer)
     trainer.train()
     # Of the rows 3 and 4 it is the copies that may be trained on
     assert {row for chunk in paid.chunks for row in chunk} == set(range(12)) - {3, 4} | {15, 16}
     assert len(paid.chunks) == 6  # two epochs of the 12 prompts that may be trained on
-    check_counts(trainer.learnalign.schedule, paid.calls)
+    check_counts(trainer.learnalign.schedule, paid.calls, drawn_at)
 
 
 def test_columns_that_tell_of_success(tmp_path, capsys):
@@ -582,7 +619,7 @@ def test_columns_that_tell_of_success(tmp_path, capsys):
     choice = online(group_column="kind", pass_rate_column="rate")
     trainer = make_trainer(tmp_path, choice, dataset=dataset, max_steps=2)
     trainer.train()
-    assert trainer.learnalign.schedule.features.shape == (24, 1 + 1 + 3 + 1)
+    assert trainer.learnalign.schedule.curriculum.features.shape == (24, 1 + 1 + 3 + 1)
     said = capsys.readouterr().out
     assert (
         "LearnAlign plan: steps 1 to 2 train on random prompts, as TRL would: a prediction is judged after 4 random "
@@ -612,7 +649,7 @@ def chat_trainer(path, rewards, dataset, **kwargs):
         train_dataset=dataset,
         processing_class=chat_tokenizer(),
         peft_config=lora(),
-        train_sampler=LearnAlignSampler(online(prompt_features=True)),
+        train_sampler=LearnAlignSampler(online(prompt_features=True), schedule=make_schedule),
         **kwargs,
     )
 
@@ -628,7 +665,8 @@ def test_tools(tmp_path):
     trainer = chat_trainer(tmp_path, last_parity, chats(), tools=[double])
     trainer.train()
     schedule = trainer.learnalign.schedule
-    assert schedule.observed == 4 and schedule.memory.visits.sum() == 16 and schedule.features_key is not None
+    assert schedule.curriculum.history.observed == schedule.curriculum.memory.visits.sum() == 16
+    assert schedule.state_dict()["features_key"] is not None
     again = chat_trainer(tmp_path, last_parity, chats(), tools=[double])
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_same_weights(weights(again), weights(trainer))
@@ -645,8 +683,9 @@ def test_environments(tmp_path, caplog, prompts):
     trainer = chat_trainer(tmp_path, None, rows, environment_factory=factory)
     trainer.train()
     schedule = trainer.learnalign.schedule
-    assert schedule.observed == 4 and schedule.memory.visits.sum() == 16 and schedule.features_key is None
-    assert schedule.features.shape == (12, 1 + prompts)
+    assert schedule.curriculum.history.observed == schedule.curriculum.memory.visits.sum() == 16
+    assert schedule.state_dict()["features_key"] is None
+    assert schedule.curriculum.features.shape == (12, 1 + prompts)
     assert "Success is predicted without hidden states of the prompts, as an environment adds" in caplog.text
     assert all(0 <= entry["learnalign/observed_success"] <= 1 for entry in logged(trainer))
 
@@ -732,8 +771,8 @@ def test_a_column_without_a_value_for_every_row(tmp_path):
     choice = online(group_column="kind", pass_rate_column="rate")
     trainer = make_trainer(tmp_path, choice, dataset=dataset, max_steps=2)
     trainer.train()
-    assert np.isfinite(trainer.learnalign.schedule.features.astype(float)).all()
-    assert trainer.learnalign.schedule.features.shape[1] == 5
+    features = trainer.learnalign.schedule.curriculum.features
+    assert np.isfinite(features.astype(float)).all() and features.shape[1] == 5
 
 
 def test_a_dataloader_that_changes_the_order_is_found_out(tmp_path):
@@ -771,42 +810,42 @@ def even_rows(completions, row, **kwargs):
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_a_reward_function_for_each_task(tmp_path, caplog, monkeypatch, several):
+def test_a_reward_function_for_each_task(tmp_path, caplog, several):
     """TRL's documented pattern: each gives None for the rows of the other."""
-    monkeypatch.setattr(judge, "TRIED", 16)
     names = ["odd_rows", "even_rows"] if several else "odd_rows"
     choice = online(success_reward=names)
     rewards = [odd_rows, even_rows]
-    trainer = make_trainer(tmp_path, choice, reward=rewards, max_steps=12, dataset=make_dataset(48))
+    settings = replace(SETTINGS, tried=16)
+    trainer = make_trainer(tmp_path, choice, reward=rewards, max_steps=12, dataset=make_dataset(48), settings=settings)
     chunks = drawn(trainer)
     trainer.train()
-    memory_ = trainer.learnalign.schedule.memory
+    kept = trainer.learnalign.schedule.curriculum.memory
     visits = np.bincount(np.concatenate([chunks[i] for i in range(12)]), minlength=48)
-    np.testing.assert_array_equal(memory_.visits, visits)  # those without a reward, too
-    unscored = (memory_.visits > 0) & (np.arange(48) % 2 == 0)
+    np.testing.assert_array_equal(kept.visits, visits)  # those without a reward, too
+    unscored = (kept.visits > 0) & (np.arange(48) % 2 == 0)
     warned = [record.message for record in caplog.records if "no reward that decides success" in record.message]
     if several:
-        assert not (memory_.unscored > 0).any() and not warned
-        assert (memory_.successes + memory_.failures > 0).sum() == (visits > 0).sum()
+        assert not (kept.unscored > 0).any() and not warned
+        assert (kept.successes + kept.failures > 0).sum() == (visits > 0).sum()
         return
-    np.testing.assert_array_equal(memory_.unscored > 0, unscored)
+    np.testing.assert_array_equal(kept.unscored > 0, unscored)
     chosen = np.concatenate([chunks[i] for i in range(4, 12)])
     assert (chosen % 2 == 0).mean() <= 0.5
     assert len(warned) == 1 and "odd_rows, even_rows: where each scores the rows of its own task" in warned[0]
     assert [entry["learnalign/unscored"] for entry in logged(trainer)][-1] == unscored.sum()
 
 
-def test_completions_that_are_all_cut_off_make_dead_groups(tmp_path, caplog, monkeypatch):
+def test_completions_that_are_all_cut_off_make_dead_groups(tmp_path, caplog):
     """With `mask_truncated_completions` no token of theirs is in the loss: the trainer's own gradient says so."""
-    monkeypatch.setattr(judge, "TRIED", 16)
-    settings = {"mask_truncated_completions": True, "max_completion_length": 1, "max_steps": 6}
-    trainer = make_trainer(tmp_path, online(), reward=parity_reward, **settings)
+    changes = {"mask_truncated_completions": True, "max_completion_length": 1, "max_steps": 6}
+    settings = replace(SETTINGS, tried=16)
+    trainer = make_trainer(tmp_path, online(), reward=parity_reward, settings=settings, **changes)
     trainer.train()
     cut = [entry["completions/clipped_ratio"] for entry in logged(trainer)]
     assert np.mean(cut) > 0.8
     for entry in logged(trainer):
         assert (entry["learnalign/live_fraction"] > 0) == (entry["grad_norm"] > 0)
-    assert trainer.learnalign.schedule.memory.unscored.max() > 0
+    assert trainer.learnalign.schedule.curriculum.memory.unscored.max() > 0
     assert any(
         "of the completions of the last 16 groups were cut off" in record.message and "%" in record.message
         for record in caplog.records
@@ -850,7 +889,7 @@ def test_a_trainer_that_calls_its_reward_functions_itself(tmp_path, schedule, ca
     assert trainer.state.global_step == 4
     if schedule == "online":
         assert "could not be tried before training (AttributeError" in caplog.text
-        assert (trainer.learnalign.schedule.memory.unscored <= 0).all()
+        assert (trainer.learnalign.schedule.curriculum.memory.unscored <= 0).all()
 
 
 def test_reward_functions_are_tried_with_a_row_that_may_be_trained_on(tmp_path):
@@ -875,7 +914,7 @@ def test_a_transform_that_draws_random_numbers_changes_neither_features_nor_trai
             torch.rand(100)
             np.random.random(100)
         trainer.train()
-        made.append(trainer.learnalign.schedule.features)
+        made.append(trainer.learnalign.schedule.curriculum.features)
     np.testing.assert_array_equal(*made)
     state = torch.get_rng_state()
     reading.read_rows(dataset, range(4))
@@ -919,23 +958,106 @@ def test_rewards_of_every_kind_that_trl_takes(tmp_path, kind):
     assert_same_weights(*made)
 
 
-@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 4, "steps_per_generation": 1}])
-def test_the_plan_says_from_which_step_prompts_can_be_chosen(tmp_path, capsys, monkeypatch, settings):
-    monkeypatch.setattr(judge, "TRIED", 16)
-    trainer = make_trainer(tmp_path, online(), max_steps=12, **EVERY_STEP, **settings)
+@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 4, "steps_per_generation": 1}])
+def test_the_plan_says_from_which_step_prompts_can_be_chosen(tmp_path, capsys, changes):
+    changes = changes | {"max_steps": 12, "settings": replace(SETTINGS, tried=16, history_groups=1)}
+    trainer = make_trainer(tmp_path, online(), **EVERY_STEP, **changes)
     trainer.train()
-    stream, chunks = trainer._get_train_sampler().layout, trainer.learnalign.schedule.history.column("choosing")
-    chunk = int(np.flatnonzero(chunks)[0])
+    stream, history = trainer._get_train_sampler().layout, trainer.learnalign.schedule.curriculum.history
+    assert (np.diff(history.column("groups")) == stream.chunk_prompts).all()  # a row for each chunk
+    chunk = int(np.flatnonzero(history.column("choosing"))[0])
     first = next(step for step in range(13) if stream.batches_trained(step) > chunk * stream.repeats)
     said = capsys.readouterr().out
     assert "steps 1 to 12 train on random prompts, as TRL would, until success is predicted well enough" in said
     assert f"(not before step {first})" in said
-    make_trainer(tmp_path, online(), max_steps=12, **settings).train(
-        resume_from_checkpoint=str(tmp_path / "checkpoint-1")
-    )
+    make_trainer(tmp_path, online(), **changes).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert "steps 2 to 12 train on random prompts" in (said := capsys.readouterr().out)
     assert f"(not before step {first})" in said
-    make_trainer(tmp_path, online(), max_steps=12, **settings).train(
-        resume_from_checkpoint=str(tmp_path / "checkpoint-11")
-    )
+    make_trainer(tmp_path, online(), **changes).train(resume_from_checkpoint=str(tmp_path / "checkpoint-11"))
     assert "step 12 trains on chosen prompts, as long as choosing helps" in capsys.readouterr().out
+
+
+# Settings, and small chunks ----------------------------------------------------------------------------------------
+
+
+def test_settings_are_those_that_the_sampler_was_given(tmp_path):
+    """And the run obeys them; what a reward means is taken from the configuration."""
+    changes = {"uniform": 0.0, "cooldown_share": 0.0, "least_cooldown": 3, "most_cooldown": 5, "history_groups": 8}
+    settings = replace(EAGER, tried=11, success_threshold=7.0, graded=True, **changes)
+    sampler = LearnAlignSampler(online(success_threshold=0.5), schedule=partial(OnlineSchedule, settings=settings))
+    paid = Paid()
+    trainer = tiny.make_trainer(tmp_path, reward=paid, max_steps=8)
+    trainer.add_callback(LearnAlignCallback(trainer, sampler))
+    trainer.train()
+    curriculum, rows = sampler.schedule.curriculum, [row for chunk in paid.chunks for row in chunk]
+    assert curriculum.settings == replace(settings, success_threshold=0.5, graded=False) == sampler.schedule.settings
+    history = curriculum.history
+    assert history.column("groups").tolist() == [8, 16, 24, 32]
+    # The first three chunks had to be tried, and a fourth was read ahead; later draws are none of them uniform
+    assert history.column("uniform_draws").tolist() == [8, 8, 0, 0]
+    assert history.column("choosing").tolist() == [0, 0, 1, 1]
+    distances = [i - j for i in range(16, 32) for j in range(i) if rows[j] == rows[i]]
+    assert min(distances, default=4) > 3
+    defaults = LearnAlignSampler(online())
+    other = tiny.make_trainer(tmp_path / "other", max_steps=1)
+    other.add_callback(LearnAlignCallback(other, defaults))
+    assert defaults.schedule.settings == OnlineSettings()
+
+
+FEW = "An optimizer step trains on "
+
+
+@pytest.mark.parametrize(
+    ("changes", "said", "wanted"),
+    [
+        ({}, "4 prompts (16 rollouts, 4 for each)", 2),
+        ({"gradient_accumulation_steps": 2}, None, None),
+        ({"gradient_accumulation_steps": 2, "steps_per_generation": 1}, None, None),
+        ({"gradient_accumulation_steps": 3, "per_device_train_batch_size": 8}, "6 prompts (24 rollouts", 4),
+        ({"per_device_train_batch_size": 4}, "1 prompt (4 rollouts", 8),
+        ({"per_device_train_batch_size": 2, "steps_per_generation": 2}, "0.5 prompts (2 rollouts", 16),
+        # Eleven batches of three would do, but hold no whole groups
+        ({"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4}, "3 prompts (12 rollouts", 12),
+        ({"per_device_train_batch_size": 32}, None, None),
+    ],
+)
+def test_steps_of_few_prompts_are_warned_of_with_the_number_to_set(tmp_path, caplog, changes, said, wanted):
+    trainer = make_trainer(tmp_path, online(), max_steps=1, **changes)
+    trainer.add_callback(StopAtOnce())
+    trainer.train()
+    warnings = [record.message for record in caplog.records if FEW in record.message]
+    if said is None:
+        assert not warnings
+        return
+    (warning,) = warnings
+    assert FEW + said in warning and f"Use 8 or more: `gradient_accumulation_steps={wanted}`, or a larger" in warning
+    caplog.clear()
+    followed = changes | {"gradient_accumulation_steps": wanted}
+    trainer = make_trainer(tmp_path / "followed", online(), max_steps=1, **followed)
+    trainer.add_callback(StopAtOnce())
+    trainer.train()
+    assert FEW not in caplog.text
+
+
+def test_chunks_of_one_prompt_choose_as_chunks_of_four_do(tmp_path, capsys):
+    """At the same number of groups, with rewards that the prompts alone decide, and a column that tells of them."""
+    dataset = make_dataset(48).add_column("rate", [i % 5 / 5 for i in range(48)])
+    found = {}
+    for chunk in (1, 4):
+        changes = {"per_device_train_batch_size": 4 * chunk, "max_steps": 64 // chunk, "settings": EAGER}
+        changes |= {"gradient_accumulation_steps": 1, "steps_per_generation": 1}
+        paid = Paid(fixed_reward)
+        choice = online(pass_rate_column="rate")
+        trainer = make_trainer(tmp_path / str(chunk), choice, reward=paid, dataset=dataset, **changes)
+        trainer.train()
+        history = trainer.learnalign.schedule.curriculum.history
+        assert history.column("groups").tolist() == [16, 32, 48, 64]
+        assert history.column("step").tolist() == [groups // chunk - 1 for groups in (16, 32, 48, 64)]
+        assert (history.column("choosing")[1:] == 1).all() and 0 < history.column("choosing")[0] < 1
+        assert capsys.readouterr().out.count("from now on prompts are chosen") == 1
+        counts = np.bincount([row for rows in paid.chunks for row in rows], minlength=48)
+        assert np.count_nonzero(counts) == history.column("visited")[-1] < 46
+        live = [len({*own[i : i + 4]}) > 1 for _, own in paid.calls for i in range(0, 4 * chunk, 4)]
+        found[chunk] = [np.count_nonzero(counts), np.sort(counts)[-16:].sum(), np.mean(live)]
+        assert 0 < history.column("uniform_draws")[1:].sum() < 8
+    np.testing.assert_allclose(found[1], found[4], rtol=0.15)

@@ -17,6 +17,8 @@ import skills_policy
 from skills import LEVELS, SPLITS, TASKS
 from train_tiny_policy import build_model, build_tokenizer, save
 
+from trl_learnalign.curriculum import OnlineSettings
+
 
 @pytest.fixture(scope="module", params=SPLITS)
 def parts(request):
@@ -169,10 +171,11 @@ def test_runs_under_other_conditions_are_not_compared():
         results.paired([one, two], "hard", "online")
 
 
-def test_an_ablation_changes_its_constant_and_puts_it_back_even_after_an_error():
-    modules = run.schedules.memory, run.schedules.predictor
-    before = [module.HALF_LIFE for module in modules]
-    with pytest.raises(KeyError), run.changed("online without fading"):
-        assert [module.HALF_LIFE for module in modules] == [1e9, 1e9]
-        raise KeyError
-    assert [module.HALF_LIFE for module in modules] == before
+def test_an_ablation_has_the_settings_of_its_name_and_all_others_as_they_are(tmp_path):
+    changed = {"online without fading": {"half_life_steps": 1e9}, "online without longer rests": {"longest_rest": 0}}
+    task = pools.make_task("hard", None, tmp_path)
+    rows = pools.make_pool("hard", None).rows.select(range(24)).add_column("row", list(range(24)))
+    for arm in ("online", "online without features", *changed):
+        reward = run.Recorder(task.reward)
+        trainer = run.build_trainer(arm, task, None, rows, reward, 1, 0, str(tmp_path / arm), 1e-3, [])
+        assert trainer.learnalign.schedule.settings == OnlineSettings(**changed.get(arm, {}))

@@ -54,7 +54,7 @@ def run(path, choice, cls=None, pool=23, **changes):
         "events": list(vllm.EVENTS),
         "log": [[one.start_chunk, list(one.indices)] for one in getattr(trainer.learnalign.schedule, "log", [])],
         "rows": reward.rows,
-        "visits": [] if choice.schedule == "staged" else trainer.learnalign.schedule.memory.visits.tolist(),
+        "visits": [] if choice.schedule == "staged" else trainer.learnalign.schedule.curriculum.memory.visits.tolist(),
         "weights": {name: tensor.flatten().tolist() for name, tensor in weights(trainer).items()},
         "ratios": [entry.get("sampling/importance_sampling_ratio/mean") for entry in logs],
         "correction": trainer.vllm_importance_sampling_correction,

@@ -145,15 +145,16 @@ def warning(schedule: "OnlineSchedule", max_steps: int) -> str | None:
 
 def _few_prompts(host) -> str | None:
     """Warn of optimizer steps on so few prompts that the gradient is that of one or two live groups."""
-    args, processes = host.args, host.accelerator.num_processes
-    rollouts = args.per_device_train_batch_size * processes * args.gradient_accumulation_steps
-    prompts = rollouts / host.group_size
+    size, batch = host.group_size, host.args.per_device_train_batch_size * host.accelerator.num_processes
+    rollouts = batch * host.args.gradient_accumulation_steps
+    prompts = rollouts / size
     if prompts >= LEAST_PROMPTS:
         return None
-    wanted = math.ceil(LEAST_PROMPTS / prompts * args.gradient_accumulation_steps)
+    whole = size // math.gcd(size, batch)  # batches that hold whole groups, which TRL insists on
+    wanted = whole * math.ceil(LEAST_PROMPTS * size / (batch * whole))
     return (
         f"An optimizer step trains on {prompts:g} prompt{'s' * (prompts != 1)} ({rollouts} rollouts, "
-        f"{host.group_size} for each), so few that some steps may have no live group at all. Use {LEAST_PROMPTS} or "
+        f"{size} for each), so few that some steps may have no live group at all. Use {LEAST_PROMPTS} or "
         f"more: `gradient_accumulation_steps={wanted}`, or a larger `per_device_train_batch_size`."
     )
 
