@@ -159,7 +159,7 @@ def test_a_schedule_is_asked_for_every_draw_once_and_told_of_every_group(tmp_pat
     assert diary.asked == list(range(0, diary.number, size)) and diary.number >= trained
     assert [diary.log[number][0] for number in diary.due] == rows
     made = []
-    for step in (5, 8):
+    for step in (5,) if changes else (5, 8):
         again, since = train_on(lambda run: made.append(run) or Diary(run), tmp_path, step, **settings)
         late = again.learnalign.schedule
         first = whole._get_train_sampler().layout.chunks_trained(step) * size
@@ -171,7 +171,9 @@ def test_a_schedule_is_asked_for_every_draw_once_and_told_of_every_group(tmp_pat
         if not changes:
             assert late.log == {number: diary.log[number] for number in late.due}
             assert_same_weights(weights(again), weights(whole))
-    assert [(run.pool_size, run.prompts_at_once, run.group_size, run.seed) for run in made] == [(24, 4, 4, 7)] * 2
+    assert [(run.pool_size, run.prompts_at_once, run.group_size, run.seed) for run in made] == [(24, 4, 4, 7)] * len(
+        made
+    )
 
 
 def test_every_run_makes_a_schedule(tmp_path):

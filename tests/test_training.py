@@ -1,7 +1,8 @@
 """What a run trains on, that a selection leaves no trace, and that a resumed run is the run."""
 
+import shutil
 from collections import Counter
-from functools import partial, update_wrapper
+from functools import cache, partial, update_wrapper
 from pathlib import Path
 
 import numpy as np
@@ -270,39 +271,47 @@ def killed_at(point, monkeypatch):
             monkeypatch.setattr(selector.SelectionRun, "_publish", wrapper)
 
 
-@pytest.mark.parametrize("point", ["rollouts", "gradients", "after", "before", "at", "later"])
-@pytest.mark.parametrize("after_warmup", ["continue", "restart"])
-def test_a_resumed_run_is_the_run(tmp_path, monkeypatch, point, after_warmup):
-    """From a checkpoint before, at and after a selection: the same prompts and, bit for bit, the same weights."""
-    choice = {"num_prompts": 7, "after_warmup": after_warmup}
+def build(path, after_warmup, seen):
     kwargs = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 8}
     kwargs |= {"num_iterations": 2, "gradient_accumulation_steps": 2}
+    return make_trainer(path, config(num_prompts=7, after_warmup=after_warmup), reward=seen, **kwargs)
 
-    def build(path, seen):
-        return make_trainer(path, config(**choice), reward=seen, **kwargs)
 
-    whole_rows, rows = Seen(digit_reward), Seen(digit_reward)
-    whole = build(tmp_path / "whole", whole_rows)
-    whole.train()
-    assert whole.state.max_steps > 8
+@pytest.fixture(scope="module")
+def never_killed(tmp_path_factory):
+    """By `after_warmup`: a trainer whose run is done, its directory, and the rows that it saw."""
 
-    path = tmp_path / "killed"
+    @cache
+    def run(after_warmup):
+        path, seen = tmp_path_factory.mktemp(after_warmup), Seen(digit_reward)
+        trainer = build(path, after_warmup, seen)
+        trainer.train()
+        assert trainer.state.max_steps > 8
+        return trainer, path, seen.rows
+
+    return run
+
+
+@pytest.mark.parametrize("point", ["rollouts", "gradients", "after", "before", "at", "later"])
+@pytest.mark.parametrize("after_warmup", ["continue", "restart"])
+def test_a_resumed_run_is_the_run(never_killed, tmp_path, monkeypatch, point, after_warmup):
+    """From a checkpoint before, at and after a selection: the same prompts and, bit for bit, the same weights."""
+    whole, done, whole_rows = never_killed(after_warmup)
+    path, rows = tmp_path / "killed", Seen(digit_reward)
     step = {"before": 2, "at": 4, "later": 8}.get(point)  # where a chunk ends: TRL itself loses the rest of a chunk
-    trainer = build(path, Seen(digit_reward))
-    with monkeypatch.context() as patch:
-        if step is None:
+    if step is None:
+        with monkeypatch.context() as patch:
             killed_at(point, patch)
             with pytest.raises(Killed):
-                trainer.train()
-        else:
-            trainer.train()
-            step = path / f"checkpoint-{step}"
-    resumed = build(path, rows)
-    resumed.train(resume_from_checkpoint=str(step) if step else True)
-    assert resumed._get_train_sampler().schedule.log == whole._get_train_sampler().schedule.log
-    assert rows.rows[-40:] == whole_rows.rows[-40:]
+                build(path, after_warmup, Seen(digit_reward)).train()
+    else:
+        shutil.copytree(done, path)
+    resumed = build(path, after_warmup, rows)
+    resumed.train(resume_from_checkpoint=str(path / f"checkpoint-{step}") if step else True)
+    assert resumed.learnalign.schedule.log == whole.learnalign.schedule.log
+    assert rows.rows[-40:] == whole_rows[-40:]
     assert_same_weights(weights(whole), weights(resumed))
-    a, b = (Selection.load(next((tmp_path / name / "learnalign").glob("step-*"))) for name in ("whole", "killed"))
+    a, b = (Selection.load(next((at / "learnalign").glob("step-*"))) for at in (done, path))
     assert a.indices == b.indices and a.scores.equals(b.scores)
     assert {file.name for file in (path / "_learnalign").iterdir()} - {"initial.safetensors"} == {"lock"}
 
@@ -623,20 +632,18 @@ def test_ties_are_drawn_from_the_whole_dataset(tmp_path):
     def half(completions, **kwargs):
         return [float(i % 2) for i in range(len(completions))]
 
-    def chosen(name, seed):
-        settings = config(
-            num_prompts=12, warmup_prompts=0, score="learnability", selection_seed=seed, reselect_every=1
-        )
-        trainer = make_trainer(tmp_path / name, settings, reward=half, dataset=make_dataset(48), max_steps=6)
-        trainer.train()
-        assert all(one.to_pandas()["learnability"].eq(0.25).all() for one in trainer.learnalign.selections)
-        return [one.indices for one in trainer.learnalign.selections]
+    def settings(seed):
+        return config(num_prompts=12, warmup_prompts=0, score="learnability", selection_seed=seed, reselect_every=1)
 
-    first, second = chosen("a", 0)
+    kwargs = {"reward": half, "dataset": make_dataset(48), "max_steps": 6}
+    trainer = make_trainer(tmp_path / "a", settings(0), **kwargs)
+    trainer.train()
+    assert all(one.to_pandas()["learnability"].eq(0.25).all() for one in trainer.learnalign.selections)
+    first, second = (one.indices for one in trainer.learnalign.selections)
     for indices in (first, second):
         assert len(set(indices)) == 12 and min(indices) < 16 and max(indices) >= 32 and indices != sorted(indices)
-    assert first != second and chosen("b", 0) == [first, second]
-    assert first not in chosen("c", 1)
+    same, other = (select_prompts(make_trainer(tmp_path / f"{seed}", **kwargs), settings(seed)) for seed in (0, 1))
+    assert first != second and first == same.indices and other.indices not in (first, second)
 
 
 def test_dora_with_the_score_that_takes_no_gradients(tmp_path):

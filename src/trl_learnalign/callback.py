@@ -140,7 +140,7 @@ class LearnAlignCallback(TrainerCallback):
                 self.pending = 0
             elif self.config.after_warmup == "restart":
                 save_initial_weights(self.host, self._initial_file())
-            self.announcer.begin(self.plan(state), state.global_step, state.max_steps)
+            self.announce(state)
             if saved is None:
                 prepares.look(self.host, peers)
             peers.wait()
@@ -193,11 +193,13 @@ class LearnAlignCallback(TrainerCallback):
             self._lock.release()
             self._lock = None
 
-    # What a subclass may do otherwise ---------------------------------------------------------------------------
+    # For subclasses to override ----------------------------------------------------------------------------------
 
-    def plan(self, state: TrainerState) -> list[str]:
-        """Return the lines of the plan that is printed when training begins."""
-        return self.announcer.plan(state.global_step, state.max_steps, self.pending is not None)
+    def announce(self, state: TrainerState) -> None:
+        """Print the plan when training begins, and warn of what is odd in a new run."""
+        plan = self.announcer.plan(state.global_step, state.max_steps, self.pending is not None)
+        warning = None if state.global_step else self.announcer.describes.warning(state.max_steps)
+        self.announcer.begin(plan, warning)
 
     def select(self, state: TrainerState) -> None:
         """Make the selection that is `pending`, and hand it to the schedule."""

@@ -284,12 +284,13 @@ class _SelectOnce(LearnAlignCallback):
         if not self.selections:  # a run resumed into the selection trains one more step, which is not used
             super().on_step_end(args, state, control, **kwargs)
 
-    def plan(self, state):
-        """Returns the plan up to the selection."""
-        return [*super().plan(state)[:2], "the command ends there."]
+    def announce(self, state):
+        """Print the plan up to the selection."""
+        plan = self.announcer.plan(state.global_step, state.max_steps, self.pending is not None)
+        self.announcer.begin([*plan[:2], "the command ends there."])
 
     def select(self, state):
-        """Makes the selection and ends the training."""
+        """Make the selection and end the training."""
         self.pending = None
         self.announcer.estimate(state.global_step)
         self.trainer.control.should_training_stop = True

@@ -1,1 +1,1 @@
-"""What a training run keeps: its layout, its checkpoints, its first weights."""
+"""The things that a training run keeps: its layout, its checkpoints, its first weights."""

@@ -1,4 +1,4 @@
-"""What a run says to people: its plan, estimates and warnings, its report, and where that lies."""
+"""The voice of a run: its plan, estimates and warnings, its report, and where the report lies."""
 
 import logging
 import time
@@ -49,15 +49,14 @@ class Announcer:
         by_default = [f"steps {step + 1} to {max_steps} train on the prompts that {name} chooses."]
         return self.describes.plan(step, max_steps, due) or by_default
 
-    def begin(self, lines: list[str], step: int, max_steps: int) -> None:
-        """Print a plan, and warn of what is odd in a new run."""
+    def begin(self, lines: list[str], warning: str | None = None) -> None:
+        """Print the lines of a plan, and a warning."""
         self._begun = True
         if not self.host.accelerator.is_main_process:
             return
         for line in lines:
             print(f"LearnAlign plan: {line}", flush=True)
-        warning = self.describes.warning(max_steps)
-        if warning is not None and step == 0:
+        if warning is not None:
             logger.warning(warning)
 
     def count_from(self, step: int) -> None:
