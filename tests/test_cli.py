@@ -273,7 +273,7 @@ MISTAKES = [
         for name in ("prompts", "completions", "completion_ids", "trainer_state")
     ),
     (["--dataset_name", "broken.js*"], 1, "'broken.json', which cannot be read"),
-    (["--reward_funcs", "rewards.py"], 1, "Name the function in it, too, such as `rewards.py:small_digits`."),
+    (["--reward_funcs", "rewards.py"], 1, "Name the function in it as well, such as `rewards.py:small_digits`."),
     (["--reward_funcs", "two.py"], 1, "such as `two.py:good`."),
     (
         ["--reward_funcs", "rewards.py:smal_digits"],

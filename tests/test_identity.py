@@ -587,3 +587,8 @@ def test_what_is_replaced_says_what_differs(tmp_path, capsys, caplog):
     for name in ("reward function `parity_reward`", "reward function `digit_reward`", "`temperature`"):
         assert name in out and name in caplog.text
     assert "was made from other" in caplog.text and "base model" not in out + caplog.text
+
+
+def test_the_package_itself_is_a_library():
+    """Known by its version, wherever it is installed from."""
+    assert is_library("trl_learnalign.scores.builtin") and version_of("trl_learnalign.scores") == __version__

@@ -28,5 +28,4 @@ def wrong() -> None:
     LearnAlignConfig(num_promts=3)  # type: ignore[call-arg]
     LearnAlignConfig(take="tpo")  # type: ignore[arg-type]
     LearnAlignConfig(score=3)  # type: ignore[arg-type]
-    LearnAlignConfig(target_dataset=[{"prompt": "1+1="}])  # type: ignore[arg-type]
     LearnAlignConfig().num_promts = 3  # type: ignore[attr-defined]

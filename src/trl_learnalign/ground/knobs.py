@@ -5,7 +5,7 @@ import re
 import sys
 from dataclasses import Field, fields
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
 
 _Kind = TypeVar("_Kind", bound=type)
@@ -61,5 +61,5 @@ def check(one: Field, annotation: Any, value: object, least: dict[str, tuple[int
     if float in kinds:
         # An integer too large for a float is not finite either
         known = isinstance(value, int | float) and not isinstance(value, bool)
-        if not known or not abs(value) <= sys.float_info.max:
+        if not (known and abs(cast(float, value)) <= sys.float_info.max):
             raise ValueError(f"`{name}` must be a finite number, but is {value!r}.")
