@@ -49,7 +49,7 @@ def publish(pages: dict[Path, str], script: str, after=lambda: None) -> None:
     if "--check" in sys.argv:
         if stale:
             names = ", ".join(path.name for path in stale)
-            sys.exit(f"Not what the results and the docstring say: {names}. Run {script}.")
+            sys.exit(f"Not what the results say: {names}. Run {script}.")
         return
     after()
     for path in stale:

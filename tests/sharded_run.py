@@ -6,9 +6,6 @@ from pathlib import Path
 
 import torch
 from peft import get_peft_model
-
-
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 from test_gradients import features_of, random_tasks
 from tiny import lora, make_model, make_trainer
 from torch import distributed

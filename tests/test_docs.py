@@ -28,9 +28,8 @@ def test_config_examples_run():
         assert isinstance(eval(block, {"LearnAlignConfig": LearnAlignConfig}), LearnAlignConfig)
 
 
-def test_tables_are_made_from_the_results_and_the_docstring():
-    for script in ("render.py", "online/page.py"):
-        subprocess.run([sys.executable, ROOT / "benchmarks" / script, "--check"], check=True)
+def test_settings_are_explained_as_in_the_docstring():
+    subprocess.run([sys.executable, ROOT / "docs/configuration.py", "--check"], check=True)
 
 
 def test_links_lead_somewhere():
@@ -110,6 +109,8 @@ def test_every_error_is_in_the_troubleshooting_page():
     for file in sorted((ROOT / "src/trl_learnalign").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                if ast.unparse(node.exc.func) == "AttributeError":  # a module says so of a name that it lacks
+                    continue
                 assert node.exc.args, f"{file.name}: an error without a message"
                 if not isinstance(node.exc.args[0], ast.Call):  # `unseen_message`
                     messages.append(literal(node.exc.args[0]))

@@ -18,12 +18,12 @@ from tiny import (
     make_model,
     online,
     parity_reward,
+    peak_bytes,
     weights,
 )
 from tiny import make_trainer as make_any_trainer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
-from workload import peak_bytes
 
 from trl_learnalign import LearnAlignConfig, select_prompts
 from trl_learnalign.gradients.engine import PROBE_RANK, PromptGradients, UnseenParametersError

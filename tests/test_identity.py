@@ -26,8 +26,9 @@ from torch import nn
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 from trl.rewards import get_soft_overlong_punishment
 
-from trl_learnalign import select_prompts
+from trl_learnalign import __version__, select_prompts
 from trl_learnalign.cli.build import load_reward
+from trl_learnalign.ground.user_code import is_library, version_of
 from trl_learnalign.host import find_host
 from trl_learnalign.identity.objects import examine, identify
 from trl_learnalign.identity.seen import look, note

@@ -5,9 +5,7 @@ import json
 import os
 import re
 import shutil
-import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,10 +20,6 @@ from trl_learnalign.report.selection_page import write_report
 from trl_learnalign.selection.dry_run import plan_selection
 from trl_learnalign.selection.samples import extremes
 from trl_learnalign.selection.stages import load_run
-
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-import report_million
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -130,27 +124,6 @@ def test_a_large_pool_is_shown_by_a_sample_and_the_page_says_so(tmp_path, monkey
     texts = set(pq.read_table(tmp_path / "learnalign/step-000000/texts.parquet")["index"].to_pylist())
     best, last = extremes(selection)
     assert texts == {*best, *last, *(row["index"] for row in rows)} and len(texts) < 24
-
-
-def test_size_of_the_page_is_bounded(tmp_path):
-    """50,000 long prompts, of which 1,000 are chosen, through the code of the benchmark."""
-    run = report_million.save(tmp_path, 50_000, 2_000)
-    text = write_report(run).read_text(encoding="utf-8")
-    rows, selection = rows_on(text), Selection.load(run / "step-000038")
-    assert len(rows) == 20_000 < selection.scores.num_rows
-    indices = {row["index"] for row in rows}
-    ranked, table = selection.eligible(), selection.to_pandas()
-    assert indices >= {*selection.indices, *ranked[:2500].tolist(), *ranked[-2500:].tolist()}
-    others = table[~table.index.isin([*ranked[:2500], *ranked[-2500:]])]
-    shown = others.index.isin(indices)  # a random part: as a draw of that many would be
-    share = shown.mean()
-    for half in (others["rank"] < others["rank"].median(), others.index < 25_000, others["learnability"] == 0):
-        assert abs(shown[half].mean() - share) < 5 * (share / half.sum()) ** 0.5
-    assert sum(len(row["prompt"]) for row in rows) <= 20_000 * (500 + 1)
-    data = re.search(r'id="data">(.*?)</script>', text, re.S)[1]
-    assert len(data) < 13_000_000 and len(text) - len(data) < 1_000_000
-    assert "the 1,000 chosen, the 2,500 highest- and the 2,500 lowest-ranked" in text
-    assert "Those of more than 500 characters are cut" in text
 
 
 def test_only_what_changed_is_read_again(tmp_path, monkeypatch):
