@@ -1,4 +1,4 @@
-"""The description that a package index shows, README.md for readers there. All other settings are in pyproject.toml."""
+"""The description that a package index shows: README.md, made for readers there. All else is in pyproject.toml."""
 
 import re
 from pathlib import Path
