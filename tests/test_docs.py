@@ -53,7 +53,7 @@ def test_quick_start_of_the_readme_runs(tmp_path, monkeypatch):
         {"question": prompt, "answer": f"so it is #### {i % 3}"} for i, prompt in enumerate(make_dataset()["prompt"])
     ]
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, split: datasets.Dataset.from_list(rows))
-    monkeypatch.setattr("trl.GRPOConfig", lambda output_dir: grpo_args(output_dir, num_train_epochs=2))
+    monkeypatch.setattr("trl.GRPOConfig", lambda output_dir, **batch: grpo_args(output_dir, num_train_epochs=2))
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     names = {}
     assert '"Qwen/Qwen2.5-1.5B-Instruct"' in block
@@ -79,11 +79,12 @@ def test_lines_that_change_are_counted_honestly():
     """In the quick start: what a script of its own has not."""
     readme, page = (ROOT / "README.md").read_text(), (ROOT / "docs/index.md").read_text()
     script = re.search(r"```python\n(.*?)```", readme, re.S)[1]
-    whole, callback = blocks("index.md", "python")[:2]
+    online, selecting, callback = blocks("index.md", "python")[:3]
     ours = re.compile("learnalign|train_sampler", re.I)
     cases = (
         (readme, "Three lines change", script),
-        (page, "Three lines change", whole),
+        (page, "Three lines change", online),
+        (page, "Three lines change", selecting),
         (page, "add two lines", callback),
     )
     for text, words, block in cases:
@@ -140,10 +141,12 @@ def test_code_of_the_pages_runs(page, tmp_path, monkeypatch):
     make_tokenizer().save_pretrained("policy")
     dataset = Dataset.from_list([row | {"answer": str(row["row"] % 10)} for row in make_dataset().to_list()])
 
-    def small_args(output_dir, **changes):
+    def small_args(output_dir, gradient_accumulation_steps=1, **changes):
         return grpo_args(output_dir, save_strategy="steps", save_steps=1, **changes)
 
     def small_config(**settings):
+        if settings.get("schedule") == "online":
+            return LearnAlignConfig(**settings)
         for name, most in {"num_prompts": 8, "warmup_prompts": 8, "candidate_prompts": 16}.items():
             if settings.setdefault(name, {"candidate_prompts": None}.get(name, most)) is not None:
                 settings[name] = min(settings[name], most)
@@ -167,7 +170,7 @@ def test_code_of_the_pages_runs(page, tmp_path, monkeypatch):
         exec(block, names)
 
     if page != "index.md":
-        run(blocks("index.md", "python")[0])
+        run(blocks("index.md", "python")[1])  # the one that selects
     for block in blocks(page, "python"):
         if "resume_from_checkpoint" in block:
             names["trainer"].train()  # the run to resume

@@ -50,7 +50,7 @@ def sizes() -> list[int]:
 
 
 def full_size() -> int:
-    """Of the longest runs on all prompts, which were looked at where shorter ones end, too."""
+    """The longest runs on all prompts, which were also looked at where shorter ones end."""
     looks = load("looks.parquet")
     return looks[looks.arm == "full"]["size"].max()
 

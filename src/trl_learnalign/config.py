@@ -17,10 +17,10 @@ from .scores.builtin import OWN_MEASURES, SCORES, Score, find_score, score_name
 if TYPE_CHECKING:  # for editors and type checkers; a TrlParser takes one simple type for a field
     import pandas
 
-    _Score: TypeAlias = str | Callable[[pandas.DataFrame], pandas.Series]
-    _Target: TypeAlias = str | Dataset | None
+    ScoreOrFunction: TypeAlias = str | Callable[[pandas.DataFrame], pandas.Series]
+    PathOrDataset: TypeAlias = str | Dataset
 else:
-    _Score, _Target = str, str | None
+    ScoreOrFunction = PathOrDataset = str
 
 # Settings that a resumed run may always change: the time of selections, the amount computed at once, and the files
 # written. None changes the rule that a selection chooses by
@@ -171,7 +171,7 @@ class LearnAlignConfig:
     warmup_prompts: int = 300
     num_rollouts: int | None = None
     rollout_batch_prompts: int | None = None
-    score: _Score = "learnalign"
+    score: ScoreOrFunction = "learnalign"
     score_measures: list[str] | None = None
     learnability: Literal["success_rate", "variance"] = "success_rate"
     success_threshold: float = 1.0
@@ -183,7 +183,7 @@ class LearnAlignConfig:
     reselect_every: float | None = None
     after_warmup: Literal["continue", "restart"] = "continue"
     deduplicate: bool = False
-    target_dataset: _Target = None
+    target_dataset: PathOrDataset | None = None
     target_column: str | None = None
     where: str | None = None
     quota_column: str | None = None
