@@ -83,7 +83,8 @@ def call(folder, *arguments, launcher=CLI, fails=False):
     return done.stderr if fails else done.stdout
 
 
-def test_select_and_report(folder):
+def test_select_and_report(folder, monkeypatch, run):
+    """In a process of its own as a user starts it, then in this one."""
     output = call(folder, "select", "--config", "run.yaml", "--format", "jsonl", "--max_completion_length", "7")
     selection = Selection.load(folder / "out/learnalign/step-000000")
     assert selection.summary() in output and len(selection.indices) == 5
@@ -95,11 +96,12 @@ def test_select_and_report(folder):
         assert line["learnalign_score"] == pytest.approx(table.loc[index, "score"], rel=1e-6)
         assert set(line) == {*rows[index], "success_rate", "learnalign_score"}
     # The same settings again: read, not made again; and as parquet
-    again = call(folder, "select", "--config", "run.yaml", "--format", "parquet", "--max_completion_length", "7")
-    assert selection.summary() in again
+    monkeypatch.chdir(folder)
+    code, again = run("--format", "parquet", "--max_completion_length", "7")
+    assert code == 0 and selection.summary() in again
     assert pq.read_table(folder / "out/learnalign/selected.parquet").num_rows == 5
     (folder / "out/learnalign/report.html").unlink()
-    assert call(folder, "report", "out").strip() == "out/learnalign/report.html"
+    cli.main(["report", "out"])
     assert (folder / "out/learnalign/report.html").is_file()
 
 
@@ -132,11 +134,13 @@ def test_two_processes_select_the_same(folder):
 
 
 @pytest.mark.parametrize(("processes", "tried"), [(1, "20 prompts on 1 process"), (2, "20 prompts on 2 processes")])
-def test_dry_run(folder, processes, tried):
-    output = call(
-        folder, *("select", "--config", "run.yaml", "--dry_run", "--num_rollouts", "8"),
-        *("--per_device_train_batch_size", "40"), launcher=TWO_PROCESSES if processes == 2 else CLI,
-    )  # fmt: skip
+def test_dry_run(folder, monkeypatch, run, processes, tried):
+    arguments = ("--dry_run", "--num_rollouts", "8", "--per_device_train_batch_size", "40")
+    monkeypatch.chdir(folder)
+    if processes == 2:
+        output = call(folder, "select", "--config", "run.yaml", *arguments, launcher=TWO_PROCESSES)
+    else:
+        _, output = run(*arguments)
     assert output.count("pool: 24 prompts x 8 rollouts = 192") == 1
     learnable = int(re.search(f"tried: {tried}, of which (\\d+) are learnable", output)[1])
     more = 24 / int(tried.split()[0])
@@ -147,8 +151,9 @@ def test_dry_run(folder, processes, tried):
     assert not (folder / "out/learnalign").exists()
 
 
-def test_dry_run_of_a_choice_at_random(folder):
-    assert "no rollouts" in call(folder, "select", "--config", "run.yaml", "--dry_run", "--score", "random")
+def test_dry_run_of_a_choice_at_random(folder, monkeypatch, run):
+    monkeypatch.chdir(folder)
+    assert "no rollouts" in run("--dry_run", "--score", "random")[1]
 
 
 @pytest.mark.parametrize(
