@@ -16,7 +16,7 @@ _WIDTH = 118  # columns of prose
 
 
 def table(head, rows) -> str:
-    """Of texts, in Markdown. A head is the labels with ` | ` between them, or a list."""
+    """Make a table of texts in Markdown. The head is a text with ` | ` between labels, or a list."""
     head = head.split(" | ") if isinstance(head, str) else head
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
 

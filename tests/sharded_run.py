@@ -1,4 +1,4 @@
-"""What test_gradients.py starts on two processes: the engine on a model whose layers are `fully_shard`ed."""
+"""The engine on a model whose layers are `fully_shard`ed, on two processes, for test_gradients.py."""
 
 import os
 import sys

@@ -44,7 +44,7 @@ def small_digits(completions, row, **kwargs):
 
 
 def make_folder(tmp_path):
-    """What a user has: rows, a reward function in a file, a YAML file."""
+    """The files of a user: rows, a reward function in a file, a YAML file."""
     make_model().save_pretrained(tmp_path / "policy")
     make_tokenizer().save_pretrained(tmp_path / "policy")
     make_dataset().to_json(str(tmp_path / "mine.jsonl"))
@@ -630,7 +630,7 @@ def test_exported_parquet_is_nested_where_arrow_can_hold_it(folder, monkeypatch,
 
 
 def test_rows_of_other_sources_keep_their_digits_and_dates(folder, monkeypatch, run, caplog):
-    """Of a parquet file and of a directory of `save_to_disk`; a CSV file has no types, so what is guessed is said."""
+    """A parquet file and a directory of `save_to_disk`; a CSV file has no types, so a warning names what is guessed."""
     monkeypatch.chdir(folder)
     moment = datetime.datetime(2026, 1, 16, 10)
     columns = {"prompt": make_dataset()["prompt"][:], "row": list(range(24)), "rate": [0.13845678901234498] * 24}
@@ -740,7 +740,7 @@ def test_an_error_of_a_reward_is_said_once(mistakes, monkeypatch, run):
 
 
 def training_script(*arguments, callbacks=(), model=None):
-    """What the user's own training script does with the same YAML file: TRL's parser, this package's trainer."""
+    """Train as the user's own script does with the same YAML file: TRL's parser, this package's trainer."""
     settings = yaml.safe_load(Path("run.yaml").read_text())
     kept = {name: value for name, value in settings.items() if name not in ("reward_funcs", "dataset_name")}
     Path("script.yaml").write_text(yaml.safe_dump(kept))

@@ -1,4 +1,4 @@
-"""What a cache may answer for: the code that runs, the values that it works with, the policy, the rows as they are."""
+"""Keys of a cache: the code that runs, the values that it works with, the policy, the rows as they are."""
 
 import datetime
 import enum
@@ -359,7 +359,7 @@ class Counting:
 
 
 def test_what_is_changed_by_hand_is_measured_again_and_what_calls_change_is_not(tmp_path, monkeypatch):
-    """As in a notebook, where cells are run again while the process lives."""
+    """A notebook runs cells again while the process lives."""
     rolled_out = count_generations(monkeypatch)
 
     def select(trainer):
@@ -432,7 +432,7 @@ def test_a_run_killed_in_its_selection_goes_on_whatever_its_reward_function_keep
 
 
 def test_a_base_whose_weights_are_buffers(tmp_path):
-    """As those of GPTQ and AWQ."""
+    """A layer like those of GPTQ and AWQ."""
 
     class Quantized(nn.Linear):
         def __init__(self, linear):
