@@ -630,7 +630,7 @@ def test_exported_parquet_is_nested_where_arrow_can_hold_it(folder, monkeypatch,
 
 
 def test_rows_of_other_sources_keep_their_digits_and_dates(folder, monkeypatch, run, caplog):
-    """A parquet file and a directory of `save_to_disk`; a CSV file has no types, so a warning names what is guessed."""
+    """A parquet file and a directory of `save_to_disk`; a CSV file has no types, so a warning names guesses."""
     monkeypatch.chdir(folder)
     moment = datetime.datetime(2026, 1, 16, 10)
     columns = {"prompt": make_dataset()["prompt"][:], "row": list(range(24)), "rate": [0.13845678901234498] * 24}
