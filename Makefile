@@ -9,7 +9,7 @@ DATASET ?=
 # Idle threads sleep instead of spinning, so that they do not slow down a busy machine
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo demo-online test test-all lint docs bench bench-costs evidence evidence-online evidence-small clean
+.PHONY: demo demo-online test test-all lint docs dist bench bench-costs evidence evidence-online evidence-small clean
 
 # torch first and pinned: otherwise pip installs the newest build with all of CUDA
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
@@ -30,12 +30,21 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 test: $(VENV)/installed
 	$(PYTEST) -m "not slow and not gpu"
 
+# Slow tests and those of the benchmarks as well
 test-all: $(VENV)/installed
-	$(PYTEST)
+	$(PYTEST) tests benchmarks/tests
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/mypy
+
+# The distributions for a package index, in dist/
+dist: $(VENV)/installed
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 # The site of the documentation, in site/
 $(VENV)/docs-installed: $(VENV)/installed

@@ -58,7 +58,7 @@ def read(path):
 
 
 def batches(path, prompts, dim):
-    """As the windows of a selection are read back."""
+    """Read rows in the windows of a selection."""
     log = Log(path, "million", 0)
     for start in range(0, prompts, WINDOW):
         indices = list(range(start, min(start + WINDOW, prompts)))

@@ -12,10 +12,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 _UNITS = {"%": 100, "M": 1e-6, "G": 1e-9}
+_WIDTH = 118  # columns of prose
 
 
 def table(head, rows) -> str:
-    """Of texts, in Markdown. A head is the labels with ` | ` between them, or a list."""
+    """Make a table of texts in Markdown. The head is a text with ` | ` between labels, or a list."""
     head = head.split(" | ") if isinstance(head, str) else head
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
 
@@ -38,7 +39,40 @@ def fill(template: str, names: dict) -> str:
             return format(found * _UNITS[form[0]], form[1:])
         return format(found, form)
 
-    return re.sub(r"\{\{([^{}]+)\}\}", value, template)
+    return wrapped(re.sub(r"\{\{([^{}]+)\}\}", value, template))
+
+
+def wrapped(page: str) -> str:
+    """The page with every paragraph and list item that has a line of more than 120 columns broken anew."""
+    lines, paragraph, fenced = [], [], False
+
+    def close():
+        if any(len(line) > _WIDTH for line in paragraph):
+            first = re.match(r"\s*(?:[-*+] +|\d+\. +)?", paragraph[0])[0]
+            words = " ".join(line.strip() for line in paragraph).removeprefix(first.strip()).split()
+            lines.append(first.rstrip("\n"))
+            for word in words:
+                # A line that begins so would be a list, a heading or a table
+                marks = re.match(r"[-+*=]+$|[>#|]|\d+[.)]$", word)
+                if len(lines[-1]) + 1 + len(word) > _WIDTH and not marks:
+                    lines.append(" " * len(first) + word)
+                else:
+                    lines[-1] += word if lines[-1] == first else f" {word}"
+        else:
+            lines.extend(paragraph)
+        paragraph.clear()
+
+    for line in page.split("\n"):
+        fenced ^= line.lstrip().startswith("```")
+        if fenced or not line.strip() or line.lstrip().startswith(("```", "|", "#", "<!--")):
+            close()
+            lines.append(line)
+        else:
+            if re.match(r"\s*(?:[-*+]|\d+\.) ", line):
+                close()
+            paragraph.append(line)
+    close()
+    return "\n".join(lines)
 
 
 def publish(pages: dict[Path, str], script: str, after=lambda: None) -> None:
@@ -49,7 +83,7 @@ def publish(pages: dict[Path, str], script: str, after=lambda: None) -> None:
     if "--check" in sys.argv:
         if stale:
             names = ", ".join(path.name for path in stale)
-            sys.exit(f"Not what the results and the docstring say: {names}. Run {script}.")
+            sys.exit(f"Not what the results say: {names}. Run {script}.")
         return
     after()
     for path in stale:

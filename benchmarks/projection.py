@@ -36,7 +36,7 @@ def spearman(a, b):
 
 
 def arguments_of(description: str, name: str) -> argparse.Namespace:
-    """Of a command line, and what the demo's functions ask for."""
+    """Arguments of the command line and of the demo's functions."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset_path", type=Path)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / f"{name}.json")

@@ -1,19 +1,13 @@
 """
-Writes docs/results.md from results.md.in and results/*.json, and the table of docs/configuration.md from the docstring
-of LearnAlignConfig.
+Writes docs/results.md from results.md.in and results/*.json.
 
     python benchmarks/render.py [--check]
 """
 
 import json
-import re
-from dataclasses import fields
 from statistics import fmean, median_high
 
 from pages import ROOT, fill, publish, table
-
-from trl_learnalign import LearnAlignConfig
-from trl_learnalign.ground.knobs import explanations
 
 
 HERE = ROOT / "benchmarks"
@@ -169,22 +163,9 @@ def lifts() -> str:
     return ", ".join(f"{run['before']:.3f} to {run['after']:.3f}" for run in RESULTS["tiny_policy"]["grpo"]["runs"])
 
 
-def settings() -> str:
-    texts, rows = explanations(LearnAlignConfig), []
-    for one in fields(LearnAlignConfig):
-        default = f'"{one.default}"' if isinstance(one.default, str) else one.default
-        rows.append([f"`{one.name}`", f"`{default}`", texts[one.name].replace("|", "&#124;")])
-    return table("field | default | meaning", rows)
-
-
 def main():
     results = fill((HERE / "results.md.in").read_text(encoding="utf-8"), RESULTS | globals())
-    file = ROOT / "docs" / "configuration.md"
-    page, rows = file.read_text(encoding="utf-8"), settings()
-    page = re.sub(
-        r"(<!-- fields.*-->\n).*(<!-- end)", lambda marks: f"{marks[1]}\n{rows}\n\n{marks[2]}", page, flags=re.S
-    )
-    publish({ROOT / "docs" / "results.md": results, file: page}, "benchmarks/render.py")
+    publish({ROOT / "docs" / "results.md": results}, "benchmarks/render.py")
 
 
 if __name__ == "__main__":

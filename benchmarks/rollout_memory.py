@@ -35,7 +35,7 @@ BATCH = 64
 
 
 def groups_of(indices, size, tokens):
-    """As a generation makes them. Two thirds of the prompts are learnable."""
+    """Rollouts as a generation makes them. Two thirds of the prompts are learnable."""
     generator = np.random.default_rng(indices[0])
     for index in indices:
         solved = np.arange(size) < index % 3 * size // 3

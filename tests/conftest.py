@@ -1,15 +1,11 @@
 import json
 import os
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 
-# The workload of the cost benchmarks is measured in tests, too
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks" / "online"))
 # Tiny models: threads cost more than they bring. Set before torch is imported, so child processes inherit it
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may reach for the network
@@ -17,7 +13,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 
 # Two workers take file after file: the longest first, so that both end at about the same time
-LONGEST = ("test_examples", "test_distributed", "test_training", "test_evidence", "test_kills", "test_cli")
+LONGEST = ("test_examples", "test_distributed", "test_training", "test_kills", "test_cli")
 
 
 def pytest_collection_modifyitems(items):

@@ -120,7 +120,7 @@ def train(path, seen, **changes):
 
 @contextmanager
 def failure(task, rank):
-    """What goes wrong on rank 1 alone, until the next task."""
+    """A fault on rank 1 alone, until the next task."""
     original, limits = objective.policy_objective, resource.getrlimit(resource.RLIMIT_FSIZE)
     if rank == 1:
         fail(task, original, limits)

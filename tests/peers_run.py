@@ -1,4 +1,4 @@
-"""What test_peers.py starts, as `srun` would: one process of two, without a launcher that ends the other."""
+"""One process of two for test_peers.py, started as `srun` would: no launcher ends the other."""
 
 import os
 import signal

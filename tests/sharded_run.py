@@ -1,4 +1,4 @@
-"""What test_gradients.py starts on two processes: the engine on a model whose layers are `fully_shard`ed."""
+"""The engine on a model whose layers are `fully_shard`ed, on two processes, for test_gradients.py."""
 
 import os
 import sys
@@ -6,9 +6,6 @@ from pathlib import Path
 
 import torch
 from peft import get_peft_model
-
-
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 from test_gradients import features_of, random_tasks
 from tiny import lora, make_model, make_trainer
 from torch import distributed

@@ -44,7 +44,7 @@ def small_digits(completions, row, **kwargs):
 
 
 def make_folder(tmp_path):
-    """What a user has: rows, a reward function in a file, a YAML file."""
+    """The files of a user: rows, a reward function in a file, a YAML file."""
     make_model().save_pretrained(tmp_path / "policy")
     make_tokenizer().save_pretrained(tmp_path / "policy")
     make_dataset().to_json(str(tmp_path / "mine.jsonl"))
@@ -83,7 +83,8 @@ def call(folder, *arguments, launcher=CLI, fails=False):
     return done.stderr if fails else done.stdout
 
 
-def test_select_and_report(folder):
+def test_select_and_report(folder, monkeypatch, run):
+    """In a process of its own as a user starts it, then in this one."""
     output = call(folder, "select", "--config", "run.yaml", "--format", "jsonl", "--max_completion_length", "7")
     selection = Selection.load(folder / "out/learnalign/step-000000")
     assert selection.summary() in output and len(selection.indices) == 5
@@ -95,11 +96,12 @@ def test_select_and_report(folder):
         assert line["learnalign_score"] == pytest.approx(table.loc[index, "score"], rel=1e-6)
         assert set(line) == {*rows[index], "success_rate", "learnalign_score"}
     # The same settings again: read, not made again; and as parquet
-    again = call(folder, "select", "--config", "run.yaml", "--format", "parquet", "--max_completion_length", "7")
-    assert selection.summary() in again
+    monkeypatch.chdir(folder)
+    code, again = run("--format", "parquet", "--max_completion_length", "7")
+    assert code == 0 and selection.summary() in again
     assert pq.read_table(folder / "out/learnalign/selected.parquet").num_rows == 5
     (folder / "out/learnalign/report.html").unlink()
-    assert call(folder, "report", "out").strip() == "out/learnalign/report.html"
+    cli.main(["report", "out"])
     assert (folder / "out/learnalign/report.html").is_file()
 
 
@@ -132,11 +134,13 @@ def test_two_processes_select_the_same(folder):
 
 
 @pytest.mark.parametrize(("processes", "tried"), [(1, "20 prompts on 1 process"), (2, "20 prompts on 2 processes")])
-def test_dry_run(folder, processes, tried):
-    output = call(
-        folder, *("select", "--config", "run.yaml", "--dry_run", "--num_rollouts", "8"),
-        *("--per_device_train_batch_size", "40"), launcher=TWO_PROCESSES if processes == 2 else CLI,
-    )  # fmt: skip
+def test_dry_run(folder, monkeypatch, run, processes, tried):
+    arguments = ("--dry_run", "--num_rollouts", "8", "--per_device_train_batch_size", "40")
+    monkeypatch.chdir(folder)
+    if processes == 2:
+        output = call(folder, "select", "--config", "run.yaml", *arguments, launcher=TWO_PROCESSES)
+    else:
+        _, output = run(*arguments)
     assert output.count("pool: 24 prompts x 8 rollouts = 192") == 1
     learnable = int(re.search(f"tried: {tried}, of which (\\d+) are learnable", output)[1])
     more = 24 / int(tried.split()[0])
@@ -147,8 +151,9 @@ def test_dry_run(folder, processes, tried):
     assert not (folder / "out/learnalign").exists()
 
 
-def test_dry_run_of_a_choice_at_random(folder):
-    assert "no rollouts" in call(folder, "select", "--config", "run.yaml", "--dry_run", "--score", "random")
+def test_dry_run_of_a_choice_at_random(folder, monkeypatch, run):
+    monkeypatch.chdir(folder)
+    assert "no rollouts" in run("--dry_run", "--score", "random")[1]
 
 
 @pytest.mark.parametrize(
@@ -273,7 +278,7 @@ MISTAKES = [
         for name in ("prompts", "completions", "completion_ids", "trainer_state")
     ),
     (["--dataset_name", "broken.js*"], 1, "'broken.json', which cannot be read"),
-    (["--reward_funcs", "rewards.py"], 1, "Name the function in it, too, such as `rewards.py:small_digits`."),
+    (["--reward_funcs", "rewards.py"], 1, "Name the function in it as well, such as `rewards.py:small_digits`."),
     (["--reward_funcs", "two.py"], 1, "such as `two.py:good`."),
     (
         ["--reward_funcs", "rewards.py:smal_digits"],
@@ -625,7 +630,7 @@ def test_exported_parquet_is_nested_where_arrow_can_hold_it(folder, monkeypatch,
 
 
 def test_rows_of_other_sources_keep_their_digits_and_dates(folder, monkeypatch, run, caplog):
-    """Of a parquet file and of a directory of `save_to_disk`; a CSV file has no types, so what is guessed is said."""
+    """A parquet file and a directory of `save_to_disk`; a CSV file has no types, so a warning names guesses."""
     monkeypatch.chdir(folder)
     moment = datetime.datetime(2026, 1, 16, 10)
     columns = {"prompt": make_dataset()["prompt"][:], "row": list(range(24)), "rate": [0.13845678901234498] * 24}
@@ -735,7 +740,7 @@ def test_an_error_of_a_reward_is_said_once(mistakes, monkeypatch, run):
 
 
 def training_script(*arguments, callbacks=(), model=None):
-    """What the user's own training script does with the same YAML file: TRL's parser, this package's trainer."""
+    """Train as the user's own script does with the same YAML file: TRL's parser, this package's trainer."""
     settings = yaml.safe_load(Path("run.yaml").read_text())
     kept = {name: value for name, value in settings.items() if name not in ("reward_funcs", "dataset_name")}
     Path("script.yaml").write_text(yaml.safe_dump(kept))

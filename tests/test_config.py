@@ -2,9 +2,13 @@
 
 import dataclasses
 import inspect
+import os
 import re
+import subprocess
+import sys
 import typing
 import warnings
+from pathlib import Path
 
 import pytest
 from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
@@ -14,6 +18,7 @@ from trl_learnalign.choice.idle import ACTING
 from trl_learnalign.ground.knobs import explain, explanations
 
 
+ROOT = Path(__file__).parent.parent
 OTHERS = (ScriptArguments, GRPOConfig, ModelConfig)
 
 
@@ -117,8 +122,7 @@ def test_every_setting_has_an_effect_or_is_refused(field):
     assert bool(idle) == (field.name in ACTING) or field.name in ("score_measures", "target_dataset", "target_column")
 
 
-def test_a_checkpoint_may_hold_any_value_without_effect():
-    """Earlier versions let a run have one; it can still be resumed."""
+def test_values_without_effect_are_no_changes():
     assert LearnAlignConfig().changes(LearnAlignConfig().to_dict() | {"fold": 7, "quota": "equal"}) == {}
     folded = LearnAlignConfig(prompt_order="folding")
     assert folded.changes(LearnAlignConfig().to_dict() | {"fold": 7}) == {
@@ -137,6 +141,7 @@ def test_every_field_is_explained_once_with_its_type_and_default():
         assert eval(default or "None") == field.default, name
         annotation = LearnAlignConfig.__annotations__[name]  # a TrlParser overwrites `field.type`
         kind = (typing.get_args(annotation) or (annotation,))[0]
+        kind = str if typing.get_origin(annotation) is typing.Literal else kind
         assert kinds.startswith(f"`{kind.__name__ if isinstance(kind, type) else kind}`"), name
         assert (
             field.metadata["help"] % {} == explanations(LearnAlignConfig)[name].replace("%%", "%")
@@ -153,6 +158,14 @@ def test_help_is_that_explanation_and_a_percent_sign_does_no_harm(capsys):
     printed = " ".join(capsys.readouterr().out.split())
     assert "90 % of all, |or| none. (default: 1)" in printed
     assert f"{explanations(LearnAlignConfig)['warmup_prompts']} (default: 300)" in printed
+
+
+@pytest.mark.slow
+def test_an_editor_knows_the_configuration():
+    """`typed_user.py` has right uses and wrong ones; `make lint` checks it as well."""
+    command = [sys.executable, "-m", "mypy", "--follow-imports=silent", "tests/typed_user.py"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"MYPYPATH": "src"})
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_no_field_collides_with_those_of_trl():

@@ -82,10 +82,10 @@ def test_what_a_killed_run_left_beside_its_selection_is_removed(tmp_path):
     select_prompts(make_trainer(tmp_path), config())
     path = tmp_path / "learnalign" / "step-000000"
     whole = sorted(path.iterdir())
-    # Where earlier versions had them, and at a step that this run has not
-    for journal in (path / "journal", *(tmp_path / "_learnalign" / f"step-{step:06d}" for step in (0, 3))):
+    for step in (0, 3):  # one at a step that this run has not
+        journal = tmp_path / "_learnalign" / f"step-{step:06d}"
         journal.mkdir(exist_ok=True)
-        (journal / "manifest.json").write_text('{"key": "of an earlier version"}')
+        (journal / "manifest.json").write_text('{"key": "of another run"}')
         (journal / ".features-00.safetensors.123.tmp").write_text("half")
     for directory in (path, path.parent, tmp_path / "_learnalign"):
         (directory / ".selection.json.123.tmp").write_text("half")

@@ -28,9 +28,8 @@ def test_config_examples_run():
         assert isinstance(eval(block, {"LearnAlignConfig": LearnAlignConfig}), LearnAlignConfig)
 
 
-def test_tables_are_made_from_the_results_and_the_docstring():
-    for script in ("render.py", "online/page.py"):
-        subprocess.run([sys.executable, ROOT / "benchmarks" / script, "--check"], check=True)
+def test_settings_are_explained_as_in_the_docstring():
+    subprocess.run([sys.executable, ROOT / "docs/configuration.py", "--check"], check=True)
 
 
 def test_links_lead_somewhere():
@@ -54,7 +53,7 @@ def test_quick_start_of_the_readme_runs(tmp_path, monkeypatch):
         {"question": prompt, "answer": f"so it is #### {i % 3}"} for i, prompt in enumerate(make_dataset()["prompt"])
     ]
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, split: datasets.Dataset.from_list(rows))
-    monkeypatch.setattr("trl.GRPOConfig", lambda output_dir: grpo_args(output_dir, num_train_epochs=2))
+    monkeypatch.setattr("trl.GRPOConfig", lambda output_dir, **batch: grpo_args(output_dir, num_train_epochs=2))
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     names = {}
     assert '"Qwen/Qwen2.5-1.5B-Instruct"' in block
@@ -80,11 +79,12 @@ def test_lines_that_change_are_counted_honestly():
     """In the quick start: what a script of its own has not."""
     readme, page = (ROOT / "README.md").read_text(), (ROOT / "docs/index.md").read_text()
     script = re.search(r"```python\n(.*?)```", readme, re.S)[1]
-    whole, callback = blocks("index.md", "python")[:2]
+    online, selecting, callback = blocks("index.md", "python")[:3]
     ours = re.compile("learnalign|train_sampler", re.I)
     cases = (
         (readme, "Three lines change", script),
-        (page, "Three lines change", whole),
+        (page, "Three lines change", online),
+        (page, "Three lines change", selecting),
         (page, "add two lines", callback),
     )
     for text, words, block in cases:
@@ -110,6 +110,8 @@ def test_every_error_is_in_the_troubleshooting_page():
     for file in sorted((ROOT / "src/trl_learnalign").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                if ast.unparse(node.exc.func) == "AttributeError":  # a module says so of a name that it lacks
+                    continue
                 assert node.exc.args, f"{file.name}: an error without a message"
                 if not isinstance(node.exc.args[0], ast.Call):  # `unseen_message`
                     messages.append(literal(node.exc.args[0]))
@@ -139,10 +141,12 @@ def test_code_of_the_pages_runs(page, tmp_path, monkeypatch):
     make_tokenizer().save_pretrained("policy")
     dataset = Dataset.from_list([row | {"answer": str(row["row"] % 10)} for row in make_dataset().to_list()])
 
-    def small_args(output_dir, **changes):
+    def small_args(output_dir, gradient_accumulation_steps=1, **changes):
         return grpo_args(output_dir, save_strategy="steps", save_steps=1, **changes)
 
     def small_config(**settings):
+        if settings.get("schedule") == "online":
+            return LearnAlignConfig(**settings)
         for name, most in {"num_prompts": 8, "warmup_prompts": 8, "candidate_prompts": 16}.items():
             if settings.setdefault(name, {"candidate_prompts": None}.get(name, most)) is not None:
                 settings[name] = min(settings[name], most)
@@ -166,7 +170,7 @@ def test_code_of_the_pages_runs(page, tmp_path, monkeypatch):
         exec(block, names)
 
     if page != "index.md":
-        run(blocks("index.md", "python")[0])
+        run(blocks("index.md", "python")[1])  # the one that selects
     for block in blocks(page, "python"):
         if "resume_from_checkpoint" in block:
             names["trainer"].train()  # the run to resume
@@ -229,6 +233,19 @@ def test_types_of_the_api_reference_are_links_and_have_no_marks():
         "<code>plain</code> [1]": "<code>plain</code> [1]",
     }.items():
         assert hooks.on_page_content(heading + written) == heading + read
+
+
+LONG_LINES = {"README.md", "CHANGELOG.md", "online.md", "limitations.md", "files.md", "files_online.md", "log.md"}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+def test_lines_of_prose_are_short(page):
+    """At most 120 columns, so that changes can be read; a row of a table is one line."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    found = [line for line in prose.splitlines() if len(line) > 120 and not line.startswith("|")]
+    if page.name in LONG_LINES:
+        pytest.xfail(f"{len(found)} lines are longer") if found else None
+    assert not found
 
 
 def test_every_page_is_in_the_navigation():

@@ -89,6 +89,7 @@ def test_tiny_policy_knows_more_than_it_samples():
     assert measured["learnable"] > 0.5
 
 
+@pytest.mark.slow  # it uses nothing of the package
 def test_training_script_of_the_tiny_policy(tmp_path):
     run(
         *(sys.executable, EXAMPLES / "train_tiny_policy.py", "--output_dir", tmp_path / "policy"),
@@ -103,7 +104,7 @@ def test_training_script_of_the_tiny_policy(tmp_path):
 @pytest.mark.parametrize(
     ("data", "processes"),
     [
-        pytest.param("gsm8k", 1, marks=needs_gsm8k),
+        pytest.param("gsm8k", 1, marks=[needs_gsm8k, pytest.mark.slow]),
         pytest.param("gsm8k", 2, marks=[needs_gsm8k, pytest.mark.slow]),
         ("generated", 2),
     ],
@@ -144,6 +145,7 @@ def test_equations_online_end_to_end(tmp_path):
     assert (tmp_path / "learnalign/report.html").is_file() and (tmp_path / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow  # as test_settings_of_the_paper, with an evaluation
 def test_word_problems_end_to_end(tmp_path):
     """`--task gsm8k`: conversational prompts and the numeric reward, with a random policy that solves nothing."""
     make_model(max_position_embeddings=512).save_pretrained(tmp_path / "policy")
@@ -279,6 +281,18 @@ def test_a_process_of_the_demo_that_fails_ends_it(tmp_path):
     assert ended.returncode and "NotADirectoryError" in ended.stderr
 
 
+def test_a_step_of_every_example_has_at_least_eight_prompts():
+    files = [file for folder in (EXAMPLES, EXAMPLES / "paper") for file in folder.glob("*.yaml")]
+    settings = {file.stem: yaml.safe_load(file.read_text()) for file in files}
+    for file in (EXAMPLES / "demo.py", EXAMPLES / "multi_reward.py", EXAMPLES / "quick_start.ipynb"):
+        found = dict(re.findall(r"(per_device_train_batch_size|num_generations)=(\d+)", file.read_text()))
+        settings[file.stem] = {name: int(value) for name, value in found.items()}
+    assert len(settings) == 7
+    for name, one in settings.items():
+        rollouts = one["per_device_train_batch_size"] * one.get("gradient_accumulation_steps", 1)
+        assert rollouts >= 8 * one["num_generations"], name
+
+
 def test_accelerate_reads_the_configs():
     from accelerate.commands.config.config_args import load_config_from_file
 
@@ -319,6 +333,7 @@ def test_code_reward():
     assert rewards == pytest.approx([*completions.values(), 2 / 3])
 
 
+@pytest.mark.slow  # test_docs.py runs the recipe for several rewards
 def test_several_rewards_end_to_end(tmp_path, monkeypatch, capsys):
     """The script itself, with a smaller pool."""
     import multi_reward

@@ -18,12 +18,12 @@ from tiny import (
     make_model,
     online,
     parity_reward,
+    peak_bytes,
     weights,
 )
 from tiny import make_trainer as make_any_trainer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
-from workload import peak_bytes
 
 from trl_learnalign import LearnAlignConfig, select_prompts
 from trl_learnalign.gradients.engine import PROBE_RANK, PromptGradients, UnseenParametersError
@@ -651,7 +651,7 @@ def test_the_same_inputs_give_the_same_bits_on_a_gpu(tmp_path, monkeypatch):
 
 
 def test_groups_of_one_size_are_computed_together(tmp_path):
-    """As they are packed, a layer takes one product per number of rows, not one per prompt."""
+    """Packed rows take one product per number of rows in a layer, not one per prompt."""
 
     def row(g, length):
         return Row(np.full(4, 3, np.int32), np.full(length, 5 + g, np.int32), np.ones(length, np.int8), 1.0, 1.0)
@@ -672,7 +672,7 @@ def test_groups_of_one_size_are_computed_together(tmp_path):
 
 
 class PacksItsWeight(torch.nn.Linear):
-    """As bitsandbytes' Linear4bit on some CPUs: in eval mode it packs its weight for good, without a gradient then."""
+    """A layer like bitsandbytes' Linear4bit on some CPUs: eval mode packs its weight for good, without a gradient."""
 
     packed = False
 

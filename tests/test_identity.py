@@ -1,4 +1,4 @@
-"""What a cache may answer for: the code that runs, the values that it works with, the policy, the rows as they are."""
+"""Keys of a cache: the code that runs, the values that it works with, the policy, the rows as they are."""
 
 import datetime
 import enum
@@ -26,8 +26,9 @@ from torch import nn
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 from trl.rewards import get_soft_overlong_punishment
 
-from trl_learnalign import select_prompts
+from trl_learnalign import __version__, select_prompts
 from trl_learnalign.cli.build import load_reward
+from trl_learnalign.ground.user_code import is_library, version_of
 from trl_learnalign.host import find_host
 from trl_learnalign.identity.objects import examine, identify
 from trl_learnalign.identity.seen import look, note
@@ -358,7 +359,7 @@ class Counting:
 
 
 def test_what_is_changed_by_hand_is_measured_again_and_what_calls_change_is_not(tmp_path, monkeypatch):
-    """As in a notebook, where cells are run again while the process lives."""
+    """A notebook runs cells again while the process lives."""
     rolled_out = count_generations(monkeypatch)
 
     def select(trainer):
@@ -431,7 +432,7 @@ def test_a_run_killed_in_its_selection_goes_on_whatever_its_reward_function_keep
 
 
 def test_a_base_whose_weights_are_buffers(tmp_path):
-    """As those of GPTQ and AWQ."""
+    """A layer like those of GPTQ and AWQ."""
 
     class Quantized(nn.Linear):
         def __init__(self, linear):
@@ -587,3 +588,8 @@ def test_what_is_replaced_says_what_differs(tmp_path, capsys, caplog):
     for name in ("reward function `parity_reward`", "reward function `digit_reward`", "`temperature`"):
         assert name in out and name in caplog.text
     assert "was made from other" in caplog.text and "base model" not in out + caplog.text
+
+
+def test_the_package_itself_is_a_library():
+    """Known by its version, wherever it is installed from."""
+    assert is_library("trl_learnalign.scores.builtin") and version_of("trl_learnalign.scores") == __version__

@@ -378,7 +378,7 @@ def test_stock_trainer_still_works_after_an_error(tmp_path):
 
 
 def test_dataset_without_prompts_is_refused_before_a_model_is_loaded(tmp_path):
-    """As GSM8K is: `question` and `answer`. An environment may supply the prompts instead."""
+    """GSM8K has `question` and `answer`. An environment may supply the prompts instead."""
     rows = make_dataset().rename_column("prompt", "question")
     with pytest.raises(
         ValueError, match=r"no column `prompt`. Its columns are: question, row. Rename.*--prompt_column"

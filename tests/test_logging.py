@@ -272,9 +272,6 @@ def test_what_is_pushed_with_a_checkpoint(tmp_path, monkeypatch, caplog):
         save_steps=2,
         push_to_hub=True,
     )
-    for name in ("initial.safetensors", "step-000009/rollouts.parquet"):  # as an earlier version left them
-        (tmp_path / "run/learnalign/step-000009").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "run/learnalign" / name).write_text("of an earlier run")
     pushed = []
     run.add_callback(Noted(pushed, hub))
     run.train()
@@ -287,7 +284,6 @@ def test_what_is_pushed_with_a_checkpoint(tmp_path, monkeypatch, caplog):
     assert not [*hub.rglob("rollouts*"), *hub.rglob("initial*")]
     scratch = tmp_path / "run/_learnalign"
     assert (scratch / "rollouts/step-000002/rollouts.parquet").stat().st_size > 1000
-    assert (scratch / "rollouts/step-000009/rollouts.parquet").read_text() == "of an earlier run"
     assert (scratch / "initial.safetensors").stat().st_size > 1000
     (warning,) = [record.getMessage() for record in caplog.records if "`push_to_hub=True` uploads" in record.message]
     assert "report.html, step-*/texts.parquet, in `learnalign/`, go to 'someone/run', which will be public" in warning

@@ -24,7 +24,7 @@ GONE = (
 
 
 def run(task, path, ends=(0, 1)):
-    """What the processes in `ends` print, and the exit codes; the others are killed afterwards."""
+    """Return the output of the processes in `ends`, and the exit codes; the others are killed afterwards."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -94,7 +94,7 @@ def test_what_one_node_lacks_ends_both_before_anything_is_generated(tmp_path):
 
 @pytest.mark.slow
 def test_a_main_process_that_does_not_answer_is_named(tmp_path):
-    """As after the loss of a node: the connection stays open and nothing comes."""
+    """After the loss of a node the connection stays open and nothing comes."""
     (other,), _ = run("main frozen", tmp_path, ends=[1])
     assert GONE in other and "no answer for 4 s" in other
 

@@ -150,7 +150,7 @@ TEN = [f"{i % 10}+1=" for i in range(60)]
 
 
 def distinct_best(selection, number):
-    """Of the table, best first: the learnable rows, of each prompt the first."""
+    """The learnable rows of the table, best first, and only the first of each prompt."""
     table = selection.to_pandas()
     table = table[~(table["learnability"] == 0)]
     prompts = [TEN[index] for index in table.index]

@@ -160,7 +160,7 @@ print(log.read(1) == b"x" * 500, log.read(2), log.read(3))
 
 
 def test_a_file_is_emptied_though_other_records_are_stale(tmp_path):
-    """Those of another process, and of its own those that nothing needs any more."""
+    """Records of another process, and its own that nothing needs any more."""
     opened(tmp_path / "log", rank=1).append([(1, bytes(5000))])
     opened(tmp_path / "log").append([(2, bytes(5000))])
     log = opened(tmp_path / "log")

@@ -59,7 +59,7 @@ def compute(op, *args, **kwargs):
 
 
 def spread(model):
-    """As `device_map="auto"` does it: layers on two devices, the hidden states taken along."""
+    """Put layers on two devices, as `device_map="auto"` does, and take hidden states along."""
 
     def follow(device):
         def move(value):

@@ -100,7 +100,7 @@ def verdict() -> str:
 
 
 def first_sentence() -> str:
-    """What the reader takes away if nothing else is read; it follows from the intervals."""
+    """The result in a sentence, as the intervals say it."""
     bases = ("filter", "learnability")
     better = [NAMES[base] for base in bases if any(gap("learnalign", base, size)[1] > 0 for size in sizes())]
     if better:
@@ -153,7 +153,7 @@ def costs() -> str:
 
 
 def same_time() -> str:
-    """What the longest runs on all prompts reach without any selection, and the runs on 500 chosen ones."""
+    """Success of the longest runs on all prompts without any selection, and of the runs on 500 chosen ones."""
 
     def minutes(arm, size, *phases):
         seconds = seconds_of(arm, size)
@@ -174,14 +174,14 @@ def same_time() -> str:
 
 
 def spread() -> dict:
-    """Of the arms at 500 prompts: how far seeds differ within one, and arms in their means."""
+    """Spread at 500 prompts: of seeds within an arm, and of the arms' means."""
     found = [[100 * rows.mean() for rows in measured(arm, 500, steps_of(500)).values()] for arm in COMPARED]
     deviations = [np.std(values, ddof=1) for values in found]
     return {"least": min(deviations), "most": max(deviations), "means": np.ptp([np.mean(values) for values in found])}
 
 
 def coverage() -> float:
-    """How often such an interval holds the truth, if five seeds are all that varies."""
+    """Share of such intervals that hold the truth, if five seeds are all that varies."""
     rng = np.random.default_rng(0)
     samples = rng.normal(size=(2000, 5))
     means = np.stack([sample[rng.integers(0, 5, (1000, 5))].mean(1) for sample in samples])
@@ -196,7 +196,7 @@ def tuning() -> str:
 
 
 def fallen(arm: str, size: int) -> dict[int, float]:
-    """Of the seeds that lost more than 3 points between the last two looks at them: how many."""
+    """Number of seeds that lost more than 3 points between the last two looks at them."""
     before, after = (measured(arm, size, step) for step in (steps_of(size) - WARMUP_STEPS, steps_of(size)))
     lost = {seed: 100 * (before[seed].mean() - after[seed].mean()) for seed in sorted(before.keys() & after.keys())}
     return {seed: points for seed, points in lost.items() if points > 3}
@@ -213,7 +213,7 @@ def falls() -> str:
 
 
 def beware() -> str:
-    """What of the gain over random prompts is that these runs fell."""
+    """Part of the gain over random prompts that comes from the fall of those runs."""
     sentences = []
     for size in sizes():
         seeds, half = fallen("random", size), steps_of(size) // 2
@@ -237,7 +237,7 @@ def beware() -> str:
 
 
 def not_run() -> str:
-    """What the grid names and the results do not hold."""
+    """Runs that the grid names and the results do not hold."""
     done, listed = {(size, arm) for size, _, arm in load("runs.json")["cells"]}, []
     for size in (100, 500, 1000, 2000):
         arms = (*COMPARED, "random cold", "learnalign cold", "staged")

@@ -134,7 +134,7 @@ def by_prompts(axes):
 
 
 def main_figure():
-    """What the method buys and what it costs, in one look."""
+    """Gain and cost of the method in one look."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6))
     gains(left, measures.steps_of, "What it buys: two passes, equal steps")
     curves(right, 500, "minutes")

@@ -120,7 +120,7 @@ def build_trainer(adapter, dataset, steps, seed, arguments, callbacks=(), sample
 
 
 def successes(model, rows, samples=SAMPLES, greedy=True) -> dict[str, list[int]]:
-    """Of every row: how many of `samples` completions at temperature 1 succeed, and whether the greedy one does."""
+    """Count, for every row, the successes among `samples` completions at temperature 1, and that of the greedy one."""
     if isinstance(model, PeftModel):
         model = copy.deepcopy(model).merge_and_unload()  # faster; the copy leaves the one in training as it is
     tokenizer, state = AutoTokenizer.from_pretrained(POLICY), torch.get_rng_state()
@@ -160,7 +160,7 @@ class Look(TrainerCallback):
 
 @contextmanager
 def alone(path):
-    """Of several processes that need `path`, one makes it and the others wait."""
+    """Let one of several processes that need `path` make it, while the others wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f"{path.name}.lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -182,7 +182,7 @@ def warm_up(seed, pool, arguments) -> Path:
 
 
 def scores(seed, cold, pool, arguments) -> Selection:
-    """Of the whole pool, with the policy after the warm-up or before it."""
+    """Score the whole pool with the policy after the warm-up or before it."""
     path = arguments.output_dir / f"seed-{seed}" / ("cold" if cold else "scores")
     adapter = None if cold else warm_up(seed, pool, arguments)
     with alone(path):
@@ -359,7 +359,7 @@ def success(result) -> float:
 
 
 def print_means(arguments):
-    """Of the runs in the output directory that were asked for, over their seeds."""
+    """Summarise the runs in the output directory that were asked for, over their seeds."""
     found = {}
     for size, seed, arm in cells(arguments):
         file = arguments.output_dir / f"seed-{seed}" / f"{arm.replace(' ', '-')}-{size}.json"

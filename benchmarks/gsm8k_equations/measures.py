@@ -38,7 +38,7 @@ def load(name: str):
 
 
 def sizes() -> list[int]:
-    """Those at which LearnAlign and what it is compared with have a seed in common."""
+    """Sizes at which LearnAlign and its rivals have a seed in common."""
     cells = {tuple(cell) for cell in load("runs.json")["cells"]}
     return sorted(
         {
@@ -50,7 +50,7 @@ def sizes() -> list[int]:
 
 
 def full_size() -> int:
-    """Of the longest runs on all prompts, which were looked at where shorter ones end, too."""
+    """The longest runs on all prompts, which were also looked at where shorter ones end."""
     looks = load("looks.parquet")
     return looks[looks.arm == "full"]["size"].max()
 
@@ -62,7 +62,7 @@ def steps_of(size: int) -> int:
 
 @cache
 def measured(arm: str, size: int, step: int, way: str = "sampled") -> dict[int, np.ndarray]:
-    """Of every seed: the success rate on each test row after `step` steps, where that was looked at in full."""
+    """Success rate of every seed on each test row after `step` steps, where all rows were looked at."""
     looks = load("looks.parquet")
     rows = looks[(looks.arm == arm) & (looks["size"] == size) & (looks.step == step) & (looks.samples == 8)]
     return {row.seed: np.asarray(getattr(row, way)) / (8 if way == "sampled" else 1) for row in rows.itertuples()}

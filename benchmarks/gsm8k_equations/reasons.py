@@ -1,4 +1,4 @@
-"""What is chosen, what it depends on, and why it helps or does not: `evidence.py` asks for these by name."""
+"""Reasons why a choice helps or does not, and the settings that it depends on; `evidence.py` asks for them by name."""
 
 import sys
 from pathlib import Path
@@ -30,7 +30,7 @@ def luck() -> dict:
 
 
 def uniformity() -> dict:
-    """How different the alignments in a pool are."""
+    """Spread of the alignments in a pool."""
     groups = [group for _, group in learnable().groupby("seed")]
     return {
         "mean": np.mean([group.alignment.mean() for group in groups]),
@@ -58,7 +58,7 @@ def given_up() -> str:
 
 
 def reselection() -> str:
-    """What selecting again brings, if it was run."""
+    """Gain of selecting again, if it was run."""
     ours = measured("staged", 500, steps_of(500))
     if not ours:
         return "whether that helps has not been tested."
@@ -103,7 +103,7 @@ def slow() -> str:
 
 
 def slow_verdict() -> str:
-    """What LearnAlign adds to learnability and to random prompts, at either learning rate."""
+    """Gain of LearnAlign over learnability and over random prompts, at either learning rate."""
     changes = [
         f"over {NAMES[base]} {points(gap('learnalign slow', f'{base} slow', 500))} points (at the full learning rate "
         f"{points(gap('learnalign', base, 500))})"
@@ -117,7 +117,7 @@ def persistence_prompts() -> int:
 
 
 def persistence() -> str:
-    """How a ranking agrees with itself, from other rollouts and after more training."""
+    """Agreement of a ranking with itself, from other rollouts and after more training."""
     found, rows = load("persistence.json"), []
     rate = load("runs.json")["conditions"]["learning_rate"]
     for (factor, step), group in pd.DataFrame(found["rows"]).groupby(["rate", "step"]):
@@ -156,7 +156,7 @@ def sensitivity() -> str:
 
 
 def jaccard_by_chance(share: float) -> float:
-    """Of two random choices of this share."""
+    """Jaccard index of two random choices of this share."""
     return share / (2 - share)
 
 
@@ -166,14 +166,14 @@ def sensitivity_conditions() -> dict:
 
 
 def repeatability() -> dict:
-    """Of the best by LearnAlign: what other rollouts of the same policy say of them."""
+    """Alignments of the best by LearnAlign in other rollouts of the same policy."""
     row = next(row for row in load("sensitivity.json")["rows"] if row["way"] == "another seed")
     again, others = row["alignment_of_best_seen_again"], row["alignment_of_all"]
     return row | {"chance": 1 - (again - others) / (row["alignment_of_best"] - others)}
 
 
 def agreement() -> str:
-    """How far the selections of two seeds (their own warm-up, their own rollouts) agree."""
+    """Agreement of the selections of two seeds (their own warm-up, their own rollouts)."""
     groups, pool = [rows for _, rows in learnable().groupby("seed")], load("runs.json")["conditions"]["pool"]
     rows = []
     for size in SIZES:
@@ -184,7 +184,7 @@ def agreement() -> str:
 
 
 def lengths() -> str:
-    """What each score would choose of the same pools, by the length of its completions (Figure 3 of the paper)."""
+    """Completion lengths of the choices that each score makes from the same pools (Figure 3 of the paper)."""
     found, pool = learnable(), load("scores.parquet")
     found = found.assign(inner=found.gradient_norm * found.alignment)
     names = {

@@ -67,7 +67,7 @@ def chosen(rows) -> set[int]:
 
 
 def agreement(table, base) -> dict[str, float]:
-    """Of two tables of the same prompts."""
+    """Compare two tables of the same prompts."""
     ours, theirs = chosen(table), chosen(base)
     both = (table["learnability"] > 0) & (base["learnability"] > 0)
     result = {

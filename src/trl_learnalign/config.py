@@ -1,12 +1,12 @@
-"""The settings of a selection, validated when they are set. Their one explanation is the docstring of the class."""
+"""The settings of a run, checked when they are set, and explained only in the docstring of the class."""
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from datasets import Dataset
 
-from .choice.choose import QUOTAS, TAKES
 from .choice.idle import missing
 from .data.conditions import Condition
 from .data.rows import dataset_fingerprint
@@ -14,11 +14,18 @@ from .ground.knobs import check, explain
 from .scores.builtin import SCORES, Score, find_score, score_name
 
 
-SCHEDULE_NAMES = ("staged", "online")
-# What a resumed run may always change: when prompts are selected again, how much is computed at once, and which files
-# are written. None changes the rule that a selection chooses by
+if TYPE_CHECKING:  # for editors and type checkers; a TrlParser takes one simple type for a field
+    import pandas
+
+    ScoreOrFunction: TypeAlias = str | Callable[[pandas.DataFrame], pandas.Series]
+    PathOrDataset: TypeAlias = str | Dataset
+else:
+    ScoreOrFunction = PathOrDataset = str
+
+# Settings that a resumed run may always change: the time of selections, the amount computed at once, and the files
+# written. None changes the rule that a selection chooses by
 FREE_ON_RESUME = ("reselect_every", "rollout_batch_prompts", "max_tokens_per_batch", "save_rollouts", "write_report")
-# And what it may change besides while no selection has chosen a prompt: what only the coming one uses
+# Settings of the coming selection, which may change as long as none has chosen a prompt
 FREE_BEFORE_SELECTION = (
     *(
         "num_rollouts",
@@ -32,10 +39,10 @@ FREE_BEFORE_SELECTION = (
     *("gradient_rollouts", "projection_dim", "candidate_prompts", "deduplicate", "target_dataset", "target_column"),
     *("where", "quota_column", "quota", "take", "prompt_order", "fold", "selection_seed"),
 )
-# And after a selection that was made by learnability instead, as nothing could be learnt from the target
+# Settings that may change after a selection that fell back to learnability, as nothing could be learnt from the target
 FREE_WITHOUT_TARGET = ("num_rollouts", "score", "score_measures", "target_dataset", "target_column")
 MAX_PROJECTION_DIM = 1 << 24
-# Least value of each integer, and what to do instead
+# The least value of each integer, and a remedy
 _LEAST = {
     "num_prompts": (1, "Set it to the number of prompts to train on."),
     "warmup_prompts": (0, "Set it to 0 for a selection before the first step."),
@@ -74,17 +81,17 @@ class LearnAlignConfig:
             full, generation goes on in halves, unless the weights are sharded. Another batch size gives other
             rollouts.
         score (`str` or `Callable`, *optional*, defaults to `"learnalign"`):
-            What prompts are ranked by: `"learnalign"` (Eq. 8), `"learnability"` (V alone; no gradients), `"alignment"`
-            (Eq. 8 without V), `"random"` (no rollouts), `"target"` (V times the alignment with the mean gradient of
-            `target_dataset`, the largest over subtasks: LESS, arXiv 2402.04333), `"target_alignment"` (the same
-            without V), `"confidence"` (how near the likelihood of the answer in `answer_column` is to the mean over
-            the pool: UFO-RL, arXiv 2505.12457; one forward over each prompt, no rollouts), `"column:NAME"` (a column
-            of numbers of the dataset; no rollouts), or your own function, as an object or as `"file.py:function"`. The
-            function takes a `pandas.DataFrame` with a row per prompt and returns a Series. Higher is better; a prompt
-            with NaN is never chosen.
+            The number that prompts are ranked by: `"learnalign"` (Eq. 8), `"learnability"` (V alone; no gradients),
+            `"alignment"` (Eq. 8 without V), `"random"` (no rollouts), `"target"` (V times the alignment with the mean
+            gradient of `target_dataset`, the largest over subtasks: LESS, arXiv 2402.04333), `"target_alignment"` (the
+            same without V), `"confidence"` (the nearness of the likelihood of the answer in `answer_column` to the
+            mean over the pool: UFO-RL, arXiv 2505.12457; one forward over each prompt, no rollouts), `"column:NAME"`
+            (a column of numbers of the dataset; no rollouts), or your own function, as an object or as
+            `"file.py:function"`. The function takes a `pandas.DataFrame` with a row per prompt and returns a Series.
+            Higher is better; a prompt with NaN is never chosen.
         score_measures (`list[str]`, *optional*):
-            What your own function in `score` needs: `["rollouts"]`, `["gradients"]` (which need rollouts),
-            `["likelihood"]` (of the answers), `["hidden_states"]`, or nothing (the default).
+            Measures that your own function in `score` needs: `["rollouts"]`, `["gradients"]` (which need rollouts),
+            `["likelihood"]` (of the answers), `["hidden_states"]`, or none (the default).
         answer_column (`str`, *optional*):
             Column of the dataset with the right answer to each prompt, texts or numbers, as the policy should write
             it after the prompt. Required by `score="confidence"`. On the command line reward functions get the column
@@ -96,12 +103,12 @@ class LearnAlignConfig:
             A rollout is a success if its reward is at least this value, up to the rounding of float32 (one part in a
             million).
         success_reward (`list[str]` or `str`, *optional*):
-            Name of the reward function that decides success. Required with several reward functions. With a function
-            for each task, which gives `None` for the rows of the others, name several: of a rollout the first that
-            gave a reward decides.
+            Name of the reward function that decides success. Required with several reward functions. If each task has
+            a function of its own, which returns `None` for rows of other tasks, name several: the first that gave a
+            rollout a reward decides.
         gradient_rollouts (`str`, *optional*, defaults to `"all"`):
-            Rollouts of a group that enter its gradient: `"all"`, or `"one_correct"`, only the first successful one.
-            The paper does the latter on DAPO-MATH-17K to save time.
+            Rollouts of a group that enter its gradient: `"all"`, or only the first successful one, `"one_correct"`, as
+            the paper does on DAPO-MATH-17K to save time.
         projection_dim (`int`, *optional*, defaults to `32768`):
             Length of a gradient feature, 16 to 16,777,216. `None` computes the exact score, without projection.
         max_tokens_per_batch (`int`, *optional*):
@@ -117,10 +124,10 @@ class LearnAlignConfig:
             `"continue"`: training goes on from the policy after the warm-up. `"restart"`: it goes back to the weights
             and the optimizer state that training started with.
         deduplicate (`bool`, *optional*, defaults to `False`):
-            Of rows with the same prompt, choose only the best-ranked one. Texts (or messages) and images are compared,
-            not answers or other columns: two rows with the same prompt and different answers count as the same. All
-            rows are scored, and the warm-up may use any of them. Online: only the first of these rows that meets
-            `where` is used.
+            Choose only the best-ranked one of all rows with the same prompt. Texts (or messages) and images are
+            compared, not answers or other columns: two rows with the same prompt and different answers count as the
+            same. All rows are scored, and the warm-up may use any of them. Online: only the first of these rows that
+            meets `where` is used.
         target_dataset (`str` or `Dataset`, *optional*):
             For the scores `"target"` and `"target_alignment"`: prompts of the kind that the policy should become good
             at, with the columns of the training dataset. A file, a name of the Hub, or a `datasets.Dataset`.
@@ -157,13 +164,13 @@ class LearnAlignConfig:
             Seed of everything random in a selection: rollouts, projection, probe, candidates, ties, the random score.
             By default the trainer's `seed`.
         schedule (`str`, *optional*, defaults to `"staged"`):
-            Which prompt is trained on when. `"staged"`: random prompts as a warm-up, then those of a selection.
+            The way prompts are fed to training. `"staged"`: random prompts as a warm-up, then those of a selection.
             `"online"`: every chunk is chosen by learnability, predicted from the rewards of training so far. Online
             needs no extra rollouts, and the settings of a selection do not apply.
         prompt_features (`bool`, *optional*, defaults to `True`):
             Online: also use the policy's hidden states of the prompts, to predict the success of prompts not trained
-            on yet. This takes one forward over the pool, or over a random part of a large one, through half of the
-            layers when training begins. Images and prompts that an environment supplies have no such features.
+            on yet. This takes one forward through half of the layers when training begins, over the pool or over a
+            random part of a large one. Images and prompts that an environment supplies have no such features.
         group_column (`str`, *optional*):
             Online: a column of the dataset, such as a source or a kind, that the prediction may use as a category. At
             most 256 values, no fractions, and not another one in every row.
@@ -178,43 +185,44 @@ class LearnAlignConfig:
     warmup_prompts: int = 300
     num_rollouts: int | None = None
     rollout_batch_prompts: int | None = None
-    score: str = "learnalign"
+    score: ScoreOrFunction = "learnalign"
     score_measures: list[str] | None = None
     answer_column: str | None = None
-    learnability: str = field(default="success_rate", metadata={"choices": ["success_rate", "variance"]})
+    learnability: Literal["success_rate", "variance"] = "success_rate"
     success_threshold: float = 1.0
     success_reward: list[str] | None | str = None  # noqa: RUF036 in this order the parser takes it for a list
-    gradient_rollouts: str = field(default="all", metadata={"choices": ["all", "one_correct"]})
+    gradient_rollouts: Literal["all", "one_correct"] = "all"
     projection_dim: int | None = 32768
     max_tokens_per_batch: int | None = None
     candidate_prompts: int | None = None
     reselect_every: float | None = None
-    after_warmup: str = field(default="continue", metadata={"choices": ["continue", "restart"]})
+    after_warmup: Literal["continue", "restart"] = "continue"
     deduplicate: bool = False
-    target_dataset: str | None = None
+    target_dataset: PathOrDataset | None = None
     target_column: str | None = None
     where: str | None = None
     quota_column: str | None = None
-    quota: str = field(default="proportional", metadata={"choices": list(QUOTAS)})
-    take: str = field(default="top", metadata={"choices": list(TAKES)})
-    prompt_order: str = field(default="shuffle", metadata={"choices": ["shuffle", "ranked", "folding"]})
+    quota: Literal["proportional", "equal"] = "proportional"
+    take: Literal["top", "proportional"] = "top"
+    prompt_order: Literal["shuffle", "ranked", "folding"] = "shuffle"
     fold: int = 3
     save_rollouts: bool = False
     write_report: bool = True
     selection_seed: int | None = None
-    schedule: str = field(default="staged", metadata={"choices": list(SCHEDULE_NAMES)})
+    schedule: Literal["staged", "online"] = "staged"
     prompt_features: bool = True
     group_column: str | None = None
     pass_rate_column: str | None = None
 
-    _found = None  # the score, as it was last looked for, with the settings that it follows from
+    # The ranking that was found last, after the settings it was found by; no annotation, so this is no field
+    _found = None
 
-    def __post_init__(self):
-        if isinstance(self.score_measures, tuple):  # as a checkpoint has it
+    def __post_init__(self) -> None:
+        if isinstance(self.score_measures, tuple):  # equal to the list of a command line
             self.score_measures = list(self.score_measures)
         self._check_success_reward()
         for one in fields(self):
-            if one.name not in ("score", "target_dataset", "success_reward"):  # which may be more than texts
+            if one.name not in ("score", "target_dataset", "success_reward"):  # each has a check of its own
                 check(one, type(self).__annotations__[one.name], getattr(self, one.name), _LEAST)
         if self.projection_dim is not None and self.projection_dim > MAX_PROJECTION_DIM:
             raise ValueError(
@@ -237,10 +245,10 @@ class LearnAlignConfig:
                 "so there would be nothing to choose from. Raise the first or lower the second."
             )
 
-    def _check_success_reward(self):
+    def _check_success_reward(self) -> None:
         names = self.success_reward
         if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
-            # A command line makes a list of one
+            # A command line makes a list of one name
             self.success_reward = names[0] if len(names) == 1 else list(names)
         elif names is not None and not isinstance(names, str):
             raise ValueError(
@@ -248,7 +256,7 @@ class LearnAlignConfig:
                 "None if there is only one."
             )
 
-    def _check_score(self):
+    def _check_score(self) -> None:
         if not isinstance(self.score, str | Callable):
             raise ValueError(
                 f"`score` is {self.score!r}, but must be one of {', '.join(SCORES)}, `column:NAME`, or a function."
@@ -264,10 +272,10 @@ class LearnAlignConfig:
         self._found = None  # a file is read anew by every configuration
         self.ranking()
 
-    def _check_schedule(self):
+    def _check_schedule(self) -> None:
         """
-        Raises an error for settings that would have no effect, and for a score that the schedule cannot use. Warns of
-        settings that only the score makes idle.
+        Refuse settings that would have no effect, and a score that the schedule cannot use. Settings that only the
+        score makes idle cause a warning.
         """
         for one in fields(self):
             value, lacks = getattr(self, one.name), missing(self, one.name)
@@ -283,7 +291,7 @@ class LearnAlignConfig:
                 "Leave `score` out, or train online on the rows of a selection that was made with that score before."
             )
 
-    def _check_target(self):
+    def _check_target(self) -> None:
         if self.target_dataset is not None and not isinstance(self.target_dataset, str | Dataset):
             raise ValueError(
                 "`target_dataset` must be a path, a name of the Hub or a Dataset, but is a "
@@ -307,8 +315,8 @@ class LearnAlignConfig:
 
     def ranking(self) -> Score:
         """
-        What prompts are ranked by. A file with a function is read when the configuration is made: edited later, it
-        counts for the next one, as that of a reward function does.
+        Find the score that `score` names. Its file, if there is one, is read when the configuration is made: a later
+        edit counts for the next configuration, as with a reward function.
         """
         wanted = self.score, self.score_measures
         if self._found is None or self._found[0] != wanted:
@@ -320,15 +328,20 @@ class LearnAlignConfig:
 
     def changes(self, saved: dict) -> dict[str, tuple]:
         """
-        Fields whose values differ from `saved`: the old value (the default, if `saved` lacks the field) and the new
-        one. Not those without an effect, which earlier versions let have any value.
+        Find the fields whose values differ from `saved`, except those without an effect.
+
+        Args:
+            saved (`dict`): fields of another configuration, as [`LearnAlignConfig.to_dict`] returns them.
+
+        Returns:
+            `dict[str, tuple]`: the old value of each (the default, if `saved` lacks the field) and the new one.
         """
         was = {one.name: saved.get(one.name, one.default) for one in fields(self)}
         differ = {name: (was[name], value) for name, value in self.to_dict().items() if value != was[name]}
         return {name: values for name, values in differ.items() if missing(self, name) is None}
 
     def to_dict(self) -> dict:
-        """The fields as a dictionary of plain values; a function by its name, a dataset by its rows."""
+        """Return the fields as plain values: a function as its name, a dataset as the digest of its rows."""
         values = {one.name: getattr(self, one.name) for one in fields(self)}
         target = self.target_dataset
         if isinstance(target, Dataset):

@@ -1,13 +1,9 @@
-"""Which of the ranked prompts are chosen: quotas, the best ones or a random draw."""
+"""Choices among ranked prompts: quotas, the best ones or a random draw."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-
-
-QUOTAS = ("proportional", "equal")
-TAKES = ("top", "proportional")
 
 
 def choose(
@@ -18,7 +14,7 @@ def choose(
     quota: str = "proportional",
 ) -> np.ndarray:
     """
-    Positions of the chosen prompts, best first.
+    Choose prompts by their ranking.
 
     Args:
         ranking (`Sequence[int]`): all n positions, best first.
@@ -27,6 +23,9 @@ def choose(
         groups (`np.ndarray` of shape `(n,)`, *optional*): the group of each prompt. Each group gets its quota; what a
             group without enough eligible prompts leaves over goes to the others.
         quota (`str`): `"proportional"` to a group's share of the n prompts, or `"equal"`.
+
+    Returns:
+        `np.ndarray` of shape `(chosen,)`: positions of the chosen prompts, best first.
     """
     order = np.asarray(ranking, dtype=np.int64)
     order = order[eligible[order]]
@@ -47,8 +46,8 @@ def choose(
 
 def apportion(num: int, shares: np.ndarray, available: np.ndarray) -> np.ndarray:
     """
-    Whole numbers in proportion to `shares` that sum to `num` (or to all that is available) and do not exceed
-    `available`, by largest remainders; ties to the earlier entry.
+    Divide `num`, or all that is available, into whole numbers in proportion to `shares`, none above `available`, by
+    largest remainders. Ties go to the earlier entry.
     """
     given = np.zeros(len(shares), dtype=np.int64)
     num = min(num, int(available.sum()))
@@ -65,7 +64,7 @@ def apportion(num: int, shares: np.ndarray, available: np.ndarray) -> np.ndarray
 
 def draw_order(scores: np.ndarray, seed: int) -> np.ndarray:
     """
-    All n positions in the order of a draw without replacement in proportion to their scores (Efraimidis and Spirakis,
+    Order all n positions as a draw without replacement in proportion to their scores would (Efraimidis and Spirakis,
     2006). Positions whose score is not above 0 cannot be drawn: they come last, the best first, ties in random order.
     """
     generator = torch.Generator().manual_seed(seed)

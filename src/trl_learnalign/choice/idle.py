@@ -2,21 +2,28 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from ..config import LearnAlignConfig
 
 
 @dataclass(frozen=True)
 class Acting:
     """
+    A condition for a setting to have an effect.
+
     Attributes:
-        acts (`Callable`): whether a setting acts, by the configuration.
-        idle (`str`): with what it does not, after "has no effect"; `{score}` and `{prompt_order}`
+        acts (`Callable`): takes the configuration, and returns whether the setting acts.
+        idle (`str`): the settings without which it does not, after "has no effect". `{score}` and `{prompt_order}`
             stand for the values of these settings.
-        remedy (`str`): what to set to let it act.
-        refused (`bool`): whether an idle setting is an error. It is not where only the score makes it idle: who
-            compares scores changes no other line.
+        remedy (`str`): the setting that lets it act.
+        refused (`bool`): whether an idle setting is an error. Where only the score makes it idle, a warning is enough:
+            somebody who compares scores changes no other line.
     """
 
-    acts: Callable[[object], bool]
+    acts: Callable[["LearnAlignConfig"], bool]
     idle: str
     remedy: str
     refused: bool = True
@@ -36,7 +43,7 @@ _GRADIENTS = Acting(
     "use a score that does, such as 'learnalign'",
     refused=False,
 )
-_SUCCESS = Acting(  # a selection writes down success rates in any case
+_SUCCESS = Acting(  # a selection records success rates in any case
     lambda config: config.schedule == "staged" or config.learnability == "success_rate",
     "with `schedule='online'` and `learnability='variance'`, where no successes are counted",
     "set `learnability='success_rate'`",
@@ -55,7 +62,7 @@ _SCORED = Acting(
     refused=False,
 )
 
-# What has to hold for a setting to act, in the order of the messages. A setting that is not here always acts
+# Conditions of each setting, in the order of the messages. A setting that is not here always acts
 ACTING = {
     "num_prompts": (_STAGED,),
     "warmup_prompts": (_STAGED,),
@@ -86,6 +93,6 @@ ACTING = {
 }
 
 
-def missing(config, name: str) -> Acting | None:
-    """What a setting of a `LearnAlignConfig` lacks to have an effect; `None` if it has one."""
+def missing(config: "LearnAlignConfig", name: str) -> Acting | None:
+    """Find the condition that a setting lacks to have an effect; `None` if it has one."""
     return next((one for one in ACTING.get(name, ()) if not one.acts(config)), None)

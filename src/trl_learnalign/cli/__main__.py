@@ -1,4 +1,4 @@
-"""Runs the command as `python -m trl_learnalign.cli`."""
+"""The command as `python -m trl_learnalign.cli`."""
 
 from .main import main
 

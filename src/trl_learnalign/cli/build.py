@@ -1,4 +1,4 @@
-"""Builds rows, reward functions, an adapter and a trainer from command-line arguments."""
+"""Rows, reward functions, an adapter and a trainer, built from command-line arguments."""
 
 import ast
 import difflib
@@ -7,6 +7,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
@@ -41,12 +42,12 @@ class SelectArguments(ScriptArguments):
 
     def wanted(self, columns: list[str], answer_column: str | None) -> dict[str, str]:
         """
-        Return the columns that the trainer gets under another name: the dataset's name -> the trainer's. One that has
-        such a name already gets another, as in `dataset_prompt`. The answers become `solution`, the name that
+        Map the dataset's names of columns to the trainer's, where they differ. A column that has a name of the
+        trainer's already gets another, as in `dataset_prompt`. The answers become `solution`, the name that
         `trl.rewards` uses.
         """
-        pairs = {self.prompt_column: "prompt"} | ({} if answer_column is None else {answer_column: "solution"})
-        pairs = {old: new for old, new in pairs.items() if old != new}
+        named = {self.prompt_column: "prompt", answer_column: "solution"}
+        pairs = {old: new for old, new in named.items() if old is not None and old != new}
         taken = [new for new in pairs.values() if new in columns and new not in pairs]
         return pairs | {name: f"dataset_{name}" for name in taken}
 
@@ -54,14 +55,14 @@ class SelectArguments(ScriptArguments):
 @dataclass
 class Rows:
     """
-    What is selected from.
+    The rows to select from.
 
     Attributes:
-        dataset (`Dataset`): the rows, with the names of the trainer.
+        dataset (`Dataset`): the rows, with the trainer's names of columns.
         source ([`JsonRows`], *optional*): the same rows as JSON files hold them.
         renamed (`dict[str, str]`): the dataset's names of columns -> the trainer's, where they differ.
         aside (`dict[str, str]`): columns named as those that the selection adds -> their names here and in exports.
-        notes (`list[str]`): what is to be said about them.
+        notes (`list[str]`): sentences about changed columns, for the user.
     """
 
     dataset: Dataset
@@ -75,8 +76,8 @@ def build_trainer(
     arguments: SelectArguments, training_args: GRPOConfig, model_args: ModelConfig, config: LearnAlignConfig
 ) -> tuple[GRPOTrainer, Rows]:
     """
-    A stock trainer, as a training script builds it, and what it selects from. All checks that do not need the model
-    come first.
+    Build a stock trainer, as a training script does, and the rows to select from. All checks that do not need the
+    model come first.
     """
     if arguments.dataset_name is None:
         raise ValueError(
@@ -103,8 +104,8 @@ def build_trainer(
             "directory of `--save_adapter`, or a checkpoint of a training run with an adapter."
         )
     reward_funcs = [load_reward(name) for name in arguments.reward_funcs]
-    names = [getattr(function, "__name__", None) for function in reward_funcs]
-    if "rollouts" in config.measures and None not in names:
+    names = [function.__name__ for function in reward_funcs if hasattr(function, "__name__")]
+    if "rollouts" in config.measures and len(names) == len(reward_funcs):
         check_success_reward(names, config.success_reward, config.learnability)
     _check_model(model_args)
     rows = read_rows(arguments, config.answer_column)
@@ -115,14 +116,15 @@ def build_trainer(
     if arguments.adapter is not None:
         peft_config = PeftConfig.from_pretrained(arguments.adapter)
         peft_config.inference_mode = False
-    set_seed(training_args.seed)  # so that a new adapter is the same each time, and a finished selection is recognised
-    training_args.push_to_hub = False  # this would push the model, not the chosen rows
+    set_seed(training_args.seed)  # a new adapter is the same each time, so that a finished selection is recognised
+    training_args.push_to_hub = False  # it would push the model, not the chosen rows
     training_args.eval_strategy, training_args.load_best_model_at_end = "no", False
+    given: Any = training_args.model_init_kwargs or {}  # a text only before the arguments are checked
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
+        **given,
     }
     trainer = GRPOTrainer(
         model=model_args.model_name_or_path,
@@ -139,7 +141,7 @@ def build_trainer(
 
 def _check_model(model_args):
     """
-    Raises a clear error if the model is neither a directory nor on the Hub; the trainer's own error does not name it.
+    Check that the model is a directory or on the Hub, with an error that names it; the trainer's own does not.
     """
     name = model_args.model_name_or_path
     if not Path(name).is_dir():
@@ -154,18 +156,18 @@ def _check_model(model_args):
 
 def load_adapter(trainer: GRPOTrainer, path: str) -> None:
     """
-    Replaces the trainer's new adapter weights by those of a saved adapter. The trainer makes the adapter itself, so
+    Replace the trainer's new adapter weights by those of a saved adapter. The trainer makes the adapter itself, so
     that precision, quantization and the reference policy of a KL term (the model without it) are those of a training
     run.
     """
     weights = load_peft_weights(path, device="cpu")
     try:
-        result = set_peft_model_state_dict(trainer.model, weights)
+        result: Any = set_peft_model_state_dict(trainer.model, weights)
         missing = [name for name in result.missing_keys if ".default." in name]
         fault = f"{len(missing)} of its tensors are missing" if missing else None
         if result.unexpected_keys:
             fault = f"the model has no parameter for {result.unexpected_keys[0]}"
-    except RuntimeError as error:  # of other shapes
+    except RuntimeError as error:  # shapes differ
         fault = str(error)
     if fault is not None:
         raise ValueError(
@@ -179,13 +181,14 @@ def load_adapter(trainer: GRPOTrainer, path: str) -> None:
 
 def read_rows(arguments: SelectArguments, answer_column: str | None) -> Rows:
     """
-    The training split of a dataset of the Hub or of a directory, or the rows of files, with the trainer's names. The
-    scores that an earlier export added are left out.
+    Read the training split of a dataset of the Hub or of a directory, or the rows of files, and give columns the
+    trainer's names. Scores that an earlier export added are left out.
 
     Raises:
-        `ValueError`, `FileNotFoundError`: they cannot be read, or a column that is named is not there.
+        `ValueError`, `FileNotFoundError`: the rows cannot be read, or a named column is missing.
     """
     notes = []
+    assert arguments.dataset_name is not None
     dataset, source = read_source(
         arguments.dataset_name, "dataset_name", arguments.dataset_config, arguments.dataset_train_split
     )
@@ -209,8 +212,8 @@ def read_rows(arguments: SelectArguments, answer_column: str | None) -> Rows:
             )
         if new in columns and new not in renamed:
             raise ValueError(
-                f"The column '{old}' is to be used as `{new}`, but the dataset has a column of that name, too. Remove "
-                "or rename one of them."
+                f"The column '{old}' is to be used as `{new}`, but the dataset already has a column of that name. "
+                "Remove or rename one of them."
             )
         if new == f"dataset_{old}":
             notes.append(
@@ -224,12 +227,14 @@ def read_rows(arguments: SelectArguments, answer_column: str | None) -> Rows:
 
 
 def load_reward(name: str):
-    """A reward function by `file.py:function`, by a dotted path, or by its name in `trl.rewards`."""
+    """Load a reward function by `file.py:function`, by a dotted path, or by its name in `trl.rewards`."""
     file, _, function = name.rpartition(":")
     if name.endswith(".py"):
         functions = _functions_of(Path(name)) if Path(name).is_file() else []
         example = f"`{name}:{functions[0] if functions else 'correct'}`"
-        raise ValueError(f"The reward function '{name}' is a file. Name the function in it, too, such as {example}.")
+        raise ValueError(
+            f"The reward function '{name}' is a file. Name the function in it as well, such as {example}."
+        )
     if file:
         if not Path(file).is_file():
             raise FileNotFoundError(f"The reward function '{name}' should be in '{file}', but there is no such file.")
@@ -255,7 +260,7 @@ def load_reward(name: str):
 
 
 def _functions_of(file) -> list[str]:
-    """Names of the public functions and classes at the top of a Python file."""
+    """List the public functions and classes at the top of a Python file."""
     try:
         body = ast.parse(file.read_bytes()).body
     except (SyntaxError, ValueError):
@@ -265,6 +270,6 @@ def _functions_of(file) -> list[str]:
 
 
 def nearest(name: str, known) -> str:
-    """A question that names what `name` was probably meant to be, or nothing."""
+    """Ask whether `name` was meant to be a similar known name; `""` if there is none."""
     close = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean '{close[0]}'?)" if close else ""

@@ -19,7 +19,7 @@ try:
 except ImportError:  # before datasets 4.8
     Json = ()
 
-Held = list[dict[str, str]]  # of each row the values as the file holds them, as texts
+Held = list[dict[str, str]]  # rows with their values as the texts that a file holds
 
 
 # JSON lines --------------------------------------------------------------------------------------------------------
@@ -27,12 +27,12 @@ Held = list[dict[str, str]]  # of each row the values as the file holds them, as
 
 def write_lines(rows: Dataset, held: Held | None, target: Path) -> None:
     """
-    Writes the rows as JSON lines.
+    Write the rows as JSON lines.
 
     Args:
         rows (`Dataset`): the chosen rows, with `SCORE_COLUMNS`.
-        held ([`Held`], *optional*): the same rows as their file holds them: each value is written as it is there. Else
-            numbers are written with all their digits, dates in ISO format, bytes in base 64.
+        held ([`Held`], *optional*): the same rows as their file holds them, whose values are written unchanged.
+            Without it, numbers are written with all their digits, dates in ISO format, bytes in base 64.
         target (`Path`): the file.
     """
     make_directory(target.parent)
@@ -50,7 +50,7 @@ def write_lines(rows: Dataset, held: Held | None, target: Path) -> None:
 
 
 def _as_read(rows, size=1000):
-    """The rows as Python values. Images and audio stay as they are stored."""
+    """Read the rows as Python values. Images and audio stay as they are stored."""
     nested = [name for name, feature in rows.features.items() if json_paths(feature)]
     stored = rows.with_format("arrow")
     for start in range(0, len(rows), size):
@@ -79,9 +79,15 @@ def _jsonable(value):
 
 def exact(rows: Dataset, held: Held | None) -> tuple[Dataset, list[str]]:
     """
-    The rows with the values that their file holds, nested wherever arrow can hold them, and the names of columns, or
-    of parts of them, that are JSON texts since it cannot: values of several types, numbers too large, or objects with
-    other members in each row.
+    Convert rows to the values that their file holds, nested wherever arrow can hold them. Values of several types,
+    too large numbers, and objects with other members in each row become JSON texts.
+
+    Args:
+        rows (`Dataset`): the chosen rows.
+        held ([`Held`], *optional*): the same rows as their file holds them.
+
+    Returns:
+        `tuple[Dataset, list[str]]`: the rows, and the names of columns, or of parts of them, that are JSON texts.
     """
     columns, features, texts = {}, {}, []
     for name, feature in rows.features.items():
@@ -114,7 +120,7 @@ def _stored(rows, name):
 
 
 def _nested(values) -> pa.Array | None:
-    """The values as arrow holds them, if it holds exactly these."""
+    """Convert values to arrow, if arrow can hold exactly these; else `None`."""
     try:
         array = pa.array(values)
     except (pa.ArrowException, OverflowError, TypeError, ValueError):
@@ -128,14 +134,14 @@ def _text(values):
 
 
 def _writable(kind) -> bool:
-    """Parquet has no objects without members."""
+    """Tell whether parquet can hold a type: it has no objects without members."""
     if pa.types.is_struct(kind):
         return kind.num_fields > 0 and all(_writable(field.type) for field in kind)
     return _writable(kind.value_type) if pa.types.is_list(kind) or pa.types.is_large_list(kind) else True
 
 
 def json_paths(feature) -> list[str]:
-    """Where in a feature there are JSON texts, as `a.b`; an empty name for the feature itself."""
+    """List the places of JSON texts in a feature, as `a.b`; an empty name is the feature itself."""
     if isinstance(feature, Json):
         return [""]
     if isinstance(feature, dict):
@@ -150,11 +156,12 @@ def json_paths(feature) -> list[str]:
 
 def check_repository(repo: str, private: bool, token: str | None, overwrite: bool) -> str:
     """
-    The full name of the dataset repository `repo` that rows may be pushed to. Nothing is made or changed.
+    Check that rows may be pushed to the dataset repository `repo`, and return its full name. Nothing is made or
+    changed.
 
     Raises:
-        `ValueError`: it holds files and may not be overwritten, it is public although the rows are not, or the Hub
-            cannot be asked.
+        `ValueError`: the repository holds files and may not be overwritten, it is public although the rows are not, or
+            the Hub cannot be asked.
     """
     from huggingface_hub import HfApi
 
@@ -185,11 +192,11 @@ def check_repository(repo: str, private: bool, token: str | None, overwrite: boo
 
 
 def push_rows(rows: Dataset, selection: Selection, repo: str, source: str, private: bool, token: str | None) -> str:
-    """Pushes the rows as a dataset, and a card that says how they were chosen."""
+    """Push the rows as a dataset, with a card that says how they were chosen, and return its address."""
     from huggingface_hub import DatasetCard
 
     rows.push_to_hub(repo, private=private, token=token)
-    card = DatasetCard.load(repo, token=token)  # with what `datasets` has written about the files
+    card = DatasetCard.load(repo, token=token)  # `datasets` has written about the files
     card.data.tags = list(dict.fromkeys([*(card.data.tags or ()), "learnalign", "trl"]))
     card.text = dataset_card(selection, source)
     card.push_to_hub(repo, token=token)

@@ -15,6 +15,7 @@ import sys
 import traceback
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import yaml
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser
@@ -35,10 +36,12 @@ from .exports import check_repository, exact, push_rows, write_lines
 logger = logging.getLogger(__name__)
 
 _SELECT = "trl-learnalign select"
-_KINDS = (SelectArguments, LearnAlignConfig, GRPOConfig, ModelConfig)
+_OURS: tuple[Any, ...] = (SelectArguments, LearnAlignConfig)
+_OF_TRL: tuple[Any, ...] = (GRPOConfig, ModelConfig)
+_KINDS = _OURS + _OF_TRL
 _UNUSED = ("dataset_test_split", "dataset_streaming", "ignore_bias_buffers")  # fields of TRL's ScriptArguments
 _EPILOG = """
-Of TRL's arguments `--model_name_or_path` is needed, and `--output_dir`, `--use_peft`, `--lora_target_modules`,
+TRL's argument `--model_name_or_path` is needed, and `--output_dir`, `--use_peft`, `--lora_target_modules`,
 `--per_device_train_batch_size`, `--num_generations` and `--max_completion_length` are often wanted; see `--help-all`.
 Everything but `--config`, `--dry_run`, `--format`, `--push_to_hub` and `--overwrite` can be set in the YAML file
 instead.
@@ -67,7 +70,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _explains_itself(error) -> bool:
     """
-    Whether this package raised the error on purpose, with reason and remedy, so that a traceback would add nothing.
+    Tell whether this package raised the error on purpose, with reason and remedy, so that a traceback would add
+    nothing: its last line is one of this package and a `raise`.
     """
     last = traceback.extract_tb(error.__traceback__)[-1]
     return Path(last.filename).is_relative_to(Path(__file__).parents[1]) and (last.line or "").startswith("raise ")
@@ -121,9 +125,9 @@ def _select(arguments: list[str]) -> None:
 
 
 def _own_parser() -> argparse.ArgumentParser:
-    """Arguments that TrlParser must not see. `--push_to_hub` of GRPOConfig is a flag, and pushes the model."""
+    """Make a parser of arguments that TrlParser must not see: `--push_to_hub` of GRPOConfig would push the model."""
     parser = argparse.ArgumentParser(_SELECT, add_help=False, allow_abbrev=False)
-    parser.error = _usage_error
+    parser.error = _usage_error  # type: ignore[method-assign]  # of two parsers, whose classes differ
     parser.add_argument("--help", "-h", action="store_true", help="this list")
     parser.add_argument("--help-all", "--help_all", action="store_true", help="this list, and the arguments of TRL")
     parser.add_argument("--config", metavar="FILE", help="YAML file of arguments; the command line overrides it")
@@ -172,7 +176,7 @@ def _parse(path, rest):
 
 
 def _staged(schedule: str) -> str:
-    """Of the YAML file, too. The configuration itself would complain of `warmup_prompts`, which is set here."""
+    """Refuse `online`, before the configuration complains of `warmup_prompts`, which is set here."""
     if schedule == "online":
         raise argparse.ArgumentTypeError(
             "`schedule` is 'online', but such a run chooses its prompts while it trains, so there is nothing to "
@@ -182,7 +186,7 @@ def _staged(schedule: str) -> str:
 
 
 def _continued(after_warmup: str) -> str:
-    """The command ends with the selection, so it never goes back, with or without a warm-up."""
+    """Replace `restart`: the command ends with the selection, so it never goes back to other weights."""
     return "continue" if after_warmup == "restart" else after_warmup
 
 
@@ -199,6 +203,8 @@ def _names() -> list[str]:
 
 def _check_config(path: str) -> None:
     """
+    Check a file of arguments before TRL reads it.
+
     Raises:
         `ValueError`, `FileNotFoundError`: the file does not exist, is not valid YAML, or is not a mapping of names to
             values.
@@ -220,11 +226,9 @@ def _usage_error(message):
 
 
 def _help(everything: bool) -> None:
-    """The package's own arguments, and, if wanted, TRL's after them."""
+    """Print the package's own arguments, and, if wanted, TRL's after them."""
     usage = f"{_SELECT} --config run.yaml [arguments]"
-    parser = TrlParser(
-        (SelectArguments, LearnAlignConfig), usage=usage, parents=[_own_parser()], add_help=False, epilog=_EPILOG
-    )
+    parser = TrlParser(_OURS, usage=usage, parents=[_own_parser()], add_help=False, epilog=_EPILOG)
     parser.set_defaults(warmup_prompts=0)
     for action in parser._actions:  # one spelling each, and no defaults that say nothing
         action.option_strings = action.option_strings[:1]
@@ -237,20 +241,20 @@ def _help(everything: bool) -> None:
     parser.print_help()
     if everything:
         print("\nArguments of TRL:")
-        TrlParser((GRPOConfig, ModelConfig), usage=argparse.SUPPRESS, add_help=False).print_help()
+        TrlParser(_OF_TRL, usage=argparse.SUPPRESS, add_help=False).print_help()
 
 
 def _left_out(unknown) -> str | None:
-    """A warning about unknown names in the YAML file."""
+    """Write a warning about unknown names in the YAML file; `None` if there are none."""
     if not unknown:
         return None
     names = [word.removeprefix("--") for word in unknown[::2]]
     hints = ", ".join(f"{name}{nearest(name, _names())}" for name in names)
-    return f"Of the config file, these are no arguments of `select` and are left out: {hints}."
+    return f"These names in the config file are no arguments of `select` and are left out: {hints}."
 
 
 def _policy(config, script, model_args) -> str | None:
-    """A warning about a ranking without a warm-up."""
+    """Write a warning about a ranking without a warm-up; `None` if none is due."""
     if config.warmup_prompts or script.adapter or not config.measures:
         return None
     line = (
@@ -300,7 +304,7 @@ class _SelectOnce(LearnAlignCallback):
 
 
 def _after_warmup(trainer: GRPOTrainer, config: LearnAlignConfig, script: SelectArguments) -> Selection:
-    """Trains on random prompts as a training run with this configuration would, up to its first selection."""
+    """Train on random prompts as a training run with this configuration would, up to its first selection."""
     checkpoint = trainer.args.resume_from_checkpoint
     if isinstance(checkpoint, str) and not Path(checkpoint).is_dir():
         raise FileNotFoundError(f"`resume_from_checkpoint` is '{checkpoint}', but there is no such directory.")
@@ -314,13 +318,13 @@ def _after_warmup(trainer: GRPOTrainer, config: LearnAlignConfig, script: Select
 
 
 def _check_push(options, training_args) -> None:
-    """Before anything is measured."""
+    """Check the repository to push to, before anything is measured."""
     if options.push_to_hub:
         options.push_to_hub = check_repository(options.push_to_hub, *_access(training_args), options.overwrite)
 
 
 def _access(training_args) -> tuple[bool, str | None]:
-    """Whether rows are pushed to a private repository, as they are unless told otherwise, and with which token."""
+    """Return whether rows are pushed to a private repository, as they are unless told otherwise, and the token."""
     return training_args.hub_private_repo is not False, training_args.hub_token
 
 

@@ -1,4 +1,4 @@
-"""Columns of the dataset: measures that cost nothing."""
+"""Columns of the dataset, which cost nothing to measure."""
 
 from collections.abc import Collection, Iterable, Sequence
 
@@ -16,17 +16,25 @@ from .reading import has_transform
 
 
 _FEW = 0.05  # of all rows are read one by one
-_EXACT = 1 << 53  # floats hold whole numbers up to here
+_EXACT = 1 << 53  # floats hold all whole numbers up to this one
 
 
 def dataset_columns(dataset: Dataset, rows: "Sequence[int] | pd.Index", names: Iterable[str] | None) -> pd.DataFrame:
     """
-    Columns of the dataset by dataset row, in the order of `rows`, as they are stored (a transform is not asked), and
-    fields of nested ones, such as `extra.level`; `None`: all that hold numbers or text.
+    Read columns of the dataset, or fields of nested ones such as `extra.level`, as they are stored: no transform is
+    asked.
+
+    Args:
+        dataset (`Dataset`): the dataset.
+        rows (`Sequence[int]`): the rows to read, n.
+        names (`Iterable[str]`, *optional*): columns; `None` for all that hold numbers or text.
+
+    Returns:
+        `pandas.DataFrame` of n rows, in the order of `rows` and named by them.
     """
     if names is None:
         names = [name for name, kind in dataset.features.items() if isinstance(kind, Value)]
-    names, index = list(names), pd.Index(rows, name="index", dtype="int64")
+    names, index = list(names), pd.Index(np.asarray(rows, dtype=np.int64), name="index")
     if not names:
         return pd.DataFrame(index=index)
     whole = _taken(dataset.select_columns(sorted({_root(dataset, name) for name in names})), index)
@@ -36,8 +44,8 @@ def dataset_columns(dataset: Dataset, rows: "Sequence[int] | pd.Index", names: I
 
 def _taken(dataset, index):
     """
-    The rows of a dataset as a table. `Dataset.select` looks at every row by itself, which a million do not bear: where
-    many are wanted, all are read.
+    Read rows of a dataset as a table. `Dataset.select` looks at every row by itself, which is too slow for a million:
+    where many rows are wanted, all are read.
     """
     if len(index) < _FEW * len(dataset):
         return _frame(dataset.select(index).with_format("arrow")[:])
@@ -47,9 +55,10 @@ def _taken(dataset, index):
 
 def _whole(dataset) -> pa.Table:
     """
-    All rows. `datasets` gathers those of a shuffled dataset one by one, which takes seconds; arrow does it at once.
+    Read all rows. `datasets` gathers the rows of a shuffled dataset one by one, which takes seconds; arrow does it at
+    once.
     """
-    order = getattr(dataset, "_indices", None)  # which `datasets` has no public name for
+    order = getattr(dataset, "_indices", None)  # `datasets` has no public name for it
     if order is not None:
         try:
             return dataset.data.table.take(order.column(0))
@@ -59,7 +68,7 @@ def _whole(dataset) -> pa.Table:
 
 
 def _frame(table: pa.Table) -> pd.DataFrame:
-    """Whole numbers beside missing ones become floats, unless these have too few digits for them."""
+    """Convert a table. Whole numbers beside missing ones become floats, unless those have too few digits."""
     frame = table.to_pandas()
     for name, column in zip(table.column_names, table.columns, strict=True):
         large = pa.types.is_integer(column.type) and column.null_count and not _fit_floats(pc.min_max(column).as_py())
@@ -73,14 +82,14 @@ def _fit_floats(ends) -> bool:
 
 
 def _root(dataset, name) -> str:
-    """The column of the dataset that a name is of: itself, or the one that it is a field of."""
+    """Name the column of the dataset that `name` is, or is a field of."""
     while name not in dataset.column_names and "." in name:
         name = name.rpartition(".")[0]
     return name
 
 
 def _field(table, root, name):
-    """A field of a nested column; where there is none, a missing value."""
+    """Read a field of a nested column. A row without it has a missing value."""
     values = table[root]
     for part in name.removeprefix(f"{root}.").split("."):
         values = [value.get(part) if isinstance(value, dict) else None for value in values]
@@ -89,23 +98,22 @@ def _field(table, root, name):
 
 
 def _kind(dataset, name):
-    """The feature of a column or of a field; `None` if there is none. A column of JSON may have any field."""
+    """Return the feature of a column or of a field; `None` if there is none. A column of JSON may have any field."""
     root = _root(dataset, name)
     kind = dataset.features.get(root)
     for part in name.removeprefix(root).split(".")[1:]:
-        if type(kind).__name__ != "Json":  # which older versions of datasets do not have
+        if type(kind).__name__ != "Json":  # by name: older versions of datasets have no such feature
             kind = kind.get(part) if isinstance(kind, dict) else None
     return kind
 
 
 def check_columns(dataset: Dataset, config: LearnAlignConfig, columns: Iterable[str]) -> None:
     """
-    Check the columns that settings name. `columns` are those that are measured.
+    Check the columns that the settings of a selection name. `columns` are those that are measured.
 
     Raises:
-        `ValueError`: `score`, `where` or `quota_column` name a column that there is not, a score that holds no
-            numbers, `where` a column of the dataset that has the name of what is measured, or a function of the
-            user's would find such a column.
+        `ValueError`: `score`, `where` or `quota_column` name a missing column, the column of a score holds no numbers,
+            or a column of the dataset that `where` or a function of the user's reads has the name of a measure.
     """
     measured = {"score", *columns}
     if config.ranking().code is not None:
@@ -126,7 +134,7 @@ def check_columns(dataset: Dataset, config: LearnAlignConfig, columns: Iterable[
 
 def check_condition(dataset: Dataset, where: str, measured: Collection[str] = ()) -> None:
     """
-    Evaluates a condition before anything is measured.
+    Evaluate a condition before anything is measured.
 
     Args:
         dataset (`Dataset`): the training dataset.
@@ -134,8 +142,8 @@ def check_condition(dataset: Dataset, where: str, measured: Collection[str] = ()
         measured (`Collection[str]`, *optional*): names of numbers that will be measured.
 
     Raises:
-        `ValueError`: it names a column that there is not, or one that is both in the dataset and measured, or compares
-            what cannot be compared.
+        `ValueError`: the condition names a missing column, or one that is both in the dataset and measured, or it
+            compares values that cannot be compared.
     """
     condition = Condition(where)
     for name in sorted(condition.columns & set(measured) & set(dataset.column_names)):
@@ -153,9 +161,10 @@ def check_condition(dataset: Dataset, where: str, measured: Collection[str] = ()
 
 def check_named(dataset: Dataset, knob: str, value, names: Iterable[str], more: str = "") -> None:
     """
+    Check that columns or fields exist which the value of the setting `knob` names.
+
     Raises:
-        `ValueError`: the value of the setting `knob` names a column or a field that there is not; `more` ends the list
-            of the columns that there are.
+        `ValueError`: one does not. `more` ends the list of the existing columns.
     """
     made = " (those that a transform makes are not seen: write them with `dataset.map`)" * has_transform(dataset)
     for name in sorted(names):
@@ -171,8 +180,10 @@ def check_named(dataset: Dataset, knob: str, value, names: Iterable[str], more: 
 
 def check_numbers(dataset: Dataset, knob: str, value, name: str) -> None:
     """
+    Check that the column `name`, which the value of the setting `knob` names, holds numbers.
+
     Raises:
-        `ValueError`: the column `name`, which the value of the setting `knob` names, holds no numbers.
+        `ValueError`: it does not.
     """
     kind = getattr(_kind(dataset, name), "dtype", None) or ""
     if not kind.startswith(("int", "uint", "float", "bool")):
@@ -181,9 +192,11 @@ def check_numbers(dataset: Dataset, knob: str, value, name: str) -> None:
 
 def check_groups(dataset: Dataset, knob: str, name: str, most: int | None = None) -> None:
     """
+    Check that the column `name`, which the setting `knob` names, divides the rows into groups.
+
     Raises:
-        `ValueError`: the column `name`, which the setting `knob` names, does not divide the rows into groups: there is
-            none, it is nested, holds fractions, has a value of its own in every row, or more than `most` values.
+        `ValueError`: the column is missing, is nested, holds fractions, has a value of its own in every row, or more
+            than `most` values.
     """
     check_named(dataset, knob, name, (name,))
     kind = _kind(dataset, name)
@@ -214,10 +227,10 @@ def check_groups(dataset: Dataset, knob: str, name: str, most: int | None = None
 
 def candidate_rows(dataset: Dataset, config: LearnAlignConfig) -> list[int]:
     """
-    The rows that `where` holds for, as far as it needs columns of the dataset alone; all rows otherwise.
+    Find the rows that `where` holds for, if it needs columns of the dataset alone; all rows otherwise.
 
     Raises:
-        `ValueError`: it holds for none.
+        `ValueError`: the condition holds for none.
     """
     rows = range(len(dataset))
     if config.where is None or needs_measures(dataset, config):
@@ -230,7 +243,7 @@ def candidate_rows(dataset: Dataset, config: LearnAlignConfig) -> list[int]:
 
 
 def needs_measures(dataset: Dataset, config: LearnAlignConfig) -> bool:
-    """Whether `where` names more than columns of the dataset, so that it is known only after the rollouts."""
+    """Tell whether `where` names more than columns of the dataset, so that it is decided only after the rollouts."""
     if config.where is None:
         return False
     return any(_kind(dataset, name) is None for name in Condition(config.where).columns)

@@ -1,4 +1,4 @@
-"""Conditions on the columns of a table, written as text: which prompts may be chosen."""
+"""Conditions on the columns of a table, written as text, that say which prompts may be chosen."""
 
 import ast
 import operator
@@ -21,10 +21,10 @@ _COMPARISONS = {
 _MOST_NESTED = 50
 # A text in quotes, which is left alone, or a name in backquotes
 _QUOTED = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|`([^`]+)`""", re.DOTALL)
-_STAND_IN = "_quoted_name_{}_"  # of a name in backquotes, which need not be one of Python
+_STAND_IN = "_quoted_name_{}_"  # takes the place of a name in backquotes, which Python need not accept
 _TRUTH = "True or False"
 _ONE = {"numbers": "a number", "texts": "a text"}
-# What `infer_dtype` finds in a column of Python objects
+# Kinds that `infer_dtype` finds in a column of Python objects
 _KINDS = {
     "string": "texts",
     "boolean": _TRUTH,
@@ -42,14 +42,14 @@ class Condition:
     columns with numbers, texts, `True`, `False` or other columns; `in` and `not in` lists of them; columns of `True`
     and `False` by themselves; `and`, `or`, `not`, parentheses. A field of a nested column is named `extra.level`, and
     a name that Python would not take, such as `problem-type` or `class`, is put in backquotes. A date is compared with
-    a text such as `'2026-01-31'`. It is parsed and never run as code. A comparison with a missing value is false;
-    `is None` and `is not None` ask for missing values.
+    a text such as `'2026-01-31'`. A comparison with a missing value is false; `is None` and `is not None` ask for
+    missing values. The text is parsed and never run as code.
 
     Args:
         text (`str`): the condition.
 
     Raises:
-        `ValueError`: it is not of that form.
+        `ValueError`: the text is not of that form.
     """
 
     def __init__(self, text: str):
@@ -69,8 +69,9 @@ class Condition:
 
     @property
     def columns(self) -> set[str]:
-        """The columns that it looks at; fields of nested ones with a dot, as `extra.level`."""
-        found, todo = set(), [self._tree]
+        """Columns that the condition looks at; fields of nested ones with a dot, as `extra.level`."""
+        found: set[str] = set()
+        todo: list[ast.AST] = [self._tree]
         while todo:
             node = todo.pop()
             name = self._name(node)
@@ -82,10 +83,10 @@ class Condition:
 
     def __call__(self, table: pd.DataFrame) -> np.ndarray:
         """
-        For each of n rows of a table whether the condition holds, bool, of shape `(n,)`.
+        Tell for each of n rows of a table whether the condition holds, bool, of shape `(n,)`.
 
         Raises:
-            `ValueError`: a column is compared with what is of another kind.
+            `ValueError`: a column is compared with values of another kind.
         """
         return self._holds(self._tree, table)
 
@@ -99,7 +100,7 @@ class Condition:
         return name
 
     def _named(self, text):
-        """With the names that were in backquotes."""
+        """Put the names that were in backquotes back into a text."""
         for name, quoted in self._quoted.items():
             text = text.replace(name, f"`{quoted}`")
         return text
@@ -108,7 +109,7 @@ class Condition:
         return self._named(ast.unparse(node))
 
     def _name(self, node) -> str | None:
-        """The column that a node names; `None` if it names none."""
+        """Return the column that a node names; `None` if it names none."""
         match node:
             case ast.Name(id=name):
                 return self._quoted.get(name, name)
@@ -184,7 +185,7 @@ class Condition:
         return values.notna().to_numpy() & (values == True).to_numpy(dtype=bool)  # noqa: E712
 
     def _side(self, node, table):
-        """A column or a literal of one side, and its kind; `None` for a column without a value."""
+        """Return a column or a literal of one side, and its kind: `None` for a column without a value."""
         name = self._name(node)
         if name is None:
             value = self._literal(node)
@@ -246,7 +247,7 @@ class Condition:
         return f"the column `{name}` holds {kind}"
 
     def _date(self, text, dates):
-        """A text as a date that can be compared with those of a column."""
+        """Convert a text to a date that can be compared with those of a column."""
         try:
             date = pd.Timestamp(text)
         except ValueError:
@@ -261,8 +262,8 @@ class Condition:
 
 def kind_of(column: pd.Series) -> str | None:
     """
-    What a column holds: `"numbers"`, `"texts"`, `"True or False"`, `"dates"`, or other words for what cannot be
-    compared; `None` if it has no value.
+    Name the kind of a column's values: `"numbers"`, `"texts"`, `"True or False"`, `"dates"`, or other words if they
+    cannot be compared; `None` if it has no value.
     """
     kind = column.dtype
     if types.is_bool_dtype(kind):
@@ -281,7 +282,7 @@ def kind_of(column: pd.Series) -> str | None:
 
 
 def _with_decimals(values):
-    """Sides of a comparison of numbers. With a column of decimal ones 0.1 is a tenth, as it is written."""
+    """Convert the sides of a comparison of numbers: beside a column of decimals, 0.1 is exactly a tenth."""
     columns = [value for value in values if isinstance(value, pd.Series)]
     if not any(column.dtype == object and types.infer_dtype(column) == "decimal" for column in columns):
         return values

@@ -1,4 +1,4 @@
-"""The rows of files as these hold them, value for value, and what reading changed."""
+"""Rows as files hold them, value for value, and the values that reading changed."""
 
 import csv
 import gzip
@@ -6,15 +6,16 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
-from json.decoder import scanstring
+from json.decoder import scanstring  # type: ignore[attr-defined]  # not in the stubs
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 
 
 CHECKED = 100_000  # rows that are compared with their file
 _BATCH = 1000
-_DECODER = json.JSONDecoder(strict=False)  # readers take control characters in texts, too
+_DECODER = json.JSONDecoder(strict=False)  # readers also take control characters in texts
 
 
 class JsonRows:
@@ -35,7 +36,7 @@ class JsonRows:
 
     def texts(self) -> Iterator[str]:
         """
-        The rows, each a JSON object as text.
+        Read the rows, each a JSON object as text.
 
         Raises:
             `ValueError`: a file is no valid JSON.
@@ -51,10 +52,11 @@ class JsonRows:
 
     def pick(self, rows: list[int], size: int) -> list[dict[str, str]] | None:
         """
-        Of these rows the values by name, each as the text that the file holds. `None` if the files have been changed
-        since they were read, or have not `size` rows, so that rows cannot be told by their number.
+        Read the values of some rows, by name, each as the text that the file holds. `None` if the files have been
+        changed since they were read, or have not `size` rows, so that rows cannot be told by their number.
         """
-        wanted, found, number = set(rows), {}, 0
+        wanted, number = set(rows), 0
+        found: dict[int, dict[str, str]] = {}
         try:
             if self._states() != self._state:
                 return None
@@ -74,7 +76,7 @@ class CsvRows(JsonRows):
 
     def cells(self) -> Iterator[dict[str, str]]:
         """
-        The rows, each a text by column.
+        Read the rows, each a text by column.
 
         Raises:
             `ValueError`: a file has columns without names of their own, or rows of other lengths.
@@ -93,9 +95,9 @@ class CsvRows(JsonRows):
                 except csv.Error as error:
                     raise ValueError(str(error)) from error
 
-    def texts(self):
-        """See [`JsonRows`]."""
-        written = {}
+    def texts(self) -> Iterator[str]:
+        """Read the rows, each a JSON object as text."""
+        written: dict[str, str] = {}
         for row in self.cells():
             for name, text in row.items():
                 if text and written.get(name) != _AS_TEXT:
@@ -117,7 +119,7 @@ def _json(text):
 
 
 _AS_TEXT = "text"
-_PLAIN = {  # how JSON writes them
+_PLAIN = {  # as JSON writes them
     "number": re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?", re.ASCII),
     "truth": re.compile("true|false", re.IGNORECASE),
 }
@@ -134,10 +136,10 @@ def _open(file, newline="\n"):
 
 def members(text: str) -> dict[str, str]:
     """
-    The members of a JSON object as texts, on one line. Nothing else has any.
+    Read the members of a JSON object as texts, on one line. Other values of JSON have none.
 
     Raises:
-        `ValueError`: it is no valid JSON.
+        `ValueError`: the text is no valid JSON.
     """
     if not isinstance(_DECODER.decode(text), dict):
         return {}
@@ -147,14 +149,14 @@ def members(text: str) -> dict[str, str]:
         at = _skip(text, at)
         start = _skip(text, at + 1)
         _, at = _DECODER.raw_decode(text, start)
-        found[name] = text[start:at].replace("\n", " ").replace("\r", " ")  # which are between values, never in one
+        found[name] = text[start:at].replace("\n", " ").replace("\r", " ")  # never inside a value
         at = _skip(text, at)
         at = _skip(text, at + 1) if text[at : at + 1] == "," else at
     return found
 
 
 def _elements(text):
-    """The elements of a JSON array as texts."""
+    """Read the elements of a JSON array as texts."""
     at = _skip(text, _skip(text, 0) + 1)
     while at < len(text) and text[at] != "]":
         _, end = _DECODER.raw_decode(text, at)
@@ -171,7 +173,7 @@ def _skip(text, at):
 
 def list_of_rows(file: Path) -> str | None:
     """
-    The member that holds the rows, of a JSON file that is one object around them, such as `{"data": [{...}, ...]}`.
+    Name the member that holds the rows of a JSON file that is one object around them, as in `{"data": [{...}, ...]}`.
     """
     try:
         with _open(file) as opened:
@@ -190,13 +192,13 @@ def list_of_rows(file: Path) -> str | None:
     return lists[0] if len(lists) == 1 else None
 
 
-# What reading changed ----------------------------------------------------------------------------------------------
+# Values that reading changed ---------------------------------------------------------------------------------------
 
 
 def json_changes(dataset: Dataset, source: JsonRows) -> list[str]:
     """
-    For each column that reading changed, in the first `CHECKED` rows, its name and an example. Whole numbers may have
-    become floats of the same value, and absent members null.
+    Describe each column of which reading changed the first `CHECKED` rows: its name and an example. Whole numbers may
+    have become floats of the same value, and absent members null.
     """
     try:
         return _changes(dataset, map(_DECODER.decode, source.texts()), difference)
@@ -205,7 +207,7 @@ def json_changes(dataset: Dataset, source: JsonRows) -> list[str]:
 
 
 def csv_changes(dataset: Dataset, source: CsvRows) -> list[str]:
-    """As [`json_changes`]: numbers that are written in another way than they would be printed, and texts lost."""
+    """Describe changed columns of CSV: numbers written in another way than they would be printed, and texts lost."""
     try:
         return _changes(dataset, source.cells(), _text_difference)
     except (OSError, ValueError, TypeError, AttributeError):
@@ -213,7 +215,7 @@ def csv_changes(dataset: Dataset, source: CsvRows) -> list[str]:
 
 
 def _changes(dataset, held_rows: Iterable[dict], compare):
-    found = {}
+    found: dict[str, tuple[tuple, int]] = {}
     held_rows = itertools.islice(held_rows, CHECKED)
     for start in range(0, min(len(dataset), CHECKED), _BATCH):
         read = dataset[start : start + _BATCH]
@@ -235,13 +237,12 @@ def _short(value):
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-def difference(held, read) -> tuple | None:
-    """The first value that differs between what a file holds and what was read, as a pair; `None` if none does."""
+def difference(held: Any, read: Any) -> tuple | None:
+    """Find the first pair of values that differ between a file and the rows read from it; `None` if none do."""
     if held is read or (type(held) is type(read) and not isinstance(held, dict | list) and held == read):
         return None
     if isinstance(held, dict) and isinstance(read, dict):
-        names = held.keys() | read.keys()
-        pairs = ((held.get(name), read.get(name)) for name in names)
+        pairs: Iterable[tuple] = ((held.get(name), read.get(name)) for name in held.keys() | read.keys())
     elif isinstance(held, list) and isinstance(read, list) and len(held) == len(read):
         pairs = zip(held, read, strict=True)
     elif {type(held), type(read)} <= {int, float} and (held == read or held != held):

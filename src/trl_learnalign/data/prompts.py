@@ -1,7 +1,4 @@
-"""
-The prompts of a dataset: datasets and rows that nothing can be generated for, rows with equal prompts, and a prompt as
-text.
-"""
+"""The prompts of a dataset: checks that something can be generated for each, equal prompts, and a prompt as text."""
 
 import hashlib
 import json
@@ -20,25 +17,31 @@ from .reading import columns_read, has_transform, read_prompts, read_rows
 
 _SHOWN = 10  # rows that an error names
 _BATCH = 1000
-# Arguments of reward functions, besides the columns
+# Arguments that TRL passes to reward functions beside the columns
 _OF_REWARDS = {
     "prompts": "the prompts",
     "completions": "what was generated",
     "completion_ids": "the tokens generated",
     "trainer_state": "the state of the trainer",
 }
-_WHAT_IS_ASKED = ("prompt", "image", "images")  # columns that GRPOTrainer makes a prompt from
-_LOOKS = weakref.WeakKeyDictionary()
+_ASKED = ("prompt", "image", "images")  # columns that GRPOTrainer makes a prompt from
+_LOOKS: "weakref.WeakKeyDictionary[Dataset, _Look]" = weakref.WeakKeyDictionary()
 
 
 def check_dataset(dataset, needs_prompt: bool = True) -> None:
     """
-    Raises a `ValueError` for a dataset whose rows cannot be picked by number, that has none, that has no column
-    `prompt` although no environment supplies the prompts, or a column whose name is that of an argument of reward
-    functions.
+    Check that prompts can be chosen from a dataset.
+
+    Args:
+        dataset: the training dataset.
+        needs_prompt (`bool`): whether no environment supplies the prompts.
+
+    Raises:
+        `ValueError`: rows cannot be picked by number, there are none, the column `prompt` is missing, or a column has
+            the name of an argument of reward functions.
     """
     if not isinstance(dataset, Dataset):
-        raise ValueError(f"The training dataset {_what_it_is(dataset)}")
+        raise ValueError(f"The training dataset {_kind_and_remedy(dataset)}")
     if len(dataset) == 0:
         raise ValueError("The training dataset is empty, so there is no prompt to choose.")
     if needs_prompt and "prompt" not in (columns := columns_read(dataset)):
@@ -54,8 +57,8 @@ def check_dataset(dataset, needs_prompt: bool = True) -> None:
         )
 
 
-def _what_it_is(dataset) -> str:
-    """What a training dataset is that is no `datasets.Dataset`, and how to make it one."""
+def _kind_and_remedy(dataset) -> str:
+    """Describe a training dataset that is no `datasets.Dataset`, and how to make it one."""
     kind = type(dataset).__name__
     if isinstance(dataset, dict) and any(isinstance(part, Dataset | IterableDataset) for part in dataset.values()):
         splits = ", ".join(map(str, dataset))
@@ -65,14 +68,14 @@ def _what_it_is(dataset) -> str:
             f"has the type {kind}, which can be read only once and in order, but prompts are chosen by their rows. "
             "Load it without streaming, or use `Dataset.from_list(list(stream.take(n)))`."
         )
-    makers = {list: "from_list(rows)", tuple: "from_list(list(rows))", dict: "from_dict(columns)"}
-    makers |= {pd.DataFrame: "from_pandas(frame)"}
+    makers: dict[type, str] = {list: "from_list(rows)", tuple: "from_list(list(rows))", dict: "from_dict(columns)"}
+    makers[pd.DataFrame] = "from_pandas(frame)"
     how = next((f" with `Dataset.{make}`" for made, make in makers.items() if isinstance(dataset, made)), "")
     return f"has the type {kind}, but prompts are chosen from the rows of a `datasets.Dataset`. Make one{how}."
 
 
 def warn_of_answers(dataset: Dataset) -> None:
-    """Warns of prompts that end with a message of the assistant, with their number."""
+    """Warn of prompts that end with a message of the assistant, with their number."""
     if "prompt" not in columns_read(dataset):
         return
     if has_transform(dataset):
@@ -108,12 +111,12 @@ def _is_answer(message) -> bool:
 
 def check_prompts(dataset: Dataset, what: str = "The training dataset") -> None:
     """
-    Looks at every prompt, column by column, before anything is generated; with a transform row by row, as the trainer
-    reads them. A dataset without a column `prompt` passes. Messages call the dataset `what`.
+    Look at every prompt before anything is generated: column by column, or, with a transform, row by row as the
+    trainer reads them. A dataset without a column `prompt` passes. Messages call the dataset `what`.
 
     Raises:
         `ValueError`: a prompt is null, an empty text or an empty list of messages, or one of its messages has neither
-            content nor tool calls. Names the rows.
+            content nor tool calls. The message names the rows.
     """
     if "prompt" not in columns_read(dataset):
         return
@@ -128,23 +131,24 @@ def check_prompts(dataset: Dataset, what: str = "The training dataset") -> None:
 
 def equal_prompts(dataset: Dataset) -> list[int]:
     """
-    For each of n rows the first row with the same prompt, itself if there is none before it. Prompts are the same if
-    their texts (or messages) and their images are; answers and other columns are not compared. Without a column
-    `prompt` no two rows are the same.
+    Find the first row with the same prompt for each of n rows: the row itself if there is none before it. Prompts are
+    the same if their texts (or messages) and their images are; answers and other columns are not compared. Without a
+    column `prompt` no two rows are the same.
     """
     if "prompt" not in columns_read(dataset):
         return list(range(len(dataset)))
     if has_transform(dataset):
         return list(_look(dataset).first)
-    first, rows = {}, []
-    for table in _batches(dataset, [name for name in _WHAT_IS_ASKED if name in dataset.column_names]):
+    first: dict[bytes, int] = {}
+    rows: list[int] = []
+    for table in _batches(dataset, [name for name in _ASKED if name in dataset.column_names]):
         for row in zip(*(column.to_pylist() for column in table.columns), strict=True):
             rows.append(first.setdefault(_key(row), len(rows)))
     return rows
 
 
 def prompt_lengths(dataset: Dataset) -> np.ndarray:
-    """Characters of each prompt's text, of shape `(N,)`, float64."""
+    """Count the characters of each prompt's text, of shape `(N,)`, float64."""
     if has_transform(dataset):
         return np.array(_look(dataset).lengths, dtype=float)
     batches = (range(start, min(start + _BATCH, len(dataset))) for start in range(0, len(dataset), _BATCH))
@@ -158,27 +162,28 @@ def _key(values) -> bytes:
 
 @dataclass
 class _Look:
-    """What one pass through a transform shows of every row."""
+    """Everything that one pass through a transform shows of every row."""
 
     transform: object
     faults: dict[str, list[int]] = field(default_factory=dict)
-    first: list[int] = field(default_factory=list)  # row with the same prompt
+    first: list[int] = field(default_factory=list)  # first row with the same prompt
     lengths: list[int] = field(default_factory=list)
     answered: int = 0  # prompts that end with a message of the assistant
 
 
 def _look(dataset) -> _Look:
-    """Once for each transform of a dataset, which may be slow."""
+    """Read all rows once for each transform of a dataset, which may be slow."""
     transform, known = dataset.format["format_kwargs"], _LOOKS.get(dataset)
     if known is not None and known.transform == transform:
         return known
-    look, first = _Look(transform), {}
+    look = _Look(transform)
+    first: dict[bytes, int] = {}
     for start in range(0, len(dataset), _BATCH):
         for place, row in enumerate(read_rows(dataset, range(start, min(start + _BATCH, len(dataset)))), start):
             prompt = row["prompt"]
             if (reason := _fault(prompt)) is not None:
                 look.faults.setdefault(reason, []).append(place)
-            key = _key([_plain(row[name]) for name in _WHAT_IS_ASKED if name in row])
+            key = _key([_plain(row[name]) for name in _ASKED if name in row])
             look.first.append(first.setdefault(key, place))
             look.lengths.append(len(prompt_text(prompt)))
             look.answered += isinstance(prompt, list) and len(prompt) > 0 and _is_answer(prompt[-1])
@@ -187,7 +192,7 @@ def _look(dataset) -> _Look:
 
 
 def _fault(prompt) -> str | None:
-    """As [`_faults`], of one prompt."""
+    """Name the fault of one prompt, as [`_faults`] does for a column."""
     if prompt is None:
         return "null"
     if not isinstance(prompt, str | list):
@@ -207,7 +212,7 @@ def _fault(prompt) -> str | None:
 
 
 def _plain(value):
-    """An image, which a transform has decoded, by its content."""
+    """Replace images, which a transform has decoded, by their content."""
     if isinstance(value, dict):
         return {name: _plain(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
@@ -215,10 +220,11 @@ def _plain(value):
     return [type(value).__name__, value.tobytes()] if callable(getattr(value, "tobytes", None)) else value
 
 
-def _stored_faults(dataset):
-    found, start = {}, 0
+def _stored_faults(dataset: Dataset) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    start = 0
     for table in _batches(dataset, ["prompt"]):
-        for reason, rows in _faults(table.combine_chunks()["prompt"].chunk(0)).items():  # else a chunk may be a row
+        for reason, rows in _faults(table.combine_chunks()["prompt"].chunk(0)).items():  # a chunk might be one row
             found.setdefault(reason, []).extend(start + row for row in rows)
         start += len(table)
     return found
@@ -229,7 +235,7 @@ def _batches(dataset, columns):
 
 
 def _faults(column: pa.Array) -> dict[str, list[int]]:
-    """What is wrong, and in which rows of the column."""
+    """Find the faults of a column of prompts, each with its rows."""
     faults = {"null": column.is_null()}
     kind = column.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
@@ -247,7 +253,8 @@ def _faults(column: pa.Array) -> dict[str, list[int]]:
 
 def _silent(messages: pa.StructArray) -> pa.BooleanArray:
     """
-    Which messages say nothing: null, or with neither content nor tool calls. Empty text is left to the chat template.
+    Mark messages that say nothing: null, or with neither content nor tool calls. Empty text is left to the chat
+    template.
     """
     names = [field.name for field in messages.type]
     silent = messages.is_null()
@@ -266,7 +273,7 @@ def _listed(rows):
 
 def check_duplicates(dataset: Dataset, deduplicate: bool, warn: bool) -> None:
     """
-    With `warn`, warns of rows whose prompts are equal, with their number, unless only one of each can be chosen.
+    Warn of rows with equal prompts, if `warn` is set and several of them could be chosen.
 
     Raises:
         `ValueError`: `deduplicate` without a column `prompt`.
@@ -288,7 +295,7 @@ def check_duplicates(dataset: Dataset, deduplicate: bool, warn: bool) -> None:
 
 
 def prompt_text(prompt) -> str:
-    """A prompt as readable text: text as it is, messages one after another, anything else as Python prints it."""
+    """Format a prompt for people: text as it is, messages one after another, anything else as Python prints it."""
     if isinstance(prompt, str):
         return prompt
     if not isinstance(prompt, list) or not all(isinstance(message, dict) for message in prompt):
@@ -300,7 +307,7 @@ def prompt_text(prompt) -> str:
 
 
 def _content_text(content) -> str:
-    """Of a message: text, or the parts of a multimodal one, or nothing."""
+    """Format the content of a message: text, the parts of a multimodal one, or nothing."""
     if not isinstance(content, list):
         return "" if content is None else str(content)
     return " ".join(

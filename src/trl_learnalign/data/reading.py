@@ -9,12 +9,12 @@ from ..ground.randomness import repeatable
 
 
 def has_transform(dataset: Dataset) -> bool:
-    """Whether a function makes the rows whenever they are read (`with_transform`), perhaps others each time."""
+    """Tell whether a function makes the rows whenever they are read (`with_transform`), perhaps others each time."""
     return dataset.format["type"] == "custom"
 
 
 def columns_read(dataset: Dataset) -> list[str]:
-    """Names of the columns that the trainer reads: those of the first row where a transform makes them."""
+    """Name the columns that the trainer reads: those of the first row where a transform makes them."""
     if not has_transform(dataset) or not len(dataset):
         return dataset.column_names
     (first,) = read_rows(dataset, [0])
@@ -23,8 +23,8 @@ def columns_read(dataset: Dataset) -> list[str]:
 
 def read_rows(dataset: Dataset, rows: Sequence[int]) -> list[dict]:
     """
-    These rows as a dataloader gets them, each whole: a transform may make a column from any other. One that draws
-    random numbers makes the same rows each time and on every process, and none of those of training are drawn.
+    Read rows as a dataloader gets them, each whole: a transform may make a column from any other. A transform that
+    draws random numbers makes the same rows each time and on every process, and takes no number from training.
     """
     with repeatable() if has_transform(dataset) else nullcontext():
         return dataset.__getitems__([int(row) for row in rows])
@@ -32,8 +32,8 @@ def read_rows(dataset: Dataset, rows: Sequence[int]) -> list[dict]:
 
 def read_prompts(dataset: Dataset, rows: Sequence[int]) -> list:
     """
-    The prompts of these rows. Without a transform as Python objects, whatever the format of the dataset, and no other
-    column is read.
+    Read the prompts of rows. Without a transform they are Python objects, whatever the format of the dataset, and no
+    other column is read.
     """
     if has_transform(dataset):
         return [row["prompt"] for row in read_rows(dataset, rows)]

@@ -20,12 +20,12 @@ logger = logging.getLogger(__name__)
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _READABLE = f"{', '.join(_READERS)}, also with .gz,"
 _ROWS = {"json": JsonRows, "csv": CsvRows}
-_FINGERPRINTS = weakref.WeakKeyDictionary()
-_COMPARED = set()  # files whose rows were compared with what was read
+_FINGERPRINTS: weakref.WeakKeyDictionary[Dataset, str] = weakref.WeakKeyDictionary()
+_COMPARED: set[tuple[str, str]] = set()  # settings and files whose rows were compared with what was read
 
 
 def read_dataset(name: str, knob: str, config: str | None = None, split: str = "train") -> Dataset:
-    """The rows of [`read_source`]."""
+    """Read the rows of [`read_source`] alone."""
     return read_source(name, knob, config, split)[0]
 
 
@@ -33,15 +33,16 @@ def read_source(
     name: str, knob: str, config: str | None = None, split: str = "train"
 ) -> tuple[Dataset, JsonRows | None]:
     """
-    The rows of one file or of the files that a pattern such as `data/*.jsonl` names; of a directory that
-    `save_to_disk` wrote; or a split of a dataset of the Hub or of a directory. And where these are JSON or CSV files,
-    the same rows as the files hold them. The first process warns, once for each file, of columns that reading changes.
+    Read the rows of a file, of the files that a pattern such as `data/*.jsonl` names, of a directory that
+    `save_to_disk` wrote, or of a split of a dataset of the Hub or of a directory. Rows of JSON and CSV files are
+    returned a second time as the files hold them. The first process warns, once for each file, of columns that reading
+    changes.
 
     Args:
         name (`str`): path, pattern or name.
         knob (`str`): the setting that holds it, for messages.
         config (`str`, *optional*): configuration of the dataset.
-        split (`str`, *optional*, defaults to `"train"`): its split.
+        split (`str`, *optional*, defaults to `"train"`): split of the dataset.
 
     Raises:
         `ValueError`, `FileNotFoundError`: there is no such file or dataset, or it cannot be read.
@@ -90,7 +91,7 @@ def _read_files(files, knob):
     if len(kinds) > 1:
         raise ValueError(f"`{knob}` names files of several kinds: {', '.join(map(str, files))}. Name those of one.")
     (kind,) = kinds
-    # The rows may be in a member of the only object in the file
+    # The rows may be in a member of one object, such as {"data": [...]}
     field = list_of_rows(files[0]) if len(files) == 1 and _kind(files[0]) == ".json" else None
     more = {} if field is None else {"field": field}
     try:
@@ -124,7 +125,7 @@ def _warn_of_changes(dataset, source, file, knob):
 
 
 def _broken_line(file) -> str | None:
-    """What is wrong with the first line of a JSON file that is no row."""
+    """Describe the first line of a JSON file that is no row."""
     content = gzip.decompress(file.read_bytes()) if is_zipped(file) else file.read_bytes()
     if _kind(file) == ".json" and content.lstrip().startswith(b"["):  # an array over many lines
         try:
@@ -141,7 +142,7 @@ def _broken_line(file) -> str | None:
 
 
 def _too_large(rows) -> str | None:
-    """The first whole number of an array that `datasets` does not read."""
+    """Describe the first whole number of an array that `datasets` does not read."""
     for number, row in enumerate(rows):
         for name, value in row.items() if isinstance(row, dict) else ():
             if any(not -(1 << 63) <= one < 1 << 64 for one in _integers(value)):
@@ -162,8 +163,8 @@ def _integers(value):
 
 def dataset_fingerprint(dataset: Dataset) -> str:
     """
-    Hash of the rows and their order. Unlike the fingerprint that `datasets` keeps, it does not change with the way
-    that the same rows were made, which may be different in every process. Computed once for each dataset.
+    Hash the rows and their order. The fingerprint that `datasets` keeps also changes with the way that the same rows
+    were made, which may be different in every process; this one does not. Computed once for each dataset.
     """
     if dataset not in _FINGERPRINTS:
         _FINGERPRINTS[dataset] = _fingerprint(dataset)
@@ -181,8 +182,8 @@ def _fingerprint(dataset):
     return hashed.hexdigest()
 
 
-def format_of(dataset: Dataset) -> dict:
-    """What a dataset makes of its rows when they are read: a format or a function, and the columns that are left."""
+def format_of(dataset: Dataset) -> dict[str, object]:
+    """Return how a dataset changes rows when they are read: a format or a function, and the columns that are left."""
     found = dataset.format
     if found["type"] is None and set(found["columns"]) == set(dataset.column_names):
         return {}

@@ -29,7 +29,7 @@ class UnseenParametersError(ValueError):
 
 
 class _Tap:
-    """One observed linear layer. With a probe, the gradient is that of a LoRA B = 0 added to the layer."""
+    """An observed linear layer. With a probe, the gradient is that of a LoRA B = 0 added to the layer."""
 
     def __init__(self, name: str, module: nn.Linear, probe: torch.Tensor | None):
         self.name = name
@@ -81,10 +81,11 @@ class PromptGradients:
         self._sink = Concatenation(sizes) if dim is None else Sketch(sizes, dim, seed)
         # By device, since the layers may be spread over several, and offloaded weights lie elsewhere than their
         # gradients
-        self._anchors = {}
-        self._rows_per_prompt = self._num_tokens = None
-        self._out = None
-        self._seen = set()
+        self._anchors: dict[torch.device, torch.Tensor] = {}
+        self._rows_per_prompt: list[int] = []
+        self._num_tokens = 0
+        self._out: dict[torch.device, torch.Tensor] = {}
+        self._seen: set[str] = set()
         self._checked = False
 
     @property
@@ -122,7 +123,7 @@ class PromptGradients:
         self, rows_per_prompt: list[int], num_tokens: int, objective: Callable[[], torch.Tensor]
     ) -> torch.Tensor:
         """
-        Runs one forward and backward and returns a feature per prompt.
+        Run one forward and backward, and return a feature per prompt.
 
         Args:
             rows_per_prompt (`list[int]`): how many neighbouring rows of the microbatch belong to each of P prompts.
@@ -144,7 +145,7 @@ class PromptGradients:
                 return next(iter(self._out.values()))
             return sum((out.cpu() for out in self._out.values()), torch.zeros(len(rows_per_prompt), self.feature_dim))
         finally:
-            self._rows_per_prompt = self._out = None
+            self._rows_per_prompt, self._out = [], {}
 
     def _tapped_forward(self, tap):
         def forward(x):
@@ -187,7 +188,7 @@ class PromptGradients:
         self._seen.add(tap.name)
 
     def _checked_backward(self, objective):
-        """The first backward: a weight used otherwise than by its layer's forward has a `.grad` afterwards."""
+        """Run the first backward, after which a weight that was not used by its layer's forward has a `.grad`."""
         without = {name: parameter for name, parameter in self.model.named_parameters() if parameter.grad is None}
         objective().backward()
         missed = [name for name, parameter in without.items() if parameter.grad is not None]
@@ -199,12 +200,12 @@ class PromptGradients:
 
 
 def check_parameters(model: nn.Module, probe: bool) -> None:
-    """Raises the [`UnseenParametersError`] that [`PromptGradients`] would, without building anything."""
+    """Raise the [`UnseenParametersError`] that [`PromptGradients`] would, without building anything."""
     _probe_layers(model) if probe else _lora_taps(model)
 
 
 def clean_name(name: str) -> str:
-    """The name of a module or parameter, without those of the modules wrapped around it."""
+    """Return the name of a module or parameter without the names of modules wrapped around it."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
@@ -246,7 +247,7 @@ def _probe_taps(model, seed) -> list[_Tap]:
 
 
 def unseen_message(names: list[str]) -> str:
-    """The message of an [`UnseenParametersError`] about these tensors."""
+    """Write the message of an [`UnseenParametersError`] about these tensors."""
     if not names:
         return (
             "The model has no trainable parameter, so no gradients can be taken. Check that the adapter is active and "

@@ -1,4 +1,4 @@
-"""Dropout off for a while, and no other module touched: train and eval mode of the modules of a policy."""
+"""Train and eval mode of the modules of a policy: dropout off for a while, and no other module touched."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,14 +12,14 @@ _CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
 
 
 def checkpoints(module: nn.Module) -> bool:
-    """Whether a module computes activations again in the backward pass, for which it must be in train mode."""
+    """Tell whether a module computes activations again in the backward pass, for which it must be in train mode."""
     return any(getattr(module, name, False) is True for name in _CHECKPOINTING)
 
 
 def turn_dropout_off(model: nn.Module) -> None:
     """
-    Puts every module in eval mode but the root and those that checkpoint activations, which need train mode for it
-    (and TRL reads its own mode off the root), and layers that only multiply by a weight: they drop nothing, and
+    Put every module in eval mode, but not the root, off which TRL reads its own mode; not modules that checkpoint
+    activations, which need train mode for it; and not layers that only multiply by a weight: they drop nothing, and
     quantized ones may pack their weight for good in eval mode, and have no gradient then.
     """
     _to_eval(model, but=checkpoints)
@@ -29,9 +29,11 @@ def turn_dropout_off(model: nn.Module) -> None:
 @contextmanager
 def dropout_off(model: nn.Module) -> Iterator[None]:
     """
-    Calls [`turn_dropout_off`], and puts all modes back on exit. Meanwhile `nn.functional.dropout` does nothing: layers
+    Call [`turn_dropout_off`], and put all modes back on exit. Meanwhile `nn.functional.dropout` does nothing: layers
     that checkpoint activations stay in train mode, and some (OPT's, for one) call it themselves.
     """
+    # For the whole process: the backward of a checkpointed layer runs its forward again in a thread of autograd,
+    # where a mode of this thread, such as a `TorchFunctionMode`, would not hold
     dropout = nn.functional.dropout
     with _restored(model):
         turn_dropout_off(model)
@@ -45,7 +47,7 @@ def dropout_off(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def as_in_evaluation(model: nn.Module) -> Iterator[None]:
     """
-    Puts every module in eval mode but layers that only multiply by a weight, see [`turn_dropout_off`], and puts all
+    Put every module in eval mode but layers that only multiply by a weight, see [`turn_dropout_off`], and put all
     modes back on exit.
     """
     with _restored(model):
@@ -70,7 +72,7 @@ def _to_eval(model, but=lambda module: False):
 
 
 def _only_multiplies(module) -> bool:
-    """A linear layer, or one of a library for quantized weights: a leaf with a matrix that holds no usual numbers."""
+    """Recognise a linear layer, or a quantized one: a leaf with a matrix of packed numbers."""
     if isinstance(module, nn.Linear):
         return True
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]

@@ -1,4 +1,4 @@
-"""Projects a gradient over many tensors to one short vector, nearly preserving inner products."""
+"""Projection of a gradient over many tensors to one short vector, which nearly preserves inner products."""
 
 import torch
 
@@ -27,7 +27,7 @@ class Sketch:
         self.out_dim = dim
         self._seed = seed
         self._longest = max(sizes.values())
-        self._tables = {}  # made where the first gradients lie that need them
+        self._tables: dict[object, torch.Tensor] = {}  # made where the first gradients lie that need them
         self._sign_offset = {name: stable_hash("sign", seed, name) % self._longest for name in sizes}
         self._bucket_offset = {name: stable_hash("bucket", seed, name) % dim for name in sizes}
 
@@ -46,11 +46,11 @@ class Sketch:
 
     def add_(self, out: torch.Tensor, name: str, rows: slice, gradients: torch.Tensor) -> None:
         """
-        Adds the sketch of one tensor's gradients.
+        Add the sketch of one tensor's gradients.
 
         Args:
             out (`torch.Tensor` of shape `(n, dim)`): sketches under way, on the device of `gradients`.
-            name (`str`): which tensor.
+            name (`str`): name of the tensor.
             rows (`slice`): the rows of `out` that the gradients belong to.
             gradients (`torch.Tensor` of shape `(rows, size)`): a row per prompt.
         """
@@ -82,6 +82,6 @@ class Concatenation:
         self.out_dim = position
 
     def add_(self, out: torch.Tensor, name: str, rows: slice, gradients: torch.Tensor) -> None:
-        """See [`Sketch.add_`]."""
+        """Add one tensor's gradients, with the arguments of [`Sketch.add_`]."""
         start = self._start[name]
         out[rows, start : start + gradients.shape[1]] += gradients.float()

@@ -3,8 +3,8 @@
 import hashlib
 import json
 import os
-import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,19 +16,19 @@ from safetensors import SafetensorError
 try:
     import fcntl
 except ImportError:  # no such locks on Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # a module cannot be declared optional
 
 
 # Writing -----------------------------------------------------------------------------------------------------------
 
 
-_UMASK = os.umask(0)  # can be read by setting it only
+_UMASK = os.umask(0)  # setting it is the only way to read it
 os.umask(_UMASK)
 
 
-def write_atomically(path: Path, write) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """
-    Calls `write(temporary_path)`, then renames the temporary file to `path`: a reader sees the complete file or none.
+    Call `write(temporary_path)`, then rename the temporary file to `path`: a reader sees the complete file or none.
     The temporary file is in the [`scratch`] directory of a run, if `path` is in one, else next to `path`.
 
     Raises:
@@ -52,30 +52,20 @@ def write_atomically(path: Path, write) -> None:
 
 def scratch(directory: Path) -> Path:
     """
-    Directory of unfinished and temporary files of `directory`, next to it. Trainer may upload the output directory at
-    any time, but leaves out all names that begin with an underscore.
+    Return the directory beside `directory` for its unfinished and temporary files. Trainer may upload the output
+    directory at any time, but leaves out all names that begin with an underscore.
     """
     return directory.with_name(f"_{directory.name}")
 
 
 def rollouts_of(step: Path) -> Path:
-    """Directory of the rollouts that are kept of the selection in the directory `step`: no upload takes them."""
+    """Return the directory of the rollouts kept from the selection in the directory `step`; no upload takes them."""
     return scratch(step.parent) / "rollouts" / step.name
 
 
 def initial_weights_of(directory: Path) -> Path:
-    """File of the weights that `after_warmup="restart"` goes back to: no upload takes it."""
+    """Return the file of the weights that `after_warmup="restart"` goes back to; no upload takes it."""
     return scratch(directory) / "initial.safetensors"
-
-
-def hide_from_uploads(directory: Path) -> None:
-    """Moves what earlier versions kept in `directory`, where an upload would take it."""
-    files = {file: rollouts_of(file.parent) / file.name for file in directory.glob("step-*/rollouts*.parquet")}
-    first = initial_weights_of(directory)
-    for file, target in (files | {directory / first.name: first}).items():
-        if file.is_file() and not target.exists():
-            make_directory(target.parent)
-            os.replace(file, target)
 
 
 def _where_temporary(path):
@@ -88,24 +78,24 @@ def _where_temporary(path):
 
 
 def write_parquet(path: Path, table: pa.Table) -> None:
-    """Writes a parquet file atomically."""
+    """Write a parquet file atomically."""
     write_atomically(path, lambda temporary: pq.write_table(table, temporary, write_page_checksum=True))
 
 
 def write_json(path: Path, document) -> None:
-    """Writes a JSON file atomically."""
+    """Write a JSON file atomically."""
     text = json.dumps(document, indent=1, allow_nan=False) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def digest(document) -> str:
-    """SHA-256 of a JSON document, whatever the order of its keys."""
+    """Return the SHA-256 of a JSON document, whatever the order of its keys."""
     text = json.dumps(document, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def make_directory(path: Path) -> None:
-    """Makes a directory and its parents."""
+    """Make a directory and its parents."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -113,7 +103,7 @@ def make_directory(path: Path) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Removes what processes that died in the middle of writing left in one of our directories, and right below it."""
+    """Remove temporary files of processes that died while writing, from one of our directories and right below it."""
     for leftover in (*path.glob(".*.tmp"), *path.glob("*/.*.tmp")):
         leftover.unlink(missing_ok=True)
 
@@ -123,7 +113,7 @@ def remove_leftovers(path: Path) -> None:
 
 class DirectoryLock:
     """
-    Keeps a second run out of a directory for as long as this process lives and has not called `release`.
+    Lock that keeps a second run out of a directory for as long as this process lives and has not called `release`.
 
     The lock is the operating system's, so it ends with the process, even if that is killed. The lock file stays in the
     [`scratch`] directory, but holds no lock then. A process may take the lock again. On file systems without locks,
@@ -164,15 +154,12 @@ class DirectoryLock:
             pass  # a file system without locks
         for directory in (self.path, scratch(self.path)):
             remove_leftovers(directory)
-        for journal in self.path.glob("step-*/journal"):  # where version 0.1 had them
-            shutil.rmtree(journal, ignore_errors=True)
-        hide_from_uploads(self.path)
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         return descriptor
 
     def release(self) -> None:
-        """Releases the lock. May be called twice."""
+        """Release the lock. May be called twice."""
         if self._released:
             return
         self._released = True
@@ -184,7 +171,7 @@ class DirectoryLock:
 
 
 def _let_go():
-    """Releases the locks in a forked child, such as a dataloader's worker, which may outlive the run for seconds."""
+    """Release the locks in a forked child, such as a dataloader's worker, which may outlive the run for seconds."""
     for descriptor, _ in DirectoryLock._held.values():
         os.close(descriptor)
     DirectoryLock._held.clear()

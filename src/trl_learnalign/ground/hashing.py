@@ -4,6 +4,6 @@ import hashlib
 
 
 def stable_hash(*parts) -> int:
-    """A 63-bit integer that depends on nothing but `parts`: the same on every machine and in every process."""
+    """Hash the texts of `parts` to 63 bits, the same on every machine and in every process."""
     digest = hashlib.sha256("\x1f".join(str(part) for part in parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

@@ -22,13 +22,15 @@ _SILENCE = 60.0  # seconds without a heartbeat after which a process is taken fo
 
 class Peers:
     """
-    The other processes of a selection. As a context manager, it sends them this process's exceptions and heartbeats.
+    Connection to the other processes of a selection. Inside its context it sends them this process's exceptions and
+    heartbeats.
 
-    They communicate through the key-value store of torch.distributed, not through collectives, since the store can be
-    read without waiting. Outside of the context, only the time-out of the collectives helps against a dead process.
+    Processes communicate through the key-value store of torch.distributed, not through collectives, since the store
+    can be read without waiting. Outside of the context, only the time-out of the collectives helps against a dead
+    process.
 
     Args:
-        accelerator ([`~accelerate.Accelerator`]): of the trainer.
+        accelerator ([`~accelerate.Accelerator`]): accelerator of the trainer.
 
     Raises:
         `RuntimeError`: see [`check_store`].
@@ -38,7 +40,7 @@ class Peers:
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         if self.world > 1:
             check_store()
-        self._thread = None
+        self._thread: _StoreThread | None = None
         self._meetings = 0
 
     def __enter__(self):
@@ -57,7 +59,7 @@ class Peers:
 
     def check(self) -> None:
         """
-        Records that this process makes progress.
+        Record that this process makes progress.
 
         Raises:
             [`PeerError`]: another process has failed, or the main process is dead.
@@ -68,8 +70,8 @@ class Peers:
 
     def wait(self) -> None:
         """
-        Returns when all processes have called it. Used before a collective, so that none waits in it for a failed
-        process.
+        Wait until all processes have called this method. Used before a collective, so that none waits in it for a
+        failed process.
 
         Raises:
             [`PeerError`]: another process has failed or died, or has made no progress for longer than the time-out of
@@ -97,12 +99,12 @@ class Peers:
         thread.check()
 
     def gather(self, value) -> list:
-        """The value of every process, by rank, on every process."""
+        """Return the value of every process, by rank, on every process."""
         self.wait()
         return gather_object([value])
 
     def broadcast(self, value):
-        """The value of the main process."""
+        """Return the value of the main process."""
         self.wait()
         return broadcast_object_list([value])[0]
 
@@ -113,8 +115,8 @@ class PeerError(RuntimeError):
 
 class _StoreThread(threading.Thread):
     """
-    This process's connection to the store. A separate thread sends the heartbeats, whatever the process computes,
-    and makes all calls, so that a host that no longer answers blocks only that thread.
+    Connection of this process to the store. A separate thread sends the heartbeats, whatever the process computes, and
+    makes all calls, so that a host that no longer answers blocks only that thread.
 
     In the store, under the prefix of a context:
 
@@ -124,17 +126,17 @@ class _StoreThread(threading.Thread):
         told          processes that know of the failure, or need the store no more
     """
 
-    def __init__(self, rank, world, prefix):
+    def __init__(self, rank: int, world: int, prefix: str):
         super().__init__(name=prefix, daemon=True)
         self.rank, self.world = rank, world
         self.progress = self.meeting = 0
-        self.failure = None  # of another process
-        self.error = None  # of the store
+        self.failure: str | None = None  # of another process
+        self.error: BaseException | None = None  # of the store
         shared = _default_store()
-        self.timeout = shared.timeout.total_seconds()  # of the process group: `init_process_group` hands it on
+        self.timeout = shared.timeout.total_seconds()  # the process group's: `init_process_group` hands it on
         self.silence = min(_SILENCE, self.timeout)
         self._shared = shared
-        self._jobs = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple] = queue.SimpleQueue()
         self._beats = 0
         self._told = False
         self.start()
@@ -185,7 +187,7 @@ class _StoreThread(threading.Thread):
         return store.add("arrived", 0)
 
     def ask(self, job):
-        """The result of `job(store)`. In slices, as a process that was suspended finds that all of its time is up."""
+        """Return `job(store)`. Waits in slices: a process that was suspended would find that all its time is up."""
         future = Future()
         self._jobs.put((job, future))
         for _ in range(_looks(self.silence)):
@@ -213,9 +215,9 @@ class _StoreThread(threading.Thread):
 
     def close(self, failure, patient):
         """
-        Tells the others of a `failure`, if there is one. The main process waits until all have heard of it or are
-        done, since the store may end with it. It does not wait for a process that does not answer, nor if not
-        `patient`.
+        Tell the others of a `failure`, if there is one. The main process waits until all have heard of it or are done,
+        since the store may end with the main process. It waits for no process that does not answer, and for none at
+        all if not `patient`.
         """
 
         def leave(store):
@@ -238,11 +240,11 @@ class _StoreThread(threading.Thread):
 
 
 class _Watch:
-    """Counts, during one wait, the checks in a row that found a process without a heartbeat, or without progress."""
+    """Counts, for one wait, of the checks in a row that found a process without a heartbeat, or without progress."""
 
-    def __init__(self, thread):
+    def __init__(self, thread: _StoreThread):
         self.thread = thread
-        self.states = {}
+        self.states: dict[int, tuple] = {}
         self.silent = dict.fromkeys(set(range(thread.world)) - {thread.rank}, 0)
         self.idle = dict.fromkeys(self.silent, 0)
 
@@ -254,8 +256,7 @@ class _Watch:
         for rank in self.silent:
             beats, *rest = found.get(rank, (0, 0, 0))
             old_beats, *old_rest = self.states.get(rank, (0, 0, 0))
-            # One that has not come at all may be late (the main process writes checkpoints), so that it is not yet
-            # dead
+            # A process that has not come at all may be late, as the main process is while it writes checkpoints
             self.silent[rank] = self.silent[rank] + 1 if rank in found and beats == old_beats else 0
             here = rest[1] >= self.thread.meeting
             self.idle[rank] = self.idle[rank] + 1 if rest == old_rest and not here else 0
@@ -278,8 +279,8 @@ class _Watch:
 
 def _looks(seconds):
     """
-    How many checks fit into so many seconds. Checks are counted instead of seconds, since time in which the whole
-    machine was suspended must not count.
+    Count the checks that fit into so many seconds. Checks are counted instead of seconds, since time in which the
+    whole machine was suspended must not count.
     """
     return max(3, math.ceil(seconds / _BEAT))
 
@@ -290,8 +291,10 @@ def _names(ranks):
 
 def check_store() -> None:
     """
+    Check that this torch hands out its store, whose name is private.
+
     Raises:
-        `RuntimeError`: this torch does not hand out its store, whose name is private.
+        `RuntimeError`: there is no such name.
     """
     if not hasattr(dist.distributed_c10d, "_get_default_store"):
         raise RuntimeError(
@@ -306,7 +309,7 @@ def _default_store():
 
 
 def _own_connection(store, seconds):
-    """A connection may be held by a call that waits for a key, such as those that set up a communicator."""
+    """Open another connection: a call that waits for a key, as a new communicator does, may hold the shared one."""
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
     if not isinstance(store, dist.TCPStore):

@@ -13,13 +13,13 @@ _LEAST_SECONDS = 30.0
 
 class ProgressLines:
     """
-    Takes the place of a tqdm bar: a line after 30 seconds, then one every 5 percent, at least 30 seconds apart. What
-    takes less than 30 seconds prints none.
+    Stand-in for a tqdm bar: a line after 30 seconds, then one every 5 percent, at least 30 seconds apart. A phase of
+    less than 30 seconds prints none.
 
     Args:
         title (`str`): begins every line.
-        total (`int`): how many are to be done.
-        unit (`str`): of what, in the plural.
+        total (`int`): number of things to be done.
+        unit (`str`): the things counted, in the plural.
         clock (`Callable[[], float]`): seconds from some moment on.
     """
 
@@ -29,7 +29,7 @@ class ProgressLines:
         self._then = clock()
 
     def update(self, number: int = 1) -> None:
-        """Counts `number` more as done, and prints a line if one is due."""
+        """Count `number` more as done, and print a line if one is due."""
         self.done += number
         now = self.clock()
         new, passed = self.done - self._said, now - self._then
@@ -39,7 +39,7 @@ class ProgressLines:
             or self.done >= self.total
         ):
             return
-        # By the pace since the last line: what had been finished before took no time
+        # By the pace since the last line: parts that an earlier run had finished took no time
         left = duration((self.total - self.done) / new * passed)
         print(
             f"{self.title}: {self.done:,} of {self.total:,} {self.unit} ({self.done / self.total:.0%}), {left} left",
@@ -48,7 +48,7 @@ class ProgressLines:
         self._said, self._then = self.done, now
 
     def close(self) -> None:
-        """Does nothing: what a phase took is in the line about the selection."""
+        """Do nothing. The line about the selection says how long its phases took."""
 
     def __enter__(self):
         return self
@@ -59,8 +59,8 @@ class ProgressLines:
 
 def progress_bar(host, phase: str, total: int, unit: str) -> tqdm | ProgressLines:
     """
-    A bar on the main process. If the trainer shows none (`disable_tqdm`), or the output is neither a terminal nor a
-    notebook, a few lines are printed instead.
+    Make a progress bar for the main process. If the trainer shows none (`disable_tqdm`), or the output is neither a
+    terminal nor a notebook, a few lines are printed instead.
     """
     hidden = host.args.disable_tqdm or not host.accelerator.is_main_process
     if not hidden and not issubclass(tqdm, tqdm_notebook):
@@ -71,7 +71,7 @@ def progress_bar(host, phase: str, total: int, unit: str) -> tqdm | ProgressLine
 
 
 def duration(seconds: float) -> str:
-    """A rough time as text: `45 s`, `12 min`, `3.4 h`."""
+    """Format a rough time: `45 s`, `12 min`, `3.4 h`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

@@ -1,4 +1,4 @@
-"""Random numbers, put back as they were."""
+"""States of random generators, which are put back as they were."""
 
 import random
 from collections.abc import Iterator
@@ -8,18 +8,18 @@ import numpy as np
 import torch
 
 
-# Kinds of devices that [`~transformers.set_seed`] seeds; torch has a module for each that it was built with
+# Kinds of devices that [`~transformers.set_seed`] seeds. A torch has modules for those it was built with
 _DEVICES = ("cuda", "mps", "mlu", "musa", "npu", "hpu", "xpu")
 
 
 def random_state() -> tuple:
-    """Of all generators that [`~transformers.set_seed`] seeds."""
+    """Return the states of all generators that [`~transformers.set_seed`] seeds."""
     devices = {name: _get(module) for name, module in _available()}
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), devices
 
 
 def set_random_state(state: tuple) -> None:
-    """Puts back what [`random_state`] returned."""
+    """Put back the states that [`random_state`] returned."""
     random.setstate(state[0])
     np.random.set_state(state[1])
     torch.set_rng_state(state[2])
@@ -31,7 +31,7 @@ def set_random_state(state: tuple) -> None:
 @contextmanager
 def repeatable() -> Iterator[None]:
     """
-    Random numbers that are the same each time and on every process, as a user's transform may draw some; afterwards
+    Seed all generators, so that a user's transform draws the same numbers each time and on every process. Afterwards
     all generators are as they were.
     """
     state = random_state()
@@ -44,8 +44,8 @@ def repeatable() -> Iterator[None]:
         set_random_state(state)
 
 
-def _available():
-    """Those of the kinds of devices that are there, with their modules."""
+def _available() -> list[tuple]:
+    """List the kinds of devices of this machine, with their modules."""
     modules = {name: getattr(torch, name, None) for name in _DEVICES}
     return [(name, module) for name, module in modules.items() if _is_available(name, module)]
 

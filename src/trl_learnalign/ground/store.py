@@ -1,4 +1,4 @@
-"""Append-only files of what was measured, so that a killed selection goes on from what was finished."""
+"""Append-only files of measurements, so that a killed selection goes on where it was stopped."""
 
 import hashlib
 import json
@@ -9,6 +9,7 @@ import shutil
 import struct
 import zlib
 from collections.abc import Iterable
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -37,13 +38,13 @@ class Log:
         00000-00001.log   process 0 goes on here once its first file has reached `SEGMENT_BYTES`
         00001-00000.log
 
-    A record that is damaged, cut off or was made under another key is as if it had never been written. What is left of
-    a torn one at the end of a file is cut off before the process that the file belongs to appends to it.
+    A record that is damaged, cut off or was made under another key counts as never written. A torn one at the end of a
+    file is cut off before the process that the file belongs to appends to it.
 
     Args:
         path (`Path`): the directory, prepared by [`prepare`].
         key (`str`): stands for everything that the records depend on.
-        rank (`int`): of this process.
+        rank (`int`): rank of this process.
     """
 
     def __init__(self, path: Path, key: str, rank: int):
@@ -53,13 +54,13 @@ class Log:
         self._rank = rank
         self._files: list[Path] = []
         self._index = _Index()
-        self._stream = None  # the file that this process appends to
-        self._end = 0  # of that file, or of what is whole in the one to go on with
+        self._stream: FileIO | None = None  # the file that this process appends to
+        self._end = 0  # end of the last complete record in that file, or in the one that will be opened
         for file in sorted(path.glob("*.log")):
             self._scan(file)
 
     def _scan(self, file):
-        """Notes where the records of a file begin. Their payloads are looked at when they are read."""
+        """Note the places of a file's records. Their payloads are checked when they are read."""
         self._files.append(file)
         found, offset, end = [], 0, 0
         with open(file, "rb", buffering=0) as stream:
@@ -85,34 +86,35 @@ class Log:
 
     def append(self, records: Iterable[tuple[int, bytes | np.ndarray]], durable: bool = True) -> None:
         """
-        Appends `(name, payload)` in one write. A later record replaces an earlier one of the same name.
+        Append `(name, payload)` in one write. A later record replaces an earlier one of the same name.
 
         Args:
             records (`Iterable[tuple[int, bytes | np.ndarray]]`): names in [0, 2**64), each with its bytes or a
                 contiguous array.
-            durable (`bool`): whether to wait until the disk has it. What a killed process has written stays in any
-                case; what a machine that loses its power has written may not.
+            durable (`bool`): whether to wait until the disk has it. Records of a killed process are kept in any case;
+                those of a machine that loses its power may not be.
 
         Raises:
-            `OSError`: the disk is full, or the directory cannot be written to. What was finished before is still
-                there.
+            `OSError`: the disk is full, or the directory cannot be written to. Earlier records are still there.
         """
-        if self._stream is None or self._end >= SEGMENT_BYTES:
-            self._next_file()
-        parts, found, start = [], [], self._end
-        for name, payload in records:
-            payload = memoryview(payload if isinstance(payload, bytes) else payload.reshape(-1)).cast("B")
+        stream = self._stream
+        if stream is None or self._end >= SEGMENT_BYTES:
+            stream = self._next_file()
+        parts: list[bytes | memoryview] = []
+        found, start = [], self._end
+        for name, content in records:
+            payload = memoryview(content if isinstance(content, bytes) else content.reshape(-1).data).cast("B")
             fields = (_MAGIC, name, self._key, len(payload), zlib.crc32(payload))
             found.append((name, start))
             parts += [_packed(fields), payload, bytes(_padded(len(payload)) - len(payload))]
             start += _HEADER.size + _padded(len(payload))
         try:
             for part in [b"".join(parts)] if start - self._end <= _JOINED else parts:
-                _write(self._stream, part)
+                _write(stream, part)
             if durable:
-                os.fsync(self._stream.fileno())
+                os.fsync(stream.fileno())
         except OSError as error:
-            self._stream.truncate(self._end)
+            stream.truncate(self._end)
             raise OSError(
                 f"'{self._files[self._current]}' could not be written ({error}). Free disk space or make the "
                 "directory writable, and run again: finished parts are still there."
@@ -120,40 +122,42 @@ class Log:
         self._end = start
         self._index.add(found, self._current)
 
-    def _next_file(self):
-        """Goes on in the last file of this process, after its last complete record, or begins another."""
+    def _next_file(self) -> FileIO:
+        """Open the last file of this process after its last complete record, or begin another."""
         own = [place for place, file in enumerate(self._files) if file.name.startswith(f"{self._rank:05d}-")]
         go_on = self._stream is None and own and self._end < SEGMENT_BYTES
         self.close()
         try:
             if go_on:
                 self._current = own[-1]
-                self._stream = open(self._files[self._current], "ab", buffering=0)
-                self._stream.truncate(self._end)
+                stream = open(self._files[self._current], "ab", buffering=0)
+                stream.truncate(self._end)
             else:
                 number = 1 + int(self._files[own[-1]].stem.split("-")[1]) if own else 0
                 file = self.path / f"{self._rank:05d}-{number:05d}.log"
-                self._stream = open(file, "ab", buffering=0)
+                stream = open(file, "ab", buffering=0)
                 self._files.append(file)
                 self._current, self._end = len(self._files) - 1, 0
         except OSError as error:
             raise OSError(
                 f"'{self.path}' could not be written to ({error}). Make it writable and run again."
             ) from error
+        self._stream = stream
+        return stream
 
     def discard(self, names: Iterable[int]) -> None:
-        """Forgets records. Once the file of this process has no others, it is emptied."""
+        """Forget records. The file of this process is emptied once it has no others."""
         self._index.remove(names)
         if self._stream is not None and not self._index.has_any_in(self._current):
             self._stream.truncate(0)
             self._end = 0
 
     def keep(self, names: Iterable[int]) -> None:
-        """Forgets all records but these."""
+        """Forget all records but `names`."""
         self._index.remove(names, but=True)
 
     def read(self, name: int) -> bytes | None:
-        """The payload of a record; `None` if there is none."""
+        """Read the payload of a record; `None` if there is none."""
         found = self._open(name)
         if found is None:
             return None
@@ -163,7 +167,7 @@ class Log:
         return payload if len(payload) == length and zlib.crc32(payload) == checksum else None
 
     def map(self, name: int, verify: bool = True) -> memoryview | None:
-        """The same, mapped from the file, in private pages. `verify=False` leaves out the checksum."""
+        """Map the payload of a record from the file, in private pages. `verify=False` leaves out the checksum."""
         found = self._open(name)
         if found is None:
             return None
@@ -179,7 +183,7 @@ class Log:
         return payload if not verify or zlib.crc32(payload) == checksum else None
 
     def _open(self, name):
-        """The file of a record, and the start, the length and the checksum of its payload."""
+        """Open the file of a record, and return it with the start, the length and the checksum of the payload."""
         found = self._index.find(name)
         if found is None:
             return None
@@ -195,12 +199,12 @@ class Log:
         return stream, offset + _HEADER.size, header[2], header[3]
 
     def inside(self, name: str) -> "Log":
-        """A log under the same key in a directory of this one."""
+        """Open a log under the same key in a directory of this one."""
         make_directory(self.path / name)
         return Log(self.path / name, self.key, self._rank)
 
     def close(self) -> None:
-        """Closes the file that is appended to. The log can still be read, and appended to again."""
+        """Close the file that is appended to. The log can still be read, and appended to again."""
         if self._stream is not None:
             self._stream.close()
             self._stream = None
@@ -208,12 +212,12 @@ class Log:
 
 class _Index:
     """
-    Where each record is: `(file, offset)` by name. Sorted arrays of 20 bytes a record, and a dict of those that came
-    since, at most an eighth as many.
+    Places of records: `(file, offset)` by name. Sorted arrays of 20 bytes a record, and a dict of the records since
+    then, at most an eighth as many: a dict alone would take ten times the memory.
     """
 
-    def __init__(self):
-        self._recent = {}
+    def __init__(self) -> None:
+        self._recent: dict[int, tuple[int, int]] = {}
         self._names = np.empty(0, np.uint64)
         self._files = np.empty(0, np.uint32)
         self._offsets = np.empty(0, np.uint64)
@@ -232,7 +236,7 @@ class _Index:
         return int(self._files[place]), int(self._offsets[place])
 
     def remove(self, names, but=False):
-        """These, or all but these."""
+        """Drop `names`, or keep only `names` if `but`."""
         self._merge()
         kept = np.isin(self._names, np.fromiter(names, np.uint64), invert=not but)
         self._names, self._files, self._offsets = self._names[kept], self._files[kept], self._offsets[kept]
@@ -257,7 +261,7 @@ class _Index:
 
 def other_parts(was: dict, now: dict, old: dict | None = None, new: dict | None = None) -> str:
     """
-    Names of the parts that differ, for people; with their values where `old` and `new` have some.
+    Name the parts that differ, for people, with their values where `old` and `new` have some.
 
     Args:
         was (`dict[str, str]`): digests by the name of a part.
@@ -265,24 +269,25 @@ def other_parts(was: dict, now: dict, old: dict | None = None, new: dict | None 
         old (`dict`, *optional*): values by the name of a setting, whose part is named as it is between backquotes.
         new (`dict`, *optional*): the same of something else.
     """
+    old, new = old or {}, new or {}
     names = []
     for name in {**now, **was}:
         if was.get(name) != now.get(name):
             setting = name.strip("`")
-            values = old is not None and setting in old and old[setting] != new.get(setting)
+            values = setting in old and old[setting] != new.get(setting)
             names.append(f"{name} (it was {old[setting]!r} and is {new.get(setting)!r})" if values else name)
     return ", ".join(names) or "weights, data, rewards or settings"
 
 
 def prepare(path: Path, key: str, parts: dict[str, str] | None = None) -> None:
     """
-    Makes the directory of a [`Log`], empty unless it was made under the same key. For one process of each disk, before
-    the others open it.
+    Make the directory of a [`Log`], empty unless it was made under the same key. One process of each disk does this,
+    before the others open the log.
 
     Args:
         path (`Path`): the directory.
         key (`str`): see [`Log`].
-        parts (`dict[str, str]`, *optional*): what the key follows from: digests by name, to tell what is another.
+        parts (`dict[str, str]`, *optional*): digests of all that the key stands for, by name, to tell which differs.
     """
     known, was = _manifest(path)
     if path.exists() and known != key:
@@ -298,8 +303,14 @@ def prepare(path: Path, key: str, parts: dict[str, str] | None = None) -> None:
 
 def open_log(path: Path, key: str, accelerator: Accelerator, peers: Peers, parts: dict[str, str] | None = None) -> Log:
     """
-    The log in a directory, as far as it was made under the same key. All processes must call this. `parts`: see
-    [`prepare`].
+    Open the log in a directory, without records of another key. All processes must call this.
+
+    Args:
+        path (`Path`): the directory.
+        key (`str`): see [`Log`].
+        accelerator ([`~accelerate.Accelerator`]): accelerator of the trainer.
+        peers ([`Peers`]): the other processes.
+        parts (`dict[str, str]`, *optional*): see [`prepare`].
     """
     # The other nodes come second; they have work only if they have their own disks
     for mine in (accelerator.is_main_process, accelerator.is_local_main_process):
@@ -311,7 +322,7 @@ def open_log(path: Path, key: str, accelerator: Accelerator, peers: Peers, parts
 
 
 def _manifest(path) -> tuple[str | None, dict]:
-    """The key, and what it follows from."""
+    """Read the key, and the digests of all that it stands for."""
     try:
         content = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
         return content["key"], dict(content.get("made_from", {}))
@@ -325,7 +336,7 @@ def _packed(fields):
 
 
 def _unpacked(header):
-    """Name, key, length and checksum; `None` if it is none."""
+    """Return the name, key, length and checksum; `None` if these bytes are no header."""
     if len(header) < _HEADER.size:
         return None
     magic, *fields, checksum = _HEADER.unpack(header)

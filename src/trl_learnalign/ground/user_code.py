@@ -1,4 +1,4 @@
-"""Python files of the user's, and which modules are."""
+"""Python files of the user, told apart from installed packages."""
 
 import functools
 import hashlib
@@ -17,29 +17,34 @@ from .hashing import stable_hash
 
 def load_file(file: str, what: str) -> ModuleType:
     """
-    Runs a file as a module of its own, whatever modules of that name there are.
+    Run a file as a module of its own, whatever modules of that name there are.
 
     Args:
         file (`str`): the file, which exists.
-        what (`str`): what it was named for, for messages, such as `"reward function 'rewards.py:correct'"`.
+        what (`str`): the purpose it was named for, for messages, such as `"reward function 'rewards.py:correct'"`.
 
     Raises:
-        `ValueError`: it failed.
+        `ValueError`: the file is no Python file, or its code failed.
     """
     name = f"_trl_learnalign_{Path(file).stem}_{stable_hash(str(Path(file).resolve())):x}"
     spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:  # not named .py
+        raise ValueError(f"The file '{file}' of the {what} is no Python file. Let its name end with `.py`.")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where pickles, dataclasses and `inspect` look for it
+    sys.modules[name] = module  # pickles, dataclasses and `inspect` look for it there
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        place = last_line(error, spec.origin)
+        place = last_line(error, str(spec.origin))
         raise ValueError(
             f"The file of the {what} failed{f' in line {place}' if place else ''}: "
             f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}."
         ) from error
     return module
+
+
+_OURS = __name__.partition(".")[0]  # a library even where it is installed in editable mode
 
 
 @functools.cache
@@ -51,9 +56,9 @@ def _installed() -> tuple[str, ...]:
 
 @functools.cache
 def is_library(name: str) -> bool:
-    """Whether a module is of Python or of an installed package, and so known by its version."""
+    """Tell whether a module is of Python or of an installed package, and so known by its version."""
     top = name.partition(".")[0]
-    if top in sys.stdlib_module_names or top == __package__:
+    if top in sys.stdlib_module_names or top == _OURS:
         return top != "__main__"
     if top == "__main__" or not top:
         return False
@@ -67,7 +72,7 @@ def is_library(name: str) -> bool:
 
 @functools.cache
 def version_of(name: str) -> str:
-    """Of Python or of an installed package that a module is part of; of a module of the user's nothing."""
+    """Return the version of Python or of the installed package that a module is part of; `""` for a user's module."""
     top = name.partition(".")[0]
     if not is_library(name):
         return ""
@@ -80,15 +85,15 @@ def version_of(name: str) -> str:
 
 
 def file_of(name: str) -> str:
-    """Digest of the file of a compiled module."""
+    """Hash the file of a compiled module. A module without one gets another digest each time."""
     try:
-        return hashlib.sha256(Path(sys.modules[name].__file__).read_bytes()).hexdigest()
-    except (OSError, KeyError, AttributeError, TypeError):
+        return hashlib.sha256(Path(str(sys.modules[name].__file__)).read_bytes()).hexdigest()
+    except (OSError, KeyError, AttributeError):
         return uuid.uuid4().hex
 
 
 def last_line(error: BaseException, file: str) -> int | None:
-    """Number of the line of `file` that an error comes from; `None` if it does not come from there."""
+    """Find the number of the line of `file` that an error comes from; `None` if it comes from elsewhere."""
     if isinstance(error, SyntaxError) and error.filename == file:
         return error.lineno
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
@@ -96,13 +101,13 @@ def last_line(error: BaseException, file: str) -> int | None:
 
 
 def partial_arguments(function: functools.partial) -> str:
-    """The arguments that a partial fixes, as in a call."""
+    """Format the arguments that a partial fixes, as in a call."""
     named = [f"{name}={plain(value)}" for name, value in sorted(function.keywords.items())]
     return f"({', '.join([*map(plain, function.args), *named])})"
 
 
 def plain(value) -> str:
-    """A number or a text, or some in lists, as Python prints it; of anything else the type."""
+    """Format a number, a text or lists of them as Python prints them, and anything else as its type."""
     return repr(value) if _is_plain(value) else _type_of(value)
 
 

@@ -1,4 +1,4 @@
-"""What the code of a function does, as far as it can be read from its instructions: not where it stands in a file."""
+"""The code of a function, as its instructions say it: its place in a file does not matter."""
 
 import dis
 import functools
@@ -12,12 +12,15 @@ _NAMES = ("LOAD_GLOBAL", "LOAD_NAME")
 @dataclass
 class Code:
     """
+    The instructions of a code and the names it uses. A code may have others inside, as of a nested function; names
+    include theirs.
+
     Attributes:
-        steps (`list`): its instructions in their order, each followed by its argument: a text, a constant, or the
-            steps of a code inside.
-        globals (`dict[str, None]`): names that it looks up in its module, those of codes inside included.
-        attributes (`dict[str, None]`): names that it looks up in objects.
-        imports (`dict[tuple[int, str], None]`): modules that it imports, with the level of a relative import.
+        steps (`list`): instructions in their order, each followed by its argument: a text, a constant, or the steps of
+            a code inside.
+        globals (`dict[str, None]`): names looked up in the module.
+        attributes (`dict[str, None]`): names looked up in objects.
+        imports (`dict[tuple[int, str], None]`): modules imported, with the level of a relative import.
     """
 
     steps: list = field(default_factory=list)
@@ -29,7 +32,7 @@ class Code:
 @functools.lru_cache(4096)
 def read_code(code: CodeType) -> Code:
     """
-    Reads a code and those inside it. Texts that it never loads, such as docstrings, lines and files are no part of it.
+    Read a code and those inside it. Texts that are never loaded, such as docstrings, lines and files are left out.
     """
     found = Code(steps=[[code.co_flags & ~_DOCSTRING, *_signature(code)]])
     found.steps.append(getattr(code, "co_exceptiontable", b""))
@@ -62,7 +65,7 @@ def _signature(code):
 
 
 def _is_line_number(steps, place):
-    """Python 3.13 and later write the first line of a class into it."""
+    """Recognise the steps by which Python 3.13 and later write the first line of a class into the class."""
     near = steps[place : place + 2]
     return any(step.opname == "STORE_NAME" and step.argval == "__firstlineno__" for step in near)
 

@@ -1,4 +1,4 @@
-"""What large things are: the weights of a model, the numbers of a tensor, a tokenizer, containers of plain values."""
+"""Content of large things: the weights of a model, the numbers of a tensor, a tokenizer, plain containers."""
 
 import hashlib
 import json
@@ -16,9 +16,9 @@ _DEEPEST = 50  # containers in containers
 
 def digest_of_tensors(model: nn.Module, chosen: Callable = lambda parameter: True) -> str:
     """
-    Of a model's parameters and persistent buffers for which `chosen` holds: names, types, shapes, and a sample of the
-    numbers of each, evenly spaced. Quantized weights may be buffers. Of those whose numbers are elsewhere (ZeRO-3, or
-    offloaded to the meta device) the rest alone.
+    Hash a model's parameters and persistent buffers for which `chosen` holds: names, types, shapes, and an evenly
+    spaced sample of the numbers of each. Quantized weights may be buffers. The numbers are left out where they are
+    elsewhere (ZeRO-3, or offloaded to the meta device).
     """
     hashed = hashlib.sha256()
     for name, parameter in (*model.named_parameters(), *_persistent_buffers(model)):
@@ -40,8 +40,11 @@ def _persistent_buffers(model) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def plain_content(value) -> bytes | None:
-    """Of lists, tuples, dicts and sets of plain values and of each other: equal bytes mean equal; else `None`."""
-    parts = []
+    """
+    Write nested lists, tuples, dicts and sets of plain values as bytes; equal bytes mean equal values. `None` for
+    anything else.
+    """
+    parts: list[str] = []
     return "".join(parts).encode("utf-8", "surrogatepass") if _plain(value, parts.append, 0) else None
 
 
@@ -64,12 +67,13 @@ def _plain(value, put, depth):
 
 
 def tensor_bytes(tensor: torch.Tensor) -> bytes:
-    """Its numbers."""
+    """Return the numbers of a tensor as bytes."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What makes tokens of texts and texts of tokens, as JSON; not how the last call padded and cut them."""
+    """Write all that decides how texts become tokens and back, as JSON; not how the last call padded and cut them."""
+    content: object
     try:
         whole = json.loads(tokenizer.backend_tokenizer.to_str())
         content = {name: part for name, part in whole.items() if name not in ("padding", "truncation")}

@@ -1,6 +1,6 @@
 """
-What a function or an object of the user's is, as a digest: equal digests mean that it does the same. By the code that
-runs, not by a text on the disk, and by the values that it works with.
+Digests of functions and objects of the user: equal digests mean that they do the same. A digest covers the code that
+runs, not its text on the disk, and the values that it works with.
 """
 
 import collections
@@ -31,7 +31,7 @@ from .bytecode import Code, read_code
 from .contents import ATOMS, digest_of_tensors, plain_content, tensor_bytes, tokenizer_content
 
 
-_MOST = 200_000  # objects that are looked at: one that leads to more is not known
+_MOST = 200_000  # objects looked at: a value that leads to more is not known
 _LOCKS = (type(threading.Lock()), type(threading.RLock()), threading.Event, threading.Condition, threading.Semaphore)
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 _OF_NOBODY = (random._inst, np.random.mtrand._rand, torch.default_generator)  # seeded before rewards are computed
@@ -45,9 +45,9 @@ _DESCRIPTORS = (types.MethodDescriptorType, types.ClassMethodDescriptorType, typ
 
 def identify(value) -> str:
     """
-    Digest of a function, an object or a value, as it is now: another one at every call if it may depend on something
-    that cannot be known, see [`examine`]. What functions themselves change is part of it: see
-    [`~trl_learnalign.identity.seen.seen`].
+    Compute the digest of a function, an object or a value as it is now. It is another one at every call if the value
+    may depend on something that cannot be known, see [`examine`]. Changes that a function makes itself are part of it;
+    [`~trl_learnalign.identity.seen.seen`] leaves them out.
 
     A function is its code, its defaults, and the variables that its code names: functions of the user's, classes and
     objects in turn, plain values, containers, arrays, tables and datasets by their content, modules and functions of
@@ -60,22 +60,22 @@ def identify(value) -> str:
 
 def examine(value) -> tuple[str, list[str]]:
     """
-    Digest of a function, an object or a value, and where it holds something that cannot be identified, such as a
-    connection: type and name. In the digest such a part is known by its address, so it says only whether anything
-    changed since the last time in this process.
+    Compute the digest of a function, an object or a value, and list the parts of it that cannot be identified, such as
+    a connection, by type and name. The digest has the address of such a part, so it says only whether anything changed
+    since the last time in this process.
     """
     walk = _Walk()
     return walk.of(value), walk.unknown
 
 
 class _Walk:
-    """One look at a value and all that it leads to; a value met again is named by the place of the first time."""
+    """A walk over a value and all that it leads to. A value met again is named by the place of the first time."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.unknown: list[str] = []
         self._hash = hashlib.sha256()
         self._met: dict[int, int] = {}
-        self._kept = []  # else another object might get the address of one that was looked at
+        self._kept: list[object] = []  # or else another object might get the address of one that was looked at
         self._path: list[str] = []
         self._looks = itertools.count()
 
@@ -89,7 +89,7 @@ class _Walk:
             self._hash.update(b"%d:" % len(content) + content)
 
     def _apart(self, value) -> str:
-        """A digest by itself, for parts in no order."""
+        """Compute a digest of its own, for parts in no order."""
         other = _Walk()
         other._path, other._looks = self._path, self._looks
         found = other.of(value)
@@ -104,7 +104,7 @@ class _Walk:
         if kind in (list, tuple, dict, set, frozenset) and (content := plain_content(value)) is not None:
             self._say("plain", content)
             return
-        if kind not in (tuple, frozenset):  # constants, which one process may share and another not
+        if kind not in (tuple, frozenset):  # one process may share constants where another does not
             if id(value) in self._met:
                 self._say("again", self._met[id(value)])
                 return
@@ -120,7 +120,7 @@ class _Walk:
                 self._not_known(self._path[:1], f"more than {_MOST:,} objects", id(value))
             else:
                 self._say("unknown", id(value))
-        except Exception:  # whatever an object of the user's does when it is looked at
+        except Exception:  # an object of the user may do anything when it is looked at
             self._unknown(value)
         finally:
             if name:
@@ -188,7 +188,7 @@ class _Walk:
             try:
                 whole = "." * level + name
                 module = importlib.import_module(whole, around.get("__package__") if level else None)
-            except Exception as error:  # so will the function say
+            except Exception as error:  # the function will fail likewise
                 self._say(type(error).__name__)
             else:
                 self._module(module, code)
@@ -198,7 +198,7 @@ class _Walk:
         if is_library(module.__name__):
             self._say(version_of(module.__name__))
             return
-        for name in code.attributes:  # that the code may look up there
+        for name in code.attributes:  # the code may look them up there
             value = vars(module).get(name, module)
             if not isinstance(value, types.ModuleType):
                 self._say(name)
@@ -240,7 +240,7 @@ class _Walk:
             self._add(value, name)
 
     def _object(self, value):
-        """Of a class of the user's."""
+        """Add an object of a class of the user: the class and the attributes."""
         kind = type(value)
         self._say("object")
         self._add(kind)
@@ -254,7 +254,7 @@ class _Walk:
                 self._say(base.__repr__(value))
 
     def _reduced(self, value):
-        """Of a class of an installed package: by what a copy would be made from."""
+        """Add an object of a class of an installed package, by the parts that a copy would be made from."""
         try:
             reduce = copyreg.dispatch_table.get(type(value))
             made_from = reduce(value) if reduce else value.__reduce_ex__(4)
@@ -379,5 +379,5 @@ def _slots(kind):
 
 
 def _is_own(name):
-    """Whether an entry of a class is what its author wrote. What pydantic makes of that holds addresses."""
+    """Tell whether the author of a class wrote an entry. Those that pydantic makes hold addresses."""
     return name not in _OF_A_CLASS and (not name.startswith("__pydantic_") or name == "__pydantic_fields__")

@@ -1,6 +1,6 @@
 """
-Functions of the user's as they were when they were first seen: calls change a cache, a counter, a list of completions,
-and the function is the same. What is changed while nobody calls it was changed by hand, and makes another of it.
+Functions of the user as they were when they were first seen. Calls change a cache, a counter or a list of completions,
+and the function stays the same. A change while nobody calls it was made by hand: then it is another function.
 """
 
 import uuid
@@ -14,12 +14,14 @@ from .objects import examine
 @dataclass
 class Seen:
     """
+    A function as it was when it was first seen.
+
     Attributes:
         parts (`list`): references to the function, or to the object and the function of a method.
-        digest (`str`): what it was.
-        unknown (`list[str]`): what it held then that cannot be identified, see
+        digest (`str`): digest of the function then.
+        unknown (`list[str]`): parts of it that cannot be identified, see
             [`~trl_learnalign.identity.objects.examine`].
-        last (`str`): what it was after the last calls.
+        last (`str`): digest after the last calls.
     """
 
     parts: list
@@ -32,7 +34,7 @@ _SEEN: dict[tuple[int, ...], Seen] = {}
 
 
 def look(function) -> Seen:
-    """To be called when calls are about to begin: what was changed since the last ones ended was changed by hand."""
+    """Look at a function before calls begin: a change since the last calls ended was made by hand."""
     now, unknown = examine(function)
     found = _find(function)
     if found is None or found.last != now or found.unknown:
@@ -45,19 +47,19 @@ def look(function) -> Seen:
 
 
 def seen(function) -> Seen:
-    """The function as it was when it was looked at, which may be now."""
+    """Return the function as it was when it was first looked at, which may be now."""
     return _find(function) or look(function)
 
 
 def note(function) -> None:
-    """To be called when calls have ended: what they changed is no part of what the function is."""
+    """Look at a function after calls have ended: what they changed does not make another function of it."""
     found = _find(function)
     if found is not None:
         found.last, _ = examine(function)
 
 
 def _parts(function):
-    """A method is made anew each time that it is named."""
+    """Return the parts that last: a method is made anew each time that it is named."""
     return (function.__self__, function.__func__) if isinstance(function, MethodType) else (function,)
 
 

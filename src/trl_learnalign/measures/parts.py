@@ -43,7 +43,7 @@ def generate_in_parts(
         part_seed = stable_hash(seed, "part", start) if start else seed
         with host.groups_of(min(at_once, size - start)):
             parts.append(host.generate(dataset, indices, part_seed, gradients))
-    return [_joined(groups) for groups in zip(*parts, strict=True)]
+    return [_joined(list(groups)) for groups in zip(*parts, strict=True)]
 
 
 def _joined(parts: list[RolloutGroup]) -> RolloutGroup:

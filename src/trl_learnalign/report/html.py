@@ -4,6 +4,7 @@ import base64
 import html
 import json
 from collections.abc import Iterable, Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
@@ -68,13 +69,17 @@ def figures(drawings: Iterable[Drawing], folder: Path | None = None) -> str:
     for drawing in drawings:
         light, dark, words = drawing.png(), drawing.png(dark=True), html.escape(drawing.words)
         if folder is not None:
-            write_atomically(folder / f"{drawing.name}.png", lambda temporary, data=light: temporary.write_bytes(data))
+            write_atomically(folder / f"{drawing.name}.png", partial(_write_bytes, data=light))
         found.append(
             f'<figure><picture><source srcset="{_source(dark)}" media="(prefers-color-scheme: dark)">'
             f'<img src="{_source(light)}" alt="{words}"></picture>'
             f"<figcaption>{html.escape(drawing.caption)} {words}</figcaption></figure>"
         )
     return '<div class="figures">\n{}\n</div>'.format("\n".join(found)) if found else ""
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
 
 
 def _source(png):

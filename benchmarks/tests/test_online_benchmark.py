@@ -26,7 +26,7 @@ def hard():
 
 
 def value(prompt):
-    """Of the last step of a chain, exactly; its operators are all the same."""
+    """The exact value of the last step of a chain, whose operators are all the same."""
     last = prompt.removesuffix("=").rsplit(";", 1)[-1]
     operator = next(sign for sign in "+-*" if sign in last)
     return reduce({"+": add, "-": sub, "*": mul}[operator], map(Decimal, last.split(operator)))
