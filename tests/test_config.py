@@ -62,6 +62,7 @@ EFFECTS = {
     "rollout_batch_prompts": (4, ROLLED_OUT[:3], (*FREE, *ROLLED_OUT[3:])),
     "score": ("learnability", ({}, ROLLED_OUT[3]), ()),
     "score_measures": (["rollouts"], FREE[2:], ()),
+    "answer_column": ("answer", SELECTED, ROLLED_OUT[3:]),
     "learnability": ("variance", ROLLED_OUT, FREE),
     "success_threshold": (
         0.5,

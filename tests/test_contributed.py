@@ -25,8 +25,7 @@ from tiny import (
 from trl import GRPOTrainer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignGRPOTrainer, LearnAlignSampler, Selection, select_prompts
-from trl_learnalign.measures.base import Finding, Measure
-from trl_learnalign.measures.registry import MEASURES
+from trl_learnalign.measures import MEASURES, Finding, Measure
 from trl_learnalign.schedules import Schedule
 from trl_learnalign.scores.builtin import SCORES, Score
 

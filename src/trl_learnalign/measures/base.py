@@ -115,7 +115,7 @@ class Measure:
         """
         return {"pool": hashlib.sha256(np.array(rows, np.int64).tobytes()).hexdigest()}
 
-    def run(self, context: Context, rows: Sequence[int], log: "Log | None") -> Finding:
+    def run(self, context: Context, rows: Sequence[int], log: Any) -> Finding:
         """
         Measure prompts. All processes must call this, and get the same table.
 
