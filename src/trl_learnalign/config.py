@@ -20,17 +20,10 @@ SCHEDULE_NAMES = ("staged", "online")
 FREE_ON_RESUME = ("reselect_every", "rollout_batch_prompts", "max_tokens_per_batch", "save_rollouts", "write_report")
 # And what it may change besides while no selection has chosen a prompt: what only the coming one uses
 FREE_BEFORE_SELECTION = (
-    *(
-        "num_rollouts",
-        "score",
-        "score_measures",
-        "answer_column",
-        "learnability",
-        "success_threshold",
-        "success_reward",
-    ),
-    *("gradient_rollouts", "projection_dim", "candidate_prompts", "deduplicate", "target_dataset", "target_column"),
-    *("where", "quota_column", "quota", "take", "prompt_order", "fold", "selection_seed"),
+    *("num_rollouts", "score", "score_measures", "answer_column", "learnability", "success_threshold"),
+    *("success_reward", "gradient_rollouts", "projection_dim", "candidate_prompts", "deduplicate"),
+    *("target_dataset", "target_column", "where", "quota_column", "quota", "take", "prompt_order", "fold"),
+    "selection_seed",
 )
 # And after a selection that was made by learnability instead, as nothing could be learnt from the target
 FREE_WITHOUT_TARGET = ("num_rollouts", "score", "score_measures", "target_dataset", "target_column")

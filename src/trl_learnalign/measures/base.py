@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..scores.builtin import Score
 
 # What a measure takes of each prompt, the cheapest first: nothing, a forward of the policy, generation with rewards,
-# a backward. Plan, dry run, warnings and report ask for the price, never for the name of a measure
+# a backward. Plan and dry run tell users by it what a selection takes, whatever the measures are called
 PRICES = ("none", "forward", "rollouts", "gradients")
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 WINDOW = 256  # prompts that a process sorts by length, and keeps on disk when they are done
-_LOGITS = 1 << 29  # most logits of a forward: the vocabulary may be large
+_LOGITS = 1 << 28  # most logits of a forward: the vocabulary may be large
 _SHOWN = 10  # rows that an error names
 
 
@@ -103,10 +103,10 @@ def _column(host, config, rows):
 
 
 def _fault(answer) -> str | None:
+    if answer is not None and not isinstance(answer, str | int | float):
+        return "neither a text nor a number"
     if answer is None or answer != answer:
         return "missing"
-    if not isinstance(answer, str | int | float):
-        return "neither a text nor a number"
     return None if _text(answer) else "empty"
 
 

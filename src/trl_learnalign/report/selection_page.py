@@ -145,7 +145,7 @@ def _facts(selection) -> str:
     for name, (pool, chosen) in outcomes.items():
         means = (("pool", pool), ("chosen", chosen))
         facts |= {f"{OUTCOME_LABELS[name]}, {of}": f"{mean:.2f}" for of, mean in means if not math.isnan(mean)}
-    if outcomes:
+    if selection.provenance["seconds"]:
         facts["time"] = f"{seconds:,.0f} s"
     return fact_list(facts)
 
