@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..config import LearnAlignConfig
     from .target import Directions
 
-# What decides which rollouts make a gradient, and how long a feature is
+# Settings that decide which rollouts make a gradient, and the length of a feature
 KEY_OF_GRADIENTS = ("gradient_rollouts", "projection_dim", "success_threshold", "success_reward", "learnability")
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..host import Host
     from ..scores.builtin import Score
 
-# What a measure takes of each prompt, the cheapest first: nothing, a forward of the policy, generation with rewards,
+# Prices of a measure for each prompt, the cheapest first: nothing, a forward of the policy, generation with rewards,
 # a backward. Plan and dry run tell users by it what a selection takes, whatever the measures are called
 PRICES = ("none", "forward", "rollouts", "gradients")
 
@@ -67,7 +67,7 @@ class Context:
 
     @cached_property
     def identity(self) -> dict:
-        """See [`Host.identity`]."""
+        """Everything that rollouts and gradients depend on besides weights, data and settings."""
         return self.host.identity()
 
 
