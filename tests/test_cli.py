@@ -427,6 +427,9 @@ def test_columns_by_other_names(folder, monkeypatch, run):
     for line in lines:
         assert {name: line[name] for name in rows[0]} in rows
         assert set(line) == {*rows[0], "success_rate", "learnalign_score"}
+    # The answers are also what a score without rollouts takes
+    code, said = run(*arguments, *columns, "--score", "confidence", "--dry_run")
+    assert code == 0 and "pool: 24 prompts, a forward over each" in said and "learnable" not in said
 
 
 QUICK = ("--write_report", "false", "--score", "learnability")

@@ -4,31 +4,44 @@ another trainer: one class and one test. Nothing of the package is touched.
 """
 
 import itertools
+from collections import defaultdict
 
 import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
 import pytest
+import torch
+from peft import get_peft_model
 from tiny import (
     Seen,
     assert_same_weights,
     config,
+    digit_reward,
     grpo_args,
     lora,
     make_dataset,
     make_model,
     make_tokenizer,
     make_trainer,
+    online,
     weights,
 )
+from transformers import Trainer
 from trl import GRPOTrainer
+from trl.trainer.utils import RepeatSampler
 
 from trl_learnalign import (
     LearnAlignCallback,
     LearnAlignGRPOTrainer,
+    LearnAlignMixin,
     LearnAlignSampler,
     Selection,
     select_prompts,
 )
+from trl_learnalign.host import Host, register_host
+from trl_learnalign.measures import MEASURES, Finding, Measure
 from trl_learnalign.schedules import Schedule
+from trl_learnalign.scores.builtin import SCORES, Score
 
 
 def shortest_first(table):
@@ -235,3 +248,148 @@ def test_a_schedule_of_yours_that_is_wrong_is_named(tmp_path, fault, message):
     trainer.add_callback(LearnAlignCallback(trainer, LearnAlignSampler(config(), schedule=wrong)))
     with pytest.raises(ValueError, match=rf"Wrong.choose\(4\) {message}"):
         trainer.train()
+
+
+class Different(Measure):
+    """How many of a prompt's completions are different, of the rollouts that are there."""
+
+    name = "different"
+    requires = ("rollouts",)
+    columns = ("different_completions",)
+    price = "none"
+
+    def run(self, context, rows, log):
+        own = context.found["rollouts"].own
+        counts = {group.row: float(len({tuple(ids) for ids in group.completion_ids})) for group in own}
+        whole = {row: count for part in context.peers.gather(counts) for row, count in part.items()}
+        return Finding(pd.DataFrame({"different_completions": pd.Series(whole)}).reindex(rows))
+
+
+def test_a_measure_and_its_score(tmp_path, monkeypatch):
+    """Kept in scores.parquet, named by conditions, tried before anything is generated, shown in the report."""
+    monkeypatch.setitem(MEASURES, "different", Different())
+    rank = lambda table, align: table["learnability"] * table["different_completions"]  # noqa: E731
+    monkeypatch.setitem(SCORES, "diverse", Score(("rollouts", "different"), rank))
+    where = "different_completions > 2"
+    choice = config(score="diverse", where=where, save_rollouts=True, write_report=True)
+    selection = select_prompts(make_trainer(tmp_path), choice)
+    rollouts = pq.read_table(tmp_path / "_learnalign/rollouts/step-000000/rollouts.parquet").to_pandas()
+    expected = rollouts.groupby("index")["completion_ids"].apply(lambda ids: len(set(map(tuple, ids))))
+    table = Selection.load(tmp_path / "learnalign/step-000000").scores.to_pandas().set_index("index")
+    assert table["different_completions"].to_dict() == expected.to_dict() and expected.nunique() > 1
+    assert table["score"].tolist() == (table["learnability"] * expected).tolist()
+    assert set(selection.indices) <= set(expected[expected > 2].index) and selection.measures == (
+        "rollouts",
+        "different",
+    )
+    page = (tmp_path / "learnalign/report.html").read_text()
+    assert "different completions" in page
+    # The function of a user may have it, and the rollouts are there
+    mine = config(score=lambda table: table["different_completions"], score_measures=["rollouts", "different"])
+    by_number = select_prompts(make_trainer(tmp_path, reward=Seen(digit_reward)), mine)
+    assert by_number.scores["different_completions"].to_pylist() == expected.tolist()
+    wrong = config(score=lambda table: table["different"], score_measures=["rollouts", "differnet"])
+    with pytest.raises(ValueError, match=r"requires the measure 'differnet'.*what can be measured is: .*different"):
+        select_prompts(make_trainer(tmp_path), wrong)
+
+
+class Reinforce(Trainer):
+    """A policy gradient that owes nothing to TRL's trainers; an advantage is a reward less the mean of its group."""
+
+    def __init__(self, reward_funcs, args, train_dataset, processing_class, **kwargs):
+        self.reward_funcs, self.reward_func_names = [reward_funcs], [reward_funcs.__name__]
+        self.reward_weights, self.reward_processing_classes = torch.ones(1), [None]
+        self.num_generations, self.num_iterations, self.shuffle_dataset = args.num_generations, 1, True
+        self._tokenizer, self._tag_names, self._metrics = processing_class, [], {"train": defaultdict(list)}
+        given = {"args": args, "train_dataset": train_dataset, "processing_class": processing_class}
+        super().__init__(data_collator=list, **given, **kwargs)
+
+    def _get_train_sampler(self, dataset=None):
+        return RepeatSampler(self.train_dataset, self.num_generations, self.args.generation_batch_size // 4)
+
+    def _prepare_inputs(self, inputs):
+        return self.roll_out(inputs)
+
+    def roll_out(self, rows):
+        prompts = [row["prompt"] for row in rows]
+        given = self._tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
+        with torch.no_grad():
+            made = self.model.generate(**given, do_sample=True, max_new_tokens=6, pad_token_id=0, eos_token_id=1)
+        made = made[:, given["input_ids"].shape[1] :]
+        mask = ((made == 1).cumsum(1) - (made == 1).long() == 0).long()
+        tokens = [ids[kept.bool()].tolist() for ids, kept in zip(made, mask, strict=True)]
+        texts = self._tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        rewards = self._calculate_rewards(rows, prompts, texts, tokens)[:, 0].view(-1, self.num_generations)
+        batch = {"prompt_ids": given["input_ids"], "prompt_mask": given["attention_mask"], "completion_mask": mask}
+        return batch | {"completion_ids": made, "advantages": (rewards - rewards.mean(1, keepdim=True)).flatten()}
+
+    def _calculate_rewards(self, rows, prompts, completions, completion_ids):
+        found = self.reward_funcs[0](completions=completions, row=[row["row"] for row in rows])
+        return torch.tensor(found)[:, None]
+
+    def compute_loss(self, model, batch, **kwargs):
+        ids, mask = (torch.cat([batch[f"prompt_{kind}"], batch[f"completion_{kind}"]], 1) for kind in ("ids", "mask"))
+        logps = model(input_ids=ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)
+        logps = logps.gather(2, ids[:, 1:, None])[:, -batch["completion_mask"].shape[1] :, 0]
+        return -(batch["advantages"][:, None] * logps * batch["completion_mask"]).mean()
+
+    def log(self, logs, *args):
+        metrics = self._metrics["train"]
+        super().log(logs | {name: sum(values) / len(values) for name, values in metrics.items()}, *args)
+        metrics.clear()
+
+
+NAMES = {
+    "always": ("_tokenizer", "num_generations", "reward_func_names", "reward_funcs", "reward_weights"),
+    "generates": ("_calculate_rewards", "_metrics", "roll_out"),
+    "trains": ("_calculate_rewards", "_metrics", "_tag_names", "num_iterations", "roll_out", "shuffle_dataset"),
+}
+
+
+class ReinforceHost(Host):
+    """The trainer generates and trains. Nothing is said of its loss, so no gradients are taken."""
+
+    names = NAMES
+    generation_method, logps_method, books = "roll_out", None, ("_metrics",)
+
+    def tokenize(self, prompts):
+        return self.trainer._tokenizer(prompts)["input_ids"]
+
+    def advantages(self, rewards, penalties):
+        total = self.total(rewards).double()
+        return (total - total.nanmean(1, keepdim=True)).nan_to_num(0.0)
+
+
+def test_a_host_of_ones_own(tmp_path):
+    """A trainer that the package knows nothing of chooses prompts online, resumes, and selects without gradients."""
+
+    class Mine(LearnAlignMixin, Reinforce):
+        pass
+
+    def make(choice, **changes):
+        return Mine(
+            model=get_peft_model(make_model(), lora()),
+            reward_funcs=seen,
+            args=grpo_args(tmp_path, **changes),
+            train_dataset=make_dataset(),
+            processing_class=make_tokenizer(),
+            train_sampler=LearnAlignSampler(choice) if choice else None,
+        )
+
+    seen, settings = Seen(easy), {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    with pytest.raises(TypeError, match="but got a Mine. Pass one of these, or register a host"):
+        make(online())
+    register_host(Reinforce, ReinforceHost)
+    whole = make(online(), **settings)
+    whole.train()
+    rows = list(seen.rows)
+    live = [entry["learnalign/live_fraction"] for entry in whole.state.log_history if "loss" in entry]
+    assert live == [np.mean(np.array(rows[i : i + 16]) % 3 > 0) for i in range(0, 96, 16)] and len(rows) == 96
+    resumed = make(online(), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert seen.rows[96:] == rows[48:]
+    assert_same_weights(weights(resumed), weights(whole))
+    selection = select_prompts(make(None), config(score="learnability"))
+    assert len(selection.indices) == 8 and all(row % 3 for row in selection.indices)
+    with pytest.raises(ValueError, match="The host of Mine does not know how to take gradients.*'learnability'"):
+        select_prompts(make(None), config())

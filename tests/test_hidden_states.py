@@ -7,10 +7,11 @@ import pytest
 import torch
 from datasets import Dataset
 from test_distributed import SHARDED, alone, launch
-from tiny import make_dataset, make_model, make_trainer, weights
+from tiny import config, make_dataset, make_model, make_trainer, weights
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
+from trl_learnalign import select_prompts
 from trl_learnalign.gradients.modes import as_in_evaluation
 from trl_learnalign.ground.peers import Peers
 from trl_learnalign.host import find_host
@@ -362,3 +363,13 @@ def test_a_file_with_other_bytes_under_the_same_name_is_not_linked(tmp_path):
     assert (tmp_path / "run" / theirs.file).read_bytes() == theirs.content()
     ours.write(tmp_path / "again", tmp_path / "checkpoint")
     assert (tmp_path / "again" / ours.file).stat().st_ino == (tmp_path / "checkpoint" / ours.file).stat().st_ino
+
+
+def test_a_score_may_have_them(tmp_path):
+    """As a measure like any other: the same numbers, no rollouts, and no column for each in scores.parquet."""
+    trainer = make_trainer(tmp_path, dataset=of_unequal_lengths())
+    choice = config(score=lambda table: -table["hidden_0"].abs(), score_measures=["hidden_states"])
+    selection = select_prompts(trainer, choice)
+    expected = -np.abs(features(trainer, tmp_path / "online").values[:, 0].astype(float))
+    assert selection.scores["score"].to_pylist() == expected.tolist() and not trainer._metrics["train"]
+    assert "hidden_0" not in selection.scores.column_names and "hidden states" in selection.provenance["seconds"]

@@ -143,7 +143,7 @@ def test_what_is_said_of_a_selection_without_rollouts(tmp_path, capsys, caplog):
         ({"answer_column": None}, "`answer_column` is not set"),
         ({"answer_column": "solution"}, "has no column 'solution'"),
         ({"answer": ["1", None, "", "4"] * 6}, r"missing: row 1, 5.*empty: row 2, .*dataset.filter"),
-        ({"answer": [["1"]] * 24}, "neither a text nor a number: row 0, 1"),
+        ({"answer": [["1", "2"]] * 24}, "neither a text nor a number: row 0, 1"),
         ({"image": ["x"] * 24}, "the training dataset has images"),
     ],
 )

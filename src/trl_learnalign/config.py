@@ -27,17 +27,10 @@ else:
 FREE_ON_RESUME = ("reselect_every", "rollout_batch_prompts", "max_tokens_per_batch", "save_rollouts", "write_report")
 # Settings of the coming selection, which may change as long as none has chosen a prompt
 FREE_BEFORE_SELECTION = (
-    *(
-        "num_rollouts",
-        "score",
-        "score_measures",
-        "answer_column",
-        "learnability",
-        "success_threshold",
-        "success_reward",
-    ),
-    *("gradient_rollouts", "projection_dim", "candidate_prompts", "deduplicate", "target_dataset", "target_column"),
-    *("where", "quota_column", "quota", "take", "prompt_order", "fold", "selection_seed"),
+    *("num_rollouts", "score", "score_measures", "answer_column", "learnability", "success_threshold"),
+    *("success_reward", "gradient_rollouts", "projection_dim", "candidate_prompts", "deduplicate"),
+    *("target_dataset", "target_column", "where", "quota_column", "quota", "take", "prompt_order", "fold"),
+    "selection_seed",
 )
 # Settings that may change after a selection that fell back to learnability, as nothing could be learnt from the target
 FREE_WITHOUT_TARGET = ("num_rollouts", "score", "score_measures", "target_dataset", "target_column")

@@ -1,7 +1,8 @@
 """The gradients of a selection's prompts, aligned with the mean of all or with a target."""
 
 import time
-from typing import TYPE_CHECKING, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ import torch
 from ..data.reading import columns_read
 from ..gradients.engine import UnseenParametersError, check_parameters, unseen_message
 from ..ground.store import Log
+from ..host import Host
 from ..host.groups import Row
 from ..scores import maths as scoring
 from .base import Context, Finding, Measure
@@ -18,9 +20,10 @@ from .rollouts import RolledOut, RolloutMeasure
 
 
 if TYPE_CHECKING:
+    from ..config import LearnAlignConfig
     from .target import Directions
 
-# What decides which rollouts make a gradient, and how long a feature is
+# Settings that decide which rollouts make a gradient, and the length of a feature
 KEY_OF_GRADIENTS = ("gradient_rollouts", "projection_dim", "success_threshold", "success_reward", "learnability")
 
 
@@ -35,7 +38,7 @@ class GradientMeasure(Measure):
     columns = ("alignment", "gradient_norm")
     price = "gradients"
 
-    def check(self, host, config):
+    def check(self, host: Host, config: "LearnAlignConfig") -> None:
         """
         Raise a `ValueError` for an unknown loss, images, and sharded weights without an adapter; and an
         [`UnseenParametersError`] for trainable tensors whose gradients would be missed.
@@ -57,17 +60,17 @@ class GradientMeasure(Measure):
                 raise UnseenParametersError(unseen_message([f"target_parameters={adapter.target_parameters}"]))
         check_parameters(host.model, probe=not host.has_adapter)
 
-    def key(self, context, rows):
+    def key(self, context: Context, rows: Sequence[int]) -> dict[str, Any]:
         """Return what rollouts and features depend on."""
         config = context.config.to_dict()
         features = {f"`{name}`": config[name] for name in KEY_OF_GRADIENTS}
         return {**RolloutMeasure().key(context, rows), **features}
 
-    def run(self, context, rows, log):
+    def run(self, context: Context, rows: Sequence[int], log: Any) -> Finding:
         """Return the [`Alignments`], with nothing computed yet."""
         return GradientAlignments(context, log)
 
-    def made_up(self, table, num_rollouts, longest):
+    def made_up(self, table: pd.DataFrame, num_rollouts: int, longest: int) -> Finding:
         """Return alignments that differ from prompt to prompt."""
         return _MadeUpAlignments(table)
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from ..host import Host
     from ..scores.builtin import Score
 
-# What a measure takes of each prompt, the cheapest first: nothing, a forward of the policy, generation with rewards,
-# a backward. Plan, dry run, warnings and report ask for the price, never for the name of a measure
+# Prices of a measure for each prompt, the cheapest first: nothing, a forward of the policy, generation with rewards,
+# a backward. Plan and dry run tell users by it what a selection takes, whatever the measures are called
 PRICES = ("none", "forward", "rollouts", "gradients")
 
 
@@ -67,7 +67,7 @@ class Context:
 
     @cached_property
     def identity(self) -> dict:
-        """See [`Host.identity`]."""
+        """Everything that rollouts and gradients depend on besides weights, data and settings."""
         return self.host.identity()
 
 
@@ -115,7 +115,7 @@ class Measure:
         """
         return {"pool": hashlib.sha256(np.array(rows, np.int64).tobytes()).hexdigest()}
 
-    def run(self, context: Context, rows: Sequence[int], log: "Log | None") -> Finding:
+    def run(self, context: Context, rows: Sequence[int], log: Any) -> Finding:
         """
         Measure prompts. All processes must call this, and get the same table.
 

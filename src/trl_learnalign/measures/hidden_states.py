@@ -3,8 +3,9 @@
 import hashlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -14,10 +15,14 @@ from ..ground.disk import digest, scratch
 from ..ground.peers import Peers
 from ..ground.store import open_log
 from ..host import Host
-from .base import Finding, Measure
+from .base import Context, Finding, Measure
 from .feature_file import PromptFeatures, file_name, read_features
 from .forwards import evaluating, in_rounds, prompt_ids, reason_against, tokens_at_once, windows_of
 from .half_forward import HalfForward
+
+
+if TYPE_CHECKING:
+    from ..config import LearnAlignConfig
 
 
 COMPONENTS = 64  # of a prompt, less where the hidden states of the pool have fewer dimensions
@@ -37,18 +42,18 @@ class HiddenStates(Measure):
 
     name = "hidden_states"
 
-    def check(self, host, config):
+    def check(self, host: Host, config: "LearnAlignConfig") -> None:
         """Raise a `ValueError` for prompts that are not known before their rollouts."""
         if (reason := reason_against(host)) is not None:
             raise ValueError(
                 f"The score needs hidden states of the prompts, but {reason}. Use a score that needs rollouts alone."
             )
 
-    def key(self, context, rows):
+    def key(self, context: Context, rows: Sequence[int]) -> dict[str, Any]:
         """Return the sizes of the sample, of windows and of batches."""
         return {"sizes": _sizes(context.host), **super().key(context, rows)}
 
-    def run(self, context, rows, log):
+    def run(self, context: Context, rows: Sequence[int], log: Any) -> Finding:
         """Run half of the policy over every prompt."""
         host, started = context.host, time.perf_counter()
         values = _compute(host, context.peers, np.array(rows, np.int32), HalfForward(host), log)
@@ -56,7 +61,7 @@ class HiddenStates(Measure):
         context.clock("hidden states", started)
         return Finding(_table(values, rows))
 
-    def made_up(self, table, num_rollouts, longest):
+    def made_up(self, table: pd.DataFrame, num_rollouts: int, longest: int) -> Finding:
         """Return components that differ from prompt to prompt."""
         places = np.arange(len(table))[:, None] + np.arange(COMPONENTS)
         return Finding(_table(np.cos(places), table.index))

@@ -2,7 +2,9 @@
 
 import inspect
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -10,12 +12,17 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..data.columns import candidate_rows, check_named, dataset_columns
-from .base import Finding, Measure
+from ..host import Host
+from .base import Context, Finding, Measure
 from .forwards import Forward, evaluating, in_rounds, prompt_ids, reason_against, tokens_at_once, windows_of
 
 
+if TYPE_CHECKING:
+    from ..config import LearnAlignConfig
+
+
 WINDOW = 256  # prompts that a process sorts by length, and keeps on disk when they are done
-_LOGITS = 1 << 29  # most logits of a forward: the vocabulary may be large
+_LOGITS = 1 << 28  # most logits of a forward: the vocabulary may be large
 _SHOWN = 10  # rows that an error names
 
 
@@ -29,7 +36,7 @@ class Likelihood(Measure):
     name = "likelihood"
     columns = ("answer_likelihood",)
 
-    def check(self, host, config):
+    def check(self, host: Host, config: "LearnAlignConfig") -> None:
         """
         Raise a `ValueError` without `answer_column`, for a prompt that has no tokens before its rollouts, and for rows
         without an answer.
@@ -59,7 +66,7 @@ class Likelihood(Measure):
                 "`dataset.filter`."
             )
 
-    def key(self, context, rows):
+    def key(self, context: Context, rows: Sequence[int]) -> dict[str, Any]:
         """Return the column of the answers and the sizes of batches, on which the last digits depend."""
         return {
             "`answer_column`": context.config.answer_column,
@@ -67,7 +74,7 @@ class Likelihood(Measure):
             **super().key(context, rows),
         }
 
-    def run(self, context, rows, log):
+    def run(self, context: Context, rows: Sequence[int], log: Any) -> Finding:
         """Run the policy over every prompt with its answer, in batches of nearly equal length."""
         host = context.host
 
@@ -83,7 +90,7 @@ class Likelihood(Measure):
             means = in_rounds(host, context.peers, bar, log, forward, read, windows, np.float64)
         log.close()
         context.clock("likelihoods", started)
-        index = pd.Index(rows, name="index", dtype="int64")
+        index = pd.Index(list(rows), name="index", dtype="int64")
         return Finding(pd.DataFrame({"answer_likelihood": np.exp(means[:, 0])}, index=index))
 
 
@@ -96,10 +103,10 @@ def _column(host, config, rows):
 
 
 def _fault(answer) -> str | None:
+    if answer is not None and not isinstance(answer, str | int | float):
+        return "neither a text nor a number"
     if answer is None or answer != answer:
         return "missing"
-    if not isinstance(answer, str | int | float):
-        return "neither a text nor a number"
     return None if _text(answer) else "empty"
 
 

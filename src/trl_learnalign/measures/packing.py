@@ -49,7 +49,7 @@ class Window:
         Return how many rows each prompt has in a microbatch, and these rows, those of a prompt together. Made when
         they are asked for.
         """
-        # Of rows of equal length the last one first
+        # The last of equally long rows comes first
         queue = [(index, row) for index in self.indices for row in range(len(self.lengths[index]))][::-1]
         microbatches = []
         for places in fill([int(self.lengths[index][row]) for index, row in queue], self.max_tokens):

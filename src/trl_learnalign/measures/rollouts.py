@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -25,6 +26,10 @@ from .base import Context, Finding, Measure
 from .parts import generate_in_parts, prompts_per_batch, rollouts_at_once
 from .pool import Pool
 from .records import decode, encode
+
+
+if TYPE_CHECKING:
+    from ..config import LearnAlignConfig
 
 
 # By default a pool is cut into at least so many batches, so that as many processes have work
@@ -61,16 +66,16 @@ class RolloutMeasure(Measure):
     columns = ("success_rate", "learnability", "reward_mean", "reward_std", "completion_length_mean")
     price = "rollouts"
 
-    def check(self, host, config):
+    def check(self, host: Host, config: "LearnAlignConfig") -> None:
         """Raise a `ValueError` for an unknown or missing reward name, and for vLLM that mixes completions up."""
         check_success_reward(host.reward_names, config.success_reward, config.learnability)
         check_vllm(host)
 
-    def key(self, context, rows):
+    def key(self, context: Context, rows: Sequence[int]) -> dict[str, Any]:
         """Return what generation and rewards depend on."""
         return {**made_from(context, len(rows)), **super().key(context, rows)}
 
-    def run(self, context, rows, log):
+    def run(self, context: Context, rows: Sequence[int], log: Any) -> Finding:
         """Roll out every prompt."""
         started = time.perf_counter()
         at_once = prompts_at_once(context.host, context.config, context.num_rollouts, len(rows))
@@ -80,7 +85,7 @@ class RolloutMeasure(Measure):
         context.note(pool.provenance())
         return RolledOut(own, pool, seconds)
 
-    def made_up(self, table, num_rollouts, longest):
+    def made_up(self, table: pd.DataFrame, num_rollouts: int, longest: int) -> Finding:
         """Return success rates from 0 to 1, and lengths up to `longest` tokens."""
         places = np.arange(len(table))
         rates = (7 * places + 1) % (num_rollouts + 1) / num_rollouts

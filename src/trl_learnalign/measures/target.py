@@ -2,8 +2,10 @@
 
 import logging
 import time
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, cast
 
+import pandas as pd
 import torch
 from datasets import Dataset
 
@@ -36,17 +38,18 @@ class TargetRollouts(Measure):
     name = "target-rollouts"
     price = "rollouts"
 
-    def key(self, context, rows):
+    def key(self, context: Context, rows: Sequence[int]) -> dict[str, Any]:
         """Return what generation and rewards depend on, and the rows of the target."""
         transform = context.host.prompt_identity(context.target)["transform"]
         target = [dataset_fingerprint(context.target), transform]
         return {**made_from(context, len(rows)), "rows of the target": target}
 
-    def run(self, context, rows, log):
+    def run(self, context: Context, rows: Sequence[int], log: Any) -> Finding:
         """Roll out every prompt of the target."""
-        started, size = time.perf_counter(), len(context.target)
+        target, started = cast(Dataset, context.target), time.perf_counter()
+        size = len(target)
         at_once = prompts_at_once(context.host, context.config, context.num_rollouts, len(rows))
-        dataset = context.host.visible(context.target)
+        dataset = context.host.visible(target)
         own = roll_out(context, dataset, range(size), log, at_once, "target rollouts")
         pool = gather_rewards(context, own)
         found = RolledOut(own, pool)
@@ -65,7 +68,7 @@ class TargetRollouts(Measure):
         context.note({"target": about})
         return found
 
-    def made_up(self, table, num_rollouts, longest):
+    def made_up(self, table: pd.DataFrame, num_rollouts: int, longest: int) -> Finding:
         """Return nothing about the prompts of the pool."""
         return Finding(None)
 
@@ -80,13 +83,13 @@ class TargetGradients(Measure):
     requires = ("target-rollouts",)
     price = "gradients"
 
-    def key(self, context, rows):
+    def key(self, context: Context, rows: Sequence[int]) -> dict[str, Any]:
         """Return what rollouts and features depend on."""
         config = context.config.to_dict()
         rolled_out = TargetRollouts().key(context, rows)
         return {**rolled_out, **{f"`{name}`": config[name] for name in KEY_OF_GRADIENTS}}
 
-    def run(self, context: Context, rows, log):
+    def run(self, context: Context, rows: Sequence[int], log: Any) -> Finding:
         """Sum up the gradients of each subtask."""
         target, started = cast(Dataset, context.target), time.perf_counter()
         found = cast(RolledOut, context.found["target-rollouts"])
@@ -114,6 +117,6 @@ class TargetGradients(Measure):
             )
         return Directions(directions)
 
-    def made_up(self, table, num_rollouts, longest):
+    def made_up(self, table: pd.DataFrame, num_rollouts: int, longest: int) -> Finding:
         """Return nothing about the prompts of the pool."""
         return Finding(None)

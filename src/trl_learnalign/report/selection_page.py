@@ -107,8 +107,8 @@ def _facts(selection) -> dict[str, str]:
     for name, (pool, chosen) in outcomes.items():
         means = (("pool", pool), ("chosen", chosen))
         facts |= {f"{OUTCOME_LABELS[name]}, {of}": f"{mean:.2f}" for of, mean in means if not math.isnan(mean)}
-    if outcomes:
-        facts["time"] = f"{sum(selection.provenance['seconds'].values()):,.0f} s"
+    if seconds := sum(selection.provenance["seconds"].values()):
+        facts["time"] = f"{seconds:,.0f} s"
     return facts
 
 

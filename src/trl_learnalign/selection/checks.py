@@ -29,7 +29,7 @@ def check_selection(host: Host, config: LearnAlignConfig) -> None:
     if config.num_prompts > len(dataset):
         warnings.warn(
             f"`num_prompts` is {config.num_prompts}, but the training dataset has {len(dataset)} rows: every "
-            "learnable prompt will be selected.",
+            "prompt that may be chosen will be selected.",
             stacklevel=4,
         )
     measures = needed(config.ranking().measures)

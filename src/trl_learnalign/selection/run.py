@@ -147,7 +147,7 @@ class SelectionRun:
                 tqdm.write(f"{'Why each prompt was chosen' if selection.indices else 'Report'}: {report}")
         return selection
 
-    def _run(self):
+    def _run(self) -> Selection:
         untouched: AbstractContextManager = nullcontext()
         if self.context.prices:
             self.make_keys()
@@ -213,7 +213,7 @@ class SelectionRun:
         path, parts = self.path_of_measures / measure, self.parts[measure]
         return open_log(path, self.keys[measure], self.accelerator, self.peers, parts)
 
-    def _measure(self):
+    def _measure(self) -> None:
         """Run the measures that the score needs, each with the findings of those before."""
         while (name := self._next()) is not None:
             measure = MEASURES[name]
