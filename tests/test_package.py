@@ -73,7 +73,14 @@ def test_wheel_installs_into_an_empty_environment(wheel, tmp_path):
 
 def test_public_names():
     names = ["LearnAlignCallback", "LearnAlignConfig", "LearnAlignGRPOTrainer", "LearnAlignMixin", "LearnAlignSampler"]
-    assert trl_learnalign.__all__ == [*names, "Schedule", "Selection", "find_selections", "select_prompts"]
+    assert trl_learnalign.__all__ == [
+        *names,
+        "Schedule",
+        "Selection",
+        "find_selections",
+        "register_host",
+        "select_prompts",
+    ]
     assert all(getattr(trl_learnalign, name).__doc__ for name in trl_learnalign.__all__)
     assert {*trl_learnalign.__all__} <= {*dir(trl_learnalign)}
     with pytest.raises(AttributeError, match="has no attribute 'LearnAlignSample'"):

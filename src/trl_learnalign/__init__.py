@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .callback import LearnAlignCallback
     from .config import LearnAlignConfig
+    from .host import register_host
     from .report.selecting import select_prompts
     from .sampler import LearnAlignSampler
     from .schedules.base import Schedule
@@ -52,6 +53,7 @@ __all__ = [
     "Schedule",
     "Selection",
     "find_selections",
+    "register_host",
     "select_prompts",
 ]
 __version__ = version("trl-learnalign")
@@ -66,6 +68,7 @@ _MODULES = {
     "Schedule": "schedules.base",
     "Selection": "selection.result",
     "find_selections": "selection.result",
+    "register_host": "host",
     "select_prompts": "report.selecting",
 }
 

@@ -1,6 +1,7 @@
 """Columns of the dataset, which cost nothing to measure."""
 
 from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -9,10 +10,13 @@ import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Value
 from pandas.api import types
 
-from ..config import LearnAlignConfig
 from ..scores.builtin import score_name
 from .conditions import Condition
 from .reading import has_transform
+
+
+if TYPE_CHECKING:
+    from ..config import LearnAlignConfig
 
 
 _FEW = 0.05  # of all rows are read one by one
@@ -107,7 +111,7 @@ def _kind(dataset, name):
     return kind
 
 
-def check_columns(dataset: Dataset, config: LearnAlignConfig, columns: Iterable[str]) -> None:
+def check_columns(dataset: Dataset, config: "LearnAlignConfig", columns: Iterable[str]) -> None:
     """
     Check the columns that the settings of a selection name. `columns` are those that are measured.
 
@@ -225,7 +229,7 @@ def check_groups(dataset: Dataset, knob: str, name: str, most: int | None = None
         )
 
 
-def candidate_rows(dataset: Dataset, config: LearnAlignConfig) -> list[int]:
+def candidate_rows(dataset: Dataset, config: "LearnAlignConfig") -> list[int]:
     """
     Find the rows that `where` holds for, if it needs columns of the dataset alone; all rows otherwise.
 
@@ -242,7 +246,7 @@ def candidate_rows(dataset: Dataset, config: LearnAlignConfig) -> list[int]:
     return found
 
 
-def needs_measures(dataset: Dataset, config: LearnAlignConfig) -> bool:
+def needs_measures(dataset: Dataset, config: "LearnAlignConfig") -> bool:
     """Tell whether `where` names more than columns of the dataset, so that it is decided only after the rollouts."""
     if config.where is None:
         return False
