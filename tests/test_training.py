@@ -31,6 +31,7 @@ from trl_learnalign import LearnAlignCallback, LearnAlignMixin, LearnAlignSample
 from trl_learnalign.host import find_host
 from trl_learnalign.measures import gradients
 from trl_learnalign.run.restart import restart
+from trl_learnalign.selection.run import SelectionRun
 
 
 class Fixed(Sampler):
@@ -153,7 +154,7 @@ def test_prompts_that_reach_the_reward_function(tmp_path, shape):
     trainer = make_trainer(tmp_path, config(**ours), reward=seen, **changes)
     sampler = trainer._get_train_sampler()
     layout, rolled_out = sampler.layout, []
-    during = select_prompts.__globals__["SelectionRun"].run
+    during = SelectionRun.run
 
     def run(self, *args):  # the rollouts of the selection itself pass through the same reward function
         start = len(seen.rows)
@@ -163,7 +164,7 @@ def test_prompts_that_reach_the_reward_function(tmp_path, shape):
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(select_prompts.__globals__["SelectionRun"], "run", run)
+        patch.setattr(SelectionRun, "run", run)
         trainer.train()
 
     selection = Selection.load(next((tmp_path / "learnalign").glob("step-*")))
