@@ -251,43 +251,43 @@ def test_a_schedule_of_yours_that_is_wrong_is_named(tmp_path, fault, message):
 
 
 class Different(Measure):
-    """How many of a prompt's completions are different, of the rollouts that are there."""
+    """How many different first tokens the completions of a prompt have, of the rollouts that are there."""
 
     name = "different"
     requires = ("rollouts",)
-    columns = ("different_completions",)
+    columns = ("different_starts",)
     price = "none"
 
     def run(self, context, rows, log):
         own = context.found["rollouts"].own
-        counts = {group.row: float(len({tuple(ids) for ids in group.completion_ids})) for group in own}
+        counts = {group.row: float(len({int(ids[0]) for ids in group.completion_ids})) for group in own}
         whole = {row: count for part in context.peers.gather(counts) for row, count in part.items()}
-        return Finding(pd.DataFrame({"different_completions": pd.Series(whole)}).reindex(rows))
+        return Finding(pd.DataFrame({"different_starts": pd.Series(whole)}).reindex(rows))
 
 
 def test_a_measure_and_its_score(tmp_path, monkeypatch):
     """Kept in scores.parquet, named by conditions, tried before anything is generated, shown in the report."""
     monkeypatch.setitem(MEASURES, "different", Different())
-    rank = lambda table, align: table["learnability"] * table["different_completions"]  # noqa: E731
+    rank = lambda table, align: table["learnability"] * table["different_starts"]  # noqa: E731
     monkeypatch.setitem(SCORES, "diverse", Score(("rollouts", "different"), rank))
-    where = "different_completions > 2"
+    where = "different_starts > 5"
     choice = config(score="diverse", where=where, save_rollouts=True, write_report=True)
     selection = select_prompts(make_trainer(tmp_path), choice)
     rollouts = pq.read_table(tmp_path / "_learnalign/rollouts/step-000000/rollouts.parquet").to_pandas()
-    expected = rollouts.groupby("index")["completion_ids"].apply(lambda ids: len(set(map(tuple, ids))))
+    expected = rollouts.groupby("index")["completion_ids"].apply(lambda parts: len({ids[0] for ids in parts}))
     table = Selection.load(tmp_path / "learnalign/step-000000").scores.to_pandas().set_index("index")
-    assert table["different_completions"].to_dict() == expected.to_dict() and expected.nunique() > 1
+    assert table["different_starts"].to_dict() == expected.to_dict() and expected.nunique() > 1
     assert table["score"].tolist() == (table["learnability"] * expected).tolist()
-    assert set(selection.indices) <= set(expected[expected > 2].index) and selection.measures == (
+    assert set(selection.indices) <= set(expected[expected > 5].index) and selection.measures == (
         "rollouts",
         "different",
     )
     page = (tmp_path / "learnalign/report.html").read_text()
-    assert "different completions" in page
+    assert "different starts" in page
     # The function of a user may have it, and the rollouts are there
-    mine = config(score=lambda table: table["different_completions"], score_measures=["rollouts", "different"])
+    mine = config(score=lambda table: table["different_starts"], score_measures=["rollouts", "different"])
     by_number = select_prompts(make_trainer(tmp_path, reward=Seen(digit_reward)), mine)
-    assert by_number.scores["different_completions"].to_pylist() == expected.tolist()
+    assert by_number.scores["different_starts"].to_pylist() == expected.tolist()
     wrong = config(score=lambda table: table["different"], score_measures=["rollouts", "differnet"])
     with pytest.raises(ValueError, match=r"requires the measure 'differnet'.*what can be measured is: .*different"):
         select_prompts(make_trainer(tmp_path), wrong)
