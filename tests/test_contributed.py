@@ -40,7 +40,7 @@ from trl_learnalign import (
 )
 from trl_learnalign.host import Host, register_host
 from trl_learnalign.measures import MEASURES, Finding, Measure
-from trl_learnalign.schedules import Schedule
+from trl_learnalign.schedules import Run, Schedule, StagedSchedule, Ticks
 from trl_learnalign.scores.builtin import SCORES, Score
 
 
@@ -64,6 +64,7 @@ class Unsolved(Schedule):
 
     def __init__(self, run):
         self.position, self.solved = 0, np.zeros(run.pool_size, bool)
+        self.tick = "any attribute"  # which is no role of this schedule
 
     def choose(self, n):
         return [self.next() for _ in range(n)]
@@ -129,7 +130,7 @@ def test_unsolved(tmp_path):
         make_trainer(tmp_path, config(), num_train_epochs=2).train(resume_from_checkpoint=True)
 
 
-class Diary(Schedule):
+class Diary(Schedule, Ticks):
     """Writes down all that it is told. Its attributes have the names that the package has for things of its own."""
 
     def __init__(self, run):
@@ -248,6 +249,49 @@ def test_a_schedule_of_yours_that_is_wrong_is_named(tmp_path, fault, message):
     trainer.add_callback(LearnAlignCallback(trainer, LearnAlignSampler(config(), schedule=wrong)))
     with pytest.raises(ValueError, match=rf"Wrong.choose\(4\) {message}"):
         trainer.train()
+
+
+@pytest.mark.parametrize("wrong", [[1.7] * 4, np.ones(4, bool), ["2"] * 4, None, [[0]] * 4])
+def test_rows_that_are_no_whole_numbers_are_refused(tmp_path, wrong):
+    schedule = type("Wrong", (Dealt,), {"choose": lambda self, n: wrong})
+    trainer = make_trainer(tmp_path, cls=GRPOTrainer, max_steps=8)
+    trainer.add_callback(LearnAlignCallback(trainer, LearnAlignSampler(config(), schedule=schedule)))
+    with pytest.raises(
+        TypeError, match=r"Wrong.choose\(4\) must return 4 rows of the dataset as whole numbers, but: "
+    ):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ({"x": np.int64(3)}, r"`state_dict\(\)\['x'\]` is a int64"),
+        ({"x": np.array(["a"])}, "an array of <U1"),
+        ({"x": {"a/b": np.arange(2)}}, "The key 'a/b' of a state must be a text without '/'"),
+    ],
+)
+def test_a_state_that_a_checkpoint_cannot_hold_is_named(tmp_path, state, words):
+    schedule = type("Wrong", (Dealt,), {"state_dict": lambda self: state})
+    changes = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(tmp_path, cls=GRPOTrainer, **changes)
+    trainer.add_callback(LearnAlignCallback(trainer, LearnAlignSampler(config(), schedule=schedule)))
+    with pytest.raises(TypeError, match=words):
+        trainer.train()
+
+
+def test_a_schedule_of_another_run_is_refused(tmp_path):
+    one = Dealt(Run(24, 4, 4, 0, config(), None))
+    trainer = make_trainer(tmp_path, cls=GRPOTrainer, max_steps=1)
+    trainer.add_callback(LearnAlignCallback(trainer, LearnAlignSampler(config(), schedule=lambda run: one)))
+    trainer.train()
+    with pytest.raises(ValueError, match="made the Dealt of the run before once more"):
+        trainer.train()
+
+
+def test_the_checks_of_a_selection_are_made_whatever_makes_the_schedule(tmp_path):
+    trainer = make_trainer(tmp_path, cls=GRPOTrainer, reward=[digit_reward, easy])
+    with pytest.raises(ValueError, match="success_reward"):
+        LearnAlignCallback(trainer, LearnAlignSampler(config(), schedule=lambda run: StagedSchedule(run)))
 
 
 class Different(Measure):

@@ -958,9 +958,13 @@ def test_rewards_of_every_kind_that_trl_takes(tmp_path, kind):
     assert_same_weights(*made)
 
 
-@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 4, "steps_per_generation": 1}])
-def test_the_plan_says_from_which_step_prompts_can_be_chosen(tmp_path, capsys, changes):
-    changes = changes | {"max_steps": 12, "settings": replace(SETTINGS, tried=16, history_groups=1)}
+@pytest.mark.parametrize(
+    ("changes", "tried"),
+    [({}, 16), ({}, 20), ({"gradient_accumulation_steps": 4, "steps_per_generation": 1}, 16)],
+    ids=["plain", "an epoch ends", "several chunks a step"],
+)
+def test_the_plan_says_from_which_step_prompts_can_be_chosen(tmp_path, capsys, changes, tried):
+    changes = changes | {"max_steps": 12, "settings": replace(SETTINGS, tried=tried, history_groups=1)}
     trainer = make_trainer(tmp_path, online(), **EVERY_STEP, **changes)
     trainer.train()
     stream, history = trainer._get_train_sampler().layout, trainer.learnalign.schedule.curriculum.history

@@ -17,7 +17,7 @@ from .run.uploads import warn_of_uploads
 from .sampler import LearnAlignSampler
 from .schedules import Schedule
 from .schedules.announcer import Announcer
-from .schedules.base import Selects
+from .schedules.base import Selects, Ticks
 from .schedules.checkpoint import CheckpointState
 from .schedules.stream import Stream, open_stream
 from .schedules.tap import RewardTap
@@ -64,13 +64,12 @@ class LearnAlignCallback(TrainerCallback):
             raise TypeError(f"`sampler` must be a LearnAlignSampler, but is a {type(sampler).__name__}.")
         self.trainer, self.sampler, self.config = trainer, sampler, sampler.config
         self.host = find_host(trainer)
-        made_by = sampler.makes_schedule
         with Peers(trainer.accelerator) as peers:  # what one process alone finds wrong ends all
             self.host.look_at_functions()
             self.host.check(self.config)
-            if isinstance(made_by, type) and issubclass(made_by, Selects):
+            stream = open_stream(sampler.makes_schedule, self.host, self.config)
+            if stream.selects is not None:
                 check_selection(self.host, self.config)
-            stream = open_stream(made_by, self.host, self.config)
             if self.config.after_warmup == "restart":
                 check_restart(self.host)
             peers.wait()
@@ -126,7 +125,7 @@ class LearnAlignCallback(TrainerCallback):
             if self.trainer.accelerator.is_main_process and self._lock is None:
                 self._lock = DirectoryLock(self.announcer.directory)
             if not self._untouched:  # of a run before, whose schedule this one must not know
-                self._begin(open_stream(self.sampler.makes_schedule, self.host, self.config))
+                self._begin(open_stream(self.sampler.makes_schedule, self.host, self.config, self.schedule))
             self._untouched = False
             prepares, saved = self.sampler.stream.prepares, None
             if state.global_step > 0:
@@ -154,7 +153,8 @@ class LearnAlignCallback(TrainerCallback):
         self.sampler.set_epoch(state.global_step // self.sampler.layout.epoch_steps)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.schedule.tick(1)
+        if isinstance(self.schedule, Ticks):
+            self.schedule.tick(1)
         if control.should_training_stop:  # later the trackers may be closed
             self.announcer.report()
         if self.pending is None and self._due(state.global_step, state.max_steps):

@@ -1,9 +1,11 @@
 """Finished groups as arrays: what each part of the curriculum learns from, whatever the order of the parts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from .events import Group
 from .flight import Flight
 
 
@@ -16,7 +18,9 @@ class Batch:
         drawn ([`Flight`]): the draws, and what was expected of them.
         outcomes (`np.ndarray` of shape `(n, G)`): 1 for a success, else 0; graded rewards scaled to [0, 1]. NaN where
             there is none, and in a group that teaches nothing.
-        masked (`np.ndarray` of shape `(n, G)`): rollouts without a token in the loss, bool.
+        sizes (`np.ndarray` of shape `(n,)`): rollouts of each group; G is the largest of them.
+        masked (`np.ndarray` of shape `(n, G)`): rollouts without a token in the loss, and those that a smaller group
+            has not, bool.
         live (`np.ndarray` of shape `(n,)`): groups with a gradient, bool.
         dead (`np.ndarray` of shape `(n,)`): groups that teach nothing whatever their rewards, bool: all masked, or
             without a gradient though their outcomes differ.
@@ -26,6 +30,7 @@ class Batch:
 
     drawn: Flight
     outcomes: np.ndarray
+    sizes: np.ndarray
     masked: np.ndarray
     live: np.ndarray
     dead: np.ndarray
@@ -59,7 +64,7 @@ class Batch:
         return ~varies(self.outcomes)
 
     def __getitem__(self, places: np.ndarray) -> "Batch":
-        arrays = self.outcomes, self.masked, self.live, self.dead, self.visits, self.retired, self.parked
+        arrays = self.outcomes, self.sizes, self.masked, self.live, self.dead, self.visits, self.retired, self.parked
         return Batch(self.drawn[places], *(array[places] for array in arrays))
 
 
@@ -67,3 +72,32 @@ def varies(outcomes: np.ndarray) -> np.ndarray:
     """Tell whether the outcomes of each group differ, of shape `(n,)`; NaN of `(n, G)` is none."""
     known = np.isfinite(outcomes)
     return np.where(known, outcomes, -np.inf).max(1) > np.where(known, outcomes, np.inf).min(1)
+
+
+def stacked(groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Stack rewards of shape `(G, F)`, or `(G,)` of one function, to `(n, longest G, F)`, filled up with NaN. Return also
+    the size G of each group, of shape `(n,)`.
+    """
+    rewards = [np.asarray(group.rewards, dtype=np.float64) for group in groups]
+    rewards = [one[:, None] if one.ndim == 1 else one for one in rewards]
+    for group, one in zip(groups, rewards, strict=True):
+        if one.ndim != 2 or 0 in one.shape or one.shape[1] != rewards[0].shape[1]:
+            raise ValueError(
+                f"The rewards of group {group.number} have the shape {np.shape(group.rewards)}. Pass one row for each "
+                "rollout and one column for each reward function, NaN for none."
+            )
+    sizes = np.array([len(one) for one in rewards])
+    filled = [np.pad(one, ((0, sizes.max() - len(one)), (0, 0)), constant_values=np.nan) for one in rewards]
+    return np.stack(filled), sizes
+
+
+def checked_mask(group: Group, size: int) -> np.ndarray:
+    """Return `masked` of a group, of shape `(size,)`. Raises a `ValueError` if it has another shape."""
+    masked = np.asarray(group.masked)
+    if masked.shape != (size,):
+        raise ValueError(
+            f"`masked` of group {group.number} has the shape {masked.shape}, but the group has {size} rollouts. Pass "
+            "one value for each rollout."
+        )
+    return masked

@@ -82,10 +82,9 @@ class PromptMemory:
         # A group that comes late fades itself, and what is younger stays
         clock = np.maximum(drawn.clock, self.faded_to[rows])
         before, faded = self.evidence(rows, clock), 0.5 ** (clock - drawn.clock)
-        group_size = batch.outcomes.shape[1]
         self.successes[rows] = before[0] + faded * weight * successes
         self.failures[rows] = before[1] + faded * weight * (trials - successes)
-        self.recent[rows] = before[2] + faded * trials / group_size
+        self.recent[rows] = before[2] + faded * trials / batch.sizes
         self.faded_to[rows] = clock
         self.last[rows] = np.maximum(self.last[rows], drawn.numbers)
         self.visits[rows] += 1

@@ -2,17 +2,18 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import numpy as np
 
-from .batch import Batch, varies
+from .batch import Batch, checked_mask, stacked, varies
 from .events import Draw, Group
 from .flight import Flight
 from .graded import RewardScale, VarianceCurve
 from .history import History
 from .judge import Judge
 from .memory import PromptMemory
-from .order import Order, Permutations, UniformDraws
+from .order import Order, Permutations, UniformDraws, rows_of
 from .predictor import SuccessPredictor, expected_learnability
 from .rewards import RewardReader, has_gradient, is_success, read_rewards
 from .scored import Scored
@@ -84,8 +85,11 @@ class OnlineCurriculum:
             )
         self.settings = settings = OnlineSettings() if settings is None else settings
         self.features, self.group_size, self.seed = features, group_size, seed
-        self.pool = np.arange(len(features), dtype=np.int32) if pool is None else pool
-        self.choosable = self.pool if choosable is None else choosable
+        if not np.isfinite(features).all():
+            row = int(np.flatnonzero(~np.isfinite(features).all(1))[0])
+            raise ValueError(f"`features` of row {row} are not finite. Replace NaN by 0, the mean of a column.")
+        self.pool = rows_of("pool", np.arange(len(features)) if pool is None else pool, len(features))
+        self.choosable = self.pool if choosable is None else rows_of("choosable", choosable, len(features))
         self._read = read
         self.predictor = SuccessPredictor(features, settings)
         self.memory = PromptMemory(len(features), len(self.pool), settings)
@@ -118,7 +122,7 @@ class OnlineCurriculum:
         if n < 1:
             raise ValueError(f"`choose({n})` asks for no prompt. Ask for 1 or more.")
         settings, first = self.settings, self.drawn
-        self._give_up(first)
+        self._give_up()
         generator = np.random.Generator(np.random.Philox(key=[self.seed % 2**64, first]))
         candidates = self._candidates(generator)
         a, b, recent = self._posterior(candidates)
@@ -127,7 +131,8 @@ class OnlineCurriculum:
         ranks = np.round(utility / (1 + recent), 9)
         ranked = np.lexsort((generator.random(len(candidates)), -ranks))
         flying = self.flight.rows
-        rested = (self.memory.ready[candidates] <= first) & ~np.isin(candidates, flying)
+        # A prompt that has rested before the last of these draws has rested: else longer chunks would round rests up
+        rested = (self.memory.ready[candidates] < first + n) & ~np.isin(candidates, flying)
         best = ranked[rested[ranked]]
         self.judge.decide(utility, best[: settings.headroom_prompts], (a / (a + b)).mean(), n)
         choosing = self.judge.choosing
@@ -139,10 +144,12 @@ class OnlineCurriculum:
         self._take_off(np.array(rows, dtype=np.int32), np.arange(n) < uniform, choosing)
         return [Draw(first + place, row) for place, row in enumerate(rows)]
 
-    def _give_up(self, first):
-        """Forget draws whose groups have not come for so long that they never will."""
-        if len(self.flight):
-            self.flight = self.flight[self.flight.numbers >= first - self.settings.give_up]
+    def _give_up(self):
+        """Forget draws after which so many groups of later draws came that their own never will."""
+        numbers, later = self.flight.numbers, np.arange(len(self.flight))[::-1]  # draws in flight are in their order
+        came_since = self.drawn - 1 - numbers - later
+        if (came_since >= self.settings.give_up).any():
+            self.flight = self.flight[came_since < self.settings.give_up]
 
     def _take_off(self, rows, uniform, choosing):
         numbers, same = self.drawn + np.arange(len(rows)), np.ones(len(rows))
@@ -215,7 +222,7 @@ class OnlineCurriculum:
         places = self._places(groups)
         if not places:
             return
-        known = [group for group in groups if group.number in places]
+        known = list({group.number: group for group in groups if group.number in places}.values())
         batch = self._batch(self.flight[np.array([places[group.number] for group in known])], known)
         self.flight = self.flight[~np.isin(self.flight.numbers, batch.drawn.numbers)]
         drawn, uniform = batch.drawn, batch.drawn.uniform & batch.scored
@@ -254,19 +261,19 @@ class OnlineCurriculum:
         return found
 
     def _batch(self, drawn, groups) -> Batch:
-        rewards = _stacked(groups)
+        rewards, sizes = stacked(groups)
         deciding, advantages = self._read(rewards)
-        masked = np.zeros(deciding.shape, bool)
-        for row, group in zip(masked, groups, strict=True):
+        masked = np.arange(deciding.shape[1]) >= sizes[:, None]  # rollouts that a shorter group has not
+        for row, size, group in zip(masked, sizes.tolist(), groups, strict=True):
             if group.masked is not None:
-                row[: len(group.masked)] = group.masked
+                row[:size] = checked_mask(group, size)
         live = has_gradient(advantages, ~masked)
         outcomes = self._outcomes(deciding)
         dead = masked.all(1) | (~live & varies(outcomes))  # it teaches nothing, whatever its rewards
         outcomes[dead] = np.nan
         rows, memory = drawn.rows, self.memory
         before = memory.visits[rows].copy(), memory.is_retired(rows), memory.is_parked(rows)
-        return Batch(drawn, outcomes, masked, live, dead, *before)
+        return Batch(drawn, outcomes, sizes, masked, live, dead, *before)
 
     def _outcomes(self, deciding):
         """Return 1 for a success, else 0; graded rewards scaled to [0, 1]. NaN where there is none."""
@@ -331,19 +338,28 @@ class OnlineCurriculum:
 
     def state_dict(self) -> dict:
         """Return the state: 35 bytes a prompt, what was observed last, 64 bytes a row of the history."""
-        return {
-            **{name: getattr(self, name).state_dict() for name in _PARTS},
-            "drawn": self.drawn,
-            "steps": self.steps,
-        }
+        parts = {name: _copied(getattr(self, name).state_dict()) for name in _PARTS}
+        return {**parts, "drawn": self.drawn, "steps": self.steps, "made_for": self._made_for()}
+
+    def _made_for(self):
+        return {"group_size": self.group_size, "seed": self.seed, **asdict(self.settings)}
 
     def load_state_dict(self, state: dict) -> None:
         """
         Restore what `state_dict` returned.
 
         Raises:
-            `ValueError`: it is damaged, or of other prompts or features.
+            `ValueError`: the state is damaged, or of other prompts, features or settings.
         """
+        now, was = self._made_for(), state.get("made_for", {})
+        changed = [
+            f"`{name}` was {was.get(name)!r} and is {now[name]!r}" for name in now if was.get(name) != now[name]
+        ]
+        if changed:
+            raise ValueError(
+                f"The state is of an online curriculum with other settings: {'; '.join(changed)}. Resume with the "
+                "same, or start a new run."
+            )
         try:
             for name in _PARTS:
                 if name != "flight":
@@ -364,18 +380,12 @@ _LOGGED = (
 )
 
 
-def _stacked(groups: Sequence[Group]) -> np.ndarray:
-    """Stack rewards of shape `(G, F)`, or `(G,)` of one function, to `(n, G, F)`; a lost rollout has no reward."""
-    rewards = [np.asarray(group.rewards, dtype=np.float64) for group in groups]
-    rewards = [one[:, None] if one.ndim == 1 else one for one in rewards]
-    for group, one in zip(groups, rewards, strict=True):
-        if one.ndim != 2 or 0 in one.shape or one.shape[1] != rewards[0].shape[1]:
-            raise ValueError(
-                f"The rewards of group {group.number} have the shape {np.shape(group.rewards)}. Pass one row for each "
-                "rollout and one column for each reward function, NaN for none."
-            )
-    longest = max(len(one) for one in rewards)
-    return np.stack([np.pad(one, ((0, longest - len(one)), (0, 0)), constant_values=np.nan) for one in rewards])
+def _copied(state: dict) -> dict:
+    """Copy the arrays of a nested state, which later observations would change."""
+    return {
+        name: _copied(value) if isinstance(value, dict) else value.copy() if isinstance(value, np.ndarray) else value
+        for name, value in state.items()
+    }
 
 
 def _rounded(number: float, generator: np.random.Generator) -> int:

@@ -1,5 +1,6 @@
 """Uniform draws: the rows of a pool in random order, pass by pass."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -72,3 +73,14 @@ class UniformDraws:
     def load_state_dict(self, state: dict) -> None:
         """Restore what `state_dict` returned."""
         self.position, self.postponed = int(state["position"]), state["postponed"].tolist()
+
+
+def rows_of(name: str, rows: Sequence[int] | np.ndarray, size: int) -> np.ndarray:
+    """Return row numbers as int32. Raises a `ValueError` where they are not those of `size` prompts."""
+    found = np.asarray(rows)
+    if found.ndim != 1 or not len(found) or found.dtype.kind not in "iu" or found.min() < 0 or found.max() >= size:
+        raise ValueError(
+            f"`{name}` must be row numbers from 0 to {size - 1}, at least one, as there are features of {size} "
+            "prompts. Leave it out for all rows."
+        )
+    return found.astype(np.int32)

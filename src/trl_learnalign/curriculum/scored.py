@@ -53,7 +53,9 @@ class Scored:
         drawn, scored = batch.drawn, batch.scored
         without = ~scored & ~batch.dead
         self.examples = np.concatenate([self.examples, drawn.rows[without]])[:MOST_EXAMPLES].astype(np.int64)
-        self.counts += [len(drawn), without.sum(), batch.dead.sum(), batch.masked.size, batch.masked.sum()]
+        rollouts = batch.sizes.sum()
+        masked = batch.masked.sum() - (batch.masked.size - rollouts)  # without those that a smaller group has not
+        self.counts += [len(drawn), without.sum(), batch.dead.sum(), rollouts, masked]
         self._any |= bool((~scored).any())
         if self._any:
             trials = np.ones(len(drawn))

@@ -68,7 +68,24 @@ class OnlineSettings:
     candidates: int = 16_384
     # Variance within groups of graded rewards, over that of successes, that is taken for the least possible
     least_noise: float = 0.02
-    # Draws after which a group that never came is given up, so that its prompt may come again
+    # Groups of later draws after which a group that never came is given up, so that its prompt may come again
     give_up: int = 4096
     # Groups that a row of the history holds at least
     history_groups: int = 16
+
+    def __post_init__(self):
+        for name in ("half_life_steps", "half_life_groups", "ridge", "group_weight", "least_concentration"):
+            self._check(name, getattr(self, name) > 0, "must be above 0")
+        for name in ("window", "candidates", "doubling", "retired_after", "tried", "headroom_prompts", "patience"):
+            self._check(name, getattr(self, name) >= 1, "must be at least 1")
+        for name in ("give_up", "history_groups", "most_suspects"):
+            self._check(name, getattr(self, name) >= 1, "must be at least 1")
+        for name in ("uniform", "cooldown_share", "suspicion", "judge_memory"):
+            self._check(name, 0 <= getattr(self, name) <= 1, "must be between 0 and 1")
+        self._check("longest_rest", 0 <= self.longest_rest <= 16, "must be between 0 and 16: rests are doubled")
+        fits = self.retired_after * self.doubling <= 255
+        self._check("retired_after", fits, "times `doubling` must be at most 255, the longest streak that is kept")
+
+    def _check(self, name, holds, rule):
+        if not holds:
+            raise ValueError(f"`OnlineSettings({name}={getattr(self, name)!r})`: `{name}` {rule}.")

@@ -272,10 +272,11 @@ def _coverage(columns, run) -> Drawing:
     lines = {name: (columns[name], style) for name, style in styles.items()}
     draw = _over_time(columns, lines, bottom=0, ylabel="prompts", title="Coverage")
     last = {name: columns[name][-1] for name in styles}
+    chosen_by = run["settings"]["curriculum"]
     return Drawing(
         "online_coverage",
-        f"Of a pool of {run['pool']:,}: different prompts visited so far; those that are retired (solved by all "
-        "of the last sixteen rollouts or more) and parked (by none).",
+        f"Different prompts visited so far, in a pool of {run['pool']:,}; retired prompts (solved by all of the last "
+        f"{chosen_by['retired_after'] * chosen_by['doubling']} rollouts or more) and parked ones (solved by none).",
         f"At the end {last['visited']:,.0f} visited, {last['retired']:,.0f} retired, {last['parked']:,.0f} parked.",
         draw,
     )

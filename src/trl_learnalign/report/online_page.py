@@ -22,29 +22,30 @@ _SAMPLES = {
 _STATES = {
     "new": "never visited",
     "live": "some rollouts of the last visit succeeded, others failed",
-    "resting": "all rollouts of the last visit succeeded, or none did: eight such rollouts double the rest",
-    "retired": "the last sixteen rollouts or more succeeded: eight more double the rest, up to 64 times",
-    "parked": "the last sixteen rollouts or more failed: eight more double the rest, up to 64 times",
+    "resting": "all rollouts of the last visit succeeded, or none did: {doubling} such rollouts double the rest",
+    "retired": "the last {streak} rollouts or more succeeded: {doubling} more double the rest, up to {most} times",
+    "parked": "the last {streak} rollouts or more failed: {doubling} more double the rest, up to {most} times",
     "unscored": "the last visit had no reward that decides success, or no token in the loss: each doubles the rest",
 }
 
 
-def write_online_report(schedule, host, directory: Path) -> Path:
+def write_online_report(schedule, host, directory: Path, log: bool = False) -> Path:
     """
     Write the tables and the page of an online run as it is now. The texts of some prompts are read, whatever the size
-    of the pool. At the end of training log the figures to the trackers.
+    of the pool.
 
     Args:
         schedule ([`OnlineSchedule`]): after its first observation.
         host ([`Host`]): the trainer.
         directory (`Path`): `OUTPUT_DIR/learnalign`.
+        log (`bool`): log the figures to the trackers as well.
 
     Returns:
         `Path`: the HTML file.
     """
     write_tables(schedule, host, directory)
     target, drawings = _write_page(directory)
-    if host.trainer.control.should_training_stop:
+    if log:
         log_figures(host.trainer, drawings)
     return target
 
@@ -76,7 +77,7 @@ def _write_page(directory):
         subtitle=html.escape(
             f"{run['model']}, {run['pool']:,} prompts, written {run['made'][:16].replace('T', ' ')} UTC"
         ),
-        intro=_intro(step),
+        intro=_intro(step, run),
         facts=_facts(prompts, history, run),
         sections=[
             ("figures", "How the run went", figures(drawings)),
@@ -92,14 +93,15 @@ def _write_page(directory):
     return target, drawings
 
 
-def _intro(step) -> str:
+def _intro(step, run) -> str:
+    uniform = run["settings"]["curriculum"]["uniform"]
     return (
         "<p>This page shows which prompts an online run trained on, and why. From the rewards of training so far, the "
         "schedule predicts which prompts some rollouts will solve and others will not. Only such <em>live</em> groups "
-        "have a gradient. One prompt in twenty is drawn uniformly from the whole pool; these measure how good the "
-        "policy and the prediction are. The figures show live groups, success and prediction over the run. The tables "
-        "show when prompts were chosen and when not, which prompts come less often because they are always or never "
-        "solved, and which may have a wrong answer or wrong grading. The page shows the state at step "
+        f"have a gradient. A few prompts ({uniform:.0%}) are drawn uniformly from the whole pool; these measure how "
+        "good the policy and the prediction are. The figures show live groups, success and prediction over the run. "
+        "The tables show when prompts were chosen and when not, which prompts come less often because they are always "
+        "or never solved, and which may have a wrong answer or wrong grading. The page shows the state at step "
         f"{step}. It is written with each checkpoint and at the end of training, and does not refresh by itself.</p>"
     )
 
@@ -139,9 +141,11 @@ def _periods(run) -> str:
 
 
 def _states(prompts, run) -> str:
-    counts = count_states(prompts)
+    counts, chosen_by = count_states(prompts), run["settings"]["curriculum"]
+    doubling, longest = chosen_by["doubling"], chosen_by["longest_rest"]
+    numbers = {"doubling": doubling, "streak": chosen_by["retired_after"] * doubling, "most": 2**longest}
     rows = [
-        (name, counts.get(name, 0), counts.get(name, 0) / prompts.num_rows, meaning)
+        (name, counts.get(name, 0), counts.get(name, 0) / prompts.num_rows, meaning.format(**numbers))
         for name, meaning in _STATES.items()
     ]
     columns = {"state": WORDS, "prompts": ",", "share": ".1%", "meaning": WORDS}

@@ -49,6 +49,7 @@ def read_state(schedule, max_steps) -> tuple[dict, dict, dict, dict]:
                 "prompts_per_epoch" if name == "num_prompts" else name: value
                 for name, value in asdict(schedule.layout).items()
             },
+            "curriculum": asdict(schedule.settings),
             "versions": {package: version(package) for package in _PACKAGES},
         },
     }

@@ -79,15 +79,23 @@ class Layout:
         epochs, rest = divmod(chunks, self.epoch_chunks)
         return epochs * self.epoch_steps + math.ceil(rest * self.repeats / self.accumulation)
 
+    def step_of(self, chunk: int) -> int:
+        """Return the optimizer step, counted from 1, that begins to train on a chunk."""
+        epochs, rest = divmod(chunk, self.epoch_chunks)
+        return epochs * self.epoch_steps + rest * self.repeats // self.accumulation + 1
+
+    def chunks_drawn(self, step: int) -> int:
+        """Count the chunks that are drawn after a step: a dataloader reads ahead, but ends with its epoch."""
+        drawn = math.ceil((self.batches_trained(step) + self.read_ahead) / self.repeats)
+        return min(drawn, math.ceil(step / self.epoch_steps) * self.epoch_chunks)
+
     @property
     def first_selection(self) -> tuple[int, int]:
         """The optimizer step after which the first selection is made, and the chunk that it takes effect with."""
         if not self.warmup_prompts:
             return 0, 0
         step = self.steps_of(self.warmup_chunks)
-        drawn = math.ceil((self.batches_trained(step) + self.read_ahead) / self.repeats)
-        # An epoch's dataloader ends with it
-        return step, min(drawn, math.ceil(step / self.epoch_steps) * self.epoch_chunks)
+        return step, self.chunks_drawn(step)
 
     def prompts_trained(self, step: int) -> float:
         """Count the prompts that are trained on after optimizer step `step`."""

@@ -1,6 +1,7 @@
 """A nested state as values for JSON, and arrays in a file beside them."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +15,38 @@ STATE_FILE = "learnalign_state.safetensors"
 
 
 def split(state: dict) -> tuple[dict, dict[str, np.ndarray]]:
-    """Split a nested state into values, and arrays by their place in it, such as `"sampler/state/indices"`."""
+    """
+    Split a nested state into values, and arrays by their place in it, such as `"sampler/state/indices"`.
+
+    Raises:
+        `TypeError`: the state holds what a checkpoint cannot: its place is named.
+    """
     values: dict = {}
     arrays: dict[str, np.ndarray] = {}
     for name, value in state.items():
+        if not isinstance(name, str) or "/" in name:
+            raise TypeError(f"The key {name!r} of a state must be a text without '/', which separates keys of arrays.")
         if isinstance(value, dict):
             values[name], inner = split(value)
             arrays |= {f"{name}/{path}": array for path, array in inner.items()}
         elif isinstance(value, np.ndarray):
-            arrays[name] = np.ascontiguousarray(value)
+            if value.dtype.kind not in "biuf":
+                raise TypeError(_unfit(name, f"an array of {value.dtype}"))
+            arrays[name] = np.array(value, order="C")
         else:
+            try:
+                json.dumps(value)
+            except TypeError as error:
+                raise TypeError(_unfit(name, f"a {type(value).__name__} ({error})")) from error
             values[name] = value
     return values, arrays
+
+
+def _unfit(name, what) -> str:
+    return (
+        f"`state_dict()[{name!r}]` is {what}, which a checkpoint cannot hold. Return numbers, texts, lists and dicts "
+        "of Python's own, and NumPy arrays of numbers or bools."
+    )
 
 
 def join(values: dict, arrays: dict[str, np.ndarray]) -> dict:

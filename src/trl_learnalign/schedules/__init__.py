@@ -1,6 +1,6 @@
 """Schedules, which decide which prompt is trained on when."""
 
-from .base import Describes, Prepares, Run, Schedule, Selects
+from .base import Describes, Prepares, Run, Schedule, Selects, Ticks
 from .online import OnlineSchedule
 from .staged import StagedSchedule
 
@@ -17,4 +17,5 @@ __all__ = [
     "Schedule",
     "Selects",
     "StagedSchedule",
+    "Ticks",
 ]

@@ -78,7 +78,7 @@ class Schedule:
       results, so random numbers come from a generator with a fixed seed.
 
     No other attribute of a schedule is looked up, so a schedule may have any. Schedules that want more of the trainer
-    also derive from [`Selects`], [`Describes`] or [`Prepares`].
+    also derive from [`Selects`], [`Describes`], [`Prepares`] or [`Ticks`].
 
     Args:
         run ([`Run`]): the run that begins.
@@ -101,9 +101,6 @@ class Schedule:
 
     def observe(self, groups: Sequence[Group]) -> None:
         """Learn from finished groups, which come in any order. A group with a known number must change nothing."""
-
-    def tick(self, steps: int) -> None:
-        """Note that so many optimizer steps were taken since the last call."""
 
     def metrics(self) -> dict[str, float]:
         """Return values for the log, after groups were observed."""
@@ -154,6 +151,14 @@ class Selects:
     @property
     def in_use_from(self) -> int | None:
         """The chunk from which on the last selection is trained on; `None` where random prompts are."""
+        raise NotImplementedError
+
+
+class Ticks:
+    """A schedule that counts optimizer steps, as what it knows of the policy fades with them."""
+
+    def tick(self, steps: int) -> None:
+        """Note that so many optimizer steps were taken since the last call."""
         raise NotImplementedError
 
 

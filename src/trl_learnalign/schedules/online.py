@@ -13,14 +13,14 @@ from ..data.order import RandomOrder
 from ..host.rewards import check_success_reward
 from ..measures.feature_file import PromptFeatures
 from . import online_words as words
-from .base import Describes, Prepares, Run, Schedule, whole_pool
+from .base import Describes, Prepares, Run, Schedule, Ticks, whole_pool
 from .prompt_features import check_online, eligible_rows, hidden_features, known_beforehand, whole_features
 
 
 logger = logging.getLogger(__name__)
 
 
-class OnlineSchedule(Schedule, Describes, Prepares):
+class OnlineSchedule(Schedule, Ticks, Describes, Prepares):
     """
     Chooses every prompt by predicted learnability, see [`OnlineCurriculum`]. Uniform draws come in the random order
     that TRL would have.
@@ -36,8 +36,6 @@ class OnlineSchedule(Schedule, Describes, Prepares):
         known (`list[str]`): names of what success is predicted from, besides a prompt's own rewards.
     """
 
-    curriculum: OnlineCurriculum
-
     def __init__(self, run: Run, settings: OnlineSettings | None = None):
         super().__init__(run)
         config = run.config
@@ -46,9 +44,21 @@ class OnlineSchedule(Schedule, Describes, Prepares):
             success_threshold=config.success_threshold,
             graded=config.learnability == "variance",
         )
+        self._curriculum: OnlineCurriculum | None = None
         self.known: list[str] = []
         self._hidden: PromptFeatures | None = None
+        self._logged = False  # the figures, to the trackers
         self._said = np.zeros(len(words.KINDS), bool)  # kinds of warnings that were given
+
+    @property
+    def curriculum(self) -> OnlineCurriculum:
+        """The curriculum of the run. Raises a `RuntimeError` before training begins, which looks at the prompts."""
+        if self._curriculum is None:
+            raise RuntimeError(
+                "This online schedule has no curriculum yet: features of the prompts are computed when training "
+                "begins. Call `trainer.train()` first."
+            )
+        return self._curriculum
 
     # Setting up -------------------------------------------------------------------------------------------------
 
@@ -74,7 +84,7 @@ class OnlineSchedule(Schedule, Describes, Prepares):
         hidden = hidden_features(host, config, self.layout, self.pool, peers, features_key)
         features, self._hidden = whole_features(host.dataset, config, hidden)
         seed = self.run.seed if config.selection_seed is None else config.selection_seed
-        self.curriculum = OnlineCurriculum(
+        self._curriculum = OnlineCurriculum(
             features,
             group_size=self.run.group_size,
             seed=seed,
@@ -135,7 +145,7 @@ class OnlineSchedule(Schedule, Describes, Prepares):
         self.curriculum.tick(steps)
 
     def metrics(self):
-        return self.curriculum.metrics()
+        return {} if self._curriculum is None else self._curriculum.metrics()
 
     # What is said -----------------------------------------------------------------------------------------------
 
@@ -152,14 +162,16 @@ class OnlineSchedule(Schedule, Describes, Prepares):
         self.curriculum.remember(completions)
 
     def report(self, host, directory):
-        if not (host.accelerator.is_main_process and self.curriculum.history.observed):
+        if self._curriculum is None or not (host.accelerator.is_main_process and self.curriculum.history.observed):
             return None
         from ..report.online_page import write_online_report  # with matplotlib
 
-        return write_online_report(self, host, directory)
+        ends = host.trainer.control.should_training_stop and not self._logged
+        self._logged |= ends  # once, at the end of training
+        return write_online_report(self, host, directory, log=ends)
 
     def summary(self):
-        return words.summary_lines(self)
+        return [] if self._curriculum is None else words.summary_lines(self)
 
     # Checkpoints ------------------------------------------------------------------------------------------------
 

@@ -105,9 +105,8 @@ def _when(schedule, step, max_steps):
         return f"{steps} chosen prompts, as long as choosing helps ({settings.uniform:.0%} are random)."
     # The prediction must have been tried when a step begins, which draws its batches and what is read ahead
     tried = (draws + judge.draws_to_try(layout.chunk_prompts)) // layout.chunk_prompts
-    begun = (tried - 1) * layout.repeats // layout.accumulation + 1  # steps before
-    chunk = math.ceil((begun * layout.accumulation + layout.read_ahead) / layout.repeats)
-    first = max(chunk * layout.repeats // layout.accumulation, step) + 1
+    begun = layout.step_of(tried - 1)
+    first = max(layout.step_of(layout.chunks_drawn(begun)), step + 1)
     if first > max_steps:
         return (
             f"{steps} random prompts, as TRL would: a prediction is judged after {settings.tried} random prompts, so "

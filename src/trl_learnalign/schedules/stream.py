@@ -1,6 +1,7 @@
 """The stream: a trainer's chunks as the draws and groups of a schedule, in one place, and across a resume."""
 
 import math
+import operator
 from collections.abc import Callable
 
 import numpy as np
@@ -16,7 +17,7 @@ STATE_VERSION = 3
 MakesSchedule = Callable[[Run], Schedule]
 
 
-def open_stream(make: MakesSchedule, host, config: LearnAlignConfig) -> "Stream":
+def open_stream(make: MakesSchedule, host, config: LearnAlignConfig, before: Schedule | None = None) -> "Stream":
     """
     Make a schedule for a run of a trainer.
 
@@ -24,10 +25,11 @@ def open_stream(make: MakesSchedule, host, config: LearnAlignConfig) -> "Stream"
         make (`Callable`): is called with a [`Run`].
         host ([`Host`]): the trainer.
         config ([`LearnAlignConfig`]): of the sampler.
+        before ([`Schedule`], *optional*): schedule of the run before.
 
     Raises:
         `TypeError`: no [`Schedule`] was made.
-        `ValueError`: the schedule cannot serve the trainer.
+        `ValueError`: the schedule cannot serve the trainer, or is that of the run before.
     """
     read = host.layout()
     run = Run(read["pool_size"], read["chunk_prompts"], read["group_size"], read["seed"], config, host.dataset)
@@ -36,6 +38,11 @@ def open_stream(make: MakesSchedule, host, config: LearnAlignConfig) -> "Stream"
         raise TypeError(
             f"`schedule` made a {type(schedule).__name__}, but must make a Schedule. Derive your class from "
             "`trl_learnalign.Schedule`."
+        )
+    if schedule is before:
+        raise ValueError(
+            f"`schedule` made the {type(schedule).__name__} of the run before once more, which knows another run. "
+            "Make a new one whenever it is called."
         )
     prepares = schedule if isinstance(schedule, Prepares) else Prepares()
     return Stream(schedule, prepares.fit(host))
@@ -102,7 +109,13 @@ class Stream:
         return self._record.get(i) or [0] * self.layout.chunk_prompts
 
     def _chosen(self, n):
-        rows, name = [int(row) for row in self.schedule.choose(n)], type(self.schedule).__name__
+        name, found = type(self.schedule).__name__, self.schedule.choose(n)
+        try:
+            rows = [_row(row) for row in found]
+        except TypeError as error:
+            raise TypeError(
+                f"{name}.choose({n}) must return {n} rows of the dataset as whole numbers, but: {error}."
+            ) from error
         if len(rows) != n:
             raise ValueError(
                 f"{name}.choose({n}) returned {len(rows)} rows, but {n} were asked for. Return one for each prompt."
@@ -199,6 +212,12 @@ class Stream:
                 f"The sampler state in the checkpoint names row {outside[0]}, but the training dataset has {size} "
                 "rows."
             )
+
+
+def _row(row) -> int:
+    if isinstance(row, bool | np.bool_):  # which would count as row 0 or 1
+        raise TypeError(f"{row!r} is no row")
+    return operator.index(row)
 
 
 def _called(schedule: str) -> str:
