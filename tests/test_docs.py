@@ -74,6 +74,16 @@ def test_gains_in_the_readme_are_those_of_the_evidence():
     assert all(f"| {row} | {seconds} |" in evidence for row, seconds in zip(rows, took.groups(), strict=True))
 
 
+def test_code_of_the_page_about_online_runs():
+    """Settings of an experiment, and a loop of one's own."""
+    import trl_learnalign
+
+    found = [block for block in blocks("online.md", "python") if "OnlineSettings" in block or "Group(" in block]
+    assert len(found) == 2
+    for block in found:
+        exec(block, {name: getattr(trl_learnalign, name) for name in trl_learnalign.__all__})
+
+
 def test_lines_that_change_are_counted_honestly():
     """In the quick start: what a script of its own has not."""
     readme, page = (ROOT / "README.md").read_text(), (ROOT / "docs/index.md").read_text()

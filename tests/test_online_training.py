@@ -787,7 +787,7 @@ def test_a_dataloader_that_changes_the_order_is_found_out(tmp_path):
 
 
 def test_a_report_that_cannot_be_written_is_no_reason_to_end_a_run(tmp_path, monkeypatch, caplog):
-    def broken(*args):
+    def broken(*args, **kwargs):
         raise ZeroDivisionError("no report")
 
     monkeypatch.setattr(online_report, "write_online_report", broken)
