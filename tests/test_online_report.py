@@ -250,13 +250,21 @@ def test_a_page_that_fails_does_not_end_the_run(tmp_path, monkeypatch, caplog):
 
 
 def test_one_report_per_step_and_none_where_it_is_off(tmp_path, monkeypatch):
-    steps = []
-    monkeypatch.setattr(
-        "trl_learnalign.report.online_page.write_online_report",
-        lambda schedule, host, directory: steps.append(host.trainer.state.global_step),
-    )
-    trainer_of(tmp_path / "on", max_steps=4, save_steps=2).train()
+    steps, logged = [], []
+
+    def write(schedule, host, directory, log):
+        steps.append(host.trainer.state.global_step)
+        logged.append(log)
+
+    monkeypatch.setattr("trl_learnalign.report.online_page.write_online_report", write)
+    trainer = trainer_of(tmp_path / "on", max_steps=4, save_steps=2)
+    assert trainer.learnalign.schedule.metrics() == {} and trainer.learnalign.report() is None  # before it begins
+    with pytest.raises(RuntimeError, match="no curriculum yet"):
+        trainer.learnalign.schedule.state_dict()
+    trainer.train()
     assert steps == [2, 4]  # the last is of a checkpoint and of the end
+    trainer.learnalign.report()
+    assert steps.pop() == 4 and logged == [False, True, False]  # figures go to the trackers once
     trainer_of(tmp_path / "off", write_report=False, max_steps=4, save_steps=2).train()
     assert steps == [2, 4]
     trainer_of(tmp_path / "unsaved", max_steps=3, save_strategy="no").train()

@@ -60,6 +60,10 @@ class OnlineSchedule(Schedule, Ticks, Describes, Prepares):
             )
         return self._curriculum
 
+    @curriculum.setter
+    def curriculum(self, curriculum: OnlineCurriculum) -> None:
+        self._curriculum = curriculum
+
     # Setting up -------------------------------------------------------------------------------------------------
 
     def fit(self, host):
@@ -84,7 +88,7 @@ class OnlineSchedule(Schedule, Ticks, Describes, Prepares):
         hidden = hidden_features(host, config, self.layout, self.pool, peers, features_key)
         features, self._hidden = whole_features(host.dataset, config, hidden)
         seed = self.run.seed if config.selection_seed is None else config.selection_seed
-        self._curriculum = OnlineCurriculum(
+        self.curriculum = OnlineCurriculum(
             features,
             group_size=self.run.group_size,
             seed=seed,
