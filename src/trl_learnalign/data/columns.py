@@ -23,7 +23,9 @@ _FEW = 0.05  # of all rows are read one by one
 _EXACT = 1 << 53  # floats hold all whole numbers up to this one
 
 
-def dataset_columns(dataset: Dataset, rows: "Sequence[int] | pd.Index", names: Iterable[str] | None) -> pd.DataFrame:
+def dataset_columns(
+    dataset: Dataset, rows: "Sequence[int] | pd.Index", names: Iterable[str] | None, as_stored: bool = False
+) -> pd.DataFrame:
     """
     Read columns of the dataset, or fields of nested ones such as `extra.level`, as they are stored: no transform is
     asked.
@@ -32,6 +34,7 @@ def dataset_columns(dataset: Dataset, rows: "Sequence[int] | pd.Index", names: I
         dataset (`Dataset`): the dataset.
         rows (`Sequence[int]`): the rows to read, n.
         names (`Iterable[str]`, *optional*): columns; `None` for all that hold numbers or text.
+        as_stored (`bool`, *optional*): whether whole numbers stay whole beside missing ones, which are `None` then.
 
     Returns:
         `pandas.DataFrame` of n rows, in the order of `rows` and named by them.
@@ -41,19 +44,21 @@ def dataset_columns(dataset: Dataset, rows: "Sequence[int] | pd.Index", names: I
     names, index = list(names), pd.Index(np.asarray(rows, dtype=np.int64), name="index")
     if not names:
         return pd.DataFrame(index=index)
-    whole = _taken(dataset.select_columns(sorted({_root(dataset, name) for name in names})), index)
-    columns = {name: whole[name] if name in whole else _field(whole, _root(dataset, name), name) for name in names}
+    whole = _taken(dataset.select_columns(sorted({_root(dataset, name) for name in names})), index, as_stored)
+    columns = {
+        name: whole[name] if name in whole else _field(whole, _root(dataset, name), name, as_stored) for name in names
+    }
     return pd.DataFrame(columns).set_axis(index)
 
 
-def _taken(dataset, index):
+def _taken(dataset, index, as_stored):
     """
     Read rows of a dataset as a table. `Dataset.select` looks at every row by itself, which is too slow for a million:
     where many rows are wanted, all are read.
     """
     if len(index) < _FEW * len(dataset):
-        return _frame(dataset.select(index).with_format("arrow")[:])
-    table = _frame(_whole(dataset))
+        return _frame(dataset.select(index).with_format("arrow")[:], as_stored)
+    table = _frame(_whole(dataset), as_stored)
     return table if np.array_equal(index, np.arange(len(table))) else table.iloc[index].reset_index(drop=True)
 
 
@@ -71,12 +76,14 @@ def _whole(dataset) -> pa.Table:
     return dataset.with_format("arrow")[:]
 
 
-def _frame(table: pa.Table) -> pd.DataFrame:
-    """Convert a table. Whole numbers beside missing ones become floats, unless those have too few digits."""
+def _frame(table: pa.Table, as_stored: bool) -> pd.DataFrame:
+    """
+    Convert a table. Whole numbers beside missing ones become floats, unless those have too few digits or `as_stored`.
+    """
     frame = table.to_pandas()
     for name, column in zip(table.column_names, table.columns, strict=True):
-        large = pa.types.is_integer(column.type) and column.null_count and not _fit_floats(pc.min_max(column).as_py())
-        if large or pa.types.is_nested(column.type):
+        whole = pa.types.is_integer(column.type) and column.null_count
+        if (whole and (as_stored or not _fit_floats(pc.min_max(column).as_py()))) or pa.types.is_nested(column.type):
             frame[name] = column.to_pandas(integer_object_nulls=True)
     return frame
 
@@ -92,13 +99,14 @@ def _root(dataset, name) -> str:
     return name
 
 
-def _field(table, root, name):
+def _field(table, root, name, as_stored):
     """Read a field of a nested column. A row without it has a missing value."""
     values = table[root]
     for part in name.removeprefix(f"{root}.").split("."):
         values = [value.get(part) if isinstance(value, dict) else None for value in values]
     large = any(type(value) is int and abs(value) > _EXACT for value in values)
-    return pd.Series(values, dtype="object" if large and any(value is None for value in values) else None)
+    kept = as_stored or (large and any(value is None for value in values))
+    return pd.Series(values, dtype="object" if kept else None)
 
 
 def _kind(dataset, name):
