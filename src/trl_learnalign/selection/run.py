@@ -203,8 +203,7 @@ class SelectionRun:
         """Find the parts that a selection and its measures are made from, and their keys. All processes must call."""
         self.peers.wait()  # before the collective operations of sharded weights
         weights = self.host.weights_digest()
-        measures = [measure for measure in needed(self.score.requires) if measure.price != "none"]
-        parts = parts_of(self.context, self.pool, measures, weights, self.provenance["stage"])
+        parts = parts_of(self.context, self.pool, needed(self.score.requires), weights, self.provenance["stage"])
         self.parts = self.peers.broadcast(parts)
         self.keys = keys_of(self.parts)
 
