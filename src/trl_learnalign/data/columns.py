@@ -1,7 +1,7 @@
 """Columns of the dataset, which cost nothing to measure."""
 
-from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -119,17 +119,18 @@ def _kind(dataset, name):
     return kind
 
 
-def check_columns(dataset: Dataset, config: "LearnAlignConfig", columns: Iterable[str]) -> None:
+def check_columns(dataset: Dataset, config: "LearnAlignConfig", columns: Mapping[str, Any]) -> None:
     """
-    Check the columns that the settings of a selection name. `columns` are those that are measured.
+    Check the columns that the settings of a selection name. `columns` are those that are measured, by name a value of
+    their kind.
 
     Raises:
         `ValueError`: `score`, `where` or `quota_column` name a missing column, the column of a score holds no numbers,
             or a column of the dataset that `where` or a function of the user's reads has the name of a measure.
     """
-    measured = {"score", *columns}
+    measured = {"score": 0.0, **columns}
     if config.ranking().code is not None:
-        for name in sorted((measured - {"score"}) & set(dataset.column_names)):
+        for name in sorted(columns.keys() & set(dataset.column_names)):
             raise ValueError(
                 f"`score` is a function of yours ({score_name(config.score)}), but '{name}' is both a column of the "
                 "training dataset and measured by the selection, so that it would find only one of them. Rename or "
@@ -144,20 +145,20 @@ def check_columns(dataset: Dataset, config: "LearnAlignConfig", columns: Iterabl
         check_condition(dataset, config.where, measured)
 
 
-def check_condition(dataset: Dataset, where: str, measured: Collection[str] = ()) -> None:
+def check_condition(dataset: Dataset, where: str, measured: Mapping[str, Any] | None = None) -> None:
     """
     Evaluate a condition before anything is measured.
 
     Args:
         dataset (`Dataset`): the training dataset.
         where (`str`): the condition.
-        measured (`Collection[str]`, *optional*): names of numbers that will be measured.
+        measured (`Mapping[str, Any]`, *optional*): columns that will be measured, by name a value of their kind.
 
     Raises:
         `ValueError`: the condition names a missing column, or one that is both in the dataset and measured, or it
             compares values that cannot be compared.
     """
-    condition = Condition(where)
+    condition, measured = Condition(where), measured or {}
     for name in sorted(condition.columns & set(measured) & set(dataset.column_names)):
         raise ValueError(
             f"`where` is {where!r}, but '{name}' is both a column of the training dataset and measured by the "
@@ -168,7 +169,7 @@ def check_condition(dataset: Dataset, where: str, measured: Collection[str] = ()
         f", and measured: {', '.join(sorted(measured))}" if measured else "; nothing is measured before an online run"
     )
     check_named(dataset, "where", where, names, more)
-    condition(dataset_columns(dataset, range(len(dataset)), names).assign(**dict.fromkeys(measured, 0.0)))
+    condition(dataset_columns(dataset, range(len(dataset)), names).assign(**measured))
 
 
 def check_named(dataset: Dataset, knob: str, value, names: Iterable[str], more: str = "") -> None:
