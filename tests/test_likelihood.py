@@ -10,6 +10,7 @@ from datasets import Dataset
 from tiny import config, grpo_args, make_model, make_trainer
 
 from trl_learnalign import Selection, select_prompts
+from trl_learnalign.host import Host
 from trl_learnalign.measures import forwards, likelihood
 from trl_learnalign.selection.dry_run import plan_selection
 
@@ -167,3 +168,19 @@ def test_numbers_are_answers_and_rows_without_one_may_be_left_out(tmp_path):
     expected = one_by_one(trainer, dataset.filter(lambda row: row["answer"] is not None))
     np.testing.assert_allclose(selection.scores["answer_likelihood"], expected, rtol=1e-5)
     assert grpo_args(tmp_path).temperature == 1.0
+
+
+@pytest.mark.parametrize("name", ["answer", "extra.answer"])
+def test_whole_numbers_stay_whole_beside_rows_without_an_answer(tmp_path, monkeypatch, name):
+    """And so the tokens are those of "7", not those of "7.0"."""
+    answers, texts = [None if i % 3 == 0 else i % 9 for i in range(24)], []
+    dataset = rows_with_answers().remove_columns("answer")
+    if name == "answer":
+        dataset = dataset.add_column("answer", answers)
+    else:
+        dataset = dataset.add_column("extra", [{"answer": answer} for answer in answers])
+    text_ids = Host.text_ids
+    monkeypatch.setattr(Host, "text_ids", lambda host, given: [texts.extend(given), text_ids(host, given)][1])
+    settings = SETTINGS | {"answer_column": name, "where": f"{name} is not None"}
+    select_prompts(trainer_of(tmp_path, dataset), config(**settings))
+    assert texts == [str(answer) for answer in answers if answer is not None]

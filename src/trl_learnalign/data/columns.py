@@ -1,7 +1,7 @@
 """Columns of the dataset, which cost nothing to measure."""
 
-from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,9 @@ _FEW = 0.05  # of all rows are read one by one
 _EXACT = 1 << 53  # floats hold all whole numbers up to this one
 
 
-def dataset_columns(dataset: Dataset, rows: "Sequence[int] | pd.Index", names: Iterable[str] | None) -> pd.DataFrame:
+def dataset_columns(
+    dataset: Dataset, rows: "Sequence[int] | pd.Index", names: Iterable[str] | None, as_stored: bool = False
+) -> pd.DataFrame:
     """
     Read columns of the dataset, or fields of nested ones such as `extra.level`, as they are stored: no transform is
     asked.
@@ -32,6 +34,7 @@ def dataset_columns(dataset: Dataset, rows: "Sequence[int] | pd.Index", names: I
         dataset (`Dataset`): the dataset.
         rows (`Sequence[int]`): the rows to read, n.
         names (`Iterable[str]`, *optional*): columns; `None` for all that hold numbers or text.
+        as_stored (`bool`, *optional*): whether whole numbers stay whole beside missing ones, which are `None` then.
 
     Returns:
         `pandas.DataFrame` of n rows, in the order of `rows` and named by them.
@@ -41,19 +44,21 @@ def dataset_columns(dataset: Dataset, rows: "Sequence[int] | pd.Index", names: I
     names, index = list(names), pd.Index(np.asarray(rows, dtype=np.int64), name="index")
     if not names:
         return pd.DataFrame(index=index)
-    whole = _taken(dataset.select_columns(sorted({_root(dataset, name) for name in names})), index)
-    columns = {name: whole[name] if name in whole else _field(whole, _root(dataset, name), name) for name in names}
+    whole = _taken(dataset.select_columns(sorted({_root(dataset, name) for name in names})), index, as_stored)
+    columns = {
+        name: whole[name] if name in whole else _field(whole, _root(dataset, name), name, as_stored) for name in names
+    }
     return pd.DataFrame(columns).set_axis(index)
 
 
-def _taken(dataset, index):
+def _taken(dataset, index, as_stored):
     """
     Read rows of a dataset as a table. `Dataset.select` looks at every row by itself, which is too slow for a million:
     where many rows are wanted, all are read.
     """
     if len(index) < _FEW * len(dataset):
-        return _frame(dataset.select(index).with_format("arrow")[:])
-    table = _frame(_whole(dataset))
+        return _frame(dataset.select(index).with_format("arrow")[:], as_stored)
+    table = _frame(_whole(dataset), as_stored)
     return table if np.array_equal(index, np.arange(len(table))) else table.iloc[index].reset_index(drop=True)
 
 
@@ -71,12 +76,14 @@ def _whole(dataset) -> pa.Table:
     return dataset.with_format("arrow")[:]
 
 
-def _frame(table: pa.Table) -> pd.DataFrame:
-    """Convert a table. Whole numbers beside missing ones become floats, unless those have too few digits."""
+def _frame(table: pa.Table, as_stored: bool) -> pd.DataFrame:
+    """
+    Convert a table. Whole numbers beside missing ones become floats, unless those have too few digits or `as_stored`.
+    """
     frame = table.to_pandas()
     for name, column in zip(table.column_names, table.columns, strict=True):
-        large = pa.types.is_integer(column.type) and column.null_count and not _fit_floats(pc.min_max(column).as_py())
-        if large or pa.types.is_nested(column.type):
+        whole = pa.types.is_integer(column.type) and column.null_count
+        if (whole and (as_stored or not _fit_floats(pc.min_max(column).as_py()))) or pa.types.is_nested(column.type):
             frame[name] = column.to_pandas(integer_object_nulls=True)
     return frame
 
@@ -92,13 +99,14 @@ def _root(dataset, name) -> str:
     return name
 
 
-def _field(table, root, name):
+def _field(table, root, name, as_stored):
     """Read a field of a nested column. A row without it has a missing value."""
     values = table[root]
     for part in name.removeprefix(f"{root}.").split("."):
         values = [value.get(part) if isinstance(value, dict) else None for value in values]
     large = any(type(value) is int and abs(value) > _EXACT for value in values)
-    return pd.Series(values, dtype="object" if large and any(value is None for value in values) else None)
+    kept = as_stored or (large and any(value is None for value in values))
+    return pd.Series(values, dtype="object" if kept else None)
 
 
 def _kind(dataset, name):
@@ -111,17 +119,18 @@ def _kind(dataset, name):
     return kind
 
 
-def check_columns(dataset: Dataset, config: "LearnAlignConfig", columns: Iterable[str]) -> None:
+def check_columns(dataset: Dataset, config: "LearnAlignConfig", columns: Mapping[str, Any]) -> None:
     """
-    Check the columns that the settings of a selection name. `columns` are those that are measured.
+    Check the columns that the settings of a selection name. `columns` are those that are measured, by name a value of
+    their kind.
 
     Raises:
         `ValueError`: `score`, `where` or `quota_column` name a missing column, the column of a score holds no numbers,
             or a column of the dataset that `where` or a function of the user's reads has the name of a measure.
     """
-    measured = {"score", *columns}
+    measured = {"score": 0.0, **columns}
     if config.ranking().code is not None:
-        for name in sorted((measured - {"score"}) & set(dataset.column_names)):
+        for name in sorted(columns.keys() & set(dataset.column_names)):
             raise ValueError(
                 f"`score` is a function of yours ({score_name(config.score)}), but '{name}' is both a column of the "
                 "training dataset and measured by the selection, so that it would find only one of them. Rename or "
@@ -136,20 +145,20 @@ def check_columns(dataset: Dataset, config: "LearnAlignConfig", columns: Iterabl
         check_condition(dataset, config.where, measured)
 
 
-def check_condition(dataset: Dataset, where: str, measured: Collection[str] = ()) -> None:
+def check_condition(dataset: Dataset, where: str, measured: Mapping[str, Any] | None = None) -> None:
     """
     Evaluate a condition before anything is measured.
 
     Args:
         dataset (`Dataset`): the training dataset.
         where (`str`): the condition.
-        measured (`Collection[str]`, *optional*): names of numbers that will be measured.
+        measured (`Mapping[str, Any]`, *optional*): columns that will be measured, by name a value of their kind.
 
     Raises:
         `ValueError`: the condition names a missing column, or one that is both in the dataset and measured, or it
             compares values that cannot be compared.
     """
-    condition = Condition(where)
+    condition, measured = Condition(where), measured or {}
     for name in sorted(condition.columns & set(measured) & set(dataset.column_names)):
         raise ValueError(
             f"`where` is {where!r}, but '{name}' is both a column of the training dataset and measured by the "
@@ -160,7 +169,7 @@ def check_condition(dataset: Dataset, where: str, measured: Collection[str] = ()
         f", and measured: {', '.join(sorted(measured))}" if measured else "; nothing is measured before an online run"
     )
     check_named(dataset, "where", where, names, more)
-    condition(dataset_columns(dataset, range(len(dataset)), names).assign(**dict.fromkeys(measured, 0.0)))
+    condition(dataset_columns(dataset, range(len(dataset)), names).assign(**measured))
 
 
 def check_named(dataset: Dataset, knob: str, value, names: Iterable[str], more: str = "") -> None:

@@ -54,6 +54,11 @@ def _installed() -> tuple[str, ...]:
     return tuple(str(Path(one).resolve()) for one in found)
 
 
+def is_ours(code) -> bool:
+    """Tell whether a function or a class is part of this package."""
+    return str(getattr(code, "__module__", "")).partition(".")[0] == _OURS
+
+
 @functools.cache
 def is_library(name: str) -> bool:
     """Tell whether a module is of Python or of an installed package, and so known by its version."""

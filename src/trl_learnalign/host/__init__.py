@@ -1,9 +1,12 @@
 """The only modules that use private parts of a trainer. The other modules see a [`Host`]."""
 
+import inspect
+
 from transformers import Trainer
 from trl import GRPOTrainer, RLOOTrainer
 
 from .grpo import GRPOHost
+from .names import ALWAYS, ROLES
 from .rloo import RLOOHost
 from .trl import Host
 
@@ -24,11 +27,23 @@ def register_host(trainer_class: type[Trainer], host_class: type[Host]) -> None:
             that gradients of its loss are those of the subclass.
 
     Raises:
-        `TypeError`: no class of trainers, or no class of hosts.
+        `TypeError`: no class of trainers, no class of hosts, or one that lacks a method or its `names`.
     """
     for given, base in ((trainer_class, Trainer), (host_class, Host)):
         if not (isinstance(given, type) and issubclass(given, base)):
             raise TypeError(f"`register_host` takes a subclass of Trainer and a subclass of Host, but got {given!r}.")
+    kind = host_class.__name__
+    if inspect.isabstract(host_class):
+        raise TypeError(
+            f"`register_host` got {kind}, which has no method {', '.join(sorted(host_class.__abstractmethods__))}, "
+            "which every host needs. Write it."
+        )
+    names = getattr(host_class, "names", None)
+    if not isinstance(names, dict) or ALWAYS not in names or names.keys() - ROLES.keys():
+        raise TypeError(
+            f"`names` of the host {kind} is {names!r}, but must be a dict of the names that each role needs, by "
+            f"{', '.join(map(repr, ROLES))}; the first is needed. Correct it."
+        )
     _HOSTS[trainer_class] = host_class
 
 

@@ -59,20 +59,22 @@ def replaced(trainer: Trainer, **values) -> Iterator[None]:
 
 
 @contextmanager
-def left_as_found(host: "Generates", num_rollouts: int) -> Iterator[None]:
+def left_as_found(host: "Generates", num_rollouts: int | None) -> Iterator[None]:
     """
-    Let the trainer generate `num_rollouts` completions for a prompt, and undo on exit all that a generation changes:
-    metrics, logs, counters, random states. Modes of the model are not put back.
+    Let the trainer generate `num_rollouts` completions for a prompt, or none, and undo on exit all that a generation
+    changes: metrics, logs, counters, random states. Modes of the model are not put back.
     """
-    trainer = host.trainer
-    values = {name: copy.deepcopy(getattr(trainer, name)) for name in host.books}
-    if getattr(trainer, "vllm_importance_sampling_correction", None) is not None:  # GRPOTrainer alone has one
-        values["vllm_importance_sampling_correction"] = False
+    trainer, values = host.trainer, {}
+    if num_rollouts is not None:
+        values = {name: copy.deepcopy(getattr(trainer, name)) for name in host.books}
+        values["num_generations"] = num_rollouts
+        if getattr(trainer, "vllm_importance_sampling_correction", None) is not None:  # GRPOTrainer alone has one
+            values["vllm_importance_sampling_correction"] = False
     tokens_seen, randomness = trainer.state.num_input_tokens_seen, random_state()
     outermost = trainer not in SELECTING
     SELECTING.add(trainer)
     try:
-        with replaced(trainer, num_generations=num_rollouts, **values):
+        with replaced(trainer, **values):
             yield
     finally:
         if outermost:

@@ -9,23 +9,28 @@ from transformers import Trainer
 
 from ..data.rows import format_of
 from ..ground.disk import digest
+from ..ground.user_code import is_ours
 from ..identity.contents import digest_of_tensors, tokenizer_content
 from ..identity.objects import identify
 from ..identity.seen import look, note, seen
+from .names import ALWAYS, GENERATES
+from .taps import own_function
 
 
 # Fields of an adapter's configuration that scale its weights
 _SCALING = ("peft_type", "r", "lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern")
 # Fields of a model's configuration that training sets, or that say nothing about the policy
 _UNUSED = ("use_cache", "transformers_version", "pad_token_id", "bos_token_id", "eos_token_id", "quantization_config")
+_HOST = "host"
+_OF_PROMPTS = (_HOST, "`_tokenize_prompts`")  # code that makes tokens of prompts
 _BEFORE_SHARDING: WeakKeyDictionary[Trainer, str] = WeakKeyDictionary()
 
 
 def base_identity(host) -> dict:
     """
-    Identify the model that the trainable weights belong to: name and revision, configuration, quantization, precision,
-    the kind of attention, how it is run, and a sample of each tensor that is not trained, the reference policy's
-    included.
+    Identify the model that the trainable weights belong to: name and revision, configuration, quantization, precision
+    (also that of autocast), the kind of attention, how it is run, and a sample of each tensor that is not trained, the
+    reference policy's included.
 
     Weights that FSDP shards are looked at before training begins, and so when the callback or the trainer is made; of
     those that are sharded at once (ZeRO-3) only names, types and shapes are known.
@@ -48,6 +53,10 @@ def base_identity(host) -> dict:
         "generation": None if generation is None else _document(generation),
         "quantization": identify(quantization if not hasattr(quantization, "to_dict") else quantization.to_dict()),
         "dtype": str(getattr(config, "dtype", None)),
+        "mixed precision": [
+            trainer.accelerator.mixed_precision,
+            bool(getattr(trainer.args, "cast_lm_head_to_fp32", False)),
+        ],
         "attention": getattr(config, "_attn_implementation", None),
         "vllm": getattr(trainer.args, "use_vllm", False) and trainer.args.vllm_mode,
         "weights": weights,
@@ -67,7 +76,8 @@ def _document(config):
 def prompt_identity(host, dataset: Dataset | None = None) -> dict:
     """
     Identify what makes tokens of the rows of a dataset, by default of the training dataset: the transform that makes
-    the rows as the trainer reads them, the tokenizer, the chat template, the tools.
+    the rows as the trainer reads them, the tokenizer, the chat template, the tools, and what a class of trainers or of
+    hosts changes in this.
     """
     trainer = host.trainer
     tokenizer, processor = trainer._tokenizer, trainer.processing_class
@@ -78,6 +88,9 @@ def prompt_identity(host, dataset: Dataset | None = None) -> dict:
         "tokenizer": digest([tokenizer_content(tokenizer), None if images is None else identify(images.to_dict())]),
         "chat template": digest([template, identify(getattr(trainer.args, "chat_template_kwargs", None))]),
         "tools": [seen(tool).digest for tool in getattr(trainer, "tools", None) or ()],
+        "trainer's own code": {
+            name: seen(function).digest for name, function in _own_code(host).items() if name in _OF_PROMPTS
+        },
     }
 
 
@@ -107,10 +120,26 @@ def identity(host) -> dict:
         "generation": {name: digest(_plain(value)) for name, value in settings.items()},
         "environments": {name: seen(one).digest for name, one in (host.environments or {}).items()},
         "rollout_func": None if host.rollout_func is None else seen(host.rollout_func).digest,
+        "own code": {name: seen(function).digest for name, function in _own_code(host).items()},
         "rewards": list(zip(host.reward_names, _rewards(trainer), strict=True)),
         "base model": host.base_identity(),
         "prompts": host.prompt_identity(),
     }
+
+
+def _own_code(host) -> dict[str, Any]:
+    """
+    Find what makes tokens, rollouts and rewards and is not the registered class's own: methods that a subclass or the
+    user has put in place of those that the host uses, and the class of a host from outside the package.
+    """
+    found: dict[str, Any] = {} if is_ours(type(host)) else {_HOST: type(host)}
+    used = {host.generation_method, *host.names.get(ALWAYS, ()), *host.names.get(GENERATES, ())}
+    for name in sorted(used | {name for name in dir(host.served) if name.startswith("_generate")}):
+        function = own_function(host.trainer, name)
+        registered = own_function(host.served, name)
+        if callable(registered) and function is not registered and not is_ours(function):
+            found[f"`{name}`"] = function
+    return found
 
 
 def _rewards(trainer):
@@ -160,4 +189,5 @@ def _functions(host) -> list[tuple[str, object]]:
     found.append(("`rollout_func`", host.rollout_func))
     found.append(("the transform of the training dataset", _function_of(format_of(host.dataset))))
     found.append(("`generation_kwargs`", trainer.args.generation_kwargs or None))
+    found += [(f"the trainer's {name}", function) for name, function in _own_code(host).items()]
     return [(name, function) for name, function in found if function is not None]

@@ -39,10 +39,11 @@ class Generates(Facts):
     books: tuple[str, ...] = ("_metrics", "_logs", "_pending_extra_logs", "_pending_metrics")
 
     @contextmanager
-    def left_as_found(self, num_rollouts: int) -> Iterator[None]:
+    def left_as_found(self, num_rollouts: int | None) -> Iterator[None]:
         """
         Let the trainer generate `num_rollouts` completions for a prompt, with dropout off and no log-probabilities
-        computed, and undo on exit all that a generation changes: metrics, logs, counters, modes, random states.
+        computed, and undo on exit all that a generation changes: metrics, logs, counters, modes, random states. `None`
+        if nothing is generated, for trainers that do not play this role as well.
         """
         with generation.left_as_found(self, num_rollouts), dropout_off(self.trainer.model):
             yield

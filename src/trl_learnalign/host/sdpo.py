@@ -37,7 +37,7 @@ class SDPOHost(Host):
     loss_methods = ("compute_loss", "_compute_policy_loss", "_forward_logits")
 
     @contextmanager
-    def left_as_found(self, num_rollouts: int) -> Iterator[None]:
+    def left_as_found(self, num_rollouts: int | None) -> Iterator[None]:
         # The trainer tells its callbacks of every generation, which are to hear of those for training alone
         silent = {"_dispatch_self_distillation_callback": lambda *args, **kwargs: None}
         with super().left_as_found(num_rollouts), generation.replaced(self.trainer, **silent):

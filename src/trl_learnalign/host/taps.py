@@ -2,11 +2,13 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import Trainer
 
+from ..ground.user_code import is_ours
 from .generation import SELECTING
 from .names import RolloutTrainer
 from .rewards import RewardError, guarded
@@ -200,8 +202,18 @@ def wrap(trainer: Trainer, name: str, around: Callable) -> Undo:
         else:
             setattr(trainer, name, patch)
 
+    wrapper.__wrapped__ = inner  # type: ignore[attr-defined]  # as functools does
     setattr(trainer, name, wrapper)
     return undo
+
+
+def own_function(owner: Trainer | type, name: str) -> Any:
+    """Return the function of a method of a trainer or a class, under what [`wrap`] put around; `None` without one."""
+    method: Any = getattr(owner, name, None)
+    while is_ours(method) and hasattr(method, "__wrapped__"):
+        method = method.__wrapped__
+    of = getattr(method, "__self__", None)
+    return getattr(method, "__func__", method) if of is owner or isinstance(of, type) else method
 
 
 class _BatchCounter:

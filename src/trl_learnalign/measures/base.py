@@ -39,7 +39,7 @@ class Context:
         dataset (`Dataset`): the training dataset, with the columns that the trainer would see.
         open_log (`Callable[[str], Log]`): opens the log of a measure by its name.
         clock (`Callable[[str, float], float]`): notes how long a phase took, by its name and the moment of its start,
-            and returns the seconds.
+            and returns the seconds. A measure with a price that never calls it is timed as one phase of its name.
         note (`Callable[[dict], None]`): adds to the provenance of the selection.
         prices (`Sequence[str]`): of all measures that the score of the configuration requires.
         target (`Dataset`, *optional*): prompts of the kind to improve on.
@@ -80,11 +80,13 @@ class Finding:
         table (`pandas.DataFrame`, *optional*): a row for each prompt that could be measured, by dataset row. Rows that
             are missing here are left out of the selection. `None` says nothing about the prompts to choose from.
         instead (`str`, *optional*): name of the score to rank by, where the score that was asked for cannot use this
-            result. What only that score needed is not measured then.
+            result. What only that score needed is not measured then, nor anything that it did not need.
+        reason (`str`, *optional*): why, as a clause for people, such as "no prompt of the target is learnable".
     """
 
     table: pd.DataFrame | None
     instead: str | None = None
+    reason: str | None = None
 
 
 class Measure:
@@ -95,8 +97,10 @@ class Measure:
     Attributes:
         name (`str`): by which scores and other measures require it; also the name of its log.
         requires (`tuple[str, ...]`): names of the measures that run before it.
-        columns (`tuple[str, ...]`): columns of its table that are kept in `scores.parquet`.
-        price (`str`): one of `PRICES`. A measure whose price is `"none"` has no log.
+        columns (`tuple[str, ...]`): columns of its table that are kept in `scores.parquet`, and that `where` may
+            name. They hold numbers, unless [`made_up`] returns something else.
+        price (`str`): one of `PRICES`. A measure whose price is `"none"` has no log; one whose price is `"forward"`
+            lets the trainer generate nothing.
     """
 
     name: str

@@ -99,7 +99,8 @@ def _tokens(host):
 
 
 def _column(host, config, rows):
-    return dataset_columns(host.dataset, rows, [config.answer_column])[config.answer_column].tolist()
+    name = config.answer_column
+    return dataset_columns(host.dataset, rows, [name], as_stored=True)[name].tolist()
 
 
 def _fault(answer) -> str | None:

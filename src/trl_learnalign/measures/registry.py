@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from .alignments import GradientMeasure
 from .base import PRICES, Measure
 from .columns import Columns
+from .contract import check_apart, check_measure
 from .hidden_states import HiddenStates
 from .likelihood import Likelihood
 from .rollouts import RolloutMeasure
@@ -24,6 +25,7 @@ MEASURES: dict[str, Measure] = {
         Columns(),
     )
 }
+_OWNERS = {column: measure.name for measure in MEASURES.values() for column in measure.columns}
 
 
 def needed(names: Iterable[str]) -> list[Measure]:
@@ -31,23 +33,31 @@ def needed(names: Iterable[str]) -> list[Measure]:
     Return the measures with these names and all that they require, each after those that it requires.
 
     Raises:
-        `ValueError`: there is no measure of such a name.
+        `ValueError`: there is no measure of such a name, measures require each other in a circle, two have the same
+            column, or an entry of `MEASURES` is wrong.
     """
     found: dict[str, Measure] = {}
 
-    def add(name):
+    def add(name, *above):
+        if name in above:
+            raise ValueError(
+                f"The measures {' > '.join([*above[above.index(name) :], name])} require each other in a circle, so "
+                "none can be the first. Correct their `requires`."
+            )
         if name not in MEASURES:
             raise ValueError(
                 f"A score requires the measure {name!r} (`score_measures`), but what can be measured is: "
                 f"{', '.join(MEASURES)}. Correct the name."
             )
+        check_measure(name, MEASURES[name])
         for other in MEASURES[name].requires:
-            add(other)
+            add(other, *above, name)
         found.setdefault(name, MEASURES[name])
 
     wanted = set(names)
     for name in (*(name for name in MEASURES if name in wanted), *sorted(wanted - MEASURES.keys())):
         add(name)
+    check_apart(found.values(), _OWNERS)
     return list(found.values())
 
 

@@ -104,6 +104,7 @@ def made_from(context: Context, pool: int) -> dict:
     host, found = context.host, context.identity
     parts = {f"reward function `{name}`": part for name, part in found["rewards"]}
     parts |= {f"environment `{name}`": part for name, part in found["environments"].items()}
+    parts |= {f"the trainer's {name}": part for name, part in found["own code"].items()}
     parts |= {"order of the reward functions": [name for name, _ in found["rewards"]]}
     parts |= {"`rollout_func`": found["rollout_func"]}
     parts |= {f"`{name}`": part for name, part in found["generation"].items()}

@@ -58,6 +58,7 @@ class TargetRollouts(Measure):
         about = {"num_rows": size, "learnable": len(found.learnable), "without": []}
         if not found.learnable:
             found.instead = about["instead"] = "learnability"
+            found.reason = "no prompt of `target_dataset` is learnable"
             if context.host.accelerator.is_main_process:
                 logger.warning(
                     f"No prompt of `target_dataset` is learnable: all {size} were always or never solved, or could "

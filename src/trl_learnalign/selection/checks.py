@@ -9,7 +9,7 @@ from ..ground.randomness import random_state, set_random_state
 from ..host import Host
 from ..host.names import GENERATES
 from ..measures.registry import needed
-from .rehearsal import rehearse
+from .rehearsal import made_up, rehearse
 
 
 _LONG = 1000  # tokens, where nothing limits a completion
@@ -33,13 +33,16 @@ def check_selection(host: Host, config: LearnAlignConfig) -> None:
             stacklevel=4,
         )
     measures = needed(config.ranking().measures)
-    check_columns(dataset, config, [name for measure in measures for name in measure.columns])
-    load_target(dataset, config)
-    randomness = random_state()  # a function of the user's may draw from it
     longest = getattr(host.args, "max_completion_length", None) or _LONG
-    rehearse(dataset, config, config.num_rollouts or host.group_size, longest)
+    sizes = config.num_rollouts or host.group_size, longest
+    randomness = random_state()  # a function of the user's may draw from it
+    table, _ = made_up([0], [measure for measure in measures if measure.name != "columns"], *sizes)
+    names = [name for measure in measures for name in measure.columns]
+    check_columns(dataset, config, {name: table[name].iloc[0] if name in table else 0.0 for name in names})
+    load_target(dataset, config)
+    rehearse(dataset, config, *sizes)
     set_random_state(randomness)
-    if any(measure.price != "none" for measure in measures):
+    if any(measure.price in ("rollouts", "gradients") for measure in measures):
         host.require(GENERATES)
     for measure in measures:
         measure.check(host, config)

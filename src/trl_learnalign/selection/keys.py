@@ -1,11 +1,13 @@
 """The parts that a selection and its measures are made from, and the keys that follow."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from ..config import FREE_ON_RESUME
 from ..data.rows import dataset_fingerprint
 from ..ground.disk import digest
 from ..ground.store import other_parts
+from ..ground.user_code import is_ours
 from ..identity.objects import identify
 from ..measures.base import Context, Measure
 
@@ -20,7 +22,7 @@ def parts_of(
     """
     Return what a selection, and each measure, is made from: by a name that people understand, the digest. No measure
     depends on the score, nor the rollouts on what is taken from them. On the main process alone, where `weights`, the
-    digest of the trainable ones, is known.
+    digest of the trainable ones, is known. A measure that costs nothing has no log, but the selection depends on it.
     """
     host, config = context.host, context.config.to_dict()
     found = context.identity
@@ -30,16 +32,28 @@ def parts_of(
         "rows": [dataset_fingerprint(host.dataset), len(context.dataset)],
         "transform of the rows": found["prompts"]["transform"],
     }
-    made_from = {measure.name: common | measure.key(context, rows) for measure in measures}
-    whole = {name: part for parts in made_from.values() for name, part in parts.items() if name != "pool"}
-    whole |= {f"`{name}`": value for name, value in config.items() if name not in _NOT_IN_KEY}
-    whole |= {"stage": stage}
-    if context.score.code is not None:
-        whole["function of the score"] = identify(context.score.code)
+    made_from = {measure.name: common | _own(measure, context, rows) for measure in measures}
+    whole: dict[str, Any] = {f"`{name}`": value for name, value in config.items() if name not in _NOT_IN_KEY}
+    for measure, parts in made_from.items():
+        for name, part in parts.items():
+            if name != "pool":  # a setting may be `None` where the measure knows the number that is used
+                whole[name if whole.get(name, part) == part else f"{name} of the measure {measure}"] = part
+    whole |= {"stage": stage, "seed": context.seed}
+    code, rank = context.score.code, context.score.rank
+    if code is not None or not is_ours(rank):
+        whole["function of the score"] = identify(code or rank)
+    priced = {measure.name: made_from[measure.name] for measure in measures if measure.price != "none"}
     return {
         measure: {name: digest(part)[:_LENGTH] for name, part in parts.items()}
-        for measure, parts in (made_from | {"selection": whole}).items()
+        for measure, parts in (priced | {"selection": whole}).items()
     }
+
+
+def _own(measure: Measure, context: Context, rows: Sequence[int]) -> dict[str, Any]:
+    """Return the parts of a measure alone, with its code where that is not the package's, which has a version."""
+    kind = type(measure)
+    code = {} if is_ours(kind) else {f"code of the measure {measure.name}": identify(kind)}
+    return {**measure.key(context, rows), **code}
 
 
 def keys_of(parts: dict[str, dict[str, str]]) -> dict[str, str]:
@@ -51,4 +65,9 @@ def other_settings(before: dict, now: dict) -> str:
     """Name the parts in which two selections differ, by their provenances; settings with their values."""
     if "made_from" not in before:  # nothing was measured
         return "weights, data, rewards or settings"
-    return other_parts(before["made_from"], now["made_from"], before.get("config", {}), now["config"])
+    was, made_from = before["made_from"], now["made_from"]
+    if before.get("measures") != now["measures"]:  # those of one measure say nothing about another
+        was, made_from = (
+            {name: one[name] for name in one if name in was.keys() & made_from} for one in (was, made_from)
+        )
+    return other_parts(was, made_from, before.get("config", {}), now["config"])

@@ -14,6 +14,7 @@ from ..config import LearnAlignConfig
 from ..data.columns import candidate_rows, dataset_columns
 from ..ground.user_code import last_line
 from ..measures.base import Finding, Measure
+from ..measures.contract import check_finding
 from ..measures.registry import needed
 from ..scores.builtin import score_name
 
@@ -27,9 +28,12 @@ def made_up(
     rows: list[int], measures: list[Measure], num_rollouts: int, longest: int
 ) -> tuple[pd.DataFrame, dict[str, Finding]]:
     """Return a table of made-up measurements, by dataset row, and the findings that it was made from."""
-    table, found = pd.DataFrame(index=pd.Index(rows, name="index", dtype="int64")), {}
+    found: dict[str, Finding] = {}
+    table = pd.DataFrame(index=pd.Index(rows, name="index", dtype="int64"))
     for measure in measures:
-        finding = found[measure.name] = measure.made_up(table, num_rollouts, longest)
+        finding = measure.made_up(table, num_rollouts, longest)
+        check_finding(measure, finding, found, rows)
+        found[measure.name] = finding
         if finding.table is not None:
             table = table.join(finding.table)
     return table, found

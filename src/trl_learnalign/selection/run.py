@@ -23,12 +23,14 @@ from ..ground.disk import DirectoryLock, make_directory, rollouts_of, scratch
 from ..ground.hashing import stable_hash
 from ..ground.peers import Peers
 from ..ground.store import Log, open_log
+from ..ground.user_code import is_ours
 from ..host import Host
 from ..measures.base import Context, Finding
+from ..measures.contract import check_finding
 from ..measures.registry import MEASURES, needed, prices
 from ..measures.rollouts import RolledOut, save_shard
 from ..run.uploads import warn_of_uploads
-from ..scores.builtin import SCORES
+from ..scores.builtin import SCORES, score_name
 from .checks import check_selection
 from .excerpt import texts_table
 from .keys import keys_of, other_settings, parts_of
@@ -83,6 +85,7 @@ class SelectionRun:
         self.path = Path(host.args.output_dir) / "learnalign" / f"step-{self.step:06d}"
         self.equal = equal_prompts(host.dataset) if config.deduplicate else None
         self.seconds: dict[str, float] = {}
+        self._clocked = 0  # calls of `clock`
         self.reused = False
         self.peers = Peers(self.accelerator)
         self.context = Context(
@@ -158,7 +161,8 @@ class SelectionRun:
                 return found
             self._warn_of_unknown()
             self._make_room()
-            untouched = self.host.left_as_found(self.context.num_rollouts)
+            generates = "rollouts" in self.context.prices or "gradients" in self.context.prices
+            untouched = self.host.left_as_found(self.context.num_rollouts if generates else None)
         with untouched:
             self._measure()
             selection = self._chosen()
@@ -185,7 +189,7 @@ class SelectionRun:
                 made = found.provenance.get("made", "unknown")
                 tqdm.write(f"Will be replaced: {_REPLACED.format(self.path, other, made)}")
                 found = None
-            elif self.score.code is not None:
+            elif self.score.code is not None or (found is not None and _fell_back_outside(found)):
                 found = None  # what a function of the user's returns may depend on anything
         found = self.peers.broadcast(found)
         if found is not None:
@@ -203,8 +207,7 @@ class SelectionRun:
         """Find the parts that a selection and its measures are made from, and their keys. All processes must call."""
         self.peers.wait()  # before the collective operations of sharded weights
         weights = self.host.weights_digest()
-        measures = [measure for measure in needed(self.score.requires) if measure.price != "none"]
-        parts = parts_of(self.context, self.pool, measures, weights, self.provenance["stage"])
+        parts = parts_of(self.context, self.pool, needed(self.score.requires), weights, self.provenance["stage"])
         self.parts = self.peers.broadcast(parts)
         self.keys = keys_of(self.parts)
 
@@ -216,14 +219,34 @@ class SelectionRun:
     def _measure(self) -> None:
         """Run the measures that the score needs, each with the findings of those before."""
         while (name := self._next()) is not None:
-            measure = MEASURES[name]
+            measure, started, clocked = MEASURES[name], time.perf_counter(), self._clocked
             log = None if measure.price == "none" else self.open_log(name)
             finding = measure.run(self.context, self.pool, log)
+            if measure.price != "none" and self._clocked == clocked:
+                self.clock(name.replace("-", " "), started)
+            check_finding(measure, finding, self.context.found, self.pool)
             if finding.instead is not None:
-                self.score = SCORES[finding.instead]
-                self.provenance["measures"] = list(self.score.requires)
+                self._rank_instead(measure, finding.instead, finding.reason)
             found: dict[str, Finding] = {**self.context.found, name: finding}
             self.context = replace(self.context, score=self.score, found=found)
+
+    def _rank_instead(self, measure, score, reason):
+        """Rank by another score. It needs nothing that the first did not need: checks and keys were made for that."""
+        if score not in SCORES:
+            raise ValueError(
+                f"The measure {measure.name!r} asks to rank by {score!r} instead, but the scores are: "
+                f"{', '.join(SCORES)}. Correct the name."
+            )
+        known = {one.name for one in needed(self.config.ranking().requires)}
+        if missing := [one.name for one in needed(SCORES[score].measures) if one.name not in known]:
+            raise ValueError(
+                f"The measure {measure.name!r} asks to rank by {score!r} instead, which needs {', '.join(missing)}, "
+                f"but {score_name(self.config.score)} does not need that. Add it to the `requires` of that score, or "
+                "name a score that needs less."
+            )
+        self.score = SCORES[score]
+        about = {"score": score, "reason": reason or f"the measure {measure.name!r} asked for it"}
+        self.provenance |= {"measures": list(self.score.requires), "instead": about}
 
     def _next(self) -> str | None:
         names = [measure.name for measure in needed(self.score.measures)]
@@ -306,12 +329,19 @@ class SelectionRun:
 
     def clock(self, phase: str, started: float) -> float:
         """Note the seconds that a phase took."""
+        self._clocked += 1
         self.seconds[phase] = round(time.perf_counter() - started, 3)
         return self.seconds[phase]
 
     def note(self, about: dict) -> None:
         """Add to the provenance."""
         self.provenance |= about
+
+
+def _fell_back_outside(selection) -> bool:
+    """Tell whether a selection fell back to a score from outside the package, whose code its key does not have."""
+    score = SCORES.get(selection.provenance.get("instead", {}).get("score"))
+    return "instead" in selection.provenance and (score is None or not is_ours(score.rank))
 
 
 _REUSED = (
