@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -113,6 +114,18 @@ TWO_PROCESSES = (
     "-m",
     "trl_learnalign.cli",
 )
+
+
+def test_the_documented_module_is_the_command(monkeypatch):
+    """The name after `-m` in the documentation, and the file that a user may find instead."""
+    texts = [cli.__doc__, *(path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")))]
+    named = {name for text in texts for name in re.findall(r"accelerate launch -m\s+(\S+)", text)}
+    assert named == {"trl_learnalign.cli"}
+    monkeypatch.setattr(sys, "argv", ["trl-learnalign", "selct"])
+    for name in (*named, "trl_learnalign.cli.main"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        with pytest.raises(SystemExit, match="there is no command 'selct'"):
+            runpy.run_module(name, run_name="__main__")
 
 
 @pytest.mark.slow  # as test_distributed.py does in Python

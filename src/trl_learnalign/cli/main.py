@@ -5,8 +5,8 @@
         [--dry_run] [--format jsonl] [--push_to_hub REPO]
     trl-learnalign report OUTPUT_DIR
 
-`trl-learnalign select --help` lists the arguments. On several processes: `accelerate launch -m trl_learnalign.cli.main
-select --config run.yaml`.
+`trl-learnalign select --help` lists the arguments. On several processes: `accelerate launch -m trl_learnalign.cli select
+--config run.yaml`.
 """
 
 import argparse
@@ -361,3 +361,7 @@ def _export(trainer, selection, options, script, rows) -> None:
 
 def _target(trainer, kind) -> Path:
     return Path(trainer.args.output_dir) / "learnalign" / f"selected.{kind}"
+
+
+if __name__ == "__main__":
+    main()
