@@ -14,7 +14,7 @@ from ..selection.figures import drawings, overlaps
 from ..selection.result import TEXTS_FILE, Selection
 from ..selection.stages import load_last
 from ..selection.warnings import pool_warnings, selection_warning
-from ..selection.words import OUTCOME_LABELS, at_random, chosen_by, replaced_score
+from ..selection.words import OUTCOME_LABELS, UNMEASURED, at_random, chosen_by, replaced_score
 from .html import TEXT, figures, filled, settings, table, write_page
 
 
@@ -87,7 +87,8 @@ def _figures(selection, stages, folder: Path) -> str:
         return found
     if "rollouts" in selection.measures:
         return "<p>Nothing could be measured.</p>"
-    return f"<p>Prompts were chosen {html.escape(chosen_by(selection))}, without rollouts.</p>"
+    without = ", without rollouts" * (not selection.measures)
+    return f"<p>Prompts were chosen {html.escape(chosen_by(selection))}{without}.</p>"
 
 
 def _texts(step: Path) -> dict[int, dict]:
@@ -101,7 +102,8 @@ def _facts(selection) -> dict[str, str]:
     outcomes = selection.outcomes()
     facts = {"pool": f"{selection.num_pool():,}", "chosen": f"{len(selection.indices):,}"}
     if selection.provenance["unscorable"]:
-        facts["unscorable"] = f"{len(selection.provenance['unscorable']):,}"
+        name = "unscorable" if "rollouts" in selection.measures else UNMEASURED
+        facts[name] = f"{len(selection.provenance['unscorable']):,}"
     if outcomes:
         facts["learnable"] = f"{selection.num_learnable():,}"
     for name, (pool, chosen) in outcomes.items():

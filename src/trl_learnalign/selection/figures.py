@@ -77,7 +77,7 @@ def plot(selection: "Selection", dark: bool = False) -> Figure:
         for axes, drawing in zip(np.atleast_1d(figure.subplots(1, max(1, len(panels)))), panels, strict=False):
             drawing.draw(axes, colours)
         if not panels:
-            reason = f"chosen {chosen_by(selection)}, without rollouts"
+            reason = f"chosen {chosen_by(selection)}" + ", without rollouts" * (not selection.measures)
             reason = "no prompt could be scored" if "rollouts" in selection.measures else reason
             figure.axes[0].text(0.5, 0.5, reason, ha="center")
             figure.axes[0].set_axis_off()
