@@ -284,7 +284,7 @@ def test_a_measure_and_its_score(tmp_path, monkeypatch):
         "different",
     )
     page = (tmp_path / "learnalign/report.html").read_text()
-    assert "different completions" in page
+    assert page.count("different completions") >= 3 and "Their score is" not in page  # both ends, and the table
     # The function of a user may have it, and the rollouts are there
     mine = config(score=lambda table: table["different_completions"], score_measures=["rollouts", "different"])
     by_number = select_prompts(make_trainer(tmp_path, reward=Seen(digit_reward)), mine)

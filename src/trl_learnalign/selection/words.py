@@ -28,6 +28,13 @@ def chosen_by(selection: "Selection") -> str:
     return manner(selection.provenance["config"]["score"]) + replaced_score(selection)
 
 
+def score_used(selection: "Selection") -> str:
+    """Name the score that ranked: the configured one, or the one that a measure put in its place."""
+    provenance = selection.provenance
+    of_another = (provenance.get("instead") or {}).get("score")
+    return provenance.get("target", {}).get("instead") or of_another or provenance["config"]["score"]
+
+
 def replaced_score(selection: "Selection") -> str:
     """Say that the configured score gave way to another, and why; empty if it did not."""
     if other := selection.provenance.get("target", {}).get("instead"):
