@@ -43,13 +43,13 @@ _GRADIENTS = Acting(
     "use a score that does, such as 'learnalign'",
     refused=False,
 )
+_WITHOUT_ANSWERS = {"rollouts", "gradients", "target-rollouts", "target-gradients", "hidden_states"}
 _ANSWERS = Acting(  # a measure from outside the package may read them
     lambda config: bool(set(config.measures) - _WITHOUT_ANSWERS),
     "with `score={score!r}`, which needs no answers",
     "use a score that does, such as 'confidence'",
     refused=False,
 )
-_WITHOUT_ANSWERS = {"rollouts", "gradients", "target-rollouts", "target-gradients", "hidden_states"}
 _SUCCESS = Acting(  # a selection records success rates in any case
     lambda config: config.schedule == "staged" or config.learnability == "success_rate",
     "with `schedule='online'` and `learnability='variance'`, where no successes are counted",

@@ -156,8 +156,8 @@ def _ends(selection, texts) -> str:
     random = at_random(selection)
     scores = scores_of(selection, [*ends[0], *ends[1]])
     shown = {*_AT_THE_ENDS, *_of_other_measures(scores)}
-    columns = [column[:3] for column in _columns(selection, scores) if column[0] in shown]
-    numbers = {key: (label, digits) for key, label, digits in columns if digits is not None}
+    known = [column[:3] for column in _columns(selection, scores) if column[0] in shown]
+    numbers = {key: (label, digits) for key, label, digits in known if digits is not None}
     columns = {label: f".{digits}f" for label, digits in numbers.values()} | {"prompt": TEXT}
     rolled_out = any(texts[index]["completion"] is not None for index in scores["index"] if index in texts)
     kept = ["prompt", "completion", "reward"] if rolled_out else ["prompt"]

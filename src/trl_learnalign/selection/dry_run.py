@@ -42,10 +42,11 @@ def plan_selection(trainer: Trainer, config: LearnAlignConfig) -> tuple[str, boo
     together = world * (batch if "rollouts" in paid else 1)
     least = min(_LEAST_TRIED[price] for price in paid)
     tried = min(prompts, together * math.ceil(least / together))
-    changes = {"rollout_batch_prompts": batch} if "rollouts" in paid else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the user's configuration has given all of its warnings
-        small = replace(config, candidate_prompts=tried, num_prompts=tried, **changes)
+        small = replace(config, candidate_prompts=tried, num_prompts=tried)
+        if "rollouts" in paid:
+            small = replace(small, rollout_batch_prompts=batch)
     trial = SelectionRun(host, small, 0, keep_measures=True)
     with tempfile.TemporaryDirectory() as directory:
         trial.path = Path(directory) / "learnalign" / "trial"

@@ -51,7 +51,7 @@ class Selection:
         provenance (`dict`):
             `config`, `seed`, `global_step`, `stage`, `num_rollouts`, `dataset_fingerprint`, `num_rows`, `model`,
             `versions`, `num_processes`, `made` (when, in UTC), `seconds` (of each phase), `unscorable` (indices that
-            no reward function could score), with `deduplicate` the `duplicates` (indices left out for a better-ranked
+            could not be measured; with rollouts, that no reward function could score), with `deduplicate` the `duplicates` (indices left out for a better-ranked
             row of the same prompt), and, unless prompts were chosen at random, `reward_range` (the least and the
             greatest reward that decides success), `key` (a hash of all that the selection was made from) and `cost`:
             tokens rolled out, in gradient rows, and computed with padding; `of_rollouts`, the time of gradients and
@@ -206,7 +206,7 @@ class Selection:
         return plot(self, dark)
 
     def num_pool(self) -> int:
-        """Count the prompts to choose from: those with a score and those that no reward function could score."""
+        """Count the prompts to choose from: those with a score and those that could not be measured."""
         return self.scores.num_rows + len(self.provenance.get("unscorable", ()))
 
     def mean_success_rates(self) -> tuple[float, float]:
