@@ -304,10 +304,12 @@ class Priced(Measure):
         self.price = price
 
     def run(self, context, rows, log):
-        log.close()
+        if log is not None:
+            log.close()
         if self.price == "forward":  # as it is noted where a measure finds nothing for its score
             context.note({"instead": {"score": "random", "reason": "no row is odd."}})
-        return Finding(pd.DataFrame({"parity": [row % 4 for row in rows if row % 2 == 0]}, index=rows[::2]))
+        kept = [row for row in rows if row % 2 == 0] if self.price != "none" else []
+        return Finding(pd.DataFrame({"parity": [row % 4 for row in kept]}, index=kept))
 
 
 @pytest.mark.parametrize(
@@ -337,6 +339,14 @@ def test_the_price_of_a_measure_is_told_and_what_it_left_out(tmp_path, monkeypat
     if price == "gradients":
         page = (tmp_path / "learnalign/report.html").read_text()
         assert "<dt>could not be measured</dt>" in page and "unscorable" not in page
+
+
+def test_a_measure_that_has_no_prompt_is_named(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(MEASURES, "priced", Priced("none"))
+    monkeypatch.setitem(SCORES, "odd", Score(("priced",), lambda table, align: table["parity"] * 1.0))
+    assert select_prompts(make_trainer(tmp_path), config(score="odd", write_report=True)).indices == []
+    assert "No prompt is chosen: all 24 could not be measured (priced). Check the prompts" in caplog.text
+    assert "There are no such prompts" in (tmp_path / "learnalign/report.html").read_text()
 
 
 class Reinforce(Trainer):
