@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -113,6 +114,18 @@ TWO_PROCESSES = (
     "-m",
     "trl_learnalign.cli",
 )
+
+
+def test_the_documented_module_is_the_command(monkeypatch):
+    """The name after `-m` in the documentation, and the file that a user may find instead."""
+    texts = [cli.__doc__, *(path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")))]
+    named = {name for text in texts for name in re.findall(r"accelerate launch -m\s+(\S+)", text)}
+    assert named == {"trl_learnalign.cli"}
+    monkeypatch.setattr(sys, "argv", ["trl-learnalign", "selct"])
+    for name in (*named, "trl_learnalign.cli.main"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        with pytest.raises(SystemExit, match="there is no command 'selct'"):
+            runpy.run_module(name, run_name="__main__")
 
 
 @pytest.mark.slow  # as test_distributed.py does in Python
@@ -430,6 +443,46 @@ def test_columns_by_other_names(folder, monkeypatch, run):
     # The answers are also what a score without rollouts takes
     code, said = run(*arguments, *columns, "--score", "confidence", "--dry_run")
     assert code == 0 and "pool: 24 prompts, a forward over each" in said and "learnable" not in said
+
+
+def test_answers_keep_their_name(folder, monkeypatch, run):
+    """For reward functions in a warm-up, for `where`, in messages and in files; `solution` is a copy."""
+    monkeypatch.chdir(folder)
+    rows = [{"prompt": row["prompt"], "answer": str(row["row"] % 5), "row": row["row"]} for row in make_dataset()]
+    Path("answered.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("both.py").write_text(
+        "def right(completions, answer, solution, **kwargs):\n"
+        "    assert answer == solution\n"
+        "    return [float((len(c) + int(a) + sum(map(ord, c))) % 2) for c, a in zip(completions, answer)]\n"
+    )
+    answered = ["--dataset_name", "answered.jsonl", "--answer_column", "answer", "--write_report", "false"]
+    confident = [*answered, "--score", "confidence", "--where", "answer != '3'"]
+    rewarded = [*confident, "--reward_funcs", "both.py:right", "--warmup_prompts", "8", "--save_strategy", "no"]
+    code, said = run(*rewarded, "--format", "jsonl")
+    assert code == 0 and "has no effect" not in said
+    (path,) = Path("out/learnalign").glob("step-*")
+    config = Selection.load(path).provenance["config"]
+    assert config["answer_column"] == "answer" and config["where"] == "answer != '3'"
+    for line in map(json.loads, Path("out/learnalign/selected.jsonl").read_text().splitlines()):
+        assert {name: line[name] for name in rows[0]} == rows[line["row"]] and line["answer"] != "3"
+        assert set(line) == {*rows[0], "success_rate", "learnalign_score"}
+    # A score that ignores them, whose reward functions may not
+    code, said = run(*answered, "--reward_funcs", "both.py:right", "--score", "learnability")
+    assert code == 0 and "has no effect" not in said
+    # Rewards are needed by rollouts and by a warm-up alone
+    settings = yaml.safe_load(Path("run.yaml").read_text())
+    Path("run.yaml").write_text(yaml.safe_dump({name: settings[name] for name in settings if name != "reward_funcs"}))
+    assert run(*confident)[0] == run("--score", "random", "--write_report", "false")[0] == 0
+    for more in ([*confident, "--warmup_prompts", "8"], answered):
+        code, said = run(*more)
+        assert code == 1 and "There is nothing to score rollouts by" in said
+    Path("answered.jsonl").write_text("".join(json.dumps(row | {"answer": ""}) + "\n" for row in rows))
+    code, said = run(*confident)
+    assert code == 1 and "`answer_column` is 'answer', but not every row has an answer" in said
+    code, said = run(*confident, "--answer_column", "anser")
+    assert (
+        code == 1 and "`answer_column` is 'anser', but the dataset has no such column (did you mean 'answer'?" in said
+    )
 
 
 QUICK = ("--write_report", "false", "--score", "learnability")

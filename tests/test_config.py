@@ -58,6 +58,7 @@ FREE = ({"score": "random"}, {"score": "column:grade"}, {"score": len})
 SELECTED = (*FREE, *ROLLED_OUT[:3])
 ANY = (*SELECTED, ROLLED_OUT[3])
 GRADIENTS = ({"score": "alignment"}, {"score": "learnalign", "learnability": "variance"})
+ANSWERED = ({"score": "confidence"}, {"score": len, "score_measures": ["likelihood"]})
 OTHERWISE = {"score": "learnability"}
 # Of each field another value, with what it acts, and with what it has no effect
 EFFECTS = {
@@ -67,7 +68,7 @@ EFFECTS = {
     "rollout_batch_prompts": (4, ROLLED_OUT[:3], (*FREE, *ROLLED_OUT[3:])),
     "score": ("learnability", ({}, ROLLED_OUT[3]), ()),
     "score_measures": (["rollouts"], FREE[2:], ()),
-    "answer_column": ("answer", SELECTED, ROLLED_OUT[3:]),
+    "answer_column": ("answer", ANSWERED, ANY),
     "learnability": ("variance", ROLLED_OUT, FREE),
     "success_threshold": (
         0.5,

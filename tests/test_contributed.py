@@ -42,6 +42,7 @@ from trl_learnalign.host import Host, register_host
 from trl_learnalign.measures import MEASURES, Finding, Measure
 from trl_learnalign.schedules import Run, Schedule, StagedSchedule, Ticks
 from trl_learnalign.scores.builtin import SCORES, Score
+from trl_learnalign.selection.dry_run import plan_selection
 
 
 def shortest_first(table):
@@ -327,7 +328,7 @@ def test_a_measure_and_its_score(tmp_path, monkeypatch):
         "different",
     )
     page = (tmp_path / "learnalign/report.html").read_text()
-    assert "different starts" in page
+    assert page.count("different starts") >= 3 and "Their score is" not in page  # both ends, and the table
     # The function of a user may have it, and the rollouts are there
     mine = config(score=lambda table: table["different_starts"], score_measures=["rollouts", "different"])
     by_number = select_prompts(make_trainer(tmp_path, reward=Seen(digit_reward)), mine)
@@ -335,6 +336,61 @@ def test_a_measure_and_its_score(tmp_path, monkeypatch):
     wrong = config(score=lambda table: table["different"], score_measures=["rollouts", "differnet"])
     with pytest.raises(ValueError, match=r"requires the measure 'differnet'.*what can be measured is: .*different"):
         select_prompts(make_trainer(tmp_path), wrong)
+
+
+class Priced(Measure):
+    """A number of each even row: nothing of it is generated or computed, but a price is named."""
+
+    name = "priced"
+    columns = ("parity",)
+
+    def __init__(self, price):
+        self.price = price
+
+    def run(self, context, rows, log):
+        if log is not None:
+            log.close()
+        if self.price == "forward":  # as it is noted where a measure finds nothing for its score
+            context.note({"instead": {"score": "random", "reason": "no row is odd."}})
+        kept = [row for row in rows if row % 2 == 0] if self.price != "none" else []
+        return Finding(pd.DataFrame({"parity": [row % 4 for row in kept]}, index=kept))
+
+
+@pytest.mark.parametrize(
+    ("price", "spent"),
+    [
+        ("gradients", "24 prompts, a forward and a backward over each"),
+        ("rollouts", "24 prompts x 4 rollouts = 96"),
+        ("forward", "24 prompts, a forward over each"),
+    ],
+)
+def test_the_price_of_a_measure_is_told_and_what_it_left_out(tmp_path, monkeypatch, capsys, caplog, price, spent):
+    """Plan, dry run, summary, warnings and page; nothing is said of success, which was not measured."""
+    monkeypatch.setitem(MEASURES, "priced", Priced(price))
+    monkeypatch.setitem(SCORES, "odd", Score(("priced",), lambda table, align: table["parity"] * 1.0))
+    choice = config(score="odd", warmup_prompts=0, num_prompts=14, write_report=price == "gradients")
+    text, possible = plan_selection(make_trainer(tmp_path), choice)
+    assert possible and f"pool: {spent}\n" in text and "tried: " in text and " of which" not in text
+    assert "learnable" not in text and ("gradients: about 24 prompts" in text) == (price == "gradients")
+    assert ("rollouts: none" in text) == (price != "rollouts")
+    make_trainer(tmp_path, choice, max_steps=1).train()
+    said = capsys.readouterr().out + caplog.text
+    assert f"selection now: {spent}." in said and "12 of 24 prompts (50%) are left out, as they could not be" in said
+    assert "pool 24 (12 could not be measured); chosen 12 by odd" in said
+    assert not any(word in said for word in ("learnable", "reward function", "unscorable:", "without rollouts"))
+    selection = Selection.load(tmp_path / "learnalign/step-000000")
+    assert ("(by random instead: no row is odd)" in selection.summary()) == (price == "forward")
+    if price == "gradients":
+        page = (tmp_path / "learnalign/report.html").read_text()
+        assert "<dt>could not be measured</dt>" in page and "unscorable" not in page
+
+
+def test_a_measure_that_has_no_prompt_is_named(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(MEASURES, "priced", Priced("none"))
+    monkeypatch.setitem(SCORES, "odd", Score(("priced",), lambda table, align: table["parity"] * 1.0))
+    assert select_prompts(make_trainer(tmp_path), config(score="odd", write_report=True)).indices == []
+    assert "No prompt is chosen: all 24 could not be measured (priced). Check the prompts" in caplog.text
+    assert "There are no such prompts" in (tmp_path / "learnalign/report.html").read_text()
 
 
 class Reinforce(Trainer):

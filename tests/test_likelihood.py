@@ -12,6 +12,7 @@ from tiny import config, grpo_args, make_model, make_trainer
 from trl_learnalign import Selection, select_prompts
 from trl_learnalign.host import Host
 from trl_learnalign.measures import forwards, likelihood
+from trl_learnalign.report.cards import dataset_card
 from trl_learnalign.selection.dry_run import plan_selection
 
 
@@ -117,15 +118,16 @@ def test_the_forward_is_made_once_and_known_by_its_answers(tmp_path, monkeypatch
 
 def test_what_is_said_of_a_selection_without_rollouts(tmp_path, capsys, caplog):
     """Dry run, plan, summary, warnings, report and plot speak of forwards, and of nothing that was not measured."""
-    choice = config(**SETTINGS, warmup_prompts=0, write_report=True)
+    choice = config(**SETTINGS, warmup_prompts=0, write_report=True, reselect_every=1)
     text, possible = plan_selection(trainer_of(tmp_path), choice)
     assert possible and "pool: 24 prompts, a forward over each\n" in text
     assert "rollouts: none" in text and "likelihoods" in text
     assert "learnable" not in text and "warning" not in text and " x " not in text
-    trainer = make_trainer(tmp_path, choice, dataset=rows_with_answers(), max_steps=2)
+    trainer = make_trainer(tmp_path, choice, dataset=rows_with_answers(), max_steps=4)
     trainer.train()
     out = capsys.readouterr().out
-    assert "selection now: 24 prompts, a forward over each." in out and "selecting, 24 prompts, a forward" in out
+    assert "over the selected prompts: 24 prompts, a forward over each." in out
+    assert "selecting, 24 prompts, a forward" in out
     assert "pool 24; chosen 8 by confidence; likelihoods" in out
     assert "learnable" not in caplog.text + out
     selection = Selection.load(tmp_path / "learnalign/step-000000")
@@ -134,6 +136,26 @@ def test_what_is_said_of_a_selection_without_rollouts(tmp_path, capsys, caplog):
     rows = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
     labels = [column["label"] for column in rows["columns"]]
     assert "answer likelihood" in labels and "success rate" not in labels and "chosen by confidence" not in labels
+    # Of two selections: their prompts and what was measured, in enough digits, and nothing of rollouts
+    stages = page.partition('id="stages"')[2].partition("<h2")[0]
+    assert (
+        "also chosen before" in stages
+        and "learnable" not in stages
+        and "nan" not in stages + page.partition('id="figures"')[2].partition("data:")[0]
+    )
+    assert {file.name for file in (tmp_path / "learnalign/figures").iterdir()} == {"seconds.png"}
+    ends = page.partition('id="why"')[2].partition("<h2")[0]
+    assert "answer likelihood" in ends and "completion" not in ends and "its reward" not in ends
+    last = Selection.load(max((tmp_path / "learnalign").glob("step-*")))
+    table, number = last.to_pandas(), {column["key"]: place for place, column in enumerate(rows["columns"])}
+    for key in ("score", "answer_likelihood"):
+        values = [row[number[key]] for row in rows["rows"]]
+        assert len(set(values)) == table[key].nunique() > 10
+        assert values == pytest.approx(table[key].tolist(), abs=10.0 ** -rows["columns"][number[key]]["digits"])
+    digits = rows["columns"][number["score"]]["digits"]
+    assert digits > 5 and f"{table['score'].iloc[0]:.{digits}f}" in ends and len(last.indices) == 8
+    card = dataset_card(last, "rows.jsonl")
+    assert "`success_rate`, which is null" in card and "rollouts" not in card.partition("| setting")[0]
     assert "no prompt could be scored" not in " ".join(text.get_text() for text in selection.plot().axes[0].texts)
     assert selection.select(30).indices != []
 

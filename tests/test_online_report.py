@@ -95,6 +95,7 @@ def test_every_prompt_is_in_the_table(run):
         assert one["state"] == expected
         assert (None if np.isnan(one["success_rate"]) else one["success_rate"]) == own
         assert (None if np.isnan(one["last_draw"]) else one["last_draw"]) == last
+    assert table["last_draw"].max() == 79  # of 80: the last chunk was trained on
 
 
 def test_a_prompt_is_live_new_resting_retired_or_parked():
@@ -117,15 +118,24 @@ def test_a_prompt_is_live_new_resting_retired_or_parked():
 
 
 def test_every_group_is_in_the_history(run):
-    path, _, curriculum = run
+    path, trainer, curriculum = run
     table = pq.read_table(path / "learnalign/online_history.parquet").to_pandas()
     history = curriculum.history
     assert tuple(table) == COLUMNS and len(table) == len(history.rows) == 5  # 16 groups each
     np.testing.assert_array_equal(table.astype(float), history.rows)
-    assert table["groups"].tolist() == [16, 32, 48, 64, 80] and table["step"].tolist()[-1] <= 20
+    assert table["groups"].tolist() == [16, 32, 48, 64, 80]
+    assert table["step"].tolist() == [3, 7, 11, 15, 19]  # a group is observed before its step ends
+    observed = [entry["rewards/right_but_for_wrong_labels/mean"] for entry in trainer.state.log_history[:-1]]
+    assert np.mean(observed) == pytest.approx(table["observed_success"].mean())
     assert numbers(path)["step"] == numbers(path)["max_steps"] == 20
     for name in ("calibration", "by_visit", "revisits"):
         np.testing.assert_array_equal(numbers(path)[name], getattr(history, name))
+
+
+def test_a_row_that_is_not_full_is_in_the_history(tmp_path):
+    trainer_of(tmp_path, max_steps=5, save_strategy="no").train()
+    table = pq.read_table(tmp_path / "learnalign/online_history.parquet").to_pandas()
+    assert table["groups"].tolist() == [16, 20] and table["step"].tolist() == [3, 4]
 
 
 def test_suspects_have_their_texts(run):
@@ -208,7 +218,8 @@ def test_the_model_card_says_what_was_done(run):
     card = (path / "README.md").read_text(encoding="utf-8")
     assert "chosen online with trl-learnalign" in card and "li2025learnalign" in card
     visited = np.count_nonzero(curriculum.memory.visits)
-    assert f"{visited} of 24 prompts were trained on, in 80 groups of 4 rollouts" in card
+    assert f"{visited} of 24 prompts were trained on, in 80 groups of 4 rollouts." in card
+    assert f"Prompts were chosen for {curriculum.history.choosing_share:.0%} of the groups" in card
     live = curriculum.history.column("live_fraction").mean()
     assert f"{live:.0%} of the groups were live" in card or "of their groups were live" in card
 
@@ -349,17 +360,28 @@ def numbers_of(directory):
 
 
 def test_when_and_why_draws_were_uniform(tmp_path):
-    world = World()
+    world, switches = World(), []
+    draw, judge = world.draw, world.curriculum.judge
+
+    def noted():
+        before, number = judge.choosing, world.curriculum.drawn
+        rows = draw()
+        switches.extend([number] * (judge.choosing != before))
+        return rows
+
+    world.draw = noted
     world.run(60)
     world.logits = np.zeros(2000)  # from now on everything is live
     world.run(300)
     history = world.curriculum.history
     found = periods(history, DEFAULTS)
-    choosing, groups = history.column("choosing") > 0.5, history.column("groups").astype(int)
-    ends = np.flatnonzero(np.diff(choosing))
-    assert [one["first"] for one in found] == [0, *groups[ends]]
-    assert [one["last"] for one in found] == [*(groups[ends] - 1), groups[-1] - 1]
+    assert len(switches) >= 2 and [one["first"] for one in found] == [0, *switches]
+    assert [one["last"] + 1 for one in found] == [*switches, history.observed]
     assert [one["choosing"] for one in found] == [n % 2 == 1 for n in range(len(found))]
+    choosing, groups = history.column("choosing") > 0, history.column("groups")
+    for one in found:
+        part = choosing[(groups > one["first"]) & (groups <= one["last"] + 1)]
+        assert len(part) and (part == one["choosing"]).all()
     assert "at the start" in found[0]["why"] and found[1]["why"] is None
     assert "needed: a headroom of 1.1" in found[2]["why"]
     # An environment makes the prompts
@@ -398,12 +420,14 @@ def test_lines_where_choosing_begins_and_ends(capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if "from now on" in line]
     numbers = [int(line.split()[2].replace(",", "")) for line in lines]
     assert numbers == switches and len(lines) >= 2
+    assert all(line.startswith("LearnAlign, after ") and " prompts: from now on " in line for line in lines)
     assert "prompts are chosen by predicted learnability: their rewards should have " in lines[0]
     assert "(skill 0." in lines[0] and "draws are uniform" in lines[1]
+    assert f"for {DEFAULTS.patience} prompts" in lines[1]
 
 
 def test_moving_means_are_those_of_a_loop():
-    from trl_learnalign.report.online_figures import _moving
+    from trl_learnalign.report.online_figures import _moving, _success
 
     values = np.random.default_rng(0).random(50)
     values[[0, 3, *range(20, 30)]] = np.nan
@@ -414,6 +438,10 @@ def test_moving_means_are_those_of_a_loop():
             part = part[np.isfinite(part)]
             expected.append(part.mean() if len(part) else np.nan)
         np.testing.assert_allclose(_moving(values, window), expected)
+    # Rows count as the groups that they have: the last is being filled
+    columns = {"groups": np.array([16.0, 32, 33]), "choosing": np.zeros(3), "pool_success": np.full(3, 0.5)}
+    columns |= {"observed_success": np.array([0.25, 0.25, 1.0]), "predicted_success": np.array([0.5, 0.5, 0.0])}
+    assert f"{9 / 33:.2f} was observed, {16 / 33:.2f} predicted" in _success(columns, {"graded": False}).words
 
 
 # In a browser ------------------------------------------------------------------------------------------------------

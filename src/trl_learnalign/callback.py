@@ -48,7 +48,8 @@ class LearnAlignCallback(TrainerCallback):
     The trainer gets the attribute `learnalign`, a [`LearnAlignHandle`].
 
     Args:
-        trainer ([`~trl.GRPOTrainer`] or [`~trl.RLOOTrainer`]): the trainer. Its `_get_train_sampler` is replaced.
+        trainer (`Trainer`): any that a [`Host`] serves, such as [`~trl.GRPOTrainer`]. Its `_get_train_sampler` is
+            replaced.
         sampler ([`LearnAlignSampler`]): a sampler that no other trainer uses.
 
     Attributes:

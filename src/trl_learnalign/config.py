@@ -87,8 +87,8 @@ class LearnAlignConfig:
             `["likelihood"]` (of the answers), `["hidden_states"]`, or none (the default).
         answer_column (`str`, *optional*):
             Column of the dataset with the right answer to each prompt, texts or numbers, as the policy should write
-            it after the prompt. Required by `score="confidence"`. On the command line reward functions get the column
-            as `solution`.
+            it after the prompt. Required by `score="confidence"`. On the command line reward functions also get the
+            column as `solution`.
         learnability (`str`, *optional*, defaults to `"success_rate"`):
             `"success_rate"`: V = p (1 - p). `"variance"`, for graded rewards: V = the variance of a prompt's rewards,
             scaled to their range over the pool; for rewards of 0 and 1 the two are equal.

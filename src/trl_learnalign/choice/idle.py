@@ -43,6 +43,13 @@ _GRADIENTS = Acting(
     "use a score that does, such as 'learnalign'",
     refused=False,
 )
+_WITHOUT_ANSWERS = {"rollouts", "gradients", "target-rollouts", "target-gradients", "hidden_states"}
+_ANSWERS = Acting(  # a measure from outside the package may read them
+    lambda config: bool(set(config.measures) - _WITHOUT_ANSWERS),
+    "with `score={score!r}`, which needs no answers",
+    "use a score that does, such as 'confidence'",
+    refused=False,
+)
 _SUCCESS = Acting(  # a selection records success rates in any case
     lambda config: config.schedule == "staged" or config.learnability == "success_rate",
     "with `schedule='online'` and `learnability='variance'`, where no successes are counted",
@@ -69,7 +76,7 @@ ACTING = {
     "num_rollouts": (_STAGED, _ROLLOUTS),
     "rollout_batch_prompts": (_STAGED, _ROLLOUTS),
     "score_measures": (_STAGED,),
-    "answer_column": (_STAGED,),
+    "answer_column": (_STAGED, _ANSWERS),
     "learnability": (_ROLLOUTS,),
     "success_threshold": (_ROLLOUTS, _SUCCESS),
     "success_reward": (_ROLLOUTS,),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
 from transformers import AutoConfig, set_seed
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
@@ -20,7 +20,13 @@ from ..data.prompts import check_dataset
 from ..data.rows import read_source
 from ..ground.user_code import load_file
 from ..host.rewards import check_success_reward
+from ..measures.registry import prices
 from ..selection.result import SCORE_COLUMNS
+
+
+_SOLUTION = "solution"  # the name of the answers in `trl.rewards`
+# Columns of these names, which TRL looks at to tell whether prompts are messages, cannot stay beside the prompts
+_TAKEN_FOR_PROMPTS = ("messages", "chosen", "rejected", "completion")
 
 
 @dataclass
@@ -43,12 +49,14 @@ class SelectArguments(ScriptArguments):
     def wanted(self, columns: list[str], answer_column: str | None) -> dict[str, str]:
         """
         Map the dataset's names of columns to the trainer's, where they differ. A column that has a name of the
-        trainer's already gets another, as in `dataset_prompt`. The answers become `solution`, the name that
-        `trl.rewards` uses.
+        trainer's already, or that of the copy of the answers, gets another, as in `dataset_prompt`.
         """
-        named = {self.prompt_column: "prompt", answer_column: "solution"}
-        pairs = {old: new for old, new in named.items() if old is not None and old != new}
-        taken = [new for new in pairs.values() if new in columns and new not in pairs]
+        named = {self.prompt_column: "prompt"}
+        if answer_column in _TAKEN_FOR_PROMPTS:
+            named[answer_column] = _SOLUTION
+        pairs = {old: new for old, new in named.items() if old != new}
+        new = [*pairs.values(), *[_SOLUTION] * (answer_column not in (None, _SOLUTION, *pairs))]
+        taken = [name for name in new if name in columns and name not in pairs]
         return pairs | {name: f"dataset_{name}" for name in taken}
 
 
@@ -61,6 +69,7 @@ class Rows:
         dataset (`Dataset`): the rows, with the trainer's names of columns.
         source ([`JsonRows`], *optional*): the same rows as JSON files hold them.
         renamed (`dict[str, str]`): the dataset's names of columns -> the trainer's, where they differ.
+        added (`list[str]`): columns that the dataset does not have: the copy of the answers, if there is one.
         aside (`dict[str, str]`): columns named as those that the selection adds -> their names here and in exports.
         notes (`list[str]`): sentences about changed columns, for the user.
     """
@@ -68,6 +77,7 @@ class Rows:
     dataset: Dataset
     source: JsonRows | None
     renamed: dict[str, str]
+    added: list[str]
     aside: dict[str, str]
     notes: list[str]
 
@@ -83,7 +93,8 @@ def build_trainer(
         raise ValueError(
             "There is nothing to select from. Set `dataset_name` to a dataset of the Hub, a directory or a file."
         )
-    if not arguments.reward_funcs:
+    generates = bool(config.warmup_prompts) or "rollouts" in prices(config.measures)
+    if generates and not arguments.reward_funcs:
         raise ValueError(
             "There is nothing to score rollouts by. Set `reward_funcs`, for example to `rewards.py:correct`."
         )
@@ -103,7 +114,7 @@ def build_trainer(
             f"`adapter` is '{arguments.adapter}', but that is not a directory with an `adapter_config.json`. Pass the "
             "directory of `--save_adapter`, or a checkpoint of a training run with an adapter."
         )
-    reward_funcs = [load_reward(name) for name in arguments.reward_funcs]
+    reward_funcs = [load_reward(name) for name in arguments.reward_funcs] or [_never_called]
     names = [function.__name__ for function in reward_funcs if hasattr(function, "__name__")]
     if "rollouts" in config.measures and len(names) == len(reward_funcs):
         check_success_reward(names, config.success_reward, config.learnability)
@@ -137,6 +148,11 @@ def build_trainer(
     if arguments.adapter is not None:
         load_adapter(trainer, arguments.adapter)
     return trainer, rows
+
+
+def _never_called(prompts, **kwargs):
+    """Stand for the rewards where nothing is generated, as TRL makes no trainer without."""
+    return [None for _ in prompts]
 
 
 def _check_model(model_args):
@@ -182,7 +198,8 @@ def load_adapter(trainer: GRPOTrainer, path: str) -> None:
 def read_rows(arguments: SelectArguments, answer_column: str | None) -> Rows:
     """
     Read the training split of a dataset of the Hub or of a directory, or the rows of files, and give columns the
-    trainer's names. Scores that an earlier export added are left out.
+    trainer's names. The answers are copied, so that they have the user's name and that of `trl.rewards`. Scores that
+    an earlier export added are left out.
 
     Raises:
         `ValueError`, `FileNotFoundError`: the rows cannot be read, or a named column is missing.
@@ -205,6 +222,11 @@ def read_rows(arguments: SelectArguments, answer_column: str | None) -> Rows:
         notes.append(f"The selection adds a column '{old}', so that of the dataset is called '{new}'.")
     columns = dataset.column_names
     renamed = arguments.wanted(columns, answer_column)
+    if answer_column is not None and answer_column not in columns:
+        raise ValueError(
+            f"`answer_column` is '{answer_column}', but the dataset has no such column"
+            f"{nearest(answer_column, columns)}. It has: {', '.join(columns)}."
+        )
     for old, new in renamed.items():
         if old not in columns:
             raise ValueError(
@@ -220,7 +242,12 @@ def read_rows(arguments: SelectArguments, answer_column: str | None) -> Rows:
                 f"Another column is used as `{old}`, so the column '{old}' of the dataset is passed to reward "
                 f"functions as `{new}`. Exported rows keep the names of the dataset."
             )
-    return Rows(dataset.rename_columns(renamed), source, renamed, aside, notes)
+    dataset, added = dataset.rename_columns(renamed), []
+    if answer_column is not None and _SOLUTION not in dataset.column_names:
+        answers = renamed.get(answer_column, answer_column)
+        copy = dataset.select_columns([answers]).rename_column(answers, _SOLUTION)
+        dataset, added = concatenate_datasets([dataset, copy], axis=1), [_SOLUTION]
+    return Rows(dataset, source, renamed, added, aside, notes)
 
 
 # Reward functions --------------------------------------------------------------------------------------------------

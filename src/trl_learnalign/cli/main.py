@@ -5,14 +5,16 @@
         [--dry_run] [--format jsonl] [--push_to_hub REPO]
     trl-learnalign report OUTPUT_DIR
 
-`trl-learnalign select --help` lists the arguments. On several processes: `accelerate launch -m trl_learnalign.cli.main
-select --config run.yaml`.
+`trl-learnalign select --help` lists the arguments. On several processes:
+
+    accelerate launch -m trl_learnalign.cli select --config run.yaml
 """
 
 import argparse
 import logging
 import sys
 import traceback
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -162,9 +164,12 @@ def _parse(path, rest):
         _check_config(path)
         rest = ["--config", path, *rest]
     try:
-        *parsed, unknown, misspelt = parser.parse_args_and_config(
-            rest, return_remaining_strings=True, separate_remaining_strings=True
-        )
+        with warnings.catch_warnings():
+            # Reward functions get the answers as `solution`, whatever the score does with them
+            warnings.filterwarnings("ignore", "`answer_column` is .*, but has no effect")
+            *parsed, unknown, misspelt = parser.parse_args_and_config(
+                rest, return_remaining_strings=True, separate_remaining_strings=True
+            )
     except TypeError as error:  # a list where a number is wanted
         raise ValueError(f"An argument has a value of the wrong kind: {error}.") from error
     if misspelt:
@@ -338,7 +343,7 @@ def _export(trainer, selection, options, script, rows) -> None:
     if held is not None:
         held = [{rows.aside.get(name, name): value for name, value in row.items()} for row in held]
     chosen = selection.to_dataset(trainer.train_dataset, with_scores=True)
-    chosen = chosen.rename_columns({new: old for old, new in rows.renamed.items()})
+    chosen = chosen.remove_columns(rows.added).rename_columns({new: old for old, new in rows.renamed.items()})
     if options.format == "jsonl":
         target = _target(trainer, "jsonl")
         write_lines(chosen, held, target)
@@ -361,3 +366,7 @@ def _export(trainer, selection, options, script, rows) -> None:
 
 def _target(trainer, kind) -> Path:
     return Path(trainer.args.output_dir) / "learnalign" / f"selected.{kind}"
+
+
+if __name__ == "__main__":
+    main()

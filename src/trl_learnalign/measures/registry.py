@@ -70,11 +70,21 @@ def prices(names: Iterable[str]) -> list[str]:
 def spending(names: Iterable[str], pool: int, target: int, num_rollouts: int) -> str:
     """
     Say what measures take of the prompts of a pool and of a target; empty where nothing is generated or computed.
+    Gradients of rollouts are not named: they are of those prompts alone that turn out to be learnable.
     """
-    paid, texts = prices(names), []
+    measures = needed(names)
+    paid = {one.price for one in measures if one.price != "gradients" or not _of_rollouts(one)}
+    prompts = f"{pool:,} prompts" + f" and {target:,} of the target" * bool(target)
     if "rollouts" in paid:
-        prompts = f"{pool:,} prompts" + f" and {target:,} of the target" * bool(target)
-        texts.append(f"{prompts} x {num_rollouts} rollouts = {(pool + target) * num_rollouts:,}")
-    if "forward" in paid:
-        texts.append("a forward over each" if texts else f"{pool:,} prompts, a forward over each")
-    return ", and ".join(texts)
+        prompts += f" x {num_rollouts} rollouts = {(pool + target) * num_rollouts:,}"
+    over_each = ", and ".join(text for price, text in _OVER_EACH.items() if price in paid)
+    if "rollouts" in paid:
+        return f"{prompts}, and {over_each}" if over_each else prompts
+    return f"{prompts}, {over_each}" if over_each else ""
+
+
+_OVER_EACH = {"forward": "a forward over each", "gradients": "a forward and a backward over each"}
+
+
+def _of_rollouts(measure: Measure) -> bool:
+    return any(other.price == "rollouts" for other in needed(measure.requires))

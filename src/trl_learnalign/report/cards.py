@@ -17,13 +17,17 @@ def dataset_card(selection: Selection, source: str) -> str:
         config[name] = _public(value) if isinstance(value, str) else value
     settings = "\n".join(f"| `{name}` | {value} |" for name, value in config.items())
     versions = ", ".join(f"{name} {number}" for name, number in selection.provenance["versions"].items())
+    rollouts = selection.provenance["num_rollouts"]
+    rate = f"of {rollouts} rollouts. Both are of that policy at that step. Select again"
+    if "rollouts" not in selection.measures:
+        rate = "which is null, as success was not measured. Scores that a policy gave are of that step: select again"
     return f"""# {len(selection.indices):,} prompts of {_stem(source)}, selected for reinforcement learning
 
 {len(selection.indices):,} of {selection.scores.num_rows:,} prompts, chosen with trl-learnalign for
 the policy `{_public(selection.provenance["model"])}`. {selection.summary()}.
 
 Rows are as in the source, best first, with two added columns: `learnalign_score`, what they were ranked by, and
-`success_rate`, of {selection.provenance["num_rollouts"]} rollouts. Both are of that policy at that step. Select again
+`success_rate`, {rate}
 for another policy.
 
 | setting | value |

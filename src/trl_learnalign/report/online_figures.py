@@ -132,7 +132,8 @@ def _live(columns, run) -> Drawing:
 
 def _success(columns, run) -> Drawing:
     short, _ = _windows(columns)
-    observed, predicted = (_moving(columns[f"{name}_success"], short) for name in ("observed", "predicted"))
+    groups = np.diff(columns["groups"], prepend=0)  # the last row may have few
+    observed, predicted = (_moving(columns[f"{name}_success"], short, groups) for name in ("observed", "predicted"))
     pool, name = columns["pool_success"], "scaled reward" if run["graded"] else "success rate"
     lines = {"pool, estimated": (pool, "pool"), "predicted": (predicted, "ink"), "all groups": (observed, "chosen")}
     draw = _over_time(columns, lines, ylabel=f"mean {name}", title="Success", ylim=(0, 1))

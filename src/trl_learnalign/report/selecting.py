@@ -22,8 +22,8 @@ def select_prompts(trainer: Trainer, config: LearnAlignConfig | None = None) -> 
     another score at the same weights measures only what it needs besides.
 
     Args:
-        trainer ([`~trl.GRPOTrainer`] or [`~trl.RLOOTrainer`]): supplies the policy, the prompts, the generation and
-            the rewards.
+        trainer (`Trainer`): any that a [`Host`] serves, such as [`~trl.GRPOTrainer`]. It supplies the policy, the
+            prompts, the generation and the rewards.
         config ([`LearnAlignConfig`], *optional*): defaults to the paper's settings.
 
     Returns:
@@ -43,7 +43,7 @@ def select_at_stage(trainer: Trainer, config: LearnAlignConfig, stage: int, keep
     is kept, as the next step changes the weights.
 
     Args:
-        trainer ([`~trl.GRPOTrainer`] or [`~trl.RLOOTrainer`]): as for [`select_prompts`].
+        trainer (`Trainer`): as for [`select_prompts`].
         config ([`LearnAlignConfig`]): the settings.
         stage (`int`): the number of selections before this one in the run.
         keep_measures (`bool`): keep what was measured for another score at the same weights.

@@ -6,6 +6,7 @@ import math
 import os
 from pathlib import Path
 
+import pandas as pd
 import pyarrow.parquet as pq
 
 from ..ground.disk import make_directory
@@ -14,7 +15,7 @@ from ..selection.figures import drawings, overlaps
 from ..selection.result import TEXTS_FILE, Selection
 from ..selection.stages import load_last
 from ..selection.warnings import pool_warnings, selection_warning
-from ..selection.words import OUTCOME_LABELS, at_random, chosen_by, replaced_score
+from ..selection.words import OUTCOME_LABELS, UNMEASURED, at_random, chosen_by, replaced_score
 from .html import TEXT, figures, filled, settings, table, write_page
 
 
@@ -33,6 +34,8 @@ _COLUMNS = [
     ("gradient_norm", "gradient norm", 4, True),
     ("index", "index", 0, False),
 ]
+_MOST_DIGITS = 12
+_DEFAULT_DIGITS = 4  # of columns of measures that the page knows nothing of
 _AT_THE_ENDS = ("rank", "success_rate", "reward_mean", "reward_std", "alignment", "score")
 
 
@@ -87,7 +90,8 @@ def _figures(selection, stages, folder: Path) -> str:
         return found
     if "rollouts" in selection.measures:
         return "<p>Nothing could be measured.</p>"
-    return f"<p>Prompts were chosen {html.escape(chosen_by(selection))}, without rollouts.</p>"
+    without = ", without rollouts" * (not selection.measures)
+    return f"<p>Prompts were chosen {html.escape(chosen_by(selection))}{without}.</p>"
 
 
 def _texts(step: Path) -> dict[int, dict]:
@@ -101,7 +105,8 @@ def _facts(selection) -> dict[str, str]:
     outcomes = selection.outcomes()
     facts = {"pool": f"{selection.num_pool():,}", "chosen": f"{len(selection.indices):,}"}
     if selection.provenance["unscorable"]:
-        facts["unscorable"] = f"{len(selection.provenance['unscorable']):,}"
+        name = "unscorable" if "rollouts" in selection.measures else UNMEASURED
+        facts[name] = f"{len(selection.provenance['unscorable']):,}"
     if outcomes:
         facts["learnable"] = f"{selection.num_learnable():,}"
     for name, (pool, chosen) in outcomes.items():
@@ -127,13 +132,13 @@ def _notes(selection) -> str:
 
 
 def _stages(stages) -> str:
-    outcomes = list(stages[-1].outcomes)
-    columns = dict.fromkeys(("step", "chosen", "learnable"), ",")
+    outcomes, unknown = list(stages[-1].outcomes), (math.nan, math.nan)
+    columns = dict.fromkeys(("step", "chosen", *["learnable"] * bool(outcomes)), ",")
     columns |= {f"{OUTCOME_LABELS[name]}, {of}": ".3f" for name in outcomes for of in ("pool", "chosen")}
     rows = [
         (
-            *(stage.provenance["global_step"], len(stage.indices), stage.num_learnable),
-            *(mean for name in outcomes for mean in stage.outcomes[name]),
+            *(stage.provenance["global_step"], len(stage.indices), *[stage.num_learnable] * bool(outcomes)),
+            *(mean for name in outcomes for mean in stage.outcomes.get(name, unknown)),
             kept,
         )
         for stage, kept in zip(stages, overlaps(stages), strict=True)
@@ -150,10 +155,13 @@ def _ends(selection, texts) -> str:
         return "<p>The texts of the prompts were not kept.</p>"
     random = at_random(selection)
     scores = scores_of(selection, [*ends[0], *ends[1]])
-    numbers = {key: (label, digits) for key, label, digits, _ in _columns(selection, scores) if key in _AT_THE_ENDS}
+    shown = {*_AT_THE_ENDS, *_of_other_measures(scores)}
+    known = [column[:3] for column in _columns(selection, scores) if column[0] in shown]
+    numbers = {key: (label, digits) for key, label, digits in known if digits is not None}
     columns = {label: f".{digits}f" for label, digits in numbers.values()} | {"prompt": TEXT}
-    kept = ["prompt"] if random else ["prompt", "completion", "reward"]
-    columns |= {} if random else {"one of its completions": TEXT, "its reward": ".3g"}
+    rolled_out = any(texts[index]["completion"] is not None for index in scores["index"] if index in texts)
+    kept = ["prompt", "completion", "reward"] if rolled_out else ["prompt"]
+    columns |= {"one of its completions": TEXT, "its reward": ".3g"} if rolled_out else {}
     titles = ("First of the random order", "Last of the random order")
     titles = titles if random else ("Highest-ranked", "Lowest-ranked")
     by_index, none, blocks = scores.set_index("index"), dict.fromkeys(kept), []
@@ -170,13 +178,26 @@ def _columns(selection: Selection, scores) -> list[tuple]:
     """Keep those of `_COLUMNS` that say something about the selection."""
     unfit = {"success_rate", "reward_mean", "reward_std"} - selection.outcomes().keys()
     always = ("rank", "selected", "prompt", "index")
-    known = {column[0] for column in _COLUMNS} | {"eligible", "quota_group"}
-    more = [(name, name.replace("_", " "), 4, True) for name in scores if name not in known]  # of other measures
+    kinds = {name: pd.api.types.is_numeric_dtype(scores[name]) for name in _of_other_measures(scores)}
+    more = [(name, name.replace("_", " "), _DEFAULT_DIGITS if kind else None, True) for name, kind in kinds.items()]
+    telling = {"score", *(column[0] for column in more)}  # their values may be of any size
     return [
-        column
-        for column in (*_COLUMNS[:-1], *more, _COLUMNS[-1])
-        if column[0] in always or (column[0] not in unfit and scores[column[0]].notna().any())
+        (key, label, _digits(scores[key], digits) if key in telling else digits, high)
+        for key, label, digits, high in (*_COLUMNS[:-1], *more, _COLUMNS[-1])
+        if key in always or (key not in unfit and scores[key].notna().any())
     ]
+
+
+def _of_other_measures(scores) -> list[str]:
+    known = {column[0] for column in _COLUMNS} | {"eligible", "quota_group"}
+    return [name for name in scores if name not in known]
+
+
+def _digits(values, least: int | None) -> int | None:
+    """Return how many digits after the point tell values apart: three of the largest difference."""
+    known = [] if least is None else values.dropna().astype(float)
+    spread = max(known) - min(known) if len(known) else 0.0
+    return max(least or 0, min(_MOST_DIGITS, 2 - math.floor(math.log10(spread)))) if 0 < spread < math.inf else least
 
 
 # The table of all prompts, which a script lays out -----------------------------------------------------------------
@@ -225,13 +246,14 @@ def _data(scores, texts, selection, characters) -> str:
             prompts = (texts[index]["prompt"] if index in texts else None for index in scores["index"])
             values.append([text if text is None else shortened(text, characters) for text in prompts])
         else:
-            cells = scores[column["key"]].tolist()
-            values.append([None if cell is None or cell != cell else _short(cell) for cell in cells])
+            cells, digits = scores[column["key"]].tolist(), column["digits"]
+            values.append([None if cell is None or cell != cell else _short(cell, digits) for cell in cells])
     document = {"columns": columns, "rows": list(zip(*values, strict=True))}
     text = json.dumps(document, separators=(",", ":"), ensure_ascii=False)
     # No tag can end the element, and no line separator can end a line of the script
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
-def _short(value):
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+def _short(value, digits):
+    kept = 6 if (digits or 0) <= 5 else digits + 2
+    return float(f"{value:.{kept}g}") if isinstance(value, float) else value

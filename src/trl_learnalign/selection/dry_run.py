@@ -2,6 +2,7 @@
 
 import math
 import tempfile
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from .warnings import plan_warnings
 from .words import OUTCOME_LABELS
 
 
-_LEAST_TRIED = {"rollouts": 16, "forward": 256}  # prompts of the small selection
+_LEAST_TRIED = {"forward": 256, "rollouts": 16, "gradients": 16}  # prompts of the small selection
 
 
 def plan_selection(trainer: Trainer, config: LearnAlignConfig) -> tuple[str, bool]:
@@ -39,11 +40,13 @@ def plan_selection(trainer: Trainer, config: LearnAlignConfig) -> tuple[str, boo
     each = whole.context.num_rollouts
     batch = prompts_at_once(host, config, each, prompts)
     together = world * (batch if "rollouts" in paid else 1)
-    least = _LEAST_TRIED["rollouts" if "rollouts" in paid else "forward"]
+    least = min(_LEAST_TRIED[price] for price in paid)
     tried = min(prompts, together * math.ceil(least / together))
-    small = replace(config, candidate_prompts=tried, num_prompts=tried)
-    if "rollouts" in paid:
-        small = replace(small, rollout_batch_prompts=batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the user's configuration has given all of its warnings
+        small = replace(config, candidate_prompts=tried, num_prompts=tried)
+        if "rollouts" in paid:
+            small = replace(small, rollout_batch_prompts=batch)
     trial = SelectionRun(host, small, 0, keep_measures=True)
     with tempfile.TemporaryDirectory() as directory:
         trial.path = Path(directory) / "learnalign" / "trial"
@@ -61,8 +64,10 @@ def plan_selection(trainer: Trainer, config: LearnAlignConfig) -> tuple[str, boo
     if targets:
         lines.append(f"target: {spending(config.measures, targets, 0, each)}")
     said = f"tried: {tried} prompts on {world} process{'es' * (world > 1)}"
-    if "rollouts" in paid:
+    with_gradient = float(prompts)
+    if "rollouts" in selection.measures:
         learnable = selection.num_learnable()
+        with_gradient = learnable * more
         lines += [
             f"{said}, of which {learnable} are learnable ({learnable / tried:.0%})",
             *(
@@ -70,12 +75,18 @@ def plan_selection(trainer: Trainer, config: LearnAlignConfig) -> tuple[str, boo
                 for name, (pool, _) in selection.outcomes().items()
                 if pool == pool
             ),
-            f"at once: {batch * rollouts_at_once(host, each)} rollouts a process; "
-            "more at once (rollout_batch_prompts) are faster, if memory allows",
-            f"gradients: {_gradients(paid, learnable * more)}",
         ]
     else:
-        lines += [said, "rollouts: none"]
+        lines.append(said)
+    if "rollouts" in paid:
+        lines.append(
+            f"at once: {batch * rollouts_at_once(host, each)} rollouts a process; "
+            "more at once (rollout_batch_prompts) are faster, if memory allows"
+        )
+    else:
+        lines.append("rollouts: none")
+    if "rollouts" in paid or "gradients" in paid:
+        lines.append(f"gradients: {_gradients(paid, with_gradient)}")
     lines += [
         "expected time: "
         + ", ".join(f"{phase} {seconds:,.0f} s" for phase, seconds in times.items())
@@ -91,10 +102,10 @@ def plan_selection(trainer: Trainer, config: LearnAlignConfig) -> tuple[str, boo
     return "\n".join([*lines, "Nothing was kept."]), eligible > 0
 
 
-def _gradients(paid, learnable) -> str:
+def _gradients(paid, prompts) -> str:
     if "gradients" not in paid:
         return "none"
-    return f"about {learnable:,.0f} prompts" if learnable else "not known, since none of these was learnable"
+    return f"about {prompts:,.0f} prompts" if prompts else "not known, since none of these was learnable"
 
 
 def _bytes_of(directory) -> dict[str, int]:

@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from .words import chosen_by
+from .words import chosen_by, score_used
 
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def drawings(last: "Selection", stages: Sequence["Stage"] = ()) -> list[Drawing]
         found += [first, *scatter, _lengths(table)]
     if last.provenance["seconds"]:
         found.append(_seconds(last))
-    if len(stages) > 1:
+    if len(stages) > 1 and stages[-1].outcomes:
         found.append(_stages(stages))
     return found
 
@@ -77,7 +77,7 @@ def plot(selection: "Selection", dark: bool = False) -> Figure:
         for axes, drawing in zip(np.atleast_1d(figure.subplots(1, max(1, len(panels)))), panels, strict=False):
             drawing.draw(axes, colours)
         if not panels:
-            reason = f"chosen {chosen_by(selection)}, without rollouts"
+            reason = f"chosen {chosen_by(selection)}" + ", without rollouts" * (not selection.measures)
             reason = "no prompt could be scored" if "rollouts" in selection.measures else reason
             figure.axes[0].text(0.5, 0.5, reason, ha="center")
             figure.axes[0].set_axis_off()
@@ -182,13 +182,15 @@ def _scatter(table, selection) -> Drawing:
     score = {
         "learnalign": "learnability \u00d7 alignment \u00d7 |mean z|",
         "alignment": "alignment \u00d7 |mean z|",
-    }.get(selection.provenance["config"]["score"], "learnability")
+        "learnability": "learnability",
+    }.get(score_used(selection), "")
     constant = (
         ", where |mean z|, the length of the pool's mean gradient direction, is the same for every prompt"
         if "z" in score
         else ""
     )
-    caption = f"Learnability and {label} of the learnable prompts. Their score is {score}{constant}."
+    caption = f"Learnability and {label} of the learnable prompts."
+    caption += f" Their score is {score}{constant}." if score else ""
     return Drawing("scores", caption, words, draw)
 
 

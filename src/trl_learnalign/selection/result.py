@@ -51,13 +51,14 @@ class Selection:
         provenance (`dict`):
             `config`, `seed`, `global_step`, `stage`, `num_rollouts`, `dataset_fingerprint`, `num_rows`, `model`,
             `versions`, `num_processes`, `made` (when, in UTC), `seconds` (of each phase), `unscorable` (indices that
-            no reward function could score), with `deduplicate` the `duplicates` (indices left out for a better-ranked
-            row of the same prompt), and, unless prompts were chosen at random, `reward_range` (the least and the
-            greatest reward that decides success), `key` (a hash of all that the selection was made from) and `cost`:
-            tokens rolled out, in gradient rows, and computed with padding; `of_rollouts`, the time of gradients and
-            scores divided by that of the rollouts; `floor`, an estimate of the least that this ratio can be: a plain
-            forward and backward over the gradient rows, if generating a token costs as much as one forward over it (2
-            x the gradient rows' share of the tokens, 3 x with a KL term).
+            could not be measured; with rollouts, that no reward function could score), with `deduplicate` the
+            `duplicates` (indices left out for a better-ranked row of the same prompt), and, unless prompts were chosen
+            at random, `reward_range` (the least and the greatest reward that decides success), `key` (a hash of all
+            that the selection was made from) and `cost`: tokens rolled out, in gradient rows, and computed with
+            padding; `of_rollouts`, the time of gradients and scores divided by that of the rollouts; `floor`, an
+            estimate of the least that this ratio can be: a plain forward and backward over the gradient rows, if
+            generating a token costs as much as one forward over it (2 x the gradient rows' share of the tokens, 3 x
+            with a KL term).
     """
 
     indices: list[int]
@@ -206,7 +207,7 @@ class Selection:
         return plot(self, dark)
 
     def num_pool(self) -> int:
-        """Count the prompts to choose from: those with a score and those that no reward function could score."""
+        """Count the prompts to choose from: those with a score and those that could not be measured."""
         return self.scores.num_rows + len(self.provenance.get("unscorable", ()))
 
     def mean_success_rates(self) -> tuple[float, float]:

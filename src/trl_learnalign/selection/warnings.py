@@ -27,6 +27,11 @@ def _shortage(selection) -> str | None:
     if chosen >= wanted or (is_random(config["score"]) and chosen):
         return None
     eligible = len(selection.eligible()) + len(selection.provenance.get("duplicates", ()))
+    if not selection.scores.num_rows and "rollouts" not in selection.measures:
+        return (
+            f"No prompt is chosen: all {len(selection.provenance['unscorable']):,} could not be measured "
+            f"({', '.join(selection.measures)}). Check the prompts, or use another score."
+        )
     if "rollouts" not in selection.measures or eligible < selection.num_learnable():
         return _conditions(selection, chosen, config)
     if chosen:
@@ -56,7 +61,13 @@ def pool_warnings(selection: "Selection") -> list[str]:
     """Return warnings about prompts that could not be measured as the user would expect, a paragraph each."""
     provenance, texts = selection.provenance, []
     rows, pool, config = provenance.get("unscorable", ()), selection.num_pool(), provenance.get("config", {})
-    if rows and selection.scores.num_rows:
+    left_out = f"{len(rows):,} of {pool:,} prompts ({len(rows) / max(1, pool):.0%}) are left out"
+    if rows and selection.scores.num_rows and "rollouts" not in selection.measures:
+        texts.append(
+            f"{left_out}, as they could not be measured ({', '.join(selection.measures)}): {_rows(rows)}. Check these "
+            "prompts."
+        )
+    elif rows and selection.scores.num_rows:
         elsewhere = provenance.get("scored_elsewhere", 0)
         remedy = (
             f"{elsewhere:,} of them have other rewards: where each function scores the rows of its own task, name all "
@@ -65,8 +76,8 @@ def pool_warnings(selection: "Selection") -> list[str]:
             else "Check what the reward function makes of these rows."
         )
         texts.append(
-            f"{len(rows):,} of {pool:,} prompts ({len(rows) / pool:.0%}) are left out, as none of their rollouts has "
-            f"a reward that decides success: all are None, NaN or infinite ({_rows(rows)}). {remedy}"
+            f"{left_out}, as none of their rollouts has a reward that decides success: all are None, NaN or infinite "
+            f"({_rows(rows)}). {remedy}"
         )
     if without := provenance.get("without_gradient"):
         masked = provenance["masked"]

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 # Labels of what `Selection.outcomes` holds
 OUTCOME_LABELS = {"success_rate": "mean success rate", "reward_mean": "mean reward", "reward_std": "mean reward std"}
 
+UNMEASURED = "could not be measured"  # of prompts that a measure left out, where no reward says why
+
 
 def at_random(selection: "Selection") -> bool:
     """Return whether prompts were chosen at random, so that ranks mean nothing."""
@@ -26,10 +28,20 @@ def chosen_by(selection: "Selection") -> str:
     return manner(selection.provenance["config"]["score"]) + replaced_score(selection)
 
 
+def score_used(selection: "Selection") -> str:
+    """Name the score that ranked: the configured one, or the one that a measure put in its place."""
+    provenance = selection.provenance
+    of_another = (provenance.get("instead") or {}).get("score")
+    return provenance.get("target", {}).get("instead") or of_another or provenance["config"]["score"]
+
+
 def replaced_score(selection: "Selection") -> str:
     """Say that the configured score gave way to another, and why; empty if it did not."""
-    other = selection.provenance.get("target", {}).get("instead")
-    return f" (by {other} instead, as no prompt of the target was learnable)" if other else ""
+    if other := selection.provenance.get("target", {}).get("instead"):
+        return f" (by {other} instead, as no prompt of the target was learnable)"
+    other = selection.provenance.get("instead") or {}  # of another measure
+    reason = f": {other['reason'].rstrip('. ')}" if other.get("reason") else ""
+    return f" (by {other['score']} instead{reason})" if other else ""
 
 
 def summary(selection: "Selection") -> str:
@@ -38,7 +50,8 @@ def summary(selection: "Selection") -> str:
     by = "" if "rollouts" in selection.measures else f" {chosen_by(selection)}"
     pool = f"pool {selection.num_pool()}"
     if provenance["unscorable"]:
-        pool += f" ({len(provenance['unscorable'])} unscorable: no finite reward)"
+        rolled_out = "rollouts" in selection.measures
+        pool += f" ({len(provenance['unscorable'])} {'unscorable: no finite reward' if rolled_out else UNMEASURED})"
     chosen = f"chosen {len(selection.indices)}" + (by or replaced_score(selection))
     if provenance.get("duplicates"):
         chosen += f" ({len(provenance['duplicates'])} duplicates left out)"
