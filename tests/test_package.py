@@ -87,6 +87,19 @@ def test_public_names():
         _ = trl_learnalign.LearnAlignSample
 
 
+def test_an_editor_is_shown_the_arguments_of_trl():
+    """Those of the installed version, and `train_sampler`."""
+    (shown,) = (
+        node
+        for kind in ast.parse((ROOT / "src/trl_learnalign/trainer.py").read_text()).body
+        if isinstance(kind, ast.ClassDef) and kind.name == "LearnAlignGRPOTrainer"
+        for node in ast.walk(kind)
+        if isinstance(node, ast.FunctionDef)
+    )
+    assert [one.arg for one in shown.args.args] == [*inspect.signature(GRPOTrainer.__init__).parameters]
+    assert [one.arg for one in shown.args.kwonlyargs] == ["train_sampler"]
+
+
 PURE = ("curriculum/", "scores/", "choice/", "gradients/", "selection/result", "selection/words")
 
 
