@@ -57,6 +57,8 @@ def test_an_index_shows_the_readme_without_links_to_files(wheel):
     shown = zipfile.ZipFile(wheel).read(metadata).decode()
     assert "](https://arxiv.org/abs/2506.11480)" in shown and "Content-Type: text/markdown" in shown
     assert not re.findall(r"\]\((?!https?:)", shown)
+    (install,) = re.findall(r"^## Install\n+(.*?)\n## ", shown, re.MULTILINE | re.DOTALL)
+    assert "\npip install trl-learnalign\n" in install and "clone" not in install
 
 
 @pytest.mark.slow
@@ -98,6 +100,23 @@ def test_an_editor_is_shown_the_arguments_of_trl():
     )
     assert [one.arg for one in shown.args.args] == [*inspect.signature(GRPOTrainer.__init__).parameters]
     assert [one.arg for one in shown.args.kwonlyargs] == ["train_sampler"]
+
+
+def test_a_package_that_is_missing_is_named():
+    """Beside NumPy alone; a name that there is not is an attribute error as ever."""
+    code = """
+import sys
+sys.modules.update(dict.fromkeys(["torch", "transformers", "trl", "datasets", "pandas"]))
+import trl_learnalign, trl_learnalign.curriculum
+assert not hasattr(trl_learnalign, "LearnAlignSample")
+try:
+    from trl_learnalign import LearnAlignSampler
+except ModuleNotFoundError as error:
+    print(error, error.name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "`trl_learnalign.LearnAlignSampler` needs the package 'torch', which is not installed." in done.stdout
+    assert done.stdout.endswith("`trl_learnalign.curriculum` works without. torch\n")
 
 
 PURE = ("curriculum/", "scores/", "choice/", "gradients/", "selection/result", "selection/words")
