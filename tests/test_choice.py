@@ -117,7 +117,7 @@ def test_a_shuffled_dataset_is_read_at_once(monkeypatch):
     rows = rows.add_column("even", [row % 2 for row in range(2000)]).shuffle(seed=1)
     settings = {"score": lambda table: table["level"] * 1.0, "score_measures": ["rollouts"]}
     config = LearnAlignConfig(where="level > 9 and prompt != '3'", quota_column="even", **settings)
-    check_columns(rows, config, [])
+    check_columns(rows, config)
     rehearse(rows, config, 8, 100)
     assert not gathered
     levels = dataset_columns(rows, range(2000), ["level"])["level"].tolist()
