@@ -274,8 +274,8 @@ def _coverage(columns, run) -> Drawing:
     last = {name: columns[name][-1] for name in styles}
     return Drawing(
         "online_coverage",
-        f"Prompts of the pool of {run['pool']:,} that were visited so far, are retired (solved by all of the last "
-        "sixteen rollouts or more) or parked (by none).",
+        f"Of a pool of {run['pool']:,}: different prompts visited so far; those that are retired (solved by all "
+        "of the last sixteen rollouts or more) and parked (by none).",
         f"At the end {last['visited']:,.0f} visited, {last['retired']:,.0f} retired, {last['parked']:,.0f} parked.",
         draw,
     )
