@@ -15,9 +15,9 @@ from .report.selecting import select_at_stage
 from .run.restart import check_restart, restart, save_initial_weights
 from .run.uploads import Files, warn_of_uploads
 from .sampler import LearnAlignSampler
-from .schedules import OnlineSchedule, Schedule
+from .schedules import Describes, OnlineSchedule, Schedule
 from .schedules.announcer import Announcer
-from .schedules.base import Describes, Selects
+from .schedules.base import Selects
 from .schedules.checkpoint import CheckpointState
 from .schedules.stream import Stream, open_stream
 from .schedules.tap import GroupTap

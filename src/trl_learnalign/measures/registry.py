@@ -31,7 +31,7 @@ def needed(names: Iterable[str]) -> list[Measure]:
     Return the measures with these names and all that they require, each after those that it requires.
 
     Raises:
-        `ValueError`: no measure has such a name.
+        `ValueError`: there is no measure of such a name.
     """
     found: dict[str, Measure] = {}
 
