@@ -7,7 +7,12 @@ from setuptools import setup
 
 
 def description(readme: str) -> str:
-    """Turn links to files beside README.md, which lead nowhere on an index, into plain text, and drop their images."""
+    """
+    Turn links to files beside README.md, which lead nowhere on an index, into plain text, drop their images, and
+    install from the index.
+    """
+    readme = readme.replace("In a clone of this repository, with Python", "With Python")
+    readme = re.sub(r"^pip install \.$", "pip install trl-learnalign", readme, flags=re.MULTILINE)
     readme = re.sub(r"!\[[^]]*\]\((?!https?:)[^)]*\)\n*", "", readme)
     return re.sub(r"\[([^]]+)\]\((?!https?:|#)[^)]*\)", r"\1", readme)
 

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import importlib
 import re
 import subprocess
 import sys
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+import trl_learnalign
 from trl_learnalign import LearnAlignConfig
+from trl_learnalign.config import FREE_BEFORE_SELECTION, FREE_ON_RESUME, FREE_WITHOUT_TARGET
 from trl_learnalign.gradients.engine import unseen_message
 
 
@@ -143,8 +146,6 @@ def test_code_of_the_pages_runs(page, tmp_path, monkeypatch):
     from tiny import grpo_args, make_dataset, make_model, make_tokenizer, parity_reward
     from trl import RLOOConfig
 
-    import trl_learnalign
-
     monkeypatch.chdir(tmp_path)
     make_model().save_pretrained("policy")
     make_tokenizer().save_pretrained("policy")
@@ -222,6 +223,7 @@ def test_settings_and_commands_of_the_pages_exist(page):
                     "dry_run",
                     "format",
                     "index-url",
+                    "no-deps",
                 }
 
 
@@ -256,3 +258,55 @@ def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text()
     for path in (ROOT / "docs").glob("*.md"):
         assert f": {path.name}\n" in navigation
+
+
+def test_every_public_name_is_in_the_api_reference():
+    import trl_learnalign.curriculum
+    from trl_learnalign.schedules import base
+
+    shown = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs/api.md").read_text(), re.M)
+    named = {name.rpartition(".")[2] for name in shown}
+    assert len(named) == len(shown)
+    assert {*trl_learnalign.__all__, *trl_learnalign.curriculum.__all__} <= named
+    contract = {name for name, kind in vars(base).items() if getattr(kind, "__module__", "") == base.__name__}
+    assert contract - {"whole_pool"} <= named
+    for name in shown:
+        module, _, last = name.rpartition(".")
+        assert getattr(importlib.import_module(module), last).__doc__
+
+
+def test_settings_that_may_change_before_a_selection_are_named():
+    words = " ".join((ROOT / "docs/configuration.md").read_text().split())
+    for start, names in (
+        ("**At any time**", FREE_ON_RESUME),
+        ("all settings of selections, which are", FREE_BEFORE_SELECTION),
+        ("as nothing could be learnt from the target**", FREE_WITHOUT_TARGET),
+    ):
+        part = re.search(rf"{re.escape(start)}(.*?)(?:\. | - \*\*)", words)[1]
+        named = re.findall(r"`(\w+)`", part)
+        assert sorted(named) == sorted(names)
+
+
+PACKAGE = ROOT / "src/trl_learnalign"
+
+
+def test_lives_of_a_chunk_and_a_selection_are_told_once():
+    """The page and the docstring of the package have the same lists, of files that exist."""
+    told = [
+        re.findall(r"^ *\d+ [a-z_]+(?:/[a-z_]+)? .*", text, re.M)
+        for text in ((ROOT / "docs/contributing.md").read_text(), trl_learnalign.__doc__)
+    ]
+    assert told[0] == told[1] and len(told[0]) == 22
+    for path in re.findall(r"(?<= )[a-z_]+/[a-z_]+|(?<=\d )[a-z_]+", "\n".join(told[0])):
+        assert (PACKAGE / f"{path}.py").is_file(), path
+
+
+def test_paths_of_the_contributing_page_exist():
+    page = (ROOT / "docs/contributing.md").read_text()
+    prose = re.sub(r"^```.*?^```", "", page, flags=re.M | re.S)
+    paths = [path for path in re.findall(r"`([\w./-]+)`", prose) if "/" in path or path.endswith(".py")]
+    assert len(paths) > 50
+    for path in paths:
+        assert (ROOT / path).exists() or (PACKAGE / path).exists(), path
+    changed = prose.partition("## Where to change what")[2].partition("\n## ")[0]
+    assert not re.findall(r"\| `[a-z_]+`", changed)  # a module is named with its room

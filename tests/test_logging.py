@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Semaphore
 from types import SimpleNamespace
@@ -17,12 +18,13 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
-from tiny import config, make_trainer, online, parity_reward
+from tiny import EAGER, config, make_trainer, online, parity_reward
 from transformers import TrainerCallback
 
-from trl_learnalign import Selection, select_prompts
+from trl_learnalign import LearnAlignCallback, LearnAlignConfig, LearnAlignSampler, Selection, select_prompts
 from trl_learnalign.ground import store
 from trl_learnalign.ground.progress import ProgressLines, duration
+from trl_learnalign.schedules import OnlineSchedule
 
 
 def test_values_reach_tensorboard(tmp_path):
@@ -302,6 +304,8 @@ def test_what_is_pushed_with_a_checkpoint(tmp_path, monkeypatch, caplog):
             "or `write_report=False` and `prompt_features=False`;",
         ),
         (None, True, "staged", None),
+        # What runs decides, not what the configuration names
+        (False, None, "passed", "report.html, suspects.parquet, online.json, prompt_features-*.safetensors"),
     ],
 )
 def test_uploads_are_warned_of_where_the_repository_is_public(
@@ -323,7 +327,12 @@ def test_uploads_are_warned_of_where_the_repository_is_public(
     if schedule == "online":
         (tmp_path / "learnalign/selected.jsonl").write_text("{}")
     more = {"push_to_hub": True, "hub_private_repo": wanted, "hub_token": "secret", "hub_model_id": "mine"}
-    trainer = make_trainer(tmp_path, chosen, max_steps=4, hub_strategy="end", **more)
+    if schedule == "passed":
+        passed = LearnAlignSampler(LearnAlignConfig(), schedule=partial(OnlineSchedule, settings=EAGER))
+        trainer = make_trainer(tmp_path, max_steps=4, hub_strategy="end", **more)
+        trainer.add_callback(LearnAlignCallback(trainer, passed))
+    else:
+        trainer = make_trainer(tmp_path, chosen, max_steps=4, hub_strategy="end", **more)
     trainer.train()
     if schedule == "staged":
         select_prompts(trainer, chosen)

@@ -57,6 +57,8 @@ def test_an_index_shows_the_readme_without_links_to_files(wheel):
     shown = zipfile.ZipFile(wheel).read(metadata).decode()
     assert "](https://arxiv.org/abs/2506.11480)" in shown and "Content-Type: text/markdown" in shown
     assert not re.findall(r"\]\((?!https?:)", shown)
+    (install,) = re.findall(r"^## Install\n+(.*?)\n## ", shown, re.MULTILINE | re.DOTALL)
+    assert "\npip install trl-learnalign\n" in install and "clone" not in install
 
 
 @pytest.mark.slow
@@ -85,6 +87,36 @@ def test_public_names():
     assert {*trl_learnalign.__all__} <= {*dir(trl_learnalign)}
     with pytest.raises(AttributeError, match="has no attribute 'LearnAlignSample'"):
         _ = trl_learnalign.LearnAlignSample
+
+
+def test_an_editor_is_shown_the_arguments_of_trl():
+    """Those of the installed version, and `train_sampler`."""
+    (shown,) = (
+        node
+        for kind in ast.parse((ROOT / "src/trl_learnalign/trainer.py").read_text()).body
+        if isinstance(kind, ast.ClassDef) and kind.name == "LearnAlignGRPOTrainer"
+        for node in ast.walk(kind)
+        if isinstance(node, ast.FunctionDef)
+    )
+    assert [one.arg for one in shown.args.args] == [*inspect.signature(GRPOTrainer.__init__).parameters]
+    assert [one.arg for one in shown.args.kwonlyargs] == ["train_sampler"]
+
+
+def test_a_package_that_is_missing_is_named():
+    """Beside NumPy alone; a name that there is not is an attribute error as ever."""
+    code = """
+import sys
+sys.modules.update(dict.fromkeys(["torch", "transformers", "trl", "datasets", "pandas"]))
+import trl_learnalign, trl_learnalign.curriculum
+assert not hasattr(trl_learnalign, "LearnAlignSample")
+try:
+    from trl_learnalign import LearnAlignSampler
+except ModuleNotFoundError as error:
+    print(error, error.name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "`trl_learnalign.LearnAlignSampler` needs the package 'torch', which is not installed." in done.stdout
+    assert done.stdout.endswith("`trl_learnalign.curriculum` works without. torch\n")
 
 
 PURE = ("curriculum/", "scores/", "choice/", "gradients/", "selection/result", "selection/words")

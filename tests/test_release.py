@@ -40,6 +40,28 @@ def test_version_is_the_same_everywhere():
     assert newest in (("Unreleased", PROJECT["version"]) if ".dev" in PROJECT["version"] else (PROJECT["version"],))
 
 
+@pytest.mark.parametrize(
+    ("version", "newest", "tag", "released"),
+    [
+        ("0.2.0", "0.2.0", "v0.2.0", True),
+        ("0.2.0", "0.2.0", "v0.3.0", False),
+        ("0.2.0", "Unreleased", "v0.2.0", False),
+        ("0.2.0.dev0", "0.2.0.dev0", "v0.2.0.dev0", False),
+    ],
+)
+def test_only_a_version_that_is_ready_is_released(tmp_path, version, newest, tag, released):
+    """The workflow refuses others, and checks the project before it builds distributions."""
+    steps = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())["jobs"]["build"]["steps"]
+    check, *rest = [step["run"] for step in steps if "run" in step]
+    assert rest == ["make lint", ".venv/bin/python -m pytest tests/test_release.py", "make dist"]
+    (tmp_path / "pyproject.toml").write_text(f'[project]\nversion = "{version}"\n')
+    (tmp_path / "CHANGELOG.md").write_text(f"# Changelog\n\n## {newest}\n\n## 0.1.0\n")
+    (tmp_path / "python").symlink_to(sys.executable)
+    environment = {"GITHUB_REF_NAME": tag, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(check, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode == 0) == released and (released or "AssertionError" in done.stderr), done.stderr
+
+
 def test_all_that_is_imported_is_declared_and_nothing_else():
     declared = {re.match(r"[\w-]+", one)[0] for one in PROJECT["dependencies"]}
     used = imported(ROOT / "src").keys() - sys.stdlib_module_names - {"trl_learnalign"} - OPTIONAL
@@ -72,10 +94,10 @@ def test_tests_of_a_source_distribution_run(tmp_path):
     with tarfile.open(source) as packed:
         packed.extractall(tmp_path, filter="data")
     folder = tmp_path / source.name.removesuffix(".tar.gz")
-    assert {"tests/tiny.py", "tests/fake_vllm", "examples/assets/tiny-policy/model.safetensors"} <= {
-        str(file.relative_to(folder)) for file in folder.rglob("*")
-    }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_choice.py"]
+    held = {str(file.relative_to(folder)) for file in folder.rglob("*")}
+    assert {"tests/tiny.py", "tests/fake_vllm", "examples/assets/tiny-policy/model.safetensors"} <= held
+    files = ["tests/test_choice.py", "tests/test_package.py", "tests/test_release.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *files]
     subprocess.run(command, check=True, cwd=folder, env=os.environ | {"PYTHONPATH": str(folder / "src")})
     check = [sys.executable, "-m", "twine", "check", "--strict", source, *tmp_path.glob("*.whl")]
     done = subprocess.run(check, capture_output=True, text=True)

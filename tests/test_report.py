@@ -124,7 +124,7 @@ def test_a_large_pool_is_shown_by_a_sample_and_the_page_says_so(tmp_path, monkey
         "chosen, "
         "and a random part of the others. scores.parquet has all." in page
     )
-    assert "Those of more than 3 characters are cut and end with \u201c\u2026\u201d." in page
+    assert "Texts over 3 characters are cut and end with \u201c\u2026\u201d." in page
     texts = set(pq.read_table(tmp_path / "learnalign/step-000000/texts.parquet")["index"].to_pylist())
     best, last = ranking_ends(selection)
     assert texts == {*best, *last, *(row["index"] for row in rows)} and len(texts) < 24
@@ -164,7 +164,7 @@ def test_size_of_the_page_is_bounded(tmp_path, run):
     data = re.search(r'id="data">(.*?)</script>', text, re.S)[1]
     assert len(data) < 13_000_000 and len(text) - len(data) < 1_000_000
     assert "the 1,000 chosen, the 2,500 highest- and the 2,500 lowest-ranked" in text
-    assert "Those of more than 500 characters are cut" in text
+    assert "Texts over 500 characters are cut" in text
 
 
 def test_only_what_changed_is_read_again(tmp_path, monkeypatch):

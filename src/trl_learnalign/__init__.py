@@ -9,24 +9,26 @@ The life of a chunk, the prompts that a trainer generates for at once:
      2 schedules/stream         numbers its draws and keeps those in flight
      3 schedules/online         asks the curriculum
      4 curriculum/online        ranks candidates and chooses
-     5 curriculum/flight        notes what is expected of each draw
-     6 host/taps                hands over the rewards of the chunk
-     7 schedules/tap            checks the rows and makes groups
-     8 curriculum/batch         groups as arrays
-     9 curriculum/predictor     learns what predicts success; so do memory, judge and history
-    10 schedules/checkpoint     writes state and draws in flight
+     5 curriculum/flight        notes what is expected of each draw; then the trainer generates
+     6 host/taps                reports the rewards
+     7 schedules/tap            checks the rows that they are of
+     8 schedules/stream         makes groups, with the numbers of the draws
+     9 schedules/online         hands them on, and warns
+    10 curriculum/online        turns rewards into outcomes, by curriculum/rewards, in a curriculum/batch
+    11 curriculum/predictor     learns what predicts success; curriculum/memory, judge and history learn as well
+    12 schedules/checkpoint     writes the state and the draws in flight, which a resumed run begins with
 
 The life of a selection, a fixed set of prompts:
-     1 report/selecting         callback notices that one is due; or `select_prompts` is called
-     2 selection/run            takes it phase by phase
-     3 host/checks              refuses what cannot work
-     4 choice/table             the pool
-     5 selection/keys           what the result depends on
-     6 measures/rollouts        rollouts and rewards
-     7 measures/alignments      gradients and their cosines
+     1 report/selecting         is called when one is due (callback), or as `select_prompts`
+     2 selection/run            takes it phase by phase, on every process
+     3 selection/checks         refuses what cannot work, before anything is generated
+     4 choice/table             draws the pool: rows that may be chosen
+     5 selection/keys           names what the result depends on: a finished selection is read again
+     6 measures/rollouts        rolls out and rewards, or another measure does its work
+     7 measures/gradients       differentiates, and measures/alignments compares, if the score asks for it
      8 scores/builtin           ranks
      9 choice/choose            takes
-    10 selection/result         table, provenance, files
+    10 selection/result         holds table and provenance, and writes the files; then report/selection_page draws
 """
 
 from importlib import import_module
@@ -78,7 +80,16 @@ if not TYPE_CHECKING:  # or else a type checker would accept any name
     def __getattr__(name):
         if name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+        try:
+            module = import_module(f".{_MODULES[name]}", __name__)
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            raise ModuleNotFoundError(
+                f"`{__name__}.{name}` needs the package {package!r}, which is not installed. Install "
+                f"trl-learnalign with what it depends on, without `--no-deps`. `{__name__}.curriculum` works without.",
+                name=package,
+            ) from error
+        return getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -13,14 +13,14 @@ from .host import find_host
 from .report import trackers
 from .report.selecting import select_at_stage
 from .run.restart import check_restart, restart, save_initial_weights
-from .run.uploads import warn_of_uploads
+from .run.uploads import Files, warn_of_uploads
 from .sampler import LearnAlignSampler
-from .schedules import Schedule
+from .schedules import Describes, OnlineSchedule, Schedule
 from .schedules.announcer import Announcer
 from .schedules.base import Selects, Ticks
 from .schedules.checkpoint import CheckpointState
 from .schedules.stream import Stream, open_stream
-from .schedules.tap import RewardTap
+from .schedules.tap import GroupTap
 from .selection.checks import check_selection
 from .selection.result import Selection
 from .selection.run import forget_measures
@@ -79,7 +79,7 @@ class LearnAlignCallback(TrainerCallback):
         self.pending: int | None = None
         self._lock: DirectoryLock | None = None
         self._checkpoints = CheckpointState(self.host, self.config, stream)
-        self._tap = RewardTap(self.host)
+        self._tap = GroupTap(self.host)
         self._begin(stream)
         self._untouched = True  # no run has used this stream
         self.host.replace_sampler(self._train_sampler)
@@ -117,6 +117,12 @@ class LearnAlignCallback(TrainerCallback):
         """The schedule, if selections are made for it."""
         return self.sampler.stream.selects
 
+    def warn_of_uploads(self, now: bool = False) -> None:
+        """Warn of files with prompts that are uploaded, by the schedule that runs; see [`warn_of_uploads`]."""
+        kinds: dict[type, Files] = {OnlineSchedule: "online", Selects: "selections", Describes: "report"}
+        files: Files = next((files for kind, files in kinds.items() if isinstance(self.schedule, kind)), "none")
+        warn_of_uploads(self.trainer, self.config, now, files)
+
     # The events of a run ----------------------------------------------------------------------------------------
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -144,7 +150,7 @@ class LearnAlignCallback(TrainerCallback):
             if saved is None:
                 prepares.look(self.host, peers)
             peers.wait()
-        warn_of_uploads(self.trainer, self.config)
+        self.warn_of_uploads()
         self.announcer.count_from(state.global_step)
         if self.pending is not None:
             self.select(state)

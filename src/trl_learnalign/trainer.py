@@ -11,13 +11,26 @@ from .ground.peers import Peers
 from .host import check_kind
 from .report.cards import model_card, online_model_card
 from .run.checkpoints import survey, whole_checkpoint
-from .run.uploads import warn_of_uploads
 from .sampler import LearnAlignSampler
 from .selection.stages import load_run
 
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    import torch
+    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+    from peft import PeftConfig, PeftModel
+    from transformers import (
+        BitsAndBytesConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        ProcessorMixin,
+        TrainerCallback,
+    )
     from transformers import Trainer as _Trainer
+    from trl import GRPOConfig
 else:
     _Trainer = object  # stands before a class of trainers
 
@@ -36,9 +49,11 @@ class LearnAlignMixin(_Trainer):
             are passed to the trainer.
 
     Attributes:
-        learnalign ([`LearnAlignHandle`], *optional*): the schedule of the run, its selections and its report; `None`
-            without a sampler.
+        learnalign ([`LearnAlignHandle`]): the schedule of the run, its selections and its report. `None` without a
+            sampler.
     """
+
+    learnalign: LearnAlignHandle
 
     def __init__(self, *args, train_sampler: LearnAlignSampler | None = None, **kwargs):
         if train_sampler is not None and not isinstance(train_sampler, LearnAlignSampler):
@@ -50,7 +65,7 @@ class LearnAlignMixin(_Trainer):
             if kwargs.get("rollout_func") is None:
                 check_prompts(kwargs["train_dataset"])
         super().__init__(*args, **kwargs)
-        self.learnalign: LearnAlignHandle | None = None
+        self.learnalign = None  # type: ignore[assignment]  # who asks for it has given a sampler
         self._learnalign: LearnAlignCallback | None = None
         if train_sampler is not None:
             self._learnalign = LearnAlignCallback(self, train_sampler)  # sets `learnalign`
@@ -90,7 +105,7 @@ class LearnAlignMixin(_Trainer):
     def push_to_hub(self, *args, **kwargs):
         """Push as the trainer does, with a warning if prompts go to a repository that is public, or may be."""
         if self._learnalign is not None:
-            warn_of_uploads(self, self._learnalign.config, now=True)
+            self._learnalign.warn_of_uploads(now=True)
         return super().push_to_hub(*args, **kwargs)
 
     def create_model_card(self, *args, **kwargs):
@@ -122,3 +137,32 @@ class LearnAlignGRPOTrainer(LearnAlignMixin, GRPOTrainer):
     trainer.train()
     ```
     """
+
+    if (
+        TYPE_CHECKING
+    ):  # the arguments of GRPOTrainer by name, so that an editor knows them and a misspelt one is an error
+
+        def __init__(
+            self,
+            model: str | PreTrainedModel | PeftModel,
+            reward_funcs: str | PreTrainedModel | Callable | list[str | PreTrainedModel | Callable] | None = None,
+            args: GRPOConfig | None = None,
+            train_dataset: Dataset | IterableDataset | None = None,
+            eval_dataset: Dataset
+            | IterableDataset
+            | DatasetDict
+            | IterableDatasetDict
+            | dict[str, Dataset | IterableDataset]
+            | None = None,
+            processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+            reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
+            callbacks: list[TrainerCallback] | None = None,
+            optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+            quantization_config: BitsAndBytesConfig | None = None,
+            peft_config: PeftConfig | None = None,
+            tools: list[Callable] | None = None,
+            rollout_func: Callable | None = None,
+            environment_factory: Callable[[], Any] | dict[str, Callable[[], Any]] | None = None,
+            *,
+            train_sampler: LearnAlignSampler | None = None,
+        ) -> None: ...

@@ -1,4 +1,4 @@
-"""What the curriculum remembers of each prompt: its own rewards, and when it may come again."""
+"""Memory of each prompt: its own rewards, and when it may come again."""
 
 import math
 
@@ -11,7 +11,8 @@ from .settings import OnlineSettings
 
 class PromptMemory:
     """
-    35 bytes a prompt. All arrays have the shape `(N,)`, by row of the dataset.
+    Remembers each prompt's own rewards, visits and rest, in 35 bytes. All arrays have the shape `(N,)`, by row of the
+    dataset.
 
     Args:
         size (`int`): N.

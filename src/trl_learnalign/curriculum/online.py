@@ -36,11 +36,11 @@ class OnlineCurriculum:
 
     The success rate of a prompt has a Beta posterior: the prior comes from a regression on features of the prompt
     ([`SuccessPredictor`]), which all observations share; the prompt's own successes and failures are added, and fade.
-    Of random candidates those with the greatest E[p (1 - p)] / (1 + v) are taken, where v is the number of recent
-    visits, which fade alike. After each visit a prompt rests, twice as long each time in a row that all its rollouts
-    succeeded, or none did, or none had an outcome. Where some had none, utilities are multiplied by the predicted
-    chance of one ([`Scored`]). One prompt in twenty is drawn uniformly from the whole pool, which measures the pool
-    and the predictor. A prompt whose group is not finished yet is not drawn again while other prompts are free.
+    The curriculum takes the random candidates with the greatest E[p (1 - p)] / (1 + v), where v is the number of
+    recent visits, which fade alike. After each visit a prompt rests, twice as long each time in a row that all its
+    rollouts succeeded, or none did, or none had an outcome. Where some had none, utilities are multiplied by the
+    predicted chance of one ([`Scored`]). One prompt in twenty is drawn uniformly from the whole pool, which measures
+    the pool and the predictor. A prompt whose group is not finished is not drawn again while others are free.
 
     Draws are uniform until the predictor has been better than the mean on uniform draws and choosing is expected to
     raise the variance of rewards, and again when either has not been so for a while ([`Judge`]).

@@ -177,7 +177,7 @@ def check_named(dataset: Dataset, knob: str, value, names: Iterable[str], more: 
     Check that columns or fields exist which the value of the setting `knob` names.
 
     Raises:
-        `ValueError`: one does not. `more` ends the list of the existing columns.
+        `ValueError`: a column does not exist. `more` ends the list of the existing columns.
     """
     made = " (those that a transform makes are not seen: write them with `dataset.map`)" * has_transform(dataset)
     for name in sorted(names):
@@ -196,7 +196,7 @@ def check_numbers(dataset: Dataset, knob: str, value, name: str) -> None:
     Check that the column `name`, which the value of the setting `knob` names, holds numbers.
 
     Raises:
-        `ValueError`: it does not.
+        `ValueError`: the column holds no numbers.
     """
     kind = getattr(_kind(dataset, name), "dtype", None) or ""
     if not kind.startswith(("int", "uint", "float", "bool")):

@@ -294,7 +294,7 @@ def check_store() -> None:
     Check that this torch hands out its store, whose name is private.
 
     Raises:
-        `RuntimeError`: there is no such name.
+        `RuntimeError`: PyTorch has no such name.
     """
     if not hasattr(dist.distributed_c10d, "_get_default_store"):
         raise RuntimeError(

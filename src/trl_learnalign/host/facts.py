@@ -52,7 +52,7 @@ class Facts(ABC):
         Raise an error if the trainer cannot play a role.
 
         Raises:
-            `ValueError`: its host does not play it.
+            `ValueError`: the host does not play the role.
             `RuntimeError`: a version of TRL that lacks what is used here.
         """
         check_role(self.trainer, self.names, role, self.tried)

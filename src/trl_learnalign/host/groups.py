@@ -40,8 +40,8 @@ class RolloutGroup:
 @dataclass
 class Row:
     """
-    One rollout as it enters a gradient: its tokens, its loss mask, its advantage, its weight in the group mean; and,
-    where the trainer's loss has `entropy_share` less than 1, a mask of the tokens whose entropy is high.
+    A rollout as it enters a gradient: tokens, loss mask, advantage, weight in the group mean; and, where the trainer's
+    loss has `entropy_share` less than 1, a mask of the tokens whose entropy is high.
     """
 
     prompt_ids: np.ndarray

@@ -1,4 +1,4 @@
-"""GRPOTrainer."""
+"""The host of GRPOTrainer: its advantages, its loss, its environments."""
 
 import torch
 

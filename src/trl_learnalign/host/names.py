@@ -130,7 +130,7 @@ def check_role(trainer: Trainer, names: Names, role: str, tried: str = TRIED) ->
         tried: versions of TRL that are known to have these names.
 
     Raises:
-        `ValueError`: its host does not play this role.
+        `ValueError`: the trainer's host does not play this role.
         `RuntimeError`: the trainer lacks one of the names, so this version of TRL is not one that can be used.
     """
     kind, part = type(trainer).__name__, ROLES[role]

@@ -133,7 +133,7 @@ def checked(rewards, number: int | None) -> list[float]:
     Make a list of numbers of what a reward function returned for a number of completions, or any number.
 
     Raises:
-        `TypeError`, `ValueError`: it is no list of numbers, or one of another length.
+        `TypeError`, `ValueError`: the rewards are no list of numbers, or one of another length.
     """
     if isinstance(rewards, str | bytes | dict) or not isinstance(rewards, Iterable) or _is_scalar(rewards):
         raise TypeError(

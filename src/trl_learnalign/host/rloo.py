@@ -1,4 +1,4 @@
-"""RLOOTrainer."""
+"""The host of RLOOTrainer: its advantages, its loss, its penalty for leaving the reference policy."""
 
 import torch
 
@@ -47,7 +47,7 @@ class RLOOHost(Host):
 
 
 class _Zeros(NoLogps):
-    """RLOOTrainer sums up log-probabilities, so there must be some."""
+    """Stands in with zeros, as RLOOTrainer sums up log-probabilities."""
 
     def __call__(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         return torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device), None, None

@@ -1,4 +1,4 @@
-"""SDPOTrainer, which is experimental in TRL. Only a trainer of that class leads to an import of this module."""
+"""The host of SDPOTrainer, which is experimental in TRL; imported only where there is a trainer of that class."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,7 +78,7 @@ class SDPOHost(Host):
 
 
 class _None(NoLogps):
-    """SDPOTrainer takes one tensor, or none."""
+    """Stands in with `None`, which SDPOTrainer accepts in place of a tensor."""
 
     def __call__(self, *args, **kwargs):
         return None

@@ -152,7 +152,7 @@ def _agreed(trainer, failure: Exception | None, digest: int, trained: np.ndarray
     Gather `trained` of all processes, in their order. One collective, which processes with a `failure` enter as well.
 
     Raises:
-        the `failure`; or `RuntimeError`: one of another process, or other digests there.
+        the `failure`; or `RuntimeError`: another process failed, or came to another digest.
     """
     accelerator = trainer.accelerator
     if accelerator.num_processes > 1:

@@ -77,8 +77,8 @@ def _no_rewards(completions, **kwargs):
 def _is_sure(error) -> bool:
     """
     Tell if a function fails whatever the completion says: it returned no rewards, cannot be called with the columns
-    that there are, lacks a name or a module, or takes messages for text. A search that finds nothing in the text, or
-    what it makes of it, is not sure.
+    that there are, lacks a name or a module, or takes messages for text. An error that depends on the text, as
+    of a search that finds nothing in it, is not sure.
     """
     _, *frames = traceback.extract_tb(error.__traceback__)  # the first is the stand-in's
     in_call = not frames or frames[0].filename == rewards.__file__  # not inside of the function

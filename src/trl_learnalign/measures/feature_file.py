@@ -65,7 +65,7 @@ class PromptFeatures:
         Write the file into a directory; as a link to that in the directory `source`, if it can be had.
 
         Raises:
-            `OSError`: it cannot be written.
+            `OSError`: the file cannot be written.
         """
 
         def fill(temporary):

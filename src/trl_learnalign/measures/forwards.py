@@ -1,4 +1,4 @@
-"""One forward of the policy over many prompts: batches that fit, shared out between the processes, kept on disk."""
+"""A forward of the policy over many prompts, in batches that fit, shared between the processes and kept on disk."""
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager

@@ -43,7 +43,7 @@ class HiddenStates(Measure):
     name = "hidden_states"
 
     def check(self, host: Host, config: "LearnAlignConfig") -> None:
-        """Raise a `ValueError` for prompts that are not known before their rollouts."""
+        """Refuse prompts that are not known before their rollouts."""
         if (reason := reason_against(host)) is not None:
             raise ValueError(
                 f"The score needs hidden states of the prompts, but {reason}. Use a score that needs rollouts alone."
@@ -88,10 +88,10 @@ def hidden_states(
     from the same rows and weights in the same way. The policy does not change. All processes must call this, if
     [`reason_against`] returned `None`.
 
-    Of a prompt's hidden states the mean over its tokens is taken, after half of the layers. Each dimension is
+    A prompt's features are the mean of its hidden states over its tokens, after half of the layers. Each dimension is
     standardised, since in large models a few are a thousand times greater than the others; the principal components
     are found over a random sample of at most 2,048 prompts. Every prompt goes through half of the policy once, see
-    [`HalfForward`]. Prompts of like length go together. What is done is on disk, so that a killed run goes on.
+    [`HalfForward`]. Prompts of like length go together. Finished batches are on disk, so that a killed run goes on.
 
     Args:
         host ([`Host`]): of the trainer.
@@ -101,7 +101,7 @@ def hidden_states(
         before (`Callable`): called on all processes before the first forward, if there is one to be made.
 
     Raises:
-        `OSError`: they cannot be written.
+        `OSError`: the features cannot be written.
     """
     directory = Path(directory)
     rows = np.arange(len(host.dataset), dtype=np.int32) if rows is None else rows
@@ -143,7 +143,7 @@ def features_of_the_run(host: Host, directory: Path, peers: Peers, key: str) -> 
     for the checkpoints to come. The weights have changed since, so the features are read and not made again.
 
     Raises:
-        `ValueError`: neither has them.
+        `ValueError`: neither place has the features.
     """
     directory, found = Path(directory), None
     if host.accelerator.is_main_process:

@@ -1,4 +1,4 @@
-"""Batches of rows of nearly equal length: of those that make the prompts' gradients, and of prompts."""
+"""Batches of rows of nearly equal length, for gradients and for forwards over prompts."""
 
 import collections
 import math

@@ -1,4 +1,4 @@
-"""How many rollouts a process generates at once: never more than in training."""
+"""Generation in parts: a process never generates more rollouts at once than in training."""
 
 from dataclasses import replace
 
@@ -30,9 +30,9 @@ def generate_in_parts(
     host: Host, dataset: Dataset, indices: list[int], seed: int, gradients: bool, peers: Peers
 ) -> list[RolloutGroup]:
     """
-    Do what [`Host.generate`] does; a group larger than what training generates at once part after part, each with its
-    own seed. Before each further part the processes wait for each other, as one on which a part failed does not join
-    the collectives of the next.
+    Generate as [`Host.generate`] does, but make a group that is larger than what training generates at once part after
+    part, each with its own seed. Before each further part the processes wait for each other, as one on which a part
+    failed does not join the collectives of the next.
     """
     size = host.group_size
     at_once = rollouts_at_once(host, size)

@@ -33,7 +33,7 @@ class Directions(Finding):
 
 
 class TargetRollouts(Measure):
-    """Rollouts of `target_dataset`, made as those of the pool. Where nothing is learnable, V has to do."""
+    """Rollouts of `target_dataset`, made as those of the pool. Without a learnable one V alone ranks."""
 
     name = "target-rollouts"
     price = "rollouts"

@@ -155,7 +155,7 @@ def _skill(columns) -> Drawing:
     draw = _over_time(columns, {"skill": (skill, "chosen")}, level=0, **labels)
     return Drawing(
         "online_skill",
-        "How much better the prediction of success is than the mean, on uniform draws: 1 minus the ratio of squared "
+        "Skill of the prediction of success against the mean, on uniform draws: 1 minus the ratio of squared "
         "errors. 0 is no better, 1 is without error; random rollouts keep it below 1.",
         f"It is {columns['skill'][-1]:.2f} at the end.",
         draw,
@@ -164,13 +164,13 @@ def _skill(columns) -> Drawing:
 
 def _headroom(columns, run) -> Drawing:
     headroom = columns["headroom"]
-    labels = {"ylabel": "times as often", "title": "Expected gain of choosing"}
+    labels = {"ylabel": "ratio", "title": "Expected gain of choosing"}
     least = min(0.9, np.nanmin(headroom))
     draw = _over_time(columns, {"headroom": (headroom, "chosen")}, level=1, bottom=least, **labels)
     return Drawing(
         "online_headroom",
-        "Headroom: how many times as often the prompts that would be chosen are expected to be live as random ones"
-        f"{' (with graded rewards: how many times the variance they are expected to have)' if run['graded'] else ''}.",
+        f"Headroom: the expected {'variance of the rewards' if run['graded'] else 'p (1 - p)'} of the prompts that "
+        "would be chosen, divided by that of random ones.",
         f"It is {columns['headroom'][-1]:.2f} at the end.",
         draw,
     )
@@ -261,7 +261,7 @@ def _visits(prompts) -> Drawing:
     last = f" {_MOST_VISITS} stands for {_MOST_VISITS} or more." if len(counts) > _MOST_VISITS else ""
     return Drawing(
         "online_visits",
-        f"How often each prompt was trained on.{last}",
+        f"Visits of each prompt.{last}",
         f"{counts[0]:,} of {len(visits):,} prompts ({shares[0]:.0%}) were never visited; the most visits of one are "
         f"{visits.max():,}.",
         draw,

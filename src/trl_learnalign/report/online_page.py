@@ -13,9 +13,9 @@ from .trackers import log_figures
 
 MOST_SUSPECTS_SHOWN = 20
 _SAMPLES = {
-    "live": ("Live at the last visit", "Those with the highest predicted learnability."),
-    "retired": ("Retired", "Solved by all rollouts of their last visits; those seen last."),
-    "parked": ("Parked", "Solved by no rollout of their last visits; those seen last."),
+    "live": ("Live at the last visit", "The prompts with the highest predicted learnability."),
+    "retired": ("Retired", "Solved by all rollouts of their last visits; the latest first."),
+    "parked": ("Parked", "Solved by no rollout of their last visits; the latest first."),
     "new": ("Never visited", "At random."),
     "unscored": ("Unscored", "No reward that decides success, or no token in the loss; those seen last."),
 }

@@ -1,4 +1,4 @@
-"""The files of an online run except its page: every prompt, every chunk, the suspects, and the numbers of the run."""
+"""Files of an online run besides its page: prompts, history, suspects, and the numbers of the run."""
 
 import json
 from datetime import UTC, datetime

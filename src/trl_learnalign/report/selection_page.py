@@ -215,7 +215,7 @@ def _prompts(selection, texts) -> str:
     )
     parts = {
         "shown": _shown(selection, len(scores)),
-        "cut": f"Those of more than {characters:,} characters are cut and end with \u201c\u2026\u201d." if cut else "",
+        "cut": f"Texts over {characters:,} characters are cut and end with \u201c\u2026\u201d." if cut else "",
         "filters": "".join(f'<option value="{name}">{label}</option>' for name, label in filters.items()),
         "data": _data(scores, texts, selection, characters),
     }

@@ -1,4 +1,4 @@
-"""The voice of a run: its plan, estimates and warnings, its report, and where the report lies."""
+"""Announcements of a run: its plan, estimates, warnings and report."""
 
 import logging
 import time
@@ -60,7 +60,7 @@ class Announcer:
             logger.warning(warning)
 
     def count_from(self, step: int) -> None:
-        """Note that training goes on now, after a step."""
+        """Begin to measure the time of training, after a step."""
         self._since = step, time.perf_counter()
 
     def estimate(self, step: int) -> None:
@@ -91,7 +91,7 @@ class Announcer:
         return list(self.describes.summary()) if self._begun else []
 
     def end(self) -> None:
-        """Print what came of the run."""
+        """Print the summary of the run, and the path of its report."""
         if self.host.accelerator.is_main_process:
             lines, page = self.summary(), self.directory / "report.html"
             if lines and page.is_file():

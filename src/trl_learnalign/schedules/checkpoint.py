@@ -101,7 +101,8 @@ class CheckpointState:
             state ([`~transformers.TrainerState`]): as read from the checkpoint.
 
         Raises:
-            `ValueError`: there is none, it is damaged, or it is of another dataset, stream or configuration.
+            `ValueError`: the checkpoint holds no state, a damaged one, or that of another dataset, stream or
+                configuration.
         """
         if self.host.args.ignore_data_skip:
             raise ValueError(

@@ -65,13 +65,10 @@ def summary_lines(schedule: "OnlineSchedule") -> list[str]:
         )
     if not schedule.settings.graded:
         by_all, by_none = curriculum.memory.solved_by()
-        lines.append(
-            f"Of the prompts trained on, {by_all:,} were solved by all of their rollouts so far, and {by_none:,} by "
-            "none."
-        )
+        lines.append(f"{by_all:,} prompts were solved by all of their rollouts so far, and {by_none:,} by none.")
     if counts["unscored"]:
         lines.append(
-            f"{counts['unscored']:,} of them had no reward that decides success, or no token in the loss, at their "
+            f"{counts['unscored']:,} prompts had no reward that decides success, or no token in the loss, at their "
             "last visit."
         )
     return lines
@@ -160,8 +157,8 @@ def _few_prompts(host) -> str | None:
 
 def nothing_to_predict(curriculum: "OnlineCurriculum") -> str | None:
     """
-    Return a warning where success cannot be predicted from the groups so far, or is probably not what the user calls
-    so. Training goes on.
+    Return a warning where success cannot be predicted from the groups so far, or where the threshold of success is
+    doubtful. Training goes on.
     """
     groups, successes, live = curriculum.history.by_visit.sum(0)
     known, threshold = curriculum.scale.recent, curriculum.settings.success_threshold
@@ -187,7 +184,7 @@ def nothing_to_predict(curriculum: "OnlineCurriculum") -> str | None:
 
 def unscored_warnings(scored: "Scored", names: list[str]) -> tuple[np.ndarray, list[str]]:
     """
-    Say what is the matter with groups that say nothing of success.
+    Explain why groups have no reward that decides success, or no gradient.
 
     Args:
         scored ([`Scored`]): has counted them.

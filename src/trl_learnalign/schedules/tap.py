@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..host import Host
 
 
-class RewardTap:
+class GroupTap:
     """
     Turns the chunks that a trainer reports into groups, and shows them to the schedule.
 
@@ -35,7 +35,7 @@ class RewardTap:
     def observe(
         self, batch: int, inputs: list[dict], completions: list, rewards: np.ndarray, trained: np.ndarray
     ) -> None:
-        """Show a chunk to the schedule; see [`~trl_learnalign.host.taps.observe_rewards`] for the arguments."""
+        """Show a chunk to the schedule; see [`~trl_learnalign.host.taps.RewardTap`] for the arguments."""
         schedule = self.stream.schedule
         masked = ~trained if len(trained) == len(rewards) and not trained.all() else None
         groups = self.stream.groups(batch // self.stream.layout.repeats, rewards, masked)

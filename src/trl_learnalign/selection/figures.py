@@ -33,7 +33,7 @@ class Drawing:
     draw: Callable
 
     def figure(self, dark: bool = False, size: tuple[float, float] = (6.4, 4.0)) -> Figure:
-        """Draw it, light or dark; `size` is in inches."""
+        """Draw the figure, light or dark; `size` is in inches."""
         colours = _DARK if dark else _LIGHT
         with _style(colours):
             figure = Figure(figsize=size, layout="constrained")
@@ -41,7 +41,7 @@ class Drawing:
         return figure
 
     def png(self, dark: bool = False) -> bytes:
-        """Draw it into a PNG file."""
+        """Draw the figure into a PNG file."""
         buffer = io.BytesIO()
         self.figure(dark).savefig(buffer, format="png", dpi=144)
         return buffer.getvalue()
@@ -130,7 +130,7 @@ def _success_rates(table, selection) -> Drawing:
     return Drawing(
         "success_rates",
         "Success rates of the pool and of the chosen prompts.",
-        f"Of the pool, {never:.0%} of the prompts are never solved and {always:.0%} always; the mean success rate is "
+        f"{never:.0%} of the prompts of the pool are never solved and {always:.0%} always; the mean success rate is "
         f"{table['success_rate'].mean():.2f}.{mean}",
         draw,
     )

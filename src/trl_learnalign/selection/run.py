@@ -1,4 +1,4 @@
-"""One selection: measures, score, choice, files."""
+"""A selection, phase by phase: measures, score, choice, files."""
 
 import logging
 import shutil
