@@ -68,8 +68,12 @@ class LearnAlignCallback(TrainerCallback):
         with Peers(trainer.accelerator) as peers:  # what one process alone finds wrong ends all
             self.host.look_at_functions()
             self.host.check(self.config)
-            stream = open_stream(sampler.makes_schedule, self.host, self.config)
-            if stream.selects is not None:
+            make = sampler.makes_schedule
+            known = isinstance(make, type) and issubclass(make, Selects)
+            if known:  # before anything else is found wrong with the trainer
+                check_selection(self.host, self.config)
+            stream = open_stream(make, self.host, self.config)
+            if stream.selects is not None and not known:
                 check_selection(self.host, self.config)
             if self.config.after_warmup == "restart":
                 check_restart(self.host)
