@@ -209,8 +209,8 @@ class OnlineCurriculum:
 
     def observe(self, groups: Sequence[Group]) -> None:
         """
-        Learn from finished groups, in any order. A group that was observed before, or given up, changes nothing. One
-        that never comes is given up after `give_up` further draws.
+        Learn from finished groups, in any order. A group that was observed before, or given up, changes nothing. A
+        group that never comes is given up when `give_up` groups of later draws have come.
 
         Every part learns from the same [`Batch`], in which the state before is written down, so the order of the parts
         does not matter.
