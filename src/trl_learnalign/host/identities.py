@@ -134,7 +134,7 @@ def _own_code(host) -> dict[str, Any]:
     """
     found: dict[str, Any] = {} if is_ours(type(host)) else {_HOST: type(host)}
     used = {host.generation_method, *host.names.get(ALWAYS, ()), *host.names.get(GENERATES, ())}
-    for name in sorted(used | {name for name in dir(host.served) if name.startswith("_generate")}):
+    for name in sorted(used | {name for name in dir(host.served) if "generate" in name}):
         function = own_function(host.trainer, name)
         registered = own_function(host.served, name)
         if callable(registered) and function is not registered and not is_ours(function):
