@@ -169,7 +169,6 @@ HOST = {file.stem: used_names(file) for file in SOURCES if file.parent.name == "
 OWN = {"GRPOTrainer": {"grpo", "objective"}, "RLOOTrainer": {"rloo"}, "SDPOTrainer": {"sdpo"}}
 # Not every trainer has these, so each is asked for first
 OPTIONAL = {"chat_template", "environment_factories", "ref_model", "rollout_func", "tools", "_batch_environments"}
-OPTIONAL |= {"_generate"}  # the beginning of names: whichever of them a trainer has are identified
 
 
 def kinds():
