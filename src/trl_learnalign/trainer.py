@@ -1,4 +1,4 @@
-"""GRPOTrainer, or RLOOTrainer, with a `train_sampler`."""
+"""Trainers with a `train_sampler`: the mixin for any class that has a host, and the GRPOTrainer with it."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,7 +37,7 @@ else:
 
 class LearnAlignMixin(_Trainer):
     r"""
-    Gives a GRPOTrainer or an RLOOTrainer (or a subclass of yours) the argument `train_sampler`:
+    Gives a GRPOTrainer, an RLOOTrainer or an SDPOTrainer (or a subclass of yours) the argument `train_sampler`:
 
     ```python
     class MyTrainer(LearnAlignMixin, RLOOTrainer): ...

@@ -17,7 +17,7 @@ _SAMPLES = {
     "retired": ("Retired", "Solved by all rollouts of their last visits; the latest first."),
     "parked": ("Parked", "Solved by no rollout of their last visits; the latest first."),
     "new": ("Never visited", "At random."),
-    "unscored": ("Unscored", "No reward that decides success, or no token in the loss; those seen last."),
+    "unscored": ("Unscored", "No reward that decides success, or no token in the loss; the latest first."),
 }
 _STATES = {
     "new": "never visited",
