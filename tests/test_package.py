@@ -304,3 +304,14 @@ def test_the_face_is_five_files():
     assert sorted(file.name for file in PACKAGE.glob("*.py")) == sorted(
         ["__init__.py", "callback.py", "config.py", "sampler.py", "trainer.py"]
     )
+
+
+RIDDLES = {"What", "Which", "Whether", "How", "Where", "Of", "As", "See", "Those", "These", "It", "One"}
+
+
+def test_docstrings_name_their_subject():
+    """Of methods and functions ruff checks that the first word is a verb."""
+    for file in SOURCES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
+                assert text.split()[0].strip(",:") not in RIDDLES, f"{file.name}: {text.splitlines()[0]}"

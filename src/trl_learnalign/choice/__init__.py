@@ -1,1 +1,1 @@
-"""Which of the ranked prompts are taken: conditions, quotas, top or draw."""
+"""The choice among ranked prompts: conditions, quotas, top or draw."""

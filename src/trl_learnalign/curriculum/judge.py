@@ -63,7 +63,7 @@ class Judge:
 
     @property
     def tried(self) -> bool:
-        """Whether there were enough uniform draws to judge by."""
+        """True if there were enough uniform draws to judge by."""
         return self.sums.draws >= self.settings.tried
 
     def draws_to_try(self, together: int) -> int:
@@ -76,12 +76,12 @@ class Judge:
 
     @property
     def has_clear_skill(self) -> bool:
-        """Whether the prediction is so much better than the mean that choosing may begin."""
+        """True if the prediction is so much better than the mean that choosing may begin."""
         return self.skill > self.settings.begin_skill
 
     @property
     def has_skill(self) -> bool:
-        """Whether success was predicted better than by the mean, on enough uniform draws."""
+        """True if success was predicted better than by the mean, on enough uniform draws."""
         wanted = self.settings.least_skill if self.choosing else self.settings.begin_skill
         return self.tried and self.skill > wanted
 

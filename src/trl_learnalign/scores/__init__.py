@@ -1,1 +1,1 @@
-"""What prompts are ranked by: the scores by name, and their maths."""
+"""Scores by name, which rank prompts, and their maths."""
