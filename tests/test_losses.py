@@ -42,6 +42,15 @@ def groups(num=2, seed=0):
     return tasks
 
 
+def whole_or_masked():
+    """Groups as RLOO and SDPO have them: of a completion all tokens count, or none."""
+    made = groups()
+    for rows in made.values():
+        for row in rows:
+            row.loss_mask = [min(row.loss_mask[:1])] * len(row.loss_mask)
+    return made
+
+
 def padded(sequences, side="right"):
     tensors = [torch.as_tensor(sequence) for sequence in sequences]
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_side=side)

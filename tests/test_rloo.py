@@ -5,7 +5,7 @@ from contextlib import contextmanager, nullcontext
 import numpy as np
 import pytest
 import torch
-from test_losses import assert_same_direction, backward_of_loss, batch_of, features, groups, logps_of, padded
+from test_losses import assert_same_direction, backward_of_loss, batch_of, features, logps_of, padded, whole_or_masked
 from test_training import stock_trainer_fed
 from tiny import (
     assert_same_weights,
@@ -159,18 +159,9 @@ def gradient_of_training(trainer, rows):
     return backward_of_loss(trainer, inputs)
 
 
-def tasks():
-    """Rows as RLOO has them: of a completion all tokens count, or none."""
-    made = groups()
-    for rows in made.values():
-        for row in rows:
-            row.loss_mask = [min(row.loss_mask[:1])] * len(row.loss_mask)
-    return made
-
-
 def test_the_gradient_is_that_of_the_trainers_loss(tmp_path):
     trainer = make_trainer(tmp_path, cls=RLOOTrainer, temperature=0.7)
-    ours, made = features(trainer, tasks(), tmp_path), tasks()
+    ours, made = features(trainer, whole_or_masked(), tmp_path), whole_or_masked()
     for index, rows in made.items():
         expected = gradient_of_training(trainer, rows)
         torch.testing.assert_close(ours[index], expected, rtol=1e-4, atol=1e-6)

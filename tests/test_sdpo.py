@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from test_losses import assert_same_direction, backward_of_loss, batch_of, features, groups, padded
+from test_losses import assert_same_direction, backward_of_loss, batch_of, features, padded, whole_or_masked
 from test_training import stock_trainer_fed
 from tiny import (
     Seen,
@@ -113,21 +113,12 @@ def gradient_of_training(trainer, rows):
     return backward_of_loss(trainer, batch_of(rows) | {"completion_mask": padded([row.loss_mask for row in rows])})
 
 
-def tasks():
-    """Rows as SDPO has them: of a completion all tokens count, or none."""
-    made = groups()
-    for rows in made.values():
-        for row in rows:
-            row.loss_mask = [min(row.loss_mask[:1])] * len(row.loss_mask)
-    return made
-
-
 def test_the_gradient_is_that_of_the_policy_loss(tmp_path):
     trainer = make_trainer(tmp_path, cls=Mine, temperature=0.7, distillation_weight=0.0)
     for loss_type in ("grpo", "bnpo", "dr_grpo", "dapo"):
         for level in ("token", "sequence"):
             trainer.loss_type, trainer.importance_sampling_level = loss_type, level
-            ours, made = features(trainer, tasks(), tmp_path / f"{loss_type} {level}"), tasks()
+            ours, made = features(trainer, whole_or_masked(), tmp_path / f"{loss_type} {level}"), whole_or_masked()
             for index, rows in made.items():
                 expected = gradient_of_training(trainer, rows)
                 assert_same_direction(ours[index], expected)

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..curriculum.rewards import is_success
 from ..data.reading import columns_read
 from ..gradients.engine import UnseenParametersError, check_parameters, unseen_message
 from ..ground.store import Log
@@ -196,7 +197,7 @@ def _chosen(context, own, row, advantages, deciding):
     """Return which rollouts of a group carry a gradient."""
     chosen = np.arange(len(advantages), dtype=np.uint8 if len(advantages) < 256 else np.int32)
     if context.config.gradient_rollouts == "one_correct":
-        successes = scoring.is_success(deciding, context.config.success_threshold).nonzero().flatten().tolist()
+        successes = is_success(deciding, context.config.success_threshold).nonzero().flatten().tolist()
         first = successes[0] if successes else int(deciding.nan_to_num(-torch.inf).argmax())
         chosen = chosen[first : first + 1]
     counts = own.trained[own.place(row)] > 0

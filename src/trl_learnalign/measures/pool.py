@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import torch
 
+from ..curriculum.rewards import doubtful_threshold, has_gradient
 from ..host import Host
 from ..scores import maths as scoring
 
@@ -28,7 +29,7 @@ class Pool:
     scored_elsewhere: int  # how many of these have rewards that do not decide success
     masked: float  # share of the rollouts without a token in the loss
     without_gradient: int  # prompts whose rewards differ, but not those of rollouts in the loss
-    doubt: tuple[float, float, float] | None  # of the threshold, see `scoring.doubtful_threshold`
+    doubt: tuple[float, float, float] | None  # of the threshold, see `doubtful_threshold`
 
     @classmethod
     def of_rewards(
@@ -64,7 +65,7 @@ class Pool:
         graded = config.learnability == "variance"
         learnability = scoring.reward_variance(deciding) if graded else scoring.learnability(success_rate)
         advantages = host.advantages(rewards, penalties)
-        without_gradient = (learnability > 0) & ~scoring.has_gradient(advantages, trained > 0)
+        without_gradient = (learnability > 0) & ~has_gradient(advantages, trained > 0)
         learnability = learnability.masked_fill(without_gradient, 0.0)
         deciding = deciding[scorable]
         return cls(
@@ -78,7 +79,7 @@ class Pool:
             scored_elsewhere=int((~scorable & ~rewards.isnan().all(2).all(1)).sum()),
             masked=(trained == 0).double().mean().item(),
             without_gradient=int(without_gradient.sum()),
-            doubt=None if graded else scoring.doubtful_threshold(deciding.numpy(), config.success_threshold),
+            doubt=None if graded else doubtful_threshold(deciding.numpy(), config.success_threshold),
         )
 
     def provenance(self) -> dict:

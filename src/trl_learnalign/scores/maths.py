@@ -2,69 +2,13 @@
 
 from array import array
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
 
-import numpy as np
 import torch
+
+from ..curriculum.rewards import is_success
 
 
 _COLUMNS = 1024  # of features that are in float64 at a time
-Values = TypeVar("Values", torch.Tensor, np.ndarray)
-ROUNDING = 1e-6  # of a threshold: rewards are float32, and may be sums of several
-
-
-def is_success(rewards: Values, threshold: float) -> Values:
-    """
-    Tell whether a reward is at least `threshold`, up to rounding: .9 as a float32 is less than .9. NaN is no success.
-
-    Args:
-        rewards (`torch.Tensor` or `np.ndarray`): of any shape.
-        threshold (`float`): least reward of a success.
-
-    Returns:
-        bool, of the same kind and shape.
-    """
-    return rewards >= threshold - ROUNDING * abs(threshold)
-
-
-def has_gradient(advantages: Values, trained: Values) -> Values:
-    """
-    Tell whether a group has a gradient: a rollout in the loss has an advantage. Advantages of equal rewards may be off
-    in the last digit.
-
-    Args:
-        advantages (`torch.Tensor` or `np.ndarray` of shape `(n, G)`): see [`advantages`].
-        trained (the same): whether a token of each rollout is in the loss, bool.
-
-    Returns:
-        bool, of the same kind, of shape `(n,)`.
-    """
-    return ((abs(advantages) > 1e-9) & trained).any(1)
-
-
-def doubtful_threshold(rewards: np.ndarray, threshold: float) -> tuple[float, float, float] | None:
-    """
-    Look for shaped rewards with the threshold on the wrong side of most of them: right answers worth .9 to .99 and a
-    threshold of 1, or wrong ones worth .1 and a threshold of .05.
-
-    Args:
-        rewards (`np.ndarray` of any shape): that decide success; NaN for none.
-        threshold (`float`): least reward of a success.
-
-    Returns:
-        `None`, or the share of the rewards of the better half of the range that are no successes (or of the worse half
-        that are, with a minus sign), and the least and the greatest of those. Two different rewards are no doubt, nor
-        is a half with a minority on the wrong side.
-    """
-    known = rewards[np.isfinite(rewards)]
-    if not len(known) or len(np.unique(known)) <= 2:
-        return None
-    middle, success = (float(known.min()) + float(known.max())) / 2, is_success(known, threshold)
-    for half, wrong, sign in ((known > middle, ~success, 1), (known < middle, success, -1)):
-        if (half & wrong).sum() > half.sum() / 2:
-            found = known[half & wrong]
-            return sign * float((half & wrong).sum() / half.sum()), float(found.min()), float(found.max())
-    return None
 
 
 def success_rates(rewards: torch.Tensor, threshold: float) -> torch.Tensor:

@@ -97,7 +97,7 @@ def pool_warnings(selection: "Selection") -> list[str]:
 
 
 def threshold_warning(doubt: tuple[float, float, float] | None, threshold: float) -> str | None:
-    """Return a warning about what [`~trl_learnalign.scores.maths.doubtful_threshold`] found, if it found something."""
+    """Return a warning about what [`~trl_learnalign.curriculum.rewards.doubtful_threshold`] found, if anything."""
     if doubt is None:
         return None
     share, least, most = doubt
