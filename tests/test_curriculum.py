@@ -439,6 +439,40 @@ def test_prompts_rest(chunk):
         world.finish()
 
 
+def test_rests_are_not_rounded_up_to_the_end_of_a_chunk():
+    """All of a chunk have rested two chunks later, where a rest is two chunks, and are ranked by what they promise."""
+    world = World(size=160, chunk=16, uniform=0.0)
+    curriculum, kept = world.curriculum, world.curriculum.memory
+    assert kept.cooldown == 32
+    world.always_choose()
+    random = np.random.default_rng(0)
+    first = world.draw()
+    for _ in range(2):
+        successes = random.integers(1, GROUP, size=(16, 1, 1))
+        world.finish((np.arange(GROUP)[None, :, None] < successes).astype(float))
+        world.draw()
+    world.queue.clear()
+    kept.ready[np.setdiff1d(np.arange(160), first)] = 10_000
+    a, b = curriculum.posterior(np.arange(160))
+    recent = kept.evidence(np.arange(160), curriculum.clock)[2]
+    values = a * b / ((a + b) * (a + b + 1)) / (1 + recent)
+    curriculum.drawn = 32  # so that the next draws are the third chunk
+    rows = [draw.row for draw in curriculum.choose(16)]
+    assert set(rows) == set(first.tolist())
+    assert (np.diff(values[rows]) <= 1e-6).all() and np.ptp(values[rows]) > 0.01
+
+
+def test_a_group_that_comes_late_does_not_shorten_the_rest_of_a_later_draw():
+    curriculum = OnlineCurriculum(np.ones((2, 1)), group_size=GROUP)
+    draws = [draw for _ in range(6) for draw in curriculum.choose(1)]
+    early, late = [draw for draw in draws if draw.row == 0][:2]
+    live = np.arange(GROUP) < 4
+    for draw in (late, early):
+        curriculum.observe([Group(draw.number, 0, live)])
+    last = max(draw.number for draw in draws if draw.row == 0)
+    assert curriculum.memory.ready[0] == last + curriculum.memory.cooldown
+
+
 def test_solved_and_failed_prompts_rest_twice_as_long():
     world = World(size=64, chunk=8, mean=0.0, spread=0.0, noise=0.0)
     world.logits[:32] = 30.0  # always solved
@@ -516,6 +550,13 @@ def test_what_is_kept_is_bounded():
     assert sorted(state["predictor"]["numbers"]) == [*range(36 * 16, 40 * 16)]
 
 
+def test_the_latest_draws_are_kept_whatever_comes_last():
+    model = SuccessPredictor(np.ones((100, 1), np.float32), OnlineSettings(window=10))
+    for part in (np.arange(50, 60), np.arange(5)):
+        observe(model, part, part, np.full(len(part), 4), GROUP)
+    assert model.state_dict()["numbers"].tolist() == [*range(50, 60)]
+
+
 def test_the_order_of_a_sum_does_not_decide():
     """Processes may add up in another order. Their choices must be the same all the same."""
     random = np.random.default_rng(3)
@@ -552,8 +593,8 @@ def test_a_state_goes_on_as_the_run_would_have(kind):
     whole, part, again = make(), make(), make()
     part.run(stop)
     state = part.curriculum.state_dict()
-    again.curriculum.load_state_dict(state)
     part.run(2)  # which changes nothing of what was saved
+    again.curriculum.load_state_dict(state)
     part = make()
     part.run(stop)
     again.random.bit_generator.state, again.queue = part.random.bit_generator.state, part.queue
