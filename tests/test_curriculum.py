@@ -378,6 +378,20 @@ def test_where_every_prompt_is_live_the_order_is_that_of_trl():
     assert judge.headroom < DEFAULTS.least_headroom and not judge.choosing
 
 
+def test_headroom_does_not_depend_on_the_size_of_a_chunk():
+    """The best of one would promise more than the best of 64."""
+    world = World()
+    world.run(20)
+    state, found = world.curriculum.state_dict(), []
+    for n in (1, 64):
+        again = World().curriculum
+        again.load_state_dict(state)
+        again.memory.ready[:] = 0
+        again.choose(n)
+        found.append(again.judge.headroom)
+    assert found[0] == found[1] > 1.5
+
+
 def test_headroom_that_is_gone_ends_the_choice():
     world = World()
     world.run(60)
