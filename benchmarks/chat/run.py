@@ -1,0 +1,259 @@
+"""
+One run of a real chat model: SmolLM2-135M-Instruct trained with GRPO on short questions, on a CPU.
+
+    python benchmarks/chat/run.py --arm random --pool short --seed 0
+
+writes runs/chat/POOL/ARM-SEED/: `steps.jsonl` (a line a step: rows, kinds, successes, norms, entropy), `looks.jsonl`
+(success on questions held out, by kind, and the KL divergence to the model as it was), and `done.json` at the end.
+A run that was stopped goes on at its last checkpoint; one that is done is left out. --arms, --pools and --seeds take
+several, one after another; another call beside it takes other runs.
+
+A step has 8 prompts x 8 rollouts of at most 12 tokens. It takes 15 to 25 s on one thread of a machine with bfloat16
+instructions, a run of 60 steps some 25 minutes.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import shutil
+import sys
+import time
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import PrinterCallback, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT / "benchmarks" / "online")]
+
+from baselines import RefillingTrainer
+from model import load
+from questions import KINDS, POOLS, held_out, is_right, pool
+
+from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler
+from trl_learnalign.curriculum import OnlineSettings
+from trl_learnalign.schedules import OnlineSchedule
+
+
+PROMPTS, GROUP, LENGTH, ROWS = 8, 8, 12, 16  # a step, a prompt, tokens, rows of a microbatch
+SAMPLES = 3  # of a question held out
+PARTS = 0.2, 0.4, 0.6, 0.8, 1  # of a run, after which success is measured
+SAVE_STEPS = 5
+
+# Settings of LearnAlignConfig, and of the curriculum
+ONLINE = {
+    "online": ({}, {}),
+}
+ARMS = ("random", "refill", *ONLINE)
+
+
+class Recorder:
+    """The reward; writes what each step trained on."""
+
+    __name__ = "right"
+
+    def __init__(self, folder: Path):
+        self.file, self.rows, self.successes = folder / "steps.jsonl", [], []
+
+    def __call__(self, completions, answer, row, **kwargs):
+        texts = [completion[0]["content"] for completion in completions]
+        rewards = [float(is_right(text, own)) for text, own in zip(texts, answer, strict=True)]
+        self.rows += row[::GROUP]
+        self.successes += np.array(rewards, int).reshape(-1, GROUP).sum(1).tolist()
+        return rewards
+
+
+class Looks(TrainerCallback):
+    """Writes a line for each step, and looks at success on the questions held out."""
+
+    def __init__(self, recorder, folder, tokenizer, kinds, marks):
+        self.recorder, self.folder, self.tokenizer, self.kinds, self.marks = recorder, folder, tokenizer, kinds, marks
+        self.test, self.before, self.log = held_out(), None, {}
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        # What a killed run wrote after its last checkpoint comes again
+        for name in ("steps.jsonl", "looks.jsonl"):
+            file = self.folder / name
+            lines = file.read_text().splitlines() if file.is_file() else []
+            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+            file.write_text("".join(line + "\n" for line in kept))
+        if state.global_step == 0:
+            self._look(0, model)
+        self.before, self.started = _weights(model), time.perf_counter()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.log = logs
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        now, weights = time.perf_counter(), _weights(model)
+        rows, successes = self.recorder.rows, self.recorder.successes
+        line = {
+            "step": state.global_step,
+            "rows": rows,
+            "kinds": [KINDS.index(self.kinds[row]) for row in rows],
+            "successes": successes,
+            "update_norm": float((weights - self.before).norm()),
+            "seconds": round(now - self.started, 1),
+        }
+        self.recorder.rows, self.recorder.successes = [], []
+        self._write("steps.jsonl", line)
+        self.before = weights
+        if state.global_step in self.marks:
+            self._look(state.global_step, model)
+        self.started = time.perf_counter()
+
+    def _write(self, name, line):
+        with open(self.folder / name, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _look(self, step, model):
+        texts, kl = _sample(model, self.tokenizer, list(self.test["prompt"]))
+        right = [is_right(text, answer) for text, answer in zip(texts, self.test["answer"].repeat(SAMPLES))]
+        table = self.test.assign(success=np.array(right).reshape(-1, SAMPLES).mean(1))
+        rates = table.groupby("kind", sort=False)["success"].mean().round(4)
+        self._write("looks.jsonl", {"step": step, "kl": round(kl, 4), "mean": float(rates.mean())} | rates.to_dict())
+        print(f"step {step}: {rates.mean():.3f}  " + ", ".join(f"{k} {v:.2f}" for k, v in rates.items()), flush=True)
+
+
+def _weights(model) -> torch.Tensor:
+    return torch.cat([p.detach().float().flatten() for p in model.parameters() if p.requires_grad])
+
+
+@torch.no_grad()
+def _sample(model, tokenizer, prompts) -> tuple[list[str], float]:
+    """Return completions of prompts at temperature 1, and the mean log-ratio to the model without adapter a token."""
+    state, training = torch.get_rng_state(), model.training
+    torch.manual_seed(0)
+    model.eval()
+    texts, ratios = [], []
+    kwargs = dict(add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True)
+    for start in range(0, len(prompts), 32):
+        batch = tokenizer.apply_chat_template(prompts[start : start + 32], **kwargs)
+        width = batch["input_ids"].shape[1]
+        found = model.generate(
+            **batch, do_sample=True, top_k=0, max_new_tokens=LENGTH, num_return_sequences=SAMPLES, use_cache=True
+        )
+        new = found[:, width:]
+        texts += tokenizer.batch_decode(new, skip_special_tokens=True)
+        ended = (new == tokenizer.eos_token_id).int()
+        mask = ended.cumsum(1) - ended == 0  # up to the end token, with it
+        few = slice(None, None, 4 * SAMPLES)  # one completion of every fourth question
+        attended = torch.cat([batch["attention_mask"][::4], mask[few].long()], 1)
+        inputs = dict(input_ids=found[few], attention_mask=attended, logits_to_keep=new.shape[1] + 1)
+        logps = []
+        for _ in range(2):
+            logits = model(**inputs).logits[:, :-1].float()
+            logps.append(logits.log_softmax(-1).gather(-1, new[few][..., None])[..., 0])
+            model.disable_adapter_layers()
+        model.enable_adapter_layers()
+        ratios.append((logps[0] - logps[1])[mask[few]])
+    model.train(training)
+    torch.set_rng_state(state)
+    return texts, float(torch.cat(ratios).mean())
+
+
+def arguments_of(folder, steps, learning_rate, seed) -> GRPOConfig:
+    return GRPOConfig(
+        output_dir=str(folder / "trainer"),
+        use_cpu=True,
+        bf16=True,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=ROWS,
+        gradient_accumulation_steps=PROMPTS * GROUP // ROWS,
+        num_generations=GROUP,
+        max_completion_length=LENGTH,
+        max_steps=steps,
+        learning_rate=learning_rate,
+        lr_scheduler_type="constant",
+        beta=0.0,
+        temperature=1.0,
+        logging_steps=1,
+        save_steps=SAVE_STEPS,
+        save_total_limit=1,
+        report_to="none",
+        disable_tqdm=True,
+        seed=seed,
+    )
+
+
+def build_trainer(arm, rows, reward, seed, folder, options, callbacks):
+    model, tokenizer = load(options.model)
+    kwargs, kind = {}, RefillingTrainer if arm == "refill" else GRPOTrainer
+    if arm in ONLINE:
+        settings, own = ONLINE[arm]
+        config = LearnAlignConfig(schedule="online", write_report=False, **settings)
+        schedule = partial(OnlineSchedule, settings=OnlineSettings(**own))
+        kwargs["train_sampler"], kind = LearnAlignSampler(config, schedule=schedule), LearnAlignGRPOTrainer
+    trainer = kind(
+        model=model,
+        reward_funcs=reward,
+        args=arguments_of(folder, options.steps, options.learning_rate, seed),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=callbacks,
+        **kwargs,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def run(arm, name, seed, folder, options) -> None:
+    questions = pool(name, seed).assign(row=lambda table: range(len(table)))
+    rows = Dataset.from_list(questions.to_dict("records"))
+    marks = [round(options.steps * part) for part in PARTS]
+    recorder = Recorder(folder)
+    tokenizer = load(options.model)[1]
+    looks = Looks(recorder, folder, tokenizer, list(questions["kind"]), marks)
+    trainer = build_trainer(arm, rows.remove_columns("kind"), recorder, seed, folder, options, [looks])
+    checkpoints = list((folder / "trainer").glob("checkpoint-*/trainer_state.json"))
+    trainer.train(resume_from_checkpoint=bool(checkpoints))
+    logs = trainer.state.log_history
+    names = ("grad_norm", "entropy", "frac_reward_zero_std")
+    names = (*names, *sorted({key for log in logs for key in log if key.startswith("learnalign/")}))
+    return {key: [log.get(key) for log in logs if "entropy" in log] for key in names}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/chat"))
+    parser.add_argument("--model", type=Path, default=Path("runs/chat/model"))
+    parser.add_argument("--arms", "--arm", nargs="+", choices=ARMS, default=["random", "online"])
+    parser.add_argument("--pools", "--pool", nargs="+", choices=POOLS, default=["short"])
+    parser.add_argument("--seeds", "--seed", nargs="+", type=int, default=[0])
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--learning_rate", type=float, default=3e-4)
+    options = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    conditions = {"steps": options.steps, "learning_rate": options.learning_rate}
+    conditions["versions"] = {name: version(name) for name in ("torch", "transformers", "trl", "peft")}
+    for name, seed, arm in [(n, s, a) for n in options.pools for s in options.seeds for a in options.arms]:
+        folder = options.output_dir / name / f"{arm.replace(' ', '-')}-{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue  # another process has it
+            if (folder / "done.json").is_file():
+                continue
+            begun = folder / "conditions.json"
+            if begun.is_file() and json.loads(begun.read_text()) != conditions:
+                sys.exit(f"'{folder}' was begun under other conditions. Pass another --output_dir, or move it away.")
+            begun.write_text(json.dumps(conditions) + "\n")
+            print(f"{name}, {arm}, seed {seed}", flush=True)
+            logged = run(arm, name, seed, folder, options)
+            (folder / "done.json").write_text(json.dumps(conditions | {"logged": logged}) + "\n")
+            shutil.rmtree(folder / "trainer", ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""Which prompts pull the policy the way that all do: learnt from the gradients that training takes anyway."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from .events import Gradient
+from .flight import Flight
+from .settings import OnlineSettings
+
+
+_COLUMNS = {"numbers": np.int64, "rows": np.int32, "clock": np.float64} | dict.fromkeys(
+    ("expected", "values"), np.float32
+)
+_LEAST_AGE = 1e-4  # a weight below would make the equations singular
+
+
+class Alignment:
+    r"""
+    Predicts the alignment of each prompt's gradient with what the pool has in common.
+
+    Let u_j be the gradient of group j, scaled to length 1, and w_j its weight, which fades; the w_j sum to 1. The
+    direction is the one that all gradients agree on best, the ridge regression of 1 on the gradients:
+
+        theta = (S + lambda / dim)^-1 m,    m = sum w_j u_j,    S = sum w_j u_j u_j'
+
+    This is m, whitened: where gradients point both ways, as for questions that can only be guessed, S is great and
+    theta is small. The alignment of group i is <u_i, theta> *without the groups of its own prompt* in theta, divided
+    by the root mean square of all: 0 for a gradient that has nothing in common with others. Of a target, m is the sum
+    over the groups of the target's prompts alone.
+
+    One observation says little, since gradients are noisy, so what is used is shared over prompts: a ridge regression
+    on their features ([`~Alignment.predict`]). Whether it can be trusted is measured: predictions made before a group
+    was drawn are compared with what was then observed ([`~Alignment.skill`]).
+
+    theta is never formed. With K = <u_i, u_j>, all alignments are H c, H = K (w K + lambda / dim)^-1, c = w.
+
+    Args:
+        features (`np.ndarray` of shape `(N, D)`): see [`SuccessPredictor`].
+        labels (`np.ndarray` of shape `(N,)`): the kind of each prompt, -1 for none. The groups of a kind count as much
+            as its prompts would if drawn uniformly, so that what was chosen does not choose itself.
+        pool (`np.ndarray` of shape `(n,)`): rows that may be drawn.
+        settings ([`OnlineSettings`]): window, ridge, half-life.
+        target (`np.ndarray` of shape `(N,)`, *optional*): rows that are the target, bool.
+
+    Attributes:
+        waiting ([`Flight`]): live groups whose gradient has not come yet.
+        dim (`int`): length of a sketch, 0 before the first.
+    """
+
+    def __init__(
+        self,
+        features: np.ndarray,
+        labels: np.ndarray,
+        pool: np.ndarray,
+        settings: OnlineSettings,
+        target: np.ndarray | None = None,
+    ):
+        self.features, self.settings, self.target = features, settings, target
+        number = int(labels.max(initial=0)) + 1
+        self.labels = np.where(labels < 0, number, labels)  # those of no kind are one
+        self.shares = np.bincount(self.labels[pool], minlength=number + 1) / len(pool)
+        self.waiting = Flight.empty()
+        self.weights, self.mean = np.zeros(features.shape[1]), 0.0
+        self.trusted = False
+        self._groups = {name: np.zeros(0, kind) for name, kind in _COLUMNS.items()}
+        self._sketches = np.zeros((0, 0), np.float16)  # of the latest groups
+        self._sums = np.zeros(6)  # of (x, y) = (expected, observed), faded: n, x, y, xx, yy, xy
+        self._fresh = 0  # groups since the last fit
+        self._observed = 0  # values that were compared with what was expected
+
+    # Learning ---------------------------------------------------------------------------------------------------
+
+    def wait_for(self, drawn: Flight) -> None:
+        """Note live groups whose gradient is to come."""
+        self.waiting = (self.waiting + drawn)[-self.settings.window :]
+
+    def observe(self, gradients: Sequence[Gradient]) -> None:
+        """
+        Learn gradients of groups that are waited for, in any order; one of length 0 says nothing.
+
+        Raises:
+            `ValueError`: sketches have different lengths, or numbers that are not finite.
+        """
+        places = {number: place for place, number in enumerate(self.waiting.numbers.tolist())}
+        new = {one.number: one for one in gradients if one.number in places}
+        if not new:
+            return
+        drawn = self.waiting[np.array([places[number] for number in new])]
+        self.waiting = self.waiting[~np.isin(self.waiting.numbers, drawn.numbers)]
+        sketches = np.stack([self._checked(one) for one in new.values()])
+        lengths = np.linalg.norm(sketches, axis=1)
+        some = lengths > 0
+        if not some.any():
+            return
+        units = (sketches[some] / lengths[some, None]).astype(np.float16)
+        drawn = drawn[some]
+        columns = drawn.numbers, drawn.rows, drawn.clock, drawn.alignment, np.full(len(drawn), np.nan)
+        joined = {
+            name: np.concatenate([self._groups[name], values.astype(_COLUMNS[name])])
+            for name, values in zip(_COLUMNS, columns, strict=True)
+        }
+        # The latest groups are the last rows of both. A gradient that comes too late for a sketch has no value, ever
+        order = np.argsort(joined["numbers"], kind="stable")
+        before = len(self._groups["numbers"]) - len(self._sketches)
+        held = np.concatenate([self._sketches.reshape(-1, units.shape[1]), units])
+        with_sketch = order[order >= before] - before
+        self._sketches = held[with_sketch][-self.settings.gradient_window :]
+        latest = order[-self.settings.window :]
+        self._groups = {name: values[latest] for name, values in joined.items()}
+        self._fresh += int(some.sum())
+        if self._fresh >= self.settings.gradient_groups:
+            self._fresh = 0
+            self._fit()
+
+    def _checked(self, gradient):
+        sketch = np.asarray(gradient.sketch, dtype=np.float32)
+        dim = self._sketches.shape[1] or len(sketch)
+        if sketch.shape != (dim,) or not np.isfinite(sketch).all():
+            raise ValueError(
+                f"The sketch of group {gradient.number} has the shape {sketch.shape}, or is not finite, where {dim} "
+                "finite numbers are needed. Leave a group out whose gradient overflowed."
+            )
+        if not len(self._sketches):
+            self._sketches = np.zeros((0, dim), np.float16)
+        return sketch
+
+    def _fit(self):
+        count = len(self._sketches)
+        window = {name: values[-count:] for name, values in self._groups.items()}
+        age = self._age(window["clock"])
+        weights = self._weights(window["rows"], age)
+        found = leave_one_out(
+            self._sketches.astype(np.float32),
+            weights,
+            weights if self.target is None else weights * self.target[window["rows"]],
+            window["rows"],
+            self.settings.whitening,
+        )
+        scale = math.sqrt((weights * found**2).sum())
+        values = found / scale if scale > 1e-9 else np.zeros(count)
+        new = np.isnan(window["values"])
+        self._compare(window["expected"][new], values[new])
+        self._groups["values"][-count:] = values
+        self._regress()
+
+    def _age(self, clock, speed=1.0):
+        return np.maximum(0.5 ** (speed * (clock.max() - clock)), _LEAST_AGE)
+
+    def _weights(self, rows, age):
+        """Weigh groups by age, and each kind as its share of the pool."""
+        kinds = self.labels[rows]
+        most = self.settings.most_kind_weight
+        drawn = np.bincount(kinds, age, len(self.shares)) / age.sum()
+        factor = np.divide(self.shares, drawn, out=np.ones(len(drawn)), where=drawn > 0)
+        weights = age * np.clip(factor, 1 / most, most)[kinds]
+        return weights / weights.sum()
+
+    def _compare(self, expected, observed):
+        known = np.isfinite(expected)
+        for x, y in zip(expected[known].tolist(), observed[known].tolist(), strict=True):
+            self._sums = self._sums * self.settings.judge_memory + [1, x, y, x * x, y * y, x * y]
+        settings, z = self.settings, self.skill * math.sqrt(self._sums[0])
+        if self._sums[0] >= settings.tried:
+            self.trusted = z > (settings.least_trust if self.trusted else settings.begin_trust)
+
+    @property
+    def skill(self) -> float:
+        """
+        Correlation between alignments that were predicted before the draw and those observed after it, over some 200
+        live groups; 0 before there are two.
+        """
+        n, x, y, xx, yy, xy = self._sums
+        spread = (n * xx - x * x) * (n * yy - y * y)
+        return float((n * xy - x * y) / math.sqrt(spread)) if spread > 1e-12 else 0.0
+
+    @property
+    def observed(self) -> float:
+        """Mean alignment of some 200 live groups of late, in units of the spread of one; NaN before any."""
+        return float(self._sums[2] / self._sums[0]) if self._sums[0] else math.nan
+
+    def _regress(self):
+        groups = self._groups
+        known = np.isfinite(groups["values"])
+        x = self.features[groups["rows"][known]].astype(np.float64)
+        # Which prompts agree changes more slowly than in what they do
+        weights = self._age(groups["clock"][known], 1 / self.settings.slower_alignment)
+        y = groups["values"][known].astype(np.float64)
+        mean = (weights * y).sum() / weights.sum()
+        precision = self.settings.alignment_ridge * np.eye(x.shape[1])
+        solved = np.linalg.solve((x * weights[:, None]).T @ x + precision, x.T @ (weights * (y - mean)))
+        # The last digits may differ between processes, whose choices must not
+        self.weights, self.mean = np.round(solved, 9), round(float(mean), 9)
+
+    # What is known ----------------------------------------------------------------------------------------------
+
+    def predict(self, rows: np.ndarray) -> np.ndarray:
+        """Return the expected alignments of these rows, of shape `(n,)`; NaN before anything was learnt."""
+        if np.isnan(self._groups["values"]).all():
+            return np.full(len(rows), np.nan)
+        return self.mean + self.features[rows].astype(np.float64) @ self.weights
+
+    def factor(self, rows: np.ndarray, utility: np.ndarray) -> np.ndarray:
+        """
+        Return what the utilities of these rows are multiplied by, of shape `(n,)`: the expected alignment over its
+        mean, within bounds; 1 as long as predictions have no skill or gradients have nothing in common.
+
+        Args:
+            rows (`np.ndarray` of shape `(n,)`): of the dataset.
+            utility (`np.ndarray` of shape `(n,)`): what each weighs in the mean.
+        """
+        if not self.trusted:
+            return np.ones(len(rows))
+        expected = self.predict(rows)
+        mean = (utility * expected).sum() / max(utility.sum(), 1e-12)
+        if not mean > 0:
+            return np.ones(len(rows))
+        return np.clip(expected / mean, self.settings.least_factor, self.settings.most_factor)
+
+    def latest(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return rows and alignments of the groups that have one, of shape `(n,)` each, in the order of the draws."""
+        known = np.isfinite(self._groups["values"])
+        return self._groups["rows"][known], self._groups["values"][known]
+
+    def metrics(self) -> dict[str, float]:
+        """Return values for a log."""
+        expected = self._sums[1] / self._sums[0] if self._sums[0] else math.nan
+        return {
+            "alignment_observed": self.observed,
+            "alignment_predicted": expected,
+            "alignment_skill": self.skill if self._sums[0] else math.nan,
+            "alignment_trusted": float(self.trusted),
+        }
+
+    def state_dict(self) -> dict:
+        """Return groups, sketches, weights and sums: 4 KB a group of the window with sketches of 2,048 numbers."""
+        return {
+            **self._groups,
+            "sketches": self._sketches,
+            "waiting": self.waiting.state_dict(),
+            "weights": self.weights,
+            "mean": self.mean,
+            "trusted": self.trusted,
+            "sums": self._sums,
+            "fresh": self._fresh,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore what `state_dict` returned. Raises a `ValueError` if it is of other features."""
+        if state["weights"].shape != self.weights.shape or state["sums"].shape != self._sums.shape:
+            raise ValueError(f"{len(state['weights'])} features, but there are {len(self.weights)} now")
+        self._groups = {name: state[name].astype(kind) for name, kind in _COLUMNS.items()}
+        self._sketches = state["sketches"].astype(np.float16)
+        if self._sketches.ndim != 2 or len(self._sketches) > len(self._groups["numbers"]):
+            raise ValueError(f"sketches have the shape {self._sketches.shape}")
+        self.waiting = Flight.from_state(state["waiting"])
+        self.weights, self.mean = state["weights"].copy(), float(state["mean"])
+        self.trusted, self._sums, self._fresh = bool(state["trusted"]), state["sums"].copy(), int(state["fresh"])
+
+
+def leave_one_out(
+    units: np.ndarray, weights: np.ndarray, shares: np.ndarray, rows: np.ndarray, whitening: float
+) -> np.ndarray:
+    r"""
+    Return <u_i, (S + lambda / dim)^-1 m> for every i, of shape `(n,)`, with the groups of the row of i left out of S
+    and m.
+
+    Leaving a block B out is Woodbury's identity: with a = H c, H = U (S + lambda / dim)^-1 U',
+
+        a_B without B = (I - H_BB W_B)^-1 (a_B - H_BB c_B)
+
+    Args:
+        units (`np.ndarray` of shape `(n, dim)`): gradients of length 1.
+        weights (`np.ndarray` of shape `(n,)`): w, above 0, with sum 1.
+        shares (`np.ndarray` of shape `(n,)`): c, the weights in m.
+        rows (`np.ndarray` of shape `(n,)`): of the dataset.
+        whitening (`float`): lambda, in mean eigenvalues of S, which is 1 / dim.
+    """
+    scale = np.sqrt(weights)
+    inner = (units @ units.T).astype(np.float64)
+    scaled = scale[:, None] * inner * scale
+    ridge = whitening / units.shape[1]
+    rest = ridge * np.linalg.inv(scaled + ridge * np.eye(len(units)))
+    hat = (np.eye(len(units)) - rest) / scale[:, None] / scale
+    own = np.diag(hat)
+    full = hat @ shares
+    found = (full - own * shares) / (1 - own * weights)
+    unique, counts = np.unique(rows, return_counts=True)
+    for row in unique[counts > 1]:
+        block = np.flatnonzero(rows == row)
+        part = hat[np.ix_(block, block)]
+        left = np.eye(len(block)) - part * weights[block]
+        found[block] = np.linalg.solve(left, full[block] - part @ shares[block])
+    return found
