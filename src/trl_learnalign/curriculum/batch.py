@@ -1,7 +1,7 @@
 """Finished groups as arrays: what each part of the curriculum learns from, whatever the order of the parts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -26,6 +26,8 @@ class Batch:
             without a gradient though their outcomes differ.
         visits (`np.ndarray` of shape `(n,)`): visits of the prompt before.
         retired, parked (`np.ndarray` of shape `(n,)`): state of the prompt before, bool.
+        inconsistent (`np.ndarray` of shape `(n,)`): rollouts whose completion another one of the group has as well,
+            with another reward; NaN where that is not known.
     """
 
     drawn: Flight
@@ -37,6 +39,7 @@ class Batch:
     visits: np.ndarray
     retired: np.ndarray
     parked: np.ndarray
+    inconsistent: np.ndarray
 
     @property
     def trials(self) -> np.ndarray:
@@ -64,8 +67,7 @@ class Batch:
         return ~varies(self.outcomes)
 
     def __getitem__(self, places: np.ndarray) -> "Batch":
-        arrays = self.outcomes, self.sizes, self.masked, self.live, self.dead, self.visits, self.retired, self.parked
-        return Batch(self.drawn[places], *(array[places] for array in arrays))
+        return Batch(*(getattr(self, one.name)[places] for one in fields(self)))
 
 
 def varies(outcomes: np.ndarray) -> np.ndarray:

@@ -7,14 +7,16 @@ from dataclasses import asdict
 import numpy as np
 
 from .batch import Batch, checked_mask, stacked, varies
+from .clusters import kinds_of
 from .events import Draw, Group
 from .flight import Flight
 from .graded import RewardScale, VarianceCurve
 from .history import History
 from .judge import Judge
+from .kinds import Kinds
 from .memory import PromptMemory
 from .order import Order, Permutations, UniformDraws, rows_of
-from .predictor import SuccessPredictor, expected_learnability
+from .predictor import SuccessPredictor, checked_features, expected_learnability
 from .rewards import RewardReader, has_gradient, is_success, read_rewards
 from .scored import Scored
 from .settings import OnlineSettings
@@ -56,6 +58,8 @@ class OnlineCurriculum:
             Uniform draws are of the whole pool.
         order ([`Order`], *optional*): of uniform draws; random by default.
         read ([`RewardReader`], *optional*): reads rewards; by default as [`read_rewards`].
+        kinds (`np.ndarray` of shape `(N,)`, *optional*): the kind of each prompt, as [`Kinds`] takes it; by default
+            [`kinds_of`] the features of those that may be chosen. What is chosen does not depend on them.
 
     Raises:
         `ValueError`: the features or the group size have another shape or range.
@@ -72,22 +76,15 @@ class OnlineCurriculum:
         choosable: np.ndarray | None = None,
         order: Order | None = None,
         read: RewardReader = read_rewards,
+        kinds: np.ndarray | None = None,
     ):
-        features = np.asarray(features)
-        if features.ndim != 2 or not len(features):
-            raise ValueError(
-                f"`features` have the shape {features.shape}, but a row of numbers for each prompt is needed. Pass "
-                "`np.ones((number_of_prompts, 1))` if nothing is known of the prompts."
-            )
+        features = checked_features(features)
         if group_size < 2:
             raise ValueError(
                 f"`group_size` is {group_size}, but a group of one rollout has no gradient. Use 2 or more."
             )
         self.settings = settings = OnlineSettings() if settings is None else settings
         self.features, self.group_size, self.seed = features, group_size, seed
-        if not np.isfinite(features).all():
-            row = int(np.flatnonzero(~np.isfinite(features).all(1))[0])
-            raise ValueError(f"`features` of row {row} are not finite. Replace NaN by 0, the mean of a column.")
         self.pool = rows_of("pool", np.arange(len(features)) if pool is None else pool, len(features))
         self.choosable = self.pool if choosable is None else rows_of("choosable", choosable, len(features))
         self._read = read
@@ -97,6 +94,8 @@ class OnlineCurriculum:
         self.scored = Scored(features, settings)
         self.scale, self.curve = RewardScale(), VarianceCurve()
         self.history = History(settings.history_groups)
+        labels = kinds_of(features, self.choosable, seed) if kinds is None else kinds
+        self.kinds = Kinds(labels, self.pool, len(features))
         self.order = UniformDraws(self.pool, Permutations(len(self.pool), seed) if order is None else order)
         self.flight = Flight.empty()
         self.completions: dict[int, str] = {}  # of suspects, by row
@@ -234,6 +233,7 @@ class OnlineCurriculum:
         predicted = np.where(drawn.learnt, drawn.prior, np.nan)
         self.predictor.observe(drawn.numbers, drawn.rows, drawn.clock, batch.successes, batch.trials, predicted)
         self.scored.observe(batch)
+        self.kinds.observe(batch)
         self.memory.observe(batch, self._weight)
         self.history.record(self._state_of_the_pool())
         self.remember({group.row: group.completion for group in known if group.completion is not None})
@@ -273,7 +273,8 @@ class OnlineCurriculum:
         outcomes[dead] = np.nan
         rows, memory = drawn.rows, self.memory
         before = memory.visits[rows].copy(), memory.is_retired(rows), memory.is_parked(rows)
-        return Batch(drawn, outcomes, sizes, masked, live, dead, *before)
+        inconsistent = np.array([np.nan if group.inconsistent is None else group.inconsistent for group in groups])
+        return Batch(drawn, outcomes, sizes, masked, live, dead, *before, inconsistent)
 
     def _outcomes(self, deciding):
         """Return 1 for a success, else 0; graded rewards scaled to [0, 1]. NaN where there is none."""
@@ -373,7 +374,7 @@ class OnlineCurriculum:
             ) from error
 
 
-_PARTS = "memory", "judge", "predictor", "scored", "scale", "curve", "history", "order", "flight"
+_PARTS = "memory", "judge", "predictor", "scored", "scale", "curve", "history", "kinds", "order", "flight"
 _LOGGED = (
     *("choosing", "live_fraction", "live_chosen", "live_uniform", "predicted_success", "observed_success"),
     *("pool_success", "skill", "headroom", "retired", "unscored", "suspects"),

@@ -161,3 +161,22 @@ def all_fail(a: np.ndarray, b: np.ndarray, trials: np.ndarray) -> np.ndarray:
 
 def _log_gamma(x):
     return np.array([math.lgamma(value) for value in np.asarray(x, dtype=np.float64).ravel()]).reshape(np.shape(x))
+
+
+def checked_features(features: np.ndarray) -> np.ndarray:
+    """
+    Return features of prompts.
+
+    Raises:
+        `ValueError`: they are no row of finite numbers for each prompt.
+    """
+    features = np.asarray(features)
+    if features.ndim != 2 or not len(features):
+        raise ValueError(
+            f"`features` have the shape {features.shape}, but a row of numbers for each prompt is needed. Pass "
+            "`np.ones((number_of_prompts, 1))` if nothing is known of the prompts."
+        )
+    if not np.isfinite(features).all():
+        row = int(np.flatnonzero(~np.isfinite(features).all(1))[0])
+        raise ValueError(f"`features` of row {row} are not finite. Replace NaN by 0, the mean of a column.")
+    return features

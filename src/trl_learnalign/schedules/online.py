@@ -14,7 +14,14 @@ from ..host.rewards import check_success_reward
 from ..measures.feature_file import PromptFeatures
 from . import online_words as words
 from .base import Describes, Prepares, Run, Schedule, Ticks, whole_pool
-from .prompt_features import check_online, eligible_rows, hidden_features, known_beforehand, whole_features
+from .prompt_features import (
+    check_online,
+    eligible_rows,
+    hidden_features,
+    kinds_by_column,
+    known_beforehand,
+    whole_features,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -34,6 +41,7 @@ class OnlineSchedule(Schedule, Ticks, Describes, Prepares):
         curriculum ([`OnlineCurriculum`]): from the beginning of training on.
         pool (`np.ndarray` of shape `(n,)`): rows that may be trained on.
         known (`list[str]`): names of what success is predicted from, besides a prompt's own rewards.
+        kind_names (`list[str]`, *optional*): names of the kinds of prompts, where `group_column` gives them.
     """
 
     def __init__(self, run: Run, settings: OnlineSettings | None = None):
@@ -46,6 +54,7 @@ class OnlineSchedule(Schedule, Ticks, Describes, Prepares):
         )
         self._curriculum: OnlineCurriculum | None = None
         self.known: list[str] = []
+        self.kind_names: list[str] | None = None
         self._hidden: PromptFeatures | None = None
         self._logged = False  # the figures, to the trackers
         self._said = np.zeros(len(words.KINDS), bool)  # kinds of warnings that were given
@@ -88,6 +97,7 @@ class OnlineSchedule(Schedule, Ticks, Describes, Prepares):
         hidden = hidden_features(host, config, self.layout, self.pool, peers, features_key)
         features, self._hidden = whole_features(host.dataset, config, hidden)
         seed = self.run.seed if config.selection_seed is None else config.selection_seed
+        labels, self.kind_names = kinds_by_column(host.dataset, config)
         self.curriculum = OnlineCurriculum(
             features,
             group_size=self.run.group_size,
@@ -97,6 +107,7 @@ class OnlineSchedule(Schedule, Ticks, Describes, Prepares):
             choosable=None if hidden is None else hidden.rows,
             order=RandomOrder(len(self.pool), self.run.seed),
             read=self._read_rewards,
+            kinds=labels,
         )
 
     def _read_completions(self, peers) -> dict[int, str]:

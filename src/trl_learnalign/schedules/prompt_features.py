@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 MOST_GROUPS = 256
 PER_VISIT = 20  # prompts that are looked at for each that a run trains on
 LEAST_PART = 4096
+NO_VALUE = "no value"  # of `group_column`
 
 
 def check_online(dataset: Dataset, config) -> None:
@@ -88,6 +89,17 @@ def column_features(dataset: Dataset, config) -> np.ndarray:
         rates = rates.fillna(rates.mean()).clip(0.02, 0.98)
         columns.append(_standard(np.log((rates / (1 - rates)).to_numpy())))
     return np.stack(columns, axis=1)
+
+
+def kinds_by_column(dataset: Dataset, config) -> tuple[np.ndarray | None, list[str] | None]:
+    """
+    Return for each row the number of its value of `group_column`, of shape `(N,)`, int16, and the values as texts, by
+    number. `None` for both without such a column.
+    """
+    if config.group_column is None:
+        return None, None
+    codes, names = pd.factorize(_column(dataset, config.group_column), use_na_sentinel=False)
+    return codes.astype(np.int16), [NO_VALUE if pd.isna(name) else str(name) for name in names]
 
 
 def _column(dataset, name) -> pd.Series:
