@@ -13,7 +13,7 @@ import pytest
 import trl_learnalign
 from trl_learnalign import LearnAlignConfig
 from trl_learnalign.config import FREE_BEFORE_SELECTION, FREE_ON_RESUME, FREE_WITHOUT_TARGET
-from trl_learnalign.gradients.engine import unseen_message
+from trl_learnalign.gradients.layers import unseen_message
 
 
 ROOT = Path(__file__).parent.parent

@@ -26,7 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from trl_learnalign import LearnAlignConfig, select_prompts
-from trl_learnalign.gradients.engine import PROBE_RANK, PromptGradients, UnseenParametersError
+from trl_learnalign.gradients.engine import PROBE_RANK, PromptGradients
+from trl_learnalign.gradients.layers import UnseenParametersError
 from trl_learnalign.gradients.modes import checkpoints, dropout_off
 from trl_learnalign.ground.hashing import stable_hash
 from trl_learnalign.ground.store import Log, prepare

@@ -102,6 +102,7 @@ class LearnAlignCallback(TrainerCallback):
         return self.sampler
 
     def _write_state(self, directory: Path, is_writer: bool, peers: Peers) -> None:
+        self._tap.before_checkpoint(peers)
         self._checkpoints.write(directory, is_writer, peers, self.pending)
 
     def _begin(self, stream: Stream) -> None:
@@ -153,6 +154,7 @@ class LearnAlignCallback(TrainerCallback):
             self.announce(state)
             if saved is None:
                 prepares.look(self.host, peers)
+            self._tap.begin()
             peers.wait()
         self.warn_of_uploads()
         self.announcer.count_from(state.global_step)
@@ -195,6 +197,7 @@ class LearnAlignCallback(TrainerCallback):
 
     def ended(self) -> None:
         """Note that training has ended, finished or not."""
+        self._tap.end()
         self.host.note_functions()
         self.unlock()
 

@@ -5,9 +5,9 @@ A training loop asks [`OnlineCurriculum`] for draws, hands finished groups back,
 optimizer steps it took.
 """
 
-from .events import Draw, Group
+from .events import Draw, Gradient, Group
 from .online import OnlineCurriculum
 from .settings import OnlineSettings
 
 
-__all__ = ["Draw", "Group", "OnlineCurriculum", "OnlineSettings"]
+__all__ = ["Draw", "Gradient", "Group", "OnlineCurriculum", "OnlineSettings"]

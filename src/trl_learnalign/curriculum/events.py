@@ -1,4 +1,4 @@
-"""The two events of a curriculum: a prompt was drawn, and the rollouts of a draw are finished."""
+"""The events of a curriculum: a prompt was drawn, its rollouts are finished, its gradient was taken."""
 
 from dataclasses import dataclass
 
@@ -32,7 +32,6 @@ class Group:
         completion (`str`, *optional*): text of the first rollout, where one was asked for.
         inconsistent (`int`, *optional*): rollouts whose completion another one of the group has as well, with another
             reward.
-        sketch (`np.ndarray` of shape `(dim,)`, *optional*): of its gradient, where alignment is wanted.
     """
 
     number: int
@@ -41,4 +40,20 @@ class Group:
     masked: np.ndarray | None = None
     completion: str | None = None
     inconsistent: int | None = None
-    sketch: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """
+    The gradient of one group, as training took it, when the backward passes of all its rows are done.
+
+    Attributes:
+        number (`int`): of the draw. A second one of the same draw changes nothing.
+        row (`int`): row of the dataset.
+        sketch (`np.ndarray` of shape `(dim,)`): a sketch of the gradient of the loss, float32: of the group's part in
+            the gradient that the optimizer gets. Zero for a group without a gradient.
+    """
+
+    number: int
+    row: int
+    sketch: np.ndarray

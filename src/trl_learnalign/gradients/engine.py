@@ -16,16 +16,12 @@ import torch
 from torch import nn
 
 from ..ground.hashing import stable_hash
+from .layers import UnseenParametersError, clean_name, trainable_layers, unseen_message
 from .modes import checkpoints
 from .sketch import Concatenation, Sketch
 
 
 PROBE_RANK = 16
-_WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
-
-
-class UnseenParametersError(ValueError):
-    """Trainable tensors whose gradient would be missed."""
 
 
 class _Tap:
@@ -204,21 +200,11 @@ def check_parameters(model: nn.Module, probe: bool) -> None:
     _probe_layers(model) if probe else _lora_taps(model)
 
 
-def clean_name(name: str) -> str:
-    """Return the name of a module or parameter without the names of modules wrapped around it."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
 def _lora_taps(model) -> list[_Tap]:
-    taps, seen = [], set()
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module.weight.requires_grad:
-            taps.append(_Tap(clean_name(name), module, None))
-            seen.add(id(module.weight))
-    unseen = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in seen]
-    if unseen or not taps:
+    layers, unseen = trainable_layers(model)
+    if unseen or not layers:
         raise UnseenParametersError(unseen_message(unseen))
-    return taps
+    return [_Tap(name, module, None) for name, module in layers.items()]
 
 
 def _probe_layers(model) -> dict[str, nn.Linear]:
@@ -244,18 +230,3 @@ def _probe_taps(model, seed) -> list[_Tap]:
         probe = torch.empty(PROBE_RANK, module.in_features).uniform_(-bound, bound, generator=generator)
         taps.append(_Tap(name, module, probe))
     return taps
-
-
-def unseen_message(names: list[str]) -> str:
-    """Write the message of an [`UnseenParametersError`] about these tensors."""
-    if not names:
-        return (
-            "The model has no trainable parameter, so no gradients can be taken. Check that the adapter is active and "
-            "not in inference mode."
-        )
-    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    return (
-        "Per-prompt gradients cover the weights of linear layers, such as LoRA's A and B, but these trainable "
-        f"tensors would be missed: {shown}. Train without them (no `use_dora`, `bias`, `modules_to_save`, "
-        "`target_parameters` or LoRA on embeddings), or use `score='learnability'`, which takes no gradients."
-    )

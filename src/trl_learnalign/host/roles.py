@@ -12,7 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..gradients.modes import dropout_off
 from ..ground.peers import Peers
-from . import generation, taps
+from . import generation, gradient_tap, taps
 from .facts import Facts
 from .generation import NoLogps
 from .groups import RolloutGroup, Row
@@ -91,7 +91,8 @@ class Differentiates(Facts):
         self.require(DIFFERENTIATES)
         # The functions, not where they are defined: a method that was replaced on the instance is another loss as well
         ours = self.loss_methods
-        changed = [f"`{name}`" for name in ours if _function(self.trainer, name) is not _function(self.served, name)]
+        functions = {name: [taps.own_function(owner, name) for owner in (self.trainer, self.served)] for name in ours}
+        changed = [f"`{name}`" for name, (own, served) in functions.items() if own is not served]
         if changed:
             kind, served = type(self.trainer).__name__, self.served.__name__
             raise ValueError(
@@ -170,6 +171,14 @@ class Trains(Facts):
         """Report every generation for training: [`~trl_learnalign.host.taps.RewardTap`]."""
         return taps.RewardTap(self.trainer, self.generation_method, observer, check).undo
 
+    def gradients_obstacle(self) -> str | None:
+        """Return why training's gradients cannot be had: [`~trl_learnalign.host.gradient_tap.gradients_obstacle`]."""
+        return gradient_tap.gradients_obstacle(self)
+
+    def tap_gradients(self, dim: int | None, seed: int) -> gradient_tap.GradientTap:
+        """Sum the gradients of training by group: [`~trl_learnalign.host.gradient_tap.GradientTap`]."""
+        return gradient_tap.GradientTap(self, dim, seed)
+
     def before_checkpoint(self, write: CheckpointWriter) -> taps.Undo:
         """
         Call `write(directory, is_writer, peers)` on every process whenever a checkpoint is saved, before anything else
@@ -222,9 +231,3 @@ class Trains(Facts):
         """Note that the weights were changed by something else than a step: vLLM still holds the old ones."""
         if getattr(self.args, "use_vllm", False):
             self.trainer._last_loaded_step = -1
-
-
-def _function(owner, name):
-    """Return the function of a method of an instance or a class, `None` without one."""
-    method = getattr(owner, name, None)
-    return getattr(method, "__func__", method)

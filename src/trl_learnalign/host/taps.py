@@ -75,7 +75,7 @@ class RewardTap:
     def _generate(self, inner, inputs, *args, **kwargs):
         trainer, before = self.trainer, self._under_way
         # Asked before the generation, as some ways to generate leave the model in another mode
-        training = trainer.is_in_train and trainer.model.training and trainer not in SELECTING
+        training = for_training(trainer)
         self._under_way = _Generation(self._counter.batches_before(), inputs) if training else None
         try:
             if self._under_way is None:
@@ -177,6 +177,11 @@ def _agreed(trainer, failure: Exception | None, digest: int, trained: np.ndarray
             "from the last checkpoint on equal machines."
         )
     return found[:, 2:].bool().flatten().numpy() if accelerator.num_processes > 1 else trained
+
+
+def for_training(trainer: RolloutTrainer) -> bool:
+    """Tell if a generation that begins now is for training: not for an evaluation, nor for a selection."""
+    return trainer.is_in_train and trainer.model.training and trainer not in SELECTING
 
 
 def wrap(trainer: Trainer, name: str, around: Callable) -> Undo:

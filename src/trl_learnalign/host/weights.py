@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from transformers import Trainer
 
-from ..gradients.engine import clean_name
+from ..gradients.layers import clean_name
 
 
 def weights_digest(trainer: Trainer) -> str:

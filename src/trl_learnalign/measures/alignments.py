@@ -10,7 +10,8 @@ import torch
 
 from ..curriculum.rewards import is_success
 from ..data.reading import columns_read
-from ..gradients.engine import UnseenParametersError, check_parameters, unseen_message
+from ..gradients.engine import check_parameters
+from ..gradients.layers import UnseenParametersError, unseen_message
 from ..ground.store import Log
 from ..host import Host
 from ..host.groups import Row

@@ -1,6 +1,6 @@
 """Schedules, which decide which prompt is trained on when."""
 
-from .base import Describes, Prepares, Run, Schedule, Selects, Ticks
+from .base import Describes, LearnsFromGradients, Prepares, Run, Schedule, Selects, Ticks
 from .online import OnlineSchedule
 from .staged import StagedSchedule
 
@@ -11,6 +11,7 @@ SCHEDULES: dict[str, type[Schedule]] = {"staged": StagedSchedule, "online": Onli
 __all__ = [
     "SCHEDULES",
     "Describes",
+    "LearnsFromGradients",
     "OnlineSchedule",
     "Prepares",
     "Run",

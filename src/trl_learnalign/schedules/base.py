@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..curriculum.events import Group
+from ..curriculum.events import Gradient, Group
 from ..run.layout import Layout
 
 
@@ -78,7 +78,7 @@ class Schedule:
       results, so random numbers come from a generator with a fixed seed.
 
     No other attribute of a schedule is looked up, so a schedule may have any. Schedules that want more of the trainer
-    also derive from [`Selects`], [`Describes`], [`Prepares`] or [`Ticks`].
+    also derive from [`Selects`], [`Describes`], [`Prepares`], [`Ticks`] or [`LearnsFromGradients`].
 
     Args:
         run ([`Run`]): the run that begins.
@@ -159,6 +159,34 @@ class Ticks:
 
     def tick(self, steps: int) -> None:
         """Note that so many optimizer steps were taken since the last call."""
+        raise NotImplementedError
+
+
+class LearnsFromGradients:
+    """
+    A schedule that learns from the gradients which training takes, at no backward more. The groups of a chunk are
+    observed when their rewards are known; their gradients follow when the chunk was trained on, before the groups of
+    the next chunk are observed.
+
+    Attributes:
+        gradient_dim (`int`, *optional*): length of the sketches of gradients; `None` where none are wanted. Read once,
+            when training begins and after a state was loaded.
+    """
+
+    gradient_dim: int | None
+
+    def observe_gradients(self, gradients: list[Gradient]) -> None:
+        """
+        Learn from the gradients of groups. Groups whose rollouts were not all trained on are left out; one with a
+        known number must change nothing.
+        """
+        raise NotImplementedError
+
+    def no_gradients(self, reason: str) -> None:
+        """
+        Note that there will be no gradients: called once, when training begins, or with the second chunk where only
+        training shows it.
+        """
         raise NotImplementedError
 
 

@@ -70,6 +70,8 @@ class Stream:
         selects ([`Selects`], *optional*): the schedule, if selections are made for it.
         describes ([`Describes`]): the schedule, if it has something to say, else what says nothing.
         prepares ([`Prepares`]): the schedule, if it looks at the trainer, else what does not.
+        gradients (`dict`, *optional*): sums of the gradients of the chunk that is trained on, as the last checkpoint
+            holds them, see [`~trl_learnalign.schedules.gradients.ChunkGradients`].
     """
 
     def __init__(self, schedule: Schedule, layout: Layout):
@@ -78,6 +80,7 @@ class Stream:
         self.describes = schedule if isinstance(schedule, Describes) else Describes()
         self.prepares = schedule if isinstance(schedule, Prepares) else Prepares()
         self.drawn = 0
+        self.gradients: dict | None = None
         self._record: dict[int, list[int]] = {}  # rows by chunk: those in flight, and some before
 
     @property
@@ -156,7 +159,7 @@ class Stream:
             "drawn": self.drawn,
             "in_flight": {"chunks": np.array([*self._record], np.int64), "rows": rows},
             "state": self.schedule.state_dict(),
-        }
+        } | ({} if self.gradients is None else {"gradients": self.gradients})
 
     def load_state_dict(self, saved: dict) -> dict:
         """
@@ -194,6 +197,8 @@ class Stream:
                 "the same), or start a new run."
             )
         self._check(drawn, chunks, rows)
+        self.gradients = saved.get("gradients")
+        self._check_gradients(self.gradients, drawn)
         self.drawn, self._record = drawn, dict(zip(chunks, rows, strict=True))
         return state
 
@@ -211,6 +216,25 @@ class Stream:
             raise ValueError(
                 f"The sampler state in the checkpoint names row {outside[0]}, but the training dataset has {size} "
                 "rows."
+            )
+
+    def _check_gradients(self, saved, drawn):
+        """Raise an error unless these are sums of gradients of a chunk of this stream."""
+        n, layout = self.layout.chunk_prompts, self.layout
+        if saved is None:
+            return
+        try:
+            chunk, rows, came, sums = (saved[name] for name in ("chunk", "rows", "came", "sums"))
+            fits = type(chunk) is int and 0 <= chunk < drawn and rows.shape == came.shape == (n,)
+            fits = fits and sums.dtype == np.float32 and sums.ndim == 2 and len(sums) == n
+            whole = fits and ((rows >= 0) & (rows < layout.pool_size)).all()
+            whole = whole and ((came >= 0) & (came <= layout.group_size)).all()
+        except (KeyError, TypeError, AttributeError):
+            whole = False
+        if not whole:
+            raise ValueError(
+                "The sampler state in the checkpoint is damaged: its sums of gradients are not those of a chunk of "
+                f"{n} groups of {layout.group_size}. Resume from an earlier checkpoint."
             )
 
 

@@ -1,4 +1,4 @@
-"""The rewards of training, handed to a schedule as groups."""
+"""The rewards of training, handed to a schedule as groups, and their gradients."""
 
 import hashlib
 from typing import TYPE_CHECKING
@@ -8,10 +8,13 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from ..data.prompts import prompt_text
 from ..data.reading import has_transform, read_rows
+from .base import LearnsFromGradients
+from .gradients import ChunkGradients
 from .stream import Stream
 
 
 if TYPE_CHECKING:
+    from ..ground.peers import Peers
     from ..host import Host
 
 
@@ -30,16 +33,48 @@ class GroupTap:
 
     def __init__(self, host: "Host"):
         self.host = host
+        self._gradients: ChunkGradients | None = None
         host.on_rewards(self.observe, self.check_rows)
+
+    def begin(self) -> None:
+        """
+        Begin to watch the gradients of training, if the schedule learns from them; it is told where there are none.
+        Called when training begins, after the schedule's state was loaded.
+        """
+        self.end()
+        schedule = self.stream.schedule
+        dim = schedule.gradient_dim if isinstance(schedule, LearnsFromGradients) else None
+        reason = None if dim is None else self.host.gradients_obstacle()
+        if dim is not None and reason is None:
+            self._gradients = ChunkGradients(self.host, self.stream, schedule, dim)
+            return
+        self.stream.gradients = None
+        if reason is not None:
+            schedule.no_gradients(reason)
+
+    def end(self) -> None:
+        """Watch the gradients of training no more."""
+        if self._gradients is not None:
+            self._gradients.end()
+        self._gradients = None
+
+    def before_checkpoint(self, peers: "Peers") -> None:
+        """Put the gradients so far into the stream, for a checkpoint. Called on all processes."""
+        if self._gradients is not None:
+            self._gradients.agree(peers)
 
     def observe(
         self, batch: int, inputs: list[dict], completions: list, rewards: np.ndarray, trained: np.ndarray
     ) -> None:
         """Show a chunk to the schedule; see [`~trl_learnalign.host.taps.RewardTap`] for the arguments."""
-        schedule = self.stream.schedule
+        schedule, chunk = self.stream.schedule, batch // self.stream.layout.repeats
+        if self._gradients is not None and not self._gradients.hand_over():
+            self._gradients = None
         masked = ~trained if len(trained) == len(rewards) and not trained.all() else None
-        groups = self.stream.groups(batch // self.stream.layout.repeats, rewards, masked)
+        groups = self.stream.groups(chunk, rewards, masked)
         schedule.observe(groups)
+        if self._gradients is not None:
+            self._gradients.begin(chunk)
         self._complete(groups, completions, len(inputs))
         for name, value in schedule.metrics().items():
             if np.isfinite(value):
