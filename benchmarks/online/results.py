@@ -18,6 +18,7 @@ FILE = ROOT / "benchmarks" / "results" / "online.json"
 ARMS = {
     "uniform": "random prompts (stock GRPOTrainer)",
     "online": "online",
+    "learnalign online": "online, learnability times alignment",
     "online without features": "online, `prompt_features=False`",
     "online with groups": "online, `group_column`",
     "online without fading": "online, observations never fade",
