@@ -24,6 +24,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,7 @@ class Task:
     max_completion: int = MAX_COMPLETION
 
 
+@cache
 def read_equations(dataset_path: Path | None) -> tuple[Dataset, Dataset]:
     """The equations to train on and those held out."""
     if dataset_path is None:
