@@ -20,7 +20,7 @@ sys.path.insert(0, str(HERE.parent))
 import results
 from figure import ONE, draw
 from pages import ROOT, fill, publish, table
-from results import ARMS, area_gains, end, gains, interval, of, paired, share
+from results import ARMS, area_gains, end, gains, interval, of, paired, points, share
 from skills import LEVELS, TARGET, TASKS
 
 
@@ -71,14 +71,6 @@ REFILL_GOAL = 0.35  # of refill's rollouts, to its final success
 def percent(values) -> str:
     """The mean of shares."""
     return f"{100 * fmean(values):.1f}"
-
-
-def points(values) -> str:
-    """The mean of differences with its interval; the values themselves where there are too few for one."""
-    around = interval(values)
-    if around is None:
-        return ", ".join(f"{value:+.1f}" for value in values)
-    return f"{fmean(values):+.1f} [{around[0]:+.1f}, {around[1]:+.1f}]"
 
 
 def needed(found) -> str:

@@ -12,7 +12,8 @@ and `hard-50` have fewer and more equations, `hard-small` a twentieth of all, an
 is all equations; `live` those whose success rate under the first policy is well inside (0, 1). `hard-wrong` and
 `clean-wrong` have a wrong answer in every tenth row, `hard-wrong-30` in three of ten. In `hard-copies` a fifth of the
 rows are copies of others with two operands exchanged, and of `hard-noisy` a failed rollout is rewarded now and then.
-`skills` and `skills-target` are those of skills.py, for a policy of their own.
+`skills` and `skills-target` are those of skills.py, for a policy of their own. Those that chance decides in part,
+`coins` and others, are described in coins.py.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +36,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
+from coins import CHANCE, chance_reward, coin_pool
+from coins import POOLS as COINS
 from demo import POLICY
 from equations import equations_reward, generate_chains, load_gsm8k_equations
 from hard_pool import EQUATION, HARD, SIZES, TRIVIAL, hard_pool
@@ -50,7 +54,7 @@ MIXED = {
 }
 WRONG_SHARES = {"hard-wrong": 0.1, "hard-wrong-30": 0.3, "clean-wrong": 0.1}
 SKILLS = "skills", "skills-target"
-POOLS = (*MIXED, "clean", "live", *WRONG_SHARES, "hard-copies", "hard-noisy", *SKILLS)
+POOLS = (*MIXED, "clean", "live", *WRONG_SHARES, "hard-copies", "hard-noisy", *SKILLS, *COINS)
 COPIES = 0.2  # of the rows of `hard-copies`
 FALSE_POSITIVES = 0.05  # of the failed rollouts of `hard-noisy`
 LIVE_BETWEEN = (0.3, 0.7)  # success rates of the pool `live`, of `LIVE_SAMPLES` rollouts
@@ -67,9 +71,10 @@ class Pool:
     """
 
     rows: Dataset
-    kind: np.ndarray  # (N,) of hard_pool.KINDS, or of skills the task times four plus the level
+    kind: np.ndarray  # (N,) of coins.KINDS, or of skills the task times four plus the level
     wrong: np.ndarray  # (N,) of booleans: the answer is not the right one, or the prompt is a copy
     false_positives: float = 0.0  # share of the failed rollouts that are rewarded
+    coins: np.ndarray | None = None  # (N,) of booleans: every rollout is rewarded at one half, whatever it says
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,7 @@ class Task:
     max_completion: int = MAX_COMPLETION
 
 
+@cache
 def read_equations(dataset_path: Path | None) -> tuple[Dataset, Dataset]:
     """The equations to train on and those held out."""
     if dataset_path is None:
@@ -102,6 +108,10 @@ def make_pool(name: str, dataset_path: Path | None, seed: int = 0, cache: Path |
         kinds = LEVELS * np.array(rows["task"], np.int8) + np.array(rows["level"], np.int8)
         return Pool(rows.remove_columns("level"), kinds, np.zeros(len(rows), bool))
     equations = read_equations(dataset_path)[0]
+    if name in COINS:
+        rows, kinds = coin_pool(name, equations, seed)
+        none = np.zeros(len(rows), bool)
+        return Pool(rows, kinds, none, coins=none if COINS[name].labels else kinds == CHANCE)
     mixed = name if name in MIXED else "hard" if name.startswith("hard") else None
     if mixed is not None:
         rows = hard_pool(equations, seed, MIXED[mixed])
@@ -122,7 +132,8 @@ def make_pool(name: str, dataset_path: Path | None, seed: int = 0, cache: Path |
 def make_task(name: str, dataset_path: Path | None, folder: Path) -> Task:
     """What the runs on the pool `name` have in common. `folder` holds the policy of skills_policy.py."""
     if name not in SKILLS:
-        return Task(POLICY, equations_reward, read_equations(dataset_path)[1])
+        reward = chance_reward if name in COINS else equations_reward
+        return Task(POLICY, reward, read_equations(dataset_path)[1])
     from skills import exact_reward, split
 
     policy = folder / "skills-policy"
@@ -217,6 +228,8 @@ def main() -> None:
         pool = make_pool(name, arguments.dataset_path, arguments.seed, arguments.output_dir / "pools")
         task = make_task(name, arguments.dataset_path, arguments.output_dir)
         counts = count_successes(*load_policy(task.policy), pool.rows, 8, reward=task.reward)
+        if pool.coins is not None:
+            counts[pool.coins] = np.random.default_rng(arguments.seed).binomial(8, 0.5, pool.coins.sum())
         lengths = np.array([len(prompt) for prompt in pool.rows["prompt"]])
         print(f"{name}: {len(counts)} prompts, {(pool.wrong).mean():.2f} with wrong answers", flush=True)
         for label, chosen in [("all", counts >= 0)] + [(kind, pool.kind == kind) for kind in set(pool.kind.tolist())]:

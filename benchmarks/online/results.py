@@ -10,6 +10,7 @@ from statistics import fmean, stdev
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
+from coins import POOLS as COINS
 from demo_online import rollouts_to
 from pools import POOLS
 
@@ -18,6 +19,7 @@ FILE = ROOT / "benchmarks" / "results" / "online.json"
 ARMS = {
     "uniform": "random prompts (stock GRPOTrainer)",
     "online": "online",
+    "learnalign online": "online, learnability times alignment",
     "online without features": "online, `prompt_features=False`",
     "online with groups": "online, `group_column`",
     "online without fading": "online, observations never fade",
@@ -55,6 +57,8 @@ def collect(folders: list[Path]) -> None:
         run["skill"] = round(logged["learnalign/skill"][-1], 2) if "learnalign/skill" in logged else None
         for name in ("live", "groups"):
             del run[name]
+        if run["pool"] not in COINS:
+            run.pop("quarters", None)
         known[_key(run)] = run
     FILE.write_text(json.dumps({"runs": [known[key] for key in sorted(known)]}, indent=1) + "\n", encoding="utf-8")
 
@@ -101,12 +105,12 @@ def area_gains(pairs) -> list[float]:
     for pair in pairs:
         selected = any(run.get("selection_rollouts") for run in pair)
         first, second = [run["looks"] for run in pair] if selected else shared(pair)
-        found.append(100 * (_mean(first) - _mean(second)))
+        found.append(100 * (over_run(first) - over_run(second)))
     return found
 
 
-def _mean(looks):
-    """Of success over rollouts, by the trapezoid rule."""
+def over_run(looks) -> float:
+    """Mean success over the rollouts of a run, by the trapezoid rule."""
     places = [(0, looks[0]["sampled"]), *((look["rollouts"], look["sampled"]) for look in looks)]
     parts = [(after - before) * (low + high) / 2 for (before, low), (after, high) in pairwise(places)]
     return sum(parts) / places[-1][0]
@@ -118,6 +122,14 @@ def interval(values) -> tuple[float, float] | None:
         return None
     half = STUDENT[len(values) - 1] * stdev(values) / len(values) ** 0.5
     return fmean(values) - half, fmean(values) + half
+
+
+def points(values, form=".1f") -> str:
+    """The mean of differences with its interval; the values themselves where there are too few for one."""
+    around = interval(values)
+    if around is None:
+        return ", ".join(f"{value:+{form}}" for value in values)
+    return f"{fmean(values):+{form}} [{around[0]:+{form}}, {around[1]:+{form}}]"
 
 
 def shared(runs) -> list[list[dict]]:

@@ -52,18 +52,20 @@ from trl_learnalign.schedules import OnlineSchedule
 CHUNK, GROUP, WARMUP_STEPS = 16, 8, 19
 SAMPLES = 8  # of a row held out at the end; half as many before
 PARTS = 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1  # of a run, at which held-out success is measured
+# Settings of LearnAlignConfig of the arms that choose online, by learnability alone or times alignment
+LEARNABILITY, LEARNALIGN = {"score": "learnability"}, {"score": "learnalign"}
 ONLINE = {
-    "online": {},
-    "online without features": {"prompt_features": False},
-    "online with groups": {"group_column": "task"},
-    "online without fading": {},
-    "online without longer rests": {},
+    "online": LEARNABILITY,
+    "online without features": {**LEARNABILITY, "prompt_features": False},
+    "online with groups": {**LEARNABILITY, "group_column": "task"},
+    "learnalign online": LEARNALIGN,
 }
-# What such an arm changes
+# Arms that change settings of the curriculum as well, a line each: the arm they are like otherwise, and these settings
 SETTINGS = {
-    "online without fading": OnlineSettings(half_life_steps=1e9),
-    "online without longer rests": OnlineSettings(longest_rest=0),
+    "online without fading": ("online", OnlineSettings(half_life_steps=1e9)),
+    "online without longer rests": ("online", OnlineSettings(longest_rest=0)),
 }
+ONLINE |= {arm: ONLINE[like] for arm, (like, _) in SETTINGS.items()}
 
 
 def learnable_only(seed):
@@ -94,8 +96,9 @@ WARM_POOLS = ("clean", "clean-wrong")
 class Recorder:
     """The reward, and the rows and successes of every group it was asked for: all that was rolled out."""
 
-    def __init__(self, reward, false_positives=0.0, seed=0):
+    def __init__(self, reward, false_positives=0.0, seed=0, coins=None):
         self.reward, self.false_positives, self.rng = reward, false_positives, np.random.default_rng(seed)
+        self.coins = coins  # of every row: its rollouts are rewarded at one half, whatever they say
         self.__name__ = reward.__name__
         self.rows, self.successes, self.lengths, self.calls = [], [], [], []
 
@@ -104,6 +107,9 @@ class Recorder:
         if self.false_positives:
             lucky = self.rng.random(len(rewards)) < self.false_positives
             rewards = np.maximum(rewards, lucky).tolist()
+        if self.coins is not None:
+            flips = self.rng.random(len(rewards)) < 0.5
+            rewards = np.where(self.coins[row], flips, rewards).tolist()
         self.rows += row[::GROUP]
         self.successes += np.array(rewards, int).reshape(-1, GROUP).sum(1).tolist()
         self.lengths += np.array([len(text) for text in completions]).reshape(-1, GROUP).sum(1).tolist()
@@ -185,7 +191,7 @@ def build_trainer(arm, task, adapter, rows, reward, steps, seed, folder, learnin
         kwargs["train_sampler"] = LearnAlignSampler(config, schedule=SCHEDULES[arm])
     elif arm in ONLINE:
         config = LearnAlignConfig(schedule="online", write_report=False, **ONLINE[arm], **settings)
-        schedule = partial(OnlineSchedule, settings=SETTINGS.get(arm))
+        schedule = partial(OnlineSchedule, settings=SETTINGS[arm][1] if arm in SETTINGS else None)
         kwargs["train_sampler"] = LearnAlignSampler(config, schedule=schedule)
     elif arm in SELECTIONS:
         kwargs["train_sampler"] = LearnAlignSampler(selection_config(arm, task, seed))
@@ -262,7 +268,7 @@ def run(arm, name, seed, arguments) -> dict:
     if name in WARM_POOLS:
         clean = make_pool("clean", arguments.dataset_path, seed).rows
         adapter = warm_up(seed, task, clean.add_column("row", list(range(len(clean)))), arguments)
-    steps, recorder = arguments.steps, Recorder(task.reward, pool.false_positives, seed)
+    steps, recorder = arguments.steps, Recorder(task.reward, pool.false_positives, seed, pool.coins)
     # After as many rollouts as one chunk a step makes, since a refill makes more, and a selection comes before
     marks = [round(steps * part) * CHUNK * GROUP for part in PARTS]
     looks = Looks(task, recorder, marks)
@@ -301,12 +307,27 @@ def run(arm, name, seed, arguments) -> dict:
             "distinct": len(set(trained.tolist())),
             "rollouts": recorder.rollouts(),
             "selection_rollouts": GROUP * selected,
-            "kinds": np.bincount(pool.kind[trained], minlength=int(pool.kind.max()) + 1).tolist(),
+            "kinds": by_kind(pool, trained),
+            "quarters": quarters(pool, trained, live),
             "wrong": int(pool.wrong[trained].sum()),
             "completion_length": round(sum(recorder.lengths) / recorder.rollouts(), 2),
             "logged": {key: [log[key] for log in logs if key in log] for key in names},
         }
     )
+
+
+def by_kind(pool, rows) -> list[int]:
+    """How many of these rows are of each kind."""
+    return np.bincount(pool.kind[rows], minlength=int(pool.kind.max()) + 1).tolist()
+
+
+def quarters(pool, trained, live) -> dict[str, list[list[int]]]:
+    """Groups, and those that were live, of each kind in each quarter of a run, of 4 lists."""
+    parts = list(zip(np.array_split(trained, 4), np.array_split(live, 4), strict=True))
+    return {
+        "groups": [by_kind(pool, rows) for rows, _ in parts],
+        "live": [by_kind(pool, rows[own]) for rows, own in parts],
+    }
 
 
 def suspects(trainer, pool) -> dict:

@@ -1,5 +1,8 @@
 """The pools and the other methods that choosing online is measured against."""
 
+import json
+import re
+from argparse import Namespace
 from decimal import Decimal
 from functools import reduce
 from operator import add, mul, sub
@@ -7,11 +10,14 @@ from types import SimpleNamespace
 
 import alignment
 import baselines
+import coin_results
+import coins
 import numpy as np
 import pools
 import pytest
 import run
 from tiny import Seen, config, drawn, make_dataset, make_trainer
+from train_tiny_policy import CHARACTERS
 from transformers import AutoTokenizer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignSampler
@@ -124,3 +130,85 @@ def test_wrong_answers_are_counted_among_as_many_suspects_as_there_are(number):
     trainer = SimpleNamespace(learnalign=SimpleNamespace(schedule=schedule))
     found = run.suspects(trainer, SimpleNamespace(wrong=wrong))
     assert found == ({"10": 5} if number > 10 else {}) | {str(number): number // 2}
+
+
+@pytest.mark.parametrize("name", pools.COINS)
+def test_a_pool_with_coins_is_what_it_says(name):
+    pool, sizes = pools.make_pool(name, None), coins.POOLS[name]
+    number = [*sizes.others.values(), sizes.chance]
+    assert [int((pool.kind == kind).sum()) for kind in coins.KINDS] == number
+    prompts, chance = np.array(pool.rows["prompt"]), pool.kind == coins.CHANCE
+    assert sum(number) == (7500 if name == "large-coins" else 4000)
+    assert len(set(prompts[chance])) == sizes.chance and not set(prompts[chance]) & set(prompts[~chance])
+    assert set("".join(prompts)) <= set(CHARACTERS) and max(map(len, prompts)) + pools.MAX_COMPLETION <= 256
+    forms = [{re.sub("[1-9]", "1", prompt) for prompt in prompts[rows]} for rows in (pool.kind == 0, chance)]
+    assert bool(forms[0] & forms[1]) == sizes.alike
+    assert (pool.coins == (chance & (not sizes.labels))).all() and not pool.wrong.any()
+    again = pools.make_pool(name, None)
+    assert list(again.rows["prompt"]) == list(prompts) and again.rows["answer"] == pool.rows["answer"]
+    assert list(pools.make_pool(name, None, seed=1).rows["prompt"]) != list(prompts)
+
+
+def test_a_coin_is_flipped_for_each_rollout_whatever_it_says():
+    flipped = np.array([True, False])
+    recorders = [run.Recorder(coins.chance_reward, seed=seed, coins=flipped) for seed in (1, 1, 2)]
+    row = np.repeat([0, 1], 800).tolist()
+    same, other = ["0"] * 1600, ["1"] * 1600
+    first, second, third = (
+        recorder(texts, ["0"] * 1600, row) for recorder, texts in zip(recorders, (same, other, same), strict=True)
+    )
+    assert first[:800] == second[:800] != third[:800] and 340 < sum(first[:800]) < 460
+    assert first[800:] == [1.0] * 800 and second[800:] == [0.0] * 800
+    assert abs(np.corrcoef(first[:799], first[1:800])[0, 1]) < 0.15
+    assert recorders[0].successes == np.reshape(first, (-1, 8)).sum(1).tolist()
+
+
+def test_a_label_is_answered_by_an_odd_or_an_even_number():
+    texts, answers = ["7;13", "12", "12", "", "5;"], ["odd", "odd", "even", "even", "odd"]
+    assert coins.chance_reward(texts, answers) == [1.0, 0.0, 1.0, 0.0, 0.0]
+    assert coins.chance_reward(["3;1.50", "13"], ["1.5", "odd"]) == [1.0, 1.0]
+    pool = pools.make_pool("labels", None)
+    labels = np.array(pool.rows["answer"])[pool.kind == coins.CHANCE]
+    assert set(labels) == {"odd", "even"} and 0.45 < (labels == "odd").mean() < 0.55
+
+
+def test_a_run_on_coins_says_where_its_rollouts_went(tmp_path, monkeypatch):
+    monkeypatch.setitem(coins.POOLS, "coins", coins.Sizes({0: 30, 1: 30, 2: 20}, 40))
+    arguments = Namespace(dataset_path=None, output_dir=tmp_path, steps=2, learning_rate=1e-3, test=8)
+    result = run.run("learnalign online", "coins", 0, arguments)
+    groups, live = (np.array(result["quarters"][name]) for name in ("groups", "live"))
+    assert groups.shape == live.shape == (4, 4) and (groups.sum(1) == 8).all() and (live <= groups).all()
+    assert groups.sum(0).tolist() == result["kinds"] and live.sum() == sum(result["live"])
+    assert live[:, 1].sum() == 0 and live[:, 3].sum() >= 0.8 * groups[:, 3].sum()
+    result |= {"pool": "coins", "arm": "online"}
+    assert coin_results.on_chance(result) == groups[:, 3].sum() / 32
+    assert coin_results.worth(result) == live[:, :3].sum() / 32
+
+
+def test_arms_are_compared_with_those_of_the_same_seed(tmp_path):
+    def made(arm, seed, coins_of_eight, rates):
+        groups = [[8 - coins_of_eight, 0, 0, coins_of_eight]] * 4
+        looks = [{"rollouts": n, "sampled": rate} for n, rate in zip((0, 512), rates, strict=True)]
+        found = {
+            "pool": "coins",
+            "arm": arm,
+            "seed": seed,
+            "looks": looks,
+            "quarters": {"groups": groups, "live": groups},
+        }
+        found["conditions"] = {"data": "", "steps": 4, "learning_rate": 1.0}
+        (tmp_path / "coins").mkdir(exist_ok=True)
+        (tmp_path / "coins" / f"{arm}-{seed}.json").write_text(json.dumps(found))
+
+    for seed in range(3):
+        made("uniform", seed, 4, (0.2, 0.4 + 0.1 * seed))
+        made("online", seed, 6, (0.2, 0.3 + 0.1 * seed))
+    made("learnalign online", 1, 2, (0.2, 0.7))
+    rows = coin_results.arms(coin_results.load([tmp_path]), "coins").splitlines()[2:]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    uniform, online, learnalign = cells
+    assert uniform[1:7] == ["3", "0.500", "", "0.500", "", "35.0"] and uniform[9] == "50.0"
+    assert online[1:7] == ["3", "0.750", "+0.250 [+0.250, +0.250]", "0.250", "0.50", "30.0"]
+    assert online[7:9] == ["-5.0 [-5.0, -5.0]", ""] and online[10] == "-10.0 [-10.0, -10.0]"
+    assert learnalign[1:7] == ["1", "0.250", "-0.250", "0.750", "1.50", "45.0"]
+    assert learnalign[7:] == ["+10.0", "+15.0", "70.0", "+20.0", "+30.0"]

@@ -127,10 +127,11 @@ def small(tmp_path, monkeypatch):
     skills.split.cache_clear()
 
 
-@pytest.mark.parametrize("arm", ["filter", "target", "target then online", "online with groups"])
+@pytest.mark.parametrize("arm", ["filter", "target", "target then online", "online with groups", "learnalign online"])
 def test_what_a_selection_rolls_out_is_part_of_the_runs_rollouts(small, arm):
     result = run.run(arm, "skills-target", 0, small)
-    selected = {"filter": 56, "online with groups": 0}.get(arm, 56 + 12)  # the pool and the target set
+    before = {"filter": 56, "online with groups": 0, "learnalign online": 0}
+    selected = before.get(arm, 56 + 12)  # the pool and the target set
     # Whole batches are generated
     assert 0 <= result["selection_rollouts"] - run.GROUP * selected <= 2 * run.CHUNK * run.GROUP
     trained = sum(result["groups"])
