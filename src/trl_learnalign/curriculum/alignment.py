@@ -68,7 +68,6 @@ class Alignment:
         self._sketches = np.zeros((0, 0), np.float16)  # of the latest groups
         self._sums = np.zeros(6)  # of (x, y) = (expected, observed), faded: n, x, y, xx, yy, xy
         self._fresh = 0  # groups since the last fit
-        self._observed = 0  # values that were compared with what was expected
 
     # Learning ---------------------------------------------------------------------------------------------------
 
@@ -76,24 +75,28 @@ class Alignment:
         """Note live groups whose gradient is to come."""
         self.waiting = (self.waiting + drawn)[-self.settings.window :]
 
-    def observe(self, gradients: Sequence[Gradient]) -> None:
+    def observe(self, gradients: Sequence[Gradient]) -> tuple[np.ndarray, np.ndarray]:
         """
         Learn gradients of groups that are waited for, in any order; one of length 0 says nothing.
+
+        Returns:
+            rows and alignments, `(n,)` each, of the groups whose alignment is known since this call.
 
         Raises:
             `ValueError`: sketches have different lengths, or numbers that are not finite.
         """
         places = {number: place for place, number in enumerate(self.waiting.numbers.tolist())}
         new = {one.number: one for one in gradients if one.number in places}
+        nothing = np.zeros(0, np.int32), np.zeros(0, np.float32)
         if not new:
-            return
+            return nothing
         drawn = self.waiting[np.array([places[number] for number in new])]
         self.waiting = self.waiting[~np.isin(self.waiting.numbers, drawn.numbers)]
         sketches = np.stack([self._checked(one) for one in new.values()])
         lengths = np.linalg.norm(sketches, axis=1)
         some = lengths > 0
         if not some.any():
-            return
+            return nothing
         units = (sketches[some] / lengths[some, None]).astype(np.float16)
         drawn = drawn[some]
         columns = drawn.numbers, drawn.rows, drawn.clock, drawn.alignment, np.full(len(drawn), np.nan)
@@ -110,9 +113,10 @@ class Alignment:
         latest = order[-self.settings.window :]
         self._groups = {name: values[latest] for name, values in joined.items()}
         self._fresh += int(some.sum())
-        if self._fresh >= self.settings.gradient_groups:
-            self._fresh = 0
-            self._fit()
+        if self._fresh < self.settings.gradient_groups:
+            return nothing
+        self._fresh = 0
+        return self._fit()
 
     def _checked(self, gradient):
         sketch = np.asarray(gradient.sketch, dtype=np.float32)
@@ -144,6 +148,7 @@ class Alignment:
         self._compare(window["expected"][new], values[new])
         self._groups["values"][-count:] = values
         self._regress()
+        return window["rows"][new], values[new].astype(np.float32)
 
     def _age(self, clock, speed=1.0):
         return np.maximum(0.5 ** (speed * (clock.max() - clock)), _LEAST_AGE)

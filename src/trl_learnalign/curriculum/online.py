@@ -6,9 +6,10 @@ from dataclasses import asdict
 
 import numpy as np
 
+from .alignment import Alignment
 from .batch import Batch, checked_mask, stacked, varies
 from .clusters import kinds_of
-from .events import Draw, Group
+from .events import Draw, Gradient, Group
 from .flight import Flight
 from .graded import RewardScale, VarianceCurve
 from .history import History
@@ -16,7 +17,7 @@ from .judge import Judge
 from .kinds import Kinds
 from .memory import PromptMemory
 from .order import Order, Permutations, UniformDraws, rows_of
-from .predictor import SuccessPredictor, checked_features, expected_learnability
+from .predictor import SuccessPredictor, checked_features, expected_deviation, expected_learnability
 from .rewards import RewardReader, has_gradient, is_success, read_rewards
 from .scored import Scored
 from .settings import OnlineSettings
@@ -77,6 +78,7 @@ class OnlineCurriculum:
         order: Order | None = None,
         read: RewardReader = read_rewards,
         kinds: np.ndarray | None = None,
+        target: np.ndarray | None = None,
     ):
         features = checked_features(features)
         if group_size < 2:
@@ -96,6 +98,9 @@ class OnlineCurriculum:
         self.history = History(settings.history_groups)
         labels = kinds_of(features, self.choosable, seed) if kinds is None else kinds
         self.kinds = Kinds(labels, self.pool, len(features))
+        self.alignment: Alignment | None = None
+        if settings.alignment:
+            self.alignment = Alignment(features, self.kinds.labels, self.pool, settings, target)
         self.order = UniformDraws(self.pool, Permutations(len(self.pool), seed) if order is None else order)
         self.flight = Flight.empty()
         self.completions: dict[int, str] = {}  # of suspects, by row
@@ -126,8 +131,12 @@ class OnlineCurriculum:
         candidates = self._candidates(generator)
         a, b, recent = self._posterior(candidates)
         utility = self.utility(a, b) * self.scored.chance(candidates, self.memory.unscored[candidates])
+        if self.alignment is not None:
+            utility = utility * self.alignment.factor(candidates, utility)
         # The last digits may differ between processes, whose choices must not
         ranks = np.round(utility / (1 + recent), 9)
+        if settings.sharpness:  # the greatest of these are a draw without replacement: Gumbel's trick
+            ranks = settings.sharpness * np.log(np.maximum(ranks, 1e-9)) + generator.gumbel(size=len(ranks))
         ranked = np.lexsort((generator.random(len(candidates)), -ranks))
         flying = self.flight.rows
         # A prompt that has rested before the last of these draws has rested: else longer chunks would round rests up
@@ -163,6 +172,7 @@ class OnlineCurriculum:
             prior=self.predictor.predict(rows),
             a=a,
             b=b,
+            alignment=np.full(len(rows), np.nan) if self.alignment is None else self.alignment.predict(rows),
         )
         self.memory.rest(rows, numbers)
         self.flight = self.flight + drawn
@@ -184,6 +194,8 @@ class OnlineCurriculum:
         Return what prompts of success ~ Beta(a, b) are ranked on: the expected p (1 - p); of graded rewards the
         expected variance.
         """
+        if self.settings.utility == "deviation" and not self.settings.graded:
+            return expected_deviation(a, b, self.group_size)
         return self.curve(a / (a + b)) if self.settings.graded else expected_learnability(a, b)
 
     @property
@@ -234,9 +246,27 @@ class OnlineCurriculum:
         self.predictor.observe(drawn.numbers, drawn.rows, drawn.clock, batch.successes, batch.trials, predicted)
         self.scored.observe(batch)
         self.kinds.observe(batch)
+        if self.alignment is not None:
+            self.alignment.wait_for(drawn[batch.live])
         self.memory.observe(batch, self._weight)
         self.history.record(self._state_of_the_pool())
         self.remember({group.row: group.completion for group in known if group.completion is not None})
+
+    def observe_gradients(self, gradients: Sequence[Gradient]) -> None:
+        """
+        Learn from the gradients of groups that were observed, in any order. One of another group, or that came before,
+        changes nothing; nor does any without the setting `alignment`.
+
+        Raises:
+            `ValueError`: sketches have different lengths, or numbers that are not finite.
+        """
+        if self.alignment is not None:
+            rows, values = self.alignment.observe(gradients)
+            self.kinds.observe_alignment(rows, values)
+
+    def without_gradients(self) -> None:
+        """Go on by success alone, as no gradients can be had."""
+        self.alignment = None
 
     def _places(self, groups) -> dict[int, int]:
         """Return the place among the draws in flight of each group that is to be learnt from, by number."""
@@ -335,11 +365,14 @@ class OnlineCurriculum:
         if not self._latest:
             return {}
         values = self._latest | self._state_of_the_pool() | {"suspects": self.num_suspects()}
-        return {name: float(values[name]) for name in _LOGGED}
+        more = {} if self.alignment is None else self.alignment.metrics()
+        return {name: float(values[name]) for name in _LOGGED} | more
 
     def state_dict(self) -> dict:
         """Return the state: 35 bytes a prompt, what was observed last, 64 bytes a row of the history."""
         parts = {name: _copied(getattr(self, name).state_dict()) for name in _PARTS}
+        if self.alignment is not None:
+            parts["alignment"] = _copied(self.alignment.state_dict())
         return {**parts, "drawn": self.drawn, "steps": self.steps, "made_for": self._made_for()}
 
     def _made_for(self):
@@ -366,6 +399,10 @@ class OnlineCurriculum:
                 if name != "flight":
                     getattr(self, name).load_state_dict(state[name])
             self.flight = Flight.from_state(state["flight"])
+            if self.alignment is not None and "alignment" in state:
+                self.alignment.load_state_dict(state["alignment"])
+            else:  # gradients could not be had
+                self.alignment = None
             self.drawn, self.steps = int(state["drawn"]), int(state["steps"])
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise ValueError(

@@ -154,6 +154,17 @@ def expected_learnability(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return a * b / ((a + b) * (a + b + 1))
 
 
+def expected_deviation(a: np.ndarray, b: np.ndarray, group_size: int) -> np.ndarray:
+    """Return E[sqrt(k / G (1 - k / G))] for k successes of G rollouts, p ~ Beta(a, b): 0 where a group is dead."""
+    steps = np.arange(group_size)
+    chance = np.prod([(b + i) / (a + b + i) for i in steps], axis=0)  # that all fail
+    expected = np.zeros(np.shape(a))
+    for k in range(1, group_size):
+        chance = chance * (group_size - k + 1) / k * (a + k - 1) / (b + group_size - k)
+        expected = expected + chance * math.sqrt(k * (group_size - k)) / group_size
+    return expected
+
+
 def all_fail(a: np.ndarray, b: np.ndarray, trials: np.ndarray) -> np.ndarray:
     """Return the probability that `trials` rollouts all fail, for p ~ Beta(a, b): B(a, b + n) / B(a, b)."""
     return np.exp(_log_gamma(b + trials) - _log_gamma(b) + _log_gamma(a + b) - _log_gamma(a + b + trials))

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 
 
+UTILITIES = "variance", "deviation"
+
+
 @dataclass(frozen=True)
 class OnlineSettings:
     """
@@ -64,6 +67,34 @@ class OnlineSettings:
     # Fading of the sums over uniform draws, per draw: the latest 200 count
     judge_memory: float = 0.995
 
+    # Multiply utility by the predicted alignment of a prompt's gradient, where gradients are observed
+    alignment: bool = False
+    # What a prompt is ranked on: "variance", E[p (1 - p)], or "deviation", the expected deviation of a group's rewards,
+    # which is how far GRPO moves along its gradient when it divides advantages by it
+    utility: str = "variance"
+    # 0 draws the prompts of greatest utility; else prompts are drawn in proportion to utility to this power
+    sharpness: float = 0.0
+    # Length of a sketch of a gradient
+    gradient_dim: int = 2048
+    # Groups whose sketches are kept. Bounds the time: their products are inverted
+    gradient_window: int = 512
+    # Groups with a gradient from one fit of alignments to the next
+    gradient_groups: int = 16
+    # lambda of the whitening, in mean eigenvalues of the second moment of the gradients
+    whitening: float = 3.0
+    # Precision of the Gaussian prior of a regression weight of alignments, which are far noisier than rewards
+    alignment_ridge: float = 300.0
+    # An alignment counts half after so many half-lives
+    slower_alignment: float = 4.0
+    # A kind that is drawn too often, or too seldom, counts at most so many times less, or more, in the direction
+    most_kind_weight: float = 10.0
+    # Correlation of predicted with observed alignment, in standard errors, from which on it is used, and stays in use
+    begin_trust: float = 2.0
+    least_trust: float = 0.0
+    # Bounds of what utility is multiplied by
+    least_factor: float = 0.1
+    most_factor: float = 2.0
+
     # Prompts that are ranked at a time, at random; all of a smaller pool. Bounds the time of a choice
     candidates: int = 16_384
     # Variance within groups of graded rewards, over that of successes, that is taken for the least possible
@@ -78,6 +109,13 @@ class OnlineSettings:
             self._check(name, getattr(self, name) > 0, "must be above 0")
         for name in ("window", "candidates", "doubling", "retired_after", "tried", "headroom_prompts", "patience"):
             self._check(name, getattr(self, name) >= 1, "must be at least 1")
+        for name in ("gradient_dim", "gradient_window", "gradient_groups", "slower_alignment", "most_kind_weight"):
+            self._check(name, getattr(self, name) >= 1, "must be at least 1")
+        for name in ("whitening", "alignment_ridge", "least_factor"):
+            self._check(name, getattr(self, name) > 0, "must be above 0")
+        self._check("most_factor", self.most_factor >= 1, "must be at least 1")
+        self._check("sharpness", self.sharpness >= 0, "must be at least 0")
+        self._check("utility", self.utility in UTILITIES, f"must be one of {', '.join(UTILITIES)}")
         for name in ("give_up", "history_groups", "most_suspects"):
             self._check(name, getattr(self, name) >= 1, "must be at least 1")
         for name in ("uniform", "cooldown_share", "suspicion", "judge_memory"):

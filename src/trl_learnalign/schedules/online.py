@@ -13,7 +13,7 @@ from ..data.order import RandomOrder
 from ..host.rewards import check_success_reward
 from ..measures.feature_file import PromptFeatures
 from . import online_words as words
-from .base import Describes, Prepares, Run, Schedule, Ticks, whole_pool
+from .base import Describes, LearnsFromGradients, Prepares, Run, Schedule, Ticks, whole_pool
 from .prompt_features import (
     check_online,
     eligible_rows,
@@ -27,7 +27,7 @@ from .prompt_features import (
 logger = logging.getLogger(__name__)
 
 
-class OnlineSchedule(Schedule, Ticks, Describes, Prepares):
+class OnlineSchedule(Schedule, Ticks, LearnsFromGradients, Describes, Prepares):
     """
     Chooses every prompt by predicted learnability, see [`OnlineCurriculum`]. Uniform draws come in the random order
     that TRL would have.
@@ -51,6 +51,7 @@ class OnlineSchedule(Schedule, Ticks, Describes, Prepares):
             OnlineSettings() if settings is None else settings,
             success_threshold=config.success_threshold,
             graded=config.learnability == "variance",
+            alignment=config.score == "learnalign",
         )
         self._curriculum: OnlineCurriculum | None = None
         self.known: list[str] = []
@@ -155,6 +156,18 @@ class OnlineSchedule(Schedule, Ticks, Describes, Prepares):
         if self.host.accelerator.is_main_process:
             for text in filter(None, texts):
                 logger.warning(text)
+
+    @property
+    def gradient_dim(self):
+        return None if self.curriculum.alignment is None else self.settings.gradient_dim
+
+    def observe_gradients(self, gradients):
+        self.curriculum.observe_gradients(gradients)
+
+    def no_gradients(self, reason):
+        self.curriculum.without_gradients()
+        if self.host.accelerator.is_main_process:
+            logger.warning(words.without_gradients(reason))
 
     def tick(self, steps):
         self.curriculum.tick(steps)

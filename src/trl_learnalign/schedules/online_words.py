@@ -221,3 +221,11 @@ def _without(scored, names):
         f"success: all are None or NaN ({rows}). Nothing can be predicted of such prompts, so they will seldom be "
         f"chosen. {remedy}"
     )
+
+
+def without_gradients(reason: str) -> str:
+    """Write why prompts are chosen by learnability alone."""
+    return (
+        "LearnAlign online chooses prompts by learnability alone, without the alignment of their gradients, which "
+        f"cannot be had: {reason}. Use `score='learnability'` to choose so without this warning."
+    )
