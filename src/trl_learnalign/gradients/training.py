@@ -10,8 +10,6 @@ and added to the group's sum. Weights, their `grad` and hooks on them are never 
     group            2      0      2      0     <- their groups: sums of a microbatch are added to those of before
 """
 
-from collections import Counter
-
 import torch
 from torch import nn
 
@@ -40,7 +38,7 @@ class GroupGradients:
 
         gradients.begin(groups=3)
         for rows in microbatches:
-            gradients.watch(groups_of(rows))
+            gradients.watch(groups_of(rows), mask_of(rows))
             loss(rows).backward()
             gradients.rest()
         gradients.sums()
@@ -77,19 +75,19 @@ class GroupGradients:
             whole += part.cpu()
         return whole
 
-    def watch(self, groups: list[int], num_tokens: int | None = None, factor: float = 1.0) -> None:
+    def watch(self, groups: list[int], mask: torch.Tensor, factor: float = 1.0) -> None:
         """
         Watch the forward and the backward that follow.
 
         Args:
             groups (`list[int]`): of each row of the microbatch, counted from 0.
-            num_tokens (`int`, *optional*): length of a row with its padding, for layers whose input is flattened.
+            mask (`torch.Tensor` of shape `(rows, T)`): 0 for tokens that have no gradient, such as padding, else 1.
             factor (`float`): the gradients are multiplied by it.
         """
         self.rest(keep=False)
         if self.failure is not None:
             return
-        self._microbatch = _Microbatch(groups, num_tokens, factor, self.sink)
+        self._microbatch = _Microbatch(groups, mask, factor, self.sink)
         for name, layer in self._layers.items():
             self._hooks.append(layer.register_forward_pre_hook(_narrowed))
             self._hooks.append(layer.register_forward_hook(self._watched(name, self._microbatch)))
@@ -151,53 +149,56 @@ class _Microbatch:
         seen: layers that were heard of.
     """
 
-    def __init__(self, groups: list[int], num_tokens: int | None, factor: float, sink):
-        self.rows, self.num_tokens, self.factor, self.sink = len(groups), num_tokens, factor, sink
-        places = {group: place for place, group in enumerate(dict.fromkeys(groups))}
-        self.groups = torch.tensor([*places], dtype=torch.int64)
+    def __init__(self, groups: list[int], mask: torch.Tensor, factor: float, sink):
+        self.factor, self.sink = factor, sink
+        self._rows, self._mask = torch.tensor(groups), mask.cpu().bool()
+        # Rows without a gradient, as those of dead groups, are left out
+        live = self._mask.any(1)
+        self.groups = torch.tensor([*dict.fromkeys(self._rows[live].tolist())], dtype=torch.int64)
         self.sums: dict[torch.device, torch.Tensor] = {}
         self.seen: set[str] = set()
         self.failure: str | None = None
-        # The first rows of all groups, then the second ones, ...: no group twice in one addition, whose order would be
-        # another each time on a GPU
-        self._rounds: list[tuple[list[int], list[int]]] = []
-        times: Counter[int] = Counter()
-        for row, group in enumerate(groups):
-            if times[group] == len(self._rounds):
-                self._rounds.append(([], []))
-            own, into = self._rounds[times[group]]
-            own.append(row)
-            into.append(places[group])
-            times[group] += 1
-        self._indices: dict[torch.device, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._plans: dict[tuple[int, torch.device], _Plan] = {}
 
     def add(self, name: str, x: torch.Tensor, grad_output: torch.Tensor) -> None:
         """Add the gradients of a layer's weight, from its input and the gradient of its output."""
-        if self.failure is not None:
+        self.seen.add(name)
+        if self.failure is not None or not len(self.groups):
             return
-        if x.dim() == 2 and self.num_tokens and x.shape[0] == self.rows * self.num_tokens:  # as in blocks with experts
-            x, grad_output = x.unflatten(0, (self.rows, -1)), grad_output.unflatten(0, (self.rows, -1))
-        if x.dim() != 3 or x.shape[0] != self.rows:
+        rows, tokens = self._mask.shape
+        # Flattened as in blocks with experts; the head of a model may get the last tokens alone
+        tokens = x.shape[1] if x.dim() == 3 else tokens
+        if x.dim() not in (2, 3) or x.shape[:-1].numel() != rows * tokens or x.shape[0] not in (rows, rows * tokens):
             self.failure = (
-                f"the layer `{name}` got an input of shape {tuple(x.shape)} for a microbatch of {self.rows} rows, so "
-                "its tokens cannot be assigned to prompts"
+                f"the layer `{name}` got an input of shape {tuple(x.shape)} for a microbatch of {rows} rows, so its "
+                "tokens cannot be assigned to prompts"
             )
             return
-        gradients = torch.bmm(grad_output.transpose(1, 2), x.to(grad_output.dtype)).flatten(1)
         if x.device not in self.sums:
             self.sums[x.device] = torch.zeros(len(self.groups), self.sink.out_dim, device=x.device)
-        self.sink.add_(self.sums[x.device], name, slice(None), self._by_group(gradients))
-        self.seen.add(name)
+        if (tokens, x.device) not in self._plans:
+            self._plans[tokens, x.device] = self._plan(tokens, x.device)
+        plan = self._plans[tokens, x.device]
+        gradients = plan.gradients(x.flatten(0, -2).to(grad_output.dtype), grad_output.flatten(0, -2))
+        self.sink.add_(self.sums[x.device], name, slice(None), gradients.flatten(1))
 
-    def _by_group(self, gradients):
-        device = gradients.device
-        if device not in self._indices:
-            tensors = [tuple(torch.tensor(part, device=device) for part in parts) for parts in self._rounds]
-            self._indices[device] = tensors
-        (rows, _), *others = self._indices[device]
-        if not others:
-            return gradients
-        sums = gradients[rows].float()
-        for rows, into in others:
-            sums.index_add_(0, into, gradients[rows].float())
-        return sums
+    def _plan(self, tokens, device):
+        mask = self._mask
+        if tokens != mask.shape[1]:
+            mask = mask.any(1, keepdim=True).expand(-1, tokens)
+        flat = torch.arange(mask.numel()).view(mask.shape)
+        own = [flat[self._rows == group][mask[self._rows == group]] for group in self.groups]
+        return _Plan(own, device)
+
+
+class _Plan:
+    """Sums outer products of tokens by group, from the places of each group's tokens among all of a microbatch."""
+
+    def __init__(self, places: list[torch.Tensor], device: torch.device):
+        self._sizes = [len(part) for part in places]
+        self._index = torch.cat(places).to(device)
+
+    def gradients(self, x: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
+        """Return the gradients of the groups, of shape `(k, out, in)`; always the same bits for the same input."""
+        parts = (tensor[self._index].split(self._sizes) for tensor in (x, grad_output))
+        return torch.stack([theirs.T @ own for own, theirs in zip(*parts, strict=True)])

@@ -1,5 +1,6 @@
 """The gradients that training takes, by group: which rows a microbatch has, and when its backward begins and ends."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,7 +30,8 @@ def gradients_obstacle(host: "Host") -> str | None:
         return "the model is compiled, and its layers are not called one by one"
     if host.args.n_gpu > 1:
         return "one process trains on several GPUs (DataParallel); start one process for each"
-    parameters = [getattr(adapter, "target_parameters", None) for adapter in host.model.peft_config.values()]
+    adapters = getattr(host.model, "peft_config", {}).values()
+    parameters = [getattr(adapter, "target_parameters", None) for adapter in adapters]
     if any(parameters):
         return f"the adapter has `target_parameters`, which are used without a layer: {parameters}"
     layers, unseen = trainable_layers(model)
@@ -40,6 +42,17 @@ def gradients_obstacle(host: "Host") -> str | None:
             else ("no linear layer is trained")
         )
     return None
+
+
+def _is_known(host: "Host") -> bool:
+    """Tell if the loss is one of which padding has no part."""
+    try:
+        host.check_gradients()
+    except (ValueError, RuntimeError):
+        return False
+    return (
+        getattr(host.trainer, "loss_type", None) != "luspo"
+    )  # older versions of TRL take its mean over the padding, too
 
 
 def _is_compiled(module: nn.Module) -> bool:
@@ -65,6 +78,7 @@ class GradientTap:
         self.trainer, self.group_size = host.trainer, host.group_size
         self._processes, self._rank = host.accelerator.num_processes, host.accelerator.process_index
         self.gradients = GroupGradients(host.policy, dim, seed)
+        self._host, self._known_loss = host, _is_known(host)
         self._missing: str | None = None
         self._begun = 0  # chunks since the generation began
         self._rows = range(0)  # places in the chunk of this process's rows
@@ -72,7 +86,7 @@ class GradientTap:
         self._counts = np.zeros(0, np.int64)  # by group: rows whose gradient is in the sums
         self._watched: list[int] = []  # places of the rows of the microbatch under way
         self._in_step = False
-        methods = {
+        methods: dict[str, Callable] = {
             host.generation_method: self._generate,
             "training_step": self._train,
             "compute_loss": self._loss,
@@ -165,9 +179,18 @@ class GradientTap:
         if self._watched or self._came[np.array(places) - self._rows.start].any():
             return
         self._watched, first = places, self._own_groups.start
-        tokens = inputs["prompt_ids"].shape[1] + inputs["completion_ids"].shape[1]
         scaler = self.trainer.accelerator.scaler  # of float16
         scale = 1.0 if scaler is None else scaler.get_scale()
         groups = [place // self.group_size - first for place in places]
         # Training takes the mean over the processes
-        self.gradients.watch(groups, tokens, 1 / (scale * self._processes))
+        self.gradients.watch(groups, self._with_gradient(inputs), 1 / (scale * self._processes))
+
+    def _with_gradient(self, inputs) -> torch.Tensor:
+        """Return a mask of the tokens that may have a gradient, `(rows, T)`; all, unless the loss is known well."""
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1).bool()
+        if not self._known_loss:
+            return torch.ones_like(mask)
+        advantages = inputs.get("advantages")
+        if advantages is None or not self._host.needs_advantage:
+            return mask
+        return mask & (advantages.view(len(mask), -1) != 0).any(1, keepdim=True)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,6 +122,13 @@ class Differentiates(Facts):
         return False
 
     @property
+    def needs_advantage(self) -> bool:
+        """Tell if a row of advantage 0 has no gradient in training."""
+        trainer = self.trainer
+        extra = ("aux_loss_enabled", "_entropy_bonus_enabled", "entropy_coef", "use_adaptive_entropy")
+        return not self.runs_reference and not any(getattr(trainer, name, None) for name in extra)
+
+    @property
     def counts_without_advantage(self) -> bool:
         """
         Tell if a row of advantage 0 matters to a gradient: by its KL term, or by entropies that others are compared
@@ -171,11 +179,11 @@ class Trains(Facts):
         """Report every generation for training: [`~trl_learnalign.host.taps.RewardTap`]."""
         return taps.RewardTap(self.trainer, self.generation_method, observer, check).undo
 
-    def gradients_obstacle(self) -> str | None:
+    def gradients_obstacle(self: Any) -> str | None:
         """Return why training's gradients cannot be had: [`~trl_learnalign.host.gradient_tap.gradients_obstacle`]."""
         return gradient_tap.gradients_obstacle(self)
 
-    def tap_gradients(self, dim: int | None, seed: int) -> gradient_tap.GradientTap:
+    def tap_gradients(self: Any, dim: int | None, seed: int) -> gradient_tap.GradientTap:
         """Sum the gradients of training by group: [`~trl_learnalign.host.gradient_tap.GradientTap`]."""
         return gradient_tap.GradientTap(self, dim, seed)
 

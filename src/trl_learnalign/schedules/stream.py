@@ -10,7 +10,7 @@ from ..config import LearnAlignConfig
 from ..curriculum.events import Group
 from ..run.layout import STREAM_FIELDS, Layout, to_train_longer
 from . import SCHEDULES
-from .base import Describes, Prepares, Run, Schedule, Selects
+from .base import Describes, LearnsFromGradients, Prepares, Run, Schedule, Selects
 
 
 STATE_VERSION = 3
@@ -68,6 +68,7 @@ class Stream:
     Attributes:
         drawn (`int`): chunks that the schedule was asked for, in this run and those that it resumes.
         selects ([`Selects`], *optional*): the schedule, if selections are made for it.
+        learns ([`LearnsFromGradients`], *optional*): the schedule, if it learns from gradients.
         describes ([`Describes`]): the schedule, if it has something to say, else what says nothing.
         prepares ([`Prepares`]): the schedule, if it looks at the trainer, else what does not.
         gradients (`dict`, *optional*): sums of the gradients of the chunk that is trained on, as the last checkpoint
@@ -77,6 +78,7 @@ class Stream:
     def __init__(self, schedule: Schedule, layout: Layout):
         self.schedule, self.layout = schedule, layout
         self.selects = schedule if isinstance(schedule, Selects) else None
+        self.learns = schedule if isinstance(schedule, LearnsFromGradients) else None
         self.describes = schedule if isinstance(schedule, Describes) else Describes()
         self.prepares = schedule if isinstance(schedule, Prepares) else Prepares()
         self.drawn = 0

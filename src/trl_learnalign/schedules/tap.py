@@ -8,7 +8,6 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from ..data.prompts import prompt_text
 from ..data.reading import has_transform, read_rows
-from .base import LearnsFromGradients
 from .gradients import ChunkGradients
 from .stream import Stream
 
@@ -42,15 +41,17 @@ class GroupTap:
         Called when training begins, after the schedule's state was loaded.
         """
         self.end()
-        schedule = self.stream.schedule
-        dim = schedule.gradient_dim if isinstance(schedule, LearnsFromGradients) else None
-        reason = None if dim is None else self.host.gradients_obstacle()
-        if dim is not None and reason is None:
-            self._gradients = ChunkGradients(self.host, self.stream, schedule, dim)
+        learns = self.stream.learns
+        dim = None if learns is None else learns.gradient_dim
+        if learns is None or dim is None:
+            self.stream.gradients = None
             return
-        self.stream.gradients = None
-        if reason is not None:
-            schedule.no_gradients(reason)
+        reason = self.host.gradients_obstacle()
+        if reason is None:
+            self._gradients = ChunkGradients(self.host, self.stream, learns, dim)
+        else:
+            self.stream.gradients = None
+            learns.no_gradients(reason)
 
     def end(self) -> None:
         """Watch the gradients of training no more."""
