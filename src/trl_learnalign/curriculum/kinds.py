@@ -10,7 +10,8 @@ HALF_LIFE = 200  # draws after which a group counts half in what is of late
 EARLIER = 256, 768  # draws between which a group is from earlier
 _WIDTH, _BINS = 64, 16  # draws of a bin, and bins that are kept: more than EARLIER
 _PRIOR = 0.25  # squared deviation that is added to those of a mean: equal values are not certain
-_FALL, _CLEAR = 0.1, 2.0  # of success that is lost: at least so much, and so many standard errors
+_FALL, _SURE = 0.1, 2.5  # of success that is lost: at least so much, and so many standard errors
+_CLEAR = 2.0  # standard errors that an alignment must be above zero
 _MASTERED = 0.95  # success from which on there is nothing to rise to
 _TWICE = 2.0  # times its share in the pool that a kind may take of the rollouts
 _NOTICEABLE = 64  # groups of a kind that are noticeable
@@ -190,7 +191,7 @@ class Kinds:
         now, error = self.success_now()
         best, error_of_best = self.best.T
         by_chance = error_of_best * np.sqrt(2 * np.log(np.maximum(self.uniform // WINDOW, 1)))
-        least = np.maximum(_FALL, _CLEAR * np.hypot(error, error_of_best) + by_chance)
+        least = np.maximum(_FALL, _SURE * np.hypot(error, error_of_best) + by_chance)
         return (self.uniform >= 2 * WINDOW) & (best - now > least)
 
     def stays(self) -> np.ndarray:

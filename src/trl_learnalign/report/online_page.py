@@ -110,7 +110,8 @@ def _intro(step, run) -> str:
         "good the policy and the prediction are. The figures show live groups, success and prediction over the run. "
         "The tables show where the rollouts went, when prompts were chosen and when not, which prompts come less "
         "often because they are always or never solved, and which may have a wrong answer or wrong grading. The "
-        f"page shows the state at step {step}. It is written with each checkpoint and at the end of training, and does not refresh by itself.</p>"
+        f"page shows the state at step {step}. It is written with each checkpoint and at the end of training, and "
+        "does not refresh by itself.</p>"
     )
 
 
