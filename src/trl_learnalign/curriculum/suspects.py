@@ -51,9 +51,12 @@ class FindsSuspects:
 
     def asks_for(self, rows: Sequence[int]) -> list[int]:
         """Return the suspects among these rows whose completion [`~FindsSuspects.remember`] should be given."""
-        if len(self.completions) >= 2 * self.settings.most_suspects:
+        kept, most = len(self.completions), self.settings.most_suspects
+        if kept >= 2 * most:
             return []
-        suspicious = self._is_suspect(np.array(rows, dtype=np.int64))
+        places = np.array(rows, dtype=np.int64)
+        # Noise leaves room for wrong answers
+        suspicious = self._is_suspect(places) if kept < most else self.memory.is_suspect(places)
         return [row for row, so in zip(rows, suspicious, strict=True) if so and row not in self.completions]
 
     def remember(self, completions: dict[int, str]) -> None:

@@ -19,14 +19,15 @@ def kinds_section(kinds: list[dict], column: str | None, graded: bool) -> str:
         graded (`bool`): whether rewards are graded.
     """
     what = (
-        f"the column {html.escape(column)}"
+        f"the values of the column <code>{html.escape(column)}</code>"
         if column
         else "clusters of prompts that are alike to the policy, or of like length. Each is shown by its most typical "
         "prompts"
     )
     texts = [text for one in kinds for text in warnings_of(one)]
     found = "".join(f"<p><strong>Warning:</strong> {html.escape(text)}</p>" for text in texts)
-    shown = sorted(kinds, key=lambda one: -(one["rollouts"] or 0))[:MOST_SHOWN]
+    kinds = [one for one in kinds if one["prompts"]]
+    shown = sorted(kinds, key=lambda one: -one["rollouts"])[:MOST_SHOWN]
     success = "reward" if graded else "success"
     columns = {
         "kind": TEXT,
@@ -57,9 +58,9 @@ def kinds_section(kinds: list[dict], column: str | None, graded: bool) -> str:
     )
     return (
         f"<p>Kinds are {what}. {success.capitalize()} is the mean of the first and of the latest uniform draws of a "
-        "kind, 16 at most, with its standard error: chosen prompts would tell of the choice. Alignment is that of "
-        "the gradients of its groups with what is wanted, where it is measured. Inconsistent are rollouts whose "
-        "completion another one of their group has as well, with another reward.</p>"
+        "kind, 16 of each at most, with its standard error: chosen prompts would tell of the choice. Alignment is "
+        "that of the gradients of its groups with what is wanted, where it is measured. Inconsistent are rollouts "
+        "whose completion another one of their group has as well, with another reward.</p>"
         f"{found}{table('Where the rollouts went', columns, rows, caption)}"
     )
 
@@ -86,7 +87,8 @@ def _lost(one):
     return (
         f"Success on prompts of {_name(one)} is being lost: {_with_error(one['now'], '.2f')} on the latest "
         f"{one['window']} uniform draws, {one['best']:.2f} at its best. {one['late']:.0%} of the rollouts of late "
-        f"went to them, {one['share']:.0%} of the pool. A lower learning rate forgets less."
+        f"went to them, {one['share']:.0%} of the pool. If an evaluation agrees, resume from an earlier checkpoint "
+        "with a lower learning rate."
     )
 
 
