@@ -1,14 +1,23 @@
 """Kinds of prompts: their sums against plain loops, their clusters, and what is told of them."""
 
+import json
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from test_curriculum import World, assert_equal
+from test_online_report import schedule_of
+from tiny import EAGER, make_dataset, make_trainer
 
+from trl_learnalign import LearnAlignConfig
 from trl_learnalign.curriculum import Group
+from trl_learnalign.curriculum.batch import count_inconsistent, most_frequent
 from trl_learnalign.curriculum.clusters import clusters, kinds_of, nearest_rows
 from trl_learnalign.curriculum.kinds import EARLIER, HALF_LIFE, WINDOW, Kinds
+from trl_learnalign.report.online_tables import read_completions
 
 
 def labelled(labels=None, size=300, **settings):
@@ -164,3 +173,173 @@ def test_a_million_prompts_are_sorted_in_seconds():
     start = time.perf_counter()
     assert len(np.unique(kinds_of(features, np.arange(len(features))))) == 12
     assert time.perf_counter() - start < 30
+
+
+# What is told ------------------------------------------------------------------------------------------------------
+
+
+def warned(caplog, rise, seed=0):
+    """
+    A run whose pool is half too hard, a quarter easy, a quarter coins, or prompts like them that rise as they are
+    trained on. Returns the world, the schedule and the warnings about kinds.
+    """
+    labels = np.array([0, 0, 1, 2] * 150)
+    extra = [np.eye(3)[labels]]
+    world = World(size=600, mean=0.0, spread=0.0, noise=0.0, seed=seed, extra=extra)
+    world.curriculum.kinds = Kinds(labels, world.curriculum.pool)
+    world.logits = np.array([-6.0, 6.0, 0.0])[labels]
+    schedule = schedule_of(world)
+    schedule.kind_names = ["hard", "easy", "odd"]
+    schedule.host = SimpleNamespace(
+        accelerator=SimpleNamespace(is_main_process=True), dataset=None, reward_names=["reward"]
+    )
+    caplog.clear()
+    for _ in range(60):
+        draws = world.curriculum.choose(16)
+        rows = np.array([draw.row for draw in draws])
+        groups = zip(draws, world.rewards(rows), strict=True)
+        schedule.observe([Group(one.number, one.row, own) for one, own in groups])
+        schedule.tick(1)
+        world.logits[labels == 2] += rise * np.count_nonzero(labels[rows] == 2)
+    return world, schedule, [record.message for record in caplog.records if "prompts of" in record.message]
+
+
+def test_a_kind_that_takes_much_and_does_not_rise_is_warned_of_once(caplog):
+    world, schedule, texts = warned(caplog, rise=0.0)
+    kinds = world.curriculum.kinds
+    assert kinds.late_shares[2] > 0.5 and kinds.shares[2] == 0.25
+    (text,) = texts
+    assert "of the rollouts of late went to prompts of 'odd', which are 25% of the pool" in text
+    noise = world.curriculum.noise()
+    assert len(noise) > 20 and (kinds.labels[noise] == 2).all() and (world.curriculum.memory.visits[noise] >= 4).all()
+    assert set(world.curriculum.asks_for(range(600))) == set(noise.tolist())
+    world.curriculum.remember({int(noise[0]): "heads", 0: "no suspect"})
+    assert world.curriculum.completions == {int(noise[0]): "heads"}
+    # What aligns is no noise
+    kinds.observe_alignment(np.flatnonzero(kinds.labels == 2)[:40], 0.1 + np.linspace(-0.1, 0.1, 40))
+    assert not len(world.curriculum.noise())
+
+
+def test_a_kind_that_takes_much_and_rises_is_not(caplog):
+    world, _, texts = warned(caplog, rise=0.003)
+    (first, _), (now, _) = world.curriculum.kinds.success_first(), world.curriculum.kinds.success_now()
+    assert world.curriculum.kinds.late_shares[2] > 0.5 and now[2] > first[2] + 0.1
+    assert texts == [] and not len(world.curriculum.noise())
+
+
+def test_success_that_is_lost_is_warned_of(caplog):
+    world, schedule, _ = warned(caplog, rise=0.003)
+    assert world.curriculum.metrics()["lost_kinds"] == 0
+    world.logits[world.curriculum.kinds.labels == 1] = -2.0  # the easy ones are forgotten
+    caplog.clear()
+    for _ in range(150):
+        draws = world.curriculum.choose(16)
+        groups = zip(draws, world.rewards(np.array([draw.row for draw in draws])), strict=True)
+        schedule.observe([Group(one.number, one.row, own) for one, own in groups])
+        schedule.tick(1)
+    (text,) = [record.message for record in caplog.records if "being lost" in record.message]
+    assert "Success on prompts of 'easy' is being lost" in text and " at its best" in text
+    again = schedule_of(labelled(world.curriculum.kinds.labels, size=600, extra=[np.zeros((600, 3))]))
+    again.load_state_dict(schedule.state_dict())  # a resumed run does not say it again
+    np.testing.assert_array_equal(again._told, schedule._told)
+    assert schedule._told.any()
+
+
+def test_equal_completions_with_unequal_outcomes_are_counted():
+    """Against a loop; rewards that differ by rounding are equal, and none is no reward."""
+    random = np.random.default_rng(0)
+    rewards, alike = random.integers(0, 2, (40, 6)).astype(float), random.integers(0, 4, (40, 6))
+    rewards[random.random(rewards.shape) < 0.1] = np.nan
+    groups = [Group(0, 0, own, alike=same) for own, same in zip(rewards, alike, strict=True)]
+    expected = [
+        sum(any(s == t and abs(x - y) > 0.1 for t, y in zip(same, own, strict=True)) for s, x in pairs)
+        for own, same in zip(rewards, alike, strict=True)
+        for pairs in [list(zip(same, own, strict=True))]
+    ]
+    found = count_inconsistent(rewards, groups)
+    assert found.tolist() == expected and 0 < found.sum() < np.isfinite(rewards).sum()
+    assert not count_inconsistent(0.5 + 0.01 * rewards, groups).any()
+    assert not count_inconsistent(rewards, [Group(0, 0, own) for own in rewards]).any()
+
+
+def test_the_most_frequent_completion_is_shown():
+    for alike, place in (([3, 1, 2, 1], 1), ([1, 2, 3], 0), ([5, 4, 4, 5], 0), (None, 0)):
+        assert most_frequent(alike if alike is None else np.array(alike)) == place
+
+
+class Flaky:
+    """Grades rows of the kind "coin" by chance, the others by what they are; notes what it was asked."""
+
+    __name__ = "flaky"
+
+    def __init__(self):
+        self.groups, self.random = [], np.random.default_rng(0)
+
+    def __call__(self, completions, row, kind, **kwargs):
+        rewards = [float(self.random.random() < 0.5 if one == "coin" else one == "easy") for one in kind]
+        for start in range(0, len(row), 4):
+            part = slice(start, start + 4)
+            self.groups.append((row[start], completions[part], rewards[part]))
+        return rewards
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run on coins, easy and hard prompts with completions of one token: its path, trainer and reward function."""
+    path, reward = tmp_path_factory.mktemp("flaky"), Flaky()
+    rows = make_dataset(24).add_column("kind", [NAMES[i % 3] for i in range(24)])
+    rows = rows.add_column("answer", [f"answer {i}" for i in range(24)])
+    choice = LearnAlignConfig(schedule="online", prompt_features=False, group_column="kind")
+    settings = replace(EAGER, uniform=0.5)
+    changes = {"max_steps": 30, "max_completion_length": 1, "logging_steps": 30}
+    trainer = make_trainer(path, choice, reward=reward, dataset=rows, settings=settings, **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        said = []
+        patch.setattr("trl_learnalign.schedules.online.logger.warning", said.append)
+        trainer.train()
+    return path, trainer, reward.groups, said
+
+
+NAMES = ["coin", "easy", "hard"]
+
+
+def test_the_table_is_the_truth_of_a_run(run):
+    path, trainer, groups, said = run
+    kinds = json.loads((path / "learnalign/online.json").read_text())["kinds"]
+    assert [one["name"] for one in kinds] == NAMES and [one["share"] for one in kinds] == [1 / 3] * 3
+    assert len(groups) == 120
+    live = [sum(0 < sum(own) < 4 for row, _, own in groups if row % 3 == kind) for kind in range(3)]
+    for kind, one in enumerate(kinds):
+        own = [group for group in groups if group[0] % 3 == kind]
+        assert one["groups"] == len(own) and one["rollouts"] == len(own) / 120
+        assert one["live"] == live[kind] / sum(live)
+        inconsistent = [
+            sum(any(a == b and x != y for b, y in zip(texts, found, strict=True)) for a, x in pairs)
+            for _, texts, found in own
+            for pairs in [list(zip(texts, found, strict=True))]
+        ]
+        assert one["inconsistent"] == sum(inconsistent) and (kind == 0) == (one["inconsistent"] > 0)
+    assert kinds[1]["now"][0] == kinds[1]["first"][0] == 1.0 and kinds[2]["now"][0] == 0.0
+    page = (path / "learnalign/report.html").read_text()
+    assert "Where the rollouts went" in page and all(f"{one['rollouts']:.1%}" in page for one in kinds)
+    (text,) = [one for one in said if "The same completion got different rewards" in one]
+    assert "of prompts of 'coin'" in text and "The same completion got different rewards" in page
+    assert f">{kinds[0]['first'][0]:.2f} \u00b1 {kinds[0]['first'][1]:.2f}<" in page
+
+
+def test_suspects_of_noise_have_their_most_frequent_completion(run):
+    path, trainer, groups, _ = run
+    found = pq.read_table(path / "learnalign/noise.parquet").to_pylist()
+    curriculum = trainer.learnalign.schedule.curriculum
+    assert [one["index"] for one in found] == curriculum.noise().tolist()
+    assert len(found) > 2 and all(one["index"] % 3 == 0 for one in found)
+    for one in found:
+        assert one["answer"] == f"answer {one['index']}"
+        assert one["visits"] >= 4 and abs(one["success_rate"] - 0.5) <= 0.2
+        asked = [texts for row, texts, _ in groups if row == one["index"] and one["completion"] in texts]
+        most = [max(map(texts.count, texts)) == texts.count(one["completion"]) for texts in asked]
+        assert one["completion"] is None or any(most)
+    texts = {one["index"]: one["completion"] for one in found if one["completion"] is not None}
+    assert texts and read_completions(path / "learnalign", 24).items() >= texts.items()
+    page = (path / "learnalign/report.html").read_text()
+    assert "Rewards that may be noise" in page and "most frequent completion" in page

@@ -50,7 +50,10 @@ SAVE_STEPS = 5
 
 # Settings of LearnAlignConfig, and of the curriculum
 ONLINE = {
-    "online": ({}, {}),
+    "online": ({"score": "learnability"}, {}),
+    "learnalign": ({"score": "learnalign"}, {}),
+    "learnalign flat": ({"score": "learnalign"}, {"utility": "deviation", "sharpness": 1.0}),
+    "online flat": ({"score": "learnability"}, {"utility": "deviation", "sharpness": 1.0}),
 }
 ARMS = ("random", "refill", *ONLINE)
 

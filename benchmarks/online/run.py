@@ -64,6 +64,9 @@ ONLINE = {
 SETTINGS = {
     "online without fading": ("online", OnlineSettings(half_life_steps=1e9)),
     "online without longer rests": ("online", OnlineSettings(longest_rest=0)),
+    "learnalign online flat": ("learnalign online", OnlineSettings(utility="deviation", sharpness=1.0)),
+    "learnalign online flat 2": ("learnalign online", OnlineSettings(utility="deviation", sharpness=2.0)),
+    "online flat": ("online", OnlineSettings(utility="deviation", sharpness=1.0)),
 }
 ONLINE |= {arm: ONLINE[like] for arm, (like, _) in SETTINGS.items()}
 

@@ -15,7 +15,7 @@ The life of a chunk, the prompts that a trainer generates for at once:
      8 schedules/stream         makes groups, with the numbers of the draws
      9 schedules/online         hands them on, and warns
     10 curriculum/online        turns rewards into outcomes, by curriculum/rewards, in a curriculum/batch
-    11 curriculum/predictor     learns what predicts success; curriculum/memory, judge and history learn as well
+    11 curriculum/predictor     learns what predicts success; curriculum/memory, judge, history and kinds learn as well
     12 schedules/checkpoint     writes the state and the draws in flight, which a resumed run begins with
 
 The life of a selection, a fixed set of prompts:

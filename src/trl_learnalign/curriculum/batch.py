@@ -9,6 +9,9 @@ from .events import Group
 from .flight import Flight
 
 
+TOLERANCE = 0.1  # of outcomes between 0 and 1: a reward model rounds otherwise in another batch
+
+
 @dataclass(frozen=True)
 class Batch:
     """
@@ -27,7 +30,7 @@ class Batch:
         visits (`np.ndarray` of shape `(n,)`): visits of the prompt before.
         retired, parked (`np.ndarray` of shape `(n,)`): state of the prompt before, bool.
         inconsistent (`np.ndarray` of shape `(n,)`): rollouts whose completion another one of the group has as well,
-            with another reward; NaN where that is not known.
+            with another outcome; 0 where completions were not compared.
     """
 
     drawn: Flight
@@ -103,3 +106,28 @@ def checked_mask(group: Group, size: int) -> np.ndarray:
             "one value for each rollout."
         )
     return masked
+
+
+def count_inconsistent(outcomes: np.ndarray, groups: Sequence[Group]) -> np.ndarray:
+    """
+    Count, for outcomes of shape `(n, G)`, the rollouts of each group whose completion another rollout of it has as
+    well, with an outcome that differs by more than `TOLERANCE`. NaN differs from nothing.
+
+    Returns:
+        `np.ndarray` of shape `(n,)`; 0 where completions were not compared.
+    """
+    found = np.zeros(len(groups))
+    for place, group in enumerate(groups):
+        if group.alike is not None and len(set(group.alike.tolist())) < len(group.alike):
+            own = outcomes[place, : len(group.alike)]
+            equal = group.alike[:, None] == group.alike
+            found[place] = (equal & (np.abs(own[:, None] - own) > TOLERANCE)).any(1).sum()
+    return found
+
+
+def most_frequent(alike: np.ndarray | None) -> int:
+    """Return the place of the first rollout with the most frequent completion: 0 where all differ."""
+    if alike is None:
+        return 0
+    _, firsts, counts = np.unique(alike, return_index=True, return_counts=True)
+    return int(firsts[counts == counts.max()].min())

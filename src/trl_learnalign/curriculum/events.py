@@ -30,8 +30,7 @@ class Group:
         rewards (`np.ndarray` of shape `(G, F)`): rewards of G rollouts by F reward functions, NaN for none.
         masked (`np.ndarray` of shape `(G,)`, *optional*): rollouts without a token in the loss, bool.
         completion (`str`, *optional*): text of the first rollout, where one was asked for.
-        inconsistent (`int`, *optional*): rollouts whose completion another one of the group has as well, with another
-            reward.
+        alike (`np.ndarray` of shape `(G,)`, *optional*): a number for each completion, the same for equal ones.
     """
 
     number: int
@@ -39,7 +38,7 @@ class Group:
     rewards: np.ndarray
     masked: np.ndarray | None = None
     completion: str | None = None
-    inconsistent: int | None = None
+    alike: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

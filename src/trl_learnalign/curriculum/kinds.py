@@ -10,9 +10,12 @@ HALF_LIFE = 200  # draws after which a group counts half in what is of late
 EARLIER = 256, 768  # draws between which a group is from earlier
 _WIDTH, _BINS = 64, 16  # draws of a bin, and bins that are kept: more than EARLIER
 _PRIOR = 0.25  # squared deviation that is added to those of a mean: equal values are not certain
-_FALL, _CLEAR = 0.1, 2.0  # of success that is lost: at least so much, and so many standard errors
+_FALL, _SURE = 0.1, 2.5  # of success that is lost: at least so much, and so many standard errors
+_CLEAR = 2.0  # standard errors that an alignment must be above zero
+_MASTERED = 0.95  # success from which on there is nothing to rise to
 _TWICE = 2.0  # times its share in the pool that a kind may take of the rollouts
 _NOTICEABLE = 64  # groups of a kind that are noticeable
+_MANY, _MANY_SHARE = 8, 0.01  # inconsistent rollouts of a kind that are too many
 _TOTALS = ("groups", "rollouts", "live", "scored", "rates", "inconsistent")
 _LATE = ("rollouts", "weights", "squared_weights", "rates", "squares")
 
@@ -77,8 +80,7 @@ class Kinds:
             return
         kinds, numbers, scored = self.labels[batch.drawn.rows], batch.drawn.numbers, batch.scored
         rates = np.nan_to_num(batch.rates)
-        inconsistent = np.nan_to_num(batch.inconsistent)
-        counts = [np.ones(len(kinds)), batch.sizes, batch.live, scored, rates, inconsistent]
+        counts = [np.ones(len(kinds)), batch.sizes, batch.live, scored, rates, batch.inconsistent]
         np.add.at(self.totals, kinds, np.stack(counts, axis=1))
         self._observe_late(kinds, numbers, batch.sizes, scored, rates)
         self._observe_bins(kinds[scored], numbers[scored] // _WIDTH, rates[scored])
@@ -111,9 +113,9 @@ class Kinds:
             self.first[kind, number] = rate
         self.latest[kind, number % WINDOW] = rate
         if (number + 1) % WINDOW == 0:
-            mean, error = _mean(self.latest[kind].astype(np.float64))
-            if not mean <= self.best[kind, 0]:
-                self.best[kind] = mean, error
+            mean, error = _means(self.latest[[kind]], np.ones((1, WINDOW), bool))
+            if not mean[0] <= self.best[kind, 0]:
+                self.best[kind] = mean[0], error[0]
 
     def observe_alignment(self, rows: np.ndarray, values: np.ndarray) -> None:
         """
@@ -133,7 +135,7 @@ class Kinds:
     def total(self, name: str) -> np.ndarray:
         """
         Return a sum over the groups so far: `groups`, `rollouts`, `live` groups, `scored` groups (those with an
-        outcome), `rates` (their success), `inconsistent` rollouts.
+        outcome), `rates` (their success), `inconsistent` rollouts, see [`Batch`].
         """
         return self.totals[:, _TOTALS.index(name)]
 
@@ -155,18 +157,12 @@ class Kinds:
 
     def success_first(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the mean success of the first uniform draws, and its standard error."""
-        return self._uniform_means(self.first, lambda number, width: np.arange(width))
+        return _means(self.first, np.arange(WINDOW) < self.windows[:, None])
 
     def success_now(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the mean success of the latest uniform draws, and its standard error."""
-        return self._uniform_means(self.latest, lambda number, width: np.arange(number - width, number) % WINDOW)
-
-    def _uniform_means(self, kept, places):
-        found = [
-            _mean(kept[kind, places(number, width)].astype(np.float64))
-            for kind, (number, width) in enumerate(zip(self.uniform.tolist(), self.windows.tolist(), strict=True))
-        ]
-        return tuple(np.array(found).T)
+        ages = (self.uniform[:, None] - 1 - np.arange(WINDOW)) % WINDOW
+        return _means(self.latest, ages < self.windows[:, None])
 
     def success_late(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the mean success of all groups of late, and its standard error."""
@@ -195,13 +191,23 @@ class Kinds:
         now, error = self.success_now()
         best, error_of_best = self.best.T
         by_chance = error_of_best * np.sqrt(2 * np.log(np.maximum(self.uniform // WINDOW, 1)))
-        least = np.maximum(_FALL, _CLEAR * np.hypot(error, error_of_best) + by_chance)
+        least = np.maximum(_FALL, _SURE * np.hypot(error, error_of_best) + by_chance)
         return (self.uniform >= 2 * WINDOW) & (best - now > least)
 
-    def rises(self) -> np.ndarray:
-        """Tell whether success on uniform draws rose by more than its error, bool; true where too few are known."""
+    def stays(self) -> np.ndarray:
+        """
+        Tell whether success on uniform draws, of which enough are known, has not risen by more than its error, and
+        not all succeed, bool.
+        """
         (first, error), (now, error_now) = self.success_first(), self.success_now()
-        return ~((self.windows >= WINDOW // 2) & (now - first <= np.hypot(error, error_now)))
+        enough = self.windows >= WINDOW // 2
+        return enough & (now - first <= np.hypot(error, error_now)) & (now < _MASTERED)
+
+    def is_noise(self) -> np.ndarray:
+        """Tell whether success stays, and alignment, where it is known, is not clearly above zero, bool."""
+        mean, error = self.alignment()
+        known = self.alignments[:, 0] >= WINDOW
+        return self.stays() & ~(known & (mean > _CLEAR * error))
 
     def greedy(self) -> np.ndarray:
         """
@@ -210,7 +216,16 @@ class Kinds:
         """
         most = np.minimum(_TWICE * self.shares, (1 + self.shares) / 2)
         groups = self.total("groups") >= _NOTICEABLE
-        return groups & (self.late_shares >= most) & (self.shares < 1) & ~self.rises()
+        return groups & (self.late_shares >= most) & (self.shares < 1) & self.stays()
+
+    @property
+    def inconsistent_share(self) -> np.ndarray:
+        """Share of the rollouts whose completion another one of its group has as well, with another outcome."""
+        return self.total("inconsistent") / np.maximum(self.total("rollouts"), 1)
+
+    def is_inconsistent(self) -> np.ndarray:
+        """Tell whether enough rollouts are inconsistent that the grader must be flaky, bool."""
+        return (self.total("inconsistent") >= _MANY) & (self.inconsistent_share >= _MANY_SHARE)
 
     # Keeping ----------------------------------------------------------------------------------------------------
 
@@ -225,18 +240,15 @@ class Kinds:
         for name in self.NAMES:
             now = getattr(self, name)
             if state[name].shape != now.shape or state[name].dtype != now.dtype:
-                raise ValueError(f"{name} of the kinds has the shape {state[name].shape}")
+                raise ValueError(f"{name} has the shape {state[name].shape}")
             setattr(self, name, state[name].copy())
         self.newest = int(state["newest"])
 
 
-def _mean(values):
-    """Return the mean of values between 0 and 1, and its standard error."""
-    number = len(values)
-    if not number:
-        return np.nan, np.nan
-    mean = values.mean()
-    return mean, np.sqrt(((values - mean) ** 2).sum() + _PRIOR) / number
+def _means(values, known):
+    """Return means of those values between 0 and 1 in each row that are `known`, and their standard errors."""
+    own = np.where(known, values, 0.0).astype(np.float64)
+    return _moments(known.sum(1), own.sum(1), (own**2).sum(1))
 
 
 def _moments(weights, sums, squares, squared_weights=None):

@@ -124,6 +124,13 @@ class PromptMemory:
         """Tell whether so many failures of these rows were improbable, bool."""
         return self.surprise[rows] > -math.log(self.settings.suspicion)
 
+    def is_even(self, rows: np.ndarray) -> np.ndarray:
+        """Tell whether these rows were visited often, and about half of their rollouts of late succeeded, bool."""
+        settings, successes, failures = self.settings, self.successes[rows], self.failures[rows]
+        trials = successes + failures
+        even = np.abs(successes - trials / 2) <= settings.noise_width * trials
+        return even & (trials > 0) & (self.visits[rows] >= settings.noise_visits)
+
     def num_suspects(self) -> int:
         """Count the suspects."""
         return int(np.count_nonzero(self.is_suspect()))

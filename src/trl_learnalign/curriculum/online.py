@@ -7,7 +7,7 @@ from dataclasses import asdict
 import numpy as np
 
 from .alignment import Alignment
-from .batch import Batch, checked_mask, stacked, varies
+from .batch import Batch, checked_mask, count_inconsistent, stacked, varies
 from .clusters import kinds_of
 from .events import Draw, Gradient, Group
 from .flight import Flight
@@ -21,9 +21,10 @@ from .predictor import SuccessPredictor, checked_features, expected_deviation, e
 from .rewards import RewardReader, has_gradient, is_success, read_rewards
 from .scored import Scored
 from .settings import OnlineSettings
+from .suspects import FindsSuspects
 
 
-class OnlineCurriculum:
+class OnlineCurriculum(FindsSuspects):
     r"""
     Chooses every prompt by predicted learnability, from the rewards of training alone. It knows neither PyTorch nor
     TRL, so that any training loop can drive it:
@@ -303,8 +304,7 @@ class OnlineCurriculum:
         outcomes[dead] = np.nan
         rows, memory = drawn.rows, self.memory
         before = memory.visits[rows].copy(), memory.is_retired(rows), memory.is_parked(rows)
-        inconsistent = np.array([np.nan if group.inconsistent is None else group.inconsistent for group in groups])
-        return Batch(drawn, outcomes, sizes, masked, live, dead, *before, inconsistent)
+        return Batch(drawn, outcomes, sizes, masked, live, dead, *before, count_inconsistent(outcomes, groups))
 
     def _outcomes(self, deciding):
         """Return 1 for a success, else 0; graded rewards scaled to [0, 1]. NaN where there is none."""
@@ -334,37 +334,14 @@ class OnlineCurriculum:
             raise ValueError(f"`tick({steps})` would turn back the clock. Pass the steps since the last call.")
         self.steps += steps
 
-    # Suspects ---------------------------------------------------------------------------------------------------
-
-    def suspects(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return suspects as [`PromptMemory.suspects`]; none before the prediction was tried."""
-        rows, chances = self.memory.suspects()
-        return (rows, chances) if self.judge.tried else (rows[:0], chances[:0])
-
-    def num_suspects(self) -> int:
-        """Count the suspects; none before the prediction was tried."""
-        return self.memory.num_suspects() if self.judge.tried else 0
-
-    def asks_for(self, rows: Sequence[int]) -> list[int]:
-        """Return the suspects among these rows whose completion [`~OnlineCurriculum.remember`] should be given."""
-        if len(self.completions) >= 2 * self.settings.most_suspects:
-            return []
-        suspicious = self.memory.is_suspect(np.array(rows, dtype=np.int64))
-        return [row for row, so in zip(rows, suspicious, strict=True) if so and row not in self.completions]
-
-    def remember(self, completions: dict[int, str]) -> None:
-        """Keep completions of suspects, by row. Those of prompts that are no suspects any more make room."""
-        known = self.completions | completions
-        suspects = self.memory.is_suspect(np.array([*known], dtype=np.int64))
-        self.completions = {row: text for (row, text), so in zip(known.items(), suspects, strict=True) if so}
-
     # What is known, and kept ------------------------------------------------------------------------------------
 
     def metrics(self) -> dict[str, float]:
         """Return values for a log, of the groups that were observed last and of the pool; empty before any."""
         if not self._latest:
             return {}
-        values = self._latest | self._state_of_the_pool() | {"suspects": self.num_suspects()}
+        found = {"suspects": self.num_suspects(), "lost_kinds": int(self.kinds.lost().sum())}
+        values = self._latest | self._state_of_the_pool() | found
         more = {} if self.alignment is None else self.alignment.metrics()
         return {name: float(values[name]) for name in _LOGGED} | more
 
@@ -414,7 +391,7 @@ class OnlineCurriculum:
 _PARTS = "memory", "judge", "predictor", "scored", "scale", "curve", "history", "kinds", "order", "flight"
 _LOGGED = (
     *("choosing", "live_fraction", "live_chosen", "live_uniform", "predicted_success", "observed_success"),
-    *("pool_success", "skill", "headroom", "retired", "unscored", "suspects"),
+    *("pool_success", "skill", "headroom", "retired", "unscored", "suspects", "lost_kinds"),
 )
 
 

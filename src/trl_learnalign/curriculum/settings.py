@@ -48,6 +48,9 @@ class OnlineSettings:
 
     # Probability of failing so often below which a prompt is suspected of a wrong answer
     suspicion: float = 0.1
+    # Visits of a prompt, and distance of its success from one half at most, before its rewards may be called noise
+    noise_visits: int = 4
+    noise_width: float = 0.2
     # Suspects that a report lists
     most_suspects: int = 1000
 
@@ -116,9 +119,9 @@ class OnlineSettings:
         self._check("most_factor", self.most_factor >= 1, "must be at least 1")
         self._check("sharpness", self.sharpness >= 0, "must be at least 0")
         self._check("utility", self.utility in UTILITIES, f"must be one of {', '.join(UTILITIES)}")
-        for name in ("give_up", "history_groups", "most_suspects"):
+        for name in ("give_up", "history_groups", "most_suspects", "noise_visits"):
             self._check(name, getattr(self, name) >= 1, "must be at least 1")
-        for name in ("uniform", "cooldown_share", "suspicion", "judge_memory"):
+        for name in ("uniform", "cooldown_share", "suspicion", "judge_memory", "noise_width"):
             self._check(name, 0 <= getattr(self, name) <= 1, "must be between 0 and 1")
         self._check("longest_rest", 0 <= self.longest_rest <= 16, "must be between 0 and 16: rests are doubled")
         fits = self.retired_after * self.doubling <= 255

@@ -7,6 +7,7 @@ from pathlib import Path
 from ..selection.words import live_shares
 from . import online_figures
 from .html import TEXT, WORDS, figures, formatted, settings, table, write_page
+from .online_kinds import kinds_section
 from .online_tables import count_states, find_run, load_tables, write_tables
 from .trackers import log_figures
 
@@ -68,7 +69,8 @@ def rewrite_online_report(path: str | os.PathLike) -> Path | None:
 
 
 def _write_page(directory):
-    prompts, history, suspects, run = load_tables(directory)
+    prompts, history, suspects, noise, run = load_tables(directory)
+    config = run["settings"]["config"]
     drawings = online_figures.drawings(prompts, history, run)
     step = f"{run['step']:,} of {run['max_steps']:,}"
     target = write_page(
@@ -78,12 +80,18 @@ def _write_page(directory):
             f"{run['model']}, {run['pool']:,} prompts, written {run['made'][:16].replace('T', ' ')} UTC"
         ),
         intro=_intro(step, run),
-        facts=_facts(prompts, history, run),
+        facts=_facts(prompts, history, noise, run),
         sections=[
             ("figures", "How the run went", figures(drawings)),
+            (
+                "kinds",
+                "Where the rollouts went",
+                kinds_section(run["kinds"], config.get("group_column"), run["graded"]),
+            ),
             ("periods", "When prompts were chosen", _periods(run)),
             ("states", "Retired and parked prompts", _states(prompts, run)),
             ("suspects", "Suspects", _suspects(suspects, run)),
+            ("noise", "Rewards that may be noise", _noise(noise, run)),
             ("samples", "Some of the prompts", _samples(run)),
             ("settings", "How it was made", _settings(run)),
         ],
@@ -100,13 +108,14 @@ def _intro(step, run) -> str:
         "schedule predicts which prompts some rollouts will solve and others will not. Only such <em>live</em> groups "
         f"have a gradient. A few prompts ({uniform:.0%}) are drawn uniformly from the whole pool; these measure how "
         "good the policy and the prediction are. The figures show live groups, success and prediction over the run. "
-        "The tables show when prompts were chosen and when not, which prompts come less often because they are always "
-        "or never solved, and which may have a wrong answer or wrong grading. The page shows the state at step "
-        f"{step}. It is written with each checkpoint and at the end of training, and does not refresh by itself.</p>"
+        "The tables show where the rollouts went, when prompts were chosen and when not, which prompts come less "
+        "often because they are always or never solved, and which may have a wrong answer or wrong grading. The "
+        f"page shows the state at step {step}. It is written with each checkpoint and at the end of training, and "
+        "does not refresh by itself.</p>"
     )
 
 
-def _facts(prompts, history, run) -> dict[str, str]:
+def _facts(prompts, history, noise, run) -> dict[str, str]:
     chosen, uniform, draws = live_shares(lambda name: history[name].to_numpy(zero_copy_only=False))
     states = count_states(prompts)
     return {
@@ -121,6 +130,7 @@ def _facts(prompts, history, run) -> dict[str, str]:
         "draws now": "chosen" if run["choosing"] else "uniform",
         **{state: f"{states.get(state, 0):,}" for state in ("retired", "parked", "unscored")},
         "suspects": f"{run['suspects']:,}",
+        "may be noise": f"{noise.num_rows:,}",
     }
 
 
@@ -179,18 +189,42 @@ def _suspects(suspects, run) -> str:
         none = "There are none." if run["tried"] else "None are listed before the prediction was tried."
         none = "With graded rewards suspects are not searched for." if run["graded"] else none
         return explanation + f"<p>{none}</p>"
-    # All other columns are texts: the prompt, the answers that the dataset has, and the completion
-    kinds = {"index": "d", "visits": "d", "chance": ".2g"}
-    names = [*kinds, *(name for name in suspects.column_names if name not in kinds)]
-    columns = {"a completion" if name == "completion" else name: kinds.get(name, TEXT) for name in names}
-    shown = suspects.slice(0, MOST_SUSPECTS_SHOWN).to_pylist()
+    shown = min(MOST_SUSPECTS_SHOWN, suspects.num_rows)
     caption = (
-        f"The most suspicious {len(shown)} of {run['suspects']:,}; suspects.parquet has "
+        f"The most suspicious {shown} of {run['suspects']:,}; suspects.parquet has "
         f"{'all' if run['suspects'] == suspects.num_rows else 'more'}."
-        if len(shown) < suspects.num_rows
+        if shown < suspects.num_rows
         else "The most suspicious first."
     )
-    return explanation + table("Suspects", columns, ([one[name] for name in names] for one in shown), caption)
+    return explanation + _suspects_table("Suspects", suspects, caption)
+
+
+def _suspects_table(name, suspects, caption) -> str:
+    # All other columns are texts: the prompt, the answers that the dataset has, and the completion
+    forms = {"index": "d", "visits": "d", "chance": ".2g", "success_rate": ".2f"}
+    labels = {"completion": "most frequent completion", "success_rate": "own success"}
+    names = sorted(suspects.column_names, key=lambda one: [*forms, one].index(one))
+    columns = {labels.get(one, one): forms.get(one, TEXT) for one in names}
+    shown = suspects.slice(0, MOST_SUSPECTS_SHOWN).to_pylist()
+    return table(name, columns, ([one[label] for label in names] for one in shown), caption)
+
+
+def _noise(noise, run) -> str:
+    chosen_by = run["settings"]["curriculum"]
+    least, width = chosen_by["noise_visits"], chosen_by["noise_width"]
+    explanation = (
+        f"<p>Prompts that were visited {least} times or more, of whose rollouts {0.5 - width:.0%} to "
+        f"{0.5 + width:.0%} succeed, in a kind whose success does not rise on uniform draws and whose gradients have "
+        "no clear alignment, where that is measured. Their rewards may be chance: a question that can only be "
+        "guessed, an answer drawn at random, a grader that is flaky. Others are only slow to learn. Compare the most "
+        "frequent completion with the answer.</p>"
+    )
+    if not noise.num_rows:
+        none = "With graded rewards they are not searched for." if run["graded"] else "There are none."
+        return f"{explanation}<p>{none}</p>"
+    shown = min(MOST_SUSPECTS_SHOWN, noise.num_rows)
+    caption = f"The {shown} that were visited most, of {noise.num_rows:,} in noise.parquet."
+    return explanation + _suspects_table("Rewards that may be noise", noise, caption)
 
 
 def _samples(run) -> str:

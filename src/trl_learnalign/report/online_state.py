@@ -8,17 +8,23 @@ import numpy as np
 
 from ..choice.idle import missing
 from ..curriculum import OnlineCurriculum, OnlineSettings
+from ..curriculum.clusters import nearest_rows
 from ..curriculum.history import History
+from ..curriculum.kinds import Kinds
 
 
 STATES = ("new", "live", "resting", "retired", "parked", "unscored")
+WARNINGS = ("greedy", "lost", "inconsistent")  # about a kind of prompts
 _MOST_PERIODS = 20
+_EXAMPLES = 3  # typical prompts of a cluster
 _BLOCK = 16_384  # prompts whose success is predicted at once, in float64
 _PACKAGES = ("trl-learnalign", "trl", "transformers", "accelerate", "torch")
 
 
-def read_state(schedule, max_steps) -> tuple[dict, dict, dict, dict]:
-    """Gather what the files hold of a schedule: columns of prompts, of the history and of suspects; and numbers."""
+def read_state(schedule, max_steps) -> tuple[dict, dict, dict, dict, dict]:
+    """
+    Gather what the files hold of a schedule: columns of prompts, the history, suspects and noise; and numbers.
+    """
     curriculum, config = schedule.curriculum, schedule.run.config
     judge, history, memory = curriculum.judge, curriculum.history, curriculum.memory
     rows, chance = curriculum.suspects()
@@ -28,10 +34,18 @@ def read_state(schedule, max_steps) -> tuple[dict, dict, dict, dict]:
         "visits": memory.visits[rows],
         "chance": chance,
     }
+    rows = curriculum.noise()
+    noise = {
+        "index": rows,
+        "completion": [curriculum.completions.get(row) for row in rows.tolist()],
+        "visits": memory.visits[rows],
+        "success_rate": _own_rates(memory, rows),
+    }
     numbers = {
         "pool": len(schedule.pool),
         "plan": schedule.plan(0, max_steps, False),
         "suspects": curriculum.num_suspects(),
+        "kinds": read_kinds(schedule),
         **{name: getattr(judge, name) for name in ("choosing", "skill", "tried", "headroom")},
         "skilled": judge.has_clear_skill,
         "pool_success": finite(judge.pool_success),
@@ -53,7 +67,59 @@ def read_state(schedule, max_steps) -> tuple[dict, dict, dict, dict]:
             "versions": {package: version(package) for package in _PACKAGES},
         },
     }
-    return prompt_columns(curriculum), {name: history.column(name) for name in history.names}, suspects, numbers
+    columns = {name: history.column(name) for name in history.names}
+    return prompt_columns(curriculum), columns, suspects, noise, numbers
+
+
+def read_kinds(schedule) -> list[dict]:
+    """
+    Return what is known of each kind of prompts, for JSON, in their order: `name` and `examples` (rows of typical
+    prompts, where kinds are clusters); `prompts`, `groups`, `uniform` draws and `inconsistent` rollouts; `share` of
+    the pool, of the `rollouts`, of those of `late`, of the `live` groups; success at `first` and `now`, and mean
+    `alignment`, each with its error, else `None`; `warnings`.
+    """
+    curriculum, names = schedule.curriculum, schedule.kind_names
+    kinds = curriculum.kinds
+    typical = {} if names else nearest_rows(curriculum.features, kinds.labels, curriculum.choosable, _EXAMPLES)
+    warned = kind_warnings(kinds)
+    pairs = {"first": kinds.success_first(), "now": kinds.success_now(), "alignment": kinds.alignment()}
+    shares = {
+        "share": kinds.shares,
+        "rollouts": _part(kinds.total("rollouts")),
+        "late": kinds.late_shares,
+        "live": _part(kinds.total("live")),
+    }
+    return [
+        {
+            "name": names[kind] if names else f"kind {kind + 1}",
+            "examples": typical.get(kind, []),
+            "prompts": int(kinds.sizes[kind]),
+            "groups": int(kinds.total("groups")[kind]),
+            "uniform": int(kinds.uniform[kind]),
+            "inconsistent": int(kinds.total("inconsistent")[kind]),
+            "inconsistent_share": float(kinds.inconsistent_share[kind]),
+            **{name: finite(float(values[kind])) for name, values in shares.items()},
+            **{name: [finite(float(one[kind])) for one in pair] for name, pair in pairs.items()},
+            "best": finite(float(kinds.best[kind, 0])),
+            "window": int(kinds.windows[kind]),
+            "warnings": [name for name, found in warned.items() if found[kind]],
+        }
+        for kind in range(len(kinds))
+    ]
+
+
+def kind_warnings(kinds: Kinds) -> dict[str, np.ndarray]:
+    """Return by name of a warning, in the order of `WARNINGS`, the kinds that it holds for, of shape `(K,)`, bool."""
+    return dict(zip(WARNINGS, (kinds.greedy(), kinds.lost(), kinds.is_inconsistent()), strict=True))
+
+
+def _part(values):
+    return values / max(values.sum(), 1)
+
+
+def _own_rates(memory, rows):
+    successes, trials = memory.successes[rows], memory.successes[rows] + memory.failures[rows]
+    return np.divide(successes, trials, out=np.full(len(rows), np.nan, np.float32), where=trials > 0)
 
 
 def prompt_columns(curriculum: OnlineCurriculum) -> dict[str, np.ndarray]:
@@ -64,8 +130,7 @@ def prompt_columns(curriculum: OnlineCurriculum) -> dict[str, np.ndarray]:
     rows, memory = curriculum.pool, curriculum.memory
     blocks = [rows[start : start + _BLOCK] for start in range(0, len(rows), _BLOCK)]
     a, b = np.concatenate([np.stack(curriculum.posterior(block)) for block in blocks], axis=1)
-    successes, failures, visits = memory.successes[rows], memory.failures[rows], memory.visits[rows]
-    trials = successes + failures
+    visits = memory.visits[rows]
     conditions = {
         "unscored": memory.unscored[rows] > 0,
         "retired": memory.is_retired(rows),
@@ -77,7 +142,7 @@ def prompt_columns(curriculum: OnlineCurriculum) -> dict[str, np.ndarray]:
     return {
         "index": rows,
         "visits": visits,
-        "success_rate": np.divide(successes, trials, out=np.full(len(rows), np.nan, np.float32), where=trials > 0),
+        "success_rate": _own_rates(memory, rows),
         "predicted_success": (a / (a + b)).astype(np.float32),
         "utility": curriculum.utility(a, b).astype(np.float32),
         "last_draw": memory.last[rows],

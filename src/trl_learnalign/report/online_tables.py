@@ -17,8 +17,10 @@ from .online_state import finite, read_state
 PROMPTS_FILE = "online_prompts.parquet"
 HISTORY_FILE = "online_history.parquet"
 SUSPECTS_FILE = "suspects.parquet"
+NOISE_FILE = "noise.parquet"
 RUN_FILE = "online.json"
-SAMPLES = 10  # prompts shown of each kind
+SAMPLES = 10  # prompts shown of each state
+EXAMPLE = 200  # characters of a typical prompt
 ANSWER_COLUMNS = (
     *("answer", "final_answer", "expected_answer", "reference_answer"),
     *("solution", "ground_truth", "label", "target"),
@@ -38,7 +40,8 @@ def write_tables(schedule, host, directory: Path) -> None:
     """
     make_directory(directory)
     state, model = host.trainer.state, host.trainer.model.config
-    prompts, history, suspects, numbers = read_state(schedule, state.max_steps)
+    prompts, history, suspects, noise, numbers = read_state(schedule, state.max_steps)
+    _read_examples(numbers["kinds"], host.dataset)
     numbers["settings"]["num_processes"] = host.accelerator.num_processes
     numbers |= {
         "step": state.global_step,
@@ -50,6 +53,7 @@ def write_tables(schedule, host, directory: Path) -> None:
     write_parquet(directory / PROMPTS_FILE, _prompts_table(prompts))
     write_parquet(directory / HISTORY_FILE, _history_table(history))
     write_parquet(directory / SUSPECTS_FILE, _suspects_table(suspects, host.dataset))
+    write_parquet(directory / NOISE_FILE, _suspects_table(noise, host.dataset))
     write_json(directory / RUN_FILE, numbers)
 
 
@@ -65,7 +69,16 @@ def _history_table(columns) -> pa.Table:
     return pa.table(arrays)
 
 
+def _read_examples(kinds, dataset):
+    """Put texts in place of rows."""
+    rows = [row for one in kinds for row in one["examples"]]
+    texts = iter([shortened(text, EXAMPLE) for text in prompt_texts(dataset, rows)] if rows else [])
+    for one in kinds:
+        one["examples"] = [next(texts) for _ in one["examples"]]
+
+
 def _suspects_table(columns, dataset) -> pa.Table:
+    """Return a table of suspects: index, texts, completion, visits and what else is told of them."""
     rows = columns["index"].tolist()
     answers = [name for name in ANSWER_COLUMNS if _is_plain(dataset, name)]
     return pa.table(
@@ -75,7 +88,7 @@ def _suspects_table(columns, dataset) -> pa.Table:
             **{name: pa.array(_plain_texts(dataset, rows, name), pa.string()) for name in answers},
             "completion": pa.array([text and shortened(text) for text in columns["completion"]], pa.string()),
             "visits": pa.array(columns["visits"]),
-            "chance": pa.array(columns["chance"], pa.float64()),
+            **{name: pa.array(columns[name], pa.float64()) for name in ("chance", "success_rate") if name in columns},
         }
     )
 
@@ -114,10 +127,14 @@ def _samples(columns, dataset) -> dict[str, list[dict]]:
 
 def read_completions(directory: Path, size: int) -> dict[int, str]:
     """
-    Read the completions of suspects of a dataset of `size` rows, by row. Empty if the file is missing or damaged.
+    Read the completions of suspects of a dataset of `size` rows, by row. A file that is missing or damaged has none.
     """
+    return _completions(directory / SUSPECTS_FILE, size) | _completions(directory / NOISE_FILE, size)
+
+
+def _completions(file, size):
     try:
-        table = pq.read_table(directory / SUSPECTS_FILE, columns=["index", "completion"])
+        table = pq.read_table(file, columns=["index", "completion"])
         found = zip(table["index"].to_pylist(), table["completion"].to_pylist(), strict=True)
         return {row: text for row, text in found if 0 <= row < size and isinstance(text, str)}
     except (OSError, pa.ArrowException, TypeError, KeyError):
@@ -137,17 +154,17 @@ def find_run(path: Path) -> Path | None:
     return None if any(later) else directory
 
 
-def load_tables(directory: Path) -> tuple[pa.Table, pa.Table, pa.Table, dict]:
+def load_tables(directory: Path) -> tuple[pa.Table, pa.Table, pa.Table, pa.Table, dict]:
     """
-    Read prompts, history, suspects and numbers as [`write_tables`] wrote them.
+    Read prompts, history, suspects, noise and numbers as [`write_tables`] wrote them.
 
     Raises:
         `ValueError`: a file is missing or damaged.
     """
     try:
-        prompts, history, suspects = (
+        prompts, history, suspects, noise = (
             pq.read_table(directory / name, page_checksum_verification=True)
-            for name in (PROMPTS_FILE, HISTORY_FILE, SUSPECTS_FILE)
+            for name in (PROMPTS_FILE, HISTORY_FILE, SUSPECTS_FILE, NOISE_FILE)
         )
         numbers = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -155,7 +172,7 @@ def load_tables(directory: Path) -> tuple[pa.Table, pa.Table, pa.Table, dict]:
             f"The files of the online run in '{directory}' cannot be read: {error}. They are written again with the "
             "next checkpoint."
         ) from error
-    return prompts, history, suspects, numbers
+    return prompts, history, suspects, noise, numbers
 
 
 def count_states(prompts: pa.Table) -> dict[str, int]:

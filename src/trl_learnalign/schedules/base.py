@@ -191,7 +191,14 @@ class LearnsFromGradients:
 
 
 class Describes:
-    """A schedule with something to say to people: on the terminal, in a report, in a model card."""
+    """
+    A schedule with something to say to people: on the terminal, in a report, in a model card.
+
+    Attributes:
+        compares (`bool`): whether groups shall tell which of their completions are equal, see `Group.alike`.
+    """
+
+    compares: bool = False
 
     def plan(self, step: int, max_steps: int, due: bool) -> list[str]:
         """
@@ -214,8 +221,8 @@ class Describes:
 
     def wanted(self, groups: Sequence[Group]) -> Sequence[int]:
         """
-        Return those rows of groups that were just observed whose first completion is wanted for the report. The main
-        process decides for all.
+        Return those rows of groups that were just observed of which a completion is wanted for the report: the most
+        frequent one where completions are compared, else the first. The main process decides for all.
         """
         return []
 

@@ -12,6 +12,7 @@ from ..curriculum import OnlineCurriculum, OnlineSettings
 from ..data.order import RandomOrder
 from ..host.rewards import check_success_reward
 from ..measures.feature_file import PromptFeatures
+from ..report.online_state import kind_warnings
 from . import online_words as words
 from .base import Describes, LearnsFromGradients, Prepares, Run, Schedule, Ticks, whole_pool
 from .prompt_features import (
@@ -44,6 +45,8 @@ class OnlineSchedule(Schedule, Ticks, LearnsFromGradients, Describes, Prepares):
         kind_names (`list[str]`, *optional*): names of the kinds of prompts, where `group_column` gives them.
     """
 
+    compares = True
+
     def __init__(self, run: Run, settings: OnlineSettings | None = None):
         super().__init__(run)
         config = run.config
@@ -59,6 +62,7 @@ class OnlineSchedule(Schedule, Ticks, LearnsFromGradients, Describes, Prepares):
         self._hidden: PromptFeatures | None = None
         self._logged = False  # the figures, to the trackers
         self._said = np.zeros(len(words.KINDS), bool)  # kinds of warnings that were given
+        self._told = np.zeros(0, bool)  # of kinds of prompts: warnings that were given
 
     @property
     def curriculum(self) -> OnlineCurriculum:
@@ -140,6 +144,7 @@ class OnlineSchedule(Schedule, Ticks, LearnsFromGradients, Describes, Prepares):
         before = self.curriculum.history.groups
         self.curriculum.observe(groups)
         self._warn(before)
+        self._warn_of_kinds()
 
     def _warn(self, before):
         """Warn of rewards that say nothing: when enough was seen, or at once where no group says anything."""
@@ -168,6 +173,15 @@ class OnlineSchedule(Schedule, Ticks, LearnsFromGradients, Describes, Prepares):
         self.curriculum.without_gradients()
         if self.host.accelerator.is_main_process:
             logger.warning(words.without_gradients(reason))
+
+    def _warn_of_kinds(self):
+        """Warn, once of each, of kinds of prompts that take too much, are lost or have inconsistent rewards."""
+        found = np.stack([*kind_warnings(self.curriculum.kinds).values()])
+        told = self._told if self._told.shape == found.shape else np.zeros_like(found)
+        new, self._told = found & ~told, told | found
+        if new.any() and self.host.accelerator.is_main_process:
+            for text in words.kind_warnings(self, new):
+                logger.warning(text)
 
     def tick(self, steps):
         self.curriculum.tick(steps)
@@ -205,11 +219,16 @@ class OnlineSchedule(Schedule, Ticks, LearnsFromGradients, Describes, Prepares):
 
     def state_dict(self):
         key = None if self._hidden is None else self._hidden.key
-        return {"curriculum": self.curriculum.state_dict(), "features_key": key, "said": self._said}
+        return {
+            "curriculum": self.curriculum.state_dict(),
+            "features_key": key,
+            "said": self._said,
+            "told": self._told,
+        }
 
     def load_state_dict(self, state):
         self.curriculum.load_state_dict(state["curriculum"])
-        self._said = state["said"].copy()
+        self._said, self._told = state["said"].copy(), state["told"].copy()
 
     def write_files(self, directory, is_writer):
         """Write the hidden states, which later weights do not have."""

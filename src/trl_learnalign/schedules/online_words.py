@@ -7,6 +7,9 @@ import numpy as np
 
 from ..curriculum.judge import Judge
 from ..curriculum.rewards import doubtful_threshold
+from ..report.online_kinds import warnings_of
+from ..report.online_state import WARNINGS, read_kinds
+from ..selection.excerpt import prompt_texts
 from ..selection.warnings import threshold_warning
 from ..selection.words import live_shares
 
@@ -205,6 +208,23 @@ def unscored_warnings(scored: "Scored", names: list[str]) -> tuple[np.ndarray, l
         f"`mask_truncated_completions=True` leaves these out of the loss: {dead:,.0f} groups ({dead / groups:.0%}) "
         "have no gradient because of it. Raise `max_completion_length`.",
     ]
+
+
+def kind_warnings(schedule: "OnlineSchedule", wanted: np.ndarray) -> list[str]:
+    """
+    Return warnings about kinds of prompts, as the report has them.
+
+    Args:
+        schedule ([`OnlineSchedule`]): after an observation.
+        wanted (`np.ndarray` of shape `(W, K)`): for each warning and each kind whether it is to be given, bool.
+    """
+    names, texts = [*WARNINGS], []
+    for kind, one in enumerate(read_kinds(schedule)):
+        one["warnings"] = [name for name, so in zip(names, wanted[:, kind], strict=True) if so]
+        if one["warnings"]:
+            one["examples"] = prompt_texts(schedule.host.dataset, one["examples"][:1]) if one["examples"] else []
+            texts += warnings_of(one)
+    return texts
 
 
 def _without(scored, names):

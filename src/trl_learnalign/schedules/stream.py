@@ -135,7 +135,9 @@ class Stream:
 
     # Groups -----------------------------------------------------------------------------------------------------
 
-    def groups(self, i: int, rewards: np.ndarray, masked: np.ndarray | None = None) -> list[Group]:
+    def groups(
+        self, i: int, rewards: np.ndarray, masked: np.ndarray | None = None, alike: np.ndarray | None = None
+    ) -> list[Group]:
         """
         Return the groups of chunk `i`.
 
@@ -143,11 +145,17 @@ class Stream:
             i (`int`): the chunk.
             rewards (`np.ndarray` of shape `(chunk_prompts * G, F)`): of its rollouts in their order.
             masked (`np.ndarray` of shape `(chunk_prompts * G,)`, *optional*): rollouts without a token in the loss.
+            alike (`np.ndarray` of shape `(chunk_prompts * G,)`, *optional*): numbers of their completions.
         """
         n, size = self.layout.chunk_prompts, self.layout.group_size
         parts = rewards.reshape(n, size, -1)
-        without = [None] * n if masked is None else masked.reshape(n, size)
-        return [Group(i * n + place, row, parts[place], without[place]) for place, row in enumerate(self.rows(i))]
+        none = [None] * n
+        without = none if masked is None else masked.reshape(n, size)
+        texts = none if alike is None else alike.reshape(n, size)
+        return [
+            Group(i * n + place, row, parts[place], without[place], alike=texts[place])
+            for place, row in enumerate(self.rows(i))
+        ]
 
     # Checkpoints ------------------------------------------------------------------------------------------------
 

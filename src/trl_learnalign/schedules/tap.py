@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from accelerate.utils import broadcast_object_list, gather_object
 
+from ..curriculum.batch import most_frequent
 from ..data.prompts import prompt_text
 from ..data.reading import has_transform, read_rows
 from .gradients import ChunkGradients
@@ -72,7 +73,8 @@ class GroupTap:
         if self._gradients is not None and not self._gradients.hand_over():
             self._gradients = None
         masked = ~trained if len(trained) == len(rewards) and not trained.all() else None
-        groups = self.stream.groups(chunk, rewards, masked)
+        alike = self._alike(completions, len(rewards)) if self.stream.describes.compares else None
+        groups = self.stream.groups(chunk, rewards, masked, alike)
         schedule.observe(groups)
         if self._gradients is not None:
             self._gradients.begin(chunk)
@@ -81,16 +83,25 @@ class GroupTap:
             if np.isfinite(value):
                 self.host.log_metric(f"learnalign/{name}", float(value))
 
+    def _alike(self, completions, rollouts):
+        """Return for each completion of all processes a number, the same for equal ones; `None` if one is missing."""
+        found = gather_object([_number(completion) for completion in completions])
+        return np.array(found, np.int64) if len(found) == rollouts else None
+
     def _complete(self, groups, completions, own_rows):
         """Give the schedule the completions that it wants to show."""
         # The main process decides what is asked for: the others may have rounded otherwise
         wanted = broadcast_object_list([[int(row) for row in self.stream.describes.wanted(groups)]])[0]
         if not wanted:
             return
-        places = {group.row: place for place, group in enumerate(groups) if group.row in wanted}
+        size = self.stream.layout.group_size
+        places = {
+            group.row: place * size + most_frequent(group.alike)
+            for place, group in enumerate(groups)
+            if group.row in wanted
+        }
         start = self.host.accelerator.process_index * own_rows  # of its rollouts; it may split a group
-        firsts = first_rollouts(places, start, own_rows, self.stream.layout.group_size)
-        own = {row: prompt_text(completions[at]) for row, at in firsts.items()}
+        own = {row: prompt_text(completions[at]) for row, at in own_rollouts(places, start, own_rows).items()}
         self.stream.describes.remember({row: text for part in gather_object([own]) for row, text in part.items()})
 
     def check_rows(self, batch: int, inputs: list[dict]) -> int:
@@ -120,18 +131,21 @@ class GroupTap:
             )
 
 
-def first_rollouts(places: dict[int, int], start: int, number: int, group_size: int) -> dict[int, int]:
+def own_rollouts(places: dict[int, int], start: int, number: int) -> dict[int, int]:
     """
-    Find, among groups of a chunk, those whose first rollout is of this process.
+    Find, among rollouts of a chunk, those of this process.
 
     Args:
-        places (`dict[int, int]`): by row the place of its group in the chunk.
+        places (`dict[int, int]`): by row the place of a rollout in the chunk.
         start (`int`): the first rollout of this process; a group may be on several processes.
         number (`int`): its rollouts.
-        group_size (`int`): rollouts of a group.
 
     Returns:
         by row the place of the rollout among those of this process.
     """
-    firsts = {row: place * group_size - start for row, place in places.items()}
-    return {row: at for row, at in firsts.items() if 0 <= at < number}
+    return {row: place - start for row, place in places.items() if 0 <= place - start < number}
+
+
+def _number(completion) -> int:
+    text = completion if isinstance(completion, str) else repr(completion)  # with calls of tools, if there are any
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=7).digest())
