@@ -15,6 +15,7 @@ from .judge import Judge
 from .memory import PromptMemory
 from .order import Order, Permutations, UniformDraws, rows_of
 from .predictor import SuccessPredictor, expected_learnability
+from .prior import digest, known_rates
 from .rewards import RewardReader, has_gradient, is_success, read_rewards
 from .scored import Scored
 from .settings import OnlineSettings
@@ -43,7 +44,8 @@ class OnlineCurriculum:
     the pool and the predictor. A prompt whose group is not finished is not drawn again while others are free.
 
     Draws are uniform until the predictor has been better than the mean on uniform draws and choosing is expected to
-    raise the variance of rewards, and again when either has not been so for a while ([`Judge`]).
+    raise the variance of rewards, and again when either has not been so for a while ([`Judge`]). With a `prior`
+    the predictor begins with a fit to it and choosing at once; one draw in eight is uniform until it was tried.
 
     Args:
         features (`np.ndarray` of shape `(N, D)`): what is known of each prompt, float16 or float32, with a column of
@@ -56,9 +58,11 @@ class OnlineCurriculum:
             Uniform draws are of the whole pool.
         order ([`Order`], *optional*): of uniform draws; random by default.
         read ([`RewardReader`], *optional*): reads rewards; by default as [`read_rewards`].
+        prior (`np.ndarray` of shape `(N,)`, *optional*): success rates that are known beforehand, NaN where not.
+        groups (`float`, *optional*): of the whole run. In a short one the prediction is judged sooner.
 
     Raises:
-        `ValueError`: the features or the group size have another shape or range.
+        `ValueError`: the features, the group size or the prior have another shape or range.
     """
 
     def __init__(
@@ -72,6 +76,8 @@ class OnlineCurriculum:
         choosable: np.ndarray | None = None,
         order: Order | None = None,
         read: RewardReader = read_rewards,
+        prior: np.ndarray | None = None,
+        groups: float | None = None,
     ):
         features = np.asarray(features)
         if features.ndim != 2 or not len(features):
@@ -91,9 +97,10 @@ class OnlineCurriculum:
         self.pool = rows_of("pool", np.arange(len(features)) if pool is None else pool, len(features))
         self.choosable = self.pool if choosable is None else rows_of("choosable", choosable, len(features))
         self._read = read
-        self.predictor = SuccessPredictor(features, settings)
+        self._prior = known_rates(prior, self.pool, len(features))
+        self.predictor = SuccessPredictor(features, settings, self._prior)
         self.memory = PromptMemory(len(features), len(self.pool), settings)
-        self.judge = Judge(settings)
+        self.judge = Judge(settings, groups, trusted=self._prior is not None)
         self.scored = Scored(features, settings)
         self.scale, self.curve = RewardScale(), VarianceCurve()
         self.history = History(settings.history_groups)
@@ -136,7 +143,7 @@ class OnlineCurriculum:
         best = ranked[rested[ranked]]
         self.judge.decide(utility, best[: settings.headroom_prompts], (a / (a + b)).mean(), n)
         choosing = self.judge.choosing
-        uniform = _rounded(settings.uniform * n, generator) if choosing else n
+        uniform = _rounded(self.judge.uniform * n, generator) if choosing else n
         rows = self.order.take(uniform, flying if choosing else None)
         if uniform < n:
             rows += self._best(candidates, ranked, rested, flying, rows, n - uniform)
@@ -160,7 +167,7 @@ class OnlineCurriculum:
             clock=self.clock * same,
             uniform=uniform,
             choosing=same * choosing > 0,
-            learnt=same * self.history.observed > 0,
+            learnt=same * (self._prior is not None or self.history.observed) > 0,
             prior=self.predictor.predict(rows),
             a=a,
             b=b,
@@ -342,7 +349,12 @@ class OnlineCurriculum:
         return {**parts, "drawn": self.drawn, "steps": self.steps, "made_for": self._made_for()}
 
     def _made_for(self):
-        return {"group_size": self.group_size, "seed": self.seed, **asdict(self.settings)}
+        return {
+            "group_size": self.group_size,
+            "seed": self.seed,
+            "prior": digest(self._prior),
+            **asdict(self.settings),
+        }
 
     def load_state_dict(self, state: dict) -> None:
         """

@@ -90,6 +90,15 @@ def column_features(dataset: Dataset, config) -> np.ndarray:
     return np.stack(columns, axis=1)
 
 
+def rates_beforehand(dataset: Dataset, config) -> np.ndarray | None:
+    """
+    Return the success rates of `pass_rate_column`, of shape `(N,)`, NaN where there is none; `None` without a column.
+    """
+    if config.pass_rate_column is None:
+        return None
+    return _column(dataset, config.pass_rate_column).to_numpy(dtype=np.float32, na_value=np.nan)
+
+
 def _column(dataset, name) -> pd.Series:
     return dataset_columns(dataset, range(len(dataset)), [name])[name]
 
