@@ -35,12 +35,18 @@ class World:
         group=GROUP,
         extra=(),
         read=None,
+        prior=None,
+        groups=None,
         **settings,
     ):
         self.random = np.random.default_rng(seed)
         x = self.random.normal(size=(size, 4))
         self.logits = mean + spread * x[:, 0] + noise * self.random.normal(size=size)
         columns = [np.ones((size, 1)), x if informed else self.random.normal(size=(size, 4)), *extra]
+        if prior is not None:  # a function of the true rates
+            prior = prior(self.rates())
+            logit = np.log((rates := np.nan_to_num(prior, nan=np.nanmean(prior)).clip(0.02, 0.98)) / (1 - rates))
+            columns.append(((logit - logit.mean()) / max(logit.std(), 1e-9))[:, None])
         self.chunk, self.group, self.masks = chunk, group, None
         self.curriculum = OnlineCurriculum(
             np.concatenate(columns, axis=1).astype(np.float16),
@@ -48,6 +54,8 @@ class World:
             seed=seed,
             settings=OnlineSettings(**settings),
             order=RandomOrder(size, seed),
+            prior=prior,
+            groups=groups,
             **({} if read is None else {"read": read}),
         )
         self.queue = []

@@ -41,6 +41,8 @@ class Judge:
 
     Args:
         settings ([`OnlineSettings`]): the thresholds.
+        groups (`float`, *optional*): of the whole run.
+        trusted (`bool`, *optional*, defaults to `False`): whether to choose before the prediction was tried.
 
     Attributes:
         choosing (`bool`): whether prompts are chosen; else they are drawn uniformly.
@@ -49,13 +51,17 @@ class Judge:
             of random ones.
         predicted (`float`): mean success that is predicted of random prompts.
         without_gain (`int`): draws in a row without skill or headroom.
+        wait (`int`): uniform draws to judge by.
+        trusted (`bool`): whether skill is taken for granted, as success rates were known beforehand. Ends when the
+            prediction was tried: from then on choosing needs the same skill as anywhere.
         sums ([`UniformSums`]): over uniform draws.
     """
 
-    NUMBERS = "choosing", "without_gain", "headroom", "predicted"
+    NUMBERS = "choosing", "without_gain", "headroom", "predicted", "wait", "trusted"
 
-    def __init__(self, settings: OnlineSettings):
-        self.settings = settings
+    def __init__(self, settings: OnlineSettings, groups: float | None = None, trusted: bool = False):
+        self.settings, self.trusted = settings, trusted
+        self.wait = settings.wait(groups, trusted)
         self.choosing = self.switched = False
         self.headroom, self.predicted = 1.0, 0.5
         self.without_gain = 0
@@ -64,15 +70,21 @@ class Judge:
     @property
     def tried(self) -> bool:
         """True if there were enough uniform draws to judge by."""
-        return self.sums.draws >= self.settings.tried
+        return self.sums.draws >= self.wait
 
     def draws_to_try(self, together: int) -> int:
         """Return how many uniform draws, `together` at a time, are still to come until the prediction is `tried`."""
         count, draws = self.sums.draws, 0
-        while count < self.settings.tried:
+        while count < self.wait:
             count = count * self.settings.judge_memory**together + together
             draws += together
         return draws
+
+    @property
+    def uniform(self) -> float:
+        """Share of the next draws that is uniform."""
+        settings = self.settings
+        return (settings.uniform_untried if self.trusted else settings.uniform) if self.choosing else 1.0
 
     @property
     def has_clear_skill(self) -> bool:
@@ -114,7 +126,10 @@ class Judge:
         """
         self.predicted = float(predicted)
         self.headroom = float(utility[best].mean() / max(utility.mean(), 1e-12)) if len(best) else 1.0
-        before, good = self.choosing, self.has_skill and self.headroom >= self.settings.least_headroom
+        before = self.choosing
+        if self.trusted and self.tried:
+            self.trusted, self.choosing = False, self.choosing and self.has_clear_skill
+        good = (self.trusted or self.has_skill) and self.headroom >= self.settings.least_headroom
         self.without_gain = 0 if good else self.without_gain + draws
         self.choosing = good or (self.choosing and self.without_gain < self.settings.patience)
         self.switched = before != self.choosing

@@ -18,6 +18,7 @@ from .kinds import Kinds
 from .memory import PromptMemory
 from .order import Order, Permutations, UniformDraws, rows_of
 from .predictor import SuccessPredictor, checked_features, expected_deviation, expected_learnability
+from .prior import digest, known_rates
 from .rewards import RewardReader, has_gradient, is_success, read_rewards
 from .scored import Scored
 from .settings import OnlineSettings
@@ -47,7 +48,8 @@ class OnlineCurriculum(FindsSuspects):
     the pool and the predictor. A prompt whose group is not finished is not drawn again while others are free.
 
     Draws are uniform until the predictor has been better than the mean on uniform draws and choosing is expected to
-    raise the variance of rewards, and again when either has not been so for a while ([`Judge`]).
+    raise the variance of rewards, and again when either has not been so for a while ([`Judge`]). With a `prior`
+    the predictor begins with a fit to it and choosing at once; one draw in eight is uniform until it was tried.
 
     Args:
         features (`np.ndarray` of shape `(N, D)`): what is known of each prompt, float16 or float32, with a column of
@@ -62,9 +64,11 @@ class OnlineCurriculum(FindsSuspects):
         read ([`RewardReader`], *optional*): reads rewards; by default as [`read_rewards`].
         kinds (`np.ndarray` of shape `(N,)`, *optional*): the kind of each prompt, as [`Kinds`] takes it; by default
             [`kinds_of`] the features of those that may be chosen. What is chosen does not depend on them.
+        prior (`np.ndarray` of shape `(N,)`, *optional*): success rates that are known beforehand, NaN where not.
+        groups (`float`, *optional*): of the whole run. In a short one the prediction is judged sooner.
 
     Raises:
-        `ValueError`: the features or the group size have another shape or range.
+        `ValueError`: the features, the group size or the prior have another shape or range.
     """
 
     def __init__(
@@ -80,6 +84,8 @@ class OnlineCurriculum(FindsSuspects):
         read: RewardReader = read_rewards,
         kinds: np.ndarray | None = None,
         target: np.ndarray | None = None,
+        prior: np.ndarray | None = None,
+        groups: float | None = None,
     ):
         features = checked_features(features)
         if group_size < 2:
@@ -91,9 +97,10 @@ class OnlineCurriculum(FindsSuspects):
         self.pool = rows_of("pool", np.arange(len(features)) if pool is None else pool, len(features))
         self.choosable = self.pool if choosable is None else rows_of("choosable", choosable, len(features))
         self._read = read
-        self.predictor = SuccessPredictor(features, settings)
+        self._prior = known_rates(prior, self.pool, len(features))
+        self.predictor = SuccessPredictor(features, settings, self._prior)
         self.memory = PromptMemory(len(features), len(self.pool), settings)
-        self.judge = Judge(settings)
+        self.judge = Judge(settings, groups, trusted=self._prior is not None)
         self.scored = Scored(features, settings)
         self.scale, self.curve = RewardScale(), VarianceCurve()
         self.history = History(settings.history_groups)
@@ -145,7 +152,7 @@ class OnlineCurriculum(FindsSuspects):
         best = ranked[rested[ranked]]
         self.judge.decide(utility, best[: settings.headroom_prompts], (a / (a + b)).mean(), n)
         choosing = self.judge.choosing
-        uniform = _rounded(settings.uniform * n, generator) if choosing else n
+        uniform = _rounded(self.judge.uniform * n, generator) if choosing else n
         rows = self.order.take(uniform, flying if choosing else None)
         if uniform < n:
             rows += self._best(candidates, ranked, rested, flying, rows, n - uniform)
@@ -169,7 +176,7 @@ class OnlineCurriculum(FindsSuspects):
             clock=self.clock * same,
             uniform=uniform,
             choosing=same * choosing > 0,
-            learnt=same * self.history.observed > 0,
+            learnt=same * (self._prior is not None or self.history.observed) > 0,
             prior=self.predictor.predict(rows),
             a=a,
             b=b,
@@ -353,7 +360,12 @@ class OnlineCurriculum(FindsSuspects):
         return {**parts, "drawn": self.drawn, "steps": self.steps, "made_for": self._made_for()}
 
     def _made_for(self):
-        return {"group_size": self.group_size, "seed": self.seed, **asdict(self.settings)}
+        return {
+            "group_size": self.group_size,
+            "seed": self.seed,
+            "prior": digest(self._prior),
+            **asdict(self.settings),
+        }
 
     def load_state_dict(self, state: dict) -> None:
         """

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from .prior import spread
 from .settings import OnlineSettings
 
 
@@ -18,7 +19,8 @@ class SuccessPredictor:
     r"""
     The prior of the success rate p_i of prompt i: Beta(kappa q_i, kappa (1 - q_i)) with q_i = sigmoid(w . x_i).
 
-    w is fitted by ridge-regularised logistic regression to the latest `window` groups, which fade with their age.
+    w is fitted by ridge-regularised logistic regression to the latest `window` groups, which fade with their age. The
+    ridge draws it to 0 or, where success rates are known beforehand, to the w that fits these.
     kappa is found by the method of moments from how far observed success rates are from the q that was predicted when
     the prompts were drawn:
 
@@ -34,11 +36,18 @@ class SuccessPredictor:
     Args:
         features (`np.ndarray` of shape `(N, D)`): x, float16 or float32, with a column of ones.
         settings ([`OnlineSettings`]): ridge, window, half-life.
+        rates (`np.ndarray` of shape `(N,)`, *optional*): success rates that are known beforehand, NaN where not.
     """
 
-    def __init__(self, features: np.ndarray, settings: OnlineSettings):
+    def __init__(self, features: np.ndarray, settings: OnlineSettings, rates: np.ndarray | None = None):
         self.features, self.settings = features, settings
-        self.weights = np.zeros(features.shape[1])
+        self._centre = np.zeros(features.shape[1])  # of the Gaussian prior of the weights
+        if rates is not None:
+            rows = spread(np.flatnonzero(np.isfinite(rates)), settings.window)
+            counts = np.full(len(rows), settings.group_weight)
+            x, y = features[rows].astype(np.float64), rates[rows].astype(np.float64)
+            self._centre = self._fitted(x, y, counts, self._centre)
+        self.weights = self._centre.copy()
         self.noise: float | None = None
         self._concentration = 2.0
         self._stale = False
@@ -99,19 +108,22 @@ class SuccessPredictor:
         age = 0.5 ** (groups["clock"].max() - groups["clock"])
         y = (groups["successes"] / groups["trials"]).astype(np.float64)
         counts = age * np.minimum(groups["trials"], settings.group_weight)
-        precision = np.full(x.shape[1], settings.ridge)
+        self.weights = self._fitted(x, y, counts, self.weights)
+        self._fit_concentration(age, y)
+
+    def _fitted(self, x, y, counts, weights):
+        """Return the weights that fit y, from `weights` on."""
+        precision = np.full(x.shape[1], self.settings.ridge)
         for _ in range(_NEWTON_STEPS):
-            q = _sigmoid(x @ self.weights)
-            gradient = x.T @ (counts * (y - q)) - precision * self.weights
+            q = _sigmoid(x @ weights)
+            gradient = x.T @ (counts * (y - q)) - precision * (weights - self._centre)
             hessian = (x * (counts * q * (1 - q))[:, None]).T @ x + np.diag(precision)
             step = np.linalg.solve(hessian, gradient)
             change = float(np.abs(x @ step).max())
-            self.weights = self.weights + step * min(1.0, 4.0 / max(change, 1e-9))
+            weights = weights + step * min(1.0, 4.0 / max(change, 1e-9))
             if change < _CONVERGED:
                 break
-        # The last digits may differ between processes, whose choices must not
-        self.weights = np.round(self.weights, 9)
-        self._fit_concentration(age, y)
+        return np.round(weights, 9)  # the last digits may differ between processes, whose choices must not
 
     def _fit_concentration(self, age, y):
         groups, settings = self._groups, self.settings

@@ -1,5 +1,6 @@
 """The settings of the online curriculum, each with its reason."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -56,8 +57,14 @@ class OnlineSettings:
 
     # Share of the draws that is uniform, which measures the pool and the prediction
     uniform: float = 0.05
-    # Uniform draws before the prediction is judged
+    # The same where choosing begins with what was known beforehand, until that was tried
+    uniform_untried: float = 0.125
+    # Uniform draws before the prediction is judged ...
     tried: int = 64
+    # ... or this share of the groups of a short run ...
+    tried_share: float = 0.05
+    # ... but not less than so many, which are enough where success was known beforehand
+    least_tried: int = 24
     # Skill on uniform draws that choosing begins with, and less that it goes on with, so that it does not flicker
     begin_skill: float = 0.1
     least_skill: float = 0.05
@@ -119,13 +126,36 @@ class OnlineSettings:
         self._check("most_factor", self.most_factor >= 1, "must be at least 1")
         self._check("sharpness", self.sharpness >= 0, "must be at least 0")
         self._check("utility", self.utility in UTILITIES, f"must be one of {', '.join(UTILITIES)}")
-        for name in ("give_up", "history_groups", "most_suspects", "noise_visits"):
+        for name in ("give_up", "history_groups", "most_suspects", "noise_visits", "least_tried"):
             self._check(name, getattr(self, name) >= 1, "must be at least 1")
-        for name in ("uniform", "cooldown_share", "suspicion", "judge_memory", "noise_width"):
+        shares = (
+            "uniform",
+            "uniform_untried",
+            "cooldown_share",
+            "suspicion",
+            "judge_memory",
+            "noise_width",
+            "tried_share",
+        )
+        for name in shares:
             self._check(name, 0 <= getattr(self, name) <= 1, "must be between 0 and 1")
         self._check("longest_rest", 0 <= self.longest_rest <= 16, "must be between 0 and 16: rests are doubled")
         fits = self.retired_after * self.doubling <= 255
         self._check("retired_after", fits, "times `doubling` must be at most 255, the longest streak that is kept")
+
+    def wait(self, groups: float | None = None, trusted: bool = False) -> int:
+        """
+        Return the uniform draws before the prediction is judged.
+
+        Args:
+            groups (`float`, *optional*): of the whole run.
+            trusted (`bool`, *optional*, defaults to `False`): whether success was known beforehand.
+        """
+        if trusted:
+            return min(self.tried, self.least_tried)
+        if groups is None:
+            return self.tried
+        return min(self.tried, max(self.least_tried, math.ceil(self.tried_share * groups)))
 
     def _check(self, name, holds, rule):
         if not holds:

@@ -50,7 +50,7 @@ def read_state(schedule, max_steps) -> tuple[dict, dict, dict, dict, dict]:
         "skilled": judge.has_clear_skill,
         "pool_success": finite(judge.pool_success),
         **{name: getattr(history, name).tolist() for name in ("calibration", "by_visit", "revisits")},
-        "periods": periods(history, schedule.settings),
+        "periods": periods(history, schedule.settings, judge.wait),
         "graded": schedule.settings.graded,
         "settings": {
             "config": {
@@ -151,10 +151,11 @@ def prompt_columns(curriculum: OnlineCurriculum) -> dict[str, np.ndarray]:
     }
 
 
-def periods(history: History, settings: OnlineSettings) -> list[dict]:
+def periods(history: History, settings: OnlineSettings, wait: int) -> list[dict]:
     """
     Return when prompts were chosen and when drawn uniformly, the last 20 periods, oldest first: `first` and `last`
-    group, `choosing`, `skill` and `headroom` at the end, and for uniform draws `why`.
+    group, `choosing`, `skill` and `headroom` at the end, and for uniform draws `why`. The prediction was judged after
+    `wait` uniform draws.
     """
     choosing = history.column("choosing") > 0.5
     groups = history.column("groups").astype(int)
@@ -167,11 +168,11 @@ def periods(history: History, settings: OnlineSettings) -> list[dict]:
             why = None
         elif start == 0 and end + 1 < len(choosing):
             why = (
-                f"at the start, until at least {settings.tried} uniform draws had shown that the prediction is better "
+                f"at the start, until at least {wait} uniform draws had shown that the prediction is better "
                 "than the mean and that choosing should help"
             )
-        elif start == 0 and groups[end] < settings.tried:
-            why = f"the prediction is judged after {settings.tried} uniform draws"
+        elif start == 0 and groups[end] < wait:
+            why = f"the prediction is judged after {wait} uniform draws"
         elif skill[start if start else end] <= settings.begin_skill:
             why = f"the prediction was hardly better than the mean (needed: a skill of {settings.begin_skill})"
         else:

@@ -9,6 +9,8 @@ import torch
 from tqdm.auto import tqdm
 
 from ..curriculum import OnlineCurriculum, OnlineSettings
+from ..curriculum.judge import Judge
+from ..curriculum.prior import known_rates
 from ..data.order import RandomOrder
 from ..host.rewards import check_success_reward
 from ..measures.feature_file import PromptFeatures
@@ -21,6 +23,7 @@ from .prompt_features import (
     hidden_features,
     kinds_by_column,
     known_beforehand,
+    rates_beforehand,
     whole_features,
 )
 
@@ -41,6 +44,7 @@ class OnlineSchedule(Schedule, Ticks, LearnsFromGradients, Describes, Prepares):
     Attributes:
         curriculum ([`OnlineCurriculum`]): from the beginning of training on.
         pool (`np.ndarray` of shape `(n,)`): rows that may be trained on.
+        prior (`np.ndarray` of shape `(N,)`, *optional*): success rates that are known beforehand, NaN where not.
         known (`list[str]`): names of what success is predicted from, besides a prompt's own rewards.
         kind_names (`list[str]`, *optional*): names of the kinds of prompts, where `group_column` gives them.
     """
@@ -85,6 +89,7 @@ class OnlineSchedule(Schedule, Ticks, LearnsFromGradients, Describes, Prepares):
         check_success_reward(host.reward_names, config.success_reward, config.learnability)
         check_online(host.dataset, config)
         self.pool = eligible_rows(host.dataset, config)
+        self.prior = known_rates(rates_beforehand(host.dataset, config), self.pool, len(host.dataset))
         self.layout = whole_pool(host, len(self.pool))
         return self.layout
 
@@ -113,7 +118,16 @@ class OnlineSchedule(Schedule, Ticks, LearnsFromGradients, Describes, Prepares):
             order=RandomOrder(len(self.pool), self.run.seed),
             read=self._read_rewards,
             kinds=labels,
+            prior=self.prior,
+            groups=self.layout.prompts_trained(host.trainer.state.max_steps),
         )
+
+    def judge(self, max_steps: int) -> Judge:
+        """Return the judge of a run of so many steps, as it begins; in a run that goes on it waits as it did then."""
+        judge = Judge(self.settings, self.layout.prompts_trained(max_steps), trusted=self.prior is not None)
+        if self._curriculum is not None:
+            judge.wait = self._curriculum.judge.wait
+        return judge
 
     def _read_completions(self, peers) -> dict[int, str]:
         """Read suspects' completions, which are not in a checkpoint, and send them, so that all processes agree."""

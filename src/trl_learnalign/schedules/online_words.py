@@ -34,12 +34,20 @@ def switch_line(draw: int, judge: Judge) -> str:
     """
     start = f"LearnAlign, after {draw:,} prompts: from now on"
     if judge.choosing:
+        known = f"skill {judge.skill:.2f}"
+        if judge.trusted:
+            known = f"by the success rates known beforehand, which {judge.wait} random prompts are to confirm"
         return (
             f"{start} prompts are chosen by predicted learnability: their rewards should have {judge.headroom:.1f} x "
-            f"the variance of those of random prompts (skill {judge.skill:.2f})."
+            f"the variance of those of random prompts ({known})."
         )
     patience = f"for {judge.settings.patience} prompts"
-    if not judge.has_skill:
+    if judge.without_gain < judge.settings.patience and not judge.has_skill:
+        return (
+            f"{start} draws are uniform: random prompts did not confirm the success rates known beforehand (skill "
+            f"{judge.skill:.2f} on {judge.wait} or more). Choosing begins again when success is predicted well enough."
+        )
+    if not (judge.has_skill or judge.trusted):
         return (
             f"{start} draws are uniform: the prediction of success was hardly better than the mean {patience} "
             f"(skill {judge.skill:.2f})."
@@ -97,19 +105,24 @@ def counted(number: int, noun: str) -> str:
 def _when(schedule, step, max_steps):
     """Say which steps train on random prompts, and which on chosen ones."""
     settings, layout, draws = schedule.settings, schedule.layout, 0
-    judge = Judge(settings)  # a new run has none before its prompts were looked at
+    judge = schedule.judge(max_steps)  # a new run has none before its prompts were looked at
     if step:
         judge, draws = schedule.curriculum.judge, schedule.curriculum.history.observed
     steps = f"steps {step + 1} to {max_steps} train on" if step + 1 < max_steps else f"step {max_steps} trains on"
     if judge.choosing:
         return f"{steps} chosen prompts, as long as choosing helps ({settings.uniform:.0%} are random)."
+    if judge.trusted:
+        return (
+            f"{steps} prompts chosen by the success rates known beforehand ({settings.uniform_untried:.1%} are random "
+            f"until {judge.wait} of these confirmed them, then {settings.uniform:.0%}), as long as choosing helps."
+        )
     # The prediction must have been tried when a step begins, which draws its batches and what is read ahead
     tried = (draws + judge.draws_to_try(layout.chunk_prompts)) // layout.chunk_prompts
     begun = layout.step_of(tried - 1)
     first = max(layout.step_of(layout.chunks_drawn(begun)), step + 1)
     if first > max_steps:
         return (
-            f"{steps} random prompts, as TRL would: a prediction is judged after {settings.tried} random prompts, so "
+            f"{steps} random prompts, as TRL would: a prediction is judged after {judge.wait} random prompts, so "
             f"nothing can be chosen before step {first}. To see prompts chosen, train longer."
         )
     return (
@@ -165,7 +178,8 @@ def nothing_to_predict(curriculum: "OnlineCurriculum") -> str | None:
     """
     groups, successes, live = curriculum.history.by_visit.sum(0)
     known, threshold = curriculum.scale.recent, curriculum.settings.success_threshold
-    start = "Success cannot be predicted, so draws stay uniform"
+    start = "Success cannot be predicted"
+    start += "" if curriculum.judge.trusted else ", so draws stay uniform"
     if not groups:
         return (
             f"{start}: no rollout of the first chunk has a reward that decides success and a token in the loss. Check "

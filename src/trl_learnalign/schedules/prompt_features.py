@@ -102,6 +102,15 @@ def kinds_by_column(dataset: Dataset, config) -> tuple[np.ndarray | None, list[s
     return codes.astype(np.int16), [NO_VALUE if pd.isna(name) else str(name) for name in names]
 
 
+def rates_beforehand(dataset: Dataset, config) -> np.ndarray | None:
+    """
+    Return the success rates of `pass_rate_column`, of shape `(N,)`, NaN where there is none; `None` without a column.
+    """
+    if config.pass_rate_column is None:
+        return None
+    return _column(dataset, config.pass_rate_column).to_numpy(dtype=np.float32, na_value=np.nan)
+
+
 def _column(dataset, name) -> pd.Series:
     return dataset_columns(dataset, range(len(dataset)), [name])[name]
 
