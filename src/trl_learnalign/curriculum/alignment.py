@@ -45,8 +45,8 @@ class Alignment:
         target (`np.ndarray` of shape `(N,)`, *optional*): rows that are the target, bool.
 
     Attributes:
-        waiting ([`Flight`]): live groups whose gradient has not come yet.
-        dim (`int`): length of a sketch, 0 before the first.
+        waiting ([`Flight`]): live groups whose gradient has not come yet, in the order of their draws.
+        trusted (`bool`): whether predictions have skill, so that they are used.
     """
 
     def __init__(
@@ -59,31 +59,35 @@ class Alignment:
     ):
         self.features, self.settings, self.target = features, settings, target
         number = int(labels.max(initial=0)) + 1
-        self.labels = np.where(labels < 0, number, labels)  # those of no kind are one
+        self.labels = np.where(labels < 0, number, labels.astype(np.int32))  # those of no kind are one
         self.shares = np.bincount(self.labels[pool], minlength=number + 1) / len(pool)
         self.waiting = Flight.empty()
         self.weights, self.mean = np.zeros(features.shape[1]), 0.0
         self.trusted = False
         self._groups = {name: np.zeros(0, kind) for name, kind in _COLUMNS.items()}
-        self._sketches = np.zeros((0, 0), np.float16)  # of the latest groups
+        self._sketches = np.zeros((0, 0), np.float16)  # of the latest groups, scaled to length 1
+        self._most_sketches = min(settings.gradient_window, settings.window)
         self._sums = np.zeros(6)  # of (x, y) = (expected, observed), faded: n, x, y, xx, yy, xy
         self._fresh = 0  # groups since the last fit
 
     # Learning ---------------------------------------------------------------------------------------------------
 
     def wait_for(self, drawn: Flight) -> None:
-        """Note live groups whose gradient is to come."""
-        self.waiting = (self.waiting + drawn)[-self.settings.window :]
+        """Note live groups whose gradient is to come; the oldest are given up when there are too many."""
+        both = self.waiting + drawn
+        self.waiting = both[np.argsort(both.numbers, kind="stable")[-self.settings.window :]]
 
     def observe(self, gradients: Sequence[Gradient]) -> tuple[np.ndarray, np.ndarray]:
         """
-        Learn gradients of groups that are waited for, in any order; one of length 0 says nothing.
+        Learn gradients of groups that are waited for, in any order; one of length 0 says nothing. Any other gradient
+        changes nothing.
 
         Returns:
             rows and alignments, `(n,)` each, of the groups whose alignment is known since this call.
 
         Raises:
-            `ValueError`: sketches have different lengths, or numbers that are not finite.
+            `ValueError`: a gradient names another row than its draw; or sketches have different lengths, or numbers
+                that are not finite. Nothing was learnt then.
         """
         places = {number: place for place, number in enumerate(self.waiting.numbers.tolist())}
         new = {one.number: one for one in gradients if one.number in places}
@@ -91,13 +95,14 @@ class Alignment:
         if not new:
             return nothing
         drawn = self.waiting[np.array([places[number] for number in new])]
+        sketches = self._checked(list(new.values()), drawn.rows.tolist())
         self.waiting = self.waiting[~np.isin(self.waiting.numbers, drawn.numbers)]
-        sketches = np.stack([self._checked(one) for one in new.values()])
-        lengths = np.linalg.norm(sketches, axis=1)
-        some = lengths > 0
+        greatest = np.abs(sketches).max(axis=1, initial=0)
+        some = greatest > 0
         if not some.any():
             return nothing
-        units = (sketches[some] / lengths[some, None]).astype(np.float16)
+        units = sketches[some] / greatest[some, None]  # whose squares neither overflow nor vanish
+        units = (units / np.linalg.norm(units, axis=1)[:, None]).astype(np.float16)
         drawn = drawn[some]
         columns = drawn.numbers, drawn.rows, drawn.clock, drawn.alignment, np.full(len(drawn), np.nan)
         joined = {
@@ -109,26 +114,30 @@ class Alignment:
         before = len(self._groups["numbers"]) - len(self._sketches)
         held = np.concatenate([self._sketches.reshape(-1, units.shape[1]), units])
         with_sketch = order[order >= before] - before
-        self._sketches = held[with_sketch][-self.settings.gradient_window :]
+        self._sketches = held[with_sketch[-self._most_sketches :]]
         latest = order[-self.settings.window :]
         self._groups = {name: values[latest] for name, values in joined.items()}
         self._fresh += int(some.sum())
         if self._fresh < self.settings.gradient_groups:
             return nothing
-        self._fresh = 0
         return self._fit()
 
-    def _checked(self, gradient):
-        sketch = np.asarray(gradient.sketch, dtype=np.float32)
-        dim = self._sketches.shape[1] or len(sketch)
-        if sketch.shape != (dim,) or not np.isfinite(sketch).all():
-            raise ValueError(
-                f"The sketch of group {gradient.number} has the shape {sketch.shape}, or is not finite, where {dim} "
-                "finite numbers are needed. Leave a group out whose gradient overflowed."
-            )
-        if not len(self._sketches):
-            self._sketches = np.zeros((0, dim), np.float16)
-        return sketch
+    def _checked(self, gradients, rows) -> np.ndarray:
+        """Return the sketches."""
+        dim = self._sketches.shape[1] or np.size(gradients[0].sketch)
+        sketches = [np.asarray(one.sketch, dtype=np.float32) for one in gradients]
+        for one, row, sketch in zip(gradients, rows, sketches, strict=True):
+            if one.row != row:
+                raise ValueError(
+                    f"The gradient of group {one.number} has row {one.row}, but that draw asked for row {row}, so it "
+                    "would count for the wrong prompt. Keep the number and the row of a draw together."
+                )
+            if sketch.shape != (dim,) or not np.isfinite(sketch).all():
+                raise ValueError(
+                    f"The sketch of group {one.number} has the shape {sketch.shape}, or is not finite, where {dim} "
+                    "finite numbers are needed. Leave a group out whose gradient overflowed."
+                )
+        return np.stack(sketches)
 
     def _fit(self):
         count = len(self._sketches)
@@ -136,14 +145,17 @@ class Alignment:
         age = self._age(window["clock"])
         weights = self._weights(window["rows"], age)
         found = leave_one_out(
-            self._sketches.astype(np.float32),
+            self._sketches,
             weights,
             weights if self.target is None else weights * self.target[window["rows"]],
             window["rows"],
             self.settings.whitening,
         )
         scale = math.sqrt((weights * found**2).sum())
-        values = found / scale if scale > 1e-9 else np.zeros(count)
+        self._fresh = 0
+        if not scale > 1e-9:  # as long as all groups are of one prompt, or none is of the target
+            return window["rows"][:0], np.zeros(0, np.float32)
+        values = found / scale
         new = np.isnan(window["values"])
         self._compare(window["expected"][new], values[new])
         self._groups["values"][-count:] = values
@@ -252,14 +264,21 @@ class Alignment:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore what `state_dict` returned. Raises a `ValueError` if it is of other features."""
+        """Restore what `state_dict` returned. Raises a `ValueError` if it is damaged, or of other features."""
         if state["weights"].shape != self.weights.shape or state["sums"].shape != self._sums.shape:
             raise ValueError(f"{len(state['weights'])} features, but there are {len(self.weights)} now")
-        self._groups = {name: state[name].astype(kind) for name, kind in _COLUMNS.items()}
-        self._sketches = state["sketches"].astype(np.float16)
-        if self._sketches.ndim != 2 or len(self._sketches) > len(self._groups["numbers"]):
-            raise ValueError(f"sketches have the shape {self._sketches.shape}")
-        self.waiting = Flight.from_state(state["waiting"])
+        groups = {name: state[name].astype(kind) for name, kind in _COLUMNS.items()}
+        number, sketches = len(groups["numbers"]), state["sketches"].astype(np.float16)
+        if {values.shape for values in groups.values()} != {(number,)} or number > self.settings.window:
+            raise ValueError(f"groups with an alignment have the shapes {[v.shape for v in groups.values()]}")
+        if sketches.ndim != 2 or len(sketches) != min(number, self._most_sketches) or not np.isfinite(sketches).all():
+            raise ValueError(f"sketches of {number} groups have the shape {sketches.shape}, or are not finite")
+        waiting, rows = Flight.from_state(state["waiting"]), groups["rows"]
+        if (np.diff(groups["numbers"]) <= 0).any() or (np.diff(waiting.numbers) <= 0).any():
+            raise ValueError("groups with an alignment are not in the order of their draws")
+        if ((rows < 0) | (rows >= len(self.features))).any():
+            raise ValueError(f"groups with an alignment are of rows up to {rows.max()}")
+        self._groups, self._sketches, self.waiting = groups, sketches, waiting
         self.weights, self.mean = state["weights"].copy(), float(state["mean"])
         self.trusted, self._sums, self._fresh = bool(state["trusted"]), state["sums"].copy(), int(state["fresh"])
 
@@ -276,14 +295,15 @@ def leave_one_out(
         a_B without B = (I - H_BB W_B)^-1 (a_B - H_BB c_B)
 
     Args:
-        units (`np.ndarray` of shape `(n, dim)`): gradients of length 1.
+        units (`np.ndarray` of shape `(n, dim)`): gradients of length 1, float16.
         weights (`np.ndarray` of shape `(n,)`): w, above 0, with sum 1.
         shares (`np.ndarray` of shape `(n,)`): c, the weights in m.
         rows (`np.ndarray` of shape `(n,)`): of the dataset.
         whitening (`float`): lambda, in mean eigenvalues of S, which is 1 / dim.
     """
     scale = np.sqrt(weights)
-    inner = (units @ units.T).astype(np.float64)
+    units = units.astype(np.float64)  # products and sums of float16 up to 1 are exact then, on every machine
+    inner = units @ units.T
     scaled = scale[:, None] * inner * scale
     ridge = whitening / units.shape[1]
     rest = ridge * np.linalg.inv(scaled + ridge * np.eye(len(units)))

@@ -63,7 +63,8 @@ class OnlineCurriculum(FindsSuspects):
         order ([`Order`], *optional*): of uniform draws; random by default.
         read ([`RewardReader`], *optional*): reads rewards; by default as [`read_rewards`].
         kinds (`np.ndarray` of shape `(N,)`, *optional*): the kind of each prompt, as [`Kinds`] takes it; by default
-            [`kinds_of`] the features of those that may be chosen. What is chosen does not depend on them.
+            [`kinds_of`] the features of those that may be chosen. What is chosen depends on them only through
+            [`Alignment`], where each counts as its share of the pool.
         prior (`np.ndarray` of shape `(N,)`, *optional*): success rates that are known beforehand, NaN where not.
         groups (`float`, *optional*): of the whole run. In a short one the prediction is judged sooner.
 
@@ -353,10 +354,12 @@ class OnlineCurriculum(FindsSuspects):
         return {name: float(values[name]) for name in _LOGGED} | more
 
     def state_dict(self) -> dict:
-        """Return the state: 35 bytes a prompt, what was observed last, 64 bytes a row of the history."""
+        """
+        Return the state: 35 bytes a prompt, what was observed last, 64 bytes a row of the history; and sketches of
+        gradients, see [`Alignment`].
+        """
         parts = {name: _copied(getattr(self, name).state_dict()) for name in _PARTS}
-        if self.alignment is not None:
-            parts["alignment"] = _copied(self.alignment.state_dict())
+        parts["alignment"] = None if self.alignment is None else _copied(self.alignment.state_dict())
         return {**parts, "drawn": self.drawn, "steps": self.steps, "made_for": self._made_for()}
 
     def _made_for(self):
@@ -388,10 +391,10 @@ class OnlineCurriculum(FindsSuspects):
                 if name != "flight":
                     getattr(self, name).load_state_dict(state[name])
             self.flight = Flight.from_state(state["flight"])
-            if self.alignment is not None and "alignment" in state:
-                self.alignment.load_state_dict(state["alignment"])
-            else:  # gradients could not be had
+            if state["alignment"] is None:  # not wanted, or gradients could not be had
                 self.alignment = None
+            elif self.alignment is not None:
+                self.alignment.load_state_dict(state["alignment"])
             self.drawn, self.steps = int(state["drawn"]), int(state["steps"])
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise ValueError(
