@@ -79,8 +79,8 @@ class OnlineSettings:
 
     # Multiply utility by the predicted alignment of a prompt's gradient, where gradients are observed
     alignment: bool = False
-    # What a prompt is ranked on: "variance", E[p (1 - p)], or "deviation", the expected deviation of a group's rewards,
-    # which is how far GRPO moves along its gradient when it divides advantages by it
+    # What a prompt is ranked on: "variance", E[p (1 - p)], or "deviation", the expected deviation of a group's
+    # rewards, which is how far GRPO moves along its gradient when it divides advantages by it
     utility: str = "variance"
     # 0 draws the prompts of greatest utility; else prompts are drawn in proportion to utility to this power
     sharpness: float = 0.0
