@@ -62,7 +62,8 @@ def interval(values: list[float]) -> str:
 def table_of_success(arms: dict) -> pd.DataFrame:
     """Return success on the questions held out at each look, by arm: means over the seeds."""
     rows = {
-        arm: pd.concat([run["looks"]["mean"] for run in runs.values()], axis=1).mean(axis=1) for arm, runs in arms.items()
+        arm: pd.concat([run["looks"]["mean"] for run in runs.values()], axis=1).mean(axis=1)
+        for arm, runs in arms.items()
     }
     return pd.DataFrame(rows).T.rename_axis(columns="step").round(3)
 

@@ -40,7 +40,7 @@ from questions import KINDS, POOLS, held_out, is_right, pool
 
 from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler
 from trl_learnalign.curriculum import OnlineSettings
-from trl_learnalign.schedules import OnlineSchedule
+from trl_learnalign.schedules.online import LEARNALIGN, OnlineSchedule
 
 
 PROMPTS, GROUP, LENGTH, ROWS = 8, 8, 12, 16  # a step, a prompt, tokens, rows of a microbatch
@@ -50,10 +50,10 @@ SAVE_STEPS = 5
 
 # Settings of LearnAlignConfig, and of the curriculum
 ONLINE = {
-    "online": ({"score": "learnability"}, {}),
-    "learnalign": ({"score": "learnalign"}, {}),
-    "learnalign flat": ({"score": "learnalign"}, {"utility": "deviation", "sharpness": 1.0}),
-    "online flat": ({"score": "learnability"}, {"utility": "deviation", "sharpness": 1.0}),
+    "online": ({"score": "learnability"}, None),
+    "learnalign online": ({"score": "learnalign"}, None),
+    "learnalign online on top": ({"score": "learnalign"}, OnlineSettings()),
+    "online in proportion": ({"score": "learnability"}, LEARNALIGN),
 }
 ARMS = ("random", "refill", *ONLINE)
 
@@ -195,7 +195,7 @@ def build_trainer(arm, rows, reward, seed, folder, options, callbacks):
     if arm in ONLINE:
         settings, own = ONLINE[arm]
         config = LearnAlignConfig(schedule="online", write_report=False, **settings)
-        schedule = partial(OnlineSchedule, settings=OnlineSettings(**own))
+        schedule = partial(OnlineSchedule, settings=own)
         kwargs["train_sampler"], kind = LearnAlignSampler(config, schedule=schedule), LearnAlignGRPOTrainer
     trainer = kind(
         model=model,
