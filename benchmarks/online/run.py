@@ -46,7 +46,8 @@ from train_tiny_policy import generate
 
 from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler, select_prompts
 from trl_learnalign.curriculum import OnlineSettings
-from trl_learnalign.schedules.online import LEARNALIGN, OnlineSchedule
+from trl_learnalign.schedules.online import LEARNALIGN as IN_PROPORTION
+from trl_learnalign.schedules.online import OnlineSchedule
 
 
 CHUNK, GROUP, WARMUP_STEPS = 16, 8, 19
@@ -66,7 +67,7 @@ SETTINGS = {
     "online without longer rests": ("online", OnlineSettings(longest_rest=0)),
     "learnalign online on top": ("learnalign online", OnlineSettings()),
     "learnalign online sharper": ("learnalign online", OnlineSettings(utility="deviation", sharpness=2.0)),
-    "online in proportion": ("online", LEARNALIGN),
+    "online in proportion": ("online", IN_PROPORTION),
 }
 ONLINE |= {arm: ONLINE[like] for arm, (like, _) in SETTINGS.items()}
 
