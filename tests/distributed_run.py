@@ -16,6 +16,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from test_gradient_taps import Oracle, saved, sketched
 from tiny import (
     EAGER,
     Seen,
@@ -328,6 +329,18 @@ def main(task, path):
                 trainer.train()
             except (OSError, RuntimeError) as error:
                 result["error"] = f"{type(error).__name__}: {error}"
+        case "gradients" | "resume gradients":  # groups of four, of which every second is on two processes
+            settings = {"per_device_train_batch_size": 6, "steps_per_generation": 1, "max_steps": 4}
+            settings["gradient_accumulation_steps"] = 2
+            trainer = saved(path, reward=fixed_reward, dataset=make_dataset(23), **settings)
+            oracle = None if trainer.is_fsdp_enabled or task.startswith("resume") else Oracle(trainer)
+            trainer.train(resume_from_checkpoint=task.startswith("resume") and str(Path(path) / "checkpoint-2"))
+            schedule = trainer.learnalign.schedule
+            result["reasons"] = schedule.reasons
+            result["given"] = {number: one.sketch.tolist() for number, one in schedule.gradients.items()}
+            if oracle is not None:
+                found = [{i: sketched(trainer, g).tolist() for i, g in chunk.items()} for chunk in oracle.chunks]
+                result["oracle"] = found
         case "random":
             trainer = train(path, seen, config={"score": "random", "warmup_prompts": 0}, **kwargs)
             trainer.train()

@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import distributed_run
+import numpy as np
 import pandas
 import pytest
 from safetensors.torch import load_file
@@ -110,11 +111,13 @@ TASKS = (
     ),
     *("nothing to learn on one", "taps", "checkpoint fails"),
     *("online", "online with hidden states", "online differs", "online cannot write"),
+    "gradients",
     *("online draws otherwise", "online asks otherwise", "online reward returns texts"),
 )
 AGAIN = {
     "save": "resume",
     "online": "resume online",
+    "gradients": "resume gradients",
     "reward fails": "select",
     "reward fails in a part": "select",
     "loss is not a number": "nothing fails",
@@ -515,3 +518,40 @@ def test_a_schedule_that_one_process_cannot_write_ends_all(first):
     assert one["error"] == "OSError: no space left" and one["step"] == two["step"] == 3
     assert two["error"].startswith("PeerError") and "process 0: OSError: no space left" in two["error"]
     assert not (path / "checkpoint-3/trainer_state.json").exists()
+
+
+def as_arrays(given):
+    return {int(number): np.array(sketch) for number, sketch in given.items()}
+
+
+def test_gradients_of_groups_that_are_on_two_processes(first, again):
+    """Against the plain backwards of both, also after a resume; the same on both, bit for bit."""
+    _, ranks = first["gradients"]
+    given, compared, both = as_arrays(ranks[0]["given"]), 0, 0
+    assert ranks[0]["given"] == ranks[1]["given"] and ranks[0]["reasons"] == ranks[1]["reasons"] == []
+    assert set(given) == set(range(3 * 6))
+    for chunk, parts in enumerate(zip(*(rank["oracle"] for rank in ranks), strict=True)):
+        assert not any(parts[0]["2"]) and not any(parts[1]["0"])  # and some of the other is on both
+        both += any(parts[0]["1"]) and any(parts[1]["1"])
+        for place in range(3) if chunk < 6 else ():
+            expected = sum(np.array(part[str(place)]) for part in parts)
+            found = given[3 * chunk + place]
+            assert found == pytest.approx(expected, rel=1e-3, abs=1e-4 * np.abs(expected).max())
+            compared += expected.any()
+    assert compared > 10 and both >= 2
+    resumed = as_arrays(again["gradients"][0]["given"])
+    assert set(resumed) == set(range(9, 18)) and again["gradients"][1]["given"] == again["gradients"][0]["given"]
+    assert all((resumed[number] == given[number]).all() for number in resumed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["FSDP1", *SHARDED])
+def test_gradients_with_sharded_weights(tmp_path, first, kind):
+    if kind.startswith("ZeRO"):
+        pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    _, expected = first["gradients"]
+    ranks = launch("gradients", tmp_path, 2, FSDP | FSDP1 if kind == "FSDP1" else SHARDED[kind])
+    plain, given = as_arrays(expected[0]["given"]), as_arrays(ranks[0]["given"])
+    assert ranks[0]["kind"] != "MULTI_CPU" and ranks[0]["reasons"] == [] and given.keys() == plain.keys()
+    for number, sketch in plain.items():
+        assert given[number] == pytest.approx(sketch, rel=1e-3, abs=1e-4 * np.abs(sketch).max())

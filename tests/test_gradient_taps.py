@@ -115,7 +115,9 @@ class Oracle(TrainerCallback):
         trainer, groups = self.trainer, torch.tensor(rows) // 4
         self.lengths |= set(inputs["completion_mask"].sum(1).tolist())
         parameters = [p for p in trainer.model.parameters() if p.requires_grad]
-        for group in groups.unique().tolist():
+        # On several processes all of them, as the loss has collectives
+        several, chunk = trainer.accelerator.num_processes > 1, trainer.args.generation_batch_size // 4
+        for group in range(chunk) if several else groups.unique().tolist():
             own = inputs | {"advantages": inputs["advantages"] * (groups == group)}
             before = [p.grad for p in parameters]
             if trainer.args.gradient_checkpointing:  # which wants `backward`
@@ -186,7 +188,12 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "dropout"])
+# Each is a part of another, or covered by the test of every loss
+SLOW = {"one microbatch", "accumulation", "a chunk over several steps", "bfloat16", "checkpointing"}
+PARAMETERS = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SETTINGS]
+
+
+@pytest.mark.parametrize("name", [parameter for parameter in PARAMETERS if parameter != "dropout"])
 def test_a_group_has_the_gradient_of_a_plain_backward(tmp_path, name):
     trainer = tapped(tmp_path, **SETTINGS[name])
     oracle = Oracle(trainer)
@@ -195,11 +202,12 @@ def test_a_group_has_the_gradient_of_a_plain_backward(tmp_path, name):
 
 
 LOSSES = [(loss, level) for loss in objective.LOSS_TYPES for level in objective.LEVELS]
+FAST = ("dapo", "token"), ("vespo", "token"), ("luspo", "sequence")
 
 
 @pytest.mark.parametrize(
     ("loss", "level"),
-    [pytest.param(*both, marks=[] if both[1] == "token" else pytest.mark.slow) for both in LOSSES],
+    [pytest.param(*both, marks=[] if both in FAST else pytest.mark.slow) for both in LOSSES],
 )
 def test_every_loss(tmp_path, loss, level):
     trainer = tapped(
@@ -239,7 +247,7 @@ def test_groups_add_up_to_the_gradient_that_the_optimizer_gets(tmp_path):
         torch.testing.assert_close(total.double(), sketched(trainer, exact), rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_training_is_bit_for_bit_the_run_that_it_would_be(tmp_path, name):
     """Weights, and the random numbers that are drawn next."""
     runs = []
@@ -379,6 +387,7 @@ def test_layers_whose_tokens_are_mixed_end_them(tmp_path):
     assert_same_weights(ours, plain)
 
 
+@pytest.mark.slow
 def test_evaluations_and_selections_leave_no_trace(tmp_path):
     """A selection takes gradients of the same layers, and generates as well."""
 
@@ -413,14 +422,15 @@ def random_numbers_kept_by_evaluations(trainer):
     yield
 
 
-def test_no_more_memory_in_bfloat16(tmp_path):
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_no_more_memory_in_bfloat16(tmp_path, checkpointing):
     """A LoRA in float32 whose input is cast twice: what autograd keeps is in bfloat16, and nothing else is kept."""
 
     def peak(schedule):
-        model = make_model(hidden_size=64, intermediate_size=176, vocab_size=64, num_hidden_layers=6).to(
-            torch.bfloat16
-        )
-        trainer = tapped(tmp_path, schedule, model=model, bf16=True, max_steps=1, max_completion_length=40)
+        model = make_model(hidden_size=64, intermediate_size=176, num_hidden_layers=6).to(torch.bfloat16)
+        kwargs = {"use_reentrant": False} if checkpointing else None
+        settings = {"gradient_checkpointing": checkpointing, "gradient_checkpointing_kwargs": kwargs}
+        trainer = tapped(tmp_path, schedule, model=model, bf16=True, max_steps=1, max_completion_length=20, **settings)
         step, found = trainer.compute_loss, []
 
         def measured(*args, **kwargs):

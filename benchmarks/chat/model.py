@@ -39,7 +39,7 @@ def load(directory: Path):
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, attn_implementation="eager")
     # TRL cuts the prompt off, which leaves a view; of a view the product with the head is taken row by row
     model.lm_head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(),))
-    # Without Triton, TRL takes log-probabilities of the prompt's tokens as well, only to mask them: three times the work
+    # Without Triton, TRL takes log-probabilities of the prompt's tokens as well, only to mask them
     trl.trainer.utils._use_triton = lambda device: True
     return model, AutoTokenizer.from_pretrained(directory, padding_side="left")
 

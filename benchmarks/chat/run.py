@@ -40,7 +40,7 @@ from questions import KINDS, POOLS, held_out, is_right, pool
 
 from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler
 from trl_learnalign.curriculum import OnlineSettings
-from trl_learnalign.schedules import OnlineSchedule
+from trl_learnalign.schedules.online import LEARNALIGN, OnlineSchedule
 
 
 PROMPTS, GROUP, LENGTH, ROWS = 8, 8, 12, 16  # a step, a prompt, tokens, rows of a microbatch
@@ -50,10 +50,10 @@ SAVE_STEPS = 5
 
 # Settings of LearnAlignConfig, and of the curriculum
 ONLINE = {
-    "online": ({"score": "learnability"}, {}),
-    "learnalign": ({"score": "learnalign"}, {}),
-    "learnalign flat": ({"score": "learnalign"}, {"utility": "deviation", "sharpness": 1.0}),
-    "online flat": ({"score": "learnability"}, {"utility": "deviation", "sharpness": 1.0}),
+    "online": ({"score": "learnability"}, None),
+    "learnalign online": ({"score": "learnalign"}, None),
+    "learnalign online on top": ({"score": "learnalign"}, OnlineSettings()),
+    "online in proportion": ({"score": "learnability"}, LEARNALIGN),
 }
 ARMS = ("random", "refill", *ONLINE)
 
@@ -119,7 +119,9 @@ class Looks(TrainerCallback):
 
     def _look(self, step, model):
         texts, kl = _sample(model, self.tokenizer, list(self.test["prompt"]))
-        right = [is_right(text, answer) for text, answer in zip(texts, self.test["answer"].repeat(SAMPLES))]
+        right = [
+            is_right(text, answer) for text, answer in zip(texts, self.test["answer"].repeat(SAMPLES), strict=True)
+        ]
         table = self.test.assign(success=np.array(right).reshape(-1, SAMPLES).mean(1))
         rates = table.groupby("kind", sort=False)["success"].mean().round(4)
         self._write("looks.jsonl", {"step": step, "kl": round(kl, 4), "mean": float(rates.mean())} | rates.to_dict())
@@ -137,7 +139,7 @@ def _sample(model, tokenizer, prompts) -> tuple[list[str], float]:
     torch.manual_seed(0)
     model.eval()
     texts, ratios = [], []
-    kwargs = dict(add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True)
+    kwargs = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt", "padding": True}
     for start in range(0, len(prompts), 32):
         batch = tokenizer.apply_chat_template(prompts[start : start + 32], **kwargs)
         width = batch["input_ids"].shape[1]
@@ -150,7 +152,7 @@ def _sample(model, tokenizer, prompts) -> tuple[list[str], float]:
         mask = ended.cumsum(1) - ended == 0  # up to the end token, with it
         few = slice(None, None, 4 * SAMPLES)  # one completion of every fourth question
         attended = torch.cat([batch["attention_mask"][::4], mask[few].long()], 1)
-        inputs = dict(input_ids=found[few], attention_mask=attended, logits_to_keep=new.shape[1] + 1)
+        inputs = {"input_ids": found[few], "attention_mask": attended, "logits_to_keep": new.shape[1] + 1}
         logps = []
         for _ in range(2):
             logits = model(**inputs).logits[:, :-1].float()
@@ -193,7 +195,7 @@ def build_trainer(arm, rows, reward, seed, folder, options, callbacks):
     if arm in ONLINE:
         settings, own = ONLINE[arm]
         config = LearnAlignConfig(schedule="online", write_report=False, **settings)
-        schedule = partial(OnlineSchedule, settings=OnlineSettings(**own))
+        schedule = partial(OnlineSchedule, settings=own)
         kwargs["train_sampler"], kind = LearnAlignSampler(config, schedule=schedule), LearnAlignGRPOTrainer
     trainer = kind(
         model=model,
@@ -209,7 +211,8 @@ def build_trainer(arm, rows, reward, seed, folder, options, callbacks):
     return trainer
 
 
-def run(arm, name, seed, folder, options) -> None:
+def run(arm, name, seed, folder, options) -> dict:
+    """Train. Return what the trainer logged, a value a step."""
     questions = pool(name, seed).assign(row=lambda table: range(len(table)))
     rows = Dataset.from_list(questions.to_dict("records"))
     marks = [round(options.steps * part) for part in PARTS]

@@ -46,7 +46,8 @@ from train_tiny_policy import generate
 
 from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler, select_prompts
 from trl_learnalign.curriculum import OnlineSettings
-from trl_learnalign.schedules import OnlineSchedule
+from trl_learnalign.schedules.online import LEARNALIGN as IN_PROPORTION
+from trl_learnalign.schedules.online import OnlineSchedule
 
 
 CHUNK, GROUP, WARMUP_STEPS = 16, 8, 19
@@ -64,9 +65,9 @@ ONLINE = {
 SETTINGS = {
     "online without fading": ("online", OnlineSettings(half_life_steps=1e9)),
     "online without longer rests": ("online", OnlineSettings(longest_rest=0)),
-    "learnalign online flat": ("learnalign online", OnlineSettings(utility="deviation", sharpness=1.0)),
-    "learnalign online flat 2": ("learnalign online", OnlineSettings(utility="deviation", sharpness=2.0)),
-    "online flat": ("online", OnlineSettings(utility="deviation", sharpness=1.0)),
+    "learnalign online on top": ("learnalign online", OnlineSettings()),
+    "learnalign online sharper": ("learnalign online", OnlineSettings(utility="deviation", sharpness=2.0)),
+    "online in proportion": ("online", IN_PROPORTION),
 }
 ONLINE |= {arm: ONLINE[like] for arm, (like, _) in SETTINGS.items()}
 

@@ -11,7 +11,7 @@ from .settings import OnlineSettings
 
 
 _COLUMNS = {"numbers": np.int64, "rows": np.int32, "clock": np.float64} | dict.fromkeys(
-    ("expected", "values"), np.float32
+    ("expected", "values", "times"), np.float32
 )
 _LEAST_AGE = 1e-4  # a weight below would make the equations singular
 
@@ -104,7 +104,14 @@ class Alignment:
         units = sketches[some] / greatest[some, None]  # whose squares neither overflow nor vanish
         units = (units / np.linalg.norm(units, axis=1)[:, None]).astype(np.float16)
         drawn = drawn[some]
-        columns = drawn.numbers, drawn.rows, drawn.clock, drawn.alignment, np.full(len(drawn), np.nan)
+        columns = (
+            drawn.numbers,
+            drawn.rows,
+            drawn.clock,
+            drawn.alignment,
+            np.full(len(drawn), np.nan),
+            np.zeros(len(drawn)),
+        )
         joined = {
             name: np.concatenate([self._groups[name], values.astype(_COLUMNS[name])])
             for name, values in zip(_COLUMNS, columns, strict=True)
@@ -158,9 +165,18 @@ class Alignment:
         values = found / scale
         new = np.isnan(window["values"])
         self._compare(window["expected"][new], values[new])
-        self._groups["values"][-count:] = values
+        self._remember(count, values)
         self._regress()
         return window["rows"][new], values[new].astype(np.float32)
+
+    def _remember(self, count, values):
+        """
+        Let the value of a group be the mean of all fits that it was in. What a kind had in common while it was learnt
+        is so remembered when it is learnt, and nothing is in common any more: else chance would be as good.
+        """
+        before, times = self._groups["values"][-count:], self._groups["times"][-count:] + 1
+        mean = np.where(np.isnan(before), values, before + (values - before) / times)
+        self._groups["values"][-count:], self._groups["times"][-count:] = mean, times
 
     def _age(self, clock, speed=1.0):
         return np.maximum(0.5 ** (speed * (clock.max() - clock)), _LEAST_AGE)
@@ -179,7 +195,7 @@ class Alignment:
         for x, y in zip(expected[known].tolist(), observed[known].tolist(), strict=True):
             self._sums = self._sums * self.settings.judge_memory + [1, x, y, x * x, y * y, x * y]
         settings, z = self.settings, self.skill * math.sqrt(self._sums[0])
-        if self._sums[0] >= settings.tried:
+        if self._sums[0] >= settings.tried_gradients:
             self.trusted = z > (settings.least_trust if self.trusted else settings.begin_trust)
 
     @property

@@ -11,7 +11,8 @@ EARLIER = 256, 768  # draws between which a group is from earlier
 _WIDTH, _BINS = 64, 16  # draws of a bin, and bins that are kept: more than EARLIER
 _PRIOR = 0.25  # squared deviation that is added to those of a mean: equal values are not certain
 _FALL, _SURE = 0.1, 2.5  # of success that is lost: at least so much, and so many standard errors
-_CLEAR = 2.0  # standard errors that an alignment must be above zero
+_CLEAR = 3.0  # standard errors ...
+_ALIGNED = 0.1  # ... that an alignment must be above this: groups that are compared with the same direction err alike
 _MASTERED = 0.95  # success from which on there is nothing to rise to
 _TWICE = 2.0  # times its share in the pool that a kind may take of the rollouts
 _NOTICEABLE = 64  # groups of a kind that are noticeable
@@ -204,10 +205,10 @@ class Kinds:
         return enough & (now - first <= np.hypot(error, error_now)) & (now < _MASTERED)
 
     def is_noise(self) -> np.ndarray:
-        """Tell whether success stays, and alignment, where it is known, is not clearly above zero, bool."""
+        """Tell whether success stays, and alignment, where it is known, is not clear, bool."""
         mean, error = self.alignment()
         known = self.alignments[:, 0] >= WINDOW
-        return self.stays() & ~(known & (mean > _CLEAR * error))
+        return self.stays() & ~(known & (mean > _ALIGNED + _CLEAR * error))
 
     def greedy(self) -> np.ndarray:
         """

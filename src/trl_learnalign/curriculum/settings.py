@@ -95,11 +95,13 @@ class OnlineSettings:
     # Precision of the Gaussian prior of a regression weight of alignments, which are far noisier than rewards
     alignment_ridge: float = 300.0
     # An alignment counts half after so many half-lives
-    slower_alignment: float = 4.0
+    slower_alignment: float = 8.0
     # A kind that is drawn too often, or too seldom, counts at most so many times less, or more, in the direction
     most_kind_weight: float = 10.0
+    # Live groups before the prediction of alignments is judged
+    tried_gradients: int = 32
     # Correlation of predicted with observed alignment, in standard errors, from which on it is used, and stays in use
-    begin_trust: float = 2.0
+    begin_trust: float = 1.5
     least_trust: float = 0.0
     # Bounds of what utility is multiplied by
     least_factor: float = 0.1
@@ -119,7 +121,14 @@ class OnlineSettings:
             self._check(name, getattr(self, name) > 0, "must be above 0")
         for name in ("window", "candidates", "doubling", "retired_after", "tried", "headroom_prompts", "patience"):
             self._check(name, getattr(self, name) >= 1, "must be at least 1")
-        for name in ("gradient_dim", "gradient_window", "gradient_groups", "slower_alignment", "most_kind_weight"):
+        for name in (
+            "gradient_dim",
+            "gradient_window",
+            "gradient_groups",
+            "tried_gradients",
+            "slower_alignment",
+            "most_kind_weight",
+        ):
             self._check(name, getattr(self, name) >= 1, "must be at least 1")
         for name in ("whitening", "alignment_ridge", "least_factor"):
             self._check(name, getattr(self, name) > 0, "must be above 0")

@@ -35,13 +35,9 @@ def gradients_obstacle(host: "Host") -> str | None:
     if any(parameters):
         return f"the adapter has `target_parameters`, which are used without a layer: {parameters}"
     layers, unseen = trainable_layers(model)
-    if unseen or not layers:
-        return (
-            f"these trainable tensors are no weights of linear layers: {shortened(unseen)}"
-            if unseen
-            else ("no linear layer is trained")
-        )
-    return None
+    if unseen:
+        return f"these trainable tensors are no weights of linear layers: {shortened(unseen)}"
+    return None if layers else "no linear layer is trained"
 
 
 def _is_known(host: "Host") -> bool:
@@ -50,9 +46,8 @@ def _is_known(host: "Host") -> bool:
         host.check_gradients()
     except (ValueError, RuntimeError):
         return False
-    return (
-        getattr(host.trainer, "loss_type", None) != "luspo"
-    )  # older versions of TRL take its mean over the padding, too
+    # Older versions of TRL take the mean of this one over the padding, too
+    return getattr(host.trainer, "loss_type", None) != "luspo"
 
 
 def _is_compiled(module: nn.Module) -> bool:

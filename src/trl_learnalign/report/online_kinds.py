@@ -1,4 +1,4 @@
-"""Where the rollouts of an online run went, by kind of prompt: a table, and what to be warned of."""
+"""The table of where the rollouts of an online run went, by kind of prompt, and what to be warned of."""
 
 import html
 

@@ -30,6 +30,9 @@ from .prompt_features import (
 
 logger = logging.getLogger(__name__)
 
+# Of `score="learnalign"`; `score="learnability"` keeps the greatest p (1 - p)
+LEARNALIGN = OnlineSettings(utility="deviation", sharpness=1.0)
+
 
 class OnlineSchedule(Schedule, Ticks, LearnsFromGradients, Describes, Prepares):
     """
@@ -54,11 +57,13 @@ class OnlineSchedule(Schedule, Ticks, LearnsFromGradients, Describes, Prepares):
     def __init__(self, run: Run, settings: OnlineSettings | None = None):
         super().__init__(run)
         config = run.config
+        aligned = config.score == "learnalign"
+        usual = LEARNALIGN if aligned else OnlineSettings()
         self.settings = replace(
-            OnlineSettings() if settings is None else settings,
+            usual if settings is None else settings,
             success_threshold=config.success_threshold,
             graded=config.learnability == "variance",
-            alignment=config.score == "learnalign",
+            alignment=aligned,
         )
         self._curriculum: OnlineCurriculum | None = None
         self.known: list[str] = []
