@@ -62,12 +62,13 @@ class Alignment:
         self.labels = np.where(labels < 0, number, labels.astype(np.int32))  # those of no kind are one
         self.shares = np.bincount(self.labels[pool], minlength=number + 1) / len(pool)
         self.waiting = Flight.empty()
-        self.weights, self.mean = np.zeros(features.shape[1]), 0.0
+        self.weights, self.mean, self.error = np.zeros(features.shape[1]), 0.0, 1.0
         self.trusted = False
         self._groups = {name: np.zeros(0, kind) for name, kind in _COLUMNS.items()}
         self._sketches = np.zeros((0, 0), np.float16)  # of the latest groups, scaled to length 1
         self._most_sketches = min(settings.gradient_window, settings.window)
         self._sums = np.zeros(6)  # of (x, y) = (expected, observed), faded: n, x, y, xx, yy, xy
+        self._late = np.zeros(3)  # n, y, x alike, but of the latest
         self._fresh = 0  # groups since the last fit
 
     # Learning ---------------------------------------------------------------------------------------------------
@@ -193,7 +194,8 @@ class Alignment:
     def _compare(self, expected, observed):
         known = np.isfinite(expected)
         for x, y in zip(expected[known].tolist(), observed[known].tolist(), strict=True):
-            self._sums = self._sums * self.settings.judge_memory + [1, x, y, x * x, y * y, x * y]
+            self._sums = self._sums * self.settings.skill_memory + [1, x, y, x * x, y * y, x * y]
+            self._late = self._late * self.settings.judge_memory + [1, y, x]
         settings, z = self.settings, self.skill * math.sqrt(self._sums[0])
         if self._sums[0] >= settings.tried_gradients:
             self.trusted = z > (settings.least_trust if self.trusted else settings.begin_trust)
@@ -201,7 +203,7 @@ class Alignment:
     @property
     def skill(self) -> float:
         """
-        Correlation between alignments that were predicted before the draw and those observed after it, over some 200
+        Correlation between alignments that were predicted before the draw and those observed after it, over some 1,500
         live groups; 0 before there are two.
         """
         n, x, y, xx, yy, xy = self._sums
@@ -211,7 +213,7 @@ class Alignment:
     @property
     def observed(self) -> float:
         """Mean alignment of some 200 live groups of late, in units of the spread of one; NaN before any."""
-        return float(self._sums[2] / self._sums[0]) if self._sums[0] else math.nan
+        return float(self._late[1] / self._late[0]) if self._late[0] else math.nan
 
     def _regress(self):
         groups = self._groups
@@ -225,6 +227,7 @@ class Alignment:
         solved = np.linalg.solve((x * weights[:, None]).T @ x + precision, x.T @ (weights * (y - mean)))
         # The last digits may differ between processes, whose choices must not
         self.weights, self.mean = np.round(solved, 9), round(float(mean), 9)
+        self.error = round(float(weights.sum() ** -0.5), 9)
 
     # What is known ----------------------------------------------------------------------------------------------
 
@@ -237,7 +240,7 @@ class Alignment:
     def factor(self, rows: np.ndarray, utility: np.ndarray) -> np.ndarray:
         """
         Return what the utilities of these rows are multiplied by, of shape `(n,)`: the expected alignment over its
-        mean, within bounds; 1 as long as predictions have no skill or gradients have nothing in common.
+        mean, within bounds; 1 as long as predictions have no skill, or the mean is within its error of 0.
 
         Args:
             rows (`np.ndarray` of shape `(n,)`): of the dataset.
@@ -247,7 +250,7 @@ class Alignment:
             return np.ones(len(rows))
         expected = self.predict(rows)
         mean = (utility * expected).sum() / max(utility.sum(), 1e-12)
-        if not mean > 0:
+        if not mean > self.error:
             return np.ones(len(rows))
         return np.clip(expected / mean, self.settings.least_factor, self.settings.most_factor)
 
@@ -258,7 +261,7 @@ class Alignment:
 
     def metrics(self) -> dict[str, float]:
         """Return values for a log."""
-        expected = self._sums[1] / self._sums[0] if self._sums[0] else math.nan
+        expected = float(self._late[2] / self._late[0]) if self._late[0] else math.nan
         return {
             "alignment_observed": self.observed,
             "alignment_predicted": expected,
@@ -276,6 +279,8 @@ class Alignment:
             "mean": self.mean,
             "trusted": self.trusted,
             "sums": self._sums,
+            "late": self._late,
+            "error": self.error,
             "fresh": self._fresh,
         }
 
@@ -297,6 +302,7 @@ class Alignment:
         self._groups, self._sketches, self.waiting = groups, sketches, waiting
         self.weights, self.mean = state["weights"].copy(), float(state["mean"])
         self.trusted, self._sums, self._fresh = bool(state["trusted"]), state["sums"].copy(), int(state["fresh"])
+        self._late, self.error = state["late"].copy(), float(state["error"])
 
 
 def leave_one_out(

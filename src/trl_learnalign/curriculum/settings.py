@@ -99,7 +99,9 @@ class OnlineSettings:
     # A kind that is drawn too often, or too seldom, counts at most so many times less, or more, in the direction
     most_kind_weight: float = 10.0
     # Live groups before the prediction of alignments is judged
-    tried_gradients: int = 32
+    tried_gradients: int = 24
+    # Fading of that judgement, per live group: skill is seldom shown once the prompts without are no longer drawn
+    skill_memory: float = 0.9993
     # Correlation of predicted with observed alignment, in standard errors, from which on it is used, and stays in use
     begin_trust: float = 1.5
     least_trust: float = 0.0
