@@ -15,7 +15,7 @@ from .judge import Judge
 from .memory import PromptMemory
 from .order import Order, Permutations, UniformDraws, rows_of
 from .predictor import SuccessPredictor, expected_learnability
-from .prior import digest, known_rates
+from .prior import digest, known_rates, mean_rate
 from .rewards import RewardReader, has_gradient, is_success, read_rewards
 from .scored import Scored
 from .settings import OnlineSettings
@@ -45,7 +45,7 @@ class OnlineCurriculum:
 
     Draws are uniform until the predictor has been better than the mean on uniform draws and choosing is expected to
     raise the variance of rewards, and again when either has not been so for a while ([`Judge`]). With a `prior`
-    the predictor begins with a fit to it and choosing at once; one draw in eight is uniform until it was tried.
+    both begin at once, the predictor with a fit to it, and one draw in eight is uniform until that was tried.
 
     Args:
         features (`np.ndarray` of shape `(N, D)`): what is known of each prompt, float16 or float32, with a column of
@@ -59,7 +59,7 @@ class OnlineCurriculum:
         order ([`Order`], *optional*): of uniform draws; random by default.
         read ([`RewardReader`], *optional*): reads rewards; by default as [`read_rewards`].
         prior (`np.ndarray` of shape `(N,)`, *optional*): success rates that are known beforehand, NaN where not.
-        groups (`float`, *optional*): of the whole run. In a short one the prediction is judged sooner.
+        groups (`float`, *optional*): of the whole run; in a short one the prediction is judged sooner.
 
     Raises:
         `ValueError`: the features, the group size or the prior have another shape or range.
@@ -100,7 +100,7 @@ class OnlineCurriculum:
         self._prior = known_rates(prior, self.pool, len(features))
         self.predictor = SuccessPredictor(features, settings, self._prior)
         self.memory = PromptMemory(len(features), len(self.pool), settings)
-        self.judge = Judge(settings, groups, trusted=self._prior is not None)
+        self.judge = Judge(settings, groups, mean_rate(self._prior))
         self.scored = Scored(features, settings)
         self.scale, self.curve = RewardScale(), VarianceCurve()
         self.history = History(settings.history_groups)
@@ -349,12 +349,7 @@ class OnlineCurriculum:
         return {**parts, "drawn": self.drawn, "steps": self.steps, "made_for": self._made_for()}
 
     def _made_for(self):
-        return {
-            "group_size": self.group_size,
-            "seed": self.seed,
-            "prior": digest(self._prior),
-            **asdict(self.settings),
-        }
+        return {"group_size": self.group_size, "seed": self.seed, "prior": digest(self._prior)} | asdict(self.settings)
 
     def load_state_dict(self, state: dict) -> None:
         """
