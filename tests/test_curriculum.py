@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -101,6 +102,22 @@ class World:
     def always_choose(self):
         judge = self.curriculum.judge
         judge.decide = lambda *args: setattr(judge, "choosing", True)
+
+
+def rolled_out(rates):
+    """Success rates of eight rollouts of another policy, which is better at some prompts and worse at others."""
+    random = np.random.default_rng(7)
+    logits = np.log(rates / (1 - rates)) + 0.7 * random.normal(size=len(rates))
+    return random.binomial(8, 1 / (1 + np.exp(-logits))) / 8
+
+
+def shuffled(rates):
+    return np.random.default_rng(7).permutation(rates)
+
+
+def reversed_rates(rates):
+    """The best prompt has the rate of the worst."""
+    return np.sort(rates)[::-1][np.argsort(np.argsort(rates))]
 
 
 # The contract ------------------------------------------------------------------------------------------------------
@@ -601,6 +618,7 @@ STATES = {
     "one prompt a chunk": {"stop": 105, "chunk": 1},
     "unscored": {"stop": 20},
     "without gain": {"stop": 30, "begin_skill": 0.0, "least_skill": 0.9},
+    "known beforehand": {"stop": 5, "prior": rolled_out},
 }
 
 
@@ -640,6 +658,7 @@ def test_a_state_of_other_settings_is_refused():
         (World(size=64, chunk=8, window=16), "`window` was 4096 and is 16"),
         (World(size=64, chunk=8, group=4), "`group_size` was 8 and is 4"),
         (World(size=64, chunk=8, seed=1), "`seed` was 0 and is 1"),
+        (World(size=64, chunk=8, prior=rolled_out), "`prior` was None and is [0-9]+"),
     ):
         with pytest.raises(ValueError, match=f"with other settings: .*{words}"):
             other.curriculum.load_state_dict(state)
@@ -1042,3 +1061,131 @@ def test_one_prompt_a_chunk_is_chosen_from_though_a_draw_is_uniform():
     assert choosing.any() and 0 < history.column("uniform_draws")[choosing].sum() < 50
     assert np.count_nonzero(np.diff(choosing)) <= 3
     assert (np.diff(history.column("groups")) == DEFAULTS.history_groups).all()
+
+
+# Known beforehand, and short runs ----------------------------------------------------------------------------------
+
+
+def live_by(world, chunks):
+    """Returns the expected live share of the first chunks."""
+    return world.live(world.run(chunks))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({}, 128092208), ({"groups": 1280}, 128092208), ({"chunk": 4, "size": 300}, 4006649139)],
+)
+def test_without_a_prior_a_long_run_draws_what_it_always_drew(settings, expected):
+    """As recorded before there were priors, and runs were told their length."""
+    rows = np.concatenate(World(**settings).run(40)).astype(np.int32)
+    assert zlib.crc32(rows.tobytes()) == expected
+
+
+@pytest.mark.parametrize(("groups", "draws"), [(None, 64), (5000, 64), (1280, 64), (1000, 50), (480, 24), (10, 24)])
+def test_the_prediction_is_judged_after_a_share_of_the_run(groups, draws):
+    assert DEFAULTS.wait(groups) == draws
+    assert OnlineSettings(tried=4).wait(groups) == 4
+    assert DEFAULTS.wait(groups, trusted=True) == 24
+
+
+def test_a_short_run_begins_to_choose_sooner():
+    first = {}
+    for groups in (None, 480):
+        world = World(chunk=8, groups=groups)
+        world.run(30)
+        first[groups] = int(
+            world.curriculum.history.column("groups")[world.curriculum.history.column("choosing") > 0][0]
+        )
+    assert first[480] <= 48 < 64 < first[None]
+
+
+@pytest.mark.parametrize("informed", [True, False])
+def test_what_is_known_beforehand_counts_at_once(informed):
+    """The first 128 groups; where other features tell something, and where they do not."""
+    pool = {"mean": -4.0, "spread": 2.5, "informed": informed}
+    world = World(prior=rolled_out, **pool)
+    (first,) = world.run(1)
+    assert world.live([first]) > 0.6 and world.curriculum.history.column("choosing")[0] == 1
+    live = live_by(World(prior=rolled_out, **pool), 8)
+    assert live > 0.7 and live > 1.5 * live_by(World(**pool), 8)
+
+
+def test_what_is_known_of_some_counts_for_these():
+    def known(rates):
+        return np.where(np.arange(len(rates)) % 2, np.nan, rolled_out(rates))
+
+    world = World(prior=known, informed=False, mean=-4.0, spread=2.5)
+    rows = world.run(6)
+    assert world.live(rows) > 0.6
+    chosen = np.concatenate(rows)
+    assert (chosen % 2 == 0).mean() > 0.75
+
+
+@pytest.mark.parametrize("informed", [True, False])
+@pytest.mark.parametrize("column", [shuffled, reversed_rates])
+def test_a_column_that_misleads_costs_little(column, informed):
+    """It is found out, and what is chosen because of it is corrected by its rewards."""
+    pool = {"mean": -3.0, "spread": 3.0, "informed": informed}
+    without, misled = World(**pool), World(prior=column, **pool)
+    assert live_by(misled, 8) > 0.7 * live_by(without, 8)
+    assert live_by(misled, 32) > 0.9 * live_by(without, 32)
+    choosing = misled.curriculum.history.column("choosing")
+    if column is shuffled and not informed:
+        assert choosing[0] == 1 and choosing.min() == 0
+
+
+def test_until_it_was_tried_one_draw_in_eight_is_uniform():
+    world = World(prior=rolled_out)
+    judge = world.curriculum.judge
+    shares = []
+    while not judge.tried:
+        drawn = len(world.curriculum.flight)
+        world.draw()
+        shares.append(world.curriculum.flight.uniform[drawn:].mean())
+        assert judge.trusted and judge.choosing
+        world.finish()
+    assert 24 / 0.125 / 16 - 5 < len(shares) < 24 / 0.125 / 16 + 5
+    np.testing.assert_allclose(np.mean(shares), 0.125, atol=0.03)
+    world.run(3)
+    assert not judge.trusted and judge.choosing and judge.uniform == DEFAULTS.uniform
+
+
+def test_rates_that_are_all_the_same_are_no_reason_to_choose():
+    world = World(prior=lambda rates: np.full(len(rates), 0.5), informed=False)
+    world.run(3)
+    assert not world.curriculum.judge.choosing
+
+
+@pytest.mark.parametrize(
+    ("prior", "words"),
+    [
+        (np.zeros(7), r"`prior` has the shape \(7,\), but there are 8 prompts"),
+        (np.array([0.5] * 7 + [12.0]), "`prior` of row 7 is 12, but success rates are between 0 and 1"),
+        (np.array([-0.5] + [np.nan] * 7), "`prior` of row 0 is -0.5"),
+    ],
+)
+def test_priors_that_are_no_success_rates_are_refused(prior, words):
+    with pytest.raises(ValueError, match=words):
+        OnlineCurriculum(np.ones((8, 1)), group_size=4, prior=prior)
+
+
+def test_a_prior_without_a_rate_in_the_pool_is_none():
+    prior = np.array([0.5] * 4 + [np.nan] * 4)
+    curriculum = OnlineCurriculum(np.ones((8, 1)), group_size=4, prior=prior, pool=np.arange(4, 8))
+    assert not curriculum.judge.trusted and not curriculum.predictor.weights.any()
+
+
+def test_the_regression_begins_with_the_fit_and_its_ridge_draws_it_there():
+    random = np.random.default_rng(0)
+    features = np.concatenate([np.ones((400, 1)), random.normal(size=(400, 2))], axis=1).astype(np.float32)
+    rates = 1 / (1 + np.exp(-(features @ np.array([-1.0, 1.5, 0.0]))))
+    predictor = SuccessPredictor(features, DEFAULTS, rates.astype(np.float32))
+    np.testing.assert_allclose(predictor.weights, [-1.0, 1.5, 0.0], atol=0.05)
+    np.testing.assert_allclose(predictor.predict(np.arange(400)), rates, atol=0.02)
+    start = predictor.weights.copy()
+    numbers = np.arange(40)
+    predictor.observe(numbers, numbers, np.zeros(40), np.zeros(40), np.full(40, 8.0), np.full(40, np.nan))
+    fitted = predictor.predict(numbers)
+    x, weights = features[:40].astype(float), predictor.weights
+    slope = x.T @ (DEFAULTS.group_weight * (0 - fitted)) - DEFAULTS.ridge * (weights - start)
+    np.testing.assert_allclose(slope, 0, atol=1e-2)  # a minimum of the loss that is centred there

@@ -376,7 +376,7 @@ def test_when_and_why_draws_were_uniform(tmp_path):
     world.logits = np.zeros(2000)  # from now on everything is live
     world.run(300)
     history = world.curriculum.history
-    found = periods(history, DEFAULTS)
+    found = periods(history, DEFAULTS, DEFAULTS.tried)
     assert len(switches) >= 2 and [one["first"] for one in found] == [0, *switches]
     assert [one["last"] + 1 for one in found] == [*switches, history.observed]
     assert [one["choosing"] for one in found] == [n % 2 == 1 for n in range(len(found))]
@@ -396,12 +396,12 @@ def test_when_and_why_draws_were_uniform(tmp_path):
 def test_without_skill_it_says_so():
     world = World(informed=False, noise=4.0, spread=0.0)
     world.run(60)
-    last = periods(world.curriculum.history, DEFAULTS)[-1]
+    last = periods(world.curriculum.history, DEFAULTS, DEFAULTS.tried)[-1]
     assert not last["choosing"] and world.curriculum.judge.skill <= DEFAULTS.begin_skill
     assert "hardly better than the mean" in last["why"]
     young = World()
     young.run(1)
-    (only,) = periods(young.curriculum.history, DEFAULTS)
+    (only,) = periods(young.curriculum.history, DEFAULTS, DEFAULTS.tried)
     assert only["why"] == f"the prediction is judged after {DEFAULTS.tried} uniform draws"
 
 

@@ -622,11 +622,41 @@ def test_columns_that_tell_of_success(tmp_path, capsys):
     assert trainer.learnalign.schedule.curriculum.features.shape == (24, 1 + 1 + 3 + 1)
     said = capsys.readouterr().out
     assert (
-        "LearnAlign plan: steps 1 to 2 train on random prompts, as TRL would: a prediction is judged after 4 random "
-        "prompts, so nothing can be chosen before step 3." in said
+        "LearnAlign plan: steps 1 to 2 train on prompts chosen by the success rates known beforehand (12.5% are "
+        "random until 4 of these confirmed them, then 5%), as long as choosing helps." in said
     )
     assert "LearnAlign plan: 8 prompts in all, 4 at once, from a pool of 24: 0.33 visits per prompt." in said
     assert "length, kind, rate." in said
+
+
+def test_a_pass_rate_column_counts_from_the_first_chunk_on(tmp_path, capsys):
+    """With the settings of users. A resumed run is the run."""
+    rates = [0.5 if i % 4 == 1 else i % 2 * 1.0 for i in range(48)]
+    changes = {"settings": OnlineSettings(history_groups=1), "max_steps": 3, **EVERY_STEP}
+
+    def run(resume=None):
+        paid = Paid(fixed_reward)
+        dataset = make_dataset(48).add_column("rate", rates)
+        trainer = make_trainer(tmp_path, online(pass_rate_column="rate"), reward=paid, dataset=dataset, **changes)
+        trainer.train(resume_from_checkpoint=resume)
+        return paid.chunks, trainer.learnalign.schedule.curriculum
+
+    chunks, curriculum = run()
+    assert (curriculum.history.column("choosing") == 1).all() and curriculum.judge.wait == 24
+    assert sum(row % 4 == 1 for row in chunks[0] + chunks[1]) >= 6  # a draw in eight is uniform
+    said = capsys.readouterr().out
+    assert "from now on prompts are chosen by predicted learnability" in said
+    assert "by the success rates known beforehand, which 24 random prompts are to confirm" in said
+    again, _ = run(str(tmp_path / "checkpoint-1"))
+    assert again == chunks[1:]
+    said = capsys.readouterr().out
+    assert "steps 2 to 3 train on prompts chosen by the success rates known beforehand (12.5% are random" in said
+
+    changes["max_steps"] = 7  # too few groups for a share of them
+    trainer = make_trainer(tmp_path / "without", online(), **changes)
+    trainer.train()
+    assert trainer.learnalign.schedule.curriculum.judge.wait == 24
+    assert "a prediction is judged after 24 random prompts" in capsys.readouterr().out
 
 
 def test_a_run_that_choosing_cannot_help_is_warned(tmp_path, caplog):
@@ -1057,7 +1087,7 @@ def test_chunks_of_one_prompt_choose_as_chunks_of_four_do(tmp_path, capsys):
         history = trainer.learnalign.schedule.curriculum.history
         assert history.column("groups").tolist() == [16, 32, 48, 64]
         assert history.column("step").tolist() == [groups // chunk - 1 for groups in (16, 32, 48, 64)]
-        assert (history.column("choosing")[1:] == 1).all() and 0 < history.column("choosing")[0] < 1
+        assert (history.column("choosing") == 1).all()
         assert capsys.readouterr().out.count("from now on prompts are chosen") == 1
         counts = np.bincount([row for rows in paid.chunks for row in rows], minlength=48)
         assert np.count_nonzero(counts) == history.column("visited")[-1] < 46

@@ -168,7 +168,8 @@ class LearnAlignConfig:
             Online: a column of the dataset, such as a source or a kind, that the prediction may use as a category. At
             most 256 values, no fractions, and not another one in every row.
         pass_rate_column (`str`, *optional*):
-            Online: a column with success rates in [0, 1], such as another model's, that the prediction may use.
+            Online: a column with success rates in [0, 1], such as another model's. The prediction begins with it, and
+            choosing with the first chunk; both are corrected by the rewards of training.
 
     Raises:
         `ValueError`: a field has a value out of its range, or one that has no effect together with the others.

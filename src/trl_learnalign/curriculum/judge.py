@@ -8,6 +8,9 @@ import numpy as np
 from .settings import OnlineSettings
 
 
+_KNOWN_DRAWS = 16  # that a mean known beforehand counts for
+
+
 @dataclass
 class UniformSums:
     """
@@ -42,7 +45,8 @@ class Judge:
     Args:
         settings ([`OnlineSettings`]): the thresholds.
         groups (`float`, *optional*): of the whole run.
-        trusted (`bool`, *optional*, defaults to `False`): whether to choose before the prediction was tried.
+        known (`float`, *optional*): mean success that is known beforehand. Then choosing begins before the prediction
+            was tried, and the mean that it must be better than begins there.
 
     Attributes:
         choosing (`bool`): whether prompts are chosen; else they are drawn uniformly.
@@ -59,9 +63,10 @@ class Judge:
 
     NUMBERS = "choosing", "without_gain", "headroom", "predicted", "wait", "trusted"
 
-    def __init__(self, settings: OnlineSettings, groups: float | None = None, trusted: bool = False):
-        self.settings, self.trusted = settings, trusted
-        self.wait = settings.wait(groups, trusted)
+    def __init__(self, settings: OnlineSettings, groups: float | None = None, known: float | None = None):
+        self.settings, self.known = settings, known
+        self.trusted = known is not None
+        self.wait = settings.wait(groups, self.trusted)
         self.choosing = self.switched = False
         self.headroom, self.predicted = 1.0, 0.5
         self.without_gain = 0
@@ -145,7 +150,7 @@ class Judge:
         """
         sums = self.sums
         for expected, rate, told in zip(predicted.tolist(), observed.tolist(), learnt.tolist(), strict=True):
-            mean = sums.successes / sums.draws if sums.draws else 0.5
+            mean = self._mean()
             sums.fade(self.settings.judge_memory)
             sums.successes += rate
             sums.draws += 1
@@ -154,6 +159,14 @@ class Judge:
                 sums.mean_errors += (mean - rate) ** 2
                 sums.residuals += rate - expected
                 sums.predicted_draws += 1
+
+    def _mean(self) -> float:
+        """Return the mean success of the draws before, which a prediction is compared with."""
+        sums = self.sums
+        if self.known is None:
+            return sums.successes / sums.draws if sums.draws else 0.5
+        # Else a prediction that begins with the mean of the known rates would seem skilled while this one has to learn
+        return (sums.successes + _KNOWN_DRAWS * self.known) / (sums.draws + _KNOWN_DRAWS)
 
     def state_dict(self) -> dict:
         """Return sums and numbers."""

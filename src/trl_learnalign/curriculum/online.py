@@ -18,7 +18,7 @@ from .kinds import Kinds
 from .memory import PromptMemory
 from .order import Order, Permutations, UniformDraws, rows_of
 from .predictor import SuccessPredictor, checked_features, expected_deviation, expected_learnability
-from .prior import digest, known_rates
+from .prior import digest, known_rates, mean_rate
 from .rewards import RewardReader, has_gradient, is_success, read_rewards
 from .scored import Scored
 from .settings import OnlineSettings
@@ -49,7 +49,7 @@ class OnlineCurriculum(FindsSuspects):
 
     Draws are uniform until the predictor has been better than the mean on uniform draws and choosing is expected to
     raise the variance of rewards, and again when either has not been so for a while ([`Judge`]). With a `prior`
-    the predictor begins with a fit to it and choosing at once; one draw in eight is uniform until it was tried.
+    both begin at once, the predictor with a fit to it, and one draw in eight is uniform until that was tried.
 
     Args:
         features (`np.ndarray` of shape `(N, D)`): what is known of each prompt, float16 or float32, with a column of
@@ -66,7 +66,7 @@ class OnlineCurriculum(FindsSuspects):
             [`kinds_of`] the features of those that may be chosen. What is chosen depends on them only through
             [`Alignment`], where each counts as its share of the pool.
         prior (`np.ndarray` of shape `(N,)`, *optional*): success rates that are known beforehand, NaN where not.
-        groups (`float`, *optional*): of the whole run. In a short one the prediction is judged sooner.
+        groups (`float`, *optional*): of the whole run; in a short one the prediction is judged sooner.
 
     Raises:
         `ValueError`: the features, the group size or the prior have another shape or range.
@@ -101,7 +101,7 @@ class OnlineCurriculum(FindsSuspects):
         self._prior = known_rates(prior, self.pool, len(features))
         self.predictor = SuccessPredictor(features, settings, self._prior)
         self.memory = PromptMemory(len(features), len(self.pool), settings)
-        self.judge = Judge(settings, groups, trusted=self._prior is not None)
+        self.judge = Judge(settings, groups, mean_rate(self._prior))
         self.scored = Scored(features, settings)
         self.scale, self.curve = RewardScale(), VarianceCurve()
         self.history = History(settings.history_groups)
@@ -363,12 +363,7 @@ class OnlineCurriculum(FindsSuspects):
         return {**parts, "drawn": self.drawn, "steps": self.steps, "made_for": self._made_for()}
 
     def _made_for(self):
-        return {
-            "group_size": self.group_size,
-            "seed": self.seed,
-            "prior": digest(self._prior),
-            **asdict(self.settings),
-        }
+        return {"group_size": self.group_size, "seed": self.seed, "prior": digest(self._prior)} | asdict(self.settings)
 
     def load_state_dict(self, state: dict) -> None:
         """

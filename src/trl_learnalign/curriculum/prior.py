@@ -40,6 +40,11 @@ def known_rates(prior: np.ndarray | None, pool: np.ndarray, size: int) -> np.nda
     return rates if np.isfinite(rates).any() else None
 
 
+def mean_rate(rates: np.ndarray | None) -> float | None:
+    """Return the mean of the rates that are known; `None` of none."""
+    return None if rates is None else float(np.nanmean(rates, dtype=np.float64))
+
+
 def digest(rates: np.ndarray | None) -> int | None:
     """Return a number that tells these rates from others; `None` of none."""
     return None if rates is None else zlib.crc32(rates.tobytes())

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from ..curriculum import OnlineCurriculum, OnlineSettings
 from ..curriculum.judge import Judge
-from ..curriculum.prior import known_rates
+from ..curriculum.prior import known_rates, mean_rate
 from ..data.order import RandomOrder
 from ..host.rewards import check_success_reward
 from ..measures.feature_file import PromptFeatures
@@ -129,7 +129,7 @@ class OnlineSchedule(Schedule, Ticks, LearnsFromGradients, Describes, Prepares):
 
     def judge(self, max_steps: int) -> Judge:
         """Return the judge of a run of so many steps, as it begins; in a run that goes on it waits as it did then."""
-        judge = Judge(self.settings, self.layout.prompts_trained(max_steps), trusted=self.prior is not None)
+        judge = Judge(self.settings, self.layout.prompts_trained(max_steps), mean_rate(self.prior))
         if self._curriculum is not None:
             judge.wait = self._curriculum.judge.wait
         return judge

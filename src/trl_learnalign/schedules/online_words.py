@@ -109,13 +109,13 @@ def _when(schedule, step, max_steps):
     if step:
         judge, draws = schedule.curriculum.judge, schedule.curriculum.history.observed
     steps = f"steps {step + 1} to {max_steps} train on" if step + 1 < max_steps else f"step {max_steps} trains on"
-    if judge.choosing:
-        return f"{steps} chosen prompts, as long as choosing helps ({settings.uniform:.0%} are random)."
-    if judge.trusted:
+    if judge.trusted and (judge.choosing or not step):
         return (
             f"{steps} prompts chosen by the success rates known beforehand ({settings.uniform_untried:.1%} are random "
             f"until {judge.wait} of these confirmed them, then {settings.uniform:.0%}), as long as choosing helps."
         )
+    if judge.choosing:
+        return f"{steps} chosen prompts, as long as choosing helps ({settings.uniform:.0%} are random)."
     # The prediction must have been tried when a step begins, which draws its batches and what is read ahead
     tried = (draws + judge.draws_to_try(layout.chunk_prompts)) // layout.chunk_prompts
     begun = layout.step_of(tried - 1)
