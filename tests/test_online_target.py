@@ -190,7 +190,9 @@ def test_a_run_with_a_target_and_its_resume(tmp_path, capsys, caplog):
     schedule = trainer.learnalign.schedule
     target, alignment = schedule.curriculum.target, schedule.curriculum.alignment
     assert target.rows.tolist() == [0, 4, 8, 12, 16, 20]
-    assert "prompts are chosen for the target of 6 rows (25.0% of the pool) that `mine` marks" in capsys.readouterr().out
+    assert (
+        "prompts are chosen for the target of 6 rows (25.0% of the pool) that `mine` marks" in capsys.readouterr().out
+    )
     last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
     assert 0 <= last["learnalign/target_fraction"] <= 1 and 0 <= last["learnalign/target_success"] <= 1
     rows = alignment._groups["rows"]
@@ -236,9 +238,15 @@ def test_where_gradients_cannot_be_had_the_target_has_no_effect(tmp_path, caplog
     [
         ({"score": "target"}, "`score` is 'target', but `target_column` is not set.*a column of True and False"),
         ({"score": "target_alignment"}, "alignment alone cannot choose.*Use `score='target'`"),
-        ({"target_column": "mine"}, "`target_column` is 'mine', but `score='learnalign'` does not.*Set `score='target'"),
+        (
+            {"target_column": "mine"},
+            "`target_column` is 'mine', but `score='learnalign'` does not.*`score='target'",
+        ),
         ({"score": "learnability", "target_column": "mine"}, "`score='learnability'` does not look at a target"),
-        ({"score": "target", "target_dataset": "a.jsonl"}, "must be rows of the training dataset.*concatenate_datasets"),
+        (
+            {"score": "target", "target_dataset": "a.jsonl"},
+            "must be rows of the training.*concatenate_datasets",
+        ),
         ({"score": "confidence", "target_column": "mine"}, "chooses by predicted learnability"),
     ],
 )

@@ -311,8 +311,8 @@ class LearnAlignConfig:
     def _check_target_online(self) -> None:
         if self.target_dataset is not None:
             raise ValueError(
-                "`target_dataset` is set, but with `schedule='online'` the target must be rows of the training dataset: "
-                "its gradients are those of training. Mark the rows of both, concatenate them, and set "
+                "`target_dataset` is set, but with `schedule='online'` the target must be rows of the training "
+                "dataset, as its gradients are those of training. Mark the rows of both, concatenate them, and set "
                 "`score='target'` and `target_column='is_target'`: `parts = train.add_column('is_target', [False] * "
                 "len(train)), target.add_column('is_target', [True] * len(target))`, then `train_dataset="
                 "concatenate_datasets(parts)`."

@@ -131,6 +131,17 @@ def _facts(prompts, history, noise, run) -> dict[str, str]:
         **{state: f"{states.get(state, 0):,}" for state in ("retired", "parked", "unscored")},
         "suspects": f"{run['suspects']:,}",
         "may be noise": f"{noise.num_rows:,}",
+        **_target(run.get("target")),
+    }
+
+
+def _target(target) -> dict[str, str]:
+    if target is None:
+        return {}
+    return {
+        "target": f"{target['rows']:,} ({target['share']:.0%} of the pool)",
+        "groups of the target": formatted(target["drawn"], ".0%"),
+        "success of the target": formatted(target["success"], ".2f"),
     }
 
 

@@ -291,8 +291,8 @@ def without_gradients(reason: str, target_column: str | None = None) -> str:
     if target_column is not None:
         return (
             f"LearnAlign online cannot choose prompts for the target that `{target_column}` marks, as the gradients "
-            f"of training cannot be had: {reason}. It chooses by learnability alone. Use `score='learnability'` without "
-            "`target_column` to choose so without this warning."
+            f"of training cannot be had: {reason}. It chooses by learnability alone. Use `score='learnability'` "
+            "without `target_column` to choose so without this warning."
         )
     return (
         "LearnAlign online chooses prompts by learnability alone, without the alignment of their gradients, which "
