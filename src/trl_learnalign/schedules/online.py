@@ -156,7 +156,7 @@ class OnlineSchedule(Schedule, Ticks, LearnsFromGradients, Describes, Prepares):
     def choose(self, n):
         draws, judge = self.curriculum.choose(n), self.curriculum.judge
         if judge.switched and self.host.accelerator.is_main_process:
-            tqdm.write(words.switch_line(draws[0].number, judge))
+            tqdm.write(words.switch_line(draws[0].number, judge, self._aligned_with()))
         return [draw.row for draw in draws]
 
     def observe(self, groups):
@@ -194,14 +194,18 @@ class OnlineSchedule(Schedule, Ticks, LearnsFromGradients, Describes, Prepares):
         if self.host.accelerator.is_main_process:
             logger.warning(words.without_gradients(reason, self.run.config.target_column))
 
+    def _aligned_with(self):
+        """Return the target that prompts are chosen for; `None` without one, or where gradients cannot be had."""
+        return None if self.curriculum.alignment is None else self.curriculum.target
+
     def _warn_of_target(self):
         """Warn once of a target of which no group had a gradient so far."""
-        curriculum, told = self.curriculum, self._told_of_target
-        if curriculum.alignment is None or curriculum.target is None or told or not curriculum.target.is_dead:
+        target = self._aligned_with()
+        if target is None or self._told_of_target or not target.is_dead:
             return
         self._told_of_target = True
         if self.host.accelerator.is_main_process:
-            logger.warning(words.dead_target(curriculum.target))
+            logger.warning(words.dead_target(target))
 
     def _warn_of_kinds(self):
         """Warn, once of each, of kinds of prompts that take too much, are lost or have inconsistent rewards."""

@@ -25,22 +25,24 @@ LEAST_PROMPTS = 8  # of an optimizer step, below which a warning is given
 _MANY_MASKED = 0.5  # share of the completions that is worth a warning, whether or not a whole group is masked
 
 
-def switch_line(draw: int, judge: Judge) -> str:
+def switch_line(draw: int, judge: Judge, target: "Target | None" = None) -> str:
     """
     Return the line that is printed when a schedule starts or stops choosing.
 
     Args:
         draw (`int`): number of the first draw that is chosen, or drawn uniformly.
         judge ([`Judge`]): decided so.
+        target ([`Target`], *optional*): what prompts are chosen for.
     """
     start = f"LearnAlign, after {draw:,} prompts: from now on"
     if judge.choosing:
         known = f"skill {judge.skill:.2f}"
+        aim = f" for the target of {counted(len(target.rows), 'row')}" if target is not None else ""
         if judge.trusted:
             known = f"by the success rates known beforehand, which {judge.wait} random prompts are to confirm"
         return (
-            f"{start} prompts are chosen by predicted learnability: their rewards should have {judge.headroom:.1f} x "
-            f"the variance of those of random prompts ({known})."
+            f"{start} prompts are chosen by predicted learnability{aim}: their rewards should have "
+            f"{judge.headroom:.1f} x the variance of those of random prompts ({known})."
         )
     patience = f"for {judge.settings.patience} prompts"
     if judge.without_gain < judge.settings.patience and not judge.has_skill:
@@ -112,7 +114,8 @@ def _aim(schedule):
     share = number / len(schedule.pool)
     return [
         f"prompts are chosen for the target of {counted(number, 'row')} ({share:.1%} of the pool) that "
-        f"`{column}` marks, by the alignment of their gradients with those of the target."
+        f"`{column}` marks, by the alignment of their gradients with those of the target. "
+        "Some of these rows come at random."
     ]
 
 
