@@ -84,7 +84,11 @@ EFFECTS = {
     "after_warmup": ("restart", SELECTED, ({"warmup_prompts": 0}, *ROLLED_OUT[3:])),
     "deduplicate": (True, ANY, ()),
     "target_dataset": ("target.jsonl", ({"score": "target"},), ()),
-    "target_column": ("task", ({"score": "target", "target_dataset": "target.jsonl"},), ()),
+    "target_column": (
+        "task",
+        ({"score": "target", "target_dataset": "target.jsonl"}, {"score": "target", "schedule": "online"}),
+        (),
+    ),
     "where": ("row < 3", ANY, ()),
     "quota_column": ("source", SELECTED, ROLLED_OUT[3:]),
     "quota": ("equal", ({"quota_column": "source"},), ({}, *ROLLED_OUT[3:])),

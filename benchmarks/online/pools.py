@@ -74,6 +74,7 @@ class Pool:
     kind: np.ndarray  # (N,) of coins.KINDS, or of skills the task times four plus the level
     wrong: np.ndarray  # (N,) of booleans: the answer is not the right one, or the prompt is a copy
     false_positives: float = 0.0  # share of the failed rollouts that are rewarded
+    target: np.ndarray | None = None  # (N,) of booleans: rows of the kind that the test asks for, where it is a part
     coins: np.ndarray | None = None  # (N,) of booleans: every rollout is rewarded at one half, whatever it says
 
 
@@ -102,11 +103,12 @@ def make_pool(name: str, dataset_path: Path | None, seed: int = 0, cache: Path |
     equations, kept in the folder `cache`.
     """
     if name in SKILLS:
-        from skills import LEVELS, split
+        from skills import LEVELS, SPLITS, TASKS, split
 
-        rows = split(name)[0]
+        rows, tested = split(name)[0], SPLITS[name][2]
         kinds = LEVELS * np.array(rows["task"], np.int8) + np.array(rows["level"], np.int8)
-        return Pool(rows.remove_columns("level"), kinds, np.zeros(len(rows), bool))
+        target = None if tested is None else np.isin(rows["task"], [TASKS.index(t) for t in TASKS if t.name in tested])
+        return Pool(rows.remove_columns("level"), kinds, np.zeros(len(rows), bool), target=target)
     equations = read_equations(dataset_path)[0]
     if name in COINS:
         rows, kinds = coin_pool(name, equations, seed)

@@ -37,6 +37,7 @@ ARMS = {
     "target": "selection by the target: learnability x alignment",
     "target alignment": "selection by the target: alignment alone",
     "learnalign then online": "LearnAlign's better half of the learnable, then online",
+    "target online": "online, by the target: learnability x predicted alignment",
     "target then online": "the half of the learnable best aligned with the target, then online",
 }
 STUDENT = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # 97.5 % quantiles of t, by degrees of freedom

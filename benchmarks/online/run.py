@@ -60,6 +60,7 @@ ONLINE = {
     "online without features": {**LEARNABILITY, "prompt_features": False},
     "online with groups": {**LEARNABILITY, "group_column": "task"},
     "learnalign online": LEARNALIGN,
+    "target online": {"score": "target", "target_column": "is_target"},
 }
 # Arms that change settings of the curriculum as well, a line each: the arm they are like otherwise, and these settings
 SETTINGS = {
@@ -268,6 +269,10 @@ def run(arm, name, seed, arguments) -> dict:
     task = make_task(name, arguments.dataset_path, arguments.output_dir)
     task = replace(task, test=task.test.select(range(min(arguments.test, len(task.test)))))
     rows = pool.rows.add_column("row", list(range(len(pool.rows))))
+    if arm == "target online":
+        if pool.target is None:
+            sys.exit(f"The pool '{name}' has no target. Run '{arm}' on skills-target.")
+        rows = rows.add_column("is_target", pool.target.tolist())
     adapter = None
     if name in WARM_POOLS:
         clean = make_pool("clean", arguments.dataset_path, seed).rows
@@ -312,6 +317,7 @@ def run(arm, name, seed, arguments) -> dict:
             "rollouts": recorder.rollouts(),
             "selection_rollouts": GROUP * selected,
             "kinds": by_kind(pool, trained),
+            "target_share": None if pool.target is None else round(float(pool.target[trained].mean()), 4),
             "quarters": quarters(pool, trained, live),
             "wrong": int(pool.wrong[trained].sum()),
             "completion_length": round(sum(recorder.lengths) / recorder.rollouts(), 2),

@@ -127,10 +127,10 @@ def small(tmp_path, monkeypatch):
     skills.split.cache_clear()
 
 
-@pytest.mark.parametrize("arm", ["filter", "target", "target then online", "online with groups", "learnalign online"])
+@pytest.mark.parametrize("arm", ["filter", "target", "target then online", "online with groups", "target online"])
 def test_what_a_selection_rolls_out_is_part_of_the_runs_rollouts(small, arm):
     result = run.run(arm, "skills-target", 0, small)
-    before = {"filter": 56, "online with groups": 0, "learnalign online": 0}
+    before = {"filter": 56, "online with groups": 0, "target online": 0}
     selected = before.get(arm, 56 + 12)  # the pool and the target set
     # Whole batches are generated
     assert 0 <= result["selection_rollouts"] - run.GROUP * selected <= 2 * run.CHUNK * run.GROUP
@@ -145,6 +145,8 @@ def test_what_a_selection_rolls_out_is_part_of_the_runs_rollouts(small, arm):
     assert [look["step"] for look in result["looks"]][-1] == trained // run.CHUNK
     tasks = set(skills.split("skills-target")[1]["task"])
     assert len(result["looks"][-1]["tasks"]) == len(tasks) == 3
+    kinds = np.reshape(result["kinds"] + [0] * (LEVELS * len(TASKS) - len(result["kinds"])), (-1, LEVELS)).sum(1)
+    assert result["target_share"] == pytest.approx(kinds[sorted(tasks)].sum() / trained, abs=1e-4)
 
 
 def measured(rollouts, rates, seed=0, **more):

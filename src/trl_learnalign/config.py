@@ -81,7 +81,8 @@ class LearnAlignConfig:
             mean over the pool: UFO-RL, arXiv 2505.12457; one forward over each prompt, no rollouts), `"column:NAME"`
             (a column of numbers of the dataset; no rollouts), or your own function, as an object or as
             `"file.py:function"`. The function takes a `pandas.DataFrame` with a row per prompt and returns a Series.
-            Higher is better; a prompt with NaN is never chosen.
+            Higher is better; a prompt with NaN is never chosen. Online: `"learnalign"`, `"learnability"`, or
+            `"target"`, for which the target is the rows that `target_column` marks.
         score_measures (`list[str]`, *optional*):
             Measures that your own function in `score` needs: `["rollouts"]`, `["gradients"]` (which need rollouts),
             `["likelihood"]` (of the answers), `["hidden_states"]`, or none (the default).
@@ -123,9 +124,12 @@ class LearnAlignConfig:
             meets `where` is used.
         target_dataset (`str` or `Dataset`, *optional*):
             For the scores `"target"` and `"target_alignment"`: prompts of the kind that the policy should become good
-            at, with the columns of the training dataset. A file, a name of the Hub, or a `datasets.Dataset`.
+            at, with the columns of the training dataset. A file, a name of the Hub, or a `datasets.Dataset`. Online
+            the target are rows of the training dataset, see `target_column`.
         target_column (`str`, *optional*):
             A column of the target dataset that names the subtask of each row. By default all rows are one task.
+            Online, where `score="target"` requires it: a column of True and False of the training dataset, which marks
+            the prompts of the kind that the policy should become good at.
         where (`str`, *optional*):
             Choose only prompts that meet this condition on columns of the dataset, on what is measured and on `score`,
             such as `"completion_length_mean < 800 and source != 'forum'"`. A field of a nested column is named
@@ -279,7 +283,7 @@ class LearnAlignConfig:
                 if lacks.refused:
                     raise ValueError(text)
                 warnings.warn(text, stacklevel=4)
-        if self.schedule == "online" and self.score not in ("learnalign", "learnability"):
+        if self.schedule == "online" and self.score not in ("learnalign", "learnability", "target"):
             raise ValueError(
                 f"`score` is {score_name(self.score)!r}, but `schedule='online'` chooses by predicted learnability. "
                 "Leave `score` out, or train online on the rows of a selection that was made with that score before."
@@ -291,6 +295,9 @@ class LearnAlignConfig:
                 "`target_dataset` must be a path, a name of the Hub or a Dataset, but is a "
                 f"{type(self.target_dataset).__name__}."
             )
+        if self.schedule == "online":
+            self._check_target_online()
+            return
         if ("target-gradients" in self.measures) != (self.target_dataset is not None):
             have = "is not set" if self.target_dataset is None else "is set"
             raise ValueError(
@@ -300,6 +307,32 @@ class LearnAlignConfig:
         if self.target_column is not None and self.target_dataset is None:
             raise ValueError(
                 "`target_column` is a column of the target dataset, but there is none. Set `target_dataset`."
+            )
+
+    def _check_target_online(self) -> None:
+        if self.target_dataset is not None:
+            raise ValueError(
+                "`target_dataset` is set, but with `schedule='online'` the target must be rows of the training "
+                "dataset, as its gradients are those of training. Mark the rows of both, concatenate them, and set "
+                "`score='target'` and `target_column='is_target'`: `parts = train.add_column('is_target', [False] * "
+                "len(train)), target.add_column('is_target', [True] * len(target))`, then `train_dataset="
+                "concatenate_datasets(parts)`."
+            )
+        if self.score == "target_alignment":
+            raise ValueError(
+                "`score` is 'target_alignment', but with `schedule='online'` alignment alone cannot choose: a prompt "
+                "that is always or never solved has no gradient, whatever is predicted of it. Use `score='target'`, "
+                "which multiplies by learnability."
+            )
+        if self.score == "target" and self.target_column is None:
+            raise ValueError(
+                "`score` is 'target', but `target_column` is not set. With `schedule='online'` it names a column of "
+                "True and False of the training dataset, which marks the rows of the target."
+            )
+        if self.target_column is not None and self.score in ("learnalign", "learnability"):
+            raise ValueError(
+                f"`target_column` is {self.target_column!r}, but `score={self.score!r}` does not look at a target. "
+                "Set `score='target'`, or leave `target_column` out."
             )
 
     @property

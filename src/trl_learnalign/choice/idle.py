@@ -87,7 +87,6 @@ ACTING = {
     "reselect_every": (_STAGED,),
     "after_warmup": (_STAGED, _WARMUP),
     "target_dataset": (_STAGED,),
-    "target_column": (_STAGED,),
     "quota_column": (_STAGED,),
     "quota": (_STAGED, _QUOTAS),
     "take": (_STAGED, _SCORED),

@@ -28,7 +28,7 @@ class Alignment:
     This is m, whitened: where gradients point both ways, as for questions that can only be guessed, S is great and
     theta is small. The alignment of group i is <u_i, theta> *without the groups of its own prompt* in theta, divided
     by the root mean square of all: 0 for a gradient that has nothing in common with others. Of a target, m is the sum
-    over the groups of the target's prompts alone.
+    over the groups of the target's prompts alone, chosen or not; alignments are unknown as long as there is none.
 
     One observation says little, since gradients are noisy, so what is used is shared over prompts: a ridge regression
     on their features ([`~Alignment.predict`]). Whether it can be trusted is measured: predictions made before a group
@@ -152,10 +152,14 @@ class Alignment:
         window = {name: values[-count:] for name, values in self._groups.items()}
         age = self._age(window["clock"])
         weights = self._weights(window["rows"], age)
+        shares = weights if self.target is None else weights * self.target[window["rows"]]
+        if not shares.any():  # no group of the target has a gradient, so there is nothing to align with
+            self.trusted = False
+            return np.zeros(0, np.int32), np.zeros(0, np.float32)
         found = leave_one_out(
             self._sketches,
             weights,
-            weights if self.target is None else weights * self.target[window["rows"]],
+            shares,
             window["rows"],
             self.settings.whitening,
         )

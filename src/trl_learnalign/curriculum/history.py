@@ -12,7 +12,7 @@ COLUMNS = (
     "step",  # optimizer steps so far
     "live_fraction",  # of all groups since the row before
     "live_uniform",  # of the uniform draws among them; NaN without any
-    "live_chosen",  # of the others; NaN without any
+    "live_chosen",  # of the chosen ones; NaN without any
     "uniform_draws",  # their number
     "predicted_success",
     "observed_success",
@@ -52,7 +52,7 @@ class History:
         self._row_groups = row_groups
         self._rows = np.zeros((64, len(COLUMNS)), np.float32)
         self._number = 0
-        self._open = np.zeros(8)  # sums over the groups since the last row, see `_shares`
+        self._open = np.zeros(10)  # sums over the groups since the last row, see `_shares`
         self.observed = 0  # groups, with and without a reward
         self.calibration = np.zeros((2, BINS, 3))
         self.by_visit = np.zeros((VISITS, 3))
@@ -83,6 +83,8 @@ class History:
                 rates[scored].sum(),
                 scored.sum(),
                 drawn.choosing.sum(),
+                drawn.aimed.sum(),
+                (batch.live & drawn.aimed).sum(),
             ]
         )
         self.observed += len(drawn)
@@ -93,7 +95,8 @@ class History:
         drawn, rates = batch.drawn, batch.rates
         bins = np.minimum((drawn.predicted * BINS).astype(int), BINS - 1)
         values = np.stack([np.ones(len(bins)), drawn.predicted, rates], 1)
-        np.add.at(self.calibration, (drawn.uniform.astype(int), bins), values)
+        known = ~drawn.aimed  # random draws of a target are neither
+        np.add.at(self.calibration, (drawn.uniform[known].astype(int), bins[known]), values[known])
         places = np.minimum(batch.visits, VISITS - 1)
         np.add.at(self.by_visit, places, np.stack([np.ones(len(places)), rates, batch.live], 1))
         good, equal = rates >= 0.5, batch.equal
@@ -113,7 +116,7 @@ class History:
         self._rows[self._number - 1] = [values[name] for name in COLUMNS]
         self._full = bool(self._open[0] >= self._row_groups)
         if self._full:
-            self._open = np.zeros(8)
+            self._open = np.zeros(10)
 
     _full = True
 
@@ -153,11 +156,12 @@ class History:
 
 def _shares(sums) -> dict[str, float]:
     """Divide sums over groups by their numbers."""
-    groups, live, uniform, live_uniform, predicted, observed, scored, choosing = sums.tolist()
+    groups, live, uniform, live_uniform, predicted, observed, scored, choosing, aimed, live_aimed = sums.tolist()
+    chosen = groups - uniform - aimed
     return {
         "live_fraction": live / groups,
         "live_uniform": live_uniform / uniform if uniform else math.nan,
-        "live_chosen": (live - live_uniform) / (groups - uniform) if groups > uniform else math.nan,
+        "live_chosen": (live - live_uniform - live_aimed) / chosen if chosen else math.nan,
         "uniform_draws": uniform,
         "predicted_success": predicted / groups,
         "observed_success": observed / scored if scored else math.nan,

@@ -1,6 +1,5 @@
 """The online curriculum: every prompt chosen by the learnability that the rewards of training so far predict."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -16,13 +15,15 @@ from .history import History
 from .judge import Judge
 from .kinds import Kinds
 from .memory import PromptMemory
-from .order import Order, Permutations, UniformDraws, rows_of
+from .order import Order, Permutations, UniformDraws, rounded, rows_of
 from .predictor import SuccessPredictor, checked_features, expected_deviation, expected_learnability
 from .prior import digest, known_rates, mean_rate
 from .rewards import RewardReader, has_gradient, is_success, read_rewards
 from .scored import Scored
 from .settings import OnlineSettings
+from .states import copied
 from .suspects import FindsSuspects
+from .target import Target
 
 
 class OnlineCurriculum(FindsSuspects):
@@ -65,11 +66,13 @@ class OnlineCurriculum(FindsSuspects):
         kinds (`np.ndarray` of shape `(N,)`, *optional*): the kind of each prompt, as [`Kinds`] takes it; by default
             [`kinds_of`] the features of those that may be chosen. What is chosen depends on them only through
             [`Alignment`], where each counts as its share of the pool.
+        target (`np.ndarray` of shape `(N,)`, *optional*): rows to become good at, bool; needs the setting `alignment`.
+            What is chosen shall be aligned with the gradients of these, see [`Target`].
         prior (`np.ndarray` of shape `(N,)`, *optional*): success rates that are known beforehand, NaN where not.
         groups (`float`, *optional*): of the whole run; in a short one the prediction is judged sooner.
 
     Raises:
-        `ValueError`: the features, the group size or the prior have another shape or range.
+        `ValueError`: the features, the group size, the target or the prior have another shape or range.
     """
 
     def __init__(
@@ -107,9 +110,15 @@ class OnlineCurriculum(FindsSuspects):
         self.history = History(settings.history_groups)
         labels = kinds_of(features, self.choosable, seed) if kinds is None else kinds
         self.kinds = Kinds(labels, self.pool, len(features))
+        self.target = None if target is None else Target(target, self.pool, len(features), seed, settings)
         self.alignment: Alignment | None = None
         if settings.alignment:
             self.alignment = Alignment(features, self.kinds.labels, self.pool, settings, target)
+        elif target is not None:
+            raise ValueError(
+                "`target` is given, but with `OnlineSettings(alignment=False)` gradients are not compared with it. "
+                "Set `alignment=True`, or leave `target` out."
+            )
         self.order = UniformDraws(self.pool, Permutations(len(self.pool), seed) if order is None else order)
         self.flight = Flight.empty()
         self.completions: dict[int, str] = {}  # of suspects, by row
@@ -135,7 +144,7 @@ class OnlineCurriculum(FindsSuspects):
         if n < 1:
             raise ValueError(f"`choose({n})` asks for no prompt. Ask for 1 or more.")
         settings, first = self.settings, self.drawn
-        self._give_up()
+        self.flight = self.flight.not_given_up(self.drawn, settings.give_up)
         generator = np.random.Generator(np.random.Philox(key=[self.seed % 2**64, first]))
         candidates = self._candidates(generator)
         a, b, recent = self._posterior(candidates)
@@ -153,22 +162,20 @@ class OnlineCurriculum(FindsSuspects):
         best = ranked[rested[ranked]]
         self.judge.decide(utility, best[: settings.headroom_prompts], (a / (a + b)).mean(), n)
         choosing = self.judge.choosing
-        uniform = _rounded(self.judge.uniform * n, generator) if choosing else n
+        uniform = rounded(self.judge.uniform * n, generator) if choosing else n
         rows = self.order.take(uniform, flying if choosing else None)
-        if uniform < n:
-            rows += self._best(candidates, ranked, rested, flying, rows, n - uniform)
+        if choosing and self.target is not None and self.alignment is not None:
+            taken = np.concatenate([flying, np.array(rows, dtype=np.int32)])
+            rows += self.target.take(self.judge.uniform * n, n - uniform, taken, generator)
+        places, random = np.arange(n), len(rows)
+        if random < n:
+            rows += self._best(candidates, ranked, rested, flying, rows, n - random)
         rows += self.order.take(n - len(rows))  # a pool may be smaller than `n`
-        self._take_off(np.array(rows, dtype=np.int32), np.arange(n) < uniform, choosing)
+        aimed = (places >= uniform) & (places < random)
+        self._take_off(np.array(rows, dtype=np.int32), places < uniform, aimed, choosing)
         return [Draw(first + place, row) for place, row in enumerate(rows)]
 
-    def _give_up(self):
-        """Forget draws after which so many groups of later draws came that their own never will."""
-        numbers, later = self.flight.numbers, np.arange(len(self.flight))[::-1]  # draws in flight are in their order
-        came_since = self.drawn - 1 - numbers - later
-        if (came_since >= self.settings.give_up).any():
-            self.flight = self.flight[came_since < self.settings.give_up]
-
-    def _take_off(self, rows, uniform, choosing):
+    def _take_off(self, rows, uniform, aimed, choosing):
         numbers, same = self.drawn + np.arange(len(rows)), np.ones(len(rows))
         a, b, _ = self._posterior(rows)
         drawn = Flight(
@@ -176,6 +183,7 @@ class OnlineCurriculum(FindsSuspects):
             rows=rows,
             clock=self.clock * same,
             uniform=uniform,
+            aimed=aimed,
             choosing=same * choosing > 0,
             learnt=same * (self._prior is not None or self.history.observed) > 0,
             prior=self.predictor.predict(rows),
@@ -239,7 +247,7 @@ class OnlineCurriculum(FindsSuspects):
             `ValueError`: a group names a draw that was never made, or another row than its draw; or its rewards have
                 another shape.
         """
-        places = self._places(groups)
+        places = self.flight.places(groups, self.drawn)
         if not places:
             return
         known = list({group.number: group for group in groups if group.number in places}.values())
@@ -255,6 +263,8 @@ class OnlineCurriculum(FindsSuspects):
         self.predictor.observe(drawn.numbers, drawn.rows, drawn.clock, batch.successes, batch.trials, predicted)
         self.scored.observe(batch)
         self.kinds.observe(batch)
+        if self.target is not None:
+            self.target.observe(batch)
         if self.alignment is not None:
             self.alignment.wait_for(drawn[batch.live])
         self.memory.observe(batch, self._weight)
@@ -276,28 +286,6 @@ class OnlineCurriculum(FindsSuspects):
     def without_gradients(self) -> None:
         """Go on by success alone, as no gradients can be had."""
         self.alignment = None
-
-    def _places(self, groups) -> dict[int, int]:
-        """Return the place among the draws in flight of each group that is to be learnt from, by number."""
-        places = {number: place for place, number in enumerate(self.flight.numbers.tolist())}
-        found = {}
-        for group in groups:
-            if not 0 <= group.number < self.drawn:
-                raise ValueError(
-                    f"Group {group.number} was observed, but only {self.drawn} draws were made, counted from 0. Pass "
-                    "the `number` of the draw that asked for the group."
-                )
-            place = places.get(group.number)
-            if place is None:
-                continue
-            if self.flight.rows[place] != group.row:
-                raise ValueError(
-                    f"Group {group.number} has row {group.row}, but that draw asked for row "
-                    f"{self.flight.rows[place]}, so its rewards would count for the wrong prompt. Keep the number and "
-                    "the row of a draw together."
-                )
-            found[group.number] = place
-        return found
 
     def _batch(self, drawn, groups) -> Batch:
         rewards, sizes = stacked(groups)
@@ -351,6 +339,7 @@ class OnlineCurriculum(FindsSuspects):
         found = {"suspects": self.num_suspects(), "lost_kinds": int(self.kinds.lost().sum())}
         values = self._latest | self._state_of_the_pool() | found
         more = {} if self.alignment is None else self.alignment.metrics()
+        more |= {} if self.target is None else self.target.metrics()
         return {name: float(values[name]) for name in _LOGGED} | more
 
     def state_dict(self) -> dict:
@@ -358,12 +347,20 @@ class OnlineCurriculum(FindsSuspects):
         Return the state: 35 bytes a prompt, what was observed last, 64 bytes a row of the history; and sketches of
         gradients, see [`Alignment`].
         """
-        parts = {name: _copied(getattr(self, name).state_dict()) for name in _PARTS}
-        parts["alignment"] = None if self.alignment is None else _copied(self.alignment.state_dict())
+        parts = {name: copied(getattr(self, name).state_dict()) for name in _PARTS}
+        parts["alignment"] = None if self.alignment is None else copied(self.alignment.state_dict())
+        if self.target is not None:
+            parts["target"] = copied(self.target.state_dict())
         return {**parts, "drawn": self.drawn, "steps": self.steps, "made_for": self._made_for()}
 
     def _made_for(self):
-        return {"group_size": self.group_size, "seed": self.seed, "prior": digest(self._prior)} | asdict(self.settings)
+        return {
+            "group_size": self.group_size,
+            "seed": self.seed,
+            "prior": digest(self._prior),
+            "target": None if self.target is None else self.target.digest,
+            **asdict(self.settings),
+        }
 
     def load_state_dict(self, state: dict) -> None:
         """
@@ -386,6 +383,8 @@ class OnlineCurriculum(FindsSuspects):
                 if name != "flight":
                     getattr(self, name).load_state_dict(state[name])
             self.flight = Flight.from_state(state["flight"])
+            if self.target is not None:
+                self.target.load_state_dict(state["target"])
             if state["alignment"] is None:  # not wanted, or gradients could not be had
                 self.alignment = None
             elif self.alignment is not None:
@@ -403,16 +402,3 @@ _LOGGED = (
     *("choosing", "live_fraction", "live_chosen", "live_uniform", "predicted_success", "observed_success"),
     *("pool_success", "skill", "headroom", "retired", "unscored", "suspects", "lost_kinds"),
 )
-
-
-def _copied(state: dict) -> dict:
-    """Copy the arrays of a nested state, which later observations would change."""
-    return {
-        name: _copied(value) if isinstance(value, dict) else value.copy() if isinstance(value, np.ndarray) else value
-        for name, value in state.items()
-    }
-
-
-def _rounded(number: float, generator: np.random.Generator) -> int:
-    """Round at random, so that the mean is `number`."""
-    return math.floor(number + generator.random())

@@ -1,5 +1,6 @@
 """Uniform draws: the rows of a pool in random order, pass by pass."""
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -73,6 +74,11 @@ class UniformDraws:
     def load_state_dict(self, state: dict) -> None:
         """Restore what `state_dict` returned."""
         self.position, self.postponed = int(state["position"]), state["postponed"].tolist()
+
+
+def rounded(number: float, generator: np.random.Generator) -> int:
+    """Round at random, so that the mean is `number`."""
+    return math.floor(number + generator.random())
 
 
 def rows_of(name: str, rows: Sequence[int] | np.ndarray, size: int) -> np.ndarray:

@@ -105,6 +105,9 @@ class OnlineSettings:
     # Correlation of predicted with observed alignment, in standard errors, from which on it is used, and stays in use
     begin_trust: float = 1.5
     least_trust: float = 0.0
+    # Of a target, where there is one: share of the random draws beside chosen prompts that are of its rows. Those of
+    # the whole pool stay as many as without a target
+    target_share: float = 0.5
     # Bounds of what utility is multiplied by
     least_factor: float = 0.1
     most_factor: float = 2.0
@@ -135,6 +138,7 @@ class OnlineSettings:
         for name in ("whitening", "alignment_ridge", "least_factor"):
             self._check(name, getattr(self, name) > 0, "must be above 0")
         self._check("most_factor", self.most_factor >= 1, "must be at least 1")
+        self._check("target_share", 0 <= self.target_share < 1, "must be at least 0 and below 1")
         self._check("sharpness", self.sharpness >= 0, "must be at least 0")
         self._check("utility", self.utility in UTILITIES, f"must be one of {', '.join(UTILITIES)}")
         for name in ("give_up", "history_groups", "most_suspects", "noise_visits", "least_tried"):

@@ -203,6 +203,25 @@ def check_numbers(dataset: Dataset, knob: str, value, name: str) -> None:
         raise ValueError(f"`{knob}` is {value!r}, but the column '{name}' holds no numbers ({kind or 'nested'}).")
 
 
+def check_flags(dataset: Dataset, knob: str, name: str) -> None:
+    """
+    Check that the column `name`, which the setting `knob` names, holds True or False in every row.
+
+    Raises:
+        `ValueError`: the column is missing, or holds something else.
+    """
+    check_named(dataset, knob, name, (name,))
+    kind = getattr(_kind(dataset, name), "dtype", "nested")
+    remedy = f"Make one with `dataset.map(lambda row: {{'is_target': ...}})`, and set `{knob}='is_target'`."
+    if kind != "bool":
+        raise ValueError(f"`{knob}` is {name!r}, but the column holds no True and False ({kind}). {remedy}")
+    values = dataset_columns(dataset, range(len(dataset)), [name])[name]
+    if values.isna().any():
+        raise ValueError(
+            f"`{knob}` is {name!r}, but the column has no value in row {values.index[values.isna()][0]}. {remedy}"
+        )
+
+
 def check_groups(dataset: Dataset, knob: str, name: str, most: int | None = None) -> None:
     """
     Check that the column `name`, which the setting `knob` names, divides the rows into groups.

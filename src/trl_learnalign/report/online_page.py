@@ -102,14 +102,14 @@ def _write_page(directory):
 
 
 def _intro(step, run) -> str:
-    uniform = run["settings"]["curriculum"]["uniform"]
+    uniform, aim = run["settings"]["curriculum"]["uniform"], _aim(run.get("target"))
     return (
         "<p>This page shows which prompts an online run trained on, and why. From the rewards of training so far, the "
         "schedule predicts which prompts some rollouts will solve and others will not. Only such <em>live</em> groups "
         f"have a gradient. A few prompts ({uniform:.0%}) are drawn uniformly from the whole pool; these measure how "
-        "good the policy and the prediction are. The figures show live groups, success and prediction over the run. "
-        "The tables show where the rollouts went, when prompts were chosen and when not, which prompts come less "
-        "often because they are always or never solved, and which may have a wrong answer or wrong grading. The "
+        f"good the policy and the prediction are.{aim} The figures show live groups, success and prediction over "
+        "the run. The tables show where the rollouts went, when prompts were chosen and when not, which prompts come "
+        "less often because they are always or never solved, and which may have a wrong answer or wrong grading. The "
         f"page shows the state at step {step}. It is written with each checkpoint and at the end of training, and "
         "does not refresh by itself.</p>"
     )
@@ -131,6 +131,26 @@ def _facts(prompts, history, noise, run) -> dict[str, str]:
         **{state: f"{states.get(state, 0):,}" for state in ("retired", "parked", "unscored")},
         "suspects": f"{run['suspects']:,}",
         "may be noise": f"{noise.num_rows:,}",
+        **_target(run.get("target")),
+    }
+
+
+def _aim(target) -> str:
+    if target is None:
+        return ""
+    return (
+        f" Prompts are chosen for a target of {target['rows']:,} rows, by the alignment of their gradients with those "
+        "of the target; random rows of it come as well."
+    )
+
+
+def _target(target) -> dict[str, str]:
+    if target is None:
+        return {}
+    return {
+        "target": f"{target['rows']:,} ({target['share']:.0%} of the pool)",
+        "groups of the target": formatted(target["drawn"], ".0%"),
+        "success of the target": formatted(target["success"], ".2f"),
     }
 
 

@@ -45,6 +45,7 @@ def read_state(schedule, max_steps) -> tuple[dict, dict, dict, dict, dict]:
         "pool": len(schedule.pool),
         "plan": schedule.plan(0, max_steps, False),
         "suspects": curriculum.num_suspects(),
+        "target": _target(curriculum.target),
         "kinds": read_kinds(schedule),
         **{name: getattr(judge, name) for name in ("choosing", "skill", "tried", "headroom")},
         "skilled": judge.has_clear_skill,
@@ -111,6 +112,14 @@ def read_kinds(schedule) -> list[dict]:
 def kind_warnings(kinds: Kinds) -> dict[str, np.ndarray]:
     """Return by name of a warning, in the order of `WARNINGS`, the kinds that it holds for, of shape `(K,)`, bool."""
     return dict(zip(WARNINGS, (kinds.greedy(), kinds.lost(), kinds.is_inconsistent()), strict=True))
+
+
+def _target(target):
+    """Return the rows of a target, its share of the pool and of the groups, and its success, for JSON."""
+    if target is None:
+        return None
+    shares = {"share": target.share, "drawn": target.share_drawn, "success": target.success}
+    return {"rows": len(target.rows)} | {name: finite(value) for name, value in shares.items()}
 
 
 def _part(values):

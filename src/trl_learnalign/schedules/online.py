@@ -24,6 +24,7 @@ from .prompt_features import (
     kinds_by_column,
     known_beforehand,
     rates_beforehand,
+    target_rows,
     whole_features,
 )
 
@@ -48,6 +49,7 @@ class OnlineSchedule(Schedule, Ticks, LearnsFromGradients, Describes, Prepares):
         curriculum ([`OnlineCurriculum`]): from the beginning of training on.
         pool (`np.ndarray` of shape `(n,)`): rows that may be trained on.
         prior (`np.ndarray` of shape `(N,)`, *optional*): success rates that are known beforehand, NaN where not.
+        target (`np.ndarray` of shape `(N,)`, *optional*): rows that the policy should become good at, bool.
         known (`list[str]`): names of what success is predicted from, besides a prompt's own rewards.
         kind_names (`list[str]`, *optional*): names of the kinds of prompts, where `group_column` gives them.
     """
@@ -57,7 +59,7 @@ class OnlineSchedule(Schedule, Ticks, LearnsFromGradients, Describes, Prepares):
     def __init__(self, run: Run, settings: OnlineSettings | None = None):
         super().__init__(run)
         config = run.config
-        aligned = config.score == "learnalign"
+        aligned = config.score in ("learnalign", "target")
         usual = LEARNALIGN if aligned else OnlineSettings()
         self.settings = replace(
             usual if settings is None else settings,
@@ -71,6 +73,7 @@ class OnlineSchedule(Schedule, Ticks, LearnsFromGradients, Describes, Prepares):
         self._hidden: PromptFeatures | None = None
         self._logged = False  # the figures, to the trackers
         self._said = np.zeros(len(words.KINDS), bool)  # kinds of warnings that were given
+        self._told_of_target = False  # that it has no gradient
         self._told = np.zeros(0, bool)  # of kinds of prompts: warnings that were given
 
     @property
@@ -95,6 +98,7 @@ class OnlineSchedule(Schedule, Ticks, LearnsFromGradients, Describes, Prepares):
         check_online(host.dataset, config)
         self.pool = eligible_rows(host.dataset, config)
         self.prior = known_rates(rates_beforehand(host.dataset, config), self.pool, len(host.dataset))
+        self.target = target_rows(host.dataset, config, self.pool)
         self.layout = whole_pool(host, len(self.pool))
         return self.layout
 
@@ -123,6 +127,7 @@ class OnlineSchedule(Schedule, Ticks, LearnsFromGradients, Describes, Prepares):
             order=RandomOrder(len(self.pool), self.run.seed),
             read=self._read_rewards,
             kinds=labels,
+            target=self.target,
             prior=self.prior,
             groups=self.layout.prompts_trained(host.trainer.state.max_steps),
         )
@@ -156,7 +161,7 @@ class OnlineSchedule(Schedule, Ticks, LearnsFromGradients, Describes, Prepares):
     def choose(self, n):
         draws, judge = self.curriculum.choose(n), self.curriculum.judge
         if judge.switched and self.host.accelerator.is_main_process:
-            tqdm.write(words.switch_line(draws[0].number, judge))
+            tqdm.write(words.switch_line(draws[0].number, judge, self._aligned_with()))
         return [draw.row for draw in draws]
 
     def observe(self, groups):
@@ -164,6 +169,7 @@ class OnlineSchedule(Schedule, Ticks, LearnsFromGradients, Describes, Prepares):
         self.curriculum.observe(groups)
         self._warn(before)
         self._warn_of_kinds()
+        self._warn_of_target()
 
     def _warn(self, before):
         """Warn of rewards that say nothing: when enough was seen, or at once where no group says anything."""
@@ -191,7 +197,20 @@ class OnlineSchedule(Schedule, Ticks, LearnsFromGradients, Describes, Prepares):
     def no_gradients(self, reason):
         self.curriculum.without_gradients()
         if self.host.accelerator.is_main_process:
-            logger.warning(words.without_gradients(reason))
+            logger.warning(words.without_gradients(reason, self.run.config.target_column))
+
+    def _aligned_with(self):
+        """Return the target that prompts are chosen for; `None` without one, or where gradients cannot be had."""
+        return None if self.curriculum.alignment is None else self.curriculum.target
+
+    def _warn_of_target(self):
+        """Warn once of a target of which no group had a gradient so far."""
+        target = self._aligned_with()
+        if target is None or self._told_of_target or not target.is_dead:
+            return
+        self._told_of_target = True
+        if self.host.accelerator.is_main_process:
+            logger.warning(words.dead_target(target))
 
     def _warn_of_kinds(self):
         """Warn, once of each, of kinds of prompts that take too much, are lost or have inconsistent rewards."""
@@ -243,11 +262,13 @@ class OnlineSchedule(Schedule, Ticks, LearnsFromGradients, Describes, Prepares):
             "features_key": key,
             "said": self._said,
             "told": self._told,
+            "told_of_target": self._told_of_target,
         }
 
     def load_state_dict(self, state):
         self.curriculum.load_state_dict(state["curriculum"])
         self._said, self._told = state["said"].copy(), state["told"].copy()
+        self._told_of_target = bool(state["told_of_target"])
 
     def write_files(self, directory, is_writer):
         """Write the hidden states, which later weights do not have."""

@@ -17,6 +17,7 @@ from ..selection.words import live_shares
 if TYPE_CHECKING:
     from ..curriculum import OnlineCurriculum
     from ..curriculum.scored import Scored
+    from ..curriculum.target import Target
     from .online import OnlineSchedule
 
 KINDS = ("without a deciding reward", "without a weight", "cut off")  # of warnings about groups that say nothing
@@ -24,22 +25,24 @@ LEAST_PROMPTS = 8  # of an optimizer step, below which a warning is given
 _MANY_MASKED = 0.5  # share of the completions that is worth a warning, whether or not a whole group is masked
 
 
-def switch_line(draw: int, judge: Judge) -> str:
+def switch_line(draw: int, judge: Judge, target: "Target | None" = None) -> str:
     """
     Return the line that is printed when a schedule starts or stops choosing.
 
     Args:
         draw (`int`): number of the first draw that is chosen, or drawn uniformly.
         judge ([`Judge`]): decided so.
+        target ([`Target`], *optional*): what prompts are chosen for.
     """
     start = f"LearnAlign, after {draw:,} prompts: from now on"
     if judge.choosing:
         known = f"skill {judge.skill:.2f}"
+        aim = f" for the target of {counted(len(target.rows), 'row')}" if target is not None else ""
         if judge.trusted:
             known = f"by the success rates known beforehand, which {judge.wait} random prompts are to confirm"
         return (
-            f"{start} prompts are chosen by predicted learnability: their rewards should have {judge.headroom:.1f} x "
-            f"the variance of those of random prompts ({known})."
+            f"{start} prompts are chosen by predicted learnability{aim}: their rewards should have "
+            f"{judge.headroom:.1f} x the variance of those of random prompts ({known})."
         )
     patience = f"for {judge.settings.patience} prompts"
     if judge.without_gain < judge.settings.patience and not judge.has_skill:
@@ -77,6 +80,12 @@ def summary_lines(schedule: "OnlineSchedule") -> list[str]:
     if not schedule.settings.graded:
         by_all, by_none = curriculum.memory.solved_by()
         lines.append(f"{by_all:,} prompts were solved by all of their rollouts so far, and {by_none:,} by none.")
+    if curriculum.target is not None:
+        target = curriculum.target
+        lines.append(
+            f"Prompts were chosen for a target of {counted(len(target.rows), 'row')}, {target.share:.1%} of the pool, "
+            f"which had {target.share_drawn:.1%} of the groups."
+        )
     if counts["unscored"]:
         lines.append(
             f"{counts['unscored']:,} prompts had no reward that decides success, or no token in the loss, at their "
@@ -86,7 +95,7 @@ def summary_lines(schedule: "OnlineSchedule") -> list[str]:
 
 
 def plan_lines(schedule: "OnlineSchedule", step: int, max_steps: int) -> list[str]:
-    """Return three lines for the start of a run; see [`Describes.plan`]."""
+    """Return three lines for the start of a run, four where there is a target; see [`Describes.plan`]."""
     layout = schedule.layout
     prompts, pool = layout.prompts_trained(max_steps), len(schedule.pool)
     return [
@@ -94,6 +103,19 @@ def plan_lines(schedule: "OnlineSchedule", step: int, max_steps: int) -> list[st
         f"{prompts:,.0f} prompts in all, {layout.chunk_prompts} at once, from a pool of {pool:,}: "
         f"{prompts / pool:.2f} visits per prompt.",
         f"success is predicted from a prompt's own rewards, and from {', '.join(schedule.known) or 'nothing else'}.",
+        *_aim(schedule),
+    ]
+
+
+def _aim(schedule):
+    if schedule.target is None:
+        return []
+    number, column = int(schedule.target[schedule.pool].sum()), schedule.run.config.target_column
+    share = number / len(schedule.pool)
+    return [
+        f"prompts are chosen for the target of {counted(number, 'row')} ({share:.1%} of the pool) that "
+        f"`{column}` marks, by the alignment of their gradients with those of the target. "
+        "Some of these rows come at random."
     ]
 
 
@@ -257,8 +279,24 @@ def _without(scored, names):
     )
 
 
-def without_gradients(reason: str) -> str:
+def dead_target(target: "Target") -> str:
+    """Write that nothing could be learnt from a target so far."""
+    return (
+        f"No prompt of the target has had a live group so far: in all {target.counts[1]} groups of its "
+        f"{counted(len(target.rows), 'row')} every rollout succeeded, or none did. So the target has no gradient, and "
+        "prompts are chosen by learnability alone until it has one. If that lasts, mark prompts that are solved "
+        "sometimes in `target_column`, such as easier ones of that kind."
+    )
+
+
+def without_gradients(reason: str, target_column: str | None = None) -> str:
     """Write why prompts are chosen by learnability alone."""
+    if target_column is not None:
+        return (
+            f"LearnAlign online cannot choose prompts for the target that `{target_column}` marks, as the gradients "
+            f"of training cannot be had: {reason}. It chooses by learnability alone. Use `score='learnability'` "
+            "without `target_column` to choose so without this warning."
+        )
     return (
         "LearnAlign online chooses prompts by learnability alone, without the alignment of their gradients, which "
         f"cannot be had: {reason}. Use `score='learnability'` to choose so without this warning."

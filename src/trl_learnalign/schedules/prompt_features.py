@@ -12,6 +12,7 @@ from datasets import Dataset
 from ..data.columns import (
     candidate_rows,
     check_condition,
+    check_flags,
     check_groups,
     check_named,
     check_numbers,
@@ -37,8 +38,8 @@ def check_online(dataset: Dataset, config) -> None:
     Check the settings of the online schedule against the columns of a dataset.
 
     Raises:
-        `ValueError`: `group_column` or `pass_rate_column` name a column that there is not or that does not fit; or
-            `where` needs more than columns of the dataset.
+        `ValueError`: `group_column`, `pass_rate_column` or `target_column` name a column that there is not or that
+            does not fit; or `where` needs more than columns of the dataset.
     """
     if (name := config.pass_rate_column) is not None:
         check_named(dataset, "pass_rate_column", name, (name,))
@@ -56,6 +57,8 @@ def check_online(dataset: Dataset, config) -> None:
             )
     if config.group_column is not None:
         check_groups(dataset, "group_column", config.group_column, MOST_GROUPS)
+    if (name := config.target_column) is not None:
+        check_flags(dataset, "target_column", name)
     if config.where is not None:
         check_condition(dataset, config.where)
 
@@ -109,6 +112,31 @@ def rates_beforehand(dataset: Dataset, config) -> np.ndarray | None:
     if config.pass_rate_column is None:
         return None
     return _column(dataset, config.pass_rate_column).to_numpy(dtype=np.float32, na_value=np.nan)
+
+
+def target_rows(dataset: Dataset, config, pool: np.ndarray) -> np.ndarray | None:
+    """
+    Return which rows `target_column` marks, of shape `(N,)`, bool; `None` without one.
+
+    Raises:
+        `ValueError`: these are none of the rows that may be trained on, or all.
+    """
+    if config.target_column is None:
+        return None
+    mask = _column(dataset, config.target_column).to_numpy(dtype=bool)
+    number = int(mask[pool].sum())
+    if not number:
+        raise ValueError(
+            f"`target_column` is {config.target_column!r}, which is True for no row that may be trained on (of "
+            f"{len(pool):,}). Mark the rows that the policy should become good at, or correct `where`."
+        )
+    if number == len(pool):
+        raise ValueError(
+            f"`target_column` is {config.target_column!r}, which is True for all {number:,} rows that may be trained "
+            "on, so there is nothing to choose between. Mark some of them, or use `score='learnalign'`, whose target "
+            "is the whole pool."
+        )
+    return mask
 
 
 def _column(dataset, name) -> pd.Series:
