@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -158,8 +159,12 @@ def run_online(task, path, seen, **kwargs):
     seen.reward = fixed_reward
     if task == "online reward returns texts" and rank == 1:
         seen.reward = lambda completions, row, **kwargs: ["1.0"] * len(row)
-    choice = online(prompt_features=task == "online with hidden states")
-    trainer = make_trainer(path, choice, reward=seen, dataset=make_dataset(23), settings=EAGER, **settings)
+    aligned = task.endswith("online aligned")  # else nothing depends on gradients, whose last digits may differ
+    choice = online(
+        prompt_features=task == "online with hidden states", score="learnalign" if aligned else "learnability"
+    )
+    eager = replace(EAGER, gradient_groups=4, gradient_dim=256, begin_trust=-9.0, tried_gradients=4)
+    trainer = make_trainer(path, choice, reward=seen, dataset=make_dataset(23), settings=eager, **settings)
     schedule, result = trainer.learnalign.schedule, {"chunks": drawn(trainer)}
 
     class Fault(TrainerCallback):
@@ -297,6 +302,8 @@ def main(task, path):
             "online"
             | "online alone"
             | "online with hidden states"
+            | "online aligned"
+            | "resume online aligned"
             | "online differs"
             | "online draws otherwise"
             | "online asks otherwise"

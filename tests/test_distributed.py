@@ -110,13 +110,14 @@ TASKS = (
         "memory is full",
     ),
     *("nothing to learn on one", "taps", "checkpoint fails"),
-    *("online", "online with hidden states", "online differs", "online cannot write"),
+    *("online", "online with hidden states", "online aligned", "online differs", "online cannot write"),
     "gradients",
     *("online draws otherwise", "online asks otherwise", "online reward returns texts"),
 )
 AGAIN = {
     "save": "resume",
     "online": "resume online",
+    "online aligned": "resume online aligned",
     "gradients": "resume gradients",
     "reward fails": "select",
     "reward fails in a part": "select",
@@ -466,6 +467,17 @@ def test_an_online_run_chooses_the_same_on_any_number_of_processes(tmp_path, fir
         assert "An optimizer step trains" not in (enough or "")
     _, (one, two) = first["online with hidden states"]
     assert one["chunks"] == two["chunks"] and one["state"] == two["state"] != whole["state"]
+
+
+def test_an_online_run_by_the_gradients_of_both_processes(first, again):
+    """They choose the same, other prompts than without gradients, and so does the run that is resumed."""
+    _, ranks = first["online aligned"]
+    one, two = ranks
+    assert one["chunks"] == two["chunks"] != first["online"][1][0]["chunks"] and one["state"] == two["state"]
+    values, arrays = one["state"]
+    assert values["curriculum"]["alignment"]["trusted"] and len(arrays["curriculum/alignment/sketches"]) >= 8
+    for rank, resumed in zip(ranks, again["online aligned"], strict=True):
+        assert resumed["rows"] == rank["rows"][3 * 8 :] and resumed["state"] == rank["state"]
 
 
 def test_an_online_run_resumed_on_two_processes_or_on_one(tmp_path, first, again):
