@@ -11,7 +11,9 @@ train.jsonl and test.jsonl. Without it generated chains stand in.
 the pool out first and train on a fixed choice; those that end in "then online" choose online among the better half of
 the learnable prompts. What that costs is part of a run's rollouts. The policy trains as
 benchmarks/gsm8k_equations/grid.py trains it: LoRA, 16 prompts x 8 rollouts a step. On the pools `clean` and
-`clean-wrong` it is warmed up first, on 300 random prompts, the same for all arms.
+`clean-wrong` it is warmed up first, on 300 random prompts, the same for all arms. `target online` chooses for the rows
+of the tasks that the test of `skills-target` asks for, a fifth of that pool; `target_share` of a result is their share
+of training.
 """
 
 import argparse
