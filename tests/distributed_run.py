@@ -163,7 +163,7 @@ def run_online(task, path, seen, **kwargs):
     choice = online(
         prompt_features=task == "online with hidden states", score="learnalign" if aligned else "learnability"
     )
-    eager = replace(EAGER, gradient_groups=4, gradient_dim=256, begin_trust=-9.0, tried_gradients=4)
+    eager = replace(EAGER, gradient_groups=4, gradient_dim=256, begin_trust=-9.0, least_trust=-9.0, tried_gradients=4)
     trainer = make_trainer(path, choice, reward=seen, dataset=make_dataset(23), settings=eager, **settings)
     schedule, result = trainer.learnalign.schedule, {"chunks": drawn(trainer)}
 

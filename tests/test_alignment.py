@@ -202,10 +202,10 @@ def test_gradients_that_come_late_are_learnt_in_their_place():
         else:
             one.alignment.observe(found)
         queue.append(found)
-        if len(queue) > 3:
-            late.alignment.observe(queue.pop(1))  # not even the oldest first
-    for found in queue:
-        late.alignment.observe(found)
+        if len(queue) == 3:  # the oldest last
+            for found in reversed(queue):
+                late.alignment.observe(found)
+            queue.clear()
     for world in (one, late):
         rows, values = world.alignment.observe([last])
         assert rows.tolist() == [last.row] and np.isfinite(values).all()
@@ -479,7 +479,15 @@ def test_a_run_without_gradients_is_resumed_without():
 
 # Through training --------------------------------------------------------------------------------------------------
 
-ALIGNED = replace(EAGER, alignment=True, gradient_groups=4, gradient_dim=256, begin_trust=-9.0, tried_gradients=4)
+ALIGNED = replace(
+    EAGER,
+    alignment=True,
+    gradient_groups=4,
+    gradient_dim=256,
+    begin_trust=-9.0,
+    least_trust=-9.0,
+    tried_gradients=4,
+)
 
 
 def train(path, score="learnalign", resume=None, steps=8, **changes):
