@@ -242,7 +242,7 @@ def test_what_is_kept_is_bounded():
         if chunk > 8:
             state = world.alignment.state_dict()
             sizes.add((len(state["values"]), state["sketches"].shape, len(world.alignment.waiting)))
-    assert sizes == {(64, (48, DIM), 64)}
+    assert sizes == {(64, (48, DIM), 56)}  # eight of them came
     assert World(window=16, gradient_window=48).alignment.state_dict().keys() == state.keys()
     small = World(window=16, gradient_window=48)
     small.run(3)  # a window of sketches that is larger than that of values
@@ -494,7 +494,7 @@ def train(path, score="learnalign", resume=None, steps=8, **changes):
     """A run of eight chunks of eight groups, and the chunks."""
     trainer = make_trainer(
         path,
-        online(score=score),
+        online(score=score, prompt_features=True),
         reward=fixed_reward,
         settings=ALIGNED,
         **(
