@@ -161,9 +161,10 @@ def run_online(task, path, seen, **kwargs):
         seen.reward = lambda completions, row, **kwargs: ["1.0"] * len(row)
     aligned = task.endswith("online aligned")  # else nothing depends on gradients, whose last digits may differ
     choice = online(
-        prompt_features=task == "online with hidden states", score="learnalign" if aligned else "learnability"
+        prompt_features=aligned or task == "online with hidden states",
+        score="learnalign" if aligned else "learnability",
     )
-    eager = replace(EAGER, gradient_groups=4, gradient_dim=256, begin_trust=-9.0, tried_gradients=4)
+    eager = replace(EAGER, gradient_groups=4, gradient_dim=256, begin_trust=-9.0, least_trust=-9.0, tried_gradients=4)
     trainer = make_trainer(path, choice, reward=seen, dataset=make_dataset(23), settings=eager, **settings)
     schedule, result = trainer.learnalign.schedule, {"chunks": drawn(trainer)}
 

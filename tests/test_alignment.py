@@ -202,10 +202,10 @@ def test_gradients_that_come_late_are_learnt_in_their_place():
         else:
             one.alignment.observe(found)
         queue.append(found)
-        if len(queue) > 3:
-            late.alignment.observe(queue.pop(1))  # not even the oldest first
-    for found in queue:
-        late.alignment.observe(found)
+        if len(queue) == 3:  # the oldest last
+            for found in reversed(queue):
+                late.alignment.observe(found)
+            queue.clear()
     for world in (one, late):
         rows, values = world.alignment.observe([last])
         assert rows.tolist() == [last.row] and np.isfinite(values).all()
@@ -242,7 +242,7 @@ def test_what_is_kept_is_bounded():
         if chunk > 8:
             state = world.alignment.state_dict()
             sizes.add((len(state["values"]), state["sketches"].shape, len(world.alignment.waiting)))
-    assert sizes == {(64, (48, DIM), 64)}
+    assert sizes == {(64, (48, DIM), 56)}  # eight of them came
     assert World(window=16, gradient_window=48).alignment.state_dict().keys() == state.keys()
     small = World(window=16, gradient_window=48)
     small.run(3)  # a window of sketches that is larger than that of values
@@ -479,14 +479,22 @@ def test_a_run_without_gradients_is_resumed_without():
 
 # Through training --------------------------------------------------------------------------------------------------
 
-ALIGNED = replace(EAGER, alignment=True, gradient_groups=4, gradient_dim=256, begin_trust=-9.0, tried_gradients=4)
+ALIGNED = replace(
+    EAGER,
+    alignment=True,
+    gradient_groups=4,
+    gradient_dim=256,
+    begin_trust=-9.0,
+    least_trust=-9.0,
+    tried_gradients=4,
+)
 
 
 def train(path, score="learnalign", resume=None, steps=8, **changes):
     """A run of eight chunks of eight groups, and the chunks."""
     trainer = make_trainer(
         path,
-        online(score=score),
+        online(score=score, prompt_features=True),
         reward=fixed_reward,
         settings=ALIGNED,
         **(

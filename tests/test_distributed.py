@@ -473,7 +473,8 @@ def test_an_online_run_by_the_gradients_of_both_processes(first, again):
     """They choose the same, other prompts than without gradients, and so does the run that is resumed."""
     _, ranks = first["online aligned"]
     one, two = ranks
-    assert one["chunks"] == two["chunks"] != first["online"][1][0]["chunks"] and one["state"] == two["state"]
+    assert one["chunks"] == two["chunks"] != first["online with hidden states"][1][0]["chunks"]
+    assert one["state"] == two["state"]
     values, arrays = one["state"]
     assert values["curriculum"]["alignment"]["trusted"] and len(arrays["curriculum/alignment/sketches"]) >= 8
     for rank, resumed in zip(ranks, again["online aligned"], strict=True):
