@@ -111,7 +111,7 @@ class World:
         self.drawn += n
         expected = self.alignment.predict(rows)
         clock = ones * numbers[0] / 800
-        return Flight(numbers, rows, clock, ones > 0, ones > 0, ones > 0, ones / 2, ones, ones, expected)
+        return Flight(numbers, rows, clock, ones > 0, ones < 0, ones > 0, ones > 0, ones / 2, ones, ones, expected)
 
     def gradients(self, flight):
         random, found = self.random, []
@@ -408,7 +408,7 @@ class Training:
             curriculum.observe(groups)
             empty = np.zeros(16)
             numbers = np.array([draw.number for draw in draws])
-            flight = Flight(numbers, rows, *[empty] * 8)
+            flight = Flight(numbers, rows, *[empty] * 9)
             found = self.world.gradients(flight)
             if gradients:
                 curriculum.observe_gradients(found)
