@@ -62,7 +62,7 @@ class Alignment:
         self.labels = np.where(labels < 0, number, labels.astype(np.int32))  # those of no kind are one
         self.shares = np.bincount(self.labels[pool], minlength=number + 1) / len(pool)
         self.waiting = Flight.empty()
-        self.weights, self.mean, self.error = np.zeros(features.shape[1]), 0.0, 1.0
+        self.weights, self.mean = np.zeros(features.shape[1]), 0.0
         self.trusted = False
         self._groups = {name: np.zeros(0, kind) for name, kind in _COLUMNS.items()}
         self._sketches = np.zeros((0, 0), np.float16)  # of the latest groups, scaled to length 1
@@ -200,9 +200,11 @@ class Alignment:
         for x, y in zip(expected[known].tolist(), observed[known].tolist(), strict=True):
             self._sums = self._sums * self.settings.skill_memory + [1, x, y, x * x, y * y, x * y]
             self._late = self._late * self.settings.judge_memory + [1, y, x]
-        settings, z = self.settings, self.skill * math.sqrt(self._sums[0])
-        if self._sums[0] >= settings.tried_gradients:
-            self.trusted = z > (settings.least_trust if self.trusted else settings.begin_trust)
+        settings, (n, _, y, _, yy, _) = self.settings, self._sums
+        if n >= settings.tried_gradients:
+            skill, common = self.skill * math.sqrt(n), y / math.sqrt(yy) if yy else 0.0
+            enough = min(skill, common) > settings.begin_trust
+            self.trusted = enough or (self.trusted and skill > settings.least_trust)
 
     @property
     def skill(self) -> float:
@@ -231,7 +233,6 @@ class Alignment:
         solved = np.linalg.solve((x * weights[:, None]).T @ x + precision, x.T @ (weights * (y - mean)))
         # The last digits may differ between processes, whose choices must not
         self.weights, self.mean = np.round(solved, 9), round(float(mean), 9)
-        self.error = round(float(weights.sum() ** -0.5), 9)
 
     # What is known ----------------------------------------------------------------------------------------------
 
@@ -244,7 +245,7 @@ class Alignment:
     def factor(self, rows: np.ndarray, utility: np.ndarray) -> np.ndarray:
         """
         Return what the utilities of these rows are multiplied by, of shape `(n,)`: the expected alignment over its
-        mean, within bounds; 1 as long as predictions have no skill, or the mean is within its error of 0.
+        mean, within bounds; 1 as long as predictions have no skill, or gradients nothing in common.
 
         Args:
             rows (`np.ndarray` of shape `(n,)`): of the dataset.
@@ -254,7 +255,7 @@ class Alignment:
             return np.ones(len(rows))
         expected = self.predict(rows)
         mean = (utility * expected).sum() / max(utility.sum(), 1e-12)
-        if not mean > self.error:
+        if not mean > 0:
             return np.ones(len(rows))
         return np.clip(expected / mean, self.settings.least_factor, self.settings.most_factor)
 
@@ -284,7 +285,6 @@ class Alignment:
             "trusted": self.trusted,
             "sums": self._sums,
             "late": self._late,
-            "error": self.error,
             "fresh": self._fresh,
         }
 
@@ -306,7 +306,7 @@ class Alignment:
         self._groups, self._sketches, self.waiting = groups, sketches, waiting
         self.weights, self.mean = state["weights"].copy(), float(state["mean"])
         self.trusted, self._sums, self._fresh = bool(state["trusted"]), state["sums"].copy(), int(state["fresh"])
-        self._late, self.error = state["late"].copy(), float(state["error"])
+        self._late = state["late"].copy()
 
 
 def leave_one_out(
