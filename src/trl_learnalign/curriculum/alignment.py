@@ -204,7 +204,7 @@ class Alignment:
         if n >= settings.tried_gradients:
             skill, common = self.skill * math.sqrt(n), y / math.sqrt(yy) if yy else 0.0
             enough = min(skill, common) > settings.begin_trust
-            self.trusted = enough or (self.trusted and skill > settings.least_trust)
+            self.trusted = bool(enough or (self.trusted and skill > settings.least_trust))
 
     @property
     def skill(self) -> float:

@@ -102,8 +102,8 @@ class OnlineSettings:
     tried_gradients: int = 24
     # Fading of that judgement, per live group: skill is seldom shown once the prompts without are no longer drawn
     skill_memory: float = 0.9993
-    # Correlation of predicted with observed alignment, and mean observed alignment, both in standard errors, from which
-    # on the prediction is used; and the correlation with which it stays in use
+    # Correlation of predicted with observed alignment, and the mean of the observed, both in standard errors, from
+    # which on the prediction is used; and the correlation with which it stays in use
     begin_trust: float = 1.5
     least_trust: float = 0.0
     # Of a target, where there is one: share of the random draws beside chosen prompts that are of its rows. Those of
