@@ -111,14 +111,8 @@ class OnlineCurriculum(FindsSuspects):
         labels = kinds_of(features, self.choosable, seed) if kinds is None else kinds
         self.kinds = Kinds(labels, self.pool, len(features))
         self.target = None if target is None else Target(target, self.pool, len(features), seed, settings)
-        self.alignment: Alignment | None = None
-        if settings.alignment:
-            self.alignment = Alignment(features, self.kinds.labels, self.pool, settings, target)
-        elif target is not None:
-            raise ValueError(
-                "`target` is given, but with `OnlineSettings(alignment=False)` gradients are not compared with it. "
-                "Set `alignment=True`, or leave `target` out."
-            )
+        aligned = Alignment(features, self.kinds.labels, self.pool, settings, target) if settings.alignment else None
+        self.alignment: Alignment | None = aligned
         self.order = UniformDraws(self.pool, Permutations(len(self.pool), seed) if order is None else order)
         self.flight = Flight.empty()
         self.completions: dict[int, str] = {}  # of suspects, by row
@@ -154,7 +148,8 @@ class OnlineCurriculum(FindsSuspects):
         # The last digits may differ between processes, whose choices must not
         ranks = np.round(utility / (1 + recent), 9)
         if settings.sharpness:  # the greatest of these are a draw without replacement: Gumbel's trick
-            ranks = settings.sharpness * np.log(np.maximum(ranks, 1e-9)) + generator.gumbel(size=len(ranks))
+            noise = generator.gumbel(size=len(ranks))
+            ranks = np.round(settings.sharpness * np.log(np.maximum(ranks, 1e-9)) + noise, 9)
         ranked = np.lexsort((generator.random(len(candidates)), -ranks))
         flying = self.flight.rows
         # A prompt that has rested before the last of these draws has rested: else longer chunks would round rests up
@@ -347,10 +342,10 @@ class OnlineCurriculum(FindsSuspects):
         Return the state: 35 bytes a prompt, what was observed last, 64 bytes a row of the history; and sketches of
         gradients, see [`Alignment`].
         """
-        parts = {name: copied(getattr(self, name).state_dict()) for name in _PARTS}
-        parts["alignment"] = None if self.alignment is None else copied(self.alignment.state_dict())
-        if self.target is not None:
-            parts["target"] = copied(self.target.state_dict())
+        parts: dict[str, dict | None] = {name: copied(getattr(self, name).state_dict()) for name in _PARTS}
+        for name in ("alignment", "target"):  # which there may be none of
+            part = getattr(self, name)
+            parts |= {name: None if part is None else copied(part.state_dict())}
         return {**parts, "drawn": self.drawn, "steps": self.steps, "made_for": self._made_for()}
 
     def _made_for(self):

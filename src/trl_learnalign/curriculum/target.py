@@ -37,6 +37,11 @@ class Target:
                 f"`target` has the shape {mask.shape} and the type {mask.dtype}, but must be True or False for each "
                 f"of {size} prompts. Pass a mask of booleans."
             )
+        if not settings.alignment:
+            raise ValueError(
+                "`target` is given, but with `OnlineSettings(alignment=False)` gradients are not compared with it. "
+                "Set `alignment=True`, or leave `target` out."
+            )
         self.mask, self.settings = mask, settings
         self.rows = pool[mask[pool]]
         if not 0 < len(self.rows) < len(pool):
