@@ -69,8 +69,8 @@ SETTINGS = {
     "online without fading": ("online", OnlineSettings(half_life_steps=1e9)),
     "online without longer rests": ("online", OnlineSettings(longest_rest=0)),
     "learnalign online on top": ("learnalign online", OnlineSettings()),
-    "learnalign online sharper": ("learnalign online", OnlineSettings(utility="deviation", sharpness=2.0)),
-    "learnalign online sharpest": ("learnalign online", OnlineSettings(utility="deviation", sharpness=4.0)),
+    "learnalign online flatter": ("learnalign online", OnlineSettings(utility="deviation", sharpness=1.0)),
+    "learnalign online sharper": ("learnalign online", OnlineSettings(utility="deviation", sharpness=4.0)),
     "online in proportion": ("online", IN_PROPORTION),
 }
 ONLINE |= {arm: ONLINE[like] for arm, (like, _) in SETTINGS.items()}

@@ -11,7 +11,7 @@ from .settings import OnlineSettings
 
 
 _COLUMNS = {"numbers": np.int64, "rows": np.int32, "clock": np.float64} | dict.fromkeys(
-    ("expected", "values", "times"), np.float32
+    ("expected", "values", "products", "squares", "times"), np.float32
 )
 _LEAST_AGE = 1e-4  # a weight below would make the equations singular
 
@@ -30,9 +30,12 @@ class Alignment:
     by the root mean square of all: 0 for a gradient that has nothing in common with others. Of a target, m is the sum
     over the groups of the target's prompts alone, chosen or not; alignments are unknown as long as there is none.
 
-    One observation says little, since gradients are noisy, so what is used is shared over prompts: a ridge regression
-    on their features ([`~Alignment.predict`]). Whether it can be trusted is measured: predictions made before a group
-    was drawn are compared with what was then observed ([`~Alignment.skill`]).
+    One observation says little, since gradients are noisy, so what is used is shared over prompts. How much there is
+    to agree on changes, and ends when it is learnt; which prompts agree changes little. So the alignment of group i is
+    taken as mu f(x_i), with mu the mean of the pool at that time and f the *relative* alignment of the prompt, whose
+    mean is 1: a ridge regression on features of the prompt, in which a time when gradients had little in common counts
+    little ([`~Alignment.relative`]). Whether it can be trusted is measured: predictions made before a group was drawn
+    are compared with what was then observed ([`~Alignment.skill`]).
 
     theta is never formed. With K = <u_i, u_j>, all alignments are H c, H = K (w K + lambda / dim)^-1, c = w.
 
@@ -46,6 +49,7 @@ class Alignment:
 
     Attributes:
         waiting ([`Flight`]): live groups whose gradient has not come yet, in the order of their draws.
+        common (`float`): mean alignment of the pool as it is now, at least 0.
         trusted (`bool`): whether predictions have skill, so that they are used.
     """
 
@@ -62,7 +66,7 @@ class Alignment:
         self.labels = np.where(labels < 0, number, labels.astype(np.int32))  # those of no kind are one
         self.shares = np.bincount(self.labels[pool], minlength=number + 1) / len(pool)
         self.waiting = Flight.empty()
-        self.weights, self.mean = np.zeros(features.shape[1]), 0.0
+        self.weights, self.common = np.zeros(features.shape[1]), 0.0
         self.trusted = False
         self._groups = {name: np.zeros(0, kind) for name, kind in _COLUMNS.items()}
         self._sketches = np.zeros((0, 0), np.float16)  # of the latest groups, scaled to length 1
@@ -111,7 +115,7 @@ class Alignment:
             drawn.clock,
             drawn.alignment,
             np.full(len(drawn), np.nan),
-            np.zeros(len(drawn)),
+            *np.zeros((3, len(drawn))),
         )
         joined = {
             name: np.concatenate([self._groups[name], values.astype(_COLUMNS[name])])
@@ -170,18 +174,21 @@ class Alignment:
         values = found / scale
         new = np.isnan(window["values"])
         self._compare(window["expected"][new], values[new])
+        self.common = round(max(float(weights @ values), 0.0), 9)
         self._remember(count, values)
         self._regress()
         return window["rows"][new], values[new].astype(np.float32)
 
     def _remember(self, count, values):
-        """
-        Let the value of a group be the mean of all fits that it was in. What a kind had in common while it was learnt
-        is so remembered when it is learnt, and nothing is in common any more: else chance would be as good.
-        """
-        before, times = self._groups["values"][-count:], self._groups["times"][-count:] + 1
-        mean = np.where(np.isnan(before), values, before + (values - before) / times)
-        self._groups["values"][-count:], self._groups["times"][-count:] = mean, times
+        """Let the sums of each group be means over all fits that it was in."""
+        for name, now in (
+            ("values", values),
+            ("products", self.common * values),
+            ("squares", np.full(count, self.common**2)),
+        ):
+            before, times = self._groups[name][-count:], self._groups["times"][-count:]
+            self._groups[name][-count:] = np.where(times > 0, before + (now - before) / (times + 1), now)
+        self._groups["times"][-count:] += 1
 
     def _age(self, clock, speed=1.0):
         return np.maximum(0.5 ** (speed * (clock.max() - clock)), _LEAST_AGE)
@@ -222,46 +229,46 @@ class Alignment:
         return float(self._late[1] / self._late[0]) if self._late[0] else math.nan
 
     def _regress(self):
-        groups = self._groups
-        known = np.isfinite(groups["values"])
-        x = self.features[groups["rows"][known]].astype(np.float64)
+        """Fit the relative alignments: of sum w (a_i - mu f(x_i))^2, where mu was the mean when a_i was taken."""
+        settings, known = self.settings, self._groups["times"] > 0
+        groups = {name: values[known] for name, values in self._groups.items()}
+        x = self.features[groups["rows"]].astype(np.float64)
         # Which prompts agree changes more slowly than in what they do
-        weights = self._age(groups["clock"][known], 1 / self.settings.slower_alignment)
-        y = groups["values"][known].astype(np.float64)
-        mean = (weights * y).sum() / weights.sum()
-        precision = self.settings.alignment_ridge * np.eye(x.shape[1])
-        solved = np.linalg.solve((x * weights[:, None]).T @ x + precision, x.T @ (weights * (y - mean)))
+        age = self._age(groups["clock"], 1 / settings.slower_alignment)
+        products, squares = groups["products"].astype(np.float64), groups["squares"].astype(np.float64)
+        strength = max((age @ squares) / age.sum(), settings.least_common**2)
+        precision = settings.alignment_ridge * strength * np.eye(x.shape[1])
+        inner = (x * (age * squares)[:, None]).T @ x
         # The last digits may differ between processes, whose choices must not
-        self.weights, self.mean = np.round(solved, 9), round(float(mean), 9)
+        self.weights = np.round(np.linalg.solve(inner + precision, x.T @ (age * (products - squares))), 9)
 
     # What is known ----------------------------------------------------------------------------------------------
 
-    def predict(self, rows: np.ndarray) -> np.ndarray:
-        """Return the expected alignments of these rows, of shape `(n,)`; NaN before anything was learnt."""
-        if np.isnan(self._groups["values"]).all():
-            return np.full(len(rows), np.nan)
-        return self.mean + self.features[rows].astype(np.float64) @ self.weights
+    def relative(self, rows: np.ndarray) -> np.ndarray:
+        """Return the expected alignments of these rows over the mean, of shape `(n,)`; 1 before anything is learnt."""
+        return 1 + self.features[rows].astype(np.float64) @ self.weights
 
-    def factor(self, rows: np.ndarray, utility: np.ndarray) -> np.ndarray:
+    def predict(self, rows: np.ndarray) -> np.ndarray:
+        """Return the expected alignments of these rows, of shape `(n,)`; NaN before anything was observed."""
+        if not (self._groups["times"] > 0).any():
+            return np.full(len(rows), np.nan)
+        return self.common * self.relative(rows)
+
+    def factor(self, rows: np.ndarray) -> np.ndarray:
         """
-        Return what the utilities of these rows are multiplied by, of shape `(n,)`: the expected alignment over its
-        mean, within bounds; 1 as long as predictions have no skill, or gradients nothing in common.
+        Return what the utilities of these rows are multiplied by, of shape `(n,)`: the relative alignment, within
+        bounds; 1 as long as predictions have no skill.
 
         Args:
             rows (`np.ndarray` of shape `(n,)`): of the dataset.
-            utility (`np.ndarray` of shape `(n,)`): what each weighs in the mean.
         """
         if not self.trusted:
             return np.ones(len(rows))
-        expected = self.predict(rows)
-        mean = (utility * expected).sum() / max(utility.sum(), 1e-12)
-        if not mean > 0:
-            return np.ones(len(rows))
-        return np.clip(expected / mean, self.settings.least_factor, self.settings.most_factor)
+        return np.clip(self.relative(rows), self.settings.least_factor, self.settings.most_factor)
 
     def latest(self) -> tuple[np.ndarray, np.ndarray]:
         """Return rows and alignments of the groups that have one, of shape `(n,)` each, in the order of the draws."""
-        known = np.isfinite(self._groups["values"])
+        known = self._groups["times"] > 0
         return self._groups["rows"][known], self._groups["values"][known]
 
     def metrics(self) -> dict[str, float]:
@@ -281,7 +288,7 @@ class Alignment:
             "sketches": self._sketches,
             "waiting": self.waiting.state_dict(),
             "weights": self.weights,
-            "mean": self.mean,
+            "common": self.common,
             "trusted": self.trusted,
             "sums": self._sums,
             "late": self._late,
@@ -304,7 +311,7 @@ class Alignment:
         if ((rows < 0) | (rows >= len(self.features))).any():
             raise ValueError(f"groups with an alignment are of rows up to {rows.max()}")
         self._groups, self._sketches, self.waiting = groups, sketches, waiting
-        self.weights, self.mean = state["weights"].copy(), float(state["mean"])
+        self.weights, self.common = state["weights"].copy(), float(state["common"])
         self.trusted, self._sums, self._fresh = bool(state["trusted"]), state["sums"].copy(), int(state["fresh"])
         self._late = state["late"].copy()
 

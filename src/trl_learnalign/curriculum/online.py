@@ -144,7 +144,7 @@ class OnlineCurriculum(FindsSuspects):
         a, b, recent = self._posterior(candidates)
         utility = self.utility(a, b) * self.scored.chance(candidates, self.memory.unscored[candidates])
         if self.alignment is not None:
-            utility = utility * self.alignment.factor(candidates, utility)
+            utility = utility * self.alignment.factor(candidates)
         # The last digits may differ between processes, whose choices must not
         ranks = np.round(utility / (1 + recent), 9)
         if settings.sharpness:  # the greatest of these are a draw without replacement: Gumbel's trick

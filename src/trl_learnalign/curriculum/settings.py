@@ -94,6 +94,8 @@ class OnlineSettings:
     whitening: float = 3.0
     # Precision of the Gaussian prior of a regression weight of alignments, which are far noisier than rewards
     alignment_ridge: float = 300.0
+    # Mean alignment, in units of the spread of one, below which a time counts less than the ridge
+    least_common: float = 0.15
     # An alignment counts half after so many half-lives
     slower_alignment: float = 8.0
     # A kind that is drawn too often, or too seldom, counts at most so many times less, or more, in the direction
@@ -109,9 +111,9 @@ class OnlineSettings:
     # Of a target, where there is one: share of the random draws beside chosen prompts that are of its rows. Those of
     # the whole pool stay as many as without a target
     target_share: float = 0.5
-    # Bounds of what utility is multiplied by
+    # Bounds of what utility is multiplied by: prompts that agree less than the mean are drawn less, none is drawn more
     least_factor: float = 0.1
-    most_factor: float = 2.0
+    most_factor: float = 1.0
 
     # Prompts that are ranked at a time, at random; all of a smaller pool. Bounds the time of a choice
     candidates: int = 16_384
@@ -136,7 +138,7 @@ class OnlineSettings:
             "most_kind_weight",
         ):
             self._check(name, getattr(self, name) >= 1, "must be at least 1")
-        for name in ("whitening", "alignment_ridge", "least_factor"):
+        for name in ("whitening", "alignment_ridge", "least_factor", "least_common"):
             self._check(name, getattr(self, name) > 0, "must be above 0")
         self._check("most_factor", self.most_factor >= 1, "must be at least 1")
         self._check("target_share", 0 <= self.target_share < 1, "must be at least 0 and below 1")
