@@ -144,7 +144,7 @@ def test_coins_align_less_and_are_told_apart():
     assert min(means[:2]) > 0.4 and np.abs(means[2:]).max() < 0.25, means
     assert world.auc() > 0.95 and world.alignment.trusted and world.alignment.skill > 0.3
     everything = np.arange(len(world.kinds))
-    factor = world.alignment.factor(everything, np.ones(len(everything)))
+    factor = world.alignment.relative(everything)
     assert factor[world.kinds < 2].mean() > 1.4 and factor[world.kinds >= 2].mean() < 0.6
 
 
@@ -159,7 +159,7 @@ def test_predictions_of_noise_are_not_trusted():
             before.append(world.alignment.trusted)
         trusted.append(any(before))
         if not any(before):
-            assert np.all(world.alignment.factor(np.arange(200), np.ones(200)) == 1)
+            assert np.all(world.alignment.factor(np.arange(200)) == 1)
     assert sum(trusted) <= 1
 
 
@@ -518,7 +518,7 @@ def test_training_learns_alignments_and_chooses_by_them(aligned):
     alignment = trainer.learnalign.schedule.curriculum.alignment
     rows, values = alignment.latest()
     assert len(rows) >= 16 and np.isfinite(values).all() and alignment.trusted
-    factor = alignment.factor(np.arange(24), np.ones(24))
+    factor = alignment.factor(np.arange(24))
     assert alignment.predict(np.arange(24)).mean() <= 0 or len(set(factor.tolist())) > 1
     logged = [entry for entry in trainer.state.log_history if "learnalign/alignment_observed" in entry]
     assert logged and {"learnalign/alignment_predicted", "learnalign/alignment_skill"} <= logged[-1].keys()

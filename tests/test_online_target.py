@@ -115,7 +115,7 @@ def test_a_target_without_a_gradient_changes_nothing_but_its_own_draws():
     shares = world.shares(world.run(60)[20:])
     curriculum = world.curriculum
     assert curriculum.target.is_dead and not curriculum.alignment.trusted
-    assert (curriculum.alignment.factor(np.arange(9), np.ones(9)) == 1).all()
+    assert (curriculum.alignment.factor(np.arange(9)) == 1).all()
     assert np.isnan(curriculum.alignment.predict(np.arange(9))).all()
     assert shares[HARD] < SHARES[HARD] and min(shares[A], shares[B], shares[COIN]) > 0.15
     assert not World(A).curriculum.target.is_dead

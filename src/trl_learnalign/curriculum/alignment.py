@@ -32,9 +32,9 @@ class Alignment:
 
     One observation says little, since gradients are noisy, so what is used is shared over prompts. How much there is
     to agree on changes, and ends when it is learnt; which prompts agree changes little. So the alignment of group i is
-    taken as mu f(x_i), with mu the mean of the pool at that time and f the *relative* alignment of the prompt, whose
-    mean is 1: a ridge regression on features of the prompt, in which a time when gradients had little in common counts
-    little ([`~Alignment.relative`]). Whether it can be trusted is measured: predictions made before a group was drawn
+    taken as mu f(x_i). mu is the mean of the pool (or of the target) at that time. f is the *relative* alignment of the
+    prompt, whose mean is 1: a ridge regression on features of the prompt, in which a time when gradients had little in
+    common counts little ([`~Alignment.relative`]). Whether it can be trusted is measured: predictions made before a group was drawn
     are compared with what was then observed ([`~Alignment.skill`]).
 
     theta is never formed. With K = <u_i, u_j>, all alignments are H c, H = K (w K + lambda / dim)^-1, c = w.
@@ -49,7 +49,7 @@ class Alignment:
 
     Attributes:
         waiting ([`Flight`]): live groups whose gradient has not come yet, in the order of their draws.
-        common (`float`): mean alignment of the pool as it is now, at least 0.
+        common (`float`): mean alignment of the pool, or of the target, as it is now, at least 0.
         trusted (`bool`): whether predictions have skill, so that they are used.
     """
 
@@ -160,13 +160,7 @@ class Alignment:
         if not shares.any():  # no group of the target has a gradient, so there is nothing to align with
             self.trusted = False
             return np.zeros(0, np.int32), np.zeros(0, np.float32)
-        found = leave_one_out(
-            self._sketches,
-            weights,
-            shares,
-            window["rows"],
-            self.settings.whitening,
-        )
+        found = leave_one_out(self._sketches, weights, shares, window["rows"], self.settings.whitening)
         scale = math.sqrt((weights * found**2).sum())
         self._fresh = 0
         if not scale > 1e-9:  # as long as all groups are of one prompt, or none is of the target
@@ -174,7 +168,7 @@ class Alignment:
         values = found / scale
         new = np.isnan(window["values"])
         self._compare(window["expected"][new], values[new])
-        self.common = round(max(float(weights @ values), 0.0), 9)
+        self.common = round(max(float(shares @ values / shares.sum()), 0.0), 9)
         self._remember(count, values)
         self._regress()
         return window["rows"][new], values[new].astype(np.float32)
