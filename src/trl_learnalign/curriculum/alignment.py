@@ -31,11 +31,11 @@ class Alignment:
     over the groups of the target's prompts alone, chosen or not; alignments are unknown as long as there is none.
 
     One observation says little, since gradients are noisy, so what is used is shared over prompts. How much there is
-    to agree on changes, and ends when it is learnt; which prompts agree changes little. So the alignment of group i is
-    taken as mu f(x_i). mu is the mean of the pool (or of the target) at that time. f is the *relative* alignment of the
-    prompt, whose mean is 1: a ridge regression on features of the prompt, in which a time when gradients had little in
-    common counts little ([`~Alignment.relative`]). Whether it can be trusted is measured: predictions made before a group was drawn
-    are compared with what was then observed ([`~Alignment.skill`]).
+    to agree on changes, and ends when it is learnt; which prompts agree changes little. So the alignment of group i
+    is taken as mu f(x_i). mu is the mean of the pool (or of the target) at that time. f is the *relative* alignment
+    of the prompt, whose mean is 1: a ridge regression on features of the prompt, in which a time when gradients had
+    little in common counts little ([`~Alignment.relative`]). Whether it can be trusted is measured: predictions made
+    before a group was drawn are compared with what was then observed ([`~Alignment.skill`]).
 
     theta is never formed. With K = <u_i, u_j>, all alignments are H c, H = K (w K + lambda / dim)^-1, c = w.
 
