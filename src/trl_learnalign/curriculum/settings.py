@@ -93,7 +93,7 @@ class OnlineSettings:
     # lambda of the whitening, in mean eigenvalues of the second moment of the gradients
     whitening: float = 3.0
     # Precision of the Gaussian prior of a regression weight of alignments, which are far noisier than rewards
-    alignment_ridge: float = 300.0
+    alignment_ridge: float = 150.0
     # Mean alignment, in units of the spread of one, below which a time counts less than the ridge
     least_common: float = 0.15
     # An alignment counts half after so many half-lives
