@@ -423,7 +423,7 @@ def test_lines_where_choosing_begins_and_ends(capsys):
     numbers = [int(line.split()[2].replace(",", "")) for line in lines]
     assert numbers == switches and len(lines) >= 2
     assert all(line.startswith("LearnAlign, after ") and " prompts: from now on " in line for line in lines)
-    assert "prompts are chosen by predicted learnability: their rewards should have " in lines[0]
+    assert "prompts are chosen by predicted learnability: their expected utility is " in lines[0]
     assert "(skill 0." in lines[0] and "draws are uniform" in lines[1]
     assert f"for {DEFAULTS.patience} prompts" in lines[1]
 

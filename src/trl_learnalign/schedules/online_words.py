@@ -41,8 +41,8 @@ def switch_line(draw: int, judge: Judge, target: "Target | None" = None) -> str:
         if judge.trusted:
             known = f"by the success rates known beforehand, which {judge.wait} random prompts are to confirm"
         return (
-            f"{start} prompts are chosen by predicted learnability{aim}: their rewards should have "
-            f"{judge.headroom:.1f} x the variance of those of random prompts ({known})."
+            f"{start} prompts are chosen by predicted learnability{aim}: their expected utility is "
+            f"{judge.headroom:.1f} x that of random prompts ({known})."
         )
     patience = f"for {judge.settings.patience} prompts"
     if judge.without_gain < judge.settings.patience and not judge.has_skill:
