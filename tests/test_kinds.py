@@ -216,7 +216,7 @@ def test_a_kind_that_takes_much_and_does_not_rise_is_warned_of_once(caplog):
     world.curriculum.remember({int(noise[0]): "heads", 0: "no suspect"})
     assert world.curriculum.completions == {int(noise[0]): "heads"}
     # What aligns is no noise
-    kinds.observe_alignment(np.flatnonzero(kinds.labels == 2)[:40], 0.1 + np.linspace(-0.1, 0.1, 40))
+    kinds.observe_alignment(np.flatnonzero(kinds.labels == 2)[:40], 0.5 + np.linspace(-0.1, 0.1, 40))
     assert not len(world.curriculum.noise())
 
 

@@ -4,6 +4,7 @@ What an online run writes: its tables, its page, what a resume reads back, and w
 
 import html
 import json
+import math
 import os
 import shutil
 from html.parser import HTMLParser
@@ -75,6 +76,12 @@ def numbers(path):
     return json.loads((path / "learnalign/online.json").read_text())
 
 
+def beta_binomial(k, a, b):
+    """The chance of k successes of 4, for p ~ Beta(a, b)."""
+    up, down = [a + i for i in range(k)], [b + i for i in range(4 - k)]
+    return math.comb(4, k) * np.prod([*up, *down], axis=0) / np.prod([a + b + i for i in range(4)], axis=0)
+
+
 def test_every_prompt_is_in_the_table(run):
     path, _, curriculum = run
     table = pq.read_table(path / "learnalign/online_prompts.parquet").to_pandas()
@@ -83,7 +90,9 @@ def test_every_prompt_is_in_the_table(run):
         np.testing.assert_array_equal(table[column], values)
     a, b = curriculum.posterior(np.arange(24))
     np.testing.assert_allclose(table["predicted_success"], a / (a + b), rtol=1e-6)
-    np.testing.assert_allclose(table["utility"], a * b / ((a + b) * (a + b + 1)), rtol=1e-6)
+    chances = [beta_binomial(k, one, other) for k in range(5) for one, other in [(a, b)]]
+    expected = sum(chance * math.sqrt(k / 4 * (1 - k / 4)) for k, chance in enumerate(chances))
+    np.testing.assert_allclose(table["utility"], expected * curriculum.alignment.factor(np.arange(24)), rtol=1e-5)
     for row, one in table.iterrows():
         if curriculum.memory.visits[row] == 0:
             expected, own, last = "new", None, None

@@ -52,6 +52,7 @@ from trl_learnalign.host.trial import COMPLETION
 from trl_learnalign.report import online_page as online_report
 from trl_learnalign.run.state import STATE_FILE, split
 from trl_learnalign.schedules import OnlineSchedule, prompt_features
+from trl_learnalign.schedules.online import LEARNALIGN
 
 
 METRICS = (
@@ -1024,7 +1025,11 @@ def test_settings_are_those_that_the_sampler_was_given(tmp_path):
     trainer.add_callback(LearnAlignCallback(trainer, sampler))
     trainer.train()
     curriculum, rows = sampler.schedule.curriculum, [row for chunk in paid.chunks for row in chunk]
-    assert curriculum.settings == replace(settings, success_threshold=0.5, graded=False) == sampler.schedule.settings
+    assert (
+        curriculum.settings
+        == replace(settings, success_threshold=0.5, graded=False, alignment=True)
+        == sampler.schedule.settings
+    )
     history = curriculum.history
     assert history.column("groups").tolist() == [8, 16, 24, 32]
     # The first three chunks had to be tried, and a fourth was read ahead; later draws are none of them uniform
@@ -1035,7 +1040,11 @@ def test_settings_are_those_that_the_sampler_was_given(tmp_path):
     defaults = LearnAlignSampler(online())
     other = tiny.make_trainer(tmp_path / "other", max_steps=1)
     other.add_callback(LearnAlignCallback(other, defaults))
-    assert defaults.schedule.settings == OnlineSettings()
+    assert defaults.schedule.settings == replace(LEARNALIGN, alignment=True)
+    plain = LearnAlignSampler(online(score="learnability"))
+    again = tiny.make_trainer(tmp_path / "plain", max_steps=1)
+    again.add_callback(LearnAlignCallback(again, plain))
+    assert plain.schedule.settings == OnlineSettings()
 
 
 FEW = "An optimizer step trains on "

@@ -1,4 +1,4 @@
-"""Which prompts pull the policy the way that all do: learnt from the gradients that training takes anyway."""
+"""Predicts how well prompts' gradients agree with those of all others, from those that training takes anyway."""
 
 import math
 from collections.abc import Sequence

@@ -14,7 +14,7 @@ from .trackers import log_figures
 
 MOST_SUSPECTS_SHOWN = 20
 _SAMPLES = {
-    "live": ("Live at the last visit", "The prompts with the highest predicted learnability."),
+    "live": ("Live at the last visit", "The prompts with the highest expected utility."),
     "retired": ("Retired", "Solved by all rollouts of their last visits; the latest first."),
     "parked": ("Parked", "Solved by no rollout of their last visits; the latest first."),
     "new": ("Never visited", "At random."),
@@ -253,7 +253,7 @@ def _samples(run) -> str:
         "visits": ("visits", ","),
         "success_rate": ("own success", ".2f"),
         "predicted_success": ("predicted", ".2f"),
-        "utility": ("learnability", ".3f"),
+        "utility": ("utility", ".3f"),
         "last_draw": ("last draw", ","),
         "prompt": ("prompt", TEXT),
     }

@@ -148,12 +148,13 @@ def prompt_columns(curriculum: OnlineCurriculum) -> dict[str, np.ndarray]:
         "live": visits > 0,
     }
     places = [STATES.index(name) for name in conditions]
+    factor = 1.0 if curriculum.alignment is None else curriculum.alignment.factor(rows)
     return {
         "index": rows,
         "visits": visits,
         "success_rate": _own_rates(memory, rows),
         "predicted_success": (a / (a + b)).astype(np.float32),
-        "utility": curriculum.utility(a, b).astype(np.float32),
+        "utility": (curriculum.utility(a, b) * factor).astype(np.float32),
         "last_draw": memory.last[rows],
         "ready_draw": memory.ready[rows],
         "state": np.array(STATES)[np.select(list(conditions.values()), places, STATES.index("new"))],

@@ -68,6 +68,8 @@ class OnlineSchedule(Schedule, Ticks, LearnsFromGradients, Describes, Prepares):
             alignment=aligned,
         )
         self._curriculum: OnlineCurriculum | None = None
+        self.prior: np.ndarray | None = None
+        self.target: np.ndarray | None = None
         self.known: list[str] = []
         self.kind_names: list[str] | None = None
         self._hidden: PromptFeatures | None = None
