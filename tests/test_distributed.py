@@ -451,12 +451,19 @@ def test_a_checkpoint_that_one_process_cannot_write_ends_all(first):
     assert one["step"] == two["step"] == 2 and not (path / "checkpoint-2" / "trainer_state.json").exists()
 
 
+def but_for_completions(state):
+    """A state without the number of rollouts whose completion another one has: on other processes they differ."""
+    values, arrays = state
+    return values, arrays | {"curriculum/kinds/totals": [kind[:-1] for kind in arrays["curriculum/kinds/totals"]]}
+
+
 def test_an_online_run_chooses_the_same_on_any_number_of_processes(tmp_path, first):
     """Where the rewards are the same: here they depend on the prompts alone."""
     _, (one, two) = first["online"]
     whole = alone("online alone", tmp_path)
     assert one["chunks"] == two["chunks"] == whole["chunks"] and len(whole["chunks"]) == 10
-    assert one["state"] == two["state"] == whole["state"]
+    assert one["state"] == two["state"]
+    assert but_for_completions(one["state"]) == but_for_completions(whole["state"])
     chunks = [whole["chunks"][str(i)] for i in range(10)]
     assert whole["rows"] == [row for chunk in chunks for row in chunk for _ in range(4)]
     for rank, half in ((one, slice(0, 2)), (two, slice(2, 4))):
@@ -478,7 +485,7 @@ def test_an_online_run_by_the_gradients_of_both_processes(first, again):
     values, arrays = one["state"]
     assert values["curriculum"]["alignment"]["trusted"] and len(arrays["curriculum/alignment/sketches"]) >= 8
     for rank, resumed in zip(ranks, again["online aligned"], strict=True):
-        assert resumed["rows"] == rank["rows"][3 * 8 :] and resumed["state"] == rank["state"]
+        assert resumed["rows"] == rank["rows"][-7 * 8 :] and resumed["state"] == rank["state"]
 
 
 def test_an_online_run_resumed_on_two_processes_or_on_one(tmp_path, first, again):
