@@ -162,7 +162,8 @@ class LearnAlignConfig:
             By default the trainer's `seed`.
         schedule (`str`, *optional*, defaults to `"staged"`):
             The way prompts are fed to training. `"staged"`: random prompts as a warm-up, then those of a selection.
-            `"online"`: every chunk is chosen by learnability, predicted from the rewards of training so far. Online
+            `"online"`: every chunk is chosen by learnability, predicted from the rewards of training so far, and, with
+            `score="learnalign"`, by the alignment of gradients, predicted from those that training takes. Online
             needs no extra rollouts, and the settings of a selection do not apply.
         prompt_features (`bool`, *optional*, defaults to `True`):
             Online: also use the policy's hidden states of the prompts, to predict the success of prompts not trained
