@@ -109,7 +109,7 @@ class World:
         rows = self.random.integers(0, len(self.kinds), n).astype(np.int32)
         numbers, ones = self.drawn + np.arange(n), np.ones(n)
         self.drawn += n
-        expected = self.alignment.predict(rows)
+        expected = self.alignment.expect(rows)
         clock = ones * numbers[0] / 800
         return Flight(numbers, rows, clock, ones > 0, ones < 0, ones > 0, ones > 0, ones / 2, ones, ones, expected)
 
@@ -146,6 +146,24 @@ def test_coins_align_less_and_are_told_apart():
     everything = np.arange(len(world.kinds))
     factor = world.alignment.relative(everything)
     assert factor[world.kinds < 2].mean() > 1.4 and factor[world.kinds >= 2].mean() < 0.6
+
+
+def test_a_fall_that_all_prompts_share_is_no_skill():
+    """What they have in common ends, for all alike: nothing tells one prompt from another."""
+    skills = []
+    for seed in range(6):
+        world = World(seed, noise=True, gradient_window=48, alignment_ridge=300.0)
+        common = world.random.standard_normal(DIM) / DIM**0.5
+        for chunk in range(40):
+            flight, strength = world.draw(), max(1.5 - chunk / 20, 0)
+            found = [
+                Gradient(one.number, one.row, (one.sketch + strength * common).astype(np.float32))
+                for one in world.gradients(flight)
+            ]
+            world.alignment.wait_for(flight)
+            world.alignment.observe(found)
+        skills.append(world.alignment.skill)
+    assert abs(np.mean(skills)) < 0.08 and np.abs(skills).max() < 0.2, skills
 
 
 def test_predictions_of_noise_are_not_trusted():

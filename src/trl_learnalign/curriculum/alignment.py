@@ -34,8 +34,8 @@ class Alignment:
     to agree on changes, and ends when it is learnt; which prompts agree changes little. So the alignment of group i
     is taken as mu f(x_i). mu is the mean of the pool (or of the target) at that time. f is the *relative* alignment
     of the prompt, whose mean is 1: a ridge regression on features of the prompt, in which a time when gradients had
-    little in common counts little ([`~Alignment.relative`]). Whether it can be trusted is measured: predictions made
-    before a group was drawn are compared with what was then observed ([`~Alignment.skill`]).
+    little in common counts little ([`~Alignment.relative`]). Whether it can be trusted is measured: f as it was before
+    a group was drawn is compared with what was then observed ([`~Alignment.skill`]).
 
     theta is never formed. With K = <u_i, u_j>, all alignments are H c, H = K (w K + lambda / dim)^-1, c = w.
 
@@ -71,8 +71,9 @@ class Alignment:
         self._groups = {name: np.zeros(0, kind) for name, kind in _COLUMNS.items()}
         self._sketches = np.zeros((0, 0), np.float16)  # of the latest groups, scaled to length 1
         self._most_sketches = min(settings.gradient_window, settings.window)
-        self._sums = np.zeros(6)  # of (x, y) = (expected, observed), faded: n, x, y, xx, yy, xy
-        self._late = np.zeros(3)  # n, y, x alike, but of the latest
+        # Faded sums, of alignments a and of (x, y), what was expected less the mean and a less the mean:
+        self._sums = np.zeros(8)  # n, x, y, xx, yy, xy, a, aa
+        self._late = np.zeros(3)  # n, a and expected a, of the latest
         self._fresh = 0  # groups since the last fit
 
     # Learning ---------------------------------------------------------------------------------------------------
@@ -113,7 +114,7 @@ class Alignment:
             drawn.numbers,
             drawn.rows,
             drawn.clock,
-            drawn.alignment,
+            drawn.relative,
             np.full(len(drawn), np.nan),
             *np.zeros((3, len(drawn))),
         )
@@ -167,8 +168,8 @@ class Alignment:
             return window["rows"][:0], np.zeros(0, np.float32)
         values = found / scale
         new = np.isnan(window["values"])
-        self._compare(window["expected"][new], values[new])
         self.common = round(max(float(shares @ values / shares.sum()), 0.0), 9)
+        self._compare(window["expected"][new], values[new])
         self._remember(count, values)
         self._regress()
         return window["rows"][new], values[new].astype(np.float32)
@@ -196,24 +197,26 @@ class Alignment:
         weights = age * np.clip(factor, 1 / most, most)[kinds]
         return weights / weights.sum()
 
-    def _compare(self, expected, observed):
-        known = np.isfinite(expected)
-        for x, y in zip(expected[known].tolist(), observed[known].tolist(), strict=True):
-            self._sums = self._sums * self.settings.skill_memory + [1, x, y, x * x, y * y, x * y]
-            self._late = self._late * self.settings.judge_memory + [1, y, x]
-        settings, (n, _, y, _, yy, _) = self.settings, self._sums
+    def _compare(self, relative, observed):
+        """Compare what prompts were expected to differ by from the mean of now, which falls as the pool is learnt."""
+        known, mu = np.isfinite(relative), self.common
+        for f, a in zip(relative[known].tolist(), observed[known].tolist(), strict=True):
+            x, y = mu * (f - 1), a - mu
+            self._sums = self._sums * self.settings.skill_memory + [1, x, y, x * x, y * y, x * y, a, a * a]
+            self._late = self._late * self.settings.judge_memory + [1, a, mu * f]
+        settings, (n, *_, total, squares) = self.settings, self._sums
         if n >= settings.tried_gradients:
-            skill, common = self.skill * math.sqrt(n), y / math.sqrt(yy) if yy else 0.0
+            skill, common = self.skill * math.sqrt(n), total / math.sqrt(squares) if squares else 0.0
             enough = min(skill, common) > settings.begin_trust
             self.trusted = bool(enough or (self.trusted and skill > settings.least_trust))
 
     @property
     def skill(self) -> float:
         """
-        Correlation between alignments that were predicted before the draw and those observed after it, over some 1,500
-        live groups; 0 before there are two.
+        Correlation between what alignments were expected to differ by from their mean, as predicted before the draw,
+        and what they did, over some 1,500 live groups; 0 before there are two.
         """
-        n, x, y, xx, yy, xy = self._sums
+        n, x, y, xx, yy, xy, *_ = self._sums
         spread = (n * xx - x * x) * (n * yy - y * y)
         return float((n * xy - x * y) / math.sqrt(spread)) if spread > 1e-12 else 0.0
 
@@ -242,11 +245,18 @@ class Alignment:
         """Return the expected alignments of these rows over the mean, of shape `(n,)`; 1 before anything is learnt."""
         return 1 + self.features[rows].astype(np.float64) @ self.weights
 
+    def expect(self, rows: np.ndarray) -> np.ndarray:
+        """Return the relative alignments of these rows, of shape `(n,)`; NaN before anything was observed."""
+        return self.relative(rows) if self.learnt else np.full(len(rows), np.nan)
+
     def predict(self, rows: np.ndarray) -> np.ndarray:
         """Return the expected alignments of these rows, of shape `(n,)`; NaN before anything was observed."""
-        if not (self._groups["times"] > 0).any():
-            return np.full(len(rows), np.nan)
-        return self.common * self.relative(rows)
+        return self.common * self.expect(rows)
+
+    @property
+    def learnt(self) -> bool:
+        """Whether any alignment was observed."""
+        return bool((self._groups["times"] > 0).any())
 
     def factor(self, rows: np.ndarray) -> np.ndarray:
         """

@@ -23,7 +23,7 @@ class Flight:
         learnt (`np.ndarray`): draws before which anything had been observed, bool.
         prior (`np.ndarray`): success predicted from the features alone, float64.
         a, b (`np.ndarray`): the Beta distribution of success that was expected, float64.
-        alignment (`np.ndarray`): expected alignment of the gradient, float64; NaN where nothing was expected.
+        relative (`np.ndarray`): expected relative alignment of the gradient, float64; NaN where nothing was expected.
     """
 
     numbers: np.ndarray
@@ -36,7 +36,7 @@ class Flight:
     prior: np.ndarray
     a: np.ndarray
     b: np.ndarray
-    alignment: np.ndarray
+    relative: np.ndarray
 
     @classmethod
     def empty(cls) -> "Flight":
@@ -120,5 +120,5 @@ _KINDS = {
     "prior": np.float64,
     "a": np.float64,
     "b": np.float64,
-    "alignment": np.float64,
+    "relative": np.float64,
 }

@@ -184,7 +184,7 @@ class OnlineCurriculum(FindsSuspects):
             prior=self.predictor.predict(rows),
             a=a,
             b=b,
-            alignment=np.full(len(rows), np.nan) if self.alignment is None else self.alignment.predict(rows),
+            relative=np.full(len(rows), np.nan) if self.alignment is None else self.alignment.expect(rows),
         )
         self.memory.rest(rows, numbers)
         self.flight = self.flight + drawn
