@@ -44,6 +44,7 @@ sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks" / "gsm8k_equatio
 from baselines import SCHEDULES, RefillingTrainer
 from grid import training_arguments
 from pools import POOLS, load_policy, make_pool, make_task
+from rivals import RIVALS
 from train_tiny_policy import generate
 
 from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler, select_prompts
@@ -71,7 +72,9 @@ SETTINGS = {
     "learnalign online on top": ("learnalign online", OnlineSettings()),
     "learnalign online flatter": ("learnalign online", OnlineSettings(utility="deviation", sharpness=1.0)),
     "learnalign online sharper": ("learnalign online", OnlineSettings(utility="deviation", sharpness=4.0)),
+    "learnalign online more uniform": ("learnalign online", replace(IN_PROPORTION, uniform=0.2)),
     "online in proportion": ("online", IN_PROPORTION),
+    **dict.fromkeys(RIVALS, ("online", IN_PROPORTION)),
 }
 ONLINE |= {arm: ONLINE[like] for arm, (like, _) in SETTINGS.items()}
 
@@ -199,7 +202,7 @@ def build_trainer(arm, task, adapter, rows, reward, steps, seed, folder, learnin
         kwargs["train_sampler"] = LearnAlignSampler(config, schedule=SCHEDULES[arm])
     elif arm in ONLINE:
         config = LearnAlignConfig(schedule="online", write_report=False, **ONLINE[arm], **settings)
-        schedule = partial(OnlineSchedule, settings=SETTINGS[arm][1] if arm in SETTINGS else None)
+        schedule = partial(RIVALS.get(arm, OnlineSchedule), settings=SETTINGS[arm][1] if arm in SETTINGS else None)
         kwargs["train_sampler"] = LearnAlignSampler(config, schedule=schedule)
     elif arm in SELECTIONS:
         kwargs["train_sampler"] = LearnAlignSampler(selection_config(arm, task, seed))
