@@ -19,8 +19,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import results
 from coins import CHANCE, KINDS
-from pages import table
-from results import ARMS, area_gains, end, gains, of, over_run, paired, points
+from pages import points, table
+from results import ARMS, area_gains, end, gains, of, over_run, paired
 from skills import LEVELS, TASKS
 
 

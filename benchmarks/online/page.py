@@ -19,8 +19,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import results
 from figure import ONE, draw
-from pages import ROOT, fill, publish, table
-from results import ARMS, area_gains, end, gains, interval, of, paired, points, share
+from pages import ROOT, fill, interval, points, publish, table
+from results import ARMS, area_gains, end, gains, of, paired, share
 from skills import LEVELS, TARGET, TASKS
 
 

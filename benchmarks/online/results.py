@@ -4,11 +4,11 @@ import json
 import sys
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
 
 from coins import POOLS as COINS
 from demo_online import rollouts_to
@@ -40,7 +40,6 @@ ARMS = {
     "target online": "online, by the target: learnability x predicted alignment",
     "target then online": "the half of the learnable best aligned with the target, then online",
 }
-STUDENT = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # 97.5 % quantiles of t, by degrees of freedom
 
 
 def load() -> list[dict]:
@@ -115,22 +114,6 @@ def over_run(looks) -> float:
     places = [(0, looks[0]["sampled"]), *((look["rollouts"], look["sampled"]) for look in looks)]
     parts = [(after - before) * (low + high) / 2 for (before, low), (after, high) in pairwise(places)]
     return sum(parts) / places[-1][0]
-
-
-def interval(values) -> tuple[float, float] | None:
-    """Of the mean over seeds, 95 %, by Student's t; None of fewer than three."""
-    if len(values) < 3:
-        return None
-    half = STUDENT[len(values) - 1] * stdev(values) / len(values) ** 0.5
-    return fmean(values) - half, fmean(values) + half
-
-
-def points(values, form=".1f") -> str:
-    """The mean of differences with its interval; the values themselves where there are too few for one."""
-    around = interval(values)
-    if around is None:
-        return ", ".join(f"{value:+{form}}" for value in values)
-    return f"{fmean(values):+{form}} [{around[0]:+{form}}, {around[1]:+{form}}]"
 
 
 def shared(runs) -> list[list[dict]]:

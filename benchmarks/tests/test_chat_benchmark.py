@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "chat"))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "chat"))  # `run` is that of online/
 
-from questions import GUESSED, HELD_OUT, KINDS, POOLS, SHARES, held_out, is_right, pool
-from results import collect, differences, interval, table_of_shares, table_of_steps, table_of_success
+import chat_results
+from chat_results import gains, load, reached, table_of_shares, table_of_steps, table_of_success
+from questions import GUESSED, HELD_OUT, KINDS, POOLS, held_out, is_right, pool
 
 
 @pytest.mark.parametrize("name", POOLS)
@@ -50,7 +51,7 @@ def test_the_last_number_or_the_first_yes_or_no_counts():
         assert is_right(text, answer) is right
 
 
-def test_the_tables_of_made_up_runs(tmp_path):
+def test_the_tables_of_made_up_runs(tmp_path, monkeypatch):
     for arm, gain in (("random", 0.0), ("learnalign-online", 0.1)):
         for seed in range(3):
             folder = tmp_path / "short" / f"{arm}-{seed}"
@@ -59,9 +60,38 @@ def test_the_tables_of_made_up_runs(tmp_path):
             (folder / "looks.jsonl").write_text("".join(json.dumps(look) + "\n" for look in looks))
             step = {"kinds": [0, 0, KINDS.index("sum 2"), 3], "successes": [4, 8, 0, 1], "update_norm": 0.5}
             (folder / "steps.jsonl").write_text(2 * (json.dumps(step) + "\n"))
-    arms = collect(tmp_path)["short"]
-    assert table_of_success(arms).loc["learnalign-online"].tolist() == [0.1, 0.2, 0.3]
-    assert table_of_shares(arms, "short").loc["random", ["sum 1", "sum 2"]].tolist() == [0.5, 0.5]
-    assert table_of_steps(arms).loc["random", ["live, first half", "guessed"]].tolist() == [0.5, 0.0]
-    assert differences(arms, "random").loc["learnalign-online", "at the end"] == "+0.200 [+0.200, +0.200]"
-    assert interval([0.1, 0.3]) == "+0.100, +0.300" and set(SHARES) < set(KINDS)
+    (tmp_path / "short" / "online-7").mkdir()  # which has not begun
+    monkeypatch.setattr(chat_results, "FILE", tmp_path / "none.json")
+    assert load([tmp_path]) == {}
+    arms = load([tmp_path], unfinished=True)["short"]
+    cells = {row[0]: row for row in map(cells_of, table_of_success(arms).splitlines()[2:])}
+    assert cells["LearnAlign online"][1:5] == ["0, 1, 2", "0.100", "0.200", "0.300"]
+    assert cells["LearnAlign online"][5:] == ["+0.200 [+0.200, +0.200]", "+0.150 [+0.150, +0.150]"]
+    assert cells["random prompts"][4:] == ["0.100", "", ""]
+    assert reached(arms, "learnalign-online") == [0.0] * 3
+    assert gains(arms, "random", "learnalign-online") == pytest.approx([-0.2] * 3)
+    pool, shares, *_ = map(cells_of, table_of_shares(arms, "short").splitlines()[2:])
+    assert pool[:3] == ["the pool", "0.07", "0.05"]
+    assert shares[1] == "0.50 (0.50)" and shares[1 + KINDS.index("product 1")] == "0.00"
+    assert cells_of(table_of_steps(arms).splitlines()[2])[1:6] == ["0.50", "0.50", "0.00", "0.50", "0.50"]
+
+
+def test_finished_runs_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(chat_results, "FILE", tmp_path / "chat.json")
+    for seed, done in ((0, True), (1, False)):
+        folder = tmp_path / "guessed" / f"random-{seed}"
+        folder.mkdir(parents=True)
+        (folder / "looks.jsonl").write_text(json.dumps({"step": 0, "kl": 0.0, "mean": 0.1, "sum 1": 0.5}) + "\n")
+        step = {"kinds": [KINDS.index("prime"), 0], "successes": [4, 8], "update_norm": 0.5}
+        (folder / "steps.jsonl").write_text(json.dumps(step) + "\n")
+        if done:
+            logged = {"grad_norm": [0.5, None, 0.7], "entropy": [1.0, 2.0]}
+            (folder / "done.json").write_text(json.dumps({"steps": 1, "logged": logged}))
+    chat_results.collect(load([tmp_path], unfinished=True))
+    run = load([])["guessed"]["random"][0]
+    assert load([])["guessed"]["random"].keys() == {0} and run["conditions"] == {"steps": 1}
+    assert run["grad_norm"] == 0.6 and chat_results.on_guesses(run) == 0.5
+
+
+def cells_of(row):
+    return [cell.strip() for cell in row.strip("|").split("|")]
