@@ -9,7 +9,7 @@ from test_curriculum import arrays_of, assert_equal
 from tiny import EAGER, assert_same_weights, drawn, fixed_reward, make_trainer, online, weights
 
 from trl_learnalign.curriculum import Gradient, Group, OnlineCurriculum, OnlineSettings
-from trl_learnalign.curriculum.alignment import Alignment, leave_one_out
+from trl_learnalign.curriculum.alignment import Alignment, leave_one_out, products
 from trl_learnalign.curriculum.flight import Flight
 from trl_learnalign.gradients import training
 from trl_learnalign.host import gradient_tap
@@ -59,7 +59,7 @@ def test_leaving_a_row_out_is_a_plain_loop(n, case):
             weights[: n // 2] *= 1e-4
     weights /= weights.sum()
     shares = weights * (random.random(n) < 0.3) if case == "target" else weights
-    found = leave_one_out(units, weights, shares, rows, whitening)
+    found = leave_one_out(products(units, units), weights, shares, rows, whitening / 24)
     expected = without_own_row(units.astype(float), weights, shares, rows, whitening)
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-8)
     assert case != "one row" or np.allclose(found, 0, atol=1e-8)
@@ -68,9 +68,26 @@ def test_leaving_a_row_out_is_a_plain_loop(n, case):
 def test_products_of_sketches_do_not_depend_on_the_order_of_their_sums():
     """So they are the same on every machine, and only the inverse may differ in its last digits."""
     random = np.random.default_rng(0)
-    units = unit_vectors(random, 8, 2048).astype(np.float64)
+    units = unit_vectors(random, 8, 2048)
     mixed = units[:, random.permutation(2048)]
-    assert np.array_equal(units @ units.T, mixed @ mixed.T)
+    assert np.array_equal(products(units, units), products(mixed, mixed))
+
+
+def test_products_are_kept_from_fit_to_fit():
+    """Of the very groups whose sketches are kept, though gradients come late and in any order, and the oldest go."""
+    world = World(gradient_window=20)
+    late = []
+    for chunk in range(12):
+        flight = world.draw()
+        world.alignment.wait_for(flight)
+        gradients = world.gradients(flight)
+        late.append(gradients.pop(chunk % 16))
+        world.alignment.observe(gradients[::-1])
+        if chunk % 3 == 2:
+            world.alignment.observe([late.pop(0)])
+        alignment = world.alignment
+        assert alignment._products.shape == (len(alignment._sketches),) * 2
+        assert np.array_equal(alignment._products, products(alignment._sketches, alignment._sketches))
 
 
 # Learning ----------------------------------------------------------------------------------------------------------

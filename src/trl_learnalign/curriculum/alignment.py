@@ -70,6 +70,7 @@ class Alignment:
         self.trusted = False
         self._groups = {name: np.zeros(0, kind) for name, kind in _COLUMNS.items()}
         self._sketches = np.zeros((0, 0), np.float16)  # of the latest groups, scaled to length 1
+        self._products = np.zeros((0, 0))  # of these with each other, as they are needed for every fit
         self._most_sketches = min(settings.gradient_window, settings.window)
         # Faded sums, of alignments a and of (x, y), what was expected less the mean and a less the mean:
         self._sums = np.zeros(8)  # n, x, y, xx, yy, xy, a, aa
@@ -127,13 +128,23 @@ class Alignment:
         before = len(self._groups["numbers"]) - len(self._sketches)
         held = np.concatenate([self._sketches.reshape(-1, units.shape[1]), units])
         with_sketch = order[order >= before] - before
-        self._sketches = held[with_sketch[-self._most_sketches :]]
+        kept = with_sketch[-self._most_sketches :]
+        self._products = self._products_with(held, len(units))[np.ix_(kept, kept)]
+        self._sketches = held[kept]
         latest = order[-self.settings.window :]
         self._groups = {name: values[latest] for name, values in joined.items()}
         self._fresh += int(some.sum())
         if self._fresh < self.settings.gradient_groups:
             return nothing
         return self._fit()
+
+    def _products_with(self, held, number) -> np.ndarray:
+        """Return the products of sketches, of which the last `number` are new."""
+        new = products(held[-number:], held)
+        found = np.empty((len(held), len(held)))
+        found[:-number, :-number] = self._products
+        found[-number:], found[:, -number:] = new, new.T
+        return found
 
     def _checked(self, gradients, rows) -> np.ndarray:
         """Return the sketches."""
@@ -161,7 +172,8 @@ class Alignment:
         if not shares.any():  # no group of the target has a gradient, so there is nothing to align with
             self.trusted = False
             return np.zeros(0, np.int32), np.zeros(0, np.float32)
-        found = leave_one_out(self._sketches, weights, shares, window["rows"], self.settings.whitening)
+        ridge = self.settings.whitening / self._sketches.shape[1]
+        found = leave_one_out(self._products, weights, shares, window["rows"], ridge)
         scale = math.sqrt((weights * found**2).sum())
         self._fresh = 0
         if not scale > 1e-9:  # as long as all groups are of one prompt, or none is of the target
@@ -315,36 +327,41 @@ class Alignment:
         if ((rows < 0) | (rows >= len(self.features))).any():
             raise ValueError(f"groups with an alignment are of rows up to {rows.max()}")
         self._groups, self._sketches, self.waiting = groups, sketches, waiting
+        self._products = products(sketches, sketches)
         self.weights, self.common = state["weights"].copy(), float(state["common"])
         self.trusted, self._sums, self._fresh = bool(state["trusted"]), state["sums"].copy(), int(state["fresh"])
         self._late = state["late"].copy()
 
 
+def products(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """
+    Return the products of all pairs of rows of two matrices of float16. Products and sums of such numbers up to 1 are
+    exact, whatever their order, and the same on every machine.
+    """
+    return first.astype(np.float64) @ second.astype(np.float64).T
+
+
 def leave_one_out(
-    units: np.ndarray, weights: np.ndarray, shares: np.ndarray, rows: np.ndarray, whitening: float
+    inner: np.ndarray, weights: np.ndarray, shares: np.ndarray, rows: np.ndarray, ridge: float
 ) -> np.ndarray:
     r"""
-    Return <u_i, (S + lambda / dim)^-1 m> for every i, of shape `(n,)`, with the groups of the row of i left out of S
-    and m.
+    Return <u_i, (S + ridge)^-1 m> for every i, of shape `(n,)`, with the groups of the row of i left out of S and m.
 
-    Leaving a block B out is Woodbury's identity: with a = H c, H = U (S + lambda / dim)^-1 U',
+    Leaving a block B out is Woodbury's identity: with a = H c, H = U (S + ridge)^-1 U',
 
         a_B without B = (I - H_BB W_B)^-1 (a_B - H_BB c_B)
 
     Args:
-        units (`np.ndarray` of shape `(n, dim)`): gradients of length 1, float16.
+        inner (`np.ndarray` of shape `(n, n)`): products of the gradients, of length 1 each, with each other.
         weights (`np.ndarray` of shape `(n,)`): w, above 0, with sum 1.
         shares (`np.ndarray` of shape `(n,)`): c, the weights in m.
         rows (`np.ndarray` of shape `(n,)`): of the dataset.
-        whitening (`float`): lambda, in mean eigenvalues of S, which is 1 / dim.
+        ridge (`float`): lambda / dim.
     """
     scale = np.sqrt(weights)
-    units = units.astype(np.float64)  # products and sums of float16 up to 1 are exact then, on every machine
-    inner = units @ units.T
-    scaled = scale[:, None] * inner * scale
-    ridge = whitening / units.shape[1]
-    rest = ridge * np.linalg.inv(scaled + ridge * np.eye(len(units)))
-    hat = (np.eye(len(units)) - rest) / scale[:, None] / scale
+    scaled, one = scale[:, None] * inner * scale, np.eye(len(inner))
+    rest = ridge * np.linalg.inv(scaled + ridge * one)
+    hat = (one - rest) / scale[:, None] / scale
     own = np.diag(hat)
     full = hat @ shares
     found = (full - own * shares) / (1 - own * weights)

@@ -1,0 +1,297 @@
+"""
+Writes docs/evidence_alignment.md and its figure from benchmarks/results/online.json (page.py collects its runs),
+chat.json (chat_results.py --collect) and taps.json, so that no number of a table is typed.
+
+    python benchmarks/online/alignment_page.py [--check]
+
+The words of the page are in evidence_alignment.md.in. A criterion of benchmarks/criteria.md whose runs are not there
+yet is said to be open.
+"""
+
+import json
+import sys
+from pathlib import Path
+from statistics import fmean
+
+import matplotlib
+
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "chat")]
+import chat_results
+import coin_results
+import results
+from coin_results import on_chance, worth
+from pages import ROOT, fill, interval, points, publish, table
+from questions import GUESSED, POOLS
+from results import ARMS, area_gains, end, gains, of, paired
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+PAGE = ROOT / "docs" / "evidence_alignment.md"
+FIGURE = ROOT / "docs" / "figures" / "alignment.png"
+TAPS = ROOT / "benchmarks" / "results" / "taps.json"
+OURS, TODAY, RANDOM = "learnalign online", "online", "uniform"
+SEEDS = {"coins": range(200, 205), "hard": range(1, 6), "short": range(1, 4), "guessed": range(1, 4)}
+OTHERS = "tenth-coins", "alike-coins", "labels", "large-coins", "skills"
+RUNS = [run for run in results.load() if run["seed"] in SEEDS.get(run["pool"], (200, 201))]
+CHAT = {
+    pool: {arm: {seed: run for seed, run in runs.items() if seed in SEEDS[pool]} for arm, runs in arms.items()}
+    for pool, arms in chat_results.load([]).items()
+}
+CHAT = {pool: {arm: runs for arm, runs in arms.items() if runs} for pool, arms in CHAT.items()}
+OPEN = "not measured yet"
+STYLES = {  # as in figure.py
+    RANDOM: ("#000000", "o", "random prompts"),
+    TODAY: ("#D55E00", "*", "learnability alone"),
+    OURS: ("#0072B2", "D", "LearnAlign online"),
+}
+CHAT_ARMS = {"random": RANDOM, "online": TODAY, "learnalign-online": OURS}
+
+
+def bounds(values) -> tuple[float, float]:
+    """Of the mean; of two values the values themselves."""
+    return interval(values) or (min(values), max(values))
+
+
+def criteria() -> list[tuple[str, str, str, bool | None]]:
+    """The pool, what was asked, what was measured, and whether it holds; `None` where it is open."""
+    found = _coins() + _chat("short") + _chat("guessed") + _hard()
+    for pool in OTHERS:
+        found += _other(pool)
+    return found + _target() + _cost()
+
+
+def _coins():
+    pairs, today = paired(RUNS, "coins", OURS), paired(RUNS, "coins", OURS, TODAY)
+    asked = [
+        "rollouts on coins <= .25",
+        "live groups that are no coins >= 1.5 x random's",
+        "mean success over the run above random's",
+        "and above today's online",
+    ]
+    if not pairs or not today:
+        return [("coins", text, OPEN, None) for text in asked]
+    own, more = fmean(on_chance(run) for run, _ in pairs), fmean(worth(run) / worth(other) for run, other in pairs)
+    over = [area_gains(pairs), area_gains(today)]
+    measured = [
+        (f"{own:.3f}", own <= 0.25),
+        (f"{more:.2f} x", more >= 1.5),
+        *((f"{points(part)} points", bounds(part)[0] > 0) for part in over),
+    ]
+    return [("coins", text, *pair) for text, pair in zip(asked, measured, strict=True)]
+
+
+def _chat(pool):
+    arms = CHAT.get(pool, {})
+    asked = ["random's final success after <= 60 %", "above random at the end", "no kind more than .1 below random"]
+    asked += ["rollouts on guesses <= the pool's"] if pool == "guessed" else []
+    if not arms.get("learnalign-online") or not chat_results.pairs(arms, "learnalign-online"):
+        return [(pool, text, OPEN, None) for text in asked]
+    pairs = chat_results.pairs(arms, "learnalign-online")
+    goal = fmean(chat_results.means(other)[-1] for _, other in pairs)
+    curve = [fmean(part) for part in zip(*(chat_results.means(run) for run, _ in pairs), strict=True)]
+    steps = [look["step"] / pairs[0][0]["steps"] for look in pairs[0][0]["looks"]]
+    first = next((step for step, rate in zip(steps, curve, strict=True) if rate >= goal), None)
+    ends = chat_results.gains(arms, "learnalign-online")
+    kinds = {
+        kind: fmean(chat_results.by_kind(run)[kind] - chat_results.by_kind(other)[kind] for run, other in pairs)
+        for kind in chat_results.by_kind(pairs[0][0])
+    }
+    worst = min(kinds, key=kinds.get)
+    measured = [
+        ("never" if first is None else f"{100 * first:.0f} %", first is not None and first <= 0.6),
+        (points(ends, ".3f"), fmean(ends) > 0),
+        (f"`{worst}`: {kinds[worst]:+.2f}", kinds[worst] >= -0.1),
+    ]
+    if pool == "guessed":
+        share = fmean(chat_results.on_guesses(run) for run, _ in pairs)
+        whole = sum(POOLS[pool][kind] for kind in GUESSED) / sum(POOLS[pool].values())
+        measured.append((f"{share:.2f}, of the pool {whole:.2f}", share <= whole))
+    return [(pool, text, *pair) for text, pair in zip(asked, measured, strict=True)]
+
+
+def _hard():
+    asked = "not below today's online at the end", "not below it over the run"
+    pairs = paired(RUNS, "hard", OURS, TODAY)
+    if not pairs:
+        return [("hard", text, OPEN, None) for text in asked]
+    return [
+        ("hard", text, f"{points(part)} points", bounds(part)[1] >= 0)
+        for text, part in zip(asked, (gains(pairs), area_gains(pairs)), strict=True)
+    ]
+
+
+def _other(pool):
+    pairs = paired(RUNS, pool, OURS)
+    asked = ["not below random at the end", "not below it over the run"]
+    asked += ["rollouts on coins <= the pool's share"] if pool != "skills" else []
+    if not pairs:
+        return [(pool, text, OPEN, None) for text in asked]
+    rows = [(part, bounds(part)[1] >= 0) for part in (gains(pairs), area_gains(pairs))]
+    measured = [(f"{points(part)} points", good) for part, good in rows]
+    if pool != "skills":
+        own, whole = fmean(on_chance(run) for run, _ in pairs), fmean(on_chance(other) for _, other in pairs)
+        measured.append((f"{own:.3f}, random prompts {whole:.3f}", own <= whole))
+    return [(pool, text, *pair) for text, pair in zip(asked, measured, strict=True)]
+
+
+def _target():
+    asked = "twice the pool's share of the target", "a gain on the target over random"
+    pairs = paired(RUNS, "skills-target", "target online")
+    if not pairs:
+        return [("skills-target", text, OPEN, None) for text in asked]
+    times = fmean(run["target_share"] / other["target_share"] for run, other in pairs)
+    found = gains(pairs)
+    return [
+        ("skills-target", asked[0], f"{times:.1f} x", times >= 2),
+        ("skills-target", asked[1], f"{points(found)} points", bounds(found)[0] > 0),
+    ]
+
+
+def _cost():
+    if not TAPS.is_file():
+        return [("a step with taps", "time and FLOPs <= 1.03 x", OPEN, None)]
+    return [
+        (
+            f"a step with taps, {name}",
+            "time and FLOPs <= 1.03 x",
+            f"{found['time']:.3f} x, {found['flops']:.3f} x",
+            max(found["time"], found["flops"]) <= 1.03,
+        )
+        for name, found in json.loads(TAPS.read_text(encoding="utf-8"))["cases"].items()
+    ]
+
+
+def verdicts() -> str:
+    """A row for each criterion."""
+    words = {True: "holds", False: "**missed**", None: "open"}
+    return table("pool | asked | measured | ", [[*row[:3], words[row[3]]] for row in criteria()])
+
+
+def score() -> str:
+    """How many criteria hold."""
+    found = [row[3] for row in criteria()]
+    text = f"{found.count(True)} of {len(found)} criteria hold, {found.count(False)} are missed"
+    return f"{text}, {found.count(None)} are open" if None in found else text
+
+
+def coin_tables() -> str:
+    """The tables of each pool of coins that has runs of ours."""
+    parts = []
+    for pool in ("coins", *OTHERS):
+        if of(RUNS, pool, OURS):
+            runs = [run for run in RUNS if "quarters" in run]
+            parts += [f"### `{pool}`", coin_results.arms(runs, pool), coin_results.curves(runs, pool)]
+            if pool == "coins":
+                parts.append(coin_results.by_quarter(runs, pool))
+    return "\n\n".join(parts)
+
+
+def hard() -> str:
+    """The hard pool."""
+    rows = []
+    for arm in (RANDOM, TODAY, OURS):
+        runs = of(RUNS, "hard", arm)
+        pairs = {other: paired(RUNS, "hard", arm, other) if arm != other else [] for other in (RANDOM, TODAY)}
+        if runs:
+            rows.append(
+                [
+                    ARMS[arm],
+                    str(len(runs)),
+                    f"{100 * fmean(run['live_share'] for run in runs):.1f}",
+                    f"{100 * fmean(map(end, runs)):.1f}",
+                    *(points(gains(pair)) if pair else "" for pair in pairs.values()),
+                    *(points(area_gains(pair)) if pair else "" for pair in pairs.values()),
+                ]
+            )
+    return table(
+        "prompts chosen by | seeds | live groups, % | success at the end, % | over random | over learnability alone | "
+        "mean over the run, over random | over learnability alone",
+        rows,
+    )
+
+
+def chat(pool) -> str:
+    """The tables of a pool of the chat model."""
+    arms = CHAT.get(pool)
+    if not arms:
+        return f"{OPEN[0].upper()}{OPEN[1:]}."
+    parts = [
+        chat_results.table_of_success(arms),
+        "Success by kind at the end:",
+        chat_results.table_of_kinds(arms),
+        "Share of the rollouts in the second half of the run, and in brackets how many of these groups were live:",
+        chat_results.table_of_shares(arms, pool),
+        chat_results.table_of_steps(arms),
+    ]
+    return "\n\n".join(parts)
+
+
+def draw() -> None:
+    """Success held out on the chat model; success and the share of coins on the pool of coins."""
+    figure, panels = plt.subplots(1, 2 + len(CHAT), figsize=(1 + 4.2 * (2 + len(CHAT)), 4), squeeze=False)
+    for axes, (pool, arms) in zip(panels[0], CHAT.items(), strict=False):
+        for arm, style in CHAT_ARMS.items():
+            runs = [*arms.get(arm, {}).values()]
+            if runs:
+                steps = [look["step"] for look in runs[0]["looks"]]
+                _line(axes, steps, [chat_results.means(run) for run in runs], style)
+        axes.set_title(f"SmolLM2-135M, pool `{pool}`", fontsize=10)
+        axes.set_xlabel("steps of 64 rollouts")
+    success, share = panels[0][-2:]
+    for arm in STYLES:
+        runs = of(RUNS, "coins", arm)
+        if runs:
+            looks = [run["looks"] for run in runs]
+            rollouts = [fmean(look["rollouts"] for look in part) / 1000 for part in zip(*looks, strict=True)]
+            _line(success, rollouts, [[look["sampled"] for look in part] for part in looks], arm)
+            groups = [run["quarters"]["groups"] for run in runs]
+            _line(
+                share, [1, 2, 3, 4], [[part[coin_results.CHANCE] / sum(part) for part in run] for run in groups], arm
+            )
+    success.set_title("tiny policy, a third coins", fontsize=10)
+    success.set_xlabel("rollouts, thousands")
+    share.set_title("the same: share of the rollouts on coins", fontsize=10)
+    share.set_xlabel("quarter of the run")
+    share.set_ylim(bottom=0)
+    share.set_xticks([1, 2, 3, 4])
+    panels[0][0].set_ylabel("success on what is held out")
+    for axes in panels[0]:
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(FIGURE, dpi=120, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _line(axes, places, values, arm):
+    colour, marker, name = STYLES[arm]
+    label = f"{name}, {len(values)} seed{'s' if len(values) > 1 else ''}"
+    parts = [*zip(*values, strict=True)]
+    axes.plot(places, [fmean(part) for part in parts], color=colour, marker=marker, label=label)
+    axes.fill_between(places, [*map(min, parts)], [*map(max, parts)], color=colour, alpha=0.12, linewidth=0)
+
+
+def names() -> dict:
+    """What the template may say."""
+    return {
+        "verdicts": verdicts,
+        "score": score,
+        "coins": coin_tables,
+        "hard": hard,
+        "short": lambda: chat("short"),
+        "guessed": lambda: chat("guessed"),
+    }
+
+
+def main():
+    template = (HERE / "evidence_alignment.md.in").read_text(encoding="utf-8")
+    publish({PAGE: fill(template, names())}, "benchmarks/online/alignment_page.py", draw)
+
+
+if __name__ == "__main__":
+    main()
