@@ -119,18 +119,18 @@ class Judge:
             return sums.successes / sums.draws if sums.draws else math.nan
         return float(np.clip(self.predicted + sums.residuals / sums.predicted_draws, 0, 1))
 
-    def decide(self, utility: np.ndarray, best: np.ndarray, predicted: float, draws: int) -> None:
+    def decide(self, best: np.ndarray, mean: float, predicted: float, draws: int) -> None:
         """
         Decide about the next draws.
 
         Args:
-            utility (`np.ndarray` of shape `(n,)`): what each of n random candidates is ranked on.
-            best (`np.ndarray`): places of the best ones that are free.
-            predicted (`float`): mean success predicted of the candidates.
+            best (`np.ndarray` of shape `(n,)`): what the best candidates that are free are ranked on.
+            mean (`float`): the same of random candidates.
+            predicted (`float`): mean success predicted of random candidates.
             draws (`int`): number of the next draws.
         """
         self.predicted = float(predicted)
-        self.headroom = float(utility[best].mean() / max(utility.mean(), 1e-12)) if len(best) else 1.0
+        self.headroom = float(best.mean() / max(mean, 1e-12)) if len(best) else 1.0
         before = self.choosing
         if self.trusted and self.tried:
             self.trusted, self.choosing = False, self.choosing and self.has_clear_skill

@@ -7,6 +7,7 @@ import numpy as np
 
 from .alignment import Alignment
 from .batch import Batch, checked_mask, count_inconsistent, stacked, varies
+from .candidates import Candidates
 from .clusters import kinds_of
 from .events import Draw, Gradient, Group
 from .flight import Flight
@@ -42,8 +43,8 @@ class OnlineCurriculum(FindsSuspects):
 
     The success rate of a prompt has a Beta posterior: the prior comes from a regression on features of the prompt
     ([`SuccessPredictor`]), which all observations share; the prompt's own successes and failures are added, and fade.
-    The curriculum takes the random candidates with the greatest E[p (1 - p)] / (1 + v), where v is the number of
-    recent visits, which fade alike. After each visit a prompt rests, twice as long each time in a row that all its
+    The curriculum takes the [`Candidates`] with the greatest E[p (1 - p)] / (1 + v), where v is the number of recent
+    visits, which fade alike. After each visit a prompt rests, twice as long each time in a row that all its
     rollouts succeeded, or none did, or none had an outcome. Where some had none, utilities are multiplied by the
     predicted chance of one ([`Scored`]). One prompt in twenty is drawn uniformly from the whole pool, which measures
     the pool and the predictor. A prompt whose group is not finished is not drawn again while others are free.
@@ -100,6 +101,7 @@ class OnlineCurriculum(FindsSuspects):
         self.features, self.group_size, self.seed = features, group_size, seed
         self.pool = rows_of("pool", np.arange(len(features)) if pool is None else pool, len(features))
         self.choosable = self.pool if choosable is None else rows_of("choosable", choosable, len(features))
+        self.candidates = Candidates(self.choosable, len(features), settings.candidates)
         self._read = read
         self._prior = known_rates(prior, self.pool, len(features))
         self.predictor = SuccessPredictor(features, settings, self._prior)
@@ -140,7 +142,7 @@ class OnlineCurriculum(FindsSuspects):
         settings, first = self.settings, self.drawn
         self.flight = self.flight.not_given_up(self.drawn, settings.give_up)
         generator = np.random.Generator(np.random.Philox(key=[self.seed % 2**64, first]))
-        candidates = self._candidates(generator)
+        candidates, random = self.candidates.draw(self.memory, first + n, generator)
         a, b, recent = self._posterior(candidates)
         utility = self.utility(a, b) * self.scored.chance(candidates, self.memory.unscored[candidates])
         if self.alignment is not None:
@@ -155,18 +157,19 @@ class OnlineCurriculum(FindsSuspects):
         # A prompt that has rested before the last of these draws has rested: else longer chunks would round rests up
         rested = (self.memory.ready[candidates] < first + n) & ~np.isin(candidates, flying)
         best = ranked[rested[ranked]]
-        self.judge.decide(utility, best[: settings.headroom_prompts], (a / (a + b)).mean(), n)
+        predicted = (a[:random] / (a + b)[:random]).mean()
+        self.judge.decide(utility[best[: settings.headroom_prompts]], utility[:random].mean(), predicted, n)
         choosing = self.judge.choosing
         uniform = rounded(self.judge.uniform * n, generator) if choosing else n
         rows = self.order.take(uniform, flying if choosing else None)
         if choosing and self.target is not None and self.alignment is not None:
             taken = np.concatenate([flying, np.array(rows, dtype=np.int32)])
             rows += self.target.take(self.judge.uniform * n, n - uniform, taken, generator)
-        places, random = np.arange(n), len(rows)
-        if random < n:
-            rows += self._best(candidates, ranked, rested, flying, rows, n - random)
+        places, unchosen = np.arange(n), len(rows)
+        if unchosen < n:
+            rows += self._best(candidates, ranked, rested, flying, rows, n - unchosen)
         rows += self.order.take(n - len(rows))  # a pool may be smaller than `n`
-        aimed = (places >= uniform) & (places < random)
+        aimed = (places >= uniform) & (places < unchosen)
         self._take_off(np.array(rows, dtype=np.int32), places < uniform, aimed, choosing)
         return [Draw(first + place, row) for place, row in enumerate(rows)]
 
@@ -214,10 +217,6 @@ class OnlineCurriculum(FindsSuspects):
     def _weight(self) -> float:
         """Pseudo-counts of a rollout: 1 for pass or fail, more for graded rewards that vary less within a group."""
         return 1 / max(self.curve.ratio, self.settings.least_noise) if self.settings.graded else 1.0
-
-    def _candidates(self, generator):
-        rows, most = self.choosable, self.settings.candidates
-        return rows if len(rows) <= most else rows[generator.choice(len(rows), most, replace=False, shuffle=False)]
 
     def posterior(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return a and b of the Beta posteriors of the success rates of these rows, of shape `(n,)` each."""
