@@ -37,12 +37,12 @@ from transformers import TrainerCallback
 from trl import RLOOTrainer
 
 from trl_learnalign import LearnAlignSampler, select_prompts
+from trl_learnalign.curriculum.states import split
 from trl_learnalign.ground.peers import Peers
 from trl_learnalign.host import find_host, objective
 from trl_learnalign.host.weights import weights_digest
 from trl_learnalign.measures import hidden_states, likelihood
 from trl_learnalign.report.selecting import select_at_stage
-from trl_learnalign.run.state import split
 from trl_learnalign.schedules import StagedSchedule, checkpoint
 
 

@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from tiny import EAGER, config, digit_reward, make_dataset, make_trainer, online, weights
 from transformers import Trainer, TrainerState
 
+from trl_learnalign.curriculum.states import split
 from trl_learnalign.gradients.engine import PromptGradients
 from trl_learnalign.ground import disk, store
 from trl_learnalign.host import generation
-from trl_learnalign.run.state import split
 from trl_learnalign.schedules import OnlineSchedule, StagedSchedule
 from trl_learnalign.scores import maths as scoring
 

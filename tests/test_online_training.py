@@ -45,12 +45,13 @@ from trl_learnalign import (
     LearnAlignSampler,
 )
 from trl_learnalign.curriculum import OnlineSettings
+from trl_learnalign.curriculum.states import split
 from trl_learnalign.data import reading
 from trl_learnalign.data.order import RandomOrder
 from trl_learnalign.host.rewards import RewardError
 from trl_learnalign.host.trial import COMPLETION
 from trl_learnalign.report import online_page as online_report
-from trl_learnalign.run.state import STATE_FILE, split
+from trl_learnalign.run.state import STATE_FILE
 from trl_learnalign.schedules import OnlineSchedule, prompt_features
 from trl_learnalign.schedules.online import LEARNALIGN
 

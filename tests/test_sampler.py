@@ -13,8 +13,8 @@ from tiny import planned
 from trl.trainer.utils import RepeatSampler
 
 from trl_learnalign import LearnAlignConfig, LearnAlignSampler, Schedule
+from trl_learnalign.curriculum.states import join, split
 from trl_learnalign.run.layout import Layout
-from trl_learnalign.run.state import join, split
 from trl_learnalign.schedules import StagedSchedule
 from trl_learnalign.schedules.base import Run
 from trl_learnalign.schedules.stream import Stream

@@ -6,8 +6,10 @@ optimizer steps it took.
 """
 
 from .events import Draw, Gradient, Group
+from .features import make_features
 from .online import OnlineCurriculum
 from .settings import OnlineSettings
+from .states import pack, unpack
 
 
-__all__ = ["Draw", "Gradient", "Group", "OnlineCurriculum", "OnlineSettings"]
+__all__ = ["Draw", "Gradient", "Group", "OnlineCurriculum", "OnlineSettings", "make_features", "pack", "unpack"]

@@ -267,7 +267,7 @@ class Alignment:
 
     @property
     def learnt(self) -> bool:
-        """Whether any alignment was observed."""
+        """True once an alignment was observed."""
         return bool((self._groups["times"] > 0).any())
 
     def factor(self, rows: np.ndarray) -> np.ndarray:

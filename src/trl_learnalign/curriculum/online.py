@@ -1,7 +1,6 @@
 """The online curriculum: every prompt chosen by the learnability that the rewards of training so far predict."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 
 import numpy as np
 
@@ -14,20 +13,20 @@ from .flight import Flight
 from .graded import RewardScale, VarianceCurve
 from .history import History
 from .judge import Judge
+from .keeping import KeepsState
 from .kinds import Kinds
 from .memory import PromptMemory
 from .order import Order, Permutations, UniformDraws, rounded, rows_of
 from .predictor import SuccessPredictor, checked_features, expected_deviation, expected_learnability
-from .prior import digest, known_rates, mean_rate
+from .prior import known_rates, mean_rate
 from .rewards import RewardReader, has_gradient, is_success, read_rewards
 from .scored import Scored
 from .settings import OnlineSettings
-from .states import copied
 from .suspects import FindsSuspects
 from .target import Target
 
 
-class OnlineCurriculum(FindsSuspects):
+class OnlineCurriculum(FindsSuspects, KeepsState):
     r"""
     Chooses every prompt by predicted learnability, from the rewards of training alone. It knows neither PyTorch nor
     TRL, so that any training loop can drive it:
@@ -281,6 +280,14 @@ class OnlineCurriculum(FindsSuspects):
         """Go on by success alone, as no gradients can be had."""
         self.alignment = None
 
+    def number_of(self, row: int) -> int | None:
+        """
+        Return the number of the earliest draw of a row that was not observed yet, for training loops that know a group
+        by its prompt alone; `None` if there is none.
+        """
+        found = self.flight.numbers[self.flight.rows == row]
+        return int(found[0]) if len(found) else None
+
     def _batch(self, drawn, groups) -> Batch:
         rewards, sizes = stacked(groups)
         deciding, advantages = self._read(rewards)
@@ -336,62 +343,7 @@ class OnlineCurriculum(FindsSuspects):
         more |= {} if self.target is None else self.target.metrics()
         return {name: float(values[name]) for name in _LOGGED} | more
 
-    def state_dict(self) -> dict:
-        """
-        Return the state: 35 bytes a prompt, what was observed last, 64 bytes a row of the history; and sketches of
-        gradients, see [`Alignment`].
-        """
-        parts: dict[str, dict | None] = {name: copied(getattr(self, name).state_dict()) for name in _PARTS}
-        for name in ("alignment", "target"):  # which there may be none of
-            part = getattr(self, name)
-            parts |= {name: None if part is None else copied(part.state_dict())}
-        return {**parts, "drawn": self.drawn, "steps": self.steps, "made_for": self._made_for()}
 
-    def _made_for(self):
-        return {
-            "group_size": self.group_size,
-            "seed": self.seed,
-            "prior": digest(self._prior),
-            "target": None if self.target is None else self.target.digest,
-            **asdict(self.settings),
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        """
-        Restore what `state_dict` returned.
-
-        Raises:
-            `ValueError`: the state is damaged, or of other prompts, features or settings.
-        """
-        now, was = self._made_for(), state.get("made_for", {})
-        changed = [
-            f"`{name}` was {was.get(name)!r} and is {now[name]!r}" for name in now if was.get(name) != now[name]
-        ]
-        if changed:
-            raise ValueError(
-                f"The state is of an online curriculum with other settings: {'; '.join(changed)}. Resume with the "
-                "same, or start a new run."
-            )
-        try:
-            for name in _PARTS:
-                if name != "flight":
-                    getattr(self, name).load_state_dict(state[name])
-            self.flight = Flight.from_state(state["flight"])
-            if self.target is not None:
-                self.target.load_state_dict(state["target"])
-            if state["alignment"] is None:  # not wanted, or gradients could not be had
-                self.alignment = None
-            elif self.alignment is not None:
-                self.alignment.load_state_dict(state["alignment"])
-            self.drawn, self.steps = int(state["drawn"]), int(state["steps"])
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise ValueError(
-                f"The state of the online curriculum is damaged or of other data: {error!r}. Resume with the same "
-                "dataset and settings, or from an earlier checkpoint."
-            ) from error
-
-
-_PARTS = "memory", "judge", "predictor", "scored", "scale", "curve", "history", "kinds", "order", "flight"
 _LOGGED = (
     *("choosing", "live_fraction", "live_chosen", "live_uniform", "predicted_success", "observed_success"),
     *("pool_success", "skill", "headroom", "retired", "unscored", "suspects", "lost_kinds"),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from ..curriculum.features import COMPONENTS, principal, project
 from ..data.rows import dataset_fingerprint
 from ..ground.disk import digest, scratch
 from ..ground.peers import Peers
@@ -25,11 +26,9 @@ if TYPE_CHECKING:
     from ..config import LearnAlignConfig
 
 
-COMPONENTS = 64  # of a prompt, less where the hidden states of the pool have fewer dimensions
 SAMPLE = 2048  # prompts that the components are found with
 WINDOW = 1024  # prompts that a process tokenises at once, sorts by length, and keeps on disk when they are done
 _FORMAT = 2
-_FLAT = 1e-4  # of the largest: a dimension that varies less is as good as constant
 _COUNTED = 256  # prompts whose tokens are counted for the plan
 _BASIS = 1 << 40  # name of the record of the components, behind all windows
 
@@ -188,11 +187,11 @@ def _compute(host, peers, rows, forward, log) -> np.ndarray:
         states = in_rounds(host, peers, bar, log, forward, read, first, np.float32)
         basis = peers.broadcast(_basis(log, states) if host.accelerator.is_main_process else None)
         features = np.empty((len(rows), basis[-1].shape[1]), dtype=np.float16)
-        features[sampled] = _project(states, *basis)
+        features[sampled] = project(states, *basis)
         if then:
             features[rest] = in_rounds(
                 *(host, peers, bar, log, forward, read, then, np.float16, len(first)),
-                keep=lambda states: _project(states, *basis),
+                keep=lambda states: project(states, *basis),
             )
     return peers.broadcast(features)  # the last bit of a product may differ from machine to machine
 
@@ -201,42 +200,8 @@ def _basis(log, states):
     """Find the components; in a killed run those that its rows were projected with."""
     found = log.read(_BASIS)
     if found is None:
-        mean, matrix = _principal(states)
+        mean, matrix = principal(states)
         log.append([(_BASIS, np.concatenate([mean[:, None], matrix], axis=1))])
         return mean, matrix
     both = np.frombuffer(found).reshape(states.shape[1], -1)
     return np.ascontiguousarray(both[:, 0]), np.ascontiguousarray(both[:, 1:])
-
-
-# Principal components ----------------------------------------------------------------------------------------------
-
-
-def _principal(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """
-    Return the mean of n sampled prompts, of shape `(d,)`, and the matrix `(d, k)` that makes components of the
-    differences from it, scaled as [`PromptFeatures`] says. Computed in float64. A component gets the sign that makes
-    its largest entry positive.
-    """
-    states = states.astype(np.float64)
-    mean, spread = states.mean(0), states.std(0)
-    scale = np.where(spread > _FLAT * max(spread.max(), np.finfo(np.float64).tiny), spread, np.inf)
-    standard = (states - mean) / scale
-    n, d = standard.shape
-    if d <= n:
-        variances, directions = np.linalg.eigh(standard.T @ standard / n)
-    else:  # the same directions, of a smaller matrix
-        variances, left = np.linalg.eigh(standard @ standard.T / n)
-        directions = standard.T @ left / np.sqrt(np.maximum(n * variances, np.finfo(np.float64).tiny))
-    kept = np.argsort(-variances, kind="stable")[: min(COMPONENTS, n - 1, d)]
-    kept = kept[variances[kept] > _FLAT * variances[kept].max(initial=0)]
-    directions = directions[:, kept]
-    if len(kept):
-        directions *= np.sign(directions[np.abs(directions).argmax(0), np.arange(len(kept))])
-    size = (variances[kept] * variances[kept].max(initial=0)) ** 0.25
-    return mean, directions / scale[:, None] / size
-
-
-def _project(states: np.ndarray, mean: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    values = (states.astype(np.float64) - mean) @ matrix
-    limit = np.finfo(np.float16).max
-    return values.clip(-limit, limit).astype(np.float16)

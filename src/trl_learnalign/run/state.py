@@ -1,7 +1,6 @@
-"""A nested state as values for JSON, and arrays in a file beside them."""
+"""The arrays of a nested state in a file of a checkpoint, beside its values."""
 
 import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,53 +11,6 @@ from ..ground.disk import digest, write_atomically
 
 
 STATE_FILE = "learnalign_state.safetensors"
-
-
-def split(state: dict) -> tuple[dict, dict[str, np.ndarray]]:
-    """
-    Split a nested state into values, and arrays by their place in it, such as `"sampler/state/indices"`.
-
-    Raises:
-        `TypeError`: the state holds what a checkpoint cannot: its place is named.
-    """
-    values: dict = {}
-    arrays: dict[str, np.ndarray] = {}
-    for name, value in state.items():
-        if not isinstance(name, str) or "/" in name:
-            raise TypeError(f"The key {name!r} of a state must be a text without '/', which separates keys of arrays.")
-        if isinstance(value, dict):
-            values[name], inner = split(value)
-            arrays |= {f"{name}/{path}": array for path, array in inner.items()}
-        elif isinstance(value, np.ndarray):
-            if value.dtype.kind not in "biuf":
-                raise TypeError(_unfit(name, f"an array of {value.dtype}"))
-            arrays[name] = np.array(value, order="C")
-        else:
-            try:
-                json.dumps(value)
-            except TypeError as error:
-                raise TypeError(_unfit(name, f"a {type(value).__name__} ({error})")) from error
-            values[name] = value
-    return values, arrays
-
-
-def _unfit(name, what) -> str:
-    return (
-        f"`state_dict()[{name!r}]` is {what}, which a checkpoint cannot hold. Return numbers, texts, lists and dicts "
-        "of Python's own, and NumPy arrays of numbers or bools."
-    )
-
-
-def join(values: dict, arrays: dict[str, np.ndarray]) -> dict:
-    """Join what was [`split`]."""
-    state = {name: join(value, {}) if isinstance(value, dict) else value for name, value in values.items()}
-    for path, array in arrays.items():
-        *outer, name = path.split("/")
-        place = state
-        for step in outer:
-            place = place[step]
-        place[name] = array
-    return state
 
 
 def write_arrays(directory: Path, arrays: dict[str, np.ndarray], is_writer: bool) -> dict | None:

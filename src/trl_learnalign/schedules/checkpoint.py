@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import FREE_BEFORE_SELECTION, FREE_ON_RESUME, FREE_WITHOUT_TARGET
+from ..curriculum.states import join, split
 from ..data.rows import dataset_fingerprint
 from ..ground.disk import digest
 from ..ground.peers import Peers
-from ..run.state import decided, join, read_arrays, split, write_arrays
+from ..run.state import decided, read_arrays, write_arrays
 from .stream import Stream
 
 
