@@ -8,13 +8,15 @@ import importlib.util
 import json
 import sys
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from tiny import fixed_reward, grpo_args, make_dataset, make_model, make_tokenizer
+from trl import GRPOTrainer
 
 
 ADAPTERS = Path(__file__).parent.parent / "examples" / "adapters"
@@ -326,3 +328,24 @@ def test_verl_chooses_learns_and_goes_on(load, tmp_path):
     resumed = verl_trainer(load, tmp_path, queue)
     assert resumed.curriculum.drawn == 32 and resumed.global_steps == 4
     assert trainer._fetch_one_gen_batch()["uid"].tolist() == resumed._fetch_one_gen_batch()["uid"].tolist()
+
+
+# Axolotl -----------------------------------------------------------------------------------------------------------
+
+
+def test_axolotl_trains(load, tmp_path):
+    class AxolotlGRPOTrainer(GRPOTrainer):
+        """With mixins of its own before GRPOTrainer."""
+
+    path = "axolotl.core.trainers.grpo.trainer"
+    adapter = load("learnalign_axolotl", {path: {"AxolotlGRPOTrainer": AxolotlGRPOTrainer}})
+    adapter.CONFIG = replace(adapter.CONFIG, write_report=False, prompt_features=False)
+    trainer = adapter.OnlineGRPOTrainer(
+        make_model(),
+        fixed_reward,  # Axolotl passes the reward functions by their place
+        args=grpo_args(tmp_path, max_steps=2),
+        train_dataset=make_dataset(),
+        processing_class=make_tokenizer(),
+    )
+    trainer.train()
+    assert trainer.learnalign.schedule.curriculum.history.observed > 0

@@ -669,6 +669,7 @@ def test_a_state_of_other_settings_is_refused():
     [
         ({"half_life_steps": 0}, r"OnlineSettings\(half_life_steps=0\)`: `half_life_steps` must be above 0"),
         ({"window": 0}, "must be at least 1"),
+        ({"tried": 200}, r"`tried` must be at most 180, as older draws fade"),
         ({"uniform": 1.5}, "between 0 and 1"),
         ({"longest_rest": 40}, "between 0 and 16"),
         ({"retired_after": 64}, "the longest streak"),

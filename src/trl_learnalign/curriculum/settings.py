@@ -158,6 +158,9 @@ class OnlineSettings:
         )
         for name in shares:
             self._check(name, 0 <= getattr(self, name) <= 1, "must be between 0 and 1")
+        remembered = 0.9 / max(1 - self.judge_memory, 1e-9)  # more than that fade away before they are counted
+        rule = f"must be at most {remembered:.0f}, as older draws fade (`judge_memory`)"
+        self._check("tried", self.tried <= remembered, rule)
         self._check("longest_rest", 0 <= self.longest_rest <= 16, "must be between 0 and 16: rests are doubled")
         fits = self.retired_after * self.doubling <= 255
         self._check("retired_after", fits, "times `doubling` must be at most 255, the longest streak that is kept")
