@@ -46,13 +46,13 @@ class Pool:
         self.random = random
         self.curriculum = OnlineCurriculum(features.astype(np.float16), group_size=GROUP)
 
-    def step(self):
+    def step(self, chunk=CHUNK):
         """Processor seconds to choose a chunk, to learn from its rewards, and for the values of the log."""
         times = [time.process_time()]
-        draws = self.curriculum.choose(CHUNK)
+        draws = self.curriculum.choose(chunk)
         times.append(time.process_time())
         success = self.success[[draw.row for draw in draws]]
-        rewards = (self.random.random((CHUNK, GROUP, 1)) < success[:, None, None]).astype(float)
+        rewards = (self.random.random((chunk, GROUP, 1)) < success[:, None, None]).astype(float)
         groups = [Group(draw.number, draw.row, own) for draw, own in zip(draws, rewards, strict=True)]
         times.append(time.process_time())
         self.curriculum.observe(groups)
