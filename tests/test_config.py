@@ -102,6 +102,7 @@ EFFECTS = {
     "prompt_features": (False, ROLLED_OUT[3:], SELECTED),
     "group_column": ("source", ROLLED_OUT[3:], SELECTED),
     "pass_rate_column": ("rate", ROLLED_OUT[3:], SELECTED),
+    "drop_dead_groups": (False, ROLLED_OUT[3:], SELECTED),
 }
 
 

@@ -78,11 +78,13 @@ def test_gains_in_the_readme_are_those_of_the_evidence():
 
 
 def test_code_of_the_page_about_online_runs():
-    """Settings of an experiment, and a loop of one's own."""
+    """Settings of an experiment, a loop of one's own, and the asynchronous trainer."""
     import trl_learnalign
 
-    found = [block for block in blocks("online.md", "python") if "OnlineSettings" in block or "Group(" in block]
-    assert len(found) == 2
+    pytest.importorskip("aiohttp")
+    found = [block for block in blocks("online.md", "python") if "OnlineSettings" in block]
+    found += blocks("any_loop.md", "python") + blocks("asynchronous.md", "python")
+    assert len(found) == 4
     for block in found:
         exec(block, {name: getattr(trl_learnalign, name) for name in trl_learnalign.__all__})
 

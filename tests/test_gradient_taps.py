@@ -422,7 +422,8 @@ def random_numbers_kept_by_evaluations(trainer):
     yield
 
 
-@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_no_more_memory_in_bfloat16(tmp_path, checkpointing):
     """A LoRA in float32 whose input is cast twice: what autograd keeps is in bfloat16, and nothing else is kept."""
 
@@ -459,6 +460,7 @@ def test_no_more_memory_in_bfloat16(tmp_path, checkpointing):
     assert peak(Wants) <= 1.05 * peak(WantsNone)
 
 
+@pytest.mark.slow
 def test_little_more_work(tmp_path):
     """Products of matrices in a whole step, with its generation, where every group is live."""
 

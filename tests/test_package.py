@@ -74,9 +74,11 @@ def test_wheel_installs_into_an_empty_environment(wheel, tmp_path):
 
 
 def test_public_names():
-    names = ["LearnAlignCallback", "LearnAlignConfig", "LearnAlignGRPOTrainer", "LearnAlignMixin", "LearnAlignSampler"]
+    names = ["LearnAlignAsyncMixin", "LearnAlignCallback", "LearnAlignConfig", "LearnAlignGRPOTrainer"]
     assert trl_learnalign.__all__ == [
         *names,
+        "LearnAlignMixin",
+        "LearnAlignSampler",
         "Schedule",
         "Selection",
         "find_selections",
@@ -301,9 +303,9 @@ def test_no_circle_of_files():
     assert not needs, sorted(str(file.relative_to(PACKAGE)) for file in needs)
 
 
-def test_the_face_is_five_files():
+def test_the_face_is_six_files():
     assert sorted(file.name for file in PACKAGE.glob("*.py")) == sorted(
-        ["__init__.py", "callback.py", "config.py", "sampler.py", "trainer.py"]
+        ["__init__.py", "async_trainer.py", "callback.py", "config.py", "sampler.py", "trainer.py"]
     )
 
 

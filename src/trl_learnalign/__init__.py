@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
+    from .async_trainer import LearnAlignAsyncMixin
     from .callback import LearnAlignCallback
     from .config import LearnAlignConfig
     from .host import register_host
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from .trainer import LearnAlignGRPOTrainer, LearnAlignMixin
 
 __all__ = [
+    "LearnAlignAsyncMixin",
     "LearnAlignCallback",
     "LearnAlignConfig",
     "LearnAlignGRPOTrainer",
@@ -62,6 +64,7 @@ __version__ = version("trl-learnalign")
 
 # Where each name is defined. It is imported when it is used, so that `trl_learnalign.curriculum` needs NumPy alone
 _MODULES = {
+    "LearnAlignAsyncMixin": "async_trainer",
     "LearnAlignCallback": "callback",
     "LearnAlignConfig": "config",
     "LearnAlignGRPOTrainer": "trainer",

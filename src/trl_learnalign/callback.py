@@ -9,7 +9,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 
 from .ground.disk import DirectoryLock, initial_weights_of
 from .ground.peers import Peers
-from .host import find_host
+from .host import check_kind, find_host
 from .report import trackers
 from .report.selecting import select_at_stage
 from .run.restart import check_restart, restart, save_initial_weights
@@ -64,6 +64,7 @@ class LearnAlignCallback(TrainerCallback):
         if not isinstance(sampler, LearnAlignSampler):
             raise TypeError(f"`sampler` must be a LearnAlignSampler, but is a {type(sampler).__name__}.")
         self.trainer, self.sampler, self.config = trainer, sampler, sampler.config
+        check_kind(type(trainer))
         self.host = find_host(trainer)
         with Peers(trainer.accelerator) as peers:  # what one process alone finds wrong ends all
             self.host.look_at_functions()

@@ -175,6 +175,9 @@ class LearnAlignConfig:
         pass_rate_column (`str`, *optional*):
             Online: a column with success rates in [0, 1], such as another model's. The prediction begins with it, and
             choosing with the first chunk; both are corrected by the rewards of training.
+        drop_dead_groups (`bool`, *optional*, defaults to `True`):
+            In the asynchronous trainer, leave out groups whose rewards are all equal, which have no gradient, before
+            training gets them. Other trainers train on all of a chunk.
 
     Raises:
         `ValueError`: a field has a value out of its range, or one that has no effect together with the others.
@@ -212,6 +215,7 @@ class LearnAlignConfig:
     prompt_features: bool = True
     group_column: str | None = None
     pass_rate_column: str | None = None
+    drop_dead_groups: bool = True
 
     # The ranking that was found last, after the settings it was found by; no annotation, so this is no field
     _found = None

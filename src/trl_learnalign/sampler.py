@@ -110,3 +110,9 @@ class LearnAlignSampler(Sampler[int]):
     def __len__(self) -> int:
         layout = self.layout
         return layout.epoch_chunks * layout.repeats * layout.chunk_prompts * layout.group_size
+
+
+def check_sampler(train_sampler: object) -> None:
+    """Raise a `TypeError` unless this is a [`LearnAlignSampler`]."""
+    if not isinstance(train_sampler, LearnAlignSampler):
+        raise TypeError(f"`train_sampler` must be a LearnAlignSampler, but is a {type(train_sampler).__name__}.")

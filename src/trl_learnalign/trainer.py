@@ -11,7 +11,7 @@ from .ground.peers import Peers
 from .host import check_kind
 from .report.cards import model_card, online_model_card
 from .run.checkpoints import survey, whole_checkpoint
-from .sampler import LearnAlignSampler
+from .sampler import LearnAlignSampler, check_sampler
 from .selection.stages import load_run
 
 
@@ -56,9 +56,8 @@ class LearnAlignMixin(_Trainer):
     learnalign: LearnAlignHandle
 
     def __init__(self, *args, train_sampler: LearnAlignSampler | None = None, **kwargs):
-        if train_sampler is not None and not isinstance(train_sampler, LearnAlignSampler):
-            raise TypeError(f"`train_sampler` must be a LearnAlignSampler, but is a {type(train_sampler).__name__}.")
         if train_sampler is not None:
+            check_sampler(train_sampler)
             check_kind(type(self))  # before the model is loaded, as what follows
         if train_sampler is not None and kwargs.get("train_dataset") is not None:
             check_dataset(kwargs["train_dataset"], needs_prompt=kwargs.get("environment_factory") is None)

@@ -96,6 +96,7 @@ ACTING = {
     "prompt_features": (_ONLINE,),
     "group_column": (_ONLINE,),
     "pass_rate_column": (_ONLINE,),
+    "drop_dead_groups": (_ONLINE,),
 }
 
 

@@ -280,6 +280,10 @@ class OnlineCurriculum(FindsSuspects, KeepsState):
         """Go on by success alone, as no gradients can be had."""
         self.alignment = None
 
+    def read_with(self, read: RewardReader) -> None:
+        """Read rewards in another way from now on, such as one that can be pickled."""
+        self._read = read
+
     def number_of(self, row: int) -> int | None:
         """
         Return the number of the earliest draw of a row that was not observed yet, for training loops that know a group

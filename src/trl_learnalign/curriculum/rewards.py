@@ -1,6 +1,7 @@
 """The meaning of rewards: success, a gradient, a doubtful threshold."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,24 @@ def read_rewards(rewards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     count = np.maximum(known.sum(1, keepdims=True), 1)
     mean = np.nansum(total, axis=1, keepdims=True) / count
     return total, np.where(known, total - mean, 0.0)
+
+
+@dataclass(frozen=True)
+class DecidedBy:
+    """
+    Reads rewards as [`read_rewards`], but some of the functions decide success.
+
+    Attributes:
+        functions (`tuple[int, ...]`): their columns; the first that gave a rollout a reward decides.
+    """
+
+    functions: tuple[int, ...]
+
+    def __call__(self, rewards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        deciding = np.full(rewards.shape[:2], np.nan)
+        for column in self.functions:
+            deciding = np.where(np.isnan(deciding), rewards[:, :, column], deciding)
+        return deciding, read_rewards(rewards)[1]
 
 
 def is_success(rewards: Any, threshold: float) -> Any:

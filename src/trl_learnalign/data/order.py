@@ -16,9 +16,12 @@ class RandomOrder:
     """
 
     def __init__(self, size: int, seed: int, shuffle: bool = True):
-        self.size, self.shuffle = size, shuffle
+        self.size, self.seed, self.shuffle = size, seed, shuffle
         self._generator = torch.Generator().manual_seed(seed)
         self._orders: list[np.ndarray] = []
+
+    def __reduce__(self):
+        return RandomOrder, (self.size, self.seed, self.shuffle)  # the permutations are drawn again
 
     def __getitem__(self, position: int) -> int:
         number, place = divmod(position, self.size)

@@ -1,6 +1,7 @@
 """The only modules that use private parts of a trainer. The other modules see a [`Host`]."""
 
 import inspect
+from importlib import import_module
 
 from transformers import Trainer
 from trl import GRPOTrainer, RLOOTrainer
@@ -14,7 +15,11 @@ from .trl import Host
 __all__ = ["GRPOHost", "Host", "RLOOHost", "check_kind", "find_host", "register_host"]
 
 _HOSTS: dict[type, type[Host]] = {GRPOTrainer: GRPOHost, RLOOTrainer: RLOOHost}
-_SDPO = ("trl.experimental.sdpo.sdpo_trainer", "SDPOTrainer")
+# Known by name: not every version of TRL has the class, and importing an experimental one warns
+_EXPERIMENTAL = {
+    ("trl.experimental.sdpo.sdpo_trainer", "SDPOTrainer"): (".sdpo", "SDPOHost"),
+    ("trl.experimental.async_grpo.async_grpo_trainer", "AsyncGRPOTrainer"): (".async_grpo", "AsyncGRPOHost"),
+}
 
 
 def register_host(trainer_class: type[Trainer], host_class: type[Host]) -> None:
@@ -47,14 +52,30 @@ def register_host(trainer_class: type[Trainer], host_class: type[Host]) -> None:
     _HOSTS[trainer_class] = host_class
 
 
-def check_kind(kind: type) -> type[Host]:
+def check_kind(kind: type, asynchronous: bool = False) -> type[Host]:
     """
     Return the class of hosts for a class of trainers.
 
+    Args:
+        kind (`type`): of trainers.
+        asynchronous (`bool`, *optional*, defaults to `False`): whether they must generate while they train, or must
+            not.
+
     Raises:
-        `TypeError`: no host is registered for the class nor for its bases.
+        `TypeError`: no host is registered for the class nor for its bases; or the trainers are of the other sort.
     """
-    return _HOSTS[_served(kind)]
+    found = _HOSTS[_served(kind)]
+    if found.is_asynchronous and not asynchronous:
+        raise TypeError(
+            f"{kind.__name__} generates in another process while it trains, which LearnAlignMixin and "
+            "LearnAlignCallback do not serve. Put LearnAlignAsyncMixin before the trainer's class instead."
+        )
+    if asynchronous and not found.is_asynchronous:
+        raise TypeError(
+            f"{kind.__name__} is no asynchronous trainer, but LearnAlignAsyncMixin serves AsyncGRPOTrainer alone. Put "
+            "LearnAlignMixin before the trainer's class instead."
+        )
+    return found
 
 
 def find_host(trainer: Trainer) -> Host:
@@ -74,11 +95,9 @@ def find_host(trainer: Trainer) -> Host:
 def _served(kind: type) -> type:
     """Return the nearest registered class that `kind` is, or inherits from."""
     for base in kind.__mro__:
-        # Known by name: not every version of TRL has the class, and importing an experimental one warns
-        if base not in _HOSTS and (base.__module__, base.__name__) == _SDPO:
-            from .sdpo import SDPOHost
-
-            _HOSTS[base] = SDPOHost
+        if base not in _HOSTS and (base.__module__, base.__name__) in _EXPERIMENTAL:
+            module, name = _EXPERIMENTAL[base.__module__, base.__name__]
+            _HOSTS[base] = getattr(import_module(module, __name__), name)
         if base in _HOSTS:
             return base
     raise TypeError(

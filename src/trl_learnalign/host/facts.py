@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate.utils import DistributedType
@@ -143,9 +143,14 @@ class Facts(ABC):
         """A function of the user's that makes of prompts what it likes, completions included."""
         return getattr(self.trainer, "rollout_func", None)
 
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, where the processing class is one or has one."""
+        return self.trainer._tokenizer
+
     def text(self, ids: list[int]) -> str:
         """Return tokens as text."""
-        return self.trainer._tokenizer.decode(ids, skip_special_tokens=True)
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def prompt_ids(self, rows: list[dict]) -> list[list[int]]:
         """
@@ -169,7 +174,7 @@ class Facts(ABC):
 
     def text_ids(self, texts: list[str]) -> list[list[int]]:
         """Return the tokens of texts that go on where others end, without special tokens."""
-        return self.trainer._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     # Rewards ----------------------------------------------------------------------------------------------------
 

@@ -80,7 +80,7 @@ def prompt_identity(host, dataset: Dataset | None = None) -> dict:
     hosts changes in this.
     """
     trainer = host.trainer
-    tokenizer, processor = trainer._tokenizer, trainer.processing_class
+    tokenizer, processor = host.tokenizer, trainer.processing_class
     images = getattr(processor, "image_processor", None)
     template = [processor.chat_template, getattr(trainer, "chat_template", None)]
     return {

@@ -119,6 +119,14 @@ SDPO: Names = {
     ),
 }
 
+ASYNC_GRPO: Names = {
+    ALWAYS: (
+        *("_groups_before_resume", "_metrics", "_remove_unused_columns", "_trained_groups"),
+        *("model_version", "rollout_queue", "rollout_worker"),
+    ),
+    TRAINS: ("_get_output_dir", "_load_optimizer_and_scheduler", "_save_checkpoint", "_tag_names"),
+}
+
 
 def check_role(trainer: Trainer, names: Names, role: str, tried: str = TRIED) -> None:
     """

@@ -35,8 +35,10 @@ class Host(Generates, Differentiates, Trains):
     Attributes:
         settings (`tuple[str, ...]`): attributes that rollouts and gradients depend on.
         arguments (`tuple[str, ...]`): fields of `args` that they depend on.
+        is_asynchronous (`bool`): whether the trainer generates in another process while it trains.
     """
 
+    is_asynchronous = False
     settings: tuple[str, ...] = SETTINGS
     arguments: tuple[str, ...] = ARGUMENTS
 
