@@ -13,6 +13,8 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -108,10 +110,22 @@ def stand_in():
     """Replace what needs a GPU or vLLM."""
     import trl.experimental.async_grpo.async_grpo_trainer as trainer
     import trl.experimental.async_grpo.async_rollout_worker as worker
-    import trl.experimental.async_grpo.packing as packing
 
     worker.is_vllm_available = lambda *args, **kwargs: True
-    packing._flash_attn = lambda: SimpleNamespace(flash_attn_varlen_func=attention)
+    if find_spec("trl.experimental.async_grpo.packing") is None:  # before TRL 1.16
+        owner, name = trainer, "create_model_from_path"
+        if not hasattr(trainer, name):
+            owner, name = trainer.AutoModelForCausalLM, "from_pretrained"
+        create = getattr(owner, name)
+
+        def plain(*args, **kwargs):
+            return create(*args, **(kwargs | {"attn_implementation": "sdpa"}))
+
+        setattr(owner, name, plain)
+    else:
+        import trl.experimental.async_grpo.packing as packing
+
+        packing._flash_attn = lambda: SimpleNamespace(flash_attn_varlen_func=attention)
     trainer.get_peak_flops_per_device = lambda *args: None
 
 
@@ -159,7 +173,7 @@ def make(folder, config=None, settings=None, delays=(0.0, 0.02), rollout_worker=
         "seed": 7,
     }
     rows = Dataset.from_dict({"prompt": [prompt_of(row) for row in range(SIZE)], "row": list(range(SIZE))})
-    kwargs = {}
+    kwargs = {"peft_config": lora()} if "peft_config" in signature(AsyncGRPOTrainer.__init__).parameters else {}
     if config is not None:
         made = LearnAlignConfig(**({"schedule": "online", "score": "learnability", "write_report": False} | config))
         schedule = partial(OnlineSchedule, settings=EAGER if settings is None else settings)
@@ -170,7 +184,6 @@ def make(folder, config=None, settings=None, delays=(0.0, 0.02), rollout_worker=
         args=AsyncGRPOConfig(**(arguments | changes)),
         train_dataset=rows,
         processing_class=tokenizer,
-        peft_config=lora(),
         weight_transfer=NoTransfer(),
         rollout_worker=rollout_worker,
         **kwargs,

@@ -103,7 +103,7 @@ class AsyncGRPOHost(Host):
         return DecidedBy(tuple(self.reward_names.index(name) for name in success_names(config.success_reward)))
 
     def layout(self) -> dict:
-        """As if each optimizer step trained on whole groups, which come one after another."""
+        """Return the shape of a stream in which each optimizer step trains on whole groups, one after another."""
         self.require("trains")
         args, processes = self.args, self.accelerator.num_processes
         samples = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
