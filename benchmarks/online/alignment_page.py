@@ -44,6 +44,8 @@ CHAT = {
 }
 CHAT = {pool: {arm: runs for arm, runs in arms.items() if runs} for pool, arms in CHAT.items()}
 OPEN = "not measured yet"
+FRONT = ROOT / "README.md", ROOT / "docs" / "index.md"
+MARKS = "<!-- written by benchmarks/online/alignment_page.py -->\n", "<!-- end -->\n"
 STYLES = {  # as in figure.py
     RANDOM: ("#000000", "o", "random prompts"),
     TODAY: ("#D55E00", "*", "learnability alone"),
@@ -65,6 +67,14 @@ def criteria() -> list[tuple[str, str, str, bool | None]]:
     return found + _target() + _cost()
 
 
+def whole(pool, pairs, rows):
+    """The rows of a pool, open as long as seeds of it are missing."""
+    seeds = len(SEEDS.get(pool, (200, 201)))
+    if len(pairs) >= seeds:
+        return rows
+    return [(name, asked, f"{text} ({len(pairs)} of {seeds} seeds)", None) for name, asked, text, _ in rows]
+
+
 def _coins():
     pairs, today = paired(RUNS, "coins", OURS), paired(RUNS, "coins", OURS, TODAY)
     asked = [
@@ -82,7 +92,7 @@ def _coins():
         (f"{more:.2f} x", more >= 1.5),
         *((f"{points(part)} points", bounds(part)[0] > 0) for part in over),
     ]
-    return [("coins", text, *pair) for text, pair in zip(asked, measured, strict=True)]
+    return whole("coins", pairs, [("coins", text, *pair) for text, pair in zip(asked, measured, strict=True)])
 
 
 def _chat(pool):
@@ -109,9 +119,9 @@ def _chat(pool):
     ]
     if pool == "guessed":
         share = fmean(chat_results.on_guesses(run) for run, _ in pairs)
-        whole = sum(POOLS[pool][kind] for kind in GUESSED) / sum(POOLS[pool].values())
-        measured.append((f"{share:.2f}, of the pool {whole:.2f}", share <= whole))
-    return [(pool, text, *pair) for text, pair in zip(asked, measured, strict=True)]
+        pool_share = sum(POOLS[pool][kind] for kind in GUESSED) / sum(POOLS[pool].values())
+        measured.append((f"{share:.2f}, of the pool {pool_share:.2f}", share <= pool_share))
+    return whole(pool, pairs, [(pool, text, *pair) for text, pair in zip(asked, measured, strict=True)])
 
 
 def _hard():
@@ -119,10 +129,11 @@ def _hard():
     pairs = paired(RUNS, "hard", OURS, TODAY)
     if not pairs:
         return [("hard", text, OPEN, None) for text in asked]
-    return [
+    found = [
         ("hard", text, f"{points(part)} points", bounds(part)[1] >= 0)
         for text, part in zip(asked, (gains(pairs), area_gains(pairs)), strict=True)
     ]
+    return whole("hard", pairs, found)
 
 
 def _other(pool):
@@ -134,9 +145,9 @@ def _other(pool):
     rows = [(part, bounds(part)[1] >= 0) for part in (gains(pairs), area_gains(pairs))]
     measured = [(f"{points(part)} points", good) for part, good in rows]
     if pool != "skills":
-        own, whole = fmean(on_chance(run) for run, _ in pairs), fmean(on_chance(other) for _, other in pairs)
-        measured.append((f"{own:.3f}, random prompts {whole:.3f}", own <= whole))
-    return [(pool, text, *pair) for text, pair in zip(asked, measured, strict=True)]
+        own, theirs = fmean(on_chance(run) for run, _ in pairs), fmean(on_chance(other) for _, other in pairs)
+        measured.append((f"{own:.3f}, random prompts {theirs:.3f}", own <= theirs))
+    return whole(pool, pairs, [(pool, text, *pair) for text, pair in zip(asked, measured, strict=True)])
 
 
 def _target():
@@ -172,11 +183,23 @@ def verdicts() -> str:
     return table("pool | asked | measured | ", [[*row[:3], words[row[3]]] for row in criteria()])
 
 
+def outcome() -> str:
+    """The first sentence of the page, and of the front pages."""
+    pairs, today = paired(RUNS, "coins", OURS), paired(RUNS, "coins", OURS, TODAY)
+    shares = [fmean(on_chance(run) for run in of(RUNS, "coins", arm)) for arm in (OURS, RANDOM, TODAY)]
+    return (
+        f"On a pool a third of which is decided by chance, LearnAlign online ends {points(gains(pairs))} points "
+        f"above random prompts and {points(gains(today))} above learnability alone, at equal rollouts ({len(pairs)} "
+        f"seeds, a policy of 0.8 M parameters). It spends {shares[0]:.2f} of the rollouts on chance; random prompts "
+        f"{shares[1]:.2f}, learnability alone {shares[2]:.2f}."
+    )
+
+
 def score() -> str:
     """How many criteria hold."""
     found = [row[3] for row in criteria()]
     text = f"{found.count(True)} of {len(found)} criteria hold, {found.count(False)} are missed"
-    return f"{text}, {found.count(None)} are open" if None in found else text
+    return f"{text}, and {found.count(None)} are not measured on all seeds yet" if None in found else text
 
 
 def coin_tables() -> str:
@@ -281,6 +304,7 @@ def names() -> dict:
     return {
         "verdicts": verdicts,
         "score": score,
+        "outcome": outcome,
         "coins": coin_tables,
         "hard": hard,
         "short": lambda: chat("short"),
@@ -290,7 +314,14 @@ def names() -> dict:
 
 def main():
     template = (HERE / "evidence_alignment.md.in").read_text(encoding="utf-8")
-    publish({PAGE: fill(template, names())}, "benchmarks/online/alignment_page.py", draw)
+    pages = {PAGE: fill(template, names())}
+    for path in FRONT:
+        before, _, rest = path.read_text(encoding="utf-8").partition(MARKS[0])
+        after = rest.partition(MARKS[1])[2]
+        link = f"{'docs/' if path.name == 'README.md' else ''}evidence_alignment.md"
+        text = fill(f"{{{{outcome}}}} [The evidence]({link}): {{{{score}}}}.", names())
+        pages[path] = f"{before}{MARKS[0]}\n{text}\n\n{MARKS[1]}{after}"
+    publish(pages, "benchmarks/online/alignment_page.py", draw)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("script", ["render.py", "online/page.py", "gsm8k_equations/evidence.py"])
+@pytest.mark.parametrize(
+    "script", ["render.py", "online/page.py", "online/alignment_page.py", "gsm8k_equations/evidence.py"]
+)
 def test_pages_are_made_from_the_results(script):
     subprocess.run([sys.executable, Path(__file__).parents[1] / script, "--check"], check=True)
