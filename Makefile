@@ -9,7 +9,7 @@ DATASET ?=
 # Idle threads sleep instead of spinning, so that they do not slow down a busy machine
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo demo-online test test-all lint docs dist bench bench-costs evidence evidence-online evidence-small clean
+.PHONY: demo demo-online test test-all lint docs dist bench bench-costs evidence evidence-online evidence-alignment evidence-small clean
 
 # torch first and pinned: otherwise pip installs the newest build with all of CUDA
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)

@@ -91,13 +91,15 @@ def test_a_resumed_run_generates_again_what_was_not_trained_on_and_nothing_else(
     drawn = saved["schedule"]["curriculum"]["drawn"]
     assert saved["ledger"]["done"] + len(open_numbers) == drawn  # none lost
     resumed, server = make(tmp_path, PLAIN, max_steps=8, save_strategy="no")
-    again, more = trained(resumed, str(checkpoint))
+    again, more = trained(resumed, True)  # the last complete checkpoint
     assert resumed.state.global_step == 8 and len(more) == 4
     assert set(server.asked[:12]) <= set(open_rows[:8])  # these come first
     later = {number for batch in more for number in batch}
     assert not later & gone and min(later) in open_numbers
     assert again.ledger.done + len(again.ledger.pending) == again.schedule.curriculum.drawn
     assert resumed._groups_before_resume == saved["ledger"]["done"]
+    with pytest.raises(RuntimeError, match="This trainer has trained before"):
+        resumed.train()
 
 
 def test_stale_groups_are_done_and_pin_nothing(tmp_path):

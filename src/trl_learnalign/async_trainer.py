@@ -4,17 +4,20 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
 from .curriculum.events import Draw, Group
-from .curriculum.feed import Ledger, Replica
+from .curriculum.feed import FINISHED, Ledger, Replica
 from .curriculum.states import pack, unpack
 from .data.rows import dataset_fingerprint
-from .ground.disk import write_atomically
+from .ground.disk import DirectoryLock, write_atomically
 from .ground.peers import Peers
 from .host import check_kind, find_host
+from .run.checkpoints import checkpoint_to_resume
+from .run.uploads import warn_of_uploads
 from .sampler import LearnAlignSampler, check_sampler
 from .schedules import OnlineSchedule
 from .schedules.announcer import Announcer
@@ -71,6 +74,29 @@ class LearnAlignAsyncMixin(_Trainer):
         if train_sampler is not None:
             self._learnalign = AsyncRun(self, train_sampler)
             self.learnalign = AsyncHandle(self._learnalign)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """
+        Train as the trainer does, but `resume_from_checkpoint=True` resumes from the last complete checkpoint.
+
+        Raises:
+            `ValueError`: the checkpoint that was asked for is not complete, or there are checkpoints and none is.
+            `RuntimeError`: this trainer has trained before.
+        """
+        if self._learnalign is None:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        if resume_from_checkpoint:
+            resume_from_checkpoint = checkpoint_to_resume(self, resume_from_checkpoint)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._learnalign.unlock()
+
+    def push_to_hub(self, *args, **kwargs):
+        """Push as the trainer does, with a warning if prompts go to a repository that is public, or may be."""
+        if self._learnalign is not None:
+            warn_of_uploads(self, self._learnalign.config, True, "online")
+        return super().push_to_hub(*args, **kwargs)
 
     def training_step(self, *args, **kwargs):
         """Train on a microbatch as the trainer does, and note which groups it had."""
@@ -175,8 +201,13 @@ class AsyncRun(TrainerCallback):
         self.announcer = Announcer(self.host, self.config, stream)
         self.is_main = trainer.accelerator.is_main_process
         self._fingerprint = dataset_fingerprint(self.host.dataset)
-        self._begin()
-        self._runs = 0
+        self.ledger = Ledger()
+        self.queue = self.host.take_queue(self.ledger) if self.is_main else None
+        self.replica: Replica | None = None
+        self._waiting: list[Draw] = []  # of a resumed run, for a worker of the user's
+        self._turn = RLock()  # a worker of the user's asks from a thread of its own
+        self._began = False
+        self._lock: DirectoryLock | None = None
         self._events: Any = None
         self.host.on_resume(self._note)
         self.host.before_checkpoint(self._write)
@@ -191,12 +222,6 @@ class AsyncRun(TrainerCallback):
                 "alone. Leave `schedule` out, or derive your class from OnlineSchedule."
             )
 
-    def _begin(self):
-        self.ledger = Ledger()
-        self.queue = self.host.take_queue(self.ledger) if self.is_main else None
-        self.replica: Replica | None = None
-        self._waiting: list[Draw] = []  # of a resumed run, for a worker of the user's
-
     @property
     def schedule(self) -> OnlineSchedule:
         return self.stream.schedule  # type: ignore[return-value]  # checked
@@ -208,12 +233,15 @@ class AsyncRun(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Look at the prompts, restore a resumed run, and tell the worker how to draw."""
-        if self._runs:
-            self.stream = open_stream(self._make, self.host, self.config, before=self.schedule)
-            self._check(self.schedule)
-            self.sampler.begin(self.stream)
-            self.announcer = Announcer(self.host, self.config, self.stream)
-        self._runs += 1
+        if self._began:
+            raise RuntimeError(
+                "This trainer has trained before, and its queue still holds samples of that run. Make a new trainer; "
+                "with `resume_from_checkpoint` it goes on."
+            )
+        self._began = True
+        if self.is_main:
+            self._lock = DirectoryLock(self.announcer.directory)
+        warn_of_uploads(self.trainer, self.config, files="online")
         saved = self._read(state) if state.global_step else None
         schedule = self.schedule
         with self.host.plain_attention(), Peers(self.trainer.accelerator) as peers:
@@ -242,35 +270,52 @@ class AsyncRun(TrainerCallback):
         curriculum.read_with(self.host.reader(self.config))
         self.host.hand_over(Recipe(curriculum, self._waiting, self._events, drop, steps))
 
+    def unlock(self) -> None:
+        """Let other runs use the output directory."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
     def choose(self, number: int) -> list[Draw]:
-        draws, self._waiting = self._waiting[:number], self._waiting[number:]
-        if len(draws) < number:
-            assert self.replica is not None
-            new = self.replica.curriculum.choose(number - len(draws))
-            self.ledger.chose((draw.number, draw.row) for draw in new)
-            draws += new
-        return draws
+        with self._turn:
+            draws, self._waiting = self._waiting[:number], self._waiting[number:]
+            if len(draws) < number:
+                new = self._begun.curriculum.choose(number - len(draws))
+                self.ledger.chose((draw.number, draw.row) for draw in new)
+                draws += new
+            return draws
 
     def observe(self, group: Group, samples: int) -> None:
-        assert self.replica is not None
-        self.replica.curriculum.observe([group])
-        self._finished(group.number, samples)
+        with self._turn:
+            self._begun.curriculum.observe([group])
+            self.ledger.finished(group.number, samples)
+            self._count(group, samples)
 
-    def _finished(self, number, samples):
-        self.ledger.finished(number, samples)
+    @property
+    def _begun(self) -> Replica:
+        if self.replica is None:
+            raise RuntimeError(
+                "There is no schedule yet: it looks at the prompts when training begins, on the main process. Ask for "
+                "prompts once the worker's `start` was called."
+            )
+        return self.replica
+
+    def _count(self, group, samples):
         if not samples and self.queue is not None:
-            self.queue.counted.add(number)  # an epoch is so many prompts, whether they were live or not
+            self.queue.counted.add(group.number)  # an epoch is so many prompts, whether they were live or not
 
     def trained(self) -> None:
         """Note that a microbatch was trained on."""
-        if self.queue is not None:
-            self.queue.trained()
+        with self._turn:
+            if self.queue is not None:
+                self.queue.trained()
 
     def on_step_end(self, args, state, control, **kwargs):
         """Do what the worker did."""
         self._catch_up()
         if self._events is None and self.replica is not None:  # the worker's own ticks come with its events
-            self.replica.curriculum.tick(1)
+            with self._turn:
+                self.replica.curriculum.tick(1)
 
     def _catch_up(self, whole=False):
         if self._events is None or self.replica is None:
@@ -281,8 +326,8 @@ class AsyncRun(TrainerCallback):
 
         def apply(event):
             replica.apply(event)
-            if event[0] == "finished" and not event[1][1]:
-                self.queue.counted.add(event[1][0].number)
+            if event[0] == FINISHED:
+                self._count(*event[1])
 
         drained(self._events, apply, (lambda: ledger.is_behind) if whole else (lambda: False))
 
@@ -297,11 +342,13 @@ class AsyncRun(TrainerCallback):
         if "loss" not in logs or not self.is_main:
             return logs
         self._catch_up()
-        return logs | {f"learnalign/{name}": value for name, value in self.schedule.metrics().items()}
+        with self._turn:
+            return logs | {f"learnalign/{name}": value for name, value in self.schedule.metrics().items()}
 
     def report(self) -> Path | None:
         self._catch_up()
-        return self.announcer.write_report()
+        with self._turn:
+            return self.announcer.write_report()
 
     # Checkpoints ------------------------------------------------------------------------------------------------
 
@@ -310,14 +357,15 @@ class AsyncRun(TrainerCallback):
         entry = None
         if self.is_main:
             self._catch_up(whole=True)
-            state = {"schedule": self.schedule.state_dict(), "ledger": self.ledger.state_dict()}
-            content = pack(state)
+            with self._turn:
+                content = pack({"schedule": self.schedule.state_dict(), "ledger": self.ledger.state_dict()})
             entry = {"file": FILE, "sha256": hashlib.sha256(content).hexdigest()}
         files = self.schedule.write_files(directory, self.is_main)
         if self.is_main:
             write_atomically(directory / FILE, lambda temporary: temporary.write_bytes(content))
         entry = peers.broadcast(entry)
-        values = entry | {
+        values = {
+            "arrays": entry,
             "files": files,
             "dataset_fingerprint": self._fingerprint,
             "config": self.config.to_dict(),
@@ -334,7 +382,7 @@ class AsyncRun(TrainerCallback):
             `ValueError`: there is none, a damaged one, or that of other data or settings.
         """
         saved = state.stateful_callbacks.get(STATE_KEY)
-        if not isinstance(saved, dict) or saved.get("file") != FILE or self.host.resumed_from is None:
+        if not isinstance(saved, dict) or (saved.get("arrays") or {}).get("file") != FILE:
             raise ValueError(
                 f"The checkpoint of step {state.global_step} holds no LearnAlign state, so it was written by a run "
                 "without LearnAlign. Resume without the sampler, or start a new run from its weights."
@@ -351,10 +399,11 @@ class AsyncRun(TrainerCallback):
                 f"The LearnAlignConfig is not that of the checkpoint: {'; '.join(changes)}. Resume with these, or "
                 "start a new run in another `output_dir` (with the weights of this one, if you like)."
             )
+        assert self.host.resumed_from is not None  # noted when Trainer loaded the optimizer
         path = Path(self.host.resumed_from) / FILE
         try:
             content = path.read_bytes()
-            if hashlib.sha256(content).hexdigest() != saved["sha256"]:
+            if hashlib.sha256(content).hexdigest() != saved["arrays"]["sha256"]:
                 raise ValueError("it does not agree with its checksum")
             return unpack(content)
         except (OSError, ValueError) as error:

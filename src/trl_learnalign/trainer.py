@@ -7,10 +7,9 @@ from trl import GRPOTrainer
 
 from .callback import LearnAlignCallback, LearnAlignHandle
 from .data.prompts import check_dataset, check_prompts
-from .ground.peers import Peers
 from .host import check_kind
 from .report.cards import model_card, online_model_card
-from .run.checkpoints import survey, whole_checkpoint
+from .run.checkpoints import checkpoint_to_resume
 from .sampler import LearnAlignSampler, check_sampler
 from .selection.stages import load_run
 
@@ -82,18 +81,11 @@ class LearnAlignMixin(_Trainer):
         if self._learnalign is None:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         if resume_from_checkpoint:
-            resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
+            resume_from_checkpoint = checkpoint_to_resume(self, resume_from_checkpoint)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._learnalign.ended()
-
-    def _whole_checkpoint(self, wanted):
-        """Find the checkpoint, or the error, on those processes that write any; all come to the same."""
-        path, shared = self.args.output_dir, not self.args.save_on_each_node
-        with Peers(self.accelerator) as peers:
-            surveys = peers.gather(survey(path, wanted, shared) if self.args.should_save else None)
-        return whole_checkpoint(path, wanted, [view for view in surveys if view is not None])
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Log as the trainer does, with `learnalign/zero_variance_after` once a selection is in use."""

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -76,6 +77,7 @@ class Feed:
 class Ledger:
     """
     Keeps what became of each draw: a draw is done when training has got all rows of its group, or they were dropped.
+    Several threads may tell of it.
 
     Attributes:
         pending (`dict[int, int]`): rows of the draws that are not done, by number, in order. These are generated again
@@ -88,24 +90,28 @@ class Ledger:
         self.done = 0
         self._left: dict[int, int] = {}  # of finished groups: rows that are still to come
         self._early: dict[int, int] = {}  # of groups that are not known to be finished: rows that came
+        self._turn = Lock()
 
     def chose(self, draws: Iterable[tuple[int, int]]) -> None:
         """Note draws, as numbers and rows."""
-        self.pending.update(draws)
+        with self._turn:
+            self.pending.update(draws)
 
     def finished(self, number: int, samples: int) -> None:
         """Note that a group has made so many rows."""
-        if number in self.pending:
-            self._left[number] = samples - self._early.pop(number, 0)
-            self._settle(number)
+        with self._turn:
+            if number in self.pending:
+                self._left[number] = samples - self._early.pop(number, 0)
+                self._settle(number)
 
     def came(self, number: int, samples: int = 1) -> None:
         """Note that so many rows of a group were trained on, or dropped."""
-        if number in self._left:
-            self._left[number] -= samples
-            self._settle(number)
-        else:
-            self._early[number] = self._early.get(number, 0) + samples
+        with self._turn:
+            if number in self._left:
+                self._left[number] -= samples
+                self._settle(number)
+            else:
+                self._early[number] = self._early.get(number, 0) + samples
 
     def _settle(self, number):
         if self._left[number] <= 0:
@@ -123,11 +129,9 @@ class Ledger:
 
     def state_dict(self) -> dict:
         """Return what a resumed run needs: what is half done begins again."""
-        return {
-            "numbers": np.array([*self.pending], np.int64),
-            "rows": np.array([*self.pending.values()], np.int64),
-            "done": self.done,
-        }
+        with self._turn:
+            numbers, rows, done = [*self.pending], [*self.pending.values()], self.done
+        return {"numbers": np.array(numbers, np.int64), "rows": np.array(rows, np.int64), "done": done}
 
     def load_state_dict(self, state: dict) -> None:
         """

@@ -222,7 +222,6 @@ class OnlineRolloutLoop(_AsyncRolloutLoop):
         self._recipe, self._feed = recipe, recipe.feed()
         self._first_version = self.model_version
         self._drawn: dict[int, int] = {}  # rows of the groups under way
-        self._dead_in_a_row = 0
 
     def _repeat_iterator(self):
         while True:

@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from transformers import Trainer
 from transformers.trainer import (
     FSDP_MODEL_NAME,
     OPTIMIZER_NAME,
@@ -27,6 +28,8 @@ from transformers.utils import (
     WEIGHTS_INDEX_NAME,
     WEIGHTS_NAME,
 )
+
+from ..ground.peers import Peers
 
 
 logger = logging.getLogger(__name__)
@@ -194,3 +197,15 @@ def whole_checkpoint(output_dir: str, wanted: str | bool, surveys: list[dict]) -
 
 def _first(reasons):
     return next((reason for reason in reasons if reason is not None), None)
+
+
+def checkpoint_to_resume(trainer: Trainer, wanted: str | bool) -> str | bool | None:
+    """
+    Find the checkpoint that a trainer resumes from, see [`whole_checkpoint`], or the error, on those processes that
+    write any; all come to the same.
+    """
+    args = trainer.args
+    path, shared = str(args.output_dir), not args.save_on_each_node
+    with Peers(trainer.accelerator) as peers:
+        surveys = peers.gather(survey(path, wanted, shared) if args.should_save else None)
+    return whole_checkpoint(path, wanted, [view for view in surveys if view is not None])
