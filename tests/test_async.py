@@ -25,8 +25,8 @@ from trl_learnalign import (
     LearnAlignMixin,
     LearnAlignSampler,
 )
-from trl_learnalign.async_trainer import FILE, unpack
-from trl_learnalign.curriculum import Group
+from trl_learnalign.curriculum import Group, unpack
+from trl_learnalign.schedules.async_checkpoint import FILE
 
 
 pytestmark = [

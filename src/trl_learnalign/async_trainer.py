@@ -1,6 +1,5 @@
 """TRL's asynchronous trainer with a `train_sampler`: its prompts chosen online, in any order of the groups."""
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +10,7 @@ from transformers import TrainerCallback
 
 from .curriculum.events import Draw, Group
 from .curriculum.feed import FINISHED, Ledger, Replica
-from .curriculum.states import pack, unpack
-from .data.rows import dataset_fingerprint
-from .ground.disk import DirectoryLock, write_atomically
+from .ground.disk import DirectoryLock
 from .ground.peers import Peers
 from .host import check_kind, find_host
 from .run.checkpoints import checkpoint_to_resume
@@ -21,6 +18,7 @@ from .run.uploads import warn_of_uploads
 from .sampler import LearnAlignSampler, check_sampler
 from .schedules import OnlineSchedule
 from .schedules.announcer import Announcer
+from .schedules.async_checkpoint import AsyncCheckpoint
 from .schedules.stream import open_stream
 
 
@@ -33,8 +31,6 @@ else:
 
 logger = logging.getLogger(__name__)
 
-FILE = "learnalign_online.npz"
-STATE_KEY = "learnalign"
 NO_GRADIENTS = "the asynchronous trainer packs the rows of several groups into one sequence"
 
 
@@ -200,7 +196,7 @@ class AsyncRun(TrainerCallback):
         self.sampler, self.stream = sampler, stream
         self.announcer = Announcer(self.host, self.config, stream)
         self.is_main = trainer.accelerator.is_main_process
-        self._fingerprint = dataset_fingerprint(self.host.dataset)
+        self._checkpoint = AsyncCheckpoint(self.host, self.config)
         self.ledger = Ledger()
         self.queue = self.host.take_queue(self.ledger) if self.is_main else None
         self.replica: Replica | None = None
@@ -242,7 +238,7 @@ class AsyncRun(TrainerCallback):
         if self.is_main:
             self._lock = DirectoryLock(self.announcer.directory)
         warn_of_uploads(self.trainer, self.config, files="online")
-        saved = self._read(state) if state.global_step else None
+        saved = self._checkpoint.read(state) if state.global_step else None
         schedule = self.schedule
         with self.host.plain_attention(), Peers(self.trainer.accelerator) as peers:
             schedule.prepare(self.host, None if saved is None else saved["schedule"], peers)
@@ -354,60 +350,10 @@ class AsyncRun(TrainerCallback):
 
     def _write(self, directory: Path, is_writer: bool, peers: Peers) -> None:
         """Write the state into a checkpoint; what was not trained on is generated again by a resumed run."""
-        entry = None
+        state = None
         if self.is_main:
             self._catch_up(whole=True)
             with self._turn:
-                content = pack({"schedule": self.schedule.state_dict(), "ledger": self.ledger.state_dict()})
-            entry = {"file": FILE, "sha256": hashlib.sha256(content).hexdigest()}
+                state = {"schedule": self.schedule.state_dict(), "ledger": self.ledger.state_dict()}
         files = self.schedule.write_files(directory, self.is_main)
-        if self.is_main:
-            write_atomically(directory / FILE, lambda temporary: temporary.write_bytes(content))
-        entry = peers.broadcast(entry)
-        values = {
-            "arrays": entry,
-            "files": files,
-            "dataset_fingerprint": self._fingerprint,
-            "config": self.config.to_dict(),
-            "group_size": self.host.group_size,
-        }
-        states: Any = self.trainer.state.stateful_callbacks
-        states[STATE_KEY] = values
-
-    def _read(self, state) -> dict:
-        """
-        Return the state in the checkpoint that is resumed from.
-
-        Raises:
-            `ValueError`: there is none, a damaged one, or that of other data or settings.
-        """
-        saved = state.stateful_callbacks.get(STATE_KEY)
-        if not isinstance(saved, dict) or (saved.get("arrays") or {}).get("file") != FILE:
-            raise ValueError(
-                f"The checkpoint of step {state.global_step} holds no LearnAlign state, so it was written by a run "
-                "without LearnAlign. Resume without the sampler, or start a new run from its weights."
-            )
-        if saved["dataset_fingerprint"] != self._fingerprint:
-            raise ValueError(
-                "The training dataset has other rows, or the same in another order, than when the checkpoint was "
-                "written, whose prompts are named by their rows. Resume with the same dataset, or start a new run."
-            )
-        changed = self.config.changes(saved["config"])
-        changes = [f"`{name}` was {was!r} and is {now!r}" for name, (was, now) in changed.items()]
-        if changes:
-            raise ValueError(
-                f"The LearnAlignConfig is not that of the checkpoint: {'; '.join(changes)}. Resume with these, or "
-                "start a new run in another `output_dir` (with the weights of this one, if you like)."
-            )
-        assert self.host.resumed_from is not None  # noted when Trainer loaded the optimizer
-        path = Path(self.host.resumed_from) / FILE
-        try:
-            content = path.read_bytes()
-            if hashlib.sha256(content).hexdigest() != saved["arrays"]["sha256"]:
-                raise ValueError("it does not agree with its checksum")
-            return unpack(content)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"'{path}', the state of the schedule in this checkpoint, cannot be used: {error}. Resume from an "
-                "earlier checkpoint."
-            ) from error
+        self._checkpoint.write(directory, peers, state, files)
