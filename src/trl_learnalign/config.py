@@ -176,8 +176,7 @@ class LearnAlignConfig:
             Online: a column with success rates in [0, 1], such as another model's. The prediction begins with it, and
             choosing with the first chunk; both are corrected by the rewards of training.
         drop_dead_groups (`bool`, *optional*, defaults to `True`):
-            In the asynchronous trainer, leave out groups whose rewards are all equal, which have no gradient, before
-            training gets them. Other trainers train on all of a chunk.
+            Asynchronous trainer: leave groups without a gradient out before training gets them.
 
     Raises:
         `ValueError`: a field has a value out of its range, or one that has no effect together with the others.
