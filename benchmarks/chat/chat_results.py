@@ -65,7 +65,8 @@ def load(folders: list[Path], unfinished=False) -> dict:
     for run in json.loads(FILE.read_text(encoding="utf-8"))["runs"] if FILE.is_file() else []:
         found.setdefault(run["pool"], {}).setdefault(run["arm"], {})[run["seed"]] = run
     for folder in sorted(one for runs in folders for one in runs.glob("*/*-*")):
-        if (folder / "steps.jsonl").is_file() and folder.parent.name in POOLS:
+        steps = folder / "steps.jsonl"
+        if steps.is_file() and steps.stat().st_size and folder.parent.name in POOLS:
             arm, seed = folder.name.rsplit("-", 1)
             run = {"pool": folder.parent.name, "arm": arm, "seed": int(seed)} | read(folder)
             if unfinished or "conditions" in run:

@@ -61,6 +61,9 @@ def test_the_tables_of_made_up_runs(tmp_path, monkeypatch):
             step = {"kinds": [0, 0, KINDS.index("sum 2"), 3], "successes": [4, 8, 0, 1], "update_norm": 0.5}
             (folder / "steps.jsonl").write_text(2 * (json.dumps(step) + "\n"))
     (tmp_path / "short" / "online-7").mkdir()  # which has not begun
+    (tmp_path / "short" / "online-8").mkdir()
+    for name in ("steps.jsonl", "looks.jsonl"):  # the first step is under way
+        (tmp_path / "short" / "online-8" / name).touch()
     monkeypatch.setattr(chat_results, "FILE", tmp_path / "none.json")
     assert load([tmp_path]) == {}
     arms = load([tmp_path], unfinished=True)["short"]
