@@ -1,5 +1,5 @@
 """
-Axolotl: prompts chosen online in its GRPO trainer. Written for Axolotl 0.19.
+Axolotl: prompts chosen online in its GRPO trainer. Written for Axolotl 0.19, not run with it.
 
     rl: grpo
     trainer_cls: learnalign_axolotl.OnlineGRPOTrainer  # this file where Python finds it

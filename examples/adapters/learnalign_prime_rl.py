@@ -1,5 +1,5 @@
 """
-prime-rl: tasks chosen online. Tried with the curriculum of prime-rl, August 2026.
+prime-rl: tasks chosen online. Written for prime-rl of August 2026, not run with it.
 
 prime-rl names its samplers in a closed list, so the sampler is put in the place of the one that was made:
 

@@ -1,5 +1,5 @@
 """
-slime: prompts chosen online. Tried with the data source of slime, August 2026.
+slime: prompts chosen online. Written for slime of August 2026, not run with it.
 
     --data-source-path learnalign_slime.OnlineDataSource
     --rollout-all-samples-process-path learnalign_slime.observe

@@ -1,5 +1,5 @@
 """
-Trinity-RFT: tasks chosen online. Tried with the selector registry of Trinity-RFT 0.6.0.
+Trinity-RFT: tasks chosen online. Written for Trinity-RFT 0.6.0, not run with it.
 
 Put this file where Python finds it, and name the class in the configuration of a task set:
 

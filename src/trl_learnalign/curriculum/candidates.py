@@ -8,8 +8,8 @@ from .memory import PromptMemory
 class Candidates:
     """
     Draws the rows that are ranked for a choice. Of a pool up to `most` rows that is all of it, always. Of a larger one
-    half of them are those visited before that have rested, so that what is known of a prompt itself counts in a pool
-    of any size, and the others are random: at random, too, where more have rested.
+    up to half of them are those visited before that have rested, a random part where more have, so that what is known
+    of a prompt itself counts in a pool of any size; the others are random.
 
     Args:
         rows (`np.ndarray` of shape `(m,)`): of the dataset, which may be chosen.

@@ -115,8 +115,8 @@ class OnlineSettings:
     least_factor: float = 0.1
     most_factor: float = 1.0
 
-    # Prompts that are ranked at a time; all of a smaller pool. Of a larger one half are those visited that have
-    # rested, the others random. Bounds the time of a choice
+    # Prompts that are ranked at a time; all of a smaller pool. Of a larger one up to half are those visited that
+    # have rested, the others random. Bounds the time of a choice
     candidates: int = 16_384
     # Variance within groups of graded rewards, over that of successes, that is taken for the least possible
     least_noise: float = 0.02

@@ -167,7 +167,7 @@ def _is_dead(worker) -> bool:
 
 
 def _check_alive(worker, check_health, *args, **kwargs):
-    """Raise an error as soon as the process has ended, not once its last sign of life is old."""
+    """Raise an error if the process has ended, whatever its last sign of life."""
     if _is_dead(worker) and not worker._failed_event.is_set():
         raise RuntimeError(
             f"The process of the rollout worker has ended (exit code {worker._process.exitcode}): it was killed, for "
