@@ -8,7 +8,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter, defaultdict
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import async_run
 import numpy as np
@@ -26,6 +28,7 @@ from trl_learnalign import (
     LearnAlignSampler,
 )
 from trl_learnalign.curriculum import Group, unpack
+from trl_learnalign.curriculum.feed import Ledger
 from trl_learnalign.schedules.async_checkpoint import FILE
 
 
@@ -105,11 +108,51 @@ def test_a_resumed_run_generates_again_what_was_not_trained_on_and_nothing_else(
 def test_stale_groups_are_done_and_pin_nothing(tmp_path):
     """trl#7274: one stale group, and a resumed run begins where that group was."""
     trainer, _ = make(tmp_path, PLAIN, max_steps=6, save_steps=6, max_staleness=0, max_inflight_tasks=64)
+    read, inner = Counter(), trainer._learnalign.queue.inner.get
+
+    def get(*args, **kwargs):
+        sample = inner(*args, **kwargs)
+        read[sample.group_id] += 1
+        return sample
+
+    trainer._learnalign.queue.inner.get = get
     run, batches = trained(trainer)
-    dropped = sum(log.get("sample/dropped_stale_total") or 0 for log in trainer.state.log_history)
-    assert dropped > 0
-    done = set(range(run.schedule.curriculum.drawn)) - set(run.ledger.pending)
-    assert {number for batch in batches for number in batch} < done
+    ahead = {number for batch in run.queue.counted.microbatches for number in batch}
+    gone = {number for batch in batches for number in batch}
+    stale = {number for number, count in read.items() if count == GROUP} - gone - ahead
+    assert stale and not stale & run.ledger.pending.keys()
+
+
+def sample_of(number, version=5, length=3):
+    return SimpleNamespace(group_id=number, model_version=version, input_ids=[1] * length)
+
+
+def test_the_queue_tells_of_samples_that_training_drops():
+    from trl_learnalign.host.async_grpo import SampleQueue
+
+    metrics, inner, ledger = {"train": defaultdict(list)}, queue.Queue(), Ledger()
+    args = SimpleNamespace(max_staleness=1, token_budget=4)
+    reader = SampleQueue(SimpleNamespace(model_version=6, args=args, _metrics=metrics), inner, ledger)
+    ledger.chose((number, 0) for number in range(3))
+    for number in range(3):
+        ledger.finished(number, 1)
+    for sample in (sample_of(0, version=4), sample_of(1, length=5), sample_of(2)):
+        inner.put(sample)
+    assert reader.get().group_id == 1  # the first is stale; of this one the trainer says that it is too long
+    assert list(ledger.pending) == [2] and metrics["train"]["sample/dropped_stale_total"] == [1.0]
+    assert reader.get().group_id == 2 and list(ledger.pending) == [2]
+    reader.counted.update(iter([2]))
+    reader.trained()
+    assert not ledger.pending and ledger.done == 3 and reader.counted == {2}
+
+
+def test_a_rollout_without_a_sample_has_no_known_reward():
+    from trl_learnalign.host.async_grpo import _rewards_of
+
+    samples = [SimpleNamespace(metrics={"rewards/a": value, "rewards/b": -value}) for value in (1.0, 1.0, 3.0)]
+    rewards, masked = _rewards_of(samples, [["row", "row"], [], ["row"]], ["a", "b"])
+    assert rewards[[0, 2]].tolist() == [[1.0, -1.0], [3.0, -3.0]] and np.isnan(rewards[1]).all()
+    assert masked.tolist() == [False, True, False]
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import pytest
 from test_curriculum import assert_equal
 
 from trl_learnalign.curriculum import Group, OnlineCurriculum, make_features, pack, unpack
+from trl_learnalign.curriculum.rewards import DecidedBy, read_rewards
 
 
 def test_features_are_a_constant_and_what_is_known():
@@ -108,3 +109,10 @@ def test_a_group_that_is_known_by_its_row_belongs_to_the_earliest_draw():
     assert curriculum.number_of(twice) == of[twice][1]
     never = [row for row, numbers in of.items() if not numbers]
     assert all(curriculum.number_of(row) is None for row in [*never, 77])
+
+
+def test_the_first_function_that_gave_a_reward_decides():
+    rewards = np.array([[[np.nan, 0.0, 9.0], [1.0, 0.0, 9.0], [np.nan, np.nan, 9.0]]])
+    deciding, advantages = DecidedBy((0, 1))(rewards)
+    np.testing.assert_array_equal(deciding, [[0.0, 1.0, np.nan]])
+    np.testing.assert_allclose(advantages, read_rewards(rewards)[1])

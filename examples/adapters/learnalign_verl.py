@@ -1,5 +1,6 @@
 """
-verl: prompts chosen online, in place of the curriculum sampler that verl removed. Written for verl 0.9.1, not run with it.
+verl: prompts chosen online, in place of the curriculum sampler that verl removed. Written for verl
+0.9.1, not run with it.
 
     VERL_USE_EXTERNAL_MODULES=learnalign_verl python -m verl.trainer.main_ppo trainer.v1.trainer_mode=learnalign ...
 

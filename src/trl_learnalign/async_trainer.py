@@ -205,7 +205,6 @@ class AsyncRun(TrainerCallback):
         self._began = False
         self._lock: DirectoryLock | None = None
         self._events: Any = None
-        self.host.on_resume(self._note)
         self.host.before_checkpoint(self._write)
         self.host.add_tag("learnalign")
         # Before TRL's own callbacks, which start the worker
@@ -221,9 +220,6 @@ class AsyncRun(TrainerCallback):
     @property
     def schedule(self) -> OnlineSchedule:
         return self.stream.schedule  # type: ignore[return-value]  # checked
-
-    def _note(self, directory):
-        self.host.resumed_from = directory
 
     # Training ---------------------------------------------------------------------------------------------------
 
@@ -326,6 +322,11 @@ class AsyncRun(TrainerCallback):
                 self._count(*event[1])
 
         drained(self._events, apply, (lambda: ledger.is_behind) if whole else (lambda: False))
+
+    def on_save(self, args, state, control, **kwargs):
+        """Write the report with every checkpoint."""
+        with self._turn:
+            self.announcer.report()
 
     def on_train_end(self, args, state, control, **kwargs):
         """Do what the worker did until the end, and write the report."""

@@ -4,11 +4,12 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config import FREE_ON_RESUME
 from ..curriculum.states import pack, unpack
 from ..data.rows import dataset_fingerprint
 from ..ground.disk import write_atomically
 from ..ground.peers import Peers
-from .checkpoint import STATE_KEY
+from .checkpoint import STATE_KEY, check_dataset, saved_in
 
 
 if TYPE_CHECKING:
@@ -30,6 +31,10 @@ class AsyncCheckpoint:
     def __init__(self, host: "Host", config: "LearnAlignConfig"):
         self.host, self.config = host, config
         self._fingerprint = dataset_fingerprint(host.dataset)
+        host.on_resume(self._note)
+
+    def _note(self, directory):
+        self.host.resumed_from = directory
 
     def write(self, directory: Path, peers: Peers, state: dict | None, files: dict[str, str]) -> None:
         """
@@ -64,19 +69,19 @@ class AsyncCheckpoint:
         Raises:
             `ValueError`: there is none, a damaged one, or that of other data or settings.
         """
-        saved = state.stateful_callbacks.get(STATE_KEY)
-        if not isinstance(saved, dict) or (saved.get("arrays") or {}).get("file") != FILE:
+        saved = saved_in(state)
+        if (saved.get("arrays") or {}).get("file") != FILE:
             raise ValueError(
-                f"The checkpoint of step {state.global_step} holds no LearnAlign state, so it was written by a run "
-                "without LearnAlign. Resume without the sampler, or start a new run from its weights."
+                f"The checkpoint of step {state.global_step} was written by a trainer that is not asynchronous. "
+                "Resume with that trainer, or start a new run from its weights."
             )
-        if saved["dataset_fingerprint"] != self._fingerprint:
-            raise ValueError(
-                "The training dataset has other rows, or the same in another order, than when the checkpoint was "
-                "written, whose prompts are named by their rows. Resume with the same dataset, or start a new run."
-            )
+        check_dataset(saved, self._fingerprint)
         changed = self.config.changes(saved["config"])
-        changes = [f"`{name}` was {was!r} and is {now!r}" for name, (was, now) in changed.items()]
+        changes = [
+            f"`{name}` was {was!r} and is {now!r}"
+            for name, (was, now) in changed.items()
+            if name not in FREE_ON_RESUME
+        ]
         if changes:
             raise ValueError(
                 f"The LearnAlignConfig is not that of the checkpoint: {'; '.join(changes)}. Resume with these, or "

@@ -110,12 +110,7 @@ class CheckpointState:
                 "`ignore_data_skip=True` starts the epoch over, so the resumed run would train on other prompts than "
                 "the first. Leave it out: skipping data generates nothing."
             )
-        saved = state.stateful_callbacks.get(STATE_KEY)
-        if not isinstance(saved, dict):
-            raise ValueError(
-                f"The checkpoint of step {state.global_step} holds no LearnAlign state, so it was written by a run "
-                "without LearnAlign. Resume without the sampler, or start a new run from its weights."
-            )
+        saved = saved_in(state)
         content = {name: value for name, value in saved.items() if name != "sha256"}
         if saved.get("sha256") != digest(content) or not _NEEDED <= saved.keys():
             raise ValueError(
@@ -127,11 +122,7 @@ class CheckpointState:
         arrays = read_arrays(checkpoint, saved.get("arrays"))
         whole = join({"sampler": saved["sampler"]}, arrays)
         schedule_state = self.stream.load_state_dict(whole["sampler"])
-        if saved["dataset_fingerprint"] != self._fingerprint:
-            raise ValueError(
-                "The training dataset has other rows, or the same in another order, than when the checkpoint was "
-                "written, whose prompts are named by their rows. Resume with the same dataset, or start a new run."
-            )
+        check_dataset(saved, self._fingerprint)
         self._free = tuple(saved["free"])
         self._check_config(saved["config"], coming=saved["pending"] is not None or saved["stage"] == 0)
         return schedule_state, saved["pending"]
@@ -157,6 +148,26 @@ class CheckpointState:
             lacking = not (coming or self.config.reselect_every) and self.stream.selects is not None
             how = " None is to come: set `reselect_every`, or resume from a checkpoint before the last one." * lacking
             logger.warning(f"{'; '.join(said)}: the selections to come follow the new values.{how}")
+
+
+def saved_in(state) -> dict:
+    """Return what a checkpoint's [`~transformers.TrainerState`] says of ours. Raises a `ValueError` if nothing."""
+    saved = state.stateful_callbacks.get(STATE_KEY)
+    if not isinstance(saved, dict):
+        raise ValueError(
+            f"The checkpoint of step {state.global_step} holds no LearnAlign state, so it was written by a run "
+            "without LearnAlign. Resume without the sampler, or start a new run from its weights."
+        )
+    return saved
+
+
+def check_dataset(saved: dict, fingerprint: str) -> None:
+    """Raise a `ValueError` unless a checkpoint was written with the dataset of this fingerprint."""
+    if saved["dataset_fingerprint"] != fingerprint:
+        raise ValueError(
+            "The training dataset has other rows, or the same in another order, than when the checkpoint was "
+            "written, whose prompts are named by their rows. Resume with the same dataset, or start a new run."
+        )
 
 
 _NEEDED = {"sampler", "pending", "dataset_fingerprint", "config", "stage", "free"}
