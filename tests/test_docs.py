@@ -78,7 +78,7 @@ def test_gains_in_the_readme_are_those_of_the_evidence():
     assert all(f"| {row} | {seconds} |" in evidence for row, seconds in zip(rows, took.groups(), strict=True))
 
 
-def test_code_of_the_page_about_online_runs():
+def test_code_of_the_page_about_online_runs(capsys):
     """Settings of an experiment, a loop of one's own, and the asynchronous trainer."""
     import trl_learnalign
 
@@ -88,6 +88,8 @@ def test_code_of_the_page_about_online_runs():
     assert len(found) == 4
     for block in found:
         exec(block, {name: getattr(trl_learnalign, name) for name in trl_learnalign.__all__})
+    shown = capsys.readouterr().out  # as the page says
+    assert "99% of what can be learnt" in shown and "100% of the last groups were live" in shown
 
 
 def test_lines_that_change_are_counted_honestly():
