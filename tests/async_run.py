@@ -44,12 +44,16 @@ def reward(completions, row, **kwargs):
 
 
 class Server:
-    """Answers `/v1/completions`: every fourth row succeeds half of the time, the others never."""
+    """
+    Answers `/v1/completions`: every fourth of some prompts succeeds half of the time, the others never.
+    """
 
-    def __init__(self, tokenizer, delays):
+    def __init__(self, tokenizer, delays, prompts=None):
         self.random, self.asked, self.hook = random.Random(0), [], None
         asks = {"add_generation_prompt": True, "return_dict": False}
-        rows = {tuple(tokenizer.apply_chat_template(prompt_of(row), **asks)): row for row in range(SIZE)}
+        prompts = [prompt_of(row) for row in range(SIZE)] if prompts is None else prompts
+        rows = {tuple(tokenizer.apply_chat_template(prompt, **asks)): row for row, prompt in enumerate(prompts)}
+        assert len(rows) == len(prompts)
         one, two, end = (tokenizer.convert_tokens_to_ids(token) for token in ("1", "2", "<eos>"))
         outer = self
 
@@ -129,12 +133,23 @@ def stand_in():
     trainer.get_peak_flops_per_device = lambda *args: None
 
 
+def save_policy(folder):
+    """Write a tiny policy with a tokenizer; return the tokenizer."""
+    from tiny import make_model, make_tokenizer
+
+    tokenizer = response_format(make_tokenizer())
+    if not (folder / "policy").is_dir():
+        make_model().save_pretrained(folder / "policy")
+        tokenizer.save_pretrained(folder / "policy")
+    return tokenizer
+
+
 def make(folder, config=None, settings=None, delays=(0.0, 0.02), rollout_worker=None, **changes):
     """A trainer, and the server that it asks."""
     from functools import partial
 
     from datasets import Dataset
-    from tiny import EAGER, lora, make_model, make_tokenizer
+    from tiny import EAGER, lora
     from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
 
     from trl_learnalign import LearnAlignAsyncMixin, LearnAlignConfig, LearnAlignSampler
@@ -145,10 +160,8 @@ def make(folder, config=None, settings=None, delays=(0.0, 0.02), rollout_worker=
     class Trainer(LearnAlignAsyncMixin, AsyncGRPOTrainer):
         pass
 
-    folder, tokenizer = Path(folder), response_format(make_tokenizer())
-    if not (folder / "policy").is_dir():
-        make_model().save_pretrained(folder / "policy")
-        tokenizer.save_pretrained(folder / "policy")
+    folder = Path(folder)
+    tokenizer = save_policy(folder)
     server = Server(tokenizer, delays)
     arguments = {
         "output_dir": str(folder / "run"),
@@ -198,19 +211,21 @@ def main():
     trainer, server = make(folder, config, **changes)
     trainer.train(resume_from_checkpoint=resume)
     run = trainer._learnalign
-    print(
-        json.dumps(
-            {
-                "steps": trainer.state.global_step,
-                "asked": server.asked,
-                "observed": run.schedule.curriculum.history.observed,
-                "drawn": run.schedule.curriculum.drawn,
-                "done": run.ledger.done,
-                "pending": len(run.ledger.pending),
-                "log": trainer.state.log_history[-2:],
-            }
-        )
+    found = json.dumps(
+        {
+            "world": trainer.accelerator.num_processes,
+            "steps": trainer.state.global_step,
+            "asked": server.asked,
+            "observed": run.schedule.curriculum.history.observed,
+            "drawn": run.schedule.curriculum.drawn,
+            "done": run.ledger.done,
+            "pending": len(run.ledger.pending),
+            "names": run.host.reward_names,
+            "log": trainer.state.log_history[-2:],
+        }
     )
+    print(found)
+    Path(folder, f"rank-{trainer.accelerator.process_index}.json").write_text(found)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import async_run
@@ -18,6 +19,7 @@ import pytest
 import trl
 from async_run import GROUP, SIZE, make
 from packaging.version import Version
+from transformers import Trainer
 from trl import GRPOTrainer
 
 from trl_learnalign import (
@@ -29,6 +31,7 @@ from trl_learnalign import (
 )
 from trl_learnalign.curriculum import Group, unpack
 from trl_learnalign.curriculum.feed import Ledger
+from trl_learnalign.ground.disk import DirectoryLock
 from trl_learnalign.schedules.async_checkpoint import FILE
 
 
@@ -277,6 +280,10 @@ def test_what_cannot_be_chosen_is_refused(tmp_path):
     with pytest.raises(TypeError, match="Wrong generates in another process while it trains"):
         Wrong(model=str(tmp_path / "policy"), train_sampler=sampler)
 
+    moved = type("AsyncGRPOTrainer", (Trainer,), {"__module__": "trl.trainer.async_grpo_trainer"})
+    with pytest.raises(RuntimeError, match="The AsyncGRPOTrainer of TRL .* has other parts than those of TRL 1.16"):
+        type("Newer", (LearnAlignAsyncMixin, moved), {})(model=str(tmp_path / "policy"), train_sampler=sampler)
+
     class Synchronous(LearnAlignAsyncMixin, GRPOTrainer):
         pass
 
@@ -339,3 +346,97 @@ def test_a_killed_learner_goes_on(tmp_path):
     done = subprocess.run([*arguments, json.dumps(changes)], capture_output=True, text=True, check=True, timeout=240)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["steps"] == 6 and found["done"] + found["pending"] == found["drawn"]
+
+
+@pytest.mark.slow
+def test_the_example(tmp_path, monkeypatch, capsys):
+    """With TRL's own loops; it begins, and goes on."""
+    from trl.experimental.async_grpo import async_grpo_trainer
+
+    examples = str(Path(__file__).parent.parent / "examples")
+    monkeypatch.syspath_prepend(examples)
+    monkeypatch.setenv("PYTHONPATH", examples)  # of the worker
+    import grpo_async
+    from grpo_gsm8k import INSTRUCTION
+
+    async_run.stand_in()
+    tokenizer = async_run.save_policy(tmp_path)
+    monkeypatch.setattr(grpo_async.LearnAlignAsyncTrainer, "_init_lora_sync", lambda *args: False, raising=False)
+    monkeypatch.setattr(async_grpo_trainer, "WeightTransferClient", lambda **kwargs: async_run.NoTransfer())
+    read = async_grpo_trainer.AutoTokenizer
+    monkeypatch.setattr(read, "from_pretrained", lambda *args, **kwargs: async_run.response_format(tokenizer))
+    questions = [f"{row % 10}+{row // 10}" for row in range(SIZE)]
+    lines = [json.dumps({"question": question, "answer": "so #### 1"}) for question in questions]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    prompts = [[{"role": "user", "content": question + INSTRUCTION}] for question in questions]
+    server = async_run.Server(tokenizer, (0.0, 0.01), prompts)
+    arguments = f"grpo_async.py --model {tmp_path}/policy --dataset_path {tmp_path} --output_dir {tmp_path}/run"
+    arguments += f" --vllm_server_base_url {server.url} --use_cpu --bf16 false --dtype float32 --num_generations 4"
+    arguments += " --per_device_train_batch_size 8 --gradient_accumulation_steps 1 --token_budget -1 --save_steps 2"
+    arguments += " --gradient_checkpointing false --max_completion_length 4 --report_to none --write_report false"
+    for more in ("--max_steps 2", "--max_steps 3 --resume_from_checkpoint true"):
+        monkeypatch.setattr(sys, "argv", f"{arguments} {more}".split())
+        grpo_async.main()
+    said = capsys.readouterr().out
+    assert "steps 1 to 2 train on random prompts" in said and "step 3 trains on" in said, said
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file() and len(server.asked) > 3 * 8
+
+
+# Several processes that train --------------------------------------------------------------------------------------
+
+
+def launch(folder, **changes):
+    """Two processes that train; what each has to say, or the end of what they printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    changes = {"per_device_train_batch_size": 4, "config": PLAIN} | changes
+    arguments = [async_run.__file__, str(folder), json.dumps(changes)]
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        return done.stderr
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_go_on(tmp_path):
+    """The main process alone draws; the other trains on its share of what comes, and knows what the rewards are."""
+    config = PLAIN | {"success_reward": "reward"}
+    make(tmp_path, None)  # writes the policy
+    one, two = launch(tmp_path, max_steps=4, save_steps=4, config=config)
+    assert one["world"] == two["world"] == 2 and one["steps"] == two["steps"] == 4
+    assert one["names"] == two["names"] == ["reward"]
+    assert one["drawn"] == one["done"] + one["pending"] > 0 and one["asked"]
+    assert two["drawn"] == 0 and not two["asked"]
+    saved = unpack((tmp_path / "run" / "checkpoint-4" / FILE).read_bytes())
+    rows, done = saved["ledger"]["rows"].tolist(), saved["ledger"]["done"]
+    one, two = launch(tmp_path, max_steps=6, save_strategy="no", resume=True, config=config)
+    assert one["steps"] == two["steps"] == 6 and set(one["asked"][:12]) <= set(rows[:8])
+    assert one["drawn"] == one["done"] + one["pending"] and one["done"] > done
+
+
+@pytest.mark.slow
+def test_what_the_main_process_finds_wrong_ends_both(tmp_path):
+    make(tmp_path, None)
+    printed = launch(tmp_path, max_steps=2, config={"success_reward": "missing"})
+    assert printed.count("'missing' is not among the trainer's reward functions: reward") == 2, printed
+    (tmp_path / "run" / "learnalign").mkdir(parents=True)
+    lock = DirectoryLock(tmp_path / "run" / "learnalign")
+    printed = launch(tmp_path, max_steps=2)
+    lock.release()
+    assert "process 0: RuntimeError: Another run is using" in printed, printed
+
+
+def test_training_that_waits_for_a_group_with_a_gradient_says_so(caplog):
+    from trl_learnalign.host.async_grpo import OnlineRolloutLoop
+
+    loop = object.__new__(OnlineRolloutLoop)
+    loop._dead, loop._warn_at, loop._recipe = 0, 64, SimpleNamespace(drop_dead=True)
+    for _ in range(63):
+        loop._note_dead(True)
+    loop._note_dead(False)
+    assert not caplog.text
+    for _ in range(600):
+        loop._note_dead(True)
+    texts = [record.getMessage() for record in caplog.records]
+    assert len(texts) == 2 and "The last 64 groups have no gradient" in texts[0] and "The last 512" in texts[1]
+    assert all("These are dropped, so training waits" in text for text in texts)

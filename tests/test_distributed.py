@@ -567,11 +567,21 @@ def test_gradients_of_groups_that_are_on_two_processes(first, again):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["FSDP1", *SHARDED])
 def test_gradients_with_sharded_weights(tmp_path, first, kind):
+    """And an online run that chooses by them: where the last digits differ, both processes still choose the same."""
     if kind.startswith("ZeRO"):
         pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     _, expected = first["gradients"]
-    ranks = launch("gradients", tmp_path, 2, FSDP | FSDP1 if kind == "FSDP1" else SHARDED[kind])
+    tasks = [("gradients", tmp_path / "gradients"), ("online aligned", tmp_path / "online")]
+    for _, path in tasks:
+        path.mkdir()
+    # FSDP1 saves no state on CPUs, and an online run saves one after each step
+    tasks = tasks[:1] if kind == "FSDP1" else tasks
+    ranks, *online = launch_all(tasks, 2, FSDP | FSDP1 if kind == "FSDP1" else SHARDED[kind])
     plain, given = as_arrays(expected[0]["given"]), as_arrays(ranks[0]["given"])
     assert ranks[0]["kind"] != "MULTI_CPU" and ranks[0]["reasons"] == [] and given.keys() == plain.keys()
     for number, sketch in plain.items():
         assert given[number] == pytest.approx(sketch, rel=1e-3, abs=1e-4 * np.abs(sketch).max())
+    for one, two in online:
+        assert one["chunks"] == two["chunks"] and one["state"] == two["state"] and one["step"] == 10
+        values, arrays = one["state"]
+        assert values["curriculum"]["alignment"]["trusted"] and len(arrays["curriculum/alignment/sketches"]) >= 8

@@ -130,7 +130,8 @@ class Oracle(TrainerCallback):
             else:
                 loss = type(trainer).compute_loss(trainer, trainer.model, own)
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-            found = torch.cat([grad.double().flatten() for grad in gradients]) / trainer.accelerator.num_processes
+            found = torch.cat([grad.double().flatten().cpu() for grad in gradients])
+            found /= trainer.accelerator.num_processes
             self.chunks[-1][group] = self.chunks[-1].get(group, 0) + found
 
 
@@ -198,6 +199,17 @@ def test_a_group_has_the_gradient_of_a_plain_backward(tmp_path, name):
     trainer = tapped(tmp_path, **SETTINGS[name])
     oracle = Oracle(trainer)
     trainer.train()
+    assert_equal_to_oracle(trainer, oracle, 0.999 if "bfloat16" in name else 0.9999)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["accumulation", "iterations", "bfloat16", "bfloat16 and checkpointing"])
+def test_a_group_has_the_gradient_of_a_plain_backward_on_a_gpu(tmp_path, name):
+    trainer = tapped(tmp_path, use_cpu=False, **SETTINGS[name])
+    oracle = Oracle(trainer)
+    trainer.train()
+    assert trainer.model.device.type == "cuda"
     assert_equal_to_oracle(trainer, oracle, 0.999 if "bfloat16" in name else 0.9999)
 
 

@@ -1,12 +1,13 @@
 """
 What the runs of a real chat model came to.
 
-    python benchmarks/chat/chat_results.py [--runs DIR ...] [--unfinished] [--collect]
+    python benchmarks/chat/chat_results.py [--runs DIR ...] [--alone] [--unfinished] [--collect]
 
 prints, for each pool, what each arm reached on the questions held out, with differences to random prompts (paired by
 seed; 95 % intervals by Student's t from three pairs on), where its rollouts went, and what its steps were like, from
-the finished runs of run.py in these folders and those that are kept in benchmarks/results/chat.json; with --unfinished
-from those that are under way, too, as far as they have come. With --collect finished runs are added to that file.
+the finished runs of run.py in these folders, and those that are kept in benchmarks/results/chat.json, unless --alone
+is given; with --unfinished from those that are under way, too, as far as they have come. With --collect finished runs
+are added to that file.
 """
 
 import argparse
@@ -59,10 +60,10 @@ def read(folder: Path) -> dict:
     return found
 
 
-def load(folders: list[Path], unfinished=False) -> dict:
-    """Read the runs in these folders, and those that are kept and not there: by pool, arm and seed."""
+def load(folders: list[Path], unfinished=False, kept=True) -> dict:
+    """Read the runs in these folders, and those that are `kept` and not there: by pool, arm and seed."""
     found: dict = {}
-    for run in json.loads(FILE.read_text(encoding="utf-8"))["runs"] if FILE.is_file() else []:
+    for run in json.loads(FILE.read_text(encoding="utf-8"))["runs"] if kept and FILE.is_file() else []:
         found.setdefault(run["pool"], {}).setdefault(run["arm"], {})[run["seed"]] = run
     for folder in sorted(one for runs in folders for one in runs.glob("*/*-*")):
         steps = folder / "steps.jsonl"
@@ -201,9 +202,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, nargs="*", default=[Path("runs/chat")])
     parser.add_argument("--unfinished", action="store_true")
+    parser.add_argument("--alone", action="store_true")
     parser.add_argument("--collect", action="store_true")
     options = parser.parse_args()
-    found = load(options.runs, options.unfinished)
+    found = load(options.runs, options.unfinished, kept=not options.alone)
     for pool, arms in found.items():
         tables = {
             "success on questions held out": table_of_success(arms),

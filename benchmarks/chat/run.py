@@ -8,8 +8,8 @@ writes runs/chat/POOL/ARM-SEED/: `steps.jsonl` (a line a step: rows, kinds, succ
 A run that was stopped goes on at its last checkpoint; one that is done is left out. --arms, --pools and --seeds take
 several, one after another; another call beside it takes other runs.
 
-A step has 8 prompts x 8 rollouts of at most 12 tokens. It takes 15 to 25 s on one thread of a machine with bfloat16
-instructions, a run of 60 steps some 25 minutes.
+A step has 8 prompts x 8 rollouts of at most 12 tokens. It runs on a GPU where there is one. On one thread of a machine
+with bfloat16 instructions it takes 15 to 25 s, a run of 60 steps some 25 minutes.
 """
 
 import argparse
@@ -118,7 +118,9 @@ class Looks(TrainerCallback):
             file.write(json.dumps(line) + "\n")
 
     def _look(self, step, model):
-        texts, kl = _sample(model, self.tokenizer, list(self.test["prompt"]))
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            texts, kl = _sample(model, self.tokenizer, list(self.test["prompt"]))
         right = [
             is_right(text, answer) for text, answer in zip(texts, self.test["answer"].repeat(SAMPLES), strict=True)
         ]
@@ -129,19 +131,18 @@ class Looks(TrainerCallback):
 
 
 def _weights(model) -> torch.Tensor:
-    return torch.cat([p.detach().float().flatten() for p in model.parameters() if p.requires_grad])
+    return torch.cat([p.detach().float().flatten() for p in model.parameters() if p.requires_grad]).cpu()
 
 
 @torch.no_grad()
 def _sample(model, tokenizer, prompts) -> tuple[list[str], float]:
     """Return completions of prompts at temperature 1, and the mean log-ratio to the model without adapter a token."""
-    state, training = torch.get_rng_state(), model.training
-    torch.manual_seed(0)
+    training = model.training
     model.eval()
     texts, ratios = [], []
     kwargs = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt", "padding": True}
     for start in range(0, len(prompts), 32):
-        batch = tokenizer.apply_chat_template(prompts[start : start + 32], **kwargs)
+        batch = tokenizer.apply_chat_template(prompts[start : start + 32], **kwargs).to(model.device)
         width = batch["input_ids"].shape[1]
         found = model.generate(
             **batch, do_sample=True, top_k=0, max_new_tokens=LENGTH, num_return_sequences=SAMPLES, use_cache=True
@@ -161,14 +162,13 @@ def _sample(model, tokenizer, prompts) -> tuple[list[str], float]:
         model.enable_adapter_layers()
         ratios.append((logps[0] - logps[1])[mask[few]])
     model.train(training)
-    torch.set_rng_state(state)
     return texts, float(torch.cat(ratios).mean())
 
 
 def arguments_of(folder, steps, learning_rate, seed) -> GRPOConfig:
     return GRPOConfig(
         output_dir=str(folder / "trainer"),
-        use_cpu=True,
+        use_cpu=not torch.cuda.is_available(),
         bf16=True,
         gradient_checkpointing=False,
         per_device_train_batch_size=ROWS,

@@ -1,13 +1,17 @@
 """The questions of the runs of a real chat model, and the tables of its runs."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tiny import make_model, make_tokenizer
 
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "chat"))  # `run` is that of online/
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "benchmarks" / "chat"))  # `run` is that of online/
 
 import chat_results
 from chat_results import gains, load, reached, table_of_shares, table_of_steps, table_of_success
@@ -98,3 +102,20 @@ def test_finished_runs_are_kept(tmp_path, monkeypatch):
 
 def cells_of(row):
     return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+@pytest.mark.slow
+def test_the_script_for_a_gpu_runs_at_toy_size(tmp_path):
+    """Without a GPU as well: all but what needs one, with a tiny policy; a second call finds all done."""
+    make_model().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    toy = {"PYTHON": sys.executable, "MODEL": str(tmp_path / "model"), "SEEDS": "1", "STEPS": "1", "PAIRS": "1"}
+    toy |= {"ARMS": "random,learnalign online", "OMP_NUM_THREADS": "1"}
+    for _ in range(2):
+        command = [str(ROOT / "benchmarks" / "gpu.sh"), str(tmp_path / "out")]
+        done = subprocess.run(command, env=os.environ | toy, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert len(json.loads((tmp_path / "out" / "taps.json").read_text())["cases"]) == 4
+    assert len([*(tmp_path / "out" / "chat").glob("*/*/done.json")]) == 4
+    assert "| LearnAlign online | 1 |" in done.stdout and "4. Asynchronous training" in done.stdout
+    assert "step 1:" not in done.stdout

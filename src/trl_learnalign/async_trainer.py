@@ -6,6 +6,7 @@ from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from transformers import TrainerCallback
 
 from .curriculum.events import Draw, Group
@@ -13,7 +14,7 @@ from .curriculum.feed import FINISHED, Ledger, Replica
 from .ground.disk import DirectoryLock
 from .ground.peers import Peers
 from .host import check_kind, find_host
-from .run.checkpoints import checkpoint_to_resume
+from .run.trains import TrainsOnPrompts
 from .run.uploads import warn_of_uploads
 from .sampler import LearnAlignSampler, check_sampler
 from .schedules import OnlineSchedule
@@ -23,18 +24,14 @@ from .schedules.stream import open_stream
 
 
 if TYPE_CHECKING:
-    from transformers import Trainer as _Trainer
-
     from .host.async_grpo import AsyncGRPOHost
-else:
-    _Trainer = object  # stands before a class of trainers
 
 logger = logging.getLogger(__name__)
 
 NO_GRADIENTS = "the asynchronous trainer packs the rows of several groups into one sequence"
 
 
-class LearnAlignAsyncMixin(_Trainer):
+class LearnAlignAsyncMixin(TrainsOnPrompts):
     r"""
     Gives TRL's AsyncGRPOTrainer (or a subclass of yours) the argument `train_sampler`:
 
@@ -59,6 +56,7 @@ class LearnAlignAsyncMixin(_Trainer):
     """
 
     learnalign: "AsyncHandle"
+    _learnalign: "AsyncRun | None"
 
     def __init__(self, *args, train_sampler: LearnAlignSampler | None = None, **kwargs):
         if train_sampler is not None:
@@ -66,33 +64,10 @@ class LearnAlignAsyncMixin(_Trainer):
             check_kind(type(self), asynchronous=True)
         super().__init__(*args, **kwargs)
         self.learnalign = None  # type: ignore[assignment]  # who asks for it has given a sampler
-        self._learnalign: AsyncRun | None = None
+        self._learnalign = None
         if train_sampler is not None:
             self._learnalign = AsyncRun(self, train_sampler)
             self.learnalign = AsyncHandle(self._learnalign)
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """
-        Train as the trainer does, but `resume_from_checkpoint=True` resumes from the last complete checkpoint.
-
-        Raises:
-            `ValueError`: the checkpoint that was asked for is not complete, or there are checkpoints and none is.
-            `RuntimeError`: this trainer has trained before.
-        """
-        if self._learnalign is None:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        if resume_from_checkpoint:
-            resume_from_checkpoint = checkpoint_to_resume(self, resume_from_checkpoint)
-        try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        finally:
-            self._learnalign.unlock()
-
-    def push_to_hub(self, *args, **kwargs):
-        """Push as the trainer does, with a warning if prompts go to a repository that is public, or may be."""
-        if self._learnalign is not None:
-            warn_of_uploads(self, self._learnalign.config, True, "online")
-        return super().push_to_hub(*args, **kwargs)
 
     def training_step(self, *args, **kwargs):
         """Train on a microbatch as the trainer does, and note which groups it had."""
@@ -188,10 +163,12 @@ class AsyncRun(TrainerCallback):
                 f"{type(trainer).__name__} never stops generating. Use `schedule='online'`; or select before training "
                 "(`trl-learnalign select`), and train on the rows that the selection names."
             )
-        self.host.check(self.config)
-        self._make = sampler.makes_schedule
-        stream = open_stream(self._make, self.host, self.config)
-        self._check(stream.schedule)
+        with Peers(trainer.accelerator) as peers:  # what one process alone finds wrong ends all
+            self.host.share(peers)
+            self.host.check(self.config)
+            stream = open_stream(sampler.makes_schedule, self.host, self.config)
+            self._check(stream.schedule)
+            peers.wait()
         sampler.bind(stream)
         self.sampler, self.stream = sampler, stream
         self.announcer = Announcer(self.host, self.config, stream)
@@ -231,21 +208,22 @@ class AsyncRun(TrainerCallback):
                 "with `resume_from_checkpoint` it goes on."
             )
         self._began = True
-        if self.is_main:
-            self._lock = DirectoryLock(self.announcer.directory)
-        warn_of_uploads(self.trainer, self.config, files="online")
-        saved = self._checkpoint.read(state) if state.global_step else None
+        self.warn_of_uploads()
         schedule = self.schedule
         with self.host.plain_attention(), Peers(self.trainer.accelerator) as peers:
+            if self.is_main:
+                self._lock = DirectoryLock(self.announcer.directory)
+            saved = self._checkpoint.read(state) if state.global_step else None
             schedule.prepare(self.host, None if saved is None else saved["schedule"], peers)
             self.announcer.begin(self.announcer.plan(state.global_step, state.max_steps, False))
             if saved is None:
                 schedule.look(self.host, peers)
-        if saved is not None:
-            schedule.load_state_dict(saved["schedule"])
-            self.ledger.load_state_dict(saved["ledger"])
-        if schedule.gradient_dim is not None:
-            schedule.no_gradients(NO_GRADIENTS)
+            else:
+                schedule.load_state_dict(saved["schedule"])
+                self.ledger.load_state_dict(saved["ledger"])
+            if schedule.gradient_dim is not None:
+                schedule.no_gradients(NO_GRADIENTS)
+            peers.wait()
         if self.is_main:
             self.replica = Replica(_Whole(schedule), self.ledger)
             self.host.resume_epochs(self.ledger.done)
@@ -262,8 +240,12 @@ class AsyncRun(TrainerCallback):
         curriculum.read_with(self.host.reader(self.config))
         self.host.hand_over(Recipe(curriculum, self._waiting, self._events, drop, steps))
 
-    def unlock(self) -> None:
-        """Let other runs use the output directory."""
+    def warn_of_uploads(self, now: bool = False) -> None:
+        """Warn of files with prompts that are uploaded; see [`warn_of_uploads`]."""
+        warn_of_uploads(self.trainer, self.config, now, "online")
+
+    def ended(self) -> None:
+        """Note that training has ended, finished or not: other runs may use the output directory."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -340,7 +322,8 @@ class AsyncRun(TrainerCallback):
             return logs
         self._catch_up()
         with self._turn:
-            return logs | {f"learnalign/{name}": value for name, value in self.schedule.metrics().items()}
+            found = self.schedule.metrics().items()
+            return logs | {f"learnalign/{name}": value for name, value in found if np.isfinite(value)}
 
     def report(self) -> Path | None:
         self._catch_up()

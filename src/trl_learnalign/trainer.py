@@ -9,7 +9,7 @@ from .callback import LearnAlignCallback, LearnAlignHandle
 from .data.prompts import check_dataset, check_prompts
 from .host import check_kind
 from .report.cards import model_card, online_model_card
-from .run.checkpoints import checkpoint_to_resume
+from .run.trains import TrainsOnPrompts
 from .sampler import LearnAlignSampler, check_sampler
 from .selection.stages import load_run
 
@@ -28,13 +28,10 @@ if TYPE_CHECKING:
         ProcessorMixin,
         TrainerCallback,
     )
-    from transformers import Trainer as _Trainer
     from trl import GRPOConfig
-else:
-    _Trainer = object  # stands before a class of trainers
 
 
-class LearnAlignMixin(_Trainer):
+class LearnAlignMixin(TrainsOnPrompts):
     r"""
     Gives a GRPOTrainer, an RLOOTrainer or an SDPOTrainer (or a subclass of yours) the argument `train_sampler`:
 
@@ -53,6 +50,7 @@ class LearnAlignMixin(_Trainer):
     """
 
     learnalign: LearnAlignHandle
+    _learnalign: LearnAlignCallback | None
 
     def __init__(self, *args, train_sampler: LearnAlignSampler | None = None, **kwargs):
         if train_sampler is not None:
@@ -64,40 +62,16 @@ class LearnAlignMixin(_Trainer):
                 check_prompts(kwargs["train_dataset"])
         super().__init__(*args, **kwargs)
         self.learnalign = None  # type: ignore[assignment]  # who asks for it has given a sampler
-        self._learnalign: LearnAlignCallback | None = None
+        self._learnalign = None
         if train_sampler is not None:
             self._learnalign = LearnAlignCallback(self, train_sampler)  # sets `learnalign`
             self.add_callback(self._learnalign)
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """
-        Train as the trainer does, but `resume_from_checkpoint=True` resumes from the last complete checkpoint: a run
-        killed while writing one goes on from the one before it, and a run killed before its first starts from the
-        beginning.
-
-        Raises:
-            `ValueError`: the checkpoint that was asked for is not complete, or there are checkpoints and none is.
-        """
-        if self._learnalign is None:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        if resume_from_checkpoint:
-            resume_from_checkpoint = checkpoint_to_resume(self, resume_from_checkpoint)
-        try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        finally:
-            self._learnalign.ended()
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Log as the trainer does, with `learnalign/zero_variance_after` once a selection is in use."""
         if self._learnalign is not None:
             logs = self._learnalign.with_zero_variance(logs)
         super().log(logs, *args, **kwargs)
-
-    def push_to_hub(self, *args, **kwargs):
-        """Push as the trainer does, with a warning if prompts go to a repository that is public, or may be."""
-        if self._learnalign is not None:
-            self._learnalign.warn_of_uploads(now=True)
-        return super().push_to_hub(*args, **kwargs)
 
     def create_model_card(self, *args, **kwargs):
         """Write the trainer's card, with a section on the prompts: the selections of this run, and the paper."""

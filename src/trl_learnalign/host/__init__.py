@@ -2,6 +2,7 @@
 
 import inspect
 from importlib import import_module
+from importlib.metadata import version
 
 from transformers import Trainer
 from trl import GRPOTrainer, RLOOTrainer
@@ -97,11 +98,24 @@ def _served(kind: type) -> type:
     for base in kind.__mro__:
         if base not in _HOSTS and (base.__module__, base.__name__) in _EXPERIMENTAL:
             module, name = _EXPERIMENTAL[base.__module__, base.__name__]
-            _HOSTS[base] = getattr(import_module(module, __name__), name)
+            try:
+                _HOSTS[base] = getattr(import_module(module, __name__), name)
+            except ImportError as error:  # TRL has moved what the host is made of
+                raise _other_version(base) from error
         if base in _HOSTS:
             return base
+        if base.__name__ == "AsyncGRPOTrainer" and base.__module__.startswith("trl."):  # not where it was
+            raise _other_version(base)
     raise TypeError(
         "LearnAlign works on a trl.GRPOTrainer, a trl.RLOOTrainer, a trl.experimental.sdpo.SDPOTrainer and trainers "
         f"that a host is registered for, but got a {kind.__name__}. Pass one of these, or register a host with "
         "`trl_learnalign.host.register_host`."
+    )
+
+
+def _other_version(kind: type) -> RuntimeError:
+    return RuntimeError(
+        f"The {kind.__name__} of TRL {version('trl')} has other parts than those of TRL 1.16, the newest version that "
+        "LearnAlign was tried with. (TRL 1.18 moved and renamed parts of AsyncGRPOTrainer.) Use `pip install "
+        "'trl<1.17'`."
     )

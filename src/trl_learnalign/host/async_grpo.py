@@ -3,9 +3,10 @@ The host of AsyncGRPOTrainer, which is experimental in TRL, and what its rollout
 imported only where there is a trainer of that class.
 """
 
+import logging
 import queue
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.context import get_spawning_popen
@@ -19,12 +20,16 @@ from ..config import LearnAlignConfig
 from ..curriculum.events import Draw, Group
 from ..curriculum.feed import Event, Feed, Ledger
 from ..curriculum.rewards import DecidedBy, RewardReader, read_rewards
+from ..ground.peers import Peers
 from ..scores import maths as scoring
 from .names import ASYNC_GRPO
 from .rewards import success_names
 from .trl import Host
 
 
+logger = logging.getLogger(__name__)
+
+FIRST_WARNING = 64  # groups without a gradient, one after another
 ZERO_STD = "frac_reward_zero_std"  # as GRPOTrainer calls it
 _WAITED = 600.0  # seconds for events that the worker has sent before
 
@@ -41,6 +46,9 @@ class AsyncGRPOHost(Host):
     settings = ("temperature",)
     arguments = ("bf16", "fp16")
 
+    _names: Sequence[str] = ()
+    _environments: list | None = None
+
     @property
     def group_size(self) -> int:
         return self.args.num_generations
@@ -56,20 +64,29 @@ class AsyncGRPOHost(Host):
         """Tell if the rollout worker is TRL's, which is what the main process has."""
         return isinstance(self.worker, AsyncRolloutWorker)
 
-    @property
-    def _worker_settings(self) -> dict:
-        return self.worker._loop_kwargs if self.has_own_worker else {}
+    def share(self, peers: Peers) -> None:
+        """Tell all processes what the worker, which is on the main process, calls. To be called on all, first."""
+        worker = self.worker
+        settings = worker._loop_kwargs if self.has_own_worker else {}
+        made = settings.get("environment_factory")
+        names = [
+            getattr(function, "__name__", type(function).__name__) for function in settings.get("reward_funcs") or []
+        ]
+        environments = None if made is None else list(made) if isinstance(made, dict) else [None]
+        self._names, self._environments = peers.broadcast((names, environments))
 
     @property
     def environments(self) -> dict | None:
-        found = self._worker_settings.get("environment_factory")
-        return found if found is None or isinstance(found, dict) else {None: found}
+        """Names of the environments, if there are any; their factories are the worker's alone."""
+        return None if self._environments is None else dict.fromkeys(self._environments)
 
     @property
     def reward_names(self) -> list[str]:
-        """Names of the reward functions; without an environment's own reward, which the worker knows alone."""
-        functions = self._worker_settings.get("reward_funcs") or []
-        return [getattr(function, "__name__", type(function).__name__) for function in functions]
+        """
+        Names of the reward functions, once [`~AsyncGRPOHost.share`] was called; without an environment's own reward,
+        which the worker knows alone.
+        """
+        return list(self._names)
 
     def try_rewards(self, row: int) -> None:
         """Do nothing: reward functions are called in the worker alone."""
@@ -222,6 +239,7 @@ class OnlineRolloutLoop(_AsyncRolloutLoop):
         self._recipe, self._feed = recipe, recipe.feed()
         self._first_version = self.model_version
         self._drawn: dict[int, int] = {}  # rows of the groups under way
+        self._dead, self._warn_at = 0, FIRST_WARNING  # groups without a gradient, one after another
 
     def _repeat_iterator(self):
         while True:
@@ -236,6 +254,7 @@ class OnlineRolloutLoop(_AsyncRolloutLoop):
         self._feed.tick((self.model_version - self._first_version) * self._recipe.steps_per_version)
         rewards, masked = _rewards_of(samples, group.completions_sequences, self.reward_func_names)
         dead = not any(abs(sample.advantage) > 1e-6 for sample in samples)
+        self._note_dead(dead)
         self._rates[ZERO_STD][0] += dead
         self._rates[ZERO_STD][1] += 1
         kept = [] if dead and self._recipe.drop_dead else samples
@@ -244,6 +263,21 @@ class OnlineRolloutLoop(_AsyncRolloutLoop):
         number = group.group_id
         self._feed.finished(Group(number, self._drawn.pop(number), rewards, masked, alike=alike), len(kept), texts[0])
         return kept
+
+    def _note_dead(self, dead):
+        """Warn, ever more rarely, while no group has a gradient: training may be waiting, which says nothing."""
+        self._dead = self._dead + 1 if dead else 0
+        if self._dead < self._warn_at:
+            return
+        self._warn_at *= 8
+        waits = (
+            "these are dropped, so training waits for one that has" if self._recipe.drop_dead else "nothing is learnt"
+        )
+        logger.warning(
+            f"The last {self._dead:,} groups have no gradient: all rollouts of a group got the same reward, or no "
+            f"token is trained on. {waits[0].upper()}{waits[1:]}. Look at a few completions and their rewards. If all "
+            "is as it should be, the prompts are too hard or too easy for this policy."
+        )
 
 
 def _rewards_of(samples, sequences, names) -> tuple[np.ndarray, np.ndarray]:

@@ -98,10 +98,13 @@ def plan_lines(schedule: "OnlineSchedule", step: int, max_steps: int) -> list[st
     """Return three lines for the start of a run, four where there is a target; see [`Describes.plan`]."""
     layout = schedule.layout
     prompts, pool = layout.prompts_trained(max_steps), len(schedule.pool)
+    number, visits = f"{prompts:,.0f} prompts in all, {layout.chunk_prompts} at once", f"{prompts / pool:.2f} visits"
+    if schedule.host.is_asynchronous and schedule.run.config.drop_dead_groups:
+        number = f"{prompts:,.0f} prompts with a gradient in all, {layout.chunk_prompts} a step"
+        visits = f"{visits}, and those of prompts whose groups are dropped,"
     return [
         _when(schedule, step, max_steps),
-        f"{prompts:,.0f} prompts in all, {layout.chunk_prompts} at once, from a pool of {pool:,}: "
-        f"{prompts / pool:.2f} visits per prompt.",
+        f"{number}, from a pool of {pool:,}: {visits} per prompt.",
         f"success is predicted from a prompt's own rewards, and from {', '.join(schedule.known) or 'nothing else'}.",
         *_aim(schedule),
     ]
@@ -138,6 +141,11 @@ def _when(schedule, step, max_steps):
         )
     if judge.choosing:
         return f"{steps} chosen prompts, as long as choosing helps ({settings.uniform:.0%} are random)."
+    if schedule.host.is_asynchronous:  # generated ahead of the steps, as many as there is room for
+        return (
+            f"{steps} random prompts, until success is predicted well enough (not before {judge.wait} groups are "
+            f"finished), then on chosen ones ({settings.uniform:.0%} stay random)."
+        )
     # The prediction must have been tried when a step begins, which draws its batches and what is read ahead
     tried = (draws + judge.draws_to_try(layout.chunk_prompts)) // layout.chunk_prompts
     begun = layout.step_of(tried - 1)
