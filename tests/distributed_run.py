@@ -343,7 +343,8 @@ def main(task, path):
             settings |= {"save_strategy": "no" if os.environ.get("FSDP_VERSION") == "1" else "steps"}
             settings["gradient_accumulation_steps"] = 2
             trainer = saved(path, reward=fixed_reward, dataset=make_dataset(23), **settings)
-            oracle = None if trainer.is_fsdp_enabled or task.startswith("resume") else Oracle(trainer)
+            sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+            oracle = None if sharded or task.startswith("resume") else Oracle(trainer)
             trainer.train(resume_from_checkpoint=task.startswith("resume") and str(Path(path) / "checkpoint-2"))
             schedule = trainer.learnalign.schedule
             result["reasons"] = schedule.reasons

@@ -78,16 +78,19 @@ def test_gains_in_the_readme_are_those_of_the_evidence():
     assert all(f"| {row} | {seconds} |" in evidence for row, seconds in zip(rows, took.groups(), strict=True))
 
 
-def test_code_of_the_page_about_online_runs(capsys):
+def test_code_of_the_page_about_online_runs(capsys, tmp_path, monkeypatch):
     """Settings of an experiment, a loop of one's own, and the asynchronous trainer."""
     import trl_learnalign
 
     pytest.importorskip("aiohttp")
     found = [block for block in blocks("online.md", "python") if "OnlineSettings" in block]
     found += blocks("any_loop.md", "python") + blocks("asynchronous.md", "python")
-    assert len(found) == 4
+    assert len(found) == 5
+    monkeypatch.chdir(tmp_path)
+    names = {name: getattr(trl_learnalign, name) for name in trl_learnalign.__all__}
     for block in found:
-        exec(block, {name: getattr(trl_learnalign, name) for name in trl_learnalign.__all__})
+        exec(block, names)
+    assert "six weights, 2,000 prompts" in (tmp_path / "report" / "report.html").read_text()
     shown = capsys.readouterr().out  # as the page says
     assert "99% of what can be learnt" in shown and "100% of the last groups were live" in shown
 

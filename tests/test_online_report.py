@@ -22,9 +22,9 @@ from trl_learnalign import LearnAlignConfig
 from trl_learnalign.cli.main import main
 from trl_learnalign.curriculum import Group
 from trl_learnalign.curriculum.history import COLUMNS
+from trl_learnalign.curriculum.report import periods, prompt_columns
 from trl_learnalign.report import online_page as online_report
 from trl_learnalign.report import online_tables
-from trl_learnalign.report.online_state import periods, prompt_columns
 from trl_learnalign.run.layout import Layout
 from trl_learnalign.schedules.base import Run
 from trl_learnalign.schedules.online import OnlineSchedule

@@ -116,3 +116,39 @@ def test_the_first_function_that_gave_a_reward_decides():
     deciding, advantages = DecidedBy((0, 1))(rewards)
     np.testing.assert_array_equal(deciding, [[0.0, 1.0, np.nan]])
     np.testing.assert_allclose(advantages, read_rewards(rewards)[1])
+
+
+def test_the_report_of_a_loop_of_ones_own(tmp_path):
+    from datasets import Dataset
+
+    from trl_learnalign.report.online_page import rewrite_online_report, write_curriculum_report
+
+    random = np.random.default_rng(0)
+    sources = random.choice(["exams", "exercises"], 60)
+    curriculum = OnlineCurriculum(make_features(sources), group_size=4, kinds=(sources == "exercises").astype(int))
+    texts = [f"question {row}" for row in range(60)]
+    with pytest.raises(ValueError, match="has observed no group yet"):
+        write_curriculum_report(curriculum, tmp_path, texts)
+    for _ in range(20):
+        draws = curriculum.choose(4)
+        rewards = (
+            random.random((4, 4, 1)) < 0.5 * (sources[[draw.row for draw in draws]] == "exercises")[:, None, None]
+        )
+        curriculum.observe(
+            [Group(draw.number, draw.row, part.astype(float)) for draw, part in zip(draws, rewards, strict=True)]
+        )
+        curriculum.tick(1)
+    with pytest.raises(ValueError, match="59 prompts were given, but the curriculum has 60 rows"):
+        write_curriculum_report(curriculum, tmp_path, texts[:59])
+    names = ["exams", "exercises"]
+    page = write_curriculum_report(curriculum, tmp_path / "new", texts, kind_names=names, name="my policy")
+    text = page.read_text()
+    assert (
+        "LearnAlign online, step 20<" in text and "my policy, 60 prompts" in text and "The plan of the run" not in text
+    )
+    kinds = {one["name"]: one for one in curriculum.report(names)["run"]["kinds"]}
+    assert kinds["exams"]["groups"] + kinds["exercises"]["groups"] == 80 and kinds["exams"]["live"] == 0
+    assert all(name in text for name in names)
+    rows = Dataset.from_dict({"prompt": texts, "answer": ["42"] * 60})
+    write_curriculum_report(curriculum, tmp_path, rows, kind_names=names, max_steps=30)
+    assert "step 20 of 30" in rewrite_online_report(tmp_path).read_text()

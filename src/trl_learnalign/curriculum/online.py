@@ -19,6 +19,7 @@ from .memory import PromptMemory
 from .order import Order, Permutations, UniformDraws, rounded, rows_of
 from .predictor import SuccessPredictor, checked_features, expected_deviation, expected_learnability
 from .prior import known_rates, mean_rate
+from .report import read_curriculum
 from .rewards import RewardReader, has_gradient, is_success, read_rewards
 from .scored import Scored
 from .settings import OnlineSettings
@@ -346,6 +347,21 @@ class OnlineCurriculum(FindsSuspects, KeepsState):
         more = {} if self.alignment is None else self.alignment.metrics()
         more |= {} if self.target is None else self.target.metrics()
         return {name: float(values[name]) for name in _LOGGED} | more
+
+    def report(self, kind_names: list[str] | None = None) -> dict:
+        """
+        Return the state as plain columns and numbers, for people to read; `trl_learnalign.report.online_page` makes a
+        page of it.
+
+        Args:
+            kind_names (`list[str]`, *optional*): names of the kinds, where `kinds` were given.
+
+        Returns:
+            `dict`: `prompts`, a column of shape `(n,)` for each thing known of the prompts of the pool; `history`, one
+            of shape `(t,)` for each value logged; `suspects` and `noise`, columns of the prompts whose answers or
+            rewards may be wrong; `run`, the other numbers, for JSON. docs/files.md explains all of them.
+        """
+        return read_curriculum(self, kind_names)
 
 
 _LOGGED = (

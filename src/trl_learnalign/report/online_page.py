@@ -2,12 +2,18 @@
 
 import html
 import os
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
+from datasets import Dataset
+
+from ..curriculum import OnlineCurriculum
 from ..selection.words import live_shares
 from . import online_figures
 from .html import TEXT, WORDS, figures, formatted, settings, table, write_page
 from .online_kinds import kinds_section
+from .online_state import read_state, versions
 from .online_tables import count_states, find_run, load_tables, write_tables
 from .trackers import log_figures
 
@@ -44,11 +50,63 @@ def write_online_report(schedule, host, directory: Path, log: bool = False) -> P
     Returns:
         `Path`: the HTML file.
     """
-    write_tables(schedule, host, directory)
+    state, model = host.trainer.state, host.trainer.model.config
+    found = read_state(schedule, state.max_steps)
+    found["run"]["settings"]["num_processes"] = host.accelerator.num_processes
+    found["run"] |= {"step": state.global_step, "max_steps": state.max_steps}
+    found["run"]["model"] = model._name_or_path or model.model_type
+    write_tables(found, host.dataset, directory)
     target, drawings = _write_page(directory)
     if log:
         log_figures(host.trainer, drawings)
     return target
+
+
+def write_curriculum_report(
+    curriculum: OnlineCurriculum,
+    directory: str | os.PathLike,
+    prompts: Dataset | Sequence[str],
+    *,
+    kind_names: list[str] | None = None,
+    name: str = "a policy",
+    max_steps: int | None = None,
+) -> Path:
+    """
+    Write the tables and the page of a curriculum of a training loop of one's own.
+
+    Args:
+        curriculum ([`OnlineCurriculum`]): after its first observation.
+        directory (`str` or `PathLike`): is made.
+        prompts ([`~datasets.Dataset`] or `Sequence[str]`): texts, by row; a dataset has them in its column `prompt`,
+            and answers are shown as well.
+        kind_names (`list[str]`, *optional*): names of the kinds, where `kinds` were given.
+        name (`str`, *optional*): of the policy.
+        max_steps (`int`, *optional*): optimizer steps of the run, where they are known.
+
+    Returns:
+        `Path`: the HTML file.
+
+    Raises:
+        `ValueError`: nothing was observed yet; prompts of another number.
+    """
+    if not curriculum.history.observed:
+        raise ValueError("The curriculum has observed no group yet, so there is nothing to report.")
+    dataset = prompts if isinstance(prompts, Dataset) else Dataset.from_dict({"prompt": list(prompts)})
+    if len(dataset) != len(curriculum.features):
+        raise ValueError(
+            f"{len(dataset):,} prompts were given, but the curriculum has {len(curriculum.features):,} rows. Pass the "
+            "text of every row, also of those that may not be trained on."
+        )
+    found = curriculum.report(kind_names)
+    found["run"] |= {
+        "step": curriculum.steps,
+        "max_steps": max_steps,
+        "model": name,
+        "plan": [],
+        "settings": {"config": {}, "curriculum": asdict(curriculum.settings), "versions": versions()},
+    }
+    write_tables(found, dataset, Path(directory))
+    return _write_page(Path(directory))[0]
 
 
 def rewrite_online_report(path: str | os.PathLike) -> Path | None:
@@ -72,7 +130,7 @@ def _write_page(directory):
     prompts, history, suspects, noise, run = load_tables(directory)
     config = run["settings"]["config"]
     drawings = online_figures.drawings(prompts, history, run)
-    step = f"{run['step']:,} of {run['max_steps']:,}"
+    step = f"{run['step']:,} of {run['max_steps']:,}" if run["max_steps"] else f"{run['step']:,}"
     target = write_page(
         directory,
         title=f"LearnAlign online, step {step}",
@@ -270,8 +328,9 @@ def _samples(run) -> str:
 
 def _settings(run) -> str:
     plan = "".join(f"<li>{html.escape(line[:1].upper() + line[1:])}</li>" for line in run["plan"])
+    plan = f"<p>The plan of the run:</p><ul>{plan}</ul>" if plan else ""
     return (
-        f"<p>The plan of the run:</p><ul>{plan}</ul>{settings('Settings and versions', run['settings'])}"
+        f"{plan}{settings('Settings and versions', run['settings'])}"
         "<p>Choosing prompts changes the objective: prompts with a success rate near one half come more often than in "
         "the pool, and nothing here corrects that.</p>"
     )

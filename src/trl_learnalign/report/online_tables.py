@@ -8,10 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from datasets import Dataset
 
+from ..curriculum.report import finite
 from ..ground.disk import make_directory, write_json, write_parquet
 from ..selection.excerpt import prompt_texts, shortened
-from .online_state import finite, read_state
 
 
 PROMPTS_FILE = "online_prompts.parquet"
@@ -29,31 +30,27 @@ _PLAIN = ("string", "large_string", "int", "uint", "float", "bool")
 _COUNTS = ("groups", "step", "visited", "retired", "parked", "unscored")
 
 
-def write_tables(schedule, host, directory: Path) -> None:
+def write_tables(found: dict, dataset: Dataset, directory: Path) -> None:
     """
     Write the files, the numbers of the run last.
 
     Args:
-        schedule ([`OnlineSchedule`]): after its first observation.
-        host ([`Host`]): the trainer.
-        directory (`Path`): `OUTPUT_DIR/learnalign`.
+        found (`dict`): see [`OnlineCurriculum.report`]; its `run` also has `step`, `max_steps`, `model`, `plan` and
+            `settings`.
+        dataset (`Dataset`): the prompts.
+        directory (`Path`): is made.
     """
     make_directory(directory)
-    state, model = host.trainer.state, host.trainer.model.config
-    prompts, history, suspects, noise, numbers = read_state(schedule, state.max_steps)
-    _read_examples(numbers["kinds"], host.dataset)
-    numbers["settings"]["num_processes"] = host.accelerator.num_processes
-    numbers |= {
-        "step": state.global_step,
-        "max_steps": state.max_steps,
+    prompts, numbers = found["prompts"], found["run"]
+    _read_examples(numbers["kinds"], dataset)
+    numbers = numbers | {
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": model._name_or_path or model.model_type,
-        "samples": _samples(prompts, host.dataset),
+        "samples": _samples(prompts, dataset),
     }
     write_parquet(directory / PROMPTS_FILE, _prompts_table(prompts))
-    write_parquet(directory / HISTORY_FILE, _history_table(history))
-    write_parquet(directory / SUSPECTS_FILE, _suspects_table(suspects, host.dataset))
-    write_parquet(directory / NOISE_FILE, _suspects_table(noise, host.dataset))
+    write_parquet(directory / HISTORY_FILE, _history_table(found["history"]))
+    write_parquet(directory / SUSPECTS_FILE, _suspects_table(found["suspects"], dataset))
+    write_parquet(directory / NOISE_FILE, _suspects_table(found["noise"], dataset))
     write_json(directory / RUN_FILE, numbers)
 
 

@@ -12,7 +12,7 @@ else:
 
 
 class RunsPrompts(Protocol):
-    """Those who look after the prompts of a trainer."""
+    """Looks after the prompts of a trainer."""
 
     def ended(self) -> None: ...
     def warn_of_uploads(self, now: bool = False) -> None: ...

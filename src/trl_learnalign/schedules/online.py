@@ -11,10 +11,10 @@ from tqdm.auto import tqdm
 from ..curriculum import OnlineCurriculum, OnlineSettings
 from ..curriculum.judge import Judge
 from ..curriculum.prior import known_rates, mean_rate
+from ..curriculum.report import kind_warnings
 from ..data.order import RandomOrder
 from ..host.rewards import check_success_reward
 from ..measures.feature_file import PromptFeatures
-from ..report.online_state import kind_warnings
 from . import online_words as words
 from .base import Describes, LearnsFromGradients, Prepares, Run, Schedule, Ticks, whole_pool
 from .prompt_features import (
@@ -52,6 +52,7 @@ class OnlineSchedule(Schedule, Ticks, LearnsFromGradients, Describes, Prepares):
         target (`np.ndarray` of shape `(N,)`, *optional*): rows that the policy should become good at, bool.
         known (`list[str]`): names of what success is predicted from, besides a prompt's own rewards.
         kind_names (`list[str]`, *optional*): names of the kinds of prompts, where `group_column` gives them.
+        is_asynchronous (`bool`): whether the trainer generates while it trains.
     """
 
     compares = True
@@ -72,6 +73,7 @@ class OnlineSchedule(Schedule, Ticks, LearnsFromGradients, Describes, Prepares):
         self.target: np.ndarray | None = None
         self.known: list[str] = []
         self.kind_names: list[str] | None = None
+        self.is_asynchronous = False
         self._hidden: PromptFeatures | None = None
         self._logged = False  # the figures, to the trackers
         self._said = np.zeros(len(words.KINDS), bool)  # kinds of warnings that were given
@@ -95,7 +97,7 @@ class OnlineSchedule(Schedule, Ticks, LearnsFromGradients, Describes, Prepares):
     # Setting up -------------------------------------------------------------------------------------------------
 
     def fit(self, host):
-        config = self.run.config
+        config, self.is_asynchronous = self.run.config, host.is_asynchronous
         check_success_reward(host.reward_names, config.success_reward, config.learnability)
         check_online(host.dataset, config)
         self.pool = eligible_rows(host.dataset, config)

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..curriculum.judge import Judge
+from ..curriculum.report import WARNINGS, read_kinds
 from ..curriculum.rewards import doubtful_threshold
 from ..report.online_kinds import warnings_of
-from ..report.online_state import WARNINGS, read_kinds
 from ..selection.excerpt import prompt_texts
 from ..selection.warnings import threshold_warning
 from ..selection.words import live_shares
@@ -99,7 +99,7 @@ def plan_lines(schedule: "OnlineSchedule", step: int, max_steps: int) -> list[st
     layout = schedule.layout
     prompts, pool = layout.prompts_trained(max_steps), len(schedule.pool)
     number, visits = f"{prompts:,.0f} prompts in all, {layout.chunk_prompts} at once", f"{prompts / pool:.2f} visits"
-    if schedule.host.is_asynchronous and schedule.run.config.drop_dead_groups:
+    if schedule.is_asynchronous and schedule.run.config.drop_dead_groups:
         number = f"{prompts:,.0f} prompts with a gradient in all, {layout.chunk_prompts} a step"
         visits = f"{visits}, and those of prompts whose groups are dropped,"
     return [
@@ -141,7 +141,7 @@ def _when(schedule, step, max_steps):
         )
     if judge.choosing:
         return f"{steps} chosen prompts, as long as choosing helps ({settings.uniform:.0%} are random)."
-    if schedule.host.is_asynchronous:  # generated ahead of the steps, as many as there is room for
+    if schedule.is_asynchronous:  # generated ahead of the steps, as many as there is room for
         return (
             f"{steps} random prompts, until success is predicted well enough (not before {judge.wait} groups are "
             f"finished), then on chosen ones ({settings.uniform:.0%} stay random)."
@@ -263,7 +263,7 @@ def kind_warnings(schedule: "OnlineSchedule", wanted: np.ndarray) -> list[str]:
         wanted (`np.ndarray` of shape `(W, K)`): for each warning and each kind whether it is to be given, bool.
     """
     names, texts = [*WARNINGS], []
-    for kind, one in enumerate(read_kinds(schedule)):
+    for kind, one in enumerate(read_kinds(schedule.curriculum, schedule.kind_names)):
         one["warnings"] = [name for name, so in zip(names, wanted[:, kind], strict=True) if so]
         if one["warnings"]:
             one["examples"] = prompt_texts(schedule.host.dataset, one["examples"][:1]) if one["examples"] else []
