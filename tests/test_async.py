@@ -264,7 +264,7 @@ def test_a_worker_of_the_users_asks_for_prompts_and_hands_groups_back(tmp_path):
 def test_what_cannot_be_chosen_is_refused(tmp_path):
     from trl.experimental.async_grpo import AsyncGRPOTrainer
 
-    with pytest.raises(ValueError, match="`schedule='staged'` selects between steps"):
+    with pytest.raises(ValueError, match="`schedule='staged'` cannot choose while"):
         make(tmp_path, {"schedule": "staged", "score": "learnalign"})
     trainer, _ = make(tmp_path, None)
     assert trainer.learnalign is None

@@ -16,14 +16,12 @@ import numpy as np
 import pools
 import pytest
 import run
-from tiny import Seen, config, drawn, make_dataset, make_trainer
+from tiny import Seen, make_dataset, make_trainer
 from train_tiny_policy import CHARACTERS
 from transformers import AutoTokenizer
 
-from trl_learnalign import LearnAlignCallback, LearnAlignSampler
-from trl_learnalign.curriculum import Group, OnlineSettings
+from trl_learnalign.curriculum import OnlineSettings
 from trl_learnalign.curriculum.memory import PromptMemory
-from trl_learnalign.schedules.base import Run
 
 
 @pytest.fixture(scope="module")
@@ -59,35 +57,6 @@ def test_a_tenth_of_the_answers_is_wrong_and_the_trainer_is_not_told(hard):
     assert wrong.rows.column_names == ["prompt", "answer"] and wrong.wrong.sum() == 800
     pairs = zip(wrong.rows["answer"], hard.rows["answer"], strict=True)
     assert [Decimal(a) != Decimal(b) for a, b in pairs] == wrong.wrong.tolist()
-
-
-@pytest.mark.parametrize("name", baselines.SCHEDULES)
-def test_another_method_trains_on_what_it_draws_and_learns_from_its_rewards(tmp_path, name):
-    seen = Seen()
-    sampler = LearnAlignSampler(config(), schedule=baselines.SCHEDULES[name])
-    trainer = make_trainer(tmp_path, reward=seen, dataset=make_dataset(24), max_steps=4)
-    trainer.add_callback(LearnAlignCallback(trainer, sampler))
-    chunks = drawn(trainer)
-    trainer.train()
-    schedule, size = sampler.schedule, trainer.num_generations
-    rows = [row for chunk in range(4) for row in chunks[chunk]]
-    assert seen.rows[::size] == rows
-    assert min(schedule._flight, default=schedule.drawn) == 16  # all groups of the four chunks were observed
-    if name in ("beta mean", "mopps"):
-        visits = np.bincount(rows, minlength=24)
-        assert (schedule.a + schedule.b - 2 == size * visits).all() and (schedule.a > 1).any()
-
-
-def test_greso_skips_prompts_without_a_gradient_more_often_the_longer_they_have_none():
-    schedule, later = baselines.GRESO(Run(40, 8, 8, 0, config(), None)), []
-    for chunk in range(60):
-        rows = schedule.choose(8)
-        rewards = np.where(rows[:, None] % 2, np.arange(8) % 2, 1)  # even rows are solved each time
-        groups = enumerate(zip(rows.tolist(), rewards, strict=True), start=8 * chunk)
-        schedule.observe([Group(number, row, own[:, None]) for number, (row, own) in groups])
-        later += rows.tolist() if chunk >= 40 else []
-    assert np.mean([row % 2 == 0 for row in later]) < 0.3
-    assert schedule.keep["hard"] > 0.5  # none of that kind: it may look at more
 
 
 def test_a_refill_trains_on_groups_with_a_gradient_and_pays_for_the_others(tmp_path):

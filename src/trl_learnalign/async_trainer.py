@@ -159,9 +159,9 @@ class AsyncRun(TrainerCallback):
         self.host: AsyncGRPOHost = find_host(trainer)  # type: ignore[assignment]
         if self.config.schedule != "online":
             raise ValueError(
-                f"`schedule={self.config.schedule!r}` selects between steps, but the rollout worker of "
-                f"{type(trainer).__name__} never stops generating. Use `schedule='online'`; or select before training "
-                "(`trl-learnalign select`), and train on the rows that the selection names."
+                f"`schedule={self.config.schedule!r}` cannot choose while {type(trainer).__name__} generates: its "
+                "rollout worker never stops. Use `schedule='online'`; or select before training (`trl-learnalign "
+                "select`), and train on the rows that the selection names."
             )
         with Peers(trainer.accelerator) as peers:  # what one process alone finds wrong ends all
             self.host.share(peers)

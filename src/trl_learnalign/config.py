@@ -164,14 +164,18 @@ class LearnAlignConfig:
             The way prompts are fed to training. `"staged"`: random prompts as a warm-up, then those of a selection.
             `"online"`: every chunk is chosen by learnability, predicted from the rewards of training so far, and, with
             `score="learnalign"`, by the alignment of gradients, predicted from those that training takes. Online
-            needs no extra rollouts, and the settings of a selection do not apply.
+            needs no extra rollouts, and the settings of a selection do not apply. Other methods that choose by the
+            rewards of training, with the constants of their papers: `"mopps"` (arXiv 2507.04632), `"insight"`
+            (2603.01907), `"dps"` (2603.10887), `"greso"` (2506.02177), `"pools"` (prime-rl), `"sec"` (2505.14970) and
+            `"dump"` (2504.09710), which draw among the groups of `group_column`, and `"lfr"` (2409.06131).
         prompt_features (`bool`, *optional*, defaults to `True`):
             Online: also use the policy's hidden states of the prompts, to predict the success of prompts not trained
             on yet. This takes one forward through half of the layers when training begins, over the pool or over a
             random part of a large one. Images and prompts that an environment supplies have no such features.
         group_column (`str`, *optional*):
-            Online: a column of the dataset, such as a source or a kind, that the prediction may use as a category. At
-            most 256 values, no fractions, and not another one in every row.
+            Online: a column of the dataset, such as a source or a kind, that the prediction may use as a category; for
+            `schedule="sec"` and `"dump"` the groups to draw from. At most 256 values, no fractions, and not another
+            one in every row.
         pass_rate_column (`str`, *optional*):
             Online: a column with success rates in [0, 1], such as another model's. The prediction begins with it, and
             choosing with the first chunk; both are corrected by the rewards of training.
@@ -210,7 +214,7 @@ class LearnAlignConfig:
     save_rollouts: bool = False
     write_report: bool = True
     selection_seed: int | None = None
-    schedule: Literal["staged", "online"] = "staged"
+    schedule: Literal["staged", "online", "mopps", "insight", "dps", "greso", "pools", "sec", "dump", "lfr"] = "staged"
     prompt_features: bool = True
     group_column: str | None = None
     pass_rate_column: str | None = None
@@ -282,11 +286,18 @@ class LearnAlignConfig:
         for one in fields(self):
             value, lacks = getattr(self, one.name), missing(self, one.name)
             if value != one.default and lacks is not None:
-                idle = lacks.idle.format(score=score_name(self.score), prompt_order=self.prompt_order)
+                idle = lacks.idle.format(
+                    score=score_name(self.score), prompt_order=self.prompt_order, schedule=self.schedule
+                )
                 text = f"`{one.name}` is {value!r}, but has no effect {idle}. Leave it out, or {lacks.remedy}."
                 if lacks.refused:
                     raise ValueError(text)
                 warnings.warn(text, stacklevel=4)
+        if self.schedule in ("sec", "dump") and self.group_column is None:
+            raise ValueError(
+                f"`schedule` is {self.schedule!r}, which draws among groups, but `group_column` is not set. "
+                "Name a column with the source or kind of each prompt."
+            )
         if self.schedule == "online" and self.score not in ("learnalign", "learnability", "target"):
             raise ValueError(
                 f"`score` is {score_name(self.score)!r}, but `schedule='online'` chooses by predicted learnability. "

@@ -29,8 +29,18 @@ class Acting:
     refused: bool = True
 
 
-_STAGED = Acting(lambda config: config.schedule == "staged", "with `schedule='online'`", "set `schedule='staged'`")
-_ONLINE = Acting(lambda config: config.schedule == "online", "with `schedule='staged'`", "set `schedule='online'`")
+_STAGED = Acting(lambda config: config.schedule == "staged", "with `schedule={schedule!r}`", "set `schedule='staged'`")
+_ONLINE = Acting(lambda config: config.schedule == "online", "with `schedule={schedule!r}`", "set `schedule='online'`")
+_SCORES = Acting(
+    lambda config: config.schedule in ("staged", "online"),
+    "with `schedule={schedule!r}`, which counts successes alone",
+    "set `schedule='online'`",
+)
+_GROUPS = Acting(
+    lambda config: config.schedule in ("online", "sec", "dump"),
+    "with `schedule={schedule!r}`",
+    "set `schedule='online'`",
+)
 _ROLLOUTS = Acting(
     lambda config: "rollouts" in config.measures,
     "with `score={score!r}`, which needs no rollouts",
@@ -52,7 +62,7 @@ _ANSWERS = Acting(  # a measure from outside the package may read them
 )
 _SUCCESS = Acting(  # a selection records success rates in any case
     lambda config: config.schedule == "staged" or config.learnability == "success_rate",
-    "with `schedule='online'` and `learnability='variance'`, where no successes are counted",
+    "with `schedule={schedule!r}` and `learnability='variance'`, where no successes are counted",
     "set `learnability='success_rate'`",
 )
 _WARMUP = Acting(lambda config: config.warmup_prompts > 0, "with `warmup_prompts=0`", "set `warmup_prompts`")
@@ -77,7 +87,8 @@ ACTING = {
     "rollout_batch_prompts": (_STAGED, _ROLLOUTS),
     "score_measures": (_STAGED,),
     "answer_column": (_STAGED, _ANSWERS),
-    "learnability": (_ROLLOUTS,),
+    "score": (_SCORES,),
+    "learnability": (_SCORES, _ROLLOUTS),
     "success_threshold": (_ROLLOUTS, _SUCCESS),
     "success_reward": (_ROLLOUTS,),
     "gradient_rollouts": (_STAGED, _GRADIENTS),
@@ -94,7 +105,7 @@ ACTING = {
     "fold": (_STAGED, _FOLDING),
     "save_rollouts": (_STAGED, _ROLLOUTS),
     "prompt_features": (_ONLINE,),
-    "group_column": (_ONLINE,),
+    "group_column": (_GROUPS,),
     "pass_rate_column": (_ONLINE,),
     "drop_dead_groups": (_ONLINE,),
 }

@@ -181,10 +181,10 @@ def _parse(path, rest):
 
 
 def _staged(schedule: str) -> str:
-    """Refuse `online`, before the configuration complains of `warmup_prompts`, which is set here."""
-    if schedule == "online":
+    """Refuse all others, before the configuration complains of `warmup_prompts`, which is set here."""
+    if schedule != "staged":
         raise argparse.ArgumentTypeError(
-            "`schedule` is 'online', but such a run chooses its prompts while it trains, so there is nothing to "
+            f"`schedule` is {schedule!r}, but such a run chooses its prompts while it trains, so there is nothing to "
             "select. Leave it out here, and set it in the LearnAlignConfig of a training script."
         )
     return schedule

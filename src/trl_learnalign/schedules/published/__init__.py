@@ -1,0 +1,25 @@
+"""Published ways to choose prompts by the rewards of training, one file each, by the names of their papers."""
+
+from .bandit import DUMP, SEC
+from .base import Published
+from .dps import DPS
+from .greso import GRESO
+from .insight import InSight
+from .lfr import LFR
+from .mopps import MoPPS
+from .pools import Pools
+
+
+# By the name that `LearnAlignConfig(schedule=...)` has for them
+PUBLISHED: dict[str, type[Published]] = {
+    "mopps": MoPPS,
+    "insight": InSight,
+    "dps": DPS,
+    "greso": GRESO,
+    "pools": Pools,
+    "sec": SEC,
+    "dump": DUMP,
+    "lfr": LFR,
+}
+
+__all__ = ["DPS", "DUMP", "GRESO", "LFR", "PUBLISHED", "SEC", "InSight", "MoPPS", "Pools", "Published"]
