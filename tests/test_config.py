@@ -60,22 +60,23 @@ ANY = (*SELECTED, ROLLED_OUT[3])
 GRADIENTS = ({"score": "alignment"}, {"score": "learnalign", "learnability": "variance"})
 ANSWERED = ({"score": "confidence"}, {"score": len, "score_measures": ["likelihood"]})
 OTHERWISE = {"score": "learnability"}
+METHOD = {"schedule": "mopps"}  # a published one
 # Of each field another value, with what it acts, and with what it has no effect
 EFFECTS = {
-    "num_prompts": (5, SELECTED, ROLLED_OUT[3:]),
+    "num_prompts": (5, SELECTED, (*ROLLED_OUT[3:], METHOD)),
     "warmup_prompts": (5, SELECTED, ROLLED_OUT[3:]),
     "num_rollouts": (4, ROLLED_OUT[:3], (*FREE, *ROLLED_OUT[3:])),
     "rollout_batch_prompts": (4, ROLLED_OUT[:3], (*FREE, *ROLLED_OUT[3:])),
-    "score": ("learnability", ({}, ROLLED_OUT[3]), ()),
+    "score": ("learnability", ({}, ROLLED_OUT[3]), (METHOD,)),
     "score_measures": (["rollouts"], FREE[2:], ()),
     "answer_column": ("answer", ANSWERED, ANY),
-    "learnability": ("variance", ROLLED_OUT, FREE),
+    "learnability": ("variance", ROLLED_OUT, (*FREE, METHOD)),
     "success_threshold": (
         0.5,
-        (*ROLLED_OUT, {"learnability": "variance"}),
+        (*ROLLED_OUT, METHOD, {"learnability": "variance"}),
         (*FREE, {"schedule": "online", "learnability": "variance"}),
     ),
-    "success_reward": ("right", ROLLED_OUT, FREE),
+    "success_reward": ("right", (*ROLLED_OUT, METHOD), FREE),
     "gradient_rollouts": ("one_correct", GRADIENTS, (*FREE, OTHERWISE, OWN, *ROLLED_OUT[3:])),
     "projection_dim": (None, GRADIENTS, (*FREE, OTHERWISE, OWN, *ROLLED_OUT[3:])),
     "max_tokens_per_batch": (50, GRADIENTS, (*FREE, OTHERWISE, OWN, *ROLLED_OUT[3:])),
@@ -89,7 +90,7 @@ EFFECTS = {
         ({"score": "target", "target_dataset": "target.jsonl"}, {"score": "target", "schedule": "online"}),
         (),
     ),
-    "where": ("row < 3", ANY, ()),
+    "where": ("row < 3", (*ANY, METHOD), ()),
     "quota_column": ("source", SELECTED, ROLLED_OUT[3:]),
     "quota": ("equal", ({"quota_column": "source"},), ({}, *ROLLED_OUT[3:])),
     "take": ("proportional", SELECTED[1:], ({"score": "random"}, *ROLLED_OUT[3:])),
@@ -99,9 +100,9 @@ EFFECTS = {
     "write_report": (False, ANY, ()),
     "selection_seed": (3, ANY, ()),
     "schedule": ("online", ({},), ()),
-    "prompt_features": (False, ROLLED_OUT[3:], SELECTED),
-    "group_column": ("source", ROLLED_OUT[3:], SELECTED),
-    "pass_rate_column": ("rate", ROLLED_OUT[3:], SELECTED),
+    "prompt_features": (False, ROLLED_OUT[3:], (*SELECTED, METHOD)),
+    "group_column": ("source", (*ROLLED_OUT[3:], {"schedule": "sec"}, {"schedule": "dump"}), (*SELECTED, METHOD)),
+    "pass_rate_column": ("rate", ROLLED_OUT[3:], (*SELECTED, METHOD)),
     "drop_dead_groups": (False, ROLLED_OUT[3:], SELECTED),
 }
 

@@ -93,6 +93,35 @@ def test_confidence_is_that_of_one_forward_for_each_prompt(tmp_path, monkeypatch
     assert table["eligible"].all() and table[["success_rate", "learnability", "alignment"]].isna().all(axis=None)
 
 
+@pytest.mark.parametrize("kind", ["text", "messages", "with a system message"])
+def test_pvi_is_what_the_prompt_tells_of_the_answer(tmp_path, caplog, kind):
+    """Against a forward for each prompt, with and without its words, and log-probabilities summed one by one."""
+    dataset = rows_with_answers(conversational=kind != "text")
+    if kind == "with a system message":
+        dataset = dataset.map(lambda row: {"prompt": [{"role": "system", "content": "1+1"}, *row["prompt"]]})
+    trainer = trainer_of(tmp_path, dataset)
+    selection = select_prompts(trainer, config(score="pvi", answer_column="answer"))
+    table = selection.scores.to_pandas().set_index("index")
+
+    def without_words(row):
+        if kind == "text":
+            return {"prompt": trainer.processing_class.eos_token}
+        return {"prompt": [*row["prompt"][:-1], {"role": "user", "content": ""}]}
+
+    given, alone = one_by_one(trainer, dataset), one_by_one(trainer, dataset.map(without_words))
+    np.testing.assert_allclose(table["answer_likelihood"], given, rtol=1e-5)
+    np.testing.assert_allclose(table["answer_likelihood_alone"], alone, rtol=1e-5)
+    tokens = [
+        len(trainer.processing_class(answer, add_special_tokens=False)["input_ids"]) for answer in dataset["answer"]
+    ]
+    bits = np.array(tokens) * (np.log2(given) - np.log2(alone))
+    np.testing.assert_allclose(table["score"], bits, rtol=1e-3, atol=1e-4)
+    assert selection.indices == table["score"].sort_values(ascending=False).index[:8].tolist() and len(set(tokens)) > 2
+    assert f"{(table['score'] <= 0).sum()} of 24 answers are at least as likely without their prompt" in caplog.text
+    some = config(score="pvi", answer_column="answer", where="prompt_information > 0", num_prompts=24)
+    assert set(select_prompts(trainer, some).indices) == set(table.index[table["prompt_information"] > 0])
+
+
 def test_the_forward_is_made_once_and_known_by_its_answers(tmp_path, monkeypatch):
     forwards_made = []
 

@@ -78,7 +78,9 @@ class LearnAlignConfig:
             `"alignment"` (Eq. 8 without V), `"random"` (no rollouts), `"target"` (V times the alignment with the mean
             gradient of `target_dataset`, the largest over subtasks: LESS, arXiv 2402.04333), `"target_alignment"` (the
             same without V), `"confidence"` (the nearness of the likelihood of the answer in `answer_column` to the
-            mean over the pool: UFO-RL, arXiv 2505.12457; one forward over each prompt, no rollouts), `"column:NAME"`
+            mean over the pool: UFO-RL, arXiv 2505.12457; one forward over each prompt, no rollouts), `"pvi"` (the
+            bits that the prompt tells of the answer, log2 p(answer after the prompt) - log2 p(answer alone): PVI,
+            arXiv 2507.00038; two forwards), `"column:NAME"`
             (a column of numbers of the dataset; no rollouts), or your own function, as an object or as
             `"file.py:function"`. The function takes a `pandas.DataFrame` with a row per prompt and returns a Series.
             Higher is better; a prompt with NaN is never chosen. Online: `"learnalign"`, `"learnability"`, or
@@ -88,8 +90,8 @@ class LearnAlignConfig:
             `["likelihood"]` (of the answers), `["hidden_states"]`, or none (the default).
         answer_column (`str`, *optional*):
             Column of the dataset with the right answer to each prompt, texts or numbers, as the policy should write
-            it after the prompt. Required by `score="confidence"`. On the command line reward functions also get the
-            column as `solution`.
+            it after the prompt. Required by `score="confidence"` and `"pvi"`. On the command line reward functions
+            also get the column as `solution`.
         learnability (`str`, *optional*, defaults to `"success_rate"`):
             `"success_rate"`: V = p (1 - p). `"variance"`, for graded rewards: V = the variance of a prompt's rewards,
             scaled to their range over the pool; for rewards of 0 and 1 the two are equal.

@@ -17,7 +17,7 @@ import traceback
 import warnings
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser
@@ -181,8 +181,8 @@ def _parse(path, rest):
 
 
 def _staged(schedule: str) -> str:
-    """Refuse all others, before the configuration complains of `warmup_prompts`, which is set here."""
-    if schedule != "staged":
+    """Refuse the others, before the configuration complains of `warmup_prompts`, which is set here."""
+    if schedule != "staged" and schedule in get_args(LearnAlignConfig.__annotations__["schedule"]):
         raise argparse.ArgumentTypeError(
             f"`schedule` is {schedule!r}, but such a run chooses its prompts while it trains, so there is nothing to "
             "select. Leave it out here, and set it in the LearnAlignConfig of a training script."

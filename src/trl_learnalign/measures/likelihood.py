@@ -12,6 +12,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..data.columns import candidate_rows, check_named, dataset_columns
+from ..data.reading import read_prompts
 from ..host import Host
 from .base import Context, Finding, Measure
 from .forwards import Forward, evaluating, in_rounds, prompt_ids, reason_against, tokens_at_once, windows_of
@@ -34,7 +35,7 @@ class Likelihood(Measure):
     """
 
     name = "likelihood"
-    columns = ("answer_likelihood",)
+    columns: tuple[str, ...] = ("answer_likelihood",)
 
     def check(self, host: Host, config: "LearnAlignConfig") -> None:
         """
@@ -80,7 +81,7 @@ class Likelihood(Measure):
 
         def read(part):
             texts = [_text(answer) for answer in _column(host, context.config, part)]
-            pairs = zip(part, prompt_ids(host, part), host.text_ids(texts), strict=True)
+            pairs = zip(part, self.prompts(host, part), host.text_ids(texts), strict=True)
             return [_Answered(row, prompt, answer) for row, prompt, answer in pairs]
 
         started = time.perf_counter()
@@ -91,7 +92,51 @@ class Likelihood(Measure):
         log.close()
         context.clock("likelihoods", started)
         index = pd.Index(list(rows), name="index", dtype="int64")
-        return Finding(pd.DataFrame({"answer_likelihood": np.exp(means[:, 0])}, index=index))
+        found = {"answer_likelihood": np.exp(means[:, 0]), "answer_tokens": means[:, 1]}
+        return Finding(self.table(context, pd.DataFrame(found, index=index)))
+
+    def table(self, context: Context, found: pd.DataFrame) -> pd.DataFrame:
+        """Return the columns of this measure; `found` has `answer_likelihood` and `answer_tokens`."""
+        return found[["answer_likelihood"]]
+
+    def prompts(self, host: Host, rows: Sequence[int]) -> list[list[int]]:
+        """Return the tokens that answers follow, as training makes them."""
+        return prompt_ids(host, rows)
+
+
+class LikelihoodAlone(Likelihood):
+    """
+    The likelihood s0 of the answer without the prompt, as [`Likelihood`] has it, and the bits that the prompt tells of
+    the answer, log2 p(answer after the prompt) - log2 p(answer alone) (PVI, arXiv 2507.00038). Before the answer
+    stands what training makes of a prompt without words: the chat template around empty messages, of which a system
+    message stays, or the token that begins a text. An answer that is likely then can be guessed.
+    """
+
+    name = "likelihood_alone"
+    requires = ("likelihood",)
+    columns = ("answer_likelihood_alone", "prompt_information")
+
+    def table(self, context: Context, found: pd.DataFrame) -> pd.DataFrame:
+        """Return s0, and the bits that the prompt tells of the answer, log2 p(answer, prompt) - log2 p(answer)."""
+        given = context.found["likelihood"].table
+        assert given is not None  # it has a row for each prompt
+        likely = given["answer_likelihood"]
+        alone = found["answer_likelihood"]
+        bits = found["answer_tokens"] * (np.log2(likely.reindex(found.index)) - np.log2(alone))
+        return pd.DataFrame({"answer_likelihood_alone": alone, "prompt_information": bits})
+
+    def prompts(self, host: Host, rows: Sequence[int]) -> list[list[int]]:
+        """Return the tokens of prompts without words."""
+        empty = [{"prompt": _emptied(prompt)} for prompt in read_prompts(host.dataset, rows)]
+        start = host.tokenizer.bos_token_id
+        start = host.tokenizer.eos_token_id if start is None else start
+        return [tokens or [start] for tokens in host.prompt_ids(empty)]
+
+
+def _emptied(prompt):
+    if isinstance(prompt, str):
+        return ""
+    return [message if message["role"] == "system" else message | {"content": ""} for message in prompt]
 
 
 def _tokens(host):
@@ -128,7 +173,7 @@ class _Answered:
 
 
 class _AnswerForward(Forward):
-    """Mean log-probabilities of answers, of shape `(n, 1)`, float64."""
+    """Mean log-probabilities of answers, and the numbers of their tokens, of shape `(n, 2)`, float64."""
 
     def run(self, sequences):
         """Run the policy, with a head for the columns of the answers alone."""
@@ -144,12 +189,13 @@ class _AnswerForward(Forward):
         with host.accelerator.autocast():
             logits = host.policy(input_ids=input_ids, attention_mask=mask.long(), use_cache=False, **some).logits
         first = input_ids.shape[1] - logits.shape[1]
-        means = np.empty((len(sequences), 1))
+        means = np.empty((len(sequences), 2))
         # Row by row, so that the logits of one answer alone are in float32
         for place, one in enumerate(sequences):
             own = logits[place, len(one.prompt) - 1 - first : len(one) - 1 - first].float()
             tokens = torch.tensor(one.answer, device=device)[:, None]
-            means[place] = (own.gather(1, tokens)[:, 0] - own.logsumexp(1)).double().mean().item()
+            mean = (own.gather(1, tokens)[:, 0] - own.logsumexp(1)).double().mean().item()
+            means[place] = mean, len(one.answer)
         wrong = [one.row for one, mean in zip(sequences, means[:, 0], strict=True) if not np.isfinite(mean)]
         if wrong:
             raise ValueError(

@@ -7,7 +7,7 @@ from .base import PRICES, Measure
 from .columns import Columns
 from .contract import check_apart, check_measure
 from .hidden_states import HiddenStates
-from .likelihood import Likelihood
+from .likelihood import Likelihood, LikelihoodAlone
 from .rollouts import RolloutMeasure
 from .target import TargetGradients, TargetRollouts
 
@@ -22,6 +22,7 @@ MEASURES: dict[str, Measure] = {
         GradientMeasure(),
         HiddenStates(),
         Likelihood(),
+        LikelihoodAlone(),
         Columns(),
     )
 }

@@ -86,6 +86,7 @@ SCORES = {
     "target": Score(_TARGET, lambda table, align: _to_target(table, align, table["learnability"])),
     "target_alignment": Score(_TARGET, lambda table, align: _to_target(table, align, 1.0)),
     "confidence": Score(("likelihood",), _confidence),  # UFO-RL, arXiv 2505.12457
+    "pvi": Score(("likelihood", "likelihood_alone"), lambda table, align: table["prompt_information"]),
     "random": Score((), lambda table, align: table.index.to_series() * 0.0, at_random=True),  # all are tied
 }
 _COLUMN = "column:"

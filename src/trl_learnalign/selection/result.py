@@ -145,6 +145,28 @@ class Selection:
             rows = rows.add_column(name, [None if value != value else value for value in table[column].astype(float)])
         return rows
 
+    def preference_pairs(self, dataset: Dataset, rollouts: str | os.PathLike) -> Dataset:
+        """
+        Pair the best with the worst rollout of each chosen prompt, for preference learning such as TRL's DPOTrainer
+        (arXiv 2405.00451, where a tree search makes the rollouts). Prompts whose rollouts are tied are left out.
+
+        Args:
+            dataset (`Dataset`): that the selection was made from.
+            rollouts (`str` or `PathLike`): directory of the kept rollouts,
+                `OUTPUT_DIR/_learnalign/rollouts/step-000000`, see `LearnAlignConfig(save_rollouts=True)`. On several
+                machines, with the files of all.
+
+        Returns:
+            `Dataset`: `index`, `prompt`, `chosen`, `rejected` (text, or messages as the prompt has them) and `margin`,
+            the difference of their advantages.
+
+        Raises:
+            `ValueError`: there are no rollouts, or not those of all chosen prompts; or another dataset.
+        """
+        from .preferences import preference_pairs
+
+        return preference_pairs(self.indices, self.to_dataset(dataset), rollouts)
+
     def to_pandas(self) -> "pandas.DataFrame":
         """Return the table of scores, best first, with the dataset's indices as its index."""
         return self.scores.to_pandas().sort_values("rank").set_index("index")

@@ -91,9 +91,25 @@ def pool_warnings(selection: "Selection") -> list[str]:
             f"{without:,} of {pool:,} prompts count as not learnable although the rewards of their rollouts differ, "
             f"as they have no gradient: {reason}"
         )
+    texts += filter(None, [_guessable(selection)])
     if selection.indices:  # else `selection_warning` speaks of the threshold
         texts += filter(None, [threshold_warning(provenance.get("doubt"), config.get("success_threshold"))])
     return texts
+
+
+def _guessable(selection) -> str | None:
+    """Tell of answers that the policy finds no likelier with their prompt than without."""
+    if "likelihood_alone" not in selection.measures:
+        return None
+    nothing = pc.less_equal(selection.scores["prompt_information"], 0)
+    number, chosen = (pc.sum(one).as_py() or 0 for one in (nothing, pc.and_(nothing, selection.scores["selected"])))
+    if not number:
+        return None
+    return (
+        f"{number:,} of {selection.scores.num_rows:,} answers are at least as likely without their prompt, "
+        f"{chosen:,} of the chosen ones among them: they can be guessed, or their prompt tells this policy nothing. "
+        "`where='prompt_information > 0'` leaves them out."
+    )
 
 
 def threshold_warning(doubt: tuple[float, float, float] | None, threshold: float) -> str | None:
