@@ -9,7 +9,7 @@ DATASET ?=
 # Idle threads sleep instead of spinning, so that they do not slow down a busy machine
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo demo-online test test-all lint docs dist bench bench-costs evidence evidence-online evidence-alignment evidence-small clean
+.PHONY: demo demo-selection test test-all lint docs dist bench bench-costs evidence evidence-online evidence-alignment evidence-small clean
 
 # torch first and pinned: otherwise pip installs the newest build with all of CUDA
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
@@ -18,11 +18,13 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[dev]"
 	touch $@
 
+# LearnAlign online beside random prompts
 demo: $(VENV)/installed
-	$(BIN)/python examples/demo.py $(if $(DATASET),--dataset_path $(DATASET))
-
-demo-online: $(VENV)/installed
 	$(BIN)/python examples/demo_online.py $(if $(DATASET),--dataset_path $(DATASET))
+
+# A selection, the method of the paper
+demo-selection: $(VENV)/installed
+	$(BIN)/python examples/demo.py $(if $(DATASET),--dataset_path $(DATASET))
 
 # Two workers; each takes a whole file, as the tests of a file share training runs
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

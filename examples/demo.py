@@ -31,6 +31,7 @@ warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=F
 
 POLICY = Path(__file__).parent / "assets" / "tiny-policy"
 SAMPLES = 8
+GROUP = 8  # rollouts of a prompt
 
 
 def load(arguments) -> tuple[Dataset, Dataset, str]:
@@ -65,7 +66,7 @@ def build_trainer(score, pool, arguments, sampler=LearnAlignSampler) -> LearnAli
         bf16=False,
         gradient_checkpointing=False,
         per_device_train_batch_size=256,  # 32 prompts of 8 rollouts
-        num_generations=8,
+        num_generations=GROUP,
         max_completion_length=56,
         learning_rate=2e-4,
         lr_scheduler_type="constant",
@@ -156,6 +157,10 @@ def main():
     print(
         f"  LearnAlign - random    {gap.mean():+.3f} +- {error:.3f}  (one run each; the error is over held-out "
         "prompts only)"
+    )
+    print(
+        f"  Beside its training the selection rolled out {len(pool):,} prompts, {len(pool) * GROUP:,} rollouts; "
+        "random prompts cost none"
     )
     print(f"\nTotal: {time.perf_counter() - started:.0f} s")
     print(f"The scores, to be read in Python: Selection.load('{path}')")

@@ -1,12 +1,13 @@
 """
-A small experiment on two CPU cores: GRPO on prompts chosen online beside GRPO on random prompts.
+A small experiment on two CPU cores: GRPO on prompts that LearnAlign chooses online, beside GRPO on random prompts.
 
     python examples/demo_online.py [--dataset_path DIR]
 
-The pool was not filtered by difficulty: a quarter are equations that the tiny policy can learn, most are far too hard
-for it, and some are trivial. Two processes train on it at the same time, from the same policy, with equally many
-rollouts: one is TRL's own trainer, the other has the three lines that choose every batch of prompts online. DIR holds
-GSM8K's `train.jsonl` and `test.jsonl`, whose equations are then used in place of generated ones.
+The pool is as pools are that nobody has filtered: a quarter are equations that the tiny policy can learn, as many are
+far too hard for it, some are trivial, and a third are decided by chance, as by a flaky grader, whatever the policy
+answers. Two processes train on it at the same time, from the same policy, with equally many rollouts: one is TRL's own
+trainer, the other has the three lines that choose every batch of prompts online. DIR holds GSM8K's `train.jsonl` and
+`test.jsonl`, whose equations are then used in place of generated ones.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import torch
 from datasets import Dataset
 from demo import POLICY, SAMPLES, success
 from equations import equations_reward, generate_chains, load_gsm8k_equations
-from hard_pool import KINDS, SIZES, hard_pool
+from hard_pool import COIN, EQUATION, HARD, TRIVIAL, hard_pool
 from peft import LoraConfig
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
@@ -38,7 +39,8 @@ import matplotlib.pyplot as plt
 
 
 PROMPTS, GROUP = 16, 8  # of a step; rollouts of a prompt
-ARMS = {"uniform": "random prompts", "online": "chosen online"}
+SHARES = {EQUATION: 0.25, HARD: 0.27, TRIVIAL: 0.15, COIN: 0.33}  # of the pool
+ARMS = {"uniform": "random prompts", "online": "LearnAlign online"}
 COLOURS = {"uniform": "#000000", "online": "#D55E00"}
 WINDOW = 10  # steps
 LOOKS = 5  # at held-out success, after the first
@@ -52,16 +54,31 @@ def load(arguments) -> tuple[Dataset, Dataset]:
         equations, test = (
             load_gsm8k_equations(arguments.dataset_path / f"{split}.jsonl")[0] for split in ("train", "test")
         )
-    sizes = {kind: SIZES[kind] * arguments.pool // sum(SIZES.values()) for kind in KINDS}
-    pool = hard_pool(equations, arguments.seed, sizes).remove_columns("kind")
+    sizes = {kind: round(share * arguments.pool) for kind, share in SHARES.items()}
+    pool = hard_pool(equations, arguments.seed, sizes)
     return pool, test.shuffle(seed=arguments.seed).select(range(min(arguments.test, len(test))))
+
+
+class Reward:
+    """1 for a right answer, and on coins by chance; keeps the kinds of the prompts of the last step."""
+
+    __name__ = "right"
+
+    def __init__(self, seed):
+        self.random, self.kinds, self.live = np.random.default_rng(seed), np.zeros(0), np.zeros(0)
+
+    def __call__(self, completions, answer, kind, **kwargs):
+        rewards, kinds = np.array(equations_reward(completions, answer)), np.array(kind)
+        rewards[kinds == COIN] = self.random.random((kinds == COIN).sum()) < 0.5
+        self.kinds, self.live = kinds[::GROUP], rewards.reshape(-1, GROUP).std(axis=1) > 0
+        return rewards.tolist()
 
 
 class Watch(TrainerCallback):
     """Tells the main process of each step, and of held-out success after every part of the run."""
 
-    def __init__(self, arm, test, steps, messages):
-        self.arm, self.test, self.messages = arm, test, messages
+    def __init__(self, arm, test, steps, messages, reward):
+        self.arm, self.test, self.messages, self.reward = arm, test, messages, reward
         self.due = {round(steps * part / LOOKS) for part in range(LOOKS + 1)}
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -69,7 +86,8 @@ class Watch(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "frac_reward_zero_std" in logs:
-            self.messages.put(("step", self.arm, 1 - logs["frac_reward_zero_std"]))
+            coins = self.reward.kinds == COIN
+            self.messages.put(("step", self.arm, (coins.mean(), (self.reward.live & ~coins).mean())))
 
     def on_step_end(self, args, state, control, **kwargs):
         self.look(state.global_step, **kwargs)
@@ -89,12 +107,12 @@ def train(arm, arguments, messages) -> None:
     torch.set_num_threads(1)
     disable_progress_bar()
     pool, test = load(arguments)
-    options = {}
+    options, reward = {}, Reward(arguments.seed)
     if arm == "online":
         options["train_sampler"] = LearnAlignSampler(LearnAlignConfig(schedule="online"))
     trainer = (LearnAlignGRPOTrainer if options else GRPOTrainer)(
         model=AutoModelForCausalLM.from_pretrained(POLICY, dtype=torch.float32),
-        reward_funcs=equations_reward,
+        reward_funcs=reward,
         args=GRPOConfig(
             output_dir=str(arguments.output_dir / arm),
             use_cpu=True,
@@ -118,7 +136,7 @@ def train(arm, arguments, messages) -> None:
         train_dataset=pool,
         processing_class=AutoTokenizer.from_pretrained(POLICY),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
-        callbacks=[Watch(arm, test, arguments.steps, messages)],
+        callbacks=[Watch(arm, test, arguments.steps, messages, reward)],
         **options,
     )
     trainer.remove_callback(PrinterCallback)
@@ -126,10 +144,13 @@ def train(arm, arguments, messages) -> None:
 
 
 def watch(runs, messages, steps) -> tuple[dict, dict]:
-    """Shows both runs until they end; returns the shares of live groups by step, and success by step, of each."""
-    live, looks = {arm: [] for arm in ARMS}, {arm: {} for arm in ARMS}
+    """
+    Shows both runs until they end. Returns, of each, by step the share of the rollouts on coins and of live groups
+    that are no coins; and success by step.
+    """
+    shares, looks = {arm: [] for arm in ARMS}, {arm: {} for arm in ARMS}
     bars = {
-        arm: tqdm(total=steps, desc=f"{name:14s}", unit="step", position=i)
+        arm: tqdm(total=steps, desc=f"{name:17s}", unit="step", position=i)
         for i, (arm, name) in enumerate(ARMS.items())
     }
     while True:
@@ -138,12 +159,12 @@ def watch(runs, messages, steps) -> tuple[dict, dict]:
             while True:
                 kind, arm, value = messages.get(timeout=0.5)
                 if kind == "step":
-                    live[arm].append(value)
+                    shares[arm].append(value)
                     bars[arm].update()
                 else:
                     looks[arm][value[0]] = value[1]
-                shares = f"live groups {np.mean(live[arm][-20:]):.0%}, " if live[arm] else ""
-                bars[arm].set_postfix_str(f"{shares}held-out success {[*looks[arm].values()][-1]:.3f}")
+                coins = f"on chance {np.mean(shares[arm][-20:], axis=0)[0]:.0%}, " if shares[arm] else ""
+                bars[arm].set_postfix_str(f"{coins}held-out success {[*looks[arm].values()][-1]:.3f}")
         except Empty:
             pass
         if ended or any(run.done() and run.exception() for run in runs):
@@ -152,7 +173,7 @@ def watch(runs, messages, steps) -> tuple[dict, dict]:
         bar.close()
     for run in runs:
         run.result()  # raises what a run raised
-    return live, looks
+    return {arm: np.array(found) for arm, found in shares.items()}, looks
 
 
 def curve(looks) -> list[tuple[int, float]]:
@@ -168,18 +189,19 @@ def rollouts_to(points, goal) -> float | None:
     return None
 
 
-def draw(live, looks, path) -> None:
-    """Held-out success and live groups against rollouts."""
+def draw(shares, looks, path) -> None:
+    """Held-out success, and the share of the rollouts that chance decided, against rollouts."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
     for arm, name in ARMS.items():
         rollouts, rates = zip(*curve(looks[arm]), strict=True)
         left.plot(rollouts, 100 * np.array(rates), marker="o", color=COLOURS[arm], label=name)
-        smooth = [np.mean(live[arm][max(0, end - WINDOW) : end]) for end in range(1, len(live[arm]) + 1)]
+        coins = shares[arm][:, 0]
+        smooth = [np.mean(coins[max(0, end - WINDOW) : end]) for end in range(1, len(coins) + 1)]
         right.plot(
             PROMPTS * GROUP * np.arange(1, len(smooth) + 1), 100 * np.array(smooth), color=COLOURS[arm], label=name
         )
     left.set_ylabel("held-out success, %")
-    right.set_ylabel(f"live groups, %, mean of {WINDOW} steps")
+    right.set_ylabel(f"rollouts decided by chance, %, mean of {WINDOW} steps")
     right.set_ylim(0, 100)
     for axes in (left, right):
         axes.set_xlabel("rollouts generated")
@@ -202,29 +224,31 @@ def main():
     started = time.perf_counter()
     pool, test = load(arguments)
     print(
-        f"A pool of {len(pool):,} prompts, most of them too hard; {len(test)} held out. Two runs of {arguments.steps} "
-        f"steps, {PROMPTS} prompts x {GROUP} rollouts each"
+        f"A pool of {len(pool):,} prompts: equations, others too hard, others trivial, and a third decided by chance. "
+        f"{len(test)} equations held out. Two runs of {arguments.steps} steps, {PROMPTS} prompts x {GROUP} rollouts"
     )
     context = get_context("spawn")
     with context.Manager() as manager, ProcessPoolExecutor(len(ARMS), mp_context=context) as processes:
         messages = manager.Queue()
         runs = [processes.submit(train, arm, arguments, messages) for arm in ARMS]
-        live, looks = watch(runs, messages, arguments.steps)
+        shares, looks = watch(runs, messages, arguments.steps)
     figure = arguments.output_dir / "success.png"
-    draw(live, looks, figure)
+    draw(shares, looks, figure)
 
     steps = sorted(looks["uniform"])
     print(f"\nHeld-out success at temperature 1 ({len(test)} prompts, {SAMPLES} samples each)")
-    print("  after rollouts   " + "".join(f"{PROMPTS * GROUP * step:8,d}" for step in steps) + "   live groups")
+    counts = "".join(f"{PROMPTS * GROUP * step:8,d}" for step in steps)
+    print(f"  after rollouts   {counts}   by chance   live, no chance")
     for arm, name in ARMS.items():
         rates = "".join(f"{looks[arm][step]:8.3f}" for step in steps)
-        print(f"  {name:15s}  {rates}   {np.mean(live[arm]):11.0%}")
+        coins, live = shares[arm].mean(axis=0)
+        print(f"  {name:17s}{rates}   {coins:9.0%}   {live:15.0%}")
     total = PROMPTS * GROUP * arguments.steps
     needed = rollouts_to(curve(looks["online"]), looks["uniform"][arguments.steps])
     print(
-        "  Chosen online, the final success of random prompts is not reached."
+        "  With LearnAlign online the final success of random prompts is not reached."
         if needed is None
-        else f"  Chosen online, the final success of random prompts is reached after {needed:,.0f} rollouts, "
+        else f"  With LearnAlign online the final success of random prompts is reached after {needed:,.0f} rollouts, "
         f"{needed / total:.0%} of theirs (one run each)."
     )
     print(f"\nTotal: {time.perf_counter() - started:.0f} s")

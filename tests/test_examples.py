@@ -266,9 +266,9 @@ def test_demo(tmp_path):
 def test_demo_online(tmp_path):
     command = [sys.executable, EXAMPLES / "demo_online.py", "--output_dir", tmp_path, "--pool", "200", "--steps", "5"]
     output, _ = run(*command, "--test", "20", apart=True)
-    for line in ("after rollouts", "random prompts", "chosen online", "Total:"):
+    for line in ("after rollouts", "random prompts", "LearnAlign online", "by chance", "Total:"):
         assert line in output
-    assert re.search(r"Chosen online, the final success of random prompts is (not )?reached", output)
+    assert re.search(r"With LearnAlign online the final success of random prompts is (not )?reached", output)
     figure, report = (re.search(rf"{words}: (.*)", output)[1] for words in ("The figure", "in a browser"))
     assert Path(figure).read_bytes().startswith(b"\x89PNG")
     assert Path(report).read_text().startswith("<!doctype html>")

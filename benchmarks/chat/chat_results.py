@@ -33,6 +33,7 @@ ARMS = {
     "refill": "refill (DAPO)",
     "online": "online, learnability alone",
     "learnalign-online": "LearnAlign online",
+    "learnalign-online-without-a-bound": "LearnAlign online, no bound on kinds that do not rise",
     "online-in-proportion": "learnability alone, in proportion",
     "learnalign-online-on-top": "LearnAlign online, the best alone",
 }
@@ -103,7 +104,7 @@ def by_kind(run) -> dict[str, float]:
 
 def pairs(arms, arm, other="random") -> list[tuple[dict, dict]]:
     """Return the runs of an arm, each with that of another arm of the same seed that has come as far."""
-    both = [(run, arms[other][seed]) for seed, run in arms[arm].items() if seed in arms.get(other, {})]
+    both = [(run, arms[other][seed]) for seed, run in arms.get(arm, {}).items() if seed in arms.get(other, {})]
     return [(run, second) for run, second in both if len(run["looks"]) == len(second["looks"])]
 
 

@@ -19,6 +19,7 @@ import os
 import shutil
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -48,12 +49,14 @@ SAMPLES = 3  # of a question held out
 PARTS = 0.2, 0.4, 0.6, 0.8, 1  # of a run, after which success is measured
 SAVE_STEPS = 5
 
+UNBOUND = replace(LEARNALIGN, idle_share=0.0)  # on kinds that do not rise
 # Settings of LearnAlignConfig, and of the curriculum
 ONLINE = {
     "online": ({"score": "learnability"}, None),
     "learnalign online": ({"score": "learnalign"}, None),
+    "learnalign online without a bound": ({"score": "learnalign"}, UNBOUND),
     "learnalign online on top": ({"score": "learnalign"}, OnlineSettings()),
-    "online in proportion": ({"score": "learnability"}, LEARNALIGN),
+    "online in proportion": ({"score": "learnability"}, UNBOUND),
 }
 ARMS = ("random", "refill", *ONLINE)
 

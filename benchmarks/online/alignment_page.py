@@ -35,7 +35,7 @@ PAGE = ROOT / "docs" / "evidence_alignment.md"
 FIGURE = ROOT / "docs" / "figures" / "alignment.png"
 TAPS = ROOT / "benchmarks" / "results" / "taps.json"
 OURS, TODAY, RANDOM = "learnalign online", "online", "uniform"
-SEEDS = {"coins": range(200, 205), "hard": range(1, 6), "short": range(1, 4), "guessed": range(1, 4)}
+SEEDS = {"coins": range(200, 205), "hard": range(1, 6), "short": range(2, 5), "guessed": range(2, 5)}
 OTHERS = "tenth-coins", "alike-coins", "labels", "large-coins", "skills"
 RUNS = [run for run in results.load() if run["seed"] in SEEDS.get(run["pool"], (200, 201))]
 CHAT = {
@@ -43,8 +43,10 @@ CHAT = {
     for pool, arms in chat_results.load([]).items()
 }
 CHAT = {pool: {arm: runs for arm, runs in arms.items() if runs} for pool, arms in CHAT.items()}
+UNBOUND = "learnalign-online-without-a-bound"  # on the chat model
 OPEN = "not measured yet"
 FRONT = ROOT / "README.md", ROOT / "docs" / "index.md"
+FRONT_FIGURE = ROOT / "docs" / "figures" / "chat.png"
 MARKS = "<!-- written by benchmarks/online/alignment_page.py -->\n", "<!-- end -->\n"
 STYLES = {  # as in figure.py
     RANDOM: ("#000000", "o", "random prompts"),
@@ -186,6 +188,8 @@ def verdicts() -> str:
 def outcome() -> str:
     """The first sentence of the page, and of the front pages."""
     pairs, today = paired(RUNS, "coins", OURS), paired(RUNS, "coins", OURS, TODAY)
+    if not pairs or not today:
+        return f"LearnAlign online as it is now was {OPEN} on new seeds."
     shares = [fmean(on_chance(run) for run in of(RUNS, "coins", arm)) for arm in (OURS, RANDOM, TODAY)]
     return (
         f"On a pool a third of which is decided by chance, LearnAlign online ends {points(gains(pairs))} points "
@@ -200,6 +204,64 @@ def score() -> str:
     found = [row[3] for row in criteria()]
     text = f"{found.count(True)} of {len(found)} criteria hold, {found.count(False)} are missed"
     return f"{text}, and {found.count(None)} are not measured on all seeds yet" if None in found else text
+
+
+def front(folder: str) -> str:
+    """The figure, the table and the caution of the front pages, whose links begin with `folder`."""
+    pairs = chat_results.pairs(CHAT.get("short", {}), "learnalign-online")
+    kinds = {
+        kind: [fmean(chat_results.by_kind(run[place])[kind] for run in pairs) for place in (0, 1)]
+        for kind in (chat_results.by_kind(pairs[0][0]) if pairs else ())
+    }
+    worst = min(kinds, key=lambda kind: kinds[kind][0] - kinds[kind][1], default=None)
+    rows = [
+        [
+            "above .6, several kinds of task; a chat model (the figure)",
+            '`schedule="online"`',
+            *_chat_ends("short"),
+        ],
+        ["the same, and a quarter of the questions can only be guessed", "the same", *_chat_ends("guessed")],
+        ["above .6, one kind of task; a toy", "the same", *_ends("hard")],
+        ["any, and a third of the answers graded by chance; a toy", "the same", *_ends("coins")],
+        ["below .6, and nothing by chance", "nothing: stock TRL", "", ""],
+    ]
+    worse = (
+        f"; on the chat model the worst is `{worst}`, {kinds[worst][0]:.2f} where random prompts have "
+        f"{kinds[worst][1]:.2f}"
+        if pairs
+        else ""
+    )
+    return "\n\n".join(
+        [
+            f"![Success on questions held out: random prompts, LearnAlign online]({folder}figures/chat.png)",
+            table("`frac_reward_zero_std` in your log | Set | success at the end, random prompts | chosen", rows),
+            "At equal rollouts. The chat model is SmolLM2-135M-Instruct on short questions of nine kinds, mostly too "
+            "hard; the toy a policy of 0.8 M parameters on equations. Nothing was run on a GPU yet. "
+            f"**What can get worse:** a kind of prompts may fall behind{worse}. Where a toy could "
+            "learn all prompts, or many skills, [nothing was gained]"
+            f"({folder}online.md#when-to-use-it). [The evidence]({folder}evidence_alignment.md): {score()}.",
+        ]
+    )
+
+
+def _ends(pool):
+    pairs = paired(RUNS, pool, OURS, RANDOM if pool == "coins" else TODAY)
+    random = of(results.load(), pool, RANDOM)
+    if not pairs:
+        return [f"{fmean(map(end, random)):.2f}", OPEN]
+    return [f"{fmean(map(end, random)):.2f}", f"{fmean(end(run) for run, _ in pairs):.2f} ({_seeds(len(pairs))})"]
+
+
+def _chat_ends(pool):
+    pairs = chat_results.pairs(CHAT.get(pool, {}), "learnalign-online")
+    if not pairs:
+        return ["", OPEN]
+    chosen, random = (fmean(chat_results.means(run[place])[-1] for run in pairs) for place in (0, 1))
+    return [f"{random:.2f}", f"{chosen:.2f} ({_seeds(len(pairs))})"]
+
+
+def _seeds(number):
+    return {1: "one seed", 2: "two seeds"}.get(number, f"{number} seeds")
 
 
 def coin_tables() -> str:
@@ -254,6 +316,13 @@ def chat(pool) -> str:
     return "\n\n".join(parts)
 
 
+def before() -> str:
+    """The runs of the chat model after which the bound on kinds that do not rise was added."""
+    arms = chat_results.load([])["guessed"]
+    kept = {arm: {seed: run for seed, run in arms.get(arm, {}).items() if seed == 1} for arm in ("random", UNBOUND)}
+    return "\n\n".join([chat_results.table_of_success(kept), chat_results.table_of_shares(kept, "guessed")])
+
+
 def draw() -> None:
     """Success held out on the chat model; success and the share of coins on the pool of coins."""
     figure, panels = plt.subplots(1, 2 + len(CHAT), figsize=(1 + 4.2 * (2 + len(CHAT)), 4), squeeze=False)
@@ -285,9 +354,30 @@ def draw() -> None:
     panels[0][0].set_ylabel("success on what is held out")
     for axes in panels[0]:
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        if axes.lines:
+            axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(FIGURE, dpi=120, metadata={"Software": None})
+    plt.close(figure)
+
+
+def draw_front() -> None:
+    """Success on the questions held out against rollouts, on the chat model."""
+    figure, axes = plt.subplots(figsize=(6.4, 3.6))
+    for arm in ("random", "learnalign-online"):
+        runs = [*CHAT.get("short", {}).get(arm, {}).values()]
+        if not runs:
+            continue
+        rollouts = [look["step"] * 64 for look in runs[0]["looks"]]
+        _line(axes, rollouts, [chat_results.means(run) for run in runs], CHAT_ARMS[arm])
+    axes.set_xlabel("rollouts")
+    axes.set_ylabel("success on questions held out")
+    axes.set_title("SmolLM2-135M-Instruct, short questions of nine kinds", fontsize=10)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    figure.tight_layout()
+    figure.savefig(FRONT_FIGURE, dpi=120, metadata={"Software": None})
     plt.close(figure)
 
 
@@ -309,6 +399,7 @@ def names() -> dict:
         "hard": hard,
         "short": lambda: chat("short"),
         "guessed": lambda: chat("guessed"),
+        "before": before,
     }
 
 
@@ -318,10 +409,9 @@ def main():
     for path in FRONT:
         before, _, rest = path.read_text(encoding="utf-8").partition(MARKS[0])
         after = rest.partition(MARKS[1])[2]
-        link = f"{'docs/' if path.name == 'README.md' else ''}evidence_alignment.md"
-        text = fill(f"{{{{outcome}}}} [The evidence]({link}): {{{{score}}}}.", names())
+        text = fill(front("docs/" if path.name == "README.md" else ""), {})
         pages[path] = f"{before}{MARKS[0]}\n{text}\n\n{MARKS[1]}{after}"
-    publish(pages, "benchmarks/online/alignment_page.py", draw)
+    publish(pages, "benchmarks/online/alignment_page.py", lambda: (draw(), draw_front()))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 from datasets import Dataset
 from equations import equations_reward
-from hard_pool import EQUATION, HARD, TRIVIAL, hard_pool
+from hard_pool import COIN, EQUATION, HARD, TRIVIAL, bracketed, hard_pool
 
 
-CHANCE = 3  # the kind of coins and of labels, beside hard_pool.KINDS
+CHANCE = COIN  # the kind of coins and of labels
 KINDS = {EQUATION: "equations", HARD: "too hard", TRIVIAL: "trivial", CHANCE: "coins"}
 LABELS = "odd", "even"
 
@@ -61,11 +61,6 @@ def coin_pool(name: str, equations: Dataset, seed: int = 0) -> tuple[Dataset, np
     rng.shuffle(rows)
     prompts, answers, kinds = zip(*rows, strict=True)
     return Dataset.from_dict({"prompt": prompts, "answer": answers}), np.array(kinds, np.int8)
-
-
-def bracketed(rng: random.Random) -> str:
-    """A prompt that no equation looks like, such as `(38)(104)(7)=`."""
-    return "".join(f"({rng.randrange(1, 10 ** rng.randint(1, 3))})" for _ in range(rng.randint(2, 5))) + "="
 
 
 def other_digits(prompt: str, rng: random.Random) -> str:

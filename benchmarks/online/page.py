@@ -1,5 +1,5 @@
 """
-Collects the runs of run.py, and writes docs/evidence_online.md, its figure, and the table of the front pages from
+Collects the runs of run.py, and writes docs/evidence_online.md, its figure, and the table of docs/online.md from
 them, so that no number of a table is typed.
 
     python benchmarks/online/page.py [--runs DIR ...] [--check]
@@ -27,7 +27,7 @@ from skills import LEVELS, TARGET, TASKS
 PAGE = ROOT / "docs" / "evidence_online.md"
 FIGURE = ROOT / "docs" / "figures" / "online.png"
 TARGET_FIGURE = ROOT / "docs" / "figures" / "online_target.png"
-FRONT = ROOT / "README.md", ROOT / "docs" / "index.md"
+FRONT = (ROOT / "docs" / "online.md",)
 MARKS = "<!-- written by benchmarks/online/page.py -->\n", "<!-- end -->\n"
 TUNING = ROOT / "benchmarks" / "results" / "online_tuning.json"
 ALIGNMENT = ROOT / "benchmarks" / "results" / "online_alignment.json"
@@ -238,7 +238,7 @@ def bars() -> str:
 
 
 def gain(pool) -> str:
-    """For the front page."""
+    """For the table."""
     return f"{points(gains(paired(RUNS, pool, 'online')))} points"
 
 
@@ -434,7 +434,7 @@ def names() -> dict:
 
 
 def front(path, known) -> str:
-    """A front page with its table as the results have it."""
+    """The page with its table as the results have it."""
     text = path.read_text(encoding="utf-8")
     before, rest = text.split(MARKS[0])
     _, after = rest.split(MARKS[1])
@@ -443,7 +443,7 @@ def front(path, known) -> str:
 
 
 def figures():
-    """Of the front pages, and of the target."""
+    """Of the hard pools, and of the target."""
     draw(RUNS, FIGURE)
     draw(RUNS, TARGET_FIGURE, ONE)
 

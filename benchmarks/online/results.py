@@ -19,7 +19,9 @@ FILE = ROOT / "benchmarks" / "results" / "online.json"
 ARMS = {
     "uniform": "random prompts (stock GRPOTrainer)",
     "online": "online",
-    "learnalign online": "online, learnability times alignment",
+    "learnalign online": "LearnAlign online",
+    "learnalign online without a bound": "LearnAlign online, no bound on kinds that do not rise",
+    "online with a bound": "learnability alone, in proportion, with the bound",
     "online without features": "online, `prompt_features=False`",
     "online with groups": "online, `group_column`",
     "online without fading": "online, observations never fade",

@@ -10,6 +10,7 @@ from .states import copied
 
 if TYPE_CHECKING:
     from .alignment import Alignment
+    from .progress import Progress
     from .settings import OnlineSettings
     from .target import Target
 
@@ -25,6 +26,7 @@ class KeepsState:
     settings: "OnlineSettings"
     steps: int
     target: "Target | None"
+    progress: "Progress | None"
     _prior: Any
 
     def state_dict(self) -> dict:
@@ -33,7 +35,7 @@ class KeepsState:
         gradients, see [`Alignment`].
         """
         parts: dict[str, dict | None] = {name: copied(getattr(self, name).state_dict()) for name in _PARTS}
-        for name in ("alignment", "target"):  # which there may be none of
+        for name in ("alignment", "target", "progress"):  # which there may be none of
             part = getattr(self, name)
             parts |= {name: None if part is None else copied(part.state_dict())}
         return {**parts, "drawn": self.drawn, "steps": self.steps, "made_for": self._made_for()}
@@ -70,6 +72,8 @@ class KeepsState:
             self.flight = Flight.from_state(state["flight"])
             if self.target is not None:
                 self.target.load_state_dict(state["target"])
+            if self.progress is not None:
+                self.progress.load_state_dict(state["progress"])
             if state["alignment"] is None:  # not wanted, or gradients could not be had
                 self.alignment = None
             elif self.alignment is not None:

@@ -19,6 +19,7 @@ from .memory import PromptMemory
 from .order import Order, Permutations, UniformDraws, rounded, rows_of
 from .predictor import SuccessPredictor, checked_features, expected_deviation, expected_learnability
 from .prior import known_rates, mean_rate
+from .progress import Progress
 from .report import read_curriculum
 from .rewards import RewardReader, has_gradient, is_success, read_rewards
 from .scored import Scored
@@ -112,6 +113,8 @@ class OnlineCurriculum(FindsSuspects, KeepsState):
         self.history = History(settings.history_groups)
         labels = kinds_of(features, self.choosable, seed) if kinds is None else kinds
         self.kinds = Kinds(labels, self.pool, len(features))
+        bound = settings.idle_share > 0
+        self.progress = Progress(self.kinds.labels, self.kinds.shares, settings, groups) if bound else None
         self.target = None if target is None else Target(target, self.pool, len(features), seed, settings)
         aligned = Alignment(features, self.kinds.labels, self.pool, settings, target) if settings.alignment else None
         self.alignment: Alignment | None = aligned
@@ -149,13 +152,16 @@ class OnlineCurriculum(FindsSuspects, KeepsState):
             utility = utility * self.alignment.factor(candidates)
         # The last digits may differ between processes, whose choices must not
         ranks = np.round(utility / (1 + recent), 9)
-        if settings.sharpness:  # the greatest of these are a draw without replacement: Gumbel's trick
-            noise = generator.gumbel(size=len(ranks))
-            ranks = np.round(settings.sharpness * np.log(np.maximum(ranks, 1e-9)) + noise, 9)
-        ranked = np.lexsort((generator.random(len(candidates)), -ranks))
         flying = self.flight.rows
         # A prompt that has rested before the last of these draws has rested: else longer chunks would round rests up
         rested = (self.memory.ready[candidates] < first + n) & ~np.isin(candidates, flying)
+        if settings.sharpness:  # the greatest of these are a draw without replacement: Gumbel's trick
+            noise = generator.gumbel(size=len(ranks))
+            ranks = settings.sharpness * np.log(np.maximum(ranks, 1e-9))
+            if self.progress is not None:
+                ranks += np.log(self.progress.factors(candidates, np.exp(ranks) * rested))
+            ranks = np.round(ranks + noise, 9)
+        ranked = np.lexsort((generator.random(len(candidates)), -ranks))
         best = ranked[rested[ranked]]
         predicted = (a[:random] / (a + b)[:random]).mean()
         self.judge.decide(utility[best[: settings.headroom_prompts]], utility[:random].mean(), predicted, n)
@@ -257,6 +263,8 @@ class OnlineCurriculum(FindsSuspects, KeepsState):
         self.predictor.observe(drawn.numbers, drawn.rows, drawn.clock, batch.successes, batch.trials, predicted)
         self.scored.observe(batch)
         self.kinds.observe(batch)
+        if self.progress is not None:
+            self.progress.observe(batch)
         if self.target is not None:
             self.target.observe(batch)
         if self.alignment is not None:
@@ -346,6 +354,7 @@ class OnlineCurriculum(FindsSuspects, KeepsState):
         values = self._latest | self._state_of_the_pool() | found
         more = {} if self.alignment is None else self.alignment.metrics()
         more |= {} if self.target is None else self.target.metrics()
+        more |= {} if self.progress is None else {"idle_kinds": float(self.progress.is_idle().sum())}
         return {name: float(values[name]) for name in _LOGGED} | more
 
     def report(self, kind_names: list[str] | None = None) -> dict:

@@ -84,6 +84,12 @@ class OnlineSettings:
     utility: str = "variance"
     # 0 draws the prompts of greatest utility; else prompts are drawn in proportion to utility to this power
     sharpness: float = 0.0
+    # A kind whose success does not rise gets at most so many times its share in the pool; 0 for no such bound. It
+    # needs draws in proportion (`sharpness`)
+    idle_share: float = 0.0
+    # Groups of a kind that tell whether it rises: this part of the run, and not less than so many
+    idle_window: float = 0.04
+    least_idle_window: int = 16
     # Length of a sketch of a gradient
     gradient_dim: int = 2048
     # Groups whose sketches are kept. Bounds the time: their products are inverted
@@ -144,8 +150,10 @@ class OnlineSettings:
         self._check("most_factor", self.most_factor >= 1, "must be at least 1")
         self._check("target_share", 0 <= self.target_share < 1, "must be at least 0 and below 1")
         self._check("sharpness", self.sharpness >= 0, "must be at least 0")
+        self._check("idle_share", self.idle_share >= 0, "must be at least 0")
+        self._check("idle_share", not self.idle_share or self.sharpness > 0, "needs a `sharpness` above 0")
         self._check("utility", self.utility in UTILITIES, f"must be one of {', '.join(UTILITIES)}")
-        for name in ("give_up", "history_groups", "most_suspects", "noise_visits", "least_tried"):
+        for name in ("give_up", "history_groups", "most_suspects", "noise_visits", "least_tried", "least_idle_window"):
             self._check(name, getattr(self, name) >= 1, "must be at least 1")
         shares = (
             "uniform",
@@ -155,6 +163,7 @@ class OnlineSettings:
             "judge_memory",
             "noise_width",
             "tried_share",
+            "idle_window",
         )
         for name in shares:
             self._check(name, 0 <= getattr(self, name) <= 1, "must be between 0 and 1")
