@@ -190,3 +190,16 @@ def test_prompts_of_no_kind_and_the_log():
 def test_settings_out_of_their_range(settings, words):
     with pytest.raises(ValueError, match=words):
         OnlineSettings(**settings)
+
+
+def test_the_report_says_which_kinds_are_held_back():
+    from trl_learnalign.report.online_kinds import kinds_section
+
+    world = Questions(1)
+    world.run()
+    names = [f"kind {number}" for number in range(len(SIZES))]
+    found = world.curriculum.report(names)["run"]["kinds"]
+    idle = world.curriculum.progress.is_idle()
+    assert [one["idle"] for one in found] == idle.tolist() and idle[GUESSED:].any() and not idle.all()
+    page = kinds_section(found, "source", graded=False)
+    assert all((f"kind {kind} (held back)" in page) == held for kind, held in enumerate(idle))

@@ -61,11 +61,12 @@ def read_kinds(curriculum: "OnlineCurriculum", names: list[str] | None) -> list[
     Return what is known of each kind of prompts, for JSON, in their order: `name` (of `names`, where a column gives
     them) and `examples` (rows of typical prompts, where kinds are clusters); `prompts`, `groups`, `uniform` draws and
     `inconsistent` rollouts; `share` of the pool, of the `rollouts`, of those of `late`, of the `live` groups; success
-    at `first` and `now`, and mean `alignment`, each with its error, else `None`; `warnings`.
+    at `first` and `now`, and mean `alignment`, each with its error, else `None`; whether it is `idle`; `warnings`.
     """
     kinds = curriculum.kinds
     typical = {} if names else nearest_rows(curriculum.features, kinds.labels, curriculum.choosable, _EXAMPLES)
     warned = kind_warnings(kinds)
+    idle = np.zeros(len(kinds), bool) if curriculum.progress is None else curriculum.progress.is_idle()
     pairs = {"first": kinds.success_first(), "now": kinds.success_now(), "alignment": kinds.alignment()}
     shares = {
         "share": kinds.shares,
@@ -86,6 +87,7 @@ def read_kinds(curriculum: "OnlineCurriculum", names: list[str] | None) -> list[
             **{name: [finite(float(one[kind])) for one in pair] for name, pair in pairs.items()},
             "best": finite(float(kinds.best[kind, 0])),
             "window": int(kinds.windows[kind]),
+            "idle": bool(idle[kind]),
             "warnings": [name for name, found in warned.items() if found[kind]],
         }
         for kind in range(len(kinds))

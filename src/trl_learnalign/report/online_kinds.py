@@ -43,7 +43,7 @@ def kinds_section(kinds: list[dict], column: str | None, graded: bool) -> str:
     }
     rows = [
         (
-            "\n".join([f"{one['name']}:", *map(_short, one["examples"])] if one["examples"] else [one["name"]]),
+            "\n".join([_label(one), *map(_short, one["examples"])]),
             *(one[name] for name in ("share", "rollouts", "late", "live")),
             *(_with_error(one[name], ".2f") for name in ("first", "now")),
             one["uniform"],
@@ -60,9 +60,15 @@ def kinds_section(kinds: list[dict], column: str | None, graded: bool) -> str:
         f"<p>Kinds are {what}. {success.capitalize()} is the mean of the first and of the latest uniform draws of a "
         "kind, 16 of each at most, with its standard error: chosen prompts would tell of the choice. Alignment is "
         "that of the gradients of its groups with what is wanted, where it is measured. Inconsistent are rollouts "
-        "whose completion another one of their group has as well, with another reward.</p>"
+        "whose completion another one of their group has as well, with another reward. Held back are kinds whose "
+        "latest groups did not succeed more often than predicted: they get half of their share at most.</p>"
         f"{found}{table('Where the rollouts went', columns, rows, caption)}"
     )
+
+
+def _label(one):
+    held = " (held back)" if one.get("idle") else ""
+    return f"{one['name']}{held}{':' if one['examples'] else ''}"
 
 
 def warnings_of(one: dict) -> list[str]:
