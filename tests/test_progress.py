@@ -1,4 +1,4 @@
-"""Kinds whose success does not rise: which they are, what they get, and what becomes of questions that are guessed."""
+"""Kinds by what became of their groups: which are held back, and the questions that can only be guessed."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ import pytest
 from test_curriculum import assert_equal
 
 from trl_learnalign.curriculum import Group, OnlineCurriculum, OnlineSettings, pack, unpack
-from trl_learnalign.curriculum.progress import Progress, capped
+from trl_learnalign.curriculum.progress import Progress
 from trl_learnalign.schedules.online import LEARNALIGN
 
 
@@ -19,7 +19,8 @@ LEARNT = [0, 1, 3, 4, 5]  # kinds that rise with each other
 class Questions:
     """A policy that learns what it trains on, a little of what is like it, and nothing of what is guessed."""
 
-    def __init__(self, seed, steps=60, chunk=8, **settings):
+    def __init__(self, seed, steps=60, chunk=8, decided=False, **settings):
+        self.decided = decided  # guesses are the same in all rollouts of a group
         self.random, self.kinds = np.random.default_rng(seed), np.repeat(np.arange(len(SIZES)), SIZES)
         self.logits = np.array([-3, -2.7, -1.8, -2.7, -5, -3, -5, -7, -7, -0.3, -0.3])
         self.chunk, self.got = chunk, np.zeros(len(SIZES))
@@ -41,6 +42,8 @@ class Questions:
         draws = self.curriculum.choose(self.chunk)
         kinds = self.kinds[[draw.row for draw in draws]]
         rewards = self.random.random((self.chunk, 8)) < self.rates()[kinds][:, None]
+        if self.decided:
+            rewards[kinds >= GUESSED] = rewards[kinds >= GUESSED, :1]
         groups = [
             Group(draw.number, draw.row, own[:, None].astype(float)) for draw, own in zip(draws, rewards, strict=True)
         ]
@@ -59,55 +62,30 @@ class Questions:
         return self.got[GUESSED:].sum() / self.got.sum(), self.rates()[:GUESSED].mean()
 
 
+@pytest.mark.parametrize("decided", [False, True])
 @pytest.mark.parametrize("seed", range(4))
-def test_what_can_only_be_guessed_gets_no_more_than_its_share(seed):
-    (share, success), (without, failed) = Questions(seed).run(), Questions(seed, idle_share=0.0).run()
-    assert share <= SIZES[GUESSED:].sum() / SIZES.sum() < 0.5 < without
-    assert success > failed + 0.1
+def test_what_can_only_be_guessed_gets_no_more_than_its_share(seed, decided):
+    (share, success) = Questions(seed, decided=decided).run()
+    (without, failed) = Questions(seed, decided=decided, kinds_count=False).run()
+    assert share <= SIZES[GUESSED:].sum() / SIZES.sum() + 0.02 < without
+    assert success > failed + 0.05
+
+
+def test_each_of_the_two_is_needed():
+    """A guess that is the same in all rollouts has no gradient, and one that is not has no rise."""
+    plain, realised = Questions(0, idle_factor=1.0).run()[0], Questions(0, decided=True, idle_factor=1.0).run()[0]
+    assert realised < 0.25 < 0.5 < plain
 
 
 def test_where_nothing_is_guessed_little_changes():
     """A kind that rises is not held back, though another one is."""
-    shares = []
-    for idle_share in (0.5, 0.0):
-        one = Questions(0, idle_share=idle_share)
+    found = []
+    for counts in (True, False):
+        one = Questions(0, kinds_count=counts)
         one.logits[GUESSED:] = -9.0  # never solved
-        shares.append((one.run()[1], one.got[:6].sum() / one.got.sum()))
-    (success, share), (plain, plain_share) = shares
-    assert success > plain - 0.03 and share > plain_share - 0.1 and share > 2 * SIZES[:6].sum() / SIZES.sum() * 0.5
-
-
-def slow_factors(sums, most):
-    """Lowers the greatest excess, again and again, until none is above its part."""
-    now = sums.astype(float).copy()
-    for _ in range(20_000):
-        total = now.sum()
-        over = now - most * total
-        place = int(np.argmax(over))
-        if over[place] <= 1e-12 * max(total, 1e-300):
-            return now / np.where(sums > 0, sums, 1)
-        others = total - now[place]
-        now[place] = most[place] * others / (1 - most[place])
-    raise AssertionError("no end")
-
-
-def test_bounds_are_those_of_a_loop():
-    random = np.random.default_rng(0)
-    for _ in range(200):
-        size = random.integers(2, 8)
-        sums = random.exponential(size=size) ** 3
-        most = np.where(random.random(size) < 0.6, random.random(size) / size, np.inf)
-        most[random.integers(size)] = np.inf
-        factors = capped(sums, most)
-        np.testing.assert_allclose(factors, slow_factors(sums, np.minimum(most, 1 - 1e-15)), rtol=1e-6)
-        assert (factors <= 1 + 1e-12).all() and (factors[np.isinf(most)] == 1).all()
-
-
-def test_where_all_have_a_bound_they_share_by_it():
-    sums, most = np.array([1.0, 2.0, 7.0, 0.0]), np.array([0.1, 0.1, 0.25, 0.05])
-    found = capped(sums, most) * sums
-    np.testing.assert_allclose(found / found.sum(), [0.1 / 0.45, 0.1 / 0.45, 0.25 / 0.45, 0.0])
-    assert capped(np.zeros(3), np.full(3, np.inf)).tolist() == [1, 1, 1]
+        found.append((one.run()[1], one.got[:6].sum() / one.got.sum()))
+    (success, share), (plain, plain_share) = found
+    assert success > plain - 0.05 and share > plain_share - 0.15
 
 
 def test_a_kind_is_idle_by_its_latest_groups():
@@ -140,10 +118,33 @@ def test_a_kind_is_idle_by_its_latest_groups():
     assert {(True, True), (False, False)} <= seen
 
 
+def test_what_was_realised_is_that_of_a_loop():
+    world, random = Questions(4, decided=True), np.random.default_rng(0)
+    progress, kept = world.curriculum.progress, {kind: [] for kind in range(len(SIZES))}
+    observe = progress.observe
+
+    def noted(batch):
+        drawn = batch.drawn
+        for place in np.flatnonzero(batch.scored & drawn.learnt):
+            rates = random.binomial(8, random.beta(drawn.a[place], drawn.b[place], 20_000)) / 8
+            expected = np.sqrt(rates * (1 - rates)).mean()
+            kept[world.kinds[drawn.rows[place]]].append((np.nanstd(batch.outcomes[place]), expected))
+        observe(batch)
+
+    progress.observe = noted
+    world.run(40)
+    for kind, ratio in enumerate(progress.realised()):
+        latest = np.array(kept[kind][-progress.window :]).reshape(-1, 2)
+        observed, expected = latest.sum(0) + 1
+        assert ratio == pytest.approx(min(observed / expected, 1), rel=0.03)
+    factors = progress.factors(np.arange(len(world.kinds)))
+    own = progress.realised() * np.where(progress.is_idle(), 0.33, 1.0)
+    assert factors == pytest.approx(own[world.kinds]) and own.min() < 0.4
+
+
 @pytest.mark.parametrize(("groups", "window"), [(None, 64), (100, 16), (2000, 80), (10**6, 128)])
 def test_the_window_is_a_part_of_the_run(groups, window):
-    labels = np.zeros(9, np.int16)
-    assert Progress(labels, np.ones(1), OnlineSettings(sharpness=1.0, idle_share=0.5), groups).window == window
+    assert Progress(np.zeros(9, np.int16), 1, 8, OnlineSettings(kinds_count=True), groups).window == window
 
 
 def test_a_resumed_run_chooses_the_same():
@@ -164,7 +165,7 @@ def test_a_resumed_run_chooses_the_same():
 
 def test_prompts_of_no_kind_and_the_log():
     kinds = np.where(np.arange(60) % 3, np.arange(60) % 2, -1)
-    settings = OnlineSettings(utility="deviation", sharpness=2.0, idle_share=0.5, tried=4, begin_skill=-9.0)
+    settings = OnlineSettings(utility="deviation", sharpness=2.0, kinds_count=True, tried=4, begin_skill=-9.0)
     curriculum = OnlineCurriculum(np.ones((60, 1)), group_size=4, settings=settings, kinds=kinds)
     random = np.random.default_rng(0)
     for _ in range(60):
@@ -172,7 +173,7 @@ def test_prompts_of_no_kind_and_the_log():
         rewards = (random.random((4, 4, 1)) < 0.5).astype(float)
         curriculum.observe([Group(d.number, d.row, own) for d, own in zip(draws, rewards, strict=True)])
     assert curriculum.metrics()["idle_kinds"] == 2
-    found = curriculum.progress.factors(np.arange(6), np.ones(6))
+    found = curriculum.progress.factors(np.arange(6))
     assert found[[0, 3]].tolist() == [1, 1] and (found[[1, 2, 4, 5]] < 1).all()
     plain = OnlineCurriculum(np.ones((60, 1)), group_size=4, kinds=kinds)
     assert plain.progress is None and plain.state_dict()["progress"] is None
@@ -181,8 +182,7 @@ def test_prompts_of_no_kind_and_the_log():
 @pytest.mark.parametrize(
     "settings, words",
     [
-        ({"idle_share": -1.0}, "must be at least 0"),
-        ({"idle_share": 0.5}, "needs a `sharpness` above 0"),
+        ({"idle_factor": 0.0}, "must be above 0, and 1 at most"),
         ({"idle_window": 2.0}, "must be between 0 and 1"),
         ({"least_idle_window": 0}, "must be at least 1"),
     ],

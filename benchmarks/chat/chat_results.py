@@ -33,7 +33,7 @@ ARMS = {
     "refill": "refill (DAPO)",
     "online": "online, learnability alone",
     "learnalign-online": "LearnAlign online",
-    "learnalign-online-without-a-bound": "LearnAlign online, no bound on kinds that do not rise",
+    "learnalign-online-without-kinds": "LearnAlign online, kinds do not count",
     "online-in-proportion": "learnability alone, in proportion",
     "learnalign-online-on-top": "LearnAlign online, the best alone",
 }

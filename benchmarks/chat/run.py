@@ -49,12 +49,12 @@ SAMPLES = 3  # of a question held out
 PARTS = 0.2, 0.4, 0.6, 0.8, 1  # of a run, after which success is measured
 SAVE_STEPS = 5
 
-UNBOUND = replace(LEARNALIGN, idle_share=0.0)  # on kinds that do not rise
+UNBOUND = replace(LEARNALIGN, kinds_count=False)  # as before kinds counted
 # Settings of LearnAlignConfig, and of the curriculum
 ONLINE = {
     "online": ({"score": "learnability"}, None),
     "learnalign online": ({"score": "learnalign"}, None),
-    "learnalign online without a bound": ({"score": "learnalign"}, UNBOUND),
+    "learnalign online without kinds": ({"score": "learnalign"}, UNBOUND),
     "learnalign online on top": ({"score": "learnalign"}, OnlineSettings()),
     "online in proportion": ({"score": "learnability"}, UNBOUND),
 }

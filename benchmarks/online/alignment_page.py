@@ -43,8 +43,8 @@ CHAT = {
     for pool, arms in chat_results.load([]).items()
 }
 CHAT = {pool: {arm: runs for arm, runs in arms.items() if runs} for pool, arms in CHAT.items()}
-UNBOUND = "learnalign-online-without-a-bound"  # on the chat model
-BEFORE = "learnalign online without a bound"  # the same on the tiny policy
+UNBOUND = "learnalign-online-without-kinds"  # on the chat model
+BEFORE = "learnalign online without kinds"  # the same on the tiny policy
 OPEN = "not measured yet"
 FRONT = ROOT / "README.md", ROOT / "docs" / "index.md"
 FRONT_FIGURE = ROOT / "docs" / "figures" / "chat.png"
@@ -248,7 +248,7 @@ def front(folder: str) -> str:
 def _ends(pool):
     other = RANDOM if pool == "coins" else TODAY
     random = f"{fmean(map(end, of(results.load(), pool, RANDOM))):.2f}"
-    for arm, words in ((OURS, ""), (BEFORE, ", before kinds that do not rise were held back")):
+    for arm, words in ((OURS, ""), (BEFORE, ", before kinds counted")):
         pairs = paired(RUNS, pool, arm, other)
         if pairs:
             return [random, f"{fmean(end(run) for run, _ in pairs):.2f} ({_seeds(len(pairs))}{words})"]
@@ -320,7 +320,7 @@ def chat(pool) -> str:
 
 
 def before() -> str:
-    """The runs of the chat model after which the bound on kinds that do not rise was added."""
+    """The runs of the chat model after which kinds began to count."""
     arms = chat_results.load([])["guessed"]
     kept = {arm: {seed: run for seed, run in arms.get(arm, {}).items() if seed == 1} for arm in ("random", UNBOUND)}
     return "\n\n".join([chat_results.table_of_success(kept), chat_results.table_of_shares(kept, "guessed")])

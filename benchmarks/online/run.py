@@ -65,17 +65,17 @@ ONLINE = {
     "learnalign online": LEARNALIGN,
     "target online": {"score": "target", "target_column": "is_target"},
 }
-UNBOUND = replace(IN_PROPORTION, idle_share=0.0)  # on kinds that do not rise
+UNBOUND = replace(IN_PROPORTION, kinds_count=False)  # as before kinds counted
 # Arms that change settings of the curriculum as well, a line each: the arm they are like otherwise, and these settings
 SETTINGS = {
     "online without fading": ("online", OnlineSettings(half_life_steps=1e9)),
     "online without longer rests": ("online", OnlineSettings(longest_rest=0)),
-    "learnalign online without a bound": ("learnalign online", UNBOUND),
+    "learnalign online without kinds": ("learnalign online", UNBOUND),
     "learnalign online on top": ("learnalign online", OnlineSettings()),
     "learnalign online flatter": ("learnalign online", replace(UNBOUND, sharpness=2.0)),
     "learnalign online more uniform": ("learnalign online", replace(UNBOUND, uniform=0.2)),
     "online in proportion": ("online", UNBOUND),
-    "online with a bound": ("online", IN_PROPORTION),
+    "online with kinds": ("online", IN_PROPORTION),
     **dict.fromkeys(RIVALS, ("online", UNBOUND)),
 }
 ONLINE |= {arm: ONLINE[like] for arm, (like, _) in SETTINGS.items()}

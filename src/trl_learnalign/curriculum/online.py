@@ -113,8 +113,8 @@ class OnlineCurriculum(FindsSuspects, KeepsState):
         self.history = History(settings.history_groups)
         labels = kinds_of(features, self.choosable, seed) if kinds is None else kinds
         self.kinds = Kinds(labels, self.pool, len(features))
-        bound = settings.idle_share > 0
-        self.progress = Progress(self.kinds.labels, self.kinds.shares, settings, groups) if bound else None
+        watched = Progress(self.kinds.labels, len(self.kinds), group_size, settings, groups)
+        self.progress: Progress | None = watched if settings.kinds_count else None
         self.target = None if target is None else Target(target, self.pool, len(features), seed, settings)
         aligned = Alignment(features, self.kinds.labels, self.pool, settings, target) if settings.alignment else None
         self.alignment: Alignment | None = aligned
@@ -150,6 +150,8 @@ class OnlineCurriculum(FindsSuspects, KeepsState):
         utility = self.utility(a, b) * self.scored.chance(candidates, self.memory.unscored[candidates])
         if self.alignment is not None:
             utility = utility * self.alignment.factor(candidates)
+        if self.progress is not None:
+            utility = utility * self.progress.factors(candidates)
         # The last digits may differ between processes, whose choices must not
         ranks = np.round(utility / (1 + recent), 9)
         flying = self.flight.rows
@@ -157,10 +159,7 @@ class OnlineCurriculum(FindsSuspects, KeepsState):
         rested = (self.memory.ready[candidates] < first + n) & ~np.isin(candidates, flying)
         if settings.sharpness:  # the greatest of these are a draw without replacement: Gumbel's trick
             noise = generator.gumbel(size=len(ranks))
-            ranks = settings.sharpness * np.log(np.maximum(ranks, 1e-9))
-            if self.progress is not None:
-                ranks += np.log(self.progress.factors(candidates, np.exp(ranks) * rested))
-            ranks = np.round(ranks + noise, 9)
+            ranks = np.round(settings.sharpness * np.log(np.maximum(ranks, 1e-9)) + noise, 9)
         ranked = np.lexsort((generator.random(len(candidates)), -ranks))
         best = ranked[rested[ranked]]
         predicted = (a[:random] / (a + b)[:random]).mean()

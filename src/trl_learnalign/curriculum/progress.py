@@ -1,69 +1,85 @@
-"""Kinds of prompts whose success does not rise get no more than a part of their share in the pool."""
+"""Kinds of prompts by what became of their groups: a gradient as expected or none, and success that rises or not."""
 
 import numpy as np
 
 from .batch import Batch
+from .predictor import expected_deviation
 from .settings import OnlineSettings
 
 
 _MOST = 128  # groups of a kind that are kept
 _SURE = 1.5  # standard errors that the rise of a kind must exceed
 _PRIOR = 0.25  # squared deviation that is added to those of a mean: equal values are not certain
+_AS_EXPECTED = 1.0  # deviation, as of two groups or more, that is added as if it had come as expected
 
 
 class Progress:
     """
-    Watches, for each of K kinds, whether its latest groups succeed more often than was predicted from the features,
-    before. The prediction learns from groups that are older, and so stays behind a kind that rises; of what cannot be
-    learnt it is right on average.
+    Watches the latest groups of each of K kinds.
+
+    - **Realised.** How much their rewards deviate, over how much was expected of success rates. The rollouts of a
+      question that is answered by yes or no, for ever the same until the policy changes its mind, are all right or all
+      wrong: success is one half over the prompts, and no group has a gradient.
+    - **Rise.** Whether they succeed more often than was predicted from the features, before. The prediction learns
+      from groups that are older, and so stays behind a kind that is learnt; of what cannot be learnt it is right.
 
     Args:
         labels (`np.ndarray` of shape `(N,)`): the kind of each prompt, -1 for none.
-        shares (`np.ndarray` of shape `(K,)`): of the pool.
+        number (`int`): K.
+        group_size (`int`): rollouts of a group.
         settings ([`OnlineSettings`]): of the curriculum.
         groups (`float`, *optional*): of the whole run.
     """
 
-    NAMES = ("gains", "number")
+    NAMES = ("gains", "observed", "expected", "number")
 
-    def __init__(self, labels: np.ndarray, shares: np.ndarray, settings: OnlineSettings, groups: float | None = None):
-        self.labels, self.shares, self.settings = labels, shares, settings
+    def __init__(
+        self, labels: np.ndarray, number: int, group_size: int, settings: OnlineSettings, groups: float | None = None
+    ):
+        self.labels, self.group_size, self.settings = labels, group_size, settings
         wanted = _MOST / 2 if groups is None else settings.idle_window * groups
         self.window = int(np.clip(wanted, min(settings.least_idle_window, _MOST), _MOST))
-        self.gains = np.zeros((len(shares), _MOST), np.float32)
-        self.number = np.zeros(len(shares), np.int64)  # groups so far
+        self.gains = np.zeros((number, _MOST), np.float32)
+        self.observed = np.zeros((number, _MOST), np.float32)
+        self.expected = np.zeros((number, _MOST), np.float32)
+        self.number = np.zeros(number, np.int64)  # groups so far
 
     def observe(self, batch: Batch) -> None:
-        """Note by how much each group succeeded more often than predicted."""
+        """Note what became of groups."""
         drawn = batch.drawn
-        kinds = self.labels[drawn.rows]
+        kinds, rates = self.labels[drawn.rows], np.nan_to_num(batch.rates)
+        expected = expected_deviation(drawn.a, drawn.b, self.group_size)
+        observed = np.sqrt(rates * (1 - rates)) * batch.live
         for place in np.flatnonzero(batch.scored & drawn.learnt & (kinds >= 0)).tolist():
             kind = kinds[place]
-            self.gains[kind, self.number[kind] % _MOST] = batch.rates[place] - drawn.prior[place]
+            at = kind, self.number[kind] % _MOST
+            self.gains[at] = rates[place] - drawn.prior[place]
+            self.observed[at], self.expected[at] = observed[place], expected[place]
             self.number[kind] += 1
+
+    def _latest(self) -> np.ndarray:
+        ages = (self.number[:, None] - 1 - np.arange(_MOST)) % _MOST
+        return ages < np.minimum(self.number, self.window)[:, None]
 
     def is_idle(self) -> np.ndarray:
         """Tell of which kinds enough groups came and the latest did not succeed more often than predicted, bool."""
-        ages = (self.number[:, None] - 1 - np.arange(_MOST)) % _MOST
-        gains = np.where(ages < self.window, self.gains, 0.0).astype(np.float64)
+        gains = np.where(self._latest(), self.gains, 0.0).astype(np.float64)
         mean = gains.sum(1) / self.window
         variance = (np.maximum((gains**2).sum(1) - self.window * mean**2, 0) + _PRIOR) / self.window
         return (self.number >= self.window) & (mean <= _SURE * np.sqrt(variance / self.window))
 
-    def factors(self, rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """
-        Return what to multiply weights of draws by, so that prompts of idle kinds get `idle_share` times their share
-        in the pool at most.
+    def realised(self) -> np.ndarray:
+        """Return the deviation of the latest groups of each kind over what was expected, at most 1."""
+        latest = self._latest()
+        observed, expected = (
+            np.where(latest, part, 0.0).sum(1, dtype=np.float64) for part in (self.observed, self.expected)
+        )
+        return np.minimum((observed + _AS_EXPECTED) / (expected + _AS_EXPECTED), 1.0)
 
-        Args:
-            rows (`np.ndarray` of shape `(n,)`): of the dataset.
-            weights (`np.ndarray` of shape `(n,)`): prompts are drawn in proportion to these.
-        """
-        kinds = self.labels[rows]
-        sums = np.bincount(kinds[kinds >= 0], weights[kinds >= 0], minlength=len(self.shares))
-        most = np.where(self.is_idle(), self.settings.idle_share * self.shares, np.inf)
-        found = np.append(capped(sums, most), 1.0)  # the last is that of no kind
-        return found[kinds]
+    def factors(self, rows: np.ndarray) -> np.ndarray:
+        """Return what to multiply the utility of prompts by, from their rows in the dataset."""
+        own = self.realised() * np.where(self.is_idle(), self.settings.idle_factor, 1.0)
+        return np.append(own, 1.0)[self.labels[rows]]  # the last is that of no kind
 
     def state_dict(self) -> dict:
         """Return what was seen, and the window, which a longer run would have another of."""
@@ -76,27 +92,3 @@ class Progress:
                 raise ValueError(f"{name} has the shape {state[name].shape}")
             setattr(self, name, state[name].copy())
         self.window = int(state["window"])
-
-
-def capped(sums: np.ndarray, most: np.ndarray) -> np.ndarray:
-    """
-    Return factors of at most 1 for sums of weights, so that none has more than its part `most` of the whole; where all
-    have one they share the whole in proportion to these.
-
-    Args:
-        sums (`np.ndarray` of shape `(K,)`): not negative.
-        most (`np.ndarray` of shape `(K,)`): infinite where there is no bound.
-    """
-    held, bound = np.zeros(len(sums), bool), np.isfinite(most)
-    most, total = np.where(bound, most, 0.0), sums.sum()
-    for _ in range(len(sums)):
-        more = bound & ~held & (sums > most * total * (1 + 1e-9))
-        if not more.any():
-            break
-        held |= more
-        free, part = sums[~held].sum(), most[held].sum()
-        total = free / (1 - part) if part < 1 and free > 0 else 0.0
-    if total <= 0:  # all are bound
-        total = 1.0
-    wanted = np.where(held, most * total, sums)
-    return np.divide(wanted, sums, out=np.ones(len(sums)), where=sums > 0)

@@ -84,9 +84,10 @@ class OnlineSettings:
     utility: str = "variance"
     # 0 draws the prompts of greatest utility; else prompts are drawn in proportion to utility to this power
     sharpness: float = 0.0
-    # A kind whose success does not rise gets at most so many times its share in the pool; 0 for no such bound. It
-    # needs draws in proportion (`sharpness`)
-    idle_share: float = 0.0
+    # Multiply utility by what became of it in the latest groups of the same kind of prompts
+    kinds_count: bool = False
+    # ... and by so much where their success does not rise
+    idle_factor: float = 0.33
     # Groups of a kind that tell whether it rises: this part of the run, and not less than so many
     idle_window: float = 0.04
     least_idle_window: int = 16
@@ -150,8 +151,7 @@ class OnlineSettings:
         self._check("most_factor", self.most_factor >= 1, "must be at least 1")
         self._check("target_share", 0 <= self.target_share < 1, "must be at least 0 and below 1")
         self._check("sharpness", self.sharpness >= 0, "must be at least 0")
-        self._check("idle_share", self.idle_share >= 0, "must be at least 0")
-        self._check("idle_share", not self.idle_share or self.sharpness > 0, "needs a `sharpness` above 0")
+        self._check("idle_factor", 0 < self.idle_factor <= 1, "must be above 0, and 1 at most")
         self._check("utility", self.utility in UTILITIES, f"must be one of {', '.join(UTILITIES)}")
         for name in ("give_up", "history_groups", "most_suspects", "noise_visits", "least_tried", "least_idle_window"):
             self._check(name, getattr(self, name) >= 1, "must be at least 1")

@@ -61,7 +61,7 @@ def kinds_section(kinds: list[dict], column: str | None, graded: bool) -> str:
         "kind, 16 of each at most, with its standard error: chosen prompts would tell of the choice. Alignment is "
         "that of the gradients of its groups with what is wanted, where it is measured. Inconsistent are rollouts "
         "whose completion another one of their group has as well, with another reward. Held back are kinds whose "
-        "latest groups did not succeed more often than predicted: they get half of their share at most.</p>"
+        "latest groups did not succeed more often than predicted.</p>"
         f"{found}{table('Where the rollouts went', columns, rows, caption)}"
     )
 
