@@ -63,12 +63,15 @@ class Questions:
 
 
 @pytest.mark.parametrize("decided", [False, True])
-@pytest.mark.parametrize("seed", range(4))
-def test_what_can_only_be_guessed_gets_no_more_than_its_share(seed, decided):
-    (share, success) = Questions(seed, decided=decided).run()
-    (without, failed) = Questions(seed, decided=decided, kinds_count=False).run()
-    assert share <= SIZES[GUESSED:].sum() / SIZES.sum() + 0.02 < without
-    assert success > failed + 0.05
+def test_what_can_only_be_guessed_gets_no_more_than_its_share(decided):
+    """On average; and the others are learnt, with every seed."""
+    shares = []
+    for seed in range(4):
+        share, success = Questions(seed, decided=decided).run()
+        without, failed = Questions(seed, decided=decided, kinds_count=False).run()
+        assert success > failed + 0.05 and share < without - 0.1
+        shares.append(share)
+    assert np.mean(shares) <= SIZES[GUESSED:].sum() / SIZES.sum() + 0.02
 
 
 def test_each_of_the_two_is_needed():
@@ -135,7 +138,7 @@ def test_what_was_realised_is_that_of_a_loop():
     world.run(40)
     for kind, ratio in enumerate(progress.realised()):
         latest = np.array(kept[kind][-progress.window :]).reshape(-1, 2)
-        observed, expected = latest.sum(0) + 1
+        observed, expected = latest.sum(0) * [1, 0.5] + 1
         assert ratio == pytest.approx(min(observed / expected, 1), rel=0.03)
     factors = progress.factors(np.arange(len(world.kinds)))
     own = progress.realised() * np.where(progress.is_idle(), 0.33, 1.0)

@@ -10,6 +10,7 @@ from .settings import OnlineSettings
 _MOST = 128  # groups of a kind that are kept
 _SURE = 1.5  # standard errors that the rise of a kind must exceed
 _PRIOR = 0.25  # squared deviation that is added to those of a mean: equal values are not certain
+_ENOUGH = 0.5  # of the deviation that was expected
 _AS_EXPECTED = 1.0  # deviation, as of two groups or more, that is added as if it had come as expected
 
 
@@ -17,7 +18,7 @@ class Progress:
     """
     Watches the latest groups of each of K kinds.
 
-    - **Realised.** How much their rewards deviate, over how much was expected of success rates. The rollouts of a
+    - **Realised.** How much their rewards deviate, over half of what was expected of success rates. The rollouts of a
       question that is answered by yes or no, for ever the same until the policy changes its mind, are all right or all
       wrong: success is one half over the prompts, and no group has a gradient.
     - **Rise.** Whether they succeed more often than was predicted from the features, before. The prediction learns
@@ -69,12 +70,15 @@ class Progress:
         return (self.number >= self.window) & (mean <= _SURE * np.sqrt(variance / self.window))
 
     def realised(self) -> np.ndarray:
-        """Return the deviation of the latest groups of each kind over what was expected, at most 1."""
+        """
+        Return the deviation of the latest groups of each kind over half of what was expected, at most 1: chosen
+        prompts are those that more was expected of than they have, and most kinds have somewhat less.
+        """
         latest = self._latest()
         observed, expected = (
             np.where(latest, part, 0.0).sum(1, dtype=np.float64) for part in (self.observed, self.expected)
         )
-        return np.minimum((observed + _AS_EXPECTED) / (expected + _AS_EXPECTED), 1.0)
+        return np.minimum((observed + _AS_EXPECTED) / (_ENOUGH * expected + _AS_EXPECTED), 1.0)
 
     def factors(self, rows: np.ndarray) -> np.ndarray:
         """Return what to multiply the utility of prompts by, from their rows in the dataset."""
