@@ -93,6 +93,42 @@ def test_trinity_chooses_learns_and_goes_on(load):
     assert selector.get_indices(3, return_extra_info=True)[1] == {}
 
 
+@pytest.mark.slow
+def test_trinity_with_the_real_package(monkeypatch):
+    """Its registry finds the class by its dotted path; its reader reads the tasks. Ray is imported, not started."""
+    reason = "trinity-rft 0.6, ray, omegaconf and sqlalchemy are not installed"
+    readers = pytest.importorskip("trinity.buffer.reader.file_reader", reason=reason)
+    from datasets import Dataset
+    from trinity.buffer.selector import SELECTORS
+    from trinity.common.config import DataSelectorConfig
+
+    monkeypatch.syspath_prepend(str(ADAPTERS))
+    kind, random = SELECTORS.get("learnalign_trinity.OnlineSelector"), np.random.default_rng(0)
+    rows = Dataset.from_dict({"length": list(range(SIZE)), "source": ["web", "book"] * (SIZE // 2)})
+    config = DataSelectorConfig(
+        selector_type="learnalign_trinity.OnlineSelector",
+        feature_keys=["length", "source"],
+        kwargs={"repeat_times": GROUP},
+        seed=3,
+    )
+
+    def selector():
+        reader = readers._HFBatchReader(
+            rows, name="tasks", default_batch_size=8, total_epochs=9, enable_progress_bar=False
+        )
+        return kind(reader, config), reader
+
+    one, reader = selector()
+    for _ in range(6):
+        chosen = one.get_indices(8)
+        assert [task["length"] for task in reader.select_batch(chosen)] == chosen
+        one.feedback(chosen, [rewards_of(row, random).mean() for row in chosen])
+    assert one.curriculum.history.observed == 48
+    again, _ = selector()
+    again.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    assert again.get_indices(20) == one.get_indices(20)
+
+
 def test_trinity_feedback_of_a_task_drawn_twice_counts_twice(load):
     selector = trinity_selector(load)
     rows = selector.get_indices(SIZE + 5)  # more than there are

@@ -1,5 +1,5 @@
 """
-Trinity-RFT: tasks chosen online. Written for Trinity-RFT 0.6.0, not run with it.
+Trinity-RFT: tasks chosen online. Written for Trinity-RFT 0.6.0; run with its registry and reader, not in a whole run.
 
 Put this file where Python finds it, and name the class in the configuration of a task set:
 
