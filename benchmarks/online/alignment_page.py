@@ -42,7 +42,7 @@ CHAT = {
     pool: {arm: {seed: run for seed, run in runs.items() if seed in SEEDS[pool]} for arm, runs in arms.items()}
     for pool, arms in chat_results.load([]).items()
 }
-CHAT = {pool: {arm: runs for arm, runs in arms.items() if runs} for pool, arms in CHAT.items()}
+CHAT = {pool: {arm: runs for arm, runs in arms.items() if runs} for pool, arms in CHAT.items() if any(arms.values())}
 UNBOUND = "learnalign-online-without-kinds"  # on the chat model
 BEFORE = "learnalign online without kinds"  # the same on the tiny policy
 OPEN = "not measured yet"
@@ -53,6 +53,7 @@ STYLES = {  # as in figure.py
     RANDOM: ("#000000", "o", "random prompts"),
     TODAY: ("#D55E00", "*", "learnability alone"),
     OURS: ("#0072B2", "D", "LearnAlign online"),
+    BEFORE: ("#56B4E9", "s", "LearnAlign online, before kinds counted"),
 }
 CHAT_ARMS = {"random": RANDOM, "online": TODAY, "learnalign-online": OURS}
 
@@ -209,7 +210,7 @@ def score() -> str:
 
 def front(folder: str) -> str:
     """The figure, the table and the caution of the front pages, whose links begin with `folder`."""
-    pairs = chat_results.pairs(CHAT.get("short", {}), "learnalign-online")
+    pairs = _chat_pairs("short")[0]
     kinds = {
         kind: [fmean(chat_results.by_kind(run[place])[kind] for run in pairs) for place in (0, 1)]
         for kind in (chat_results.by_kind(pairs[0][0]) if pairs else ())
@@ -255,12 +256,21 @@ def _ends(pool):
     return [random, OPEN]
 
 
-def _chat_ends(pool):
+def _chat_pairs(pool) -> tuple[list, str, str]:
+    """Runs of LearnAlign online with those of random prompts; the arm, and what is to be said of it."""
     pairs = chat_results.pairs(CHAT.get(pool, {}), "learnalign-online")
+    if pairs:
+        return pairs, "learnalign-online", ""
+    arms = chat_results.load([]).get(pool, {})
+    return chat_results.pairs(arms, UNBOUND), UNBOUND, ", before kinds counted"
+
+
+def _chat_ends(pool):
+    pairs, _, words = _chat_pairs(pool)
     if not pairs:
         return ["", OPEN]
     chosen, random = (fmean(chat_results.means(run[place])[-1] for run in pairs) for place in (0, 1))
-    return [f"{random:.2f}", f"{chosen:.2f} ({_seeds(len(pairs))})"]
+    return [f"{random:.2f}", f"{chosen:.2f} ({_seeds(len(pairs))}{words})"]
 
 
 def _seeds(number):
@@ -367,26 +377,24 @@ def draw() -> None:
 def draw_front() -> None:
     """Success on the questions held out against rollouts, on the chat model."""
     figure, axes = plt.subplots(figsize=(6.4, 3.6))
-    for arm in ("random", "learnalign-online"):
-        runs = [*CHAT.get("short", {}).get(arm, {}).values()]
-        if not runs:
-            continue
+    pairs, _, words = _chat_pairs("short")
+    for place, arm in ((1, RANDOM), (0, OURS)):
+        runs = [pair[place] for pair in pairs]
         rollouts = [look["step"] * 64 for look in runs[0]["looks"]]
-        _line(axes, rollouts, [chat_results.means(run) for run in runs], CHAT_ARMS[arm])
+        _line(axes, rollouts, [chat_results.means(run) for run in runs], arm, words if place == 0 else "")
     axes.set_xlabel("rollouts")
     axes.set_ylabel("success on questions held out")
     axes.set_title("SmolLM2-135M-Instruct, short questions of nine kinds", fontsize=10)
     axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
+    axes.legend()
     figure.tight_layout()
     figure.savefig(FRONT_FIGURE, dpi=120, metadata={"Software": None})
     plt.close(figure)
 
 
-def _line(axes, places, values, arm):
+def _line(axes, places, values, arm, more=""):
     colour, marker, name = STYLES[arm]
-    label = f"{name}, {len(values)} seed{'s' if len(values) > 1 else ''}"
+    label = f"{name}{more}, {len(values)} seed{'s' if len(values) > 1 else ''}"
     parts = [*zip(*values, strict=True)]
     axes.plot(places, [fmean(part) for part in parts], color=colour, marker=marker, label=label)
     axes.fill_between(places, [*map(min, parts)], [*map(max, parts)], color=colour, alpha=0.12, linewidth=0)

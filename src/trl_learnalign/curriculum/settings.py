@@ -89,8 +89,8 @@ class OnlineSettings:
     # ... and by so much where their success does not rise
     idle_factor: float = 0.33
     # Groups of a kind that tell whether it rises: this part of the run, and not less than so many
-    idle_window: float = 0.04
-    least_idle_window: int = 16
+    idle_window: float = 0.02
+    least_idle_window: int = 20
     # Length of a sketch of a gradient
     gradient_dim: int = 2048
     # Groups whose sketches are kept. Bounds the time: their products are inverted
