@@ -31,7 +31,6 @@ warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=F
 
 POLICY = Path(__file__).parent / "assets" / "tiny-policy"
 SAMPLES = 8
-GROUP = 8  # rollouts of a prompt
 
 
 def load(arguments) -> tuple[Dataset, Dataset, str]:
@@ -66,7 +65,7 @@ def build_trainer(score, pool, arguments, sampler=LearnAlignSampler) -> LearnAli
         bf16=False,
         gradient_checkpointing=False,
         per_device_train_batch_size=256,  # 32 prompts of 8 rollouts
-        num_generations=GROUP,
+        num_generations=8,
         max_completion_length=56,
         learning_rate=2e-4,
         lr_scheduler_type="constant",
@@ -146,7 +145,8 @@ def main():
     chosen, path, same_steps = train("learnalign", pool, test, arguments)
     assert steps == same_steps
 
-    show(Selection.load(path), pool)
+    selection = Selection.load(path)
+    show(selection, pool)
     print(f"\nHeld-out success at temperature 1 ({len(test)} prompts, {SAMPLES} samples each)")
     error = before.std() / len(before) ** 0.5
     print(f"  before training         {before.mean():.3f} +- {error:.3f}")
@@ -159,7 +159,7 @@ def main():
         "prompts only)"
     )
     print(
-        f"  Beside its training the selection rolled out {len(pool):,} prompts, {len(pool) * GROUP:,} rollouts; "
+        f"  Beside its training the selection took {len(pool) * selection.provenance['num_rollouts']:,} rollouts; "
         "random prompts cost none"
     )
     print(f"\nTotal: {time.perf_counter() - started:.0f} s")

@@ -201,7 +201,7 @@ def draw(shares, looks, path) -> None:
             PROMPTS * GROUP * np.arange(1, len(smooth) + 1), 100 * np.array(smooth), color=COLOURS[arm], label=name
         )
     left.set_ylabel("held-out success, %")
-    right.set_ylabel(f"rollouts decided by chance, %, mean of {WINDOW} steps")
+    right.set_ylabel(f"decided by chance, %, mean of {WINDOW} steps")
     right.set_ylim(0, 100)
     for axes in (left, right):
         axes.set_xlabel("rollouts generated")
