@@ -151,16 +151,16 @@ def main():
     error = before.std() / len(before) ** 0.5
     print(f"  before training         {before.mean():.3f} +- {error:.3f}")
     print(f"  after random prompts    {at_random.mean():.3f}  ({arguments.num_prompts} prompts, {steps} steps)")
-    print(f"  after LearnAlign's      {chosen.mean():.3f}  ({arguments.num_prompts} prompts, {steps} steps)")
+    cost = len(pool) * selection.provenance["num_rollouts"]  # of choosing
+    print(
+        f"  after LearnAlign's      {chosen.mean():.3f}  ({arguments.num_prompts} prompts, {steps} steps, and "
+        f"{cost:,} rollouts to choose)"
+    )
     gap = chosen - at_random
     error = gap.std() / len(gap) ** 0.5
     print(
         f"  LearnAlign - random    {gap.mean():+.3f} +- {error:.3f}  (one run each; the error is over held-out "
         "prompts only)"
-    )
-    print(
-        f"  Beside its training the selection took {len(pool) * selection.provenance['num_rollouts']:,} rollouts; "
-        "random prompts cost none"
     )
     print(f"\nTotal: {time.perf_counter() - started:.0f} s")
     print(f"The scores, to be read in Python: Selection.load('{path}')")

@@ -736,7 +736,7 @@ def test_environments(tmp_path, caplog, prompts):
         ({"score": "random"}, "`score` is 'random', but `schedule='online'` chooses by predicted learnability"),
         ({"schedule": "staged", "group_column": "row"}, "`group_column` is 'row', but has no effect.*'staged'"),
         ({"schedule": "staged", "prompt_features": False}, "`prompt_features` is False, but has no effect"),
-        ({"schedule": "sometimes"}, "`schedule` must be one of staged, online, but is 'sometimes'"),
+        ({"schedule": "sometimes"}, "`schedule` must be one of staged, online, mopps"),
         ({"prompt_features": 1}, "`prompt_features` must be True or False, but is 1"),
         ({"group_column": 3}, "`group_column` must be a text, but is 3"),
     ],

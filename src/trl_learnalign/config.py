@@ -79,8 +79,7 @@ class LearnAlignConfig:
             gradient of `target_dataset`, the largest over subtasks: LESS, arXiv 2402.04333), `"target_alignment"` (the
             same without V), `"confidence"` (the nearness of the likelihood of the answer in `answer_column` to the
             mean over the pool: UFO-RL, arXiv 2505.12457; one forward over each prompt, no rollouts), `"pvi"` (the
-            bits that the prompt tells of the answer, log2 p(answer after the prompt) - log2 p(answer alone): PVI,
-            arXiv 2507.00038; two forwards), `"column:NAME"`
+            bits that the prompt tells of it: arXiv 2507.00038; two forwards), `"column:NAME"`
             (a column of numbers of the dataset; no rollouts), or your own function, as an object or as
             `"file.py:function"`. The function takes a `pandas.DataFrame` with a row per prompt and returns a Series.
             Higher is better; a prompt with NaN is never chosen. Online: `"learnalign"`, `"learnability"`, or
@@ -166,18 +165,14 @@ class LearnAlignConfig:
             The way prompts are fed to training. `"staged"`: random prompts as a warm-up, then those of a selection.
             `"online"`: every chunk is chosen by learnability, predicted from the rewards of training so far, and, with
             `score="learnalign"`, by the alignment of gradients, predicted from those that training takes. Online
-            needs no extra rollouts, and the settings of a selection do not apply. Other methods that choose by the
-            rewards of training, with the constants of their papers: `"mopps"` (arXiv 2507.04632), `"insight"`
-            (2603.01907), `"dps"` (2603.10887), `"greso"` (2506.02177), `"pools"` (prime-rl), `"sec"` (2505.14970) and
-            `"dump"` (2504.09710), which draw among the groups of `group_column`, and `"lfr"` (2409.06131).
+            needs no extra rollouts, and the settings of a selection do not apply. Others: see docs/methods.md.
         prompt_features (`bool`, *optional*, defaults to `True`):
             Online: also use the policy's hidden states of the prompts, to predict the success of prompts not trained
             on yet. This takes one forward through half of the layers when training begins, over the pool or over a
             random part of a large one. Images and prompts that an environment supplies have no such features.
         group_column (`str`, *optional*):
-            Online: a column of the dataset, such as a source or a kind, that the prediction may use as a category; for
-            `schedule="sec"` and `"dump"` the groups to draw from. At most 256 values, no fractions, and not another
-            one in every row.
+            Online: a column of the dataset, such as a source or a kind, that the prediction may use as a category (or
+            `"sec"` and `"dump"` draw from). At most 256 values, no fractions, and not another one in every row.
         pass_rate_column (`str`, *optional*):
             Online: a column with success rates in [0, 1], such as another model's. The prediction begins with it, and
             choosing with the first chunk; both are corrected by the rewards of training.

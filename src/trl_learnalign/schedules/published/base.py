@@ -1,4 +1,4 @@
-"""What published methods have in common: a pool, arrays of numbers as their state, and successes to learn from."""
+"""The base of published methods: a pool, arrays of numbers as their state, and successes to learn from."""
 
 import numpy as np
 import torch
