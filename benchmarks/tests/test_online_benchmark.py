@@ -15,6 +15,7 @@ import coins
 import numpy as np
 import pools
 import pytest
+import results
 import run
 from tiny import Seen, make_dataset, make_trainer
 from train_tiny_policy import CHARACTERS
@@ -154,7 +155,9 @@ def test_a_run_on_coins_says_where_its_rollouts_went(tmp_path, monkeypatch):
     assert coin_results.worth(result) == live[:, :3].sum() / 32
 
 
-def test_arms_are_compared_with_those_of_the_same_seed(tmp_path):
+def test_arms_are_compared_with_those_of_the_same_seed(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "FILE", tmp_path / "none.json")  # without the runs that are kept
+
     def made(arm, seed, coins_of_eight, rates):
         groups = [[8 - coins_of_eight, 0, 0, coins_of_eight]] * 4
         looks = [{"rollouts": n, "sampled": rate} for n, rate in zip((0, 512), rates, strict=True)]
