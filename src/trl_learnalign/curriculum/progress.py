@@ -3,13 +3,13 @@
 import numpy as np
 
 from .batch import Batch
+from .kinds import moments
 from .predictor import expected_deviation
 from .settings import OnlineSettings
 
 
 _MOST = 128  # groups of a kind that are kept
 _SURE = 1.5  # standard errors that the rise of a kind must exceed
-_PRIOR = 0.25  # squared deviation that is added to those of a mean: equal values are not certain
 _ENOUGH = 0.5  # of the deviation that was expected
 _AS_EXPECTED = 1.0  # deviation, as of two groups or more, that is added as if it had come as expected
 
@@ -64,10 +64,10 @@ class Progress:
 
     def is_idle(self) -> np.ndarray:
         """Tell of which kinds enough groups came and the latest did not succeed more often than predicted, bool."""
-        gains = np.where(self._latest(), self.gains, 0.0).astype(np.float64)
-        mean = gains.sum(1) / self.window
-        variance = (np.maximum((gains**2).sum(1) - self.window * mean**2, 0) + _PRIOR) / self.window
-        return (self.number >= self.window) & (mean <= _SURE * np.sqrt(variance / self.window))
+        latest = self._latest()
+        gains = np.where(latest, self.gains, 0.0).astype(np.float64)
+        mean, error = moments(latest.sum(1), gains.sum(1), (gains**2).sum(1))
+        return (self.number >= self.window) & (mean <= _SURE * error)
 
     def realised(self) -> np.ndarray:
         """
