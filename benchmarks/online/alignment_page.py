@@ -218,14 +218,14 @@ def front(folder: str) -> str:
     worst = min(kinds, key=lambda kind: kinds[kind][0] - kinds[kind][1], default=None)
     rows = [
         [
-            "above .6, several kinds of task; a chat model (the figure)",
+            "above .7, several kinds of task; a chat model (the figure)",
             '`schedule="online"`',
             *_chat_ends("short"),
         ],
         ["the same, and a quarter of the questions can only be guessed", "the same", *_chat_ends("guessed")],
-        ["above .6, one kind of task; a toy", "the same", *_ends("hard")],
+        ["above .7, one kind of task; a toy", "the same", *_ends("hard")],
         ["any, and a third of the answers graded by chance; a toy", "the same", *_ends("coins")],
-        ["below .6, and nothing by chance", "nothing: stock TRL", "", ""],
+        ["below .7, one kind of task, and all can be learnt; a toy", "nothing: stock TRL", *_clean()],
     ]
     worse = (
         f"; on the chat model the worst is `{worst}`, {kinds[worst][0]:.2f} where random prompts have "
@@ -254,6 +254,12 @@ def _ends(pool):
         if pairs:
             return [random, f"{fmean(end(run) for run, _ in pairs):.2f} ({_seeds(len(pairs))}{words})"]
     return [random, OPEN]
+
+
+def _clean():
+    pairs = paired(results.load(), "clean", TODAY)
+    ends = [f"{fmean(end(pair[place]) for pair in pairs):.2f}" for place in (1, 0)]
+    return [ends[0], f"{ends[1]} (learnability alone, {_seeds(len(pairs))})"]
 
 
 def _chat_pairs(pool) -> tuple[list, str, str]:
