@@ -50,7 +50,7 @@ class Progress:
         drawn = batch.drawn
         kinds, rates = self.labels[drawn.rows], np.nan_to_num(batch.rates)
         expected = expected_deviation(drawn.a, drawn.b, self.group_size)
-        observed = np.sqrt(rates * (1 - rates)) * batch.live
+        observed = np.sqrt(rates * (1 - rates))  # a group without a gradient has no outcome, or equal ones
         for place in np.flatnonzero(batch.scored & drawn.learnt & (kinds >= 0)).tolist():
             kind = kinds[place]
             at = kind, self.number[kind] % _MOST
