@@ -1,17 +1,17 @@
 """The settings of a run, checked when they are set, and explained only in the docstring of the class."""
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from datasets import Dataset
 
+from .choice.agreement import check_schedule, check_score, check_success_reward, check_target
 from .choice.idle import missing
 from .data.conditions import Condition
 from .data.rows import dataset_fingerprint
 from .ground.knobs import check, explain
-from .scores.builtin import SCORES, Score, find_score, score_name
+from .scores.builtin import Score, find_score, score_name
 
 
 if TYPE_CHECKING:  # for editors and type checkers; a TrlParser takes one simple type for a field
@@ -223,7 +223,7 @@ class LearnAlignConfig:
     def __post_init__(self) -> None:
         if isinstance(self.score_measures, tuple):  # equal to the list of a command line
             self.score_measures = list(self.score_measures)
-        self._check_success_reward()
+        check_success_reward(self)
         for one in fields(self):
             if one.name not in ("score", "target_dataset", "success_reward"):  # each has a check of its own
                 check(one, type(self).__annotations__[one.name], getattr(self, one.name), _LEAST)
@@ -232,9 +232,11 @@ class LearnAlignConfig:
                 f"`projection_dim` is {self.projection_dim}, but must be at most {MAX_PROJECTION_DIM}. Use None for "
                 "exact gradients."
             )
-        self._check_score()
-        self._check_target()
-        self._check_schedule()
+        check_score(self)
+        self._found = None  # a file is read anew by every configuration
+        self.ranking()
+        check_target(self)
+        check_schedule(self)
         if self.where is not None:
             Condition(self.where)
         if self.reselect_every is not None and self.reselect_every <= 0:
@@ -246,105 +248,6 @@ class LearnAlignConfig:
             raise ValueError(
                 f"`candidate_prompts` ({self.candidate_prompts}) is smaller than `num_prompts` ({self.num_prompts}), "
                 "so there would be nothing to choose from. Raise the first or lower the second."
-            )
-
-    def _check_success_reward(self) -> None:
-        names = self.success_reward
-        if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
-            # A command line makes a list of one name
-            self.success_reward = names[0] if len(names) == 1 else list(names)
-        elif names is not None and not isinstance(names, str):
-            raise ValueError(
-                f"`success_reward` must be the name of a reward function, or a list of names, but is {names!r}. Use "
-                "None if there is only one."
-            )
-
-    def _check_score(self) -> None:
-        if not isinstance(self.score, str | Callable):
-            raise ValueError(
-                f"`score` is {self.score!r}, but must be one of {', '.join(SCORES)}, `column:NAME`, or a function."
-            )
-        measures = self.score_measures
-        if measures is not None and not (isinstance(measures, list) and all(isinstance(one, str) for one in measures)):
-            raise ValueError(f"`score_measures` must be a list of names of measures, but is {measures!r}.")
-        if measures is not None and isinstance(self.score, str) and (self.score in SCORES or ".py:" not in self.score):
-            raise ValueError(
-                f"`score_measures` is {measures!r}, but is only for your own functions, and `score` is "
-                f"{self.score!r}. Leave it out."
-            )
-        self._found = None  # a file is read anew by every configuration
-        self.ranking()
-
-    def _check_schedule(self) -> None:
-        """
-        Refuse settings that would have no effect, and a score that the schedule cannot use. Settings that only the
-        score makes idle cause a warning.
-        """
-        for one in fields(self):
-            value, lacks = getattr(self, one.name), missing(self, one.name)
-            if value != one.default and lacks is not None:
-                idle = lacks.idle.format(
-                    score=score_name(self.score), prompt_order=self.prompt_order, schedule=self.schedule
-                )
-                text = f"`{one.name}` is {value!r}, but has no effect {idle}. Leave it out, or {lacks.remedy}."
-                if lacks.refused:
-                    raise ValueError(text)
-                warnings.warn(text, stacklevel=4)
-        if self.schedule in ("sec", "dump") and self.group_column is None:
-            raise ValueError(
-                f"`schedule` is {self.schedule!r}, which draws among groups, but `group_column` is not set. "
-                "Name a column with the source or kind of each prompt."
-            )
-        if self.schedule == "online" and self.score not in ("learnalign", "learnability", "target"):
-            raise ValueError(
-                f"`score` is {score_name(self.score)!r}, but `schedule='online'` chooses by predicted learnability. "
-                "Leave `score` out, or train online on the rows of a selection that was made with that score before."
-            )
-
-    def _check_target(self) -> None:
-        if self.target_dataset is not None and not isinstance(self.target_dataset, str | Dataset):
-            raise ValueError(
-                "`target_dataset` must be a path, a name of the Hub or a Dataset, but is a "
-                f"{type(self.target_dataset).__name__}."
-            )
-        if self.schedule == "online":
-            self._check_target_online()
-            return
-        if ("target-gradients" in self.measures) != (self.target_dataset is not None):
-            have = "is not set" if self.target_dataset is None else "is set"
-            raise ValueError(
-                f"`score` is {score_name(self.score)!r}, but `target_dataset` {have}. The scores `target` and "
-                "`target_alignment` need it, the others do not use it."
-            )
-        if self.target_column is not None and self.target_dataset is None:
-            raise ValueError(
-                "`target_column` is a column of the target dataset, but there is none. Set `target_dataset`."
-            )
-
-    def _check_target_online(self) -> None:
-        if self.target_dataset is not None:
-            raise ValueError(
-                "`target_dataset` is set, but with `schedule='online'` the target must be rows of the training "
-                "dataset, as its gradients are those of training. Mark the rows of both, concatenate them, and set "
-                "`score='target'` and `target_column='is_target'`: `parts = train.add_column('is_target', [False] * "
-                "len(train)), target.add_column('is_target', [True] * len(target))`, then `train_dataset="
-                "concatenate_datasets(parts)`."
-            )
-        if self.score == "target_alignment":
-            raise ValueError(
-                "`score` is 'target_alignment', but with `schedule='online'` alignment alone cannot choose: a prompt "
-                "that is always or never solved has no gradient, whatever is predicted of it. Use `score='target'`, "
-                "which multiplies by learnability."
-            )
-        if self.score == "target" and self.target_column is None:
-            raise ValueError(
-                "`score` is 'target', but `target_column` is not set. With `schedule='online'` it names a column of "
-                "True and False of the training dataset, which marks the rows of the target."
-            )
-        if self.target_column is not None and self.score in ("learnalign", "learnability"):
-            raise ValueError(
-                f"`target_column` is {self.target_column!r}, but `score={self.score!r}` does not look at a target. "
-                "Set `score='target'`, or leave `target_column` out."
             )
 
     @property
