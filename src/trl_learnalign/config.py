@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from datasets import Dataset
 
-from .choice.agreement import check_schedule, check_score, check_success_reward, check_target
+from .choice.agreement import check_densities, check_schedule, check_score, check_success_reward, check_target
 from .choice.idle import missing
 from .data.conditions import Condition
 from .data.rows import dataset_fingerprint
@@ -30,7 +30,7 @@ FREE_BEFORE_SELECTION = (
     *("num_rollouts", "score", "score_measures", "answer_column", "learnability", "success_threshold"),
     *("success_reward", "gradient_rollouts", "projection_dim", "candidate_prompts", "deduplicate"),
     *("target_dataset", "target_column", "where", "quota_column", "quota", "take", "prompt_order", "fold"),
-    "selection_seed",
+    *("diversity", "selection_seed"),
 )
 # Settings that may change after a selection that fell back to learnability, as nothing could be learnt from the target
 FREE_WITHOUT_TARGET = ("num_rollouts", "score", "score_measures", "target_dataset", "target_column")
@@ -77,13 +77,16 @@ class LearnAlignConfig:
             The number that prompts are ranked by: `"learnalign"` (Eq. 8), `"learnability"` (V alone; no gradients),
             `"alignment"` (Eq. 8 without V), `"random"` (no rollouts), `"target"` (V times the alignment with the mean
             gradient of `target_dataset`, the largest over subtasks: LESS, arXiv 2402.04333), `"target_alignment"` (the
-            same without V), `"confidence"` (the nearness of the likelihood of the answer in `answer_column` to the
-            mean over the pool: UFO-RL, arXiv 2505.12457; one forward over each prompt, no rollouts), `"pvi"` (the
-            bits that the prompt tells of it: arXiv 2507.00038; two forwards), `"column:NAME"`
-            (a column of numbers of the dataset; no rollouts), or your own function, as an object or as
-            `"file.py:function"`. The function takes a `pandas.DataFrame` with a row per prompt and returns a Series.
-            Higher is better; a prompt with NaN is never chosen. Online: `"learnalign"`, `"learnability"`, or
-            `"target"`, for which the target is the rows that `target_column` marks.
+            same without V), `"influence"` (the gradient times the damped inverse of the gradients' second moment times
+            their mean, or that of `target_dataset`: arXiv 2504.13586), `"density"` (the inverse density of hidden
+            states: arXiv 2402.09668; one forward, no rollouts), `"gradient_density"` (of gradients), `"confidence"`
+            (the nearness of the likelihood of the answer in `answer_column` to the mean over the pool: UFO-RL, arXiv
+            2505.12457; one forward over each prompt, no rollouts), `"pvi"` (the bits that the prompt tells of it:
+            arXiv 2507.00038; two forwards), `"column:NAME"` (a column of numbers of the dataset; no rollouts), or your
+            own function, as an object or as `"file.py:function"`. The function takes a `pandas.DataFrame` with a row
+            per prompt and returns a Series. Higher is better; a prompt with NaN is never chosen. Online:
+            `"learnalign"`, `"learnability"`, or `"target"`, for which the target is the rows that `target_column`
+            marks.
         score_measures (`list[str]`, *optional*):
             Measures that your own function in `score` needs: `["rollouts"]`, `["gradients"]` (which need rollouts),
             `["likelihood"]` (of the answers), `["hidden_states"]`, or none (the default).
@@ -124,9 +127,9 @@ class LearnAlignConfig:
             same. All rows are scored, and the warm-up may use any of them. Online: only the first of these rows that
             meets `where` is used.
         target_dataset (`str` or `Dataset`, *optional*):
-            For the scores `"target"` and `"target_alignment"`: prompts of the kind that the policy should become good
-            at, with the columns of the training dataset. A file, a name of the Hub, or a `datasets.Dataset`. Online
-            the target are rows of the training dataset, see `target_column`.
+            For the scores `"target"` and `"target_alignment"`, and if you like for `"influence"`: prompts of the kind
+            that the policy should become good at, with the columns of the training dataset. A file, a name of the
+            Hub, or a `datasets.Dataset`. Online the target are rows of the training dataset, see `target_column`.
         target_column (`str`, *optional*):
             A column of the target dataset that names the subtask of each row. By default all rows are one task.
             Online, where `score="target"` requires it: a column of True and False of the training dataset, which marks
@@ -143,6 +146,10 @@ class LearnAlignConfig:
         quota (`str`, *optional*, defaults to `"proportional"`):
             `"proportional"`: to the share of a value in the pool. `"equal"`: the same for all values. If a value has
             too few eligible prompts, the others get the rest of its quota.
+        diversity (`str`, *optional*):
+            Let prompts that are alike share their score: it is divided by the number of prompts like the prompt, a
+            density of the `"hidden_states"` (one forward over each) or the `"gradients"` (of a score from rollouts).
+            A score below 0 is multiplied.
         take (`str`, *optional*, defaults to `"top"`):
             `"top"`: the best prompts. `"proportional"`: a random draw without replacement, in proportion to the
             scores. Prompts whose score is not above 0 are taken only where others are too few: by rank, with a
@@ -205,6 +212,7 @@ class LearnAlignConfig:
     where: str | None = None
     quota_column: str | None = None
     quota: Literal["proportional", "equal"] = "proportional"
+    diversity: Literal["hidden_states", "gradients"] | None = None
     take: Literal["top", "proportional"] = "top"
     prompt_order: Literal["shuffle", "ranked", "folding"] = "shuffle"
     fold: int = 3
@@ -237,6 +245,7 @@ class LearnAlignConfig:
         self.ranking()
         check_target(self)
         check_schedule(self)
+        check_densities(self)
         if self.where is not None:
             Condition(self.where)
         if self.reselect_every is not None and self.reselect_every <= 0:
@@ -260,7 +269,7 @@ class LearnAlignConfig:
         Find the score that `score` names. Its file, if there is one, is read when the configuration is made: a later
         edit counts for the next configuration, as with a reward function.
         """
-        wanted = self.score, self.score_measures
+        wanted = self.score, self.score_measures, self.diversity, self.target_dataset is not None
         if self._found is None or self._found[0] != wanted:
             self._found = wanted, find_score(*wanted)
         return self._found[1]

@@ -1,0 +1,50 @@
+"""Densities of prompts: the number of prompts that each is like, by a Gaussian kernel."""
+
+import math
+
+import torch
+
+
+_SAMPLE = 2048  # prompts whose distances decide the width
+_PAIRS = 1 << 24  # distances that are in memory at a time
+_SAME = 1e-6  # of the largest squared distance: what is nearer is the same, up to rounding
+
+
+def width(points: torch.Tensor) -> float:
+    """
+    Return h of the kernel exp(-|x - y|^2 / h): the median squared distance over ln n, of those between points that
+    differ (arXiv 1608.04471, section 5). At the median distance the kernel is 1 / n: all others together then weigh
+    about as much as the point itself, so that near-duplicates stand out however large the pool is.
+
+    Args:
+        points (`torch.Tensor` of shape `(n, d)`): of a larger number evenly spaced ones are looked at.
+    """
+    number = len(points)
+    some = points[torch.arange(min(number, _SAMPLE)) * number // max(1, min(number, _SAMPLE))]
+    squares = torch.pdist(some.double()).square()
+    squares = squares[squares > _SAME * squares.max()] if len(squares) else squares
+    return squares.median().item() / math.log(number) if len(squares) else 1.0
+
+
+def densities(points: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    Return density_i = sum_j exp(-|x_i - x_j|^2 / h), in [1, n]: the number of points like x_i, with itself. Exact, in
+    blocks, so that no n x n matrix is in memory. Density sampling takes points by the inverse (arXiv 2402.09668).
+
+    Args:
+        points (`torch.Tensor` of shape `(n, d)`): x, float32, on the device to compute on.
+        places (`torch.Tensor` of shape `(m,)`, *optional*): the i that are asked for; all by default.
+
+    Returns:
+        `torch.Tensor` of shape `(m,)`, float64, on the CPU.
+    """
+    h = width(points)
+    points = points - points.mean(0)  # smaller numbers, less rounding
+    squares = points.square().sum(1)
+    places = torch.arange(len(points)) if places is None else places
+    found = [torch.zeros(0, dtype=torch.float64)]
+    for part in places.to(points.device).split(max(1, _PAIRS // max(1, len(points)))):
+        distances = (squares[part, None] + squares - 2 * points[part] @ points.T).clamp_min(0)
+        distances[torch.arange(len(part)), part] = 0
+        found.append(distances.div_(-h).exp_().sum(1, dtype=torch.float64).cpu())
+    return torch.cat(found)
