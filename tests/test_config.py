@@ -84,7 +84,7 @@ EFFECTS = {
     "reselect_every": (2.0, SELECTED, ROLLED_OUT[3:]),
     "after_warmup": ("restart", SELECTED, ({"warmup_prompts": 0}, *ROLLED_OUT[3:])),
     "deduplicate": (True, ANY, ()),
-    "target_dataset": ("target.jsonl", ({"score": "target"},), ()),
+    "target_dataset": ("target.jsonl", ({"score": "target"}, {"score": "influence"}), ()),
     "target_column": (
         "task",
         ({"score": "target", "target_dataset": "target.jsonl"}, {"score": "target", "schedule": "online"}),
@@ -93,6 +93,7 @@ EFFECTS = {
     "where": ("row < 3", (*ANY, METHOD), ()),
     "quota_column": ("source", SELECTED, ROLLED_OUT[3:]),
     "quota": ("equal", ({"quota_column": "source"},), ({}, *ROLLED_OUT[3:])),
+    "diversity": ("hidden_states", SELECTED[1:], ({"score": "random"}, *ROLLED_OUT[3:])),
     "take": ("proportional", SELECTED[1:], ({"score": "random"}, *ROLLED_OUT[3:])),
     "prompt_order": ("ranked", SELECTED, ROLLED_OUT[3:]),
     "fold": (7, ({"prompt_order": "folding"},), ({}, {"prompt_order": "ranked"}, *ROLLED_OUT[3:])),

@@ -44,8 +44,8 @@ def test_densities_are_sums_over_pairs(monkeypatch):
 
 def test_conjugate_gradients_solve_as_a_dense_matrix_does():
     torch.manual_seed(0)
-    features = torch.randn(30, 2000) * torch.logspace(-2, 2, 30)[:, None]
-    right = torch.stack([features.double().mean(0), torch.zeros(2000).double()])
+    features = torch.randn(30, 300) * torch.logspace(-2, 2, 30)[:, None]
+    right = torch.stack([features.double().mean(0), torch.zeros(300).double()])
     batches = [(list(range(part.start, part.stop)), features[part]) for part in (slice(0, 9), slice(9, 30))]
     moment = features.double().T @ features.double()
     torch.testing.assert_close(influence.second_moment_times(batches, right), right @ moment)
@@ -53,9 +53,9 @@ def test_conjugate_gradients_solve_as_a_dense_matrix_does():
     solved, iterations, residual = influence.solve(
         lambda vectors: influence.second_moment_times(batches, vectors) + damping * vectors, right
     )
-    expected = torch.linalg.solve(moment + damping * torch.eye(2000), right.T).T
-    torch.testing.assert_close(solved, expected, rtol=1e-4, atol=1e-6 * expected.abs().max().item())
-    assert 1 < iterations < 60 and residual < 1e-6
+    expected = torch.linalg.solve(moment + damping * torch.eye(300), right.T).T
+    torch.testing.assert_close(solved, expected, rtol=1e-5, atol=1e-7 * expected.abs().max().item())
+    assert 1 < iterations < 60 and residual < 1e-8
 
 
 def target_rows():
@@ -127,7 +127,7 @@ def test_near_duplicates_share_their_score(tmp_path, caplog, capsys):
 
     select_prompts(trainer, config(score=states, score_measures=["hidden_states"]))
     expected = pair_by_pair(seen["states"].to_numpy())
-    assert (expected[12:21] > 8.9).all() and expected[:12].max() < 4
+    assert (expected[12:21] > 8.9).all() and expected[:12].max() < 7
     settings = config(score="column:grade", diversity="hidden_states", write_report=True)
     plan, possible = plan_selection(trainer, settings)
     assert possible and "pool: 24 prompts, a forward over each\n" in plan and "rollouts: none" in plan
@@ -143,9 +143,7 @@ def test_near_duplicates_share_their_score(tmp_path, caplog, capsys):
         again = select_prompts(trainer, config(score="density", num_prompts=12))
         np.testing.assert_allclose(table_of(again)["score"], 1 / expected, rtol=1e-4)
         assert set(again.indices) == set(range(12))
-    said = capsys.readouterr().out
-    assert said.count("Used again:") == 1 and "`diversity` (it was None and is 'hidden_states')" in said
-    assert "the same hidden states" not in caplog.text
+    assert capsys.readouterr().out.count("Used again:") == 1 and "the same hidden states" not in caplog.text
 
 
 @pytest.mark.parametrize(("dim", "tolerance"), [(64, 1e-4), (2048, 0.3)])

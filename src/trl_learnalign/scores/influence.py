@@ -10,7 +10,7 @@ from .maths import COLUMNS, column_products, feature_norms
 
 # Of the mean of the eigenvalues that may be above 0, as DataInf has it (arXiv 2310.00902)
 DAMPING = 0.1
-TOLERANCE = 1e-6  # of a residual, relative to its right side
+TOLERANCE = 1e-8  # of a residual, relative to its right side
 MOST_ITERATIONS = 500
 
 
