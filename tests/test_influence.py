@@ -34,12 +34,14 @@ def test_densities_are_sums_over_pairs(monkeypatch):
     points = torch.randn(60, 20) + 30
     points[40:50] = points[40]
     points[50:] = points[50] + 0.01 * torch.randn(10, 20)
-    found = density.densities(points)
+    h = density.width(points)
+    found = density.densities(points, h)
     np.testing.assert_allclose(found, pair_by_pair(points), rtol=1e-4)
     assert 1 < found[:40].mean() < 4 and (found[40:] > 9.9).all()
-    np.testing.assert_array_equal(density.densities(points, torch.arange(1, 60, 2)), found[1::2])
-    assert density.densities(torch.ones(5, 3)).tolist() == [5] * 5
-    assert density.densities(torch.ones(1, 3)).tolist() == [1] and not len(density.densities(torch.ones(0, 3)))
+    np.testing.assert_array_equal(density.densities(points, h, torch.arange(1, 60, 2)), found[1::2])
+    for number in (5, 1, 0):
+        same = torch.ones(number, 3)
+        assert density.densities(same, density.width(same)).tolist() == [number] * number
 
 
 def test_conjugate_gradients_solve_as_a_dense_matrix_does():

@@ -10,8 +10,9 @@ import pandas as pd
 import torch
 
 from ..data.columns import candidate_rows
+from ..ground.progress import progress_bar
 from ..host import Host
-from ..scores.density import densities
+from ..scores.density import densities, width
 from .alignments import GradientAlignments
 from .base import Context, Finding, Measure
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_AT_ONCE = 1024  # prompts between two signs of progress
 _SKETCH = 512  # numbers of a gradient's direction: squared distances are within a few per cent
 
 
@@ -52,11 +54,16 @@ class Density(Measure):
         Return the densities of points `(n, d)` of n rows, as a table of all rows of `index`, NaN for those without.
         """
         started, accelerator = time.perf_counter(), context.host.accelerator
-        world = accelerator.num_processes
-        own = torch.arange(accelerator.process_index, len(points), world)
+        world, h, parts = accelerator.num_processes, width(points), [np.empty(0)]
+        points = points.to(accelerator.device)
+        with progress_bar(context.host, "densities", len(points), "prompts") as bar:
+            for part in torch.arange(accelerator.process_index, len(points), world).split(_AT_ONCE):
+                parts.append(densities(points, h, part).numpy())
+                context.peers.check()
+                bar.update(world * len(part))
         found = np.empty(len(points))
-        for rank, part in enumerate(context.peers.gather(densities(points.to(accelerator.device), own).numpy())):
-            found[rank::world] = part
+        for rank, own in enumerate(context.peers.gather(np.concatenate(parts))):
+            found[rank::world] = own
         if len(found) > 1 and found.min() > len(found) * (1 - 1e-6) and accelerator.is_main_process:
             logger.warning(
                 f"All {len(found)} prompts have the same {self.requires[0].replace('_', ' ')}, so their density says "

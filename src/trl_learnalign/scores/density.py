@@ -6,7 +6,7 @@ import torch
 
 
 _SAMPLE = 2048  # prompts whose distances decide the width
-_PAIRS = 1 << 24  # distances that are in memory at a time
+_PAIRS = 1 << 20  # that are in memory at a time, so few that a cache holds them
 _SAME = 1e-6  # of the largest squared distance: what is nearer is the same, up to rounding
 
 
@@ -26,25 +26,26 @@ def width(points: torch.Tensor) -> float:
     return squares.median().item() / math.log(number) if len(squares) else 1.0
 
 
-def densities(points: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
+def densities(points: torch.Tensor, h: float, places: torch.Tensor | None = None) -> torch.Tensor:
     """
-    Return density_i = sum_j exp(-|x_i - x_j|^2 / h), in [1, n]: the number of points like x_i, with itself. Exact, in
-    blocks, so that no n x n matrix is in memory. Density sampling takes points by the inverse (arXiv 2402.09668).
+    Return density_i = sum_j exp(-|x_i - x_j|^2 / h), in [1, n]: the number of points like x_i, with itself. Density
+    sampling takes points by the inverse (arXiv 2402.09668). Exact, in blocks, so that no n x n matrix is in memory:
+    random Fourier features would need about n of them, since they are off by the root of n over their number.
 
     Args:
         points (`torch.Tensor` of shape `(n, d)`): x, float32, on the device to compute on.
+        h (`float`): see [`width`].
         places (`torch.Tensor` of shape `(m,)`, *optional*): the i that are asked for; all by default.
 
     Returns:
         `torch.Tensor` of shape `(m,)`, float64, on the CPU.
     """
-    h = width(points)
-    points = points - points.mean(0)  # smaller numbers, less rounding
+    points = (points - points.mean(0)) / math.sqrt(h)  # smaller numbers, less rounding
     squares = points.square().sum(1)
     places = torch.arange(len(points)) if places is None else places
     found = [torch.zeros(0, dtype=torch.float64)]
     for part in places.to(points.device).split(max(1, _PAIRS // max(1, len(points)))):
-        distances = (squares[part, None] + squares - 2 * points[part] @ points.T).clamp_min(0)
-        distances[torch.arange(len(part)), part] = 0
-        found.append(distances.div_(-h).exp_().sum(1, dtype=torch.float64).cpu())
+        kernel = torch.addmm(-squares, points[part], points.T, alpha=2).sub_(squares[part, None]).clamp_(max=0)
+        kernel[torch.arange(len(part)), part] = 0
+        found.append(kernel.exp_().sum(1, dtype=torch.float64).cpu())
     return torch.cat(found)
