@@ -149,8 +149,8 @@ def test_every_field_is_explained_once_with_its_type_and_default():
     for field, (name, kinds, default) in zip(fields, heads, strict=True):
         assert eval(default or "None") == field.default, name
         annotation = LearnAlignConfig.__annotations__[name]  # a TrlParser overwrites `field.type`
-        kind = (typing.get_args(annotation) or (annotation,))[0]
-        kind = str if typing.get_origin(annotation) is typing.Literal else kind
+        kind = next(iter(typing.get_args(annotation)), annotation)
+        kind = str if isinstance(kind, str) or typing.get_origin(kind) is typing.Literal else kind
         assert kinds.startswith(f"`{kind.__name__ if isinstance(kind, type) else kind}`"), name
         assert (
             field.metadata["help"] % {} == explanations(LearnAlignConfig)[name].replace("%%", "%")

@@ -46,6 +46,6 @@ def densities(points: torch.Tensor, h: float, places: torch.Tensor | None = None
     found = [torch.zeros(0, dtype=torch.float64)]
     for part in places.to(points.device).split(max(1, _PAIRS // max(1, len(points)))):
         kernel = torch.addmm(-squares, points[part], points.T, alpha=2).sub_(squares[part, None]).clamp_(max=0)
-        kernel[torch.arange(len(part)), part] = 0
-        found.append(kernel.exp_().sum(1, dtype=torch.float64).cpu())
+        kernel[torch.arange(len(part), device=part.device), part] = 0
+        found.append(kernel.exp_().sum(1).cpu().double())
     return torch.cat(found)
