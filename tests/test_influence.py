@@ -10,7 +10,7 @@ from trl_learnalign import LearnAlignConfig, select_prompts
 from trl_learnalign.measures import alignments
 from trl_learnalign.measures import target as of_target
 from trl_learnalign.scores import density, influence
-from trl_learnalign.selection.dry_run import plan_selection
+from trl_learnalign.selection.dry_run import _whole, plan_selection
 
 
 def table_of(selection):
@@ -133,6 +133,7 @@ def test_near_duplicates_share_their_score(tmp_path, caplog, capsys):
     settings = config(score="column:grade", diversity="hidden_states", write_report=True)
     plan, possible = plan_selection(trainer, settings)
     assert possible and "pool: 24 prompts, a forward over each\n" in plan and "rollouts: none" in plan
+    assert _whole({"density": 2.0, "hidden states": 2.0}, 3) == {"density": 18.0, "hidden states": 6.0}
     plain = select_prompts(trainer, config(score="column:grade"))
     assert set(plain.indices) <= set(range(12, 21))
     selection = select_prompts(trainer, settings)
