@@ -29,8 +29,8 @@ FREE_ON_RESUME = ("reselect_every", "rollout_batch_prompts", "max_tokens_per_bat
 FREE_BEFORE_SELECTION = (
     *("num_rollouts", "score", "score_measures", "answer_column", "learnability", "success_threshold"),
     *("success_reward", "gradient_rollouts", "projection_dim", "candidate_prompts", "deduplicate"),
-    *("target_dataset", "target_column", "where", "quota_column", "quota", "take", "prompt_order", "fold"),
-    "selection_seed",
+    *("target_dataset", "target_column", "target_checkpoints", "gradient_direction", "where", "quota_column"),
+    *("quota", "take", "prompt_order", "fold", "selection_seed"),
 )
 # Settings that may change after a selection that fell back to learnability, as nothing could be learnt from the target
 FREE_WITHOUT_TARGET = ("num_rollouts", "score", "score_measures", "target_dataset", "target_column")
@@ -131,6 +131,12 @@ class LearnAlignConfig:
             A column of the target dataset that names the subtask of each row. By default all rows are one task.
             Online, where `score="target"` requires it: a column of True and False of the training dataset, which marks
             the prompts of the kind that the policy should become good at.
+        target_checkpoints (`list[str]`, *optional*):
+            For these scores: directories of checkpoints of this adapter, with whose weights gradients are taken of the
+            same rollouts. Their alignments are averaged, weighted by learning rates. By default the policy as it is.
+        gradient_direction (`str`, *optional*, defaults to `"plain"`):
+            For these scores: `"plain"`, or `"adam"`: the pool's gradients are the steps that Adam would take for each
+            prompt alone, by the optimizer's state after the warm-up, or by the states of `target_checkpoints`.
         where (`str`, *optional*):
             Choose only prompts that meet this condition on columns of the dataset, on what is measured and on `score`,
             such as `"completion_length_mean < 800 and source != 'forum'"`. A field of a nested column is named
@@ -202,6 +208,8 @@ class LearnAlignConfig:
     deduplicate: bool = False
     target_dataset: PathOrDataset | None = None
     target_column: str | None = None
+    target_checkpoints: list[str] | None = None
+    gradient_direction: Literal["plain", "adam"] = "plain"
     where: str | None = None
     quota_column: str | None = None
     quota: Literal["proportional", "equal"] = "proportional"
