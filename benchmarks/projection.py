@@ -45,16 +45,17 @@ def arguments_of(description: str, name: str) -> argparse.Namespace:
 
 
 @contextmanager
-def warmed_up(arguments):
+def warmed_up(arguments, **changes):
     """
     The demo's trainer after its warm-up and two steps, so that no LoRA B is zero; its pool, and where that is from.
+    `changes` are of its arguments.
     """
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as output_dir:
         arguments.output_dir = Path(output_dir)
         pool, _, source = load(arguments)
         trainer = build_trainer("random", pool, arguments)
-        trainer.args.max_steps = 4
+        vars(trainer.args).update({"max_steps": 4} | changes)
         trainer.train()
         yield trainer, pool, source
 

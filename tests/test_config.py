@@ -40,6 +40,9 @@ OTHERS = (ScriptArguments, GRPOConfig, ModelConfig)
         ("score", "learn", "`score` is .learn., but must be one of learnalign, alignment, learnability, target"),
         ("learnability", "std", "must be one of success_rate, variance"),
         ("gradient_rollouts", "some", "must be one of all, one_correct"),
+        ("gradient_direction", "sign", "must be one of plain, adam"),
+        ("target_checkpoints", [], "must be a list of one or more directories, each once, but is \\[\\]"),
+        ("target_checkpoints", ["a", "a"], "each once, but is"),
         ("after_warmup", "stop", "must be one of continue, restart"),
         ("success_threshold", float("nan"), "must be a finite number, but is nan"),
         ("success_threshold", "1", "must be a finite number, but is '1'"),
@@ -60,6 +63,7 @@ ANY = (*SELECTED, ROLLED_OUT[3])
 GRADIENTS = ({"score": "alignment"}, {"score": "learnalign", "learnability": "variance"})
 ANSWERED = ({"score": "confidence"}, {"score": len, "score_measures": ["likelihood"]})
 OTHERWISE = {"score": "learnability"}
+TARGETED = ({"score": "target_alignment", "target_dataset": "target.jsonl"},)
 METHOD = {"schedule": "mopps"}  # a published one
 # Of each field another value, with what it acts, and with what it has no effect
 EFFECTS = {
@@ -90,6 +94,8 @@ EFFECTS = {
         ({"score": "target", "target_dataset": "target.jsonl"}, {"score": "target", "schedule": "online"}),
         (),
     ),
+    "target_checkpoints": (["run/checkpoint-1"], TARGETED, (OTHERWISE, {}, *ROLLED_OUT[3:])),
+    "gradient_direction": ("adam", TARGETED, (OTHERWISE, {}, *ROLLED_OUT[3:])),
     "where": ("row < 3", (*ANY, METHOD), ()),
     "quota_column": ("source", SELECTED, ROLLED_OUT[3:]),
     "quota": ("equal", ({"quota_column": "source"},), ({}, *ROLLED_OUT[3:])),

@@ -29,8 +29,8 @@ FREE_ON_RESUME = ("reselect_every", "rollout_batch_prompts", "max_tokens_per_bat
 FREE_BEFORE_SELECTION = (
     *("num_rollouts", "score", "score_measures", "answer_column", "learnability", "success_threshold"),
     *("success_reward", "gradient_rollouts", "projection_dim", "candidate_prompts", "deduplicate"),
-    *("target_dataset", "target_column", "where", "quota_column", "quota", "take", "prompt_order", "fold"),
-    *("diversity", "selection_seed"),
+    *("target_dataset", "target_column", "target_checkpoints", "gradient_direction", "where", "quota_column"),
+    *("quota", "take", "prompt_order", "fold", "diversity", "selection_seed"),
 )
 # Settings that may change after a selection that fell back to learnability, as nothing could be learnt from the target
 FREE_WITHOUT_TARGET = ("num_rollouts", "score", "score_measures", "target_dataset", "target_column")
@@ -100,35 +100,37 @@ class LearnAlignConfig:
             a function of its own, which returns `None` for rows of other tasks, name several: the first that gave a
             rollout a reward decides.
         gradient_rollouts (`str`, *optional*, defaults to `"all"`):
-            Rollouts of a group that enter its gradient: `"all"`, or only the first successful one, `"one_correct"`, as
-            the paper does on DAPO-MATH-17K.
+            Rollouts of a group that enter its gradient: `"all"`, or only the first successful one, `"one_correct"`
+            (the paper on DAPO-MATH-17K, to save time).
         projection_dim (`int`, *optional*, defaults to `32768`):
             Length of a gradient feature, 16 to 16,777,216. `None` computes the exact score, without projection.
         max_tokens_per_batch (`int`, *optional*):
-            Largest number of tokens in a microbatch when gradients are computed, padding included. By default the
-            trainer's `per_device_train_batch_size` times the length of the longest rollout, as in a training step.
+            Most tokens in a microbatch of gradients, padding included. By default the trainer's
+            `per_device_train_batch_size` times the longest rollout, as in a training step.
         candidate_prompts (`int`, *optional*):
             Score a random part of the dataset of this size, at least `num_prompts`. Each selection of a run draws a
             new one. By default the complete dataset.
         reselect_every (`float`, *optional*):
-            Select again after this many passes over the selection (staged RL). More than 0; may be a fraction. By
-            default a selection is made once.
+            Select again after this many passes over the selection (staged RL), a number above 0. By default once.
         after_warmup (`str`, *optional*, defaults to `"continue"`):
             `"continue"`: training goes on from the policy after the warm-up. `"restart"`: it goes back to the weights
             and the optimizer state that training started with.
         deduplicate (`bool`, *optional*, defaults to `False`):
             Choose only the best-ranked one of all rows with the same prompt. Texts (or messages) and images are
-            compared, not answers or other columns: two rows with the same prompt and different answers count as the
-            same. All rows are scored, and the warm-up may use any of them. Online: only the first of these rows that
-            meets `where` is used.
+            compared, not answers or other columns. All rows are scored, and the warm-up may use any of them. Online:
+            only the first that meets `where` is used.
         target_dataset (`str` or `Dataset`, *optional*):
-            Prompts of the kind that the policy should become good at, for `score="target"`, `"target_alignment"` or
-            `"influence"`, with the columns of the training dataset. A file, a name of the Hub, or a
-            `datasets.Dataset`. Online the target are rows of the training dataset, see `target_column`.
+            Prompts of the kind to become good at, for `score="target"`, `"target_alignment"` or `"influence"`, with
+            the columns of the training dataset. A file, a name of the Hub, or a `Dataset`. Online see `target_column`.
         target_column (`str`, *optional*):
-            A column of the target dataset that names the subtask of each row. By default all rows are one task.
-            Online, where `score="target"` requires it: a column of True and False of the training dataset, which marks
-            the prompts of the kind to become good at.
+            A column of the target dataset that names the subtask of each row. By default all are one task. Online,
+            for `score="target"`: a column of True and False of the training dataset, which marks the target.
+        target_checkpoints (`list[str]`, *optional*):
+            For `"target"` and `"target_alignment"`: saved checkpoints of this adapter, at which gradients are taken of
+            the same rollouts, weighted by learning rates. By default the policy.
+        gradient_direction (`str`, *optional*, defaults to `"plain"`):
+            For these scores: `"adam"` makes of a prompt's gradient the step that Adam, after the warm-up or at the
+            checkpoints, would take for it.
         where (`str`, *optional*):
             Choose only prompts that meet this condition on columns of the dataset, on what is measured and on `score`,
             such as `"completion_length_mean < 800 and source != 'forum'"`. A field of a nested column is named
@@ -201,6 +203,8 @@ class LearnAlignConfig:
     deduplicate: bool = False
     target_dataset: PathOrDataset | None = None
     target_column: str | None = None
+    target_checkpoints: list[str] | None = None
+    gradient_direction: Literal["plain", "adam"] = "plain"
     where: str | None = None
     quota_column: str | None = None
     quota: Literal["proportional", "equal"] = "proportional"

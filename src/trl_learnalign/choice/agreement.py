@@ -99,6 +99,13 @@ def check_target(config: "LearnAlignConfig") -> None:
             "`target_dataset` must be a path, a name of the Hub or a Dataset, but is a "
             f"{type(config.target_dataset).__name__}."
         )
+    paths = config.target_checkpoints
+    texts = isinstance(paths, list) and all(isinstance(one, str) for one in paths)
+    if paths is not None and not (texts and 0 < len(paths) == len({*paths})):
+        raise ValueError(
+            f"`target_checkpoints` must be a list of one or more directories, each once, but is {paths!r}. Use None "
+            "for the policy as it is."
+        )
     if config.schedule == "online":
         _target_online(config)
         return

@@ -53,6 +53,12 @@ _GRADIENTS = Acting(
     "use a score that does, such as 'learnalign'",
     refused=False,
 )
+_TARGET = Acting(
+    lambda config: "target-gradients" in config.measures and config.score != "influence",
+    "with `score={score!r}`, which has no target, or takes its gradients as they are",
+    "use a score that does, such as 'target'",
+    refused=False,
+)
 _WITHOUT_ANSWERS = {"rollouts", "gradients", "target-rollouts", "target-gradients", "hidden_states"}
 _WITHOUT_ANSWERS |= {"density", "gradient_density"}
 _ANSWERS = Acting(  # a measure from outside the package may read them
@@ -99,6 +105,8 @@ ACTING = {
     "reselect_every": (_STAGED,),
     "after_warmup": (_STAGED, _WARMUP),
     "target_dataset": (_STAGED,),
+    "target_checkpoints": (_STAGED, _TARGET),
+    "gradient_direction": (_STAGED, _TARGET),
     "quota_column": (_STAGED,),
     "quota": (_STAGED, _QUOTAS),
     "diversity": (_STAGED, _SCORED),

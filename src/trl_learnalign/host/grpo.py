@@ -6,7 +6,7 @@ from ..scores import maths as scoring
 from . import objective
 from .groups import Row
 from .names import GRPO
-from .objective import LEVELS, LOSS_TYPES
+from .objective import LEVELS, LOSS_TYPES, scale_of_tokens
 from .trl import ARGUMENTS, SETTINGS, Host
 
 
@@ -52,6 +52,9 @@ class GRPOHost(Host):
 
     def objective(self, rows: list[Row]) -> torch.Tensor:
         return objective.policy_objective(self.trainer, rows)
+
+    def scale_alone(self, tokens: float) -> float:
+        return scale_of_tokens(self.trainer, tokens)
 
     @property
     def runs_reference(self) -> bool:

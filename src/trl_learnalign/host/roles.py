@@ -111,6 +111,13 @@ class Differentiates(Facts):
         """
         raise NotImplementedError
 
+    def scale_alone(self, tokens: float) -> float:
+        """
+        Return the length of training's gradient on a batch of one group, whose rows have `tokens` trained ones in the
+        mean, over that of [`objective`] with weights that are the same for all rows and sum up to 1.
+        """
+        return 1.0
+
     def filler(self) -> Row:
         """Return a row of weight 0. TRL makes sure that there is a padding token."""
         token = self.trainer._tokenizer.pad_token_id

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 
 from ..curriculum.rewards import is_success
 from ..data.reading import columns_read
+from ..gradients.adam import Moments
 from ..gradients.engine import check_parameters
 from ..gradients.layers import UnseenParametersError, unseen_message
 from ..gradients.sketch import Sketch
@@ -21,6 +22,7 @@ from ..scores import maths as scoring
 from ..scores.influence import DAMPING, influences, second_moment_times, solve
 from .base import Context, Finding, Measure
 from .gradients import GradientFeatures
+from .policies import check_policies, is_adam, made_at, policies
 from .rollouts import RolledOut, RolloutMeasure
 
 
@@ -52,6 +54,7 @@ class GradientMeasure(Measure):
         [`UnseenParametersError`] for trainable tensors whose gradients would be missed.
         """
         host.check_gradients()
+        check_policies(host, config, now=False)
         if {"image", "images"} & set(columns_read(host.dataset)):
             raise ValueError(
                 "The training dataset has images, and gradients of multimodal prompts are not supported. Use "
@@ -72,7 +75,8 @@ class GradientMeasure(Measure):
         """Return what rollouts and features depend on."""
         config = context.config.to_dict()
         features = {f"`{name}`": config[name] for name in KEY_OF_GRADIENTS}
-        return {**RolloutMeasure().key(context, rows), **features}
+        made = made_at(context.host, context.config, is_adam(context.config))
+        return {**RolloutMeasure().key(context, rows), **features, **made}
 
     def run(self, context: Context, rows: Sequence[int], log: Any) -> Finding:
         """Return the [`Alignments`], with nothing computed yet."""
@@ -144,11 +148,25 @@ class GradientAlignments(Finding):
         return table.assign(score=table["score"].fillna(0.0))
 
     def target(self) -> pd.DataFrame:
-        """Align every learnable prompt with the target, see [`Alignments`]."""
-        context, source, started = self.context, self.features(), time.perf_counter()
+        """
+        Align every learnable prompt with the target, see [`Alignments`]: max_s sum_c eta_c cos(phi_i, g_s) / sum_c
+        eta_c over checkpoints c, with the gradients of each at its weights.
+        """
+        context, started, reading = self.context, time.perf_counter() - self.spent, 0.0
         directions = cast("Directions", context.found["target-gradients"]).directions
-        columns = self._gathered(scoring.largest_cosines(source, directions))
-        self._count_cost(source, self.spent + context.clock("scores", started))
+        found, cosines, norms = policies(context.host, context.config), torch.zeros(1), torch.zeros(1)
+        for policy, of_policy in zip(found, directions, strict=True):
+            moments = policy.moments() if is_adam(context.config) else None
+            with policy.loaded():
+                source = features_of(context, self.rolled_out, policy.log(self.log), moments)
+                source.compute()
+                begun = time.perf_counter()
+                rows, *values = scoring.cosines_of_batches(source, of_policy)
+                reading += time.perf_counter() - begun
+            cosines, norms = (total + policy.share * own for total, own in zip((cosines, norms), values, strict=True))
+        spent = context.clock("gradients", started + reading) + context.clock("scores", time.perf_counter() - reading)
+        columns = self._gathered((rows, cosines.max(1).values, norms))
+        self._count_cost(source, spent, len(found))
         return self._by_prompt(columns, ("alignment", "gradient_norm"))
 
     def influence(self) -> pd.DataFrame:
@@ -221,11 +239,12 @@ class GradientAlignments(Finding):
         index = self.rolled_out.pool.table().index
         return pd.DataFrame(dict(zip(names, values, strict=True)), index=rows).reindex(index)
 
-    def _count_cost(self, source, spent):
+    def _count_cost(self, source, spent, times=1):
         """Note the cost of gradients and scores relative to the rollouts, and an estimate of the least possible."""
         host, own = self.context.host, self.rolled_out.own
         rolled_out = int(own.lengths.sum(dtype=np.int64) + own.prompt_lengths.sum(dtype=np.int64))
         counts = np.sum(self.context.peers.gather((rolled_out, *source.num_tokens())), axis=0).tolist()
+        counts = counts[0], times * counts[1], times * counts[2]
         cost = dict(zip(("rollout_tokens", "gradient_tokens", "computed_tokens"), counts, strict=True))
         # Forward and backward through a LoRA cost two forwards; the reference policy of the KL term one more
         forwards = 3 if host.runs_reference else 2
@@ -235,9 +254,14 @@ class GradientAlignments(Finding):
         self.context.note({"cost": cost})
 
 
-def features_of(context: Context, rolled_out: RolledOut, log: Log) -> GradientFeatures:
-    """Return the gradient features of this process's learnable prompts, which are computed when they are used."""
-    config, own, pool = context.config, rolled_out.own, rolled_out.pool
+def features_of(
+    context: Context, rolled_out: RolledOut, log: Log, moments: Mapping[str, Moments] | None = None
+) -> GradientFeatures:
+    """
+    Return the gradient features of this process's learnable prompts, which are computed when they are used; with
+    Adam's state, those of its steps.
+    """
+    host, config, own, pool = context.host, context.config, rolled_out.own, rolled_out.pool
     learnable = {row: i for i, row in enumerate(pool.rows.tolist()) if row in own and pool.learnability[i] > 0}
     chosen = {row: _chosen(context, own, row, pool.advantages[i], pool.deciding[i]) for row, i in learnable.items()}
     lengths = {}
@@ -249,16 +273,18 @@ def features_of(context: Context, rolled_out: RolledOut, log: Log) -> GradientFe
     def rollouts(row):
         group, advantages = own.group(row), pool.advantages[learnable[row]].tolist()
         # The mean is over all rollouts that the configuration chooses, also over those that have no gradient
-        weight = 1 / (len(advantages) if config.gradient_rollouts == "all" else 1)
+        every = config.gradient_rollouts == "all"
+        weight = 1 / (len(advantages) if every else 1)
+        if moments is not None:  # a step is not in proportion to the gradient
+            trained = own.trained[own.place(row)]
+            weight *= host.scale_alone(float((trained if every else trained[chosen[row]]).mean()))
         return [
             Row(group.prompt_ids[g], group.completion_ids[g], group.loss_masks[g], advantages[g], weight)
             for g in chosen[row].tolist()
         ]
 
-    budget = config.max_tokens_per_batch
-    return GradientFeatures(
-        context.host, config.projection_dim, context.seed, lengths, rollouts, log, budget, context.peers
-    )
+    dim, budget = config.projection_dim, config.max_tokens_per_batch
+    return GradientFeatures(host, dim, context.seed, lengths, rollouts, log, budget, context.peers, moments)
 
 
 def _chosen(context, own, row, advantages, deciding):

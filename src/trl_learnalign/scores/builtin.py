@@ -20,7 +20,8 @@ class Alignments(Protocol):
         """
         Align every learnable prompt with the target, where a score needs `"target"`: max_s cos(phi_i, g_s), with g_s
         the mean of phi_j / |phi_j| over the learnable target prompts j of subtask s (LESS, arXiv 2402.04333, section
-        4.2).
+        4.2). With `gradient_direction="adam"` phi_i is Adam's step; with `target_checkpoints` the cosine is the mean
+        of theirs, weighted by learning rates, before the largest is taken.
 
         Returns:
             `pandas.DataFrame` of n rows: `alignment` and `gradient_norm` = |phi_i|; NaN for prompts with V = 0.

@@ -143,11 +143,11 @@ def scores_of_batches(
     return tuple(torch.tensor(column, dtype=dtype) for column, dtype in zip(columns, dtypes, strict=True))
 
 
-def largest_cosines(
+def cosines_of_batches(
     batches: Iterable[tuple[list[int], torch.Tensor]], directions: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
     """
-    Return max_s cos(phi_i, g_s) of features that are read batch by batch, once.
+    Return cos(phi_i, g_s) of features that are read batch by batch, once.
 
     Args:
         batches (`Iterable`): of k dataset indices and features phi of shape `(k, d)`.
@@ -155,19 +155,21 @@ def largest_cosines(
             0.
 
     Returns:
-        three `torch.Tensor` of shape `(n,)`: dataset indices (int64); the largest cosines and |phi_i| (float64).
+        three `torch.Tensor`: dataset indices of shape `(n,)`, int64; the cosines, `(n, S)`, and |phi_i|, `(n,)`, both
+            float64.
     """
     columns: list[array] = [array("q"), array("d"), array("d")]
     lengths = directions.norm(dim=1)
     for indices, features in batches:
         products, norms = column_products(features, directions), feature_norms(features)
         scale = norms[:, None] * lengths
-        cosines = torch.where(scale > 0, products / scale, 0.0).max(1).values
+        cosines = torch.where(scale > 0, products / scale, 0.0).flatten()
         for column, entries in zip(columns, (indices, cosines.tolist(), norms.tolist()), strict=True):
             column.extend(entries)
         del features  # may be as large as a LoRA
     dtypes = torch.int64, torch.float64, torch.float64
-    return tuple(torch.tensor(column, dtype=dtype) for column, dtype in zip(columns, dtypes, strict=True))
+    rows, cosines, norms = (torch.tensor(column, dtype=dtype) for column, dtype in zip(columns, dtypes, strict=True))
+    return rows, cosines.view(-1, len(directions)), norms
 
 
 def ranking(scores: torch.Tensor, learnabilities: torch.Tensor, seed: int) -> list[int]:

@@ -32,6 +32,8 @@ def plan_selection(trainer: Trainer, config: LearnAlignConfig) -> tuple[str, boo
     """
     host = find_host(trainer)
     host.look_at_functions()
+    if config.gradient_direction == "adam" and config.warmup_prompts and config.target_checkpoints is None:
+        config = replace(config, gradient_direction="plain")  # Adam has no state yet; the backward passes are the same
     whole = checked_run(host, config, 0)
     paid, prompts, world = whole.context.prices, len(whole.pool), trainer.accelerator.num_processes
     wanted = min(config.num_prompts, prompts)
@@ -86,7 +88,7 @@ def plan_selection(trainer: Trainer, config: LearnAlignConfig) -> tuple[str, boo
     else:
         lines.append("rollouts: none")
     if "rollouts" in paid or "gradients" in paid:
-        lines.append(f"gradients: {_gradients(paid, with_gradient)}")
+        lines.append(f"gradients: {_gradients(paid, with_gradient)}" + _at(config))
     lines += [
         "expected time: "
         + ", ".join(f"{phase} {seconds:,.0f} s" for phase, seconds in times.items())
@@ -108,11 +110,14 @@ def _gradients(paid, prompts) -> str:
     return f"about {prompts:,.0f} prompts" if prompts else "not known, since none of these was learnable"
 
 
+def _at(config) -> str:
+    return f", at {len(config.target_checkpoints)} checkpoints" if config.target_checkpoints else ""
+
+
 def _bytes_of(directory) -> dict[str, int]:
-    """Return what the records of each measure in a directory take."""
-    return {
-        path.name: sum(file.stat().st_size for file in path.glob("*.log")) for path in sorted(directory.glob("[!.]*/"))
-    }
+    """Return what the records of each measure in a directory take; unfinished microbatches are deleted."""
+    files = {path.name: path.rglob("*.log") for path in sorted(directory.glob("[!.]*/"))}
+    return {name: sum(file.stat().st_size for file in own) for name, own in files.items()}
 
 
 def _summed(parts):

@@ -27,6 +27,7 @@ from ..ground.user_code import is_ours
 from ..host import Host
 from ..measures.base import Context, Finding
 from ..measures.contract import check_finding
+from ..measures.policies import check_policies
 from ..measures.registry import MEASURES, needed, prices
 from ..measures.rollouts import RolledOut, save_shard
 from ..run.uploads import warn_of_uploads
@@ -55,6 +56,7 @@ def checked_run(host: Host, config: LearnAlignConfig, stage: int, keep_measures:
                 "FSDP and DeepSpeed shard the weights when training starts, so nothing can be selected before. Use "
                 "`LearnAlignSampler` with `warmup_prompts=0`, or launch this script with DDP."
             )
+        check_policies(host, config, now=True)
         run = SelectionRun(host, config, stage, keep_measures)
         peers.wait()
     return run
