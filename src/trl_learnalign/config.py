@@ -27,8 +27,8 @@ else:
 FREE_ON_RESUME = ("reselect_every", "rollout_batch_prompts", "max_tokens_per_batch", "save_rollouts", "write_report")
 # Settings of the coming selection, which may change as long as none has chosen a prompt
 FREE_BEFORE_SELECTION = (
-    *("num_rollouts", "score", "score_measures", "answer_column", "learnability", "success_threshold"),
-    *("success_reward", "gradient_rollouts", "projection_dim", "candidate_prompts", "deduplicate"),
+    *("num_rollouts", "score", "score_measures", "answer_column", "judge_model", "learnability"),
+    *("success_threshold", "success_reward", "gradient_rollouts", "projection_dim", "candidate_prompts", "deduplicate"),
     *("target_dataset", "target_column", "where", "quota_column", "quota", "take", "prompt_order", "fold"),
     "selection_seed",
 )
@@ -79,18 +79,24 @@ class LearnAlignConfig:
             gradient of `target_dataset`, the largest over subtasks: LESS, arXiv 2402.04333), `"target_alignment"` (the
             same without V), `"confidence"` (the nearness of the likelihood of the answer in `answer_column` to the
             mean over the pool: UFO-RL, arXiv 2505.12457; one forward over each prompt, no rollouts), `"pvi"` (the
-            bits that the prompt tells of it: arXiv 2507.00038; two forwards), `"column:NAME"`
-            (a column of numbers of the dataset; no rollouts), or your own function, as an object or as
-            `"file.py:function"`. The function takes a `pandas.DataFrame` with a row per prompt and returns a Series.
+            bits that the prompt tells of it: arXiv 2507.00038; two forwards), `"ask"` (how surely a model says that
+            the prompt is good to train on: Ask-LLM, arXiv 2402.09668; one forward), `"demonstration"` (how much
+            the prompt helps the policy to answer others, as a worked example: Data Whisperer, arXiv 2505.12212;
+            about seven forwards), `"column:NAME"` (a column of numbers of the dataset; no rollouts), or your own
+            function, as an object or as `"file.py:function"`. The function takes a `pandas.DataFrame` with a row per prompt and returns a Series.
             Higher is better; a prompt with NaN is never chosen. Online: `"learnalign"`, `"learnability"`, or
             `"target"`, for which the target is the rows that `target_column` marks.
         score_measures (`list[str]`, *optional*):
             Measures that your own function in `score` needs: `["rollouts"]`, `["gradients"]` (which need rollouts),
-            `["likelihood"]` (of the answers), `["hidden_states"]`, or none (the default).
+            `["likelihood"]` (of the answers), `["hidden_states"]`, `["ask"]`, `["demonstration"]`, or none (the
+            default).
         answer_column (`str`, *optional*):
             Column of the dataset with the right answer to each prompt, texts or numbers, as the policy should write
-            it after the prompt. Required by `score="confidence"` and `"pvi"`. On the command line reward functions
-            also get the column as `solution`.
+            it after the prompt. Required by `score="confidence"`, `"pvi"` and `"demonstration"`. On the command line
+            reward functions also get the column as `solution`.
+        judge_model (`str`, *optional*):
+            For `score="ask"`: path or name of a causal language model that is asked, with its own tokenizer, on the
+            device of the policy. By default the policy itself, which must be large enough to judge.
         learnability (`str`, *optional*, defaults to `"success_rate"`):
             `"success_rate"`: V = p (1 - p). `"variance"`, for graded rewards: V = the variance of a prompt's rewards,
             scaled to their range over the pool; for rewards of 0 and 1 the two are equal.
@@ -190,6 +196,7 @@ class LearnAlignConfig:
     score: ScoreOrFunction = "learnalign"
     score_measures: list[str] | None = None
     answer_column: str | None = None
+    judge_model: str | None = None
     learnability: Literal["success_rate", "variance"] = "success_rate"
     success_threshold: float = 1.0
     success_reward: list[str] | None | str = None  # noqa: RUF036 in this order the parser takes it for a list
