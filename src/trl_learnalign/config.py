@@ -28,9 +28,9 @@ FREE_ON_RESUME = ("reselect_every", "rollout_batch_prompts", "max_tokens_per_bat
 # Settings of the coming selection, which may change as long as none has chosen a prompt
 FREE_BEFORE_SELECTION = (
     *("num_rollouts", "score", "score_measures", "answer_column", "judge_model", "learnability"),
-    *("success_threshold", "success_reward", "gradient_rollouts", "projection_dim", "candidate_prompts", "deduplicate"),
-    *("target_dataset", "target_column", "where", "quota_column", "quota", "take", "prompt_order", "fold"),
-    "selection_seed",
+    *("success_threshold", "success_reward", "gradient_rollouts", "projection_dim", "candidate_prompts"),
+    *("deduplicate", "target_dataset", "target_column", "where", "quota_column", "quota", "take", "prompt_order"),
+    *("fold", "selection_seed"),
 )
 # Settings that may change after a selection that fell back to learnability, as nothing could be learnt from the target
 FREE_WITHOUT_TARGET = ("num_rollouts", "score", "score_measures", "target_dataset", "target_column")
@@ -78,14 +78,14 @@ class LearnAlignConfig:
             `"alignment"` (Eq. 8 without V), `"random"` (no rollouts), `"target"` (V times the alignment with the mean
             gradient of `target_dataset`, the largest over subtasks: LESS, arXiv 2402.04333), `"target_alignment"` (the
             same without V), `"confidence"` (the nearness of the likelihood of the answer in `answer_column` to the
-            mean over the pool: UFO-RL, arXiv 2505.12457; one forward over each prompt, no rollouts), `"pvi"` (the
-            bits that the prompt tells of it: arXiv 2507.00038; two forwards), `"ask"` (how surely a model says that
-            the prompt is good to train on: Ask-LLM, arXiv 2402.09668; one forward), `"demonstration"` (how much
-            the prompt helps the policy to answer others, as a worked example: Data Whisperer, arXiv 2505.12212;
-            about seven forwards), `"column:NAME"` (a column of numbers of the dataset; no rollouts), or your own
-            function, as an object or as `"file.py:function"`. The function takes a `pandas.DataFrame` with a row per prompt and returns a Series.
-            Higher is better; a prompt with NaN is never chosen. Online: `"learnalign"`, `"learnability"`, or
-            `"target"`, for which the target is the rows that `target_column` marks.
+            mean over the pool: UFO-RL, arXiv 2505.12457; one forward over each prompt, no rollouts), `"pvi"` (the bits
+            that the prompt tells of it: arXiv 2507.00038; two forwards), `"ask"` (how surely a model says that the
+            prompt is good to train on: Ask-LLM, arXiv 2402.09668; one forward), `"demonstration"` (how much the prompt
+            helps the policy to answer others, as a worked example: Data Whisperer, arXiv 2505.12212; about seven
+            forwards), `"column:NAME"` (a column of numbers of the dataset; no rollouts), or your own function, as an
+            object or as `"file.py:function"`. The function takes a `pandas.DataFrame` with a row per prompt and
+            returns a Series. Higher is better; a prompt with NaN is never chosen. Online: `"learnalign"`,
+            `"learnability"`, or `"target"`, for which the target is the rows that `target_column` marks.
         score_measures (`list[str]`, *optional*):
             Measures that your own function in `score` needs: `["rollouts"]`, `["gradients"]` (which need rollouts),
             `["likelihood"]` (of the answers), `["hidden_states"]`, `["ask"]`, `["demonstration"]`, or none (the

@@ -37,8 +37,8 @@ class Ask(Measure):
     """
     The share of "yes" in a judge's answer to a question about the quality of a prompt: p(yes) / (p(yes) + p(no)), of
     the first tokens of yes, Yes, YES and of the same after a space, in [0, 1] (Ask-LLM, arXiv 2402.09668, which takes
-    p(yes)). The judge is the policy or `judge_model`, asked through its chat template if it has one. Prompts with which
-    the question is longer than the judge's context are left out.
+    p(yes)). The judge is the policy or `judge_model`, asked through its chat template if it has one. Prompts that make
+    the question longer than the judge's context are left out.
     """
 
     name = "ask"

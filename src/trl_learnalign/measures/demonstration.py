@@ -102,7 +102,7 @@ def draw_contexts(rows: np.ndarray, seed: int) -> np.ndarray:
         order = generator.permutation(rows)
         draws = np.arange(0, len(rows), EXAMPLES)[:, None] + np.arange(EXAMPLES + QUERIES)
         taken = order[draws % len(rows)]
-        found += [np.delete(taken, [EXAMPLES + i for i in range(QUERIES) if i != query], 1) for query in range(QUERIES)]
+        found += [taken[:, [*range(EXAMPLES), EXAMPLES + query]] for query in range(QUERIES)]
     return np.concatenate(found)
 
 
@@ -158,7 +158,8 @@ class _Contexts:
             parts.append(("assistant", self._answers[row], place))
         parts += [(role, ids, -1) for role, ids in self._turns[query] if role != "system"]
         between = self._between(tuple(role for role, _, _ in parts))
-        tokens, spans, ends = list(between[0]), {}, set(self._eos)
+        tokens, ends = list(between[0]), set(self._eos)
+        spans: dict[int, tuple[int, int]] = {}
         for (_, ids, place), after in zip(parts, between[1:], strict=True):
             begin = len(tokens)
             tokens += ids

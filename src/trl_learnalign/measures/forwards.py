@@ -50,9 +50,7 @@ def most_tokens(config: PreTrainedConfig) -> float:
 
 def chat_text(tokenizer: Any, messages: list[dict]) -> str:
     """Return messages as one text, up to where the model answers: at once, where the chat template lets it think."""
-    return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-    )
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
 
 
 def tokens_at_once(host: Host) -> int:

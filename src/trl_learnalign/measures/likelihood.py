@@ -143,7 +143,8 @@ def _emptied(prompt):
 
 def tokens_with_logits(host: Host) -> int:
     """Return the tokens of a forward at first, padding included, where the logits of many may be needed."""
-    return max(1, min(tokens_at_once(host), _LOGITS // host.model.config.get_text_config().vocab_size))
+    model: Any = host.model
+    return max(1, min(tokens_at_once(host), _LOGITS // model.config.get_text_config().vocab_size))
 
 
 def answer_ids(host: Host, config: "LearnAlignConfig", rows: Sequence[int]) -> list[list[int]]:
@@ -180,9 +181,7 @@ class Answered:
         return len(self.prompt) + len(self.answer)
 
 
-def answer_logits(
-    host: Host, sequences: Sequence[Answered], model: nn.Module | None = None
-) -> Iterator[torch.Tensor]:
+def answer_logits(host: Host, sequences: Sequence[Answered], model: nn.Module | None = None) -> Iterator[torch.Tensor]:
     """
     Run the policy, or another causal language model in its own precision, over prompts with their answers, with a head
     for the columns of the answers alone.
@@ -191,18 +190,18 @@ def answer_logits(
         of each sequence the logits of its answer's tokens and of the token after them, of shape
         `(tokens + 1, vocabulary)`, float32.
     """
-    device, policy = host.accelerator.device, model is None
+    device = host.accelerator.device
     # Padded on the right, where causal attention keeps it out whatever a model makes of the mask
     input_ids = pad_sequence([torch.tensor(one.prompt + one.answer) for one in sequences], True).to(device)
     mask = torch.arange(input_ids.shape[1], device=device) < torch.tensor(
         [[len(one)] for one in sequences], device=device
     )
     keep = input_ids.shape[1] - min(len(one.prompt) for one in sequences) + 1
-    whole = host.model if model is None else model
-    base: nn.Module = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
+    whole: Any = host.model if model is None else model
+    base = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
     some = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
-    with host.accelerator.autocast() if policy else nullcontext():
-        run = host.policy if policy else whole
+    run = host.policy if model is None else model
+    with host.accelerator.autocast() if model is None else nullcontext():
         logits = run(input_ids=input_ids, attention_mask=mask.long(), use_cache=False, **some).logits
     first = input_ids.shape[1] - logits.shape[1]
     # One by one, so that the logits of one answer alone are in float32

@@ -83,8 +83,9 @@ def spending(names: Iterable[str], pool: int, target: int, num_rollouts: int) ->
     if "rollouts" in paid:
         prompts += f" x {num_rollouts} rollouts = {(pool + target) * num_rollouts:,}"
     forwards = sum(one.forwards for one in measures if one.price == "forward")
-    parts = {"forward": "a forward" if forwards == 1 else f"{forwards} forwards", "gradients": "a forward and a backward"}
-    over_each = ", and ".join(f"{text} over each" for price, text in parts.items() if price in paid)
+    over = {"forward": "a forward", "gradients": "a forward and a backward"}
+    over |= {"forward": f"{forwards} forwards"} if forwards > 1 else {}
+    over_each = ", and ".join(f"{text} over each" for price, text in over.items() if price in paid)
     if "rollouts" in paid:
         return f"{prompts}, and {over_each}" if over_each else prompts
     return f"{prompts}, {over_each}" if over_each else ""

@@ -120,9 +120,8 @@ def _all_tied(selection) -> str | None:
     if least.as_py() is None or least != most:
         return None
     return (
-        f"All {selection.scores.num_rows:,} scores are equal ({least.as_py():.7g}), so the choice among these prompts is "
-        "a random draw: what was measured does not tell them apart for this model. Use another score, or a stronger "
-        "model."
+        f"All {selection.scores.num_rows:,} scores are equal ({least.as_py():.7g}), so the choice among these prompts "
+        "is a random draw: what was measured does not tell them apart. Use another score, or a model that can."
     )
 
 
