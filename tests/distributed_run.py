@@ -18,6 +18,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from test_gradient_taps import Oracle, saved, sketched
+from test_judging import by_word, unfitted
 from tiny import (
     EAGER,
     Seen,
@@ -41,7 +42,7 @@ from trl_learnalign.curriculum.states import split
 from trl_learnalign.ground.peers import Peers
 from trl_learnalign.host import find_host, objective
 from trl_learnalign.host.weights import weights_digest
-from trl_learnalign.measures import hidden_states, likelihood
+from trl_learnalign.measures import ask, demonstration, hidden_states, likelihood
 from trl_learnalign.report.selecting import select_at_stage
 from trl_learnalign.schedules import StagedSchedule, checkpoint
 
@@ -86,7 +87,8 @@ class Digests(TrainerCallback):
 
 class HiddenStates(TrainerCallback):
     """
-    The features of the prompts when training begins, and the forwards that they took; and the likelihoods of answers.
+    The features of the prompts when training begins, and the forwards that they took; the likelihoods of answers, the
+    opinion of a judge, and the worth of worked examples, all of which are made to help.
     """
 
     def __init__(self, trainer, path):
@@ -102,12 +104,19 @@ class HiddenStates(TrainerCallback):
             )
             values = hidden_states.hidden_states(host, Path(self.path), peers).values
             hook.remove()
+            if host.accelerator.is_main_process:
+                unfitted().save_pretrained(Path(self.path, "judge"))
+                by_word().save_pretrained(Path(self.path, "judge"))
+            peers.wait()
         by_confidence = config(score="confidence", answer_column="row")
         likelihoods = select_at_stage(self.trainer, by_confidence, 0).scores["answer_likelihood"].to_pylist()
+        judged = config(score="ask", judge_model=str(Path(self.path, "judge")))
+        helpful = config(score="demonstration", answer_column="row")
+        others = [select_at_stage(self.trainer, one, 0).scores["score"].to_pylist() for one in (judged, helpful)]
         compared = 0 if host.is_sharded else 2  # once whole and once half
         self.found = {
             "features": values.tolist(),
-            "likelihoods": likelihoods,
+            "likelihoods": [likelihoods, *others],
             "forwards": len(forwards) - compared,
             "dimensions": sorted(set(forwards)),
         }
@@ -297,6 +306,9 @@ def main(task, path):
                     result["error"] = str(error)
         case "hidden states":
             hidden_states.SAMPLE, hidden_states.WINDOW, likelihood.WINDOW = 10, 4, 5
+            ask.WINDOW, demonstration.WINDOW = 5, 5
+            run = demonstration._ContextForward.run
+            demonstration._ContextForward.run = lambda self, some: np.maximum(run(self, some), [1.0] + [0.0] * 5)
             # Several end tokens, as Llama 3 has them
             model = make_model(eos_token_id=[1, 2])
             trainer = make_trainer(path, reward=seen, dataset=make_dataset(23), model=model, max_steps=1, **kwargs)

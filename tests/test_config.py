@@ -74,6 +74,7 @@ EFFECTS = {
     "score": ("learnability", ({}, ROLLED_OUT[3]), (METHOD,)),
     "score_measures": (["rollouts"], FREE[2:], ()),
     "answer_column": ("answer", ANSWERED, ANY),
+    "judge_model": ("judge", ({"score": "ask"}, {"score": len, "score_measures": ["ask"]}), ANY),
     "learnability": ("variance", ROLLED_OUT, (*FREE, METHOD)),
     "success_threshold": (
         0.5,

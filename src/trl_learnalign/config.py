@@ -27,10 +27,10 @@ else:
 FREE_ON_RESUME = ("reselect_every", "rollout_batch_prompts", "max_tokens_per_batch", "save_rollouts", "write_report")
 # Settings of the coming selection, which may change as long as none has chosen a prompt
 FREE_BEFORE_SELECTION = (
-    *("num_rollouts", "score", "score_measures", "answer_column", "learnability", "success_threshold"),
-    *("success_reward", "gradient_rollouts", "projection_dim", "candidate_prompts", "deduplicate"),
-    *("target_dataset", "target_column", "target_checkpoints", "gradient_direction", "where", "quota_column"),
-    *("quota", "take", "prompt_order", "fold", "diversity", "selection_seed"),
+    *("num_rollouts", "score", "score_measures", "answer_column", "judge_model", "learnability"),
+    *("success_threshold", "success_reward", "gradient_rollouts", "projection_dim", "candidate_prompts"),
+    *("deduplicate", "target_dataset", "target_column", "target_checkpoints", "gradient_direction", "where"),
+    *("quota_column", "quota", "take", "prompt_order", "fold", "diversity", "selection_seed"),
 )
 # Settings that may change after a selection that fell back to learnability, as nothing could be learnt from the target
 FREE_WITHOUT_TARGET = ("num_rollouts", "score", "score_measures", "target_dataset", "target_column")
@@ -78,18 +78,24 @@ class LearnAlignConfig:
             `target_dataset`, the largest over subtasks: LESS, arXiv 2402.04333), `"target_alignment"` (without V),
             `"influence"` (on the mean gradient of the pool, or of `target_dataset`: arXiv 2504.13586),
             `"gradient_density"` (inverse), `"density"` (the same of hidden states: arXiv 2402.09668), `"confidence"`
-            (UFO-RL, arXiv 2505.12457) and `"pvi"` (arXiv 2507.00038) by the likelihood of `answer_column`,
-            `"column:NAME"` (numbers of the dataset), or your own function, as an object or as `"file.py:function"`.
-            Random, density and all behind it need no rollouts. The function takes a `pandas.DataFrame` with a row per
-            prompt and returns a Series. Higher is better; a prompt with NaN is never chosen. Online: `"learnalign"`,
-            `"learnability"`, or `"target"` (see `target_column`).
+            (UFO-RL, arXiv 2505.12457) and `"pvi"` (arXiv 2507.00038) by the likelihood of `answer_column`, `"ask"` (how
+            surely a model says that the prompt is good to train on: Ask-LLM, arXiv 2402.09668), `"demonstration"` (how
+            much it helps as a worked example: Data Whisperer, arXiv 2505.12212), `"column:NAME"` (numbers of the
+            dataset), or your own function, as an object or as `"file.py:function"`. Random, density and all behind it
+            need no rollouts. The function takes a `pandas.DataFrame` with a row per prompt and returns a Series.
+            Higher is better; a prompt with NaN is never chosen. Online: `"learnalign"`, `"learnability"`, or
+            `"target"` (see `target_column`).
         score_measures (`list[str]`, *optional*):
             Measures that your own function in `score` needs: `["rollouts"]`, `["gradients"]` (which need rollouts),
-            `["likelihood"]` (of the answers), `["hidden_states"]`, or none (the default).
+            `["likelihood"]` (of the answers), `["hidden_states"]`, `["ask"]`, `["demonstration"]`, or none (the
+            default).
         answer_column (`str`, *optional*):
             Column of the dataset with the right answer to each prompt, texts or numbers, as the policy should write
-            it after the prompt. Required by `score="confidence"` and `"pvi"`. On the command line reward functions
-            also get the column as `solution`.
+            it after the prompt. Required by `score="confidence"`, `"pvi"` and `"demonstration"`. On the command line
+            reward functions also get the column as `solution`.
+        judge_model (`str`, *optional*):
+            For `score="ask"`: path or name of a causal language model that is asked, with its own tokenizer, on the
+            device of the policy. By default the policy itself, which must be large enough to judge.
         learnability (`str`, *optional*, defaults to `"success_rate"`):
             `"success_rate"`: V = p (1 - p). `"variance"`, for graded rewards: V = the variance of a prompt's rewards,
             scaled to their range over the pool.
@@ -191,6 +197,7 @@ class LearnAlignConfig:
     score: ScoreOrFunction = "learnalign"
     score_measures: list[str] | None = None
     answer_column: str | None = None
+    judge_model: str | None = None
     learnability: Literal["success_rate", "variance"] = "success_rate"
     success_threshold: float = 1.0
     success_reward: list[str] | None | str = None  # noqa: RUF036 in this order the parser takes it for a list

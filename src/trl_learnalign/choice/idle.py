@@ -59,12 +59,18 @@ _TARGET = Acting(
     "use a score that does, such as 'target'",
     refused=False,
 )
-_WITHOUT_ANSWERS = {"rollouts", "gradients", "target-rollouts", "target-gradients", "hidden_states"}
+_WITHOUT_ANSWERS = {"rollouts", "gradients", "target-rollouts", "target-gradients", "hidden_states", "ask"}
 _WITHOUT_ANSWERS |= {"density", "gradient_density"}
 _ANSWERS = Acting(  # a measure from outside the package may read them
     lambda config: bool(set(config.measures) - _WITHOUT_ANSWERS),
     "with `score={score!r}`, which needs no answers",
     "use a score that does, such as 'confidence'",
+    refused=False,
+)
+_JUDGE = Acting(
+    lambda config: "ask" in config.measures,
+    "with `score={score!r}`, which asks no judge",
+    "set `score='ask'`",
     refused=False,
 )
 _SUCCESS = Acting(  # a selection records success rates in any case
@@ -94,6 +100,7 @@ ACTING = {
     "rollout_batch_prompts": (_STAGED, _ROLLOUTS),
     "score_measures": (_STAGED,),
     "answer_column": (_STAGED, _ANSWERS),
+    "judge_model": (_STAGED, _JUDGE),
     "score": (_SCORES,),
     "learnability": (_SCORES, _ROLLOUTS),
     "success_threshold": (_ROLLOUTS, _SUCCESS),

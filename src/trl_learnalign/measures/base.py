@@ -101,12 +101,14 @@ class Measure:
             name. They hold numbers, unless [`made_up`] returns something else.
         price (`str`): one of `PRICES`. A measure whose price is `"none"` has no log; one whose price is `"forward"`
             lets the trainer generate nothing.
+        forwards (`int`): where the price is `"forward"`, how many the measure takes over each prompt.
     """
 
     name: str
     requires: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     price: str = "forward"
+    forwards: int = 1
 
     def check(self, host: "Host", config: "LearnAlignConfig") -> None:
         """Raise a `ValueError` for what the measure cannot work with, before anything is measured."""

@@ -1,10 +1,13 @@
 """A forward of the policy over many prompts, in batches that fit, shared between the processes and kept on disk."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedConfig
 
 from ..data.reading import columns_read, read_prompts
 from ..gradients.modes import as_in_evaluation
@@ -38,6 +41,16 @@ def reason_against(host: Host) -> str | None:
 def prompt_ids(host: Host, rows: Sequence[int]) -> list[list[int]]:
     """Return the tokens of prompts, as training makes them."""
     return host.prompt_ids([{"prompt": prompt} for prompt in read_prompts(host.dataset, rows)])
+
+
+def most_tokens(config: PreTrainedConfig) -> float:
+    """Return the longest context of a model, by its configuration; infinity where it does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
+def chat_text(tokenizer: Any, messages: list[dict]) -> str:
+    """Return messages as one text, up to where the model answers: at once, where the chat template lets it think."""
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
 
 
 def tokens_at_once(host: Host) -> int:

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,12 +114,17 @@ def _base(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _first_half(model) -> tuple[nn.Module | None, list[nn.Module], nn.Module | None]:
-    """Return the backbone, its layers that are needed, and the one after them; where they show."""
-    base = _base(model)
+def layers_of(model: nn.Module) -> tuple[nn.Module | None, list[nn.Module]]:
+    """Return the backbone of a causal language model and its layers, none where they do not show."""
+    base: Any = _base(model)
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else getattr(base, "base_model", None)
     number = getattr(base.config.get_text_config(), "num_hidden_layers", None)
     lists = [] if decoder is None else [part for part in decoder.children() if isinstance(part, nn.ModuleList)]
-    layers = next((list(part) for part in lists if len(part) == number), [])
+    return decoder, next((list(part) for part in lists if len(part) == number), [])
+
+
+def _first_half(model) -> tuple[nn.Module | None, list[nn.Module], nn.Module | None]:
+    """Return the backbone, its layers that are needed, and the one after them; where they show."""
+    decoder, layers = layers_of(model)
     half = (len(layers) + 1) // 2  # of the states, whose first are the embeddings, the one in the middle
     return (decoder, layers[:half], layers[half]) if half < len(layers) else (None, [], None)

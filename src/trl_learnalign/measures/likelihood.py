@@ -2,13 +2,15 @@
 
 import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..data.columns import candidate_rows, check_named, dataset_columns
@@ -44,12 +46,12 @@ class Likelihood(Measure):
         """
         if config.answer_column is None:
             raise ValueError(
-                "The score needs the likelihood of the right answers, but `answer_column` is not set. Name the column "
-                "of the dataset that holds them."
+                "The score needs the right answers, but `answer_column` is not set. Name the column of the dataset "
+                "that holds them."
             )
         if (reason := reason_against(host)) is not None:
             raise ValueError(
-                f"The score needs the likelihood of the right answers, but {reason}. Use `score='learnability'`, "
+                f"The score needs the right answers after their prompts, but {reason}. Use `score='learnability'`, "
                 "which generates instead."
             )
         check_named(host.dataset, "answer_column", config.answer_column, [config.answer_column])
@@ -71,7 +73,7 @@ class Likelihood(Measure):
         """Return the column of the answers and the sizes of batches, on which the last digits depend."""
         return {
             "`answer_column`": context.config.answer_column,
-            "sizes": [WINDOW, _tokens(context.host)],
+            "sizes": [WINDOW, tokens_with_logits(context.host)],
             **super().key(context, rows),
         }
 
@@ -80,14 +82,14 @@ class Likelihood(Measure):
         host = context.host
 
         def read(part):
-            texts = [_text(answer) for answer in _column(host, context.config, part)]
-            pairs = zip(part, self.prompts(host, part), host.text_ids(texts), strict=True)
-            return [_Answered(row, prompt, answer) for row, prompt, answer in pairs]
+            answers = answer_ids(host, context.config, part)
+            pairs = zip(part, self.prompts(host, part), answers, strict=True)
+            return [Answered(row, prompt, answer) for row, prompt, answer in pairs]
 
         started = time.perf_counter()
         with evaluating(host, "likelihoods", len(rows)) as bar:
             windows = windows_of(list(rows), WINDOW)
-            forward = _AnswerForward(host, _tokens(host))
+            forward = _AnswerForward(host, tokens_with_logits(host))
             means = in_rounds(host, context.peers, bar, log, forward, read, windows, np.float64)
         log.close()
         context.clock("likelihoods", started)
@@ -139,8 +141,15 @@ def _emptied(prompt):
     return [message if message["role"] == "system" else message | {"content": ""} for message in prompt]
 
 
-def _tokens(host):
-    return max(1, min(tokens_at_once(host), _LOGITS // host.model.config.get_text_config().vocab_size))
+def tokens_with_logits(host: Host) -> int:
+    """Return the tokens of a forward at first, padding included, where the logits of many may be needed."""
+    model: Any = host.model
+    return max(1, min(tokens_at_once(host), _LOGITS // model.config.get_text_config().vocab_size))
+
+
+def answer_ids(host: Host, config: "LearnAlignConfig", rows: Sequence[int]) -> list[list[int]]:
+    """Return the tokens of the answers of rows, as they follow a prompt."""
+    return host.text_ids([_text(answer) for answer in _column(host, config, rows)])
 
 
 def _column(host, config, rows):
@@ -161,8 +170,8 @@ def _text(answer) -> str:
 
 
 @dataclass(frozen=True)
-class _Answered:
-    """The tokens of a prompt and of its answer."""
+class Answered:
+    """The tokens of a prompt and of its answer, which may have none."""
 
     row: int
     prompt: list[int]
@@ -172,28 +181,43 @@ class _Answered:
         return len(self.prompt) + len(self.answer)
 
 
+def answer_logits(host: Host, sequences: Sequence[Answered], model: nn.Module | None = None) -> Iterator[torch.Tensor]:
+    """
+    Run the policy, or another causal language model in its own precision, over prompts with their answers, with a head
+    for the columns of the answers alone.
+
+    Returns:
+        of each sequence the logits of its answer's tokens and of the token after them, of shape
+        `(tokens + 1, vocabulary)`, float32.
+    """
+    device = host.accelerator.device
+    # Padded on the right, where causal attention keeps it out whatever a model makes of the mask
+    input_ids = pad_sequence([torch.tensor(one.prompt + one.answer) for one in sequences], True).to(device)
+    mask = torch.arange(input_ids.shape[1], device=device) < torch.tensor(
+        [[len(one)] for one in sequences], device=device
+    )
+    keep = input_ids.shape[1] - min(len(one.prompt) for one in sequences) + 1
+    whole: Any = host.model if model is None else model
+    base = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
+    some = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
+    run = host.policy if model is None else model
+    with host.accelerator.autocast() if model is None else nullcontext():
+        logits = run(input_ids=input_ids, attention_mask=mask.long(), use_cache=False, **some).logits
+    first = input_ids.shape[1] - logits.shape[1]
+    # One by one, so that the logits of one answer alone are in float32
+    return (
+        logits[place, len(one.prompt) - 1 - first : len(one) - first].float() for place, one in enumerate(sequences)
+    )
+
+
 class _AnswerForward(Forward):
     """Mean log-probabilities of answers, and the numbers of their tokens, of shape `(n, 2)`, float64."""
 
     def run(self, sequences):
-        """Run the policy, with a head for the columns of the answers alone."""
-        host, device = self.host, self.host.accelerator.device
-        # Padded on the right, where causal attention keeps it out whatever a model makes of the mask
-        input_ids = pad_sequence([torch.tensor(one.prompt + one.answer) for one in sequences], True).to(device)
-        mask = torch.arange(input_ids.shape[1], device=device) < torch.tensor(
-            [[len(one)] for one in sequences], device=device
-        )
-        keep = input_ids.shape[1] - min(len(one.prompt) for one in sequences) + 1
-        base = host.model.get_base_model() if hasattr(host.model, "get_base_model") else host.model
-        some = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
-        with host.accelerator.autocast():
-            logits = host.policy(input_ids=input_ids, attention_mask=mask.long(), use_cache=False, **some).logits
-        first = input_ids.shape[1] - logits.shape[1]
+        """Run the policy."""
         means = np.empty((len(sequences), 2))
-        # Row by row, so that the logits of one answer alone are in float32
-        for place, one in enumerate(sequences):
-            own = logits[place, len(one.prompt) - 1 - first : len(one) - 1 - first].float()
-            tokens = torch.tensor(one.answer, device=device)[:, None]
+        for place, (one, logits) in enumerate(zip(sequences, answer_logits(self.host, sequences), strict=True)):
+            own, tokens = logits[:-1], torch.tensor(one.answer, device=logits.device)[:, None]
             mean = (own.gather(1, tokens)[:, 0] - own.logsumexp(1)).double().mean().item()
             means[place] = mean, len(one.answer)
         wrong = [one.row for one, mean in zip(sequences, means[:, 0], strict=True) if not np.isfinite(mean)]
@@ -207,4 +231,4 @@ class _AnswerForward(Forward):
     def filler(self):
         """Return a prompt and an answer of one token each."""
         row = self.host.filler()
-        return _Answered(-1, list(row.prompt_ids), list(row.completion_ids))
+        return Answered(-1, list(row.prompt_ids), list(row.completion_ids))

@@ -3,9 +3,11 @@
 from collections.abc import Iterable
 
 from .alignments import GradientMeasure
+from .ask import Ask
 from .base import PRICES, Measure
 from .columns import Columns
 from .contract import check_apart, check_measure
+from .demonstration import Demonstration
 from .density import Density, GradientDensity
 from .hidden_states import HiddenStates
 from .likelihood import Likelihood, LikelihoodAlone
@@ -26,6 +28,8 @@ MEASURES: dict[str, Measure] = {
         Density(),
         Likelihood(),
         LikelihoodAlone(),
+        Ask(),
+        Demonstration(),
         Columns(),
     )
 }
@@ -81,13 +85,13 @@ def spending(names: Iterable[str], pool: int, target: int, num_rollouts: int) ->
     prompts = f"{pool:,} prompts" + f" and {target:,} of the target" * bool(target)
     if "rollouts" in paid:
         prompts += f" x {num_rollouts} rollouts = {(pool + target) * num_rollouts:,}"
-    over_each = ", and ".join(text for price, text in _OVER_EACH.items() if price in paid)
+    forwards = sum(one.forwards for one in measures if one.price == "forward")
+    over = {"forward": "a forward", "gradients": "a forward and a backward"}
+    over |= {"forward": f"{forwards} forwards"} if forwards > 1 else {}
+    over_each = ", and ".join(f"{text} over each" for price, text in over.items() if price in paid)
     if "rollouts" in paid:
         return f"{prompts}, and {over_each}" if over_each else prompts
     return f"{prompts}, {over_each}" if over_each else ""
-
-
-_OVER_EACH = {"forward": "a forward over each", "gradients": "a forward and a backward over each"}
 
 
 def _of_rollouts(measure: Measure) -> bool:

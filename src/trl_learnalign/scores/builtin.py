@@ -106,6 +106,9 @@ SCORES = {
     ),
     "confidence": Score(("likelihood",), _confidence),  # UFO-RL, arXiv 2505.12457
     "pvi": Score(("likelihood", "likelihood_alone"), lambda table, align: table["prompt_information"]),
+    "ask": Score(("ask",), lambda table, align: table["ask_yes"]),  # Ask-LLM, arXiv 2402.09668
+    # Data Whisperer, arXiv 2505.12212
+    "demonstration": Score(("demonstration",), lambda table, align: table["demonstration_value"]),
     "random": Score((), lambda table, align: table.index.to_series() * 0.0, at_random=True),  # all are tied
 }
 _COLUMN = "column:"

@@ -91,7 +91,7 @@ def pool_warnings(selection: "Selection") -> list[str]:
             f"{without:,} of {pool:,} prompts count as not learnable although the rewards of their rollouts differ, "
             f"as they have no gradient: {reason}"
         )
-    texts += filter(None, [_guessable(selection)])
+    texts += filter(None, [_guessable(selection), _all_tied(selection)])
     if selection.indices:  # else `selection_warning` speaks of the threshold
         texts += filter(None, [threshold_warning(provenance.get("doubt"), config.get("success_threshold"))])
     return texts
@@ -109,6 +109,19 @@ def _guessable(selection) -> str | None:
         f"{number:,} of {selection.scores.num_rows:,} answers are at least as likely without their prompt, "
         f"{chosen:,} of the chosen ones among them: they can be guessed, or their prompt tells this policy nothing. "
         "`where='prompt_information > 0'` leaves them out."
+    )
+
+
+def _all_tied(selection) -> str | None:
+    """Tell of measured scores that are the same for all prompts; with rollouts other warnings do."""
+    if not selection.measures or "rollouts" in selection.measures or selection.scores.num_rows < 2:
+        return None
+    least, most = pc.min_max(selection.scores["score"]).values()
+    if least.as_py() is None or least != most:
+        return None
+    return (
+        f"All {selection.scores.num_rows:,} scores are equal ({least.as_py():.7g}), so the choice among these prompts "
+        "is a random draw: what was measured does not tell them apart. Use another score, or a model that can."
     )
 
 
