@@ -44,7 +44,7 @@ _LEAST = {
     "projection_dim": (16, "Leave the default, or use None for exact gradients."),
     "max_tokens_per_batch": (1, "Use None for as many as a training step holds."),
     "candidate_prompts": (1, "Use None to score the whole dataset."),
-    "fold": (1, "It is the step through the ranking."),
+    "fold": (1, "It is the step through the chosen prompts."),
     "selection_seed": (0, "Use None for the trainer's seed."),
 }
 
@@ -149,8 +149,8 @@ class LearnAlignConfig:
             warning.
         prompt_order (`str`, *optional*, defaults to `"shuffle"`):
             The order of prompts in each pass over the selection: `"shuffle"`, a new permutation; `"ranked"`, best
-            first; `"folding"`, positions 0, L, 2 L, ... of the ranking, then 1, L + 1, ..., with L = `fold` (DELT,
-            arXiv 2506.21545).
+            first; `"folding"`, positions 0, L, 2 L, ... from the lowest score up, then 1, L + 1, ..., with L = `fold`
+            (DELT, arXiv 2506.21545).
         fold (`int`, *optional*, defaults to `3`):
             The step of `prompt_order="folding"`, at least 1.
         save_rollouts (`bool`, *optional*, defaults to `False`):

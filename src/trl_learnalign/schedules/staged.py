@@ -87,7 +87,8 @@ class StagedSchedule(Schedule, Selects, Describes, Prepares):
             case "ranked":
                 return ranked
             case "folding":
-                return np.concatenate([ranked[first :: self.config.fold] for first in range(self.config.fold)])
+                rising = ranked[::-1]  # as DELT's code sorts
+                return np.concatenate([rising[first :: self.config.fold] for first in range(self.config.fold)])
             case _:
                 return np.sort(ranked)
 
