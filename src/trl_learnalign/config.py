@@ -211,7 +211,11 @@ class LearnAlignConfig:
     save_rollouts: bool = False
     write_report: bool = True
     selection_seed: int | None = None
-    schedule: Literal["staged", "online", "mopps", "insight", "dps", "greso", "pools", "sec", "dump", "lfr"] = "staged"
+    # fmt: off
+    schedule: Literal[
+        "staged", "online", "mopps", "insight", "dps", "greso", "pools", "sec", "dump", "lfr", "adept", "adept_thompson"
+    ] = "staged"
+    # fmt: on
     prompt_features: bool = True
     group_column: str | None = None
     pass_rate_column: str | None = None
