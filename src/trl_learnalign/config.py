@@ -30,7 +30,7 @@ FREE_BEFORE_SELECTION = (
     *("num_rollouts", "score", "score_measures", "answer_column", "learnability", "success_threshold"),
     *("success_reward", "gradient_rollouts", "projection_dim", "candidate_prompts", "deduplicate"),
     *("target_dataset", "target_column", "where", "quota_column", "quota", "take", "prompt_order", "fold"),
-    "selection_seed",
+    *("review_every", "selection_seed"),
 )
 # Settings that may change after a selection that fell back to learnability, as nothing could be learnt from the target
 FREE_WITHOUT_TARGET = ("num_rollouts", "score", "score_measures", "target_dataset", "target_column")
@@ -44,6 +44,7 @@ _LEAST = {
     "projection_dim": (16, "Leave the default, or use None for exact gradients."),
     "max_tokens_per_batch": (1, "Use None for as many as a training step holds."),
     "candidate_prompts": (1, "Use None to score the whole dataset."),
+    "review_every": (2, "Use None for passes that have all prompts."),
     "fold": (1, "It is the step through the chosen prompts."),
     "selection_seed": (0, "Use None for the trainer's seed."),
 }
@@ -115,6 +116,9 @@ class LearnAlignConfig:
         reselect_every (`float`, *optional*):
             Select again after this many passes over the selection (staged RL). More than 0; may be a fraction. By
             default a selection is made once.
+        review_every (`int`, *optional*):
+            Leave prompts that all rollouts of their last visit solved out of the passes over the selection, and review
+            all in every so many passes (LFR, arXiv 2409.06131). At least 2. By default each pass has all.
         after_warmup (`str`, *optional*, defaults to `"continue"`):
             `"continue"`: training goes on from the policy after the warm-up. `"restart"`: it goes back to the weights
             and the optimizer state that training started with.
@@ -198,6 +202,7 @@ class LearnAlignConfig:
     max_tokens_per_batch: int | None = None
     candidate_prompts: int | None = None
     reselect_every: float | None = None
+    review_every: int | None = None
     after_warmup: Literal["continue", "restart"] = "continue"
     deduplicate: bool = False
     target_dataset: PathOrDataset | None = None
@@ -213,7 +218,8 @@ class LearnAlignConfig:
     selection_seed: int | None = None
     # fmt: off
     schedule: Literal[
-        "staged", "online", "mopps", "insight", "dps", "greso", "pools", "sec", "dump", "lfr", "adept", "adept_thompson"
+        "staged", "online", "mopps", "insight", "dps", "greso", "pools", "sec", "dump", "lfr",
+        "adept", "adept_thompson",
     ] = "staged"
     # fmt: on
     prompt_features: bool = True

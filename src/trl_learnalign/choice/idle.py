@@ -47,6 +47,10 @@ _ROLLOUTS = Acting(
     "use a score that does, such as 'learnability'",
     refused=False,
 )
+_COUNTED = Acting(  # reviews count successes in training
+    lambda config: "rollouts" in config.measures or config.review_every is not None,
+    *(_ROLLOUTS.idle, _ROLLOUTS.remedy, _ROLLOUTS.refused),
+)
 _GRADIENTS = Acting(
     lambda config: "gradients" in config.measures,
     "with `score={score!r}`, which needs no gradients",
@@ -89,13 +93,14 @@ ACTING = {
     "answer_column": (_STAGED, _ANSWERS),
     "score": (_SCORES,),
     "learnability": (_SCORES, _ROLLOUTS),
-    "success_threshold": (_ROLLOUTS, _SUCCESS),
-    "success_reward": (_ROLLOUTS,),
+    "success_threshold": (_COUNTED, _SUCCESS),
+    "success_reward": (_COUNTED,),
     "gradient_rollouts": (_STAGED, _GRADIENTS),
     "projection_dim": (_STAGED, _GRADIENTS),
     "max_tokens_per_batch": (_STAGED, _GRADIENTS),
     "candidate_prompts": (_STAGED,),
     "reselect_every": (_STAGED,),
+    "review_every": (_STAGED,),
     "after_warmup": (_STAGED, _WARMUP),
     "target_dataset": (_STAGED,),
     "quota_column": (_STAGED,),
