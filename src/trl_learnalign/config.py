@@ -30,7 +30,7 @@ FREE_BEFORE_SELECTION = (
     *("num_rollouts", "score", "score_measures", "answer_column", "judge_model", "learnability"),
     *("success_threshold", "success_reward", "gradient_rollouts", "projection_dim", "candidate_prompts"),
     *("deduplicate", "target_dataset", "target_column", "target_checkpoints", "gradient_direction", "where"),
-    *("quota_column", "quota", "take", "prompt_order", "fold", "diversity", "selection_seed"),
+    *("quota_column", "quota", "take", "prompt_order", "fold", "review_every", "diversity", "selection_seed"),
 )
 # Settings that may change after a selection that fell back to learnability, as nothing could be learnt from the target
 FREE_WITHOUT_TARGET = ("num_rollouts", "score", "score_measures", "target_dataset", "target_column")
@@ -44,7 +44,8 @@ _LEAST = {
     "projection_dim": (16, "Leave the default, or use None for exact gradients."),
     "max_tokens_per_batch": (1, "Use None for as many as a training step holds."),
     "candidate_prompts": (1, "Use None to score the whole dataset."),
-    "fold": (1, "It is the step through the ranking."),
+    "review_every": (2, "Use None for passes that have all prompts."),
+    "fold": (1, "It is the step through the chosen prompts."),
     "selection_seed": (0, "Use None for the trainer's seed."),
 }
 
@@ -78,9 +79,9 @@ class LearnAlignConfig:
             `target_dataset`, the largest over subtasks: LESS, arXiv 2402.04333), `"target_alignment"` (without V),
             `"influence"` (on the mean gradient of the pool, or of `target_dataset`: arXiv 2504.13586),
             `"gradient_density"` (inverse), `"density"` (the same of hidden states: arXiv 2402.09668), `"confidence"`
-            (UFO-RL, arXiv 2505.12457) and `"pvi"` (arXiv 2507.00038) by the likelihood of `answer_column`, `"ask"` (how
-            surely a model says that the prompt is good to train on: Ask-LLM, arXiv 2402.09668), `"demonstration"` (how
-            much it helps as a worked example: Data Whisperer, arXiv 2505.12212), `"column:NAME"` (numbers of the
+            (UFO-RL, arXiv 2505.12457) and `"pvi"` (arXiv 2507.00038) by the likelihood of `answer_column`, `"ask"`
+            (how surely a model says that the prompt is good to train on: Ask-LLM, arXiv 2402.09668), `"demonstration"`
+            (how much it helps as a worked example: Data Whisperer, arXiv 2505.12212), `"column:NAME"` (numbers of the
             dataset), or your own function, as an object or as `"file.py:function"`. Random, density and all behind it
             need no rollouts. The function takes a `pandas.DataFrame` with a row per prompt and returns a Series.
             Higher is better; a prompt with NaN is never chosen. Online: `"learnalign"`, `"learnability"`, or
@@ -118,6 +119,9 @@ class LearnAlignConfig:
             new one. By default the complete dataset.
         reselect_every (`float`, *optional*):
             Select again after this many passes over the selection (staged RL), a number above 0. By default once.
+        review_every (`int`, *optional*):
+            Leave prompts that all rollouts of their last visit solved out of the passes over the selection, and review
+            all in every so many passes (LFR, arXiv 2409.06131). At least 2. By default each pass has all.
         after_warmup (`str`, *optional*, defaults to `"continue"`):
             `"continue"`: training goes on from the policy after the warm-up. `"restart"`: it goes back to the weights
             and the optimizer state that training started with.
@@ -156,8 +160,8 @@ class LearnAlignConfig:
             scores. Prompts whose score is not above 0 are taken only where others are too few, by rank.
         prompt_order (`str`, *optional*, defaults to `"shuffle"`):
             The order of prompts in each pass over the selection: `"shuffle"`, a new permutation; `"ranked"`, best
-            first; `"folding"`, positions 0, L, 2 L, ... of the ranking, then 1, L + 1, ..., with L = `fold` (DELT,
-            arXiv 2506.21545).
+            first; `"folding"`, positions 0, L, 2 L, ... from the lowest score up, then 1, L + 1, ..., with L = `fold`
+            (DELT, arXiv 2506.21545).
         fold (`int`, *optional*, defaults to `3`):
             The step of `prompt_order="folding"`, at least 1.
         save_rollouts (`bool`, *optional*, defaults to `False`):
@@ -206,6 +210,7 @@ class LearnAlignConfig:
     max_tokens_per_batch: int | None = None
     candidate_prompts: int | None = None
     reselect_every: float | None = None
+    review_every: int | None = None
     after_warmup: Literal["continue", "restart"] = "continue"
     deduplicate: bool = False
     target_dataset: PathOrDataset | None = None
@@ -222,7 +227,12 @@ class LearnAlignConfig:
     save_rollouts: bool = False
     write_report: bool = True
     selection_seed: int | None = None
-    schedule: Literal["staged", "online", "mopps", "insight", "dps", "greso", "pools", "sec", "dump", "lfr"] = "staged"
+    # fmt: off
+    schedule: Literal[
+        "staged", "online", "mopps", "insight", "dps", "greso", "pools", "sec", "dump", "lfr",
+        "adept", "adept_thompson",
+    ] = "staged"
+    # fmt: on
     prompt_features: bool = True
     group_column: str | None = None
     pass_rate_column: str | None = None

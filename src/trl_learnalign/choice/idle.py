@@ -47,6 +47,10 @@ _ROLLOUTS = Acting(
     "use a score that does, such as 'learnability'",
     refused=False,
 )
+_COUNTED = Acting(  # reviews count successes in training
+    lambda config: "rollouts" in config.measures or config.review_every is not None,
+    *(_ROLLOUTS.idle, _ROLLOUTS.remedy, _ROLLOUTS.refused),
+)
 _GRADIENTS = Acting(
     lambda config: "gradients" in config.measures,
     "with `score={score!r}`, which needs no gradients",
@@ -103,13 +107,14 @@ ACTING = {
     "judge_model": (_STAGED, _JUDGE),
     "score": (_SCORES,),
     "learnability": (_SCORES, _ROLLOUTS),
-    "success_threshold": (_ROLLOUTS, _SUCCESS),
-    "success_reward": (_ROLLOUTS,),
+    "success_threshold": (_COUNTED, _SUCCESS),
+    "success_reward": (_COUNTED,),
     "gradient_rollouts": (_STAGED, _GRADIENTS),
     "projection_dim": (_STAGED, _GRADIENTS),
     "max_tokens_per_batch": (_STAGED, _GRADIENTS),
     "candidate_prompts": (_STAGED,),
     "reselect_every": (_STAGED,),
+    "review_every": (_STAGED,),
     "after_warmup": (_STAGED, _WARMUP),
     "target_dataset": (_STAGED,),
     "target_checkpoints": (_STAGED, _TARGET),

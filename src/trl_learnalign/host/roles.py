@@ -156,6 +156,7 @@ class Trains(Facts):
     """Events of the trainer's training, and the sampler that it draws prompts from."""
 
     generation_method: str  # as in [`Generates`]
+    _passes_chosen: taps.Undo = staticmethod(lambda: None)  # ends what the run before chose by
 
     def layout(self) -> dict:
         """
@@ -185,6 +186,11 @@ class Trains(Facts):
     def on_rewards(self, observer: taps.RewardObserver, check: taps.RowCheck | None = None) -> taps.Undo:
         """Report every generation for training: [`~trl_learnalign.host.taps.RewardTap`]."""
         return taps.RewardTap(self.trainer, self.generation_method, observer, check).undo
+
+    def choose_passes(self, passes_of: Callable[[int], tuple[int, int]]) -> None:
+        """Let `passes_of(batch)` choose `num_iterations`: [`~trl_learnalign.host.taps.choose_passes`]."""
+        self._passes_chosen()
+        self._passes_chosen = taps.choose_passes(self.trainer, passes_of)
 
     def gradients_obstacle(self: Any) -> str | None:
         """Return why training's gradients cannot be had: [`~trl_learnalign.host.gradient_tap.gradients_obstacle`]."""

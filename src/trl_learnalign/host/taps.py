@@ -139,6 +139,34 @@ class _Generation:
         self.rewarded.append((rows, completions, found.masked_fill(~found.isfinite(), torch.nan).numpy()))
 
 
+def choose_passes(trainer: RolloutTrainer, passes_of: Callable[[int], tuple[int, int]]) -> Undo:
+    """
+    Choose how often a trainer passes over each batch that it generates, its `num_iterations`, while it trains.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): the trainer.
+        passes_of (`Callable`): is called with the number of a training batch in the run, before it is trained on.
+            Returns the passes over what was generated for it, and the batches of these that came before. 0 of them:
+            the trainer generates anew.
+
+    Returns:
+        a function that ends it.
+    """
+    counter = _BatchCounter(trainer)
+
+    def train(inner, *args, **kwargs):
+        counter.count()
+        before = trainer.num_iterations
+        # `_prepare_inputs` generates where `_step` is a multiple of `steps_per_generation * num_iterations`
+        trainer.num_iterations, trainer._step = passes_of(counter.batches_before())
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            trainer.num_iterations = before
+
+    return wrap(trainer, "training_step", train)
+
+
 def _in_loss(output: dict) -> np.ndarray:
     """Tell for each completion of a generation, `(rows,)`, if a token of it is in the loss."""
     mask = output["completion_mask"]

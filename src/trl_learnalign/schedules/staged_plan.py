@@ -53,7 +53,7 @@ def plan_lines(
     layout: Layout, config: LearnAlignConfig, work: Work, max_steps: int, step: int, log: "list[Version]", due: bool
 ) -> list[str]:
     """
-    Return three lines: the warm-up, the selection, and the training on it.
+    Return the lines of a plan: the warm-up, the selection, the training on it, and reviews if there are any.
 
     Args:
         layout ([`Layout`]): of the run.
@@ -72,6 +72,9 @@ def plan_lines(
         _selection(layout, config, work, log, due, warming),
         _training(layout, work, max_steps, max(end, step), log),
     ]
+    if config.review_every is not None:
+        some = f"{config.review_every - 1} of {config.review_every} passes"
+        lines.append(f"{some} leave out the prompts that were solved, so they are shorter, and there are more.")
     return lines
 
 
