@@ -66,6 +66,7 @@ EFFECTS = {
     "num_prompts": (5, SELECTED, (*ROLLED_OUT[3:], METHOD)),
     "warmup_prompts": (5, SELECTED, ROLLED_OUT[3:]),
     "num_rollouts": (4, ROLLED_OUT[:3], (*FREE, *ROLLED_OUT[3:])),
+    "rollouts": ("racing", ROLLED_OUT[:3], (*FREE, *ROLLED_OUT[3:])),
     "rollout_batch_prompts": (4, ROLLED_OUT[:3], (*FREE, *ROLLED_OUT[3:])),
     "score": ("learnability", ({}, ROLLED_OUT[3]), (METHOD,)),
     "score_measures": (["rollouts"], FREE[2:], ()),

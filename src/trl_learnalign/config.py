@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from datasets import Dataset
 
-from .choice.agreement import check_schedule, check_score, check_success_reward, check_target
+from .choice.agreement import check_racing, check_schedule, check_score, check_success_reward, check_target
 from .choice.idle import missing
 from .data.conditions import Condition
 from .data.rows import dataset_fingerprint
@@ -27,7 +27,7 @@ else:
 FREE_ON_RESUME = ("reselect_every", "rollout_batch_prompts", "max_tokens_per_batch", "save_rollouts", "write_report")
 # Settings of the coming selection, which may change as long as none has chosen a prompt
 FREE_BEFORE_SELECTION = (
-    *("num_rollouts", "score", "score_measures", "answer_column", "learnability", "success_threshold"),
+    *("num_rollouts", "rollouts", "score", "score_measures", "answer_column", "learnability", "success_threshold"),
     *("success_reward", "gradient_rollouts", "projection_dim", "candidate_prompts", "deduplicate"),
     *("target_dataset", "target_column", "where", "quota_column", "quota", "take", "prompt_order", "fold"),
     "selection_seed",
@@ -67,6 +67,9 @@ class LearnAlignConfig:
             Ignored by `select_prompts`; on the command line the default is 0.
         num_rollouts (`int`, *optional*):
             Rollouts for each prompt of the pool, at least 2. By default the trainer's `num_generations`.
+        rollouts (`str`, *optional*, defaults to `"all"`):
+            `"all"`: `num_rollouts` for every prompt. `"racing"`: two for every prompt, more for those that by their
+            first ones may be among the best `num_prompts`, all for the contenders. V is then the expected p (1 - p).
         rollout_batch_prompts (`int`, *optional*):
             Prompts that a process generates for at once in a selection, at least 1. By default as many as in training,
             doubled up to six times while the pool has 64 such batches (not with a reward model or sharded weights). In
@@ -186,6 +189,7 @@ class LearnAlignConfig:
     num_prompts: int = 1000
     warmup_prompts: int = 300
     num_rollouts: int | None = None
+    rollouts: Literal["all", "racing"] = "all"
     rollout_batch_prompts: int | None = None
     score: ScoreOrFunction = "learnalign"
     score_measures: list[str] | None = None
@@ -237,6 +241,7 @@ class LearnAlignConfig:
         self.ranking()
         check_target(self)
         check_schedule(self)
+        check_racing(self)
         if self.where is not None:
             Condition(self.where)
         if self.reselect_every is not None and self.reselect_every <= 0:

@@ -84,6 +84,7 @@ ACTING = {
     "num_prompts": (_STAGED,),
     "warmup_prompts": (_STAGED,),
     "num_rollouts": (_STAGED, _ROLLOUTS),
+    "rollouts": (_STAGED, _ROLLOUTS),
     "rollout_batch_prompts": (_STAGED, _ROLLOUTS),
     "score_measures": (_STAGED,),
     "answer_column": (_STAGED, _ANSWERS),

@@ -181,8 +181,8 @@ def features_of(context: Context, rolled_out: RolledOut, log: Log) -> GradientFe
 
     def rollouts(row):
         group, advantages = own.group(row), pool.advantages[learnable[row]].tolist()
-        # The mean is over all rollouts that the configuration chooses, also over those that have no gradient
-        weight = 1 / (len(advantages) if config.gradient_rollouts == "all" else 1)
+        # The mean is over all rollouts that the configuration chooses and a race made, also those without a gradient
+        weight = 1 / (own.made[own.place(row)] if config.gradient_rollouts == "all" else 1)
         return [
             Row(group.prompt_ids[g], group.completion_ids[g], group.loss_masks[g], advantages[g], weight)
             for g in chosen[row].tolist()

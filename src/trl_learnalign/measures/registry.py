@@ -68,16 +68,20 @@ def prices(names: Iterable[str]) -> list[str]:
     return [price for price in PRICES[1:] if price in paid]
 
 
-def spending(names: Iterable[str], pool: int, target: int, num_rollouts: int) -> str:
+def spending(names: Iterable[str], pool: int, target: int, num_rollouts: int, racing: bool = False) -> str:
     """
     Say what measures take of the prompts of a pool and of a target; empty where nothing is generated or computed.
-    Gradients of rollouts are not named: they are of those prompts alone that turn out to be learnable.
+    Gradients of rollouts are not named: they are of those prompts alone that turn out to be learnable. In a race
+    (`racing`) prompts of the pool have two rollouts at least.
     """
     measures = needed(names)
     paid = {one.price for one in measures if one.price != "gradients" or not _of_rollouts(one)}
     prompts = f"{pool:,} prompts" + f" and {target:,} of the target" * bool(target)
     if "rollouts" in paid:
-        prompts += f" x {num_rollouts} rollouts = {(pool + target) * num_rollouts:,}"
+        most = f"{(pool + target) * num_rollouts:,}"
+        least = f"{2 * pool + target * num_rollouts:,}"
+        race = f" x 2 to {num_rollouts} rollouts = {least} to {most}"
+        prompts += race if racing else f" x {num_rollouts} rollouts = {most}"
     over_each = ", and ".join(text for price, text in _OVER_EACH.items() if price in paid)
     if "rollouts" in paid:
         return f"{prompts}, and {over_each}" if over_each else prompts

@@ -118,7 +118,8 @@ def _each(layout, config):
 
 def rollouts_text(layout: Layout, config: LearnAlignConfig, work: Work) -> str:
     """Say how much a selection generates and computes."""
-    if found := spending(config.measures, work.pool, work.target, _each(layout, config)):
+    racing = config.rollouts == "racing"
+    if found := spending(config.measures, work.pool, work.target, _each(layout, config), racing):
         return found
     most = "at most " * work.filtered
     number = min(layout.num_prompts, work.pool)
@@ -146,7 +147,8 @@ def estimate_line(layout: Layout, config: LearnAlignConfig, work: Work, step: in
         return f"{line}. How long it takes is not known yet, as no step has been trained since the start."
     left = duration((work.pool + work.target) * each * seconds / trained)
     pace = f"{trained / seconds:.3g} rollouts a second, with their gradients"
-    return f"{line}; about {left} at the pace of training ({pace})."
+    about = "at most" if config.rollouts == "racing" else "about"
+    return f"{line}; {about} {left} at the pace of training ({pace})."
 
 
 def warmup_warning(layout: Layout, max_steps: int) -> str | None:

@@ -22,6 +22,7 @@ from .words import OUTCOME_LABELS
 
 
 _LEAST_TRIED = {"forward": 256, "rollouts": 16, "gradients": 16}  # prompts of the small selection
+_LEAST_RACE = 64  # of which some are to be left behind
 
 
 def plan_selection(trainer: Trainer, config: LearnAlignConfig) -> tuple[str, bool]:
@@ -41,12 +42,15 @@ def plan_selection(trainer: Trainer, config: LearnAlignConfig) -> tuple[str, boo
     batch = prompts_at_once(host, config, each, prompts)
     together = world * (batch if "rollouts" in paid else 1)
     least = min(_LEAST_TRIED[price] for price in paid)
-    tried = min(prompts, together * math.ceil(least / together))
+    racing = "rollouts" in paid and config.rollouts == "racing"
+    tried = min(prompts, together * math.ceil((_LEAST_RACE if racing else least) / together))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the user's configuration has given all of its warnings
         small = replace(config, candidate_prompts=tried, num_prompts=tried)
         if "rollouts" in paid:
             small = replace(small, rollout_batch_prompts=batch)
+        if racing:  # for as large a part of the prompts
+            small = replace(small, num_prompts=math.ceil(tried * wanted / prompts))
     trial = SelectionRun(host, small, 0, keep_measures=True)
     with tempfile.TemporaryDirectory() as directory:
         trial.path = Path(directory) / "learnalign" / "trial"
@@ -60,7 +64,7 @@ def plan_selection(trainer: Trainer, config: LearnAlignConfig) -> tuple[str, boo
     if config.projection_dim is None and disk.get("gradients", 0) > world * EXACT_BYTES:  # computed twice instead
         del disk["gradients"]
     targets = 0 if whole.context.target is None else len(whole.context.target)
-    lines = [f"pool: {spending(config.measures, prompts, 0, each)}"]
+    lines = [f"pool: {spending(config.measures, prompts, 0, each, racing)}"]
     if targets:
         lines.append(f"target: {spending(config.measures, targets, 0, each)}")
     said = f"tried: {tried} prompts on {world} process{'es' * (world > 1)}"
@@ -85,6 +89,8 @@ def plan_selection(trainer: Trainer, config: LearnAlignConfig) -> tuple[str, boo
         )
     else:
         lines.append("rollouts: none")
+    if race := selection.provenance.get("race"):
+        lines.append(f"race: {race['rollouts'] / race['of']:.0%} of the rollouts are made")
     if "rollouts" in paid or "gradients" in paid:
         lines.append(f"gradients: {_gradients(paid, with_gradient)}")
     lines += [

@@ -28,7 +28,8 @@ from ..host import Host
 from ..measures.base import Context, Finding
 from ..measures.contract import check_finding
 from ..measures.registry import MEASURES, needed, prices
-from ..measures.rollouts import RolledOut, save_shard
+from ..measures.rollouts import RolledOut
+from ..measures.shards import save_shard
 from ..run.uploads import warn_of_uploads
 from ..scores.builtin import SCORES, score_name
 from .checks import check_selection

@@ -58,6 +58,8 @@ def summary(selection: "Selection") -> str:
     parts = [pool, chosen]
     if not by:
         outcomes = [f"{OUTCOME_LABELS[name]} {means}" for name, means in _outcomes(selection).items()]
+        if race := provenance.get("race"):
+            pool += f" ({race['rollouts']:,} of {race['of']:,} rollouts)"
         parts = [pool, f"learnable {selection.num_learnable()}", chosen, *outcomes]
     parts += [f"{phase} {seconds:.1f} s" for phase, seconds in provenance["seconds"].items()]
     cost = provenance.get("cost", {})
