@@ -82,6 +82,7 @@ EFFECTS = {
     "projection_dim": (None, GRADIENTS, (*FREE, OTHERWISE, OWN, *ROLLED_OUT[3:])),
     "max_tokens_per_batch": (50, GRADIENTS, (*FREE, OTHERWISE, OWN, *ROLLED_OUT[3:])),
     "candidate_prompts": (2000, SELECTED, ROLLED_OUT[3:]),
+    "candidate_score": ("random", ({"candidate_prompts": 2000},), ()),
     "reselect_every": (2.0, SELECTED, ROLLED_OUT[3:]),
     "after_warmup": ("restart", SELECTED, ({"warmup_prompts": 0}, *ROLLED_OUT[3:])),
     "deduplicate": (True, ANY, ()),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from datasets import Dataset
 
 from .choice.agreement import check_racing, check_schedule, check_score, check_success_reward, check_target
+from .choice.candidates import check_candidates, stages_of
 from .choice.idle import missing
 from .data.conditions import Condition
 from .data.rows import dataset_fingerprint
@@ -18,9 +19,11 @@ if TYPE_CHECKING:  # for editors and type checkers; a TrlParser takes one simple
     import pandas
 
     ScoreOrFunction: TypeAlias = str | Callable[[pandas.DataFrame], pandas.Series]
+    ScoresOrFunctions: TypeAlias = list[ScoreOrFunction] | ScoreOrFunction | None
     PathOrDataset: TypeAlias = str | Dataset
 else:
     ScoreOrFunction = PathOrDataset = str
+    ScoresOrFunctions = list[str] | None | str  # in this order the parser takes it for a list
 
 # Settings that a resumed run may always change: the time of selections, the amount computed at once, and the files
 # written. None changes the rule that a selection chooses by
@@ -28,13 +31,14 @@ FREE_ON_RESUME = ("reselect_every", "rollout_batch_prompts", "max_tokens_per_bat
 # Settings of the coming selection, which may change as long as none has chosen a prompt
 FREE_BEFORE_SELECTION = (
     *("num_rollouts", "rollouts", "score", "score_measures", "answer_column", "learnability", "success_threshold"),
-    *("success_reward", "gradient_rollouts", "projection_dim", "candidate_prompts", "deduplicate"),
-    *("target_dataset", "target_column", "where", "quota_column", "quota", "take", "prompt_order", "fold"),
-    "selection_seed",
+    *("success_reward", "gradient_rollouts", "projection_dim", "candidate_prompts", "candidate_score"),
+    *("deduplicate", "target_dataset", "target_column", "where", "quota_column", "quota", "take", "prompt_order"),
+    *("fold", "selection_seed"),
 )
 # Settings that may change after a selection that fell back to learnability, as nothing could be learnt from the target
 FREE_WITHOUT_TARGET = ("num_rollouts", "score", "score_measures", "target_dataset", "target_column")
 MAX_PROJECTION_DIM = 1 << 24
+_CHECKED_APART = ("score", "target_dataset", "success_reward", "candidate_prompts", "candidate_score")
 # The least value of each integer, and a remedy
 _LEAST = {
     "num_prompts": (1, "Set it to the number of prompts to train on."),
@@ -43,7 +47,6 @@ _LEAST = {
     "rollout_batch_prompts": (1, "Use None for as many as the pool allows."),
     "projection_dim": (16, "Leave the default, or use None for exact gradients."),
     "max_tokens_per_batch": (1, "Use None for as many as a training step holds."),
-    "candidate_prompts": (1, "Use None to score the whole dataset."),
     "fold": (1, "It is the step through the ranking."),
     "selection_seed": (0, "Use None for the trainer's seed."),
 }
@@ -112,9 +115,13 @@ class LearnAlignConfig:
         max_tokens_per_batch (`int`, *optional*):
             Largest number of tokens in a microbatch when gradients are computed, padding included. By default the
             trainer's `per_device_train_batch_size` times the length of the longest rollout, as in a training step.
-        candidate_prompts (`int`, *optional*):
-            Score a random part of the dataset of this size, at least `num_prompts`. Each selection of a run draws a
-            new one. By default the complete dataset.
+        candidate_prompts (`list[int]` or `int`, *optional*):
+            Score a part of the dataset of this size, at least `num_prompts`: the best ones by `candidate_score`, or at
+            random, anew for each selection of a run. By default the complete dataset.
+        candidate_score (`list[str]` or `str` or `Callable`, *optional*):
+            A score as in `score`, but cheaper, which chooses the `candidate_prompts`; a function gets columns of the
+            dataset alone. Several, with as many sizes, are a funnel: each chooses from the prompts that the one before
+            has left. `quota_column` holds for each.
         reselect_every (`float`, *optional*):
             Select again after this many passes over the selection (staged RL). More than 0; may be a fraction. By
             default a selection is made once.
@@ -200,7 +207,8 @@ class LearnAlignConfig:
     gradient_rollouts: Literal["all", "one_correct"] = "all"
     projection_dim: int | None = 32768
     max_tokens_per_batch: int | None = None
-    candidate_prompts: int | None = None
+    candidate_prompts: list[int] | None | int = None  # noqa: RUF036 in this order the parser takes it for a list
+    candidate_score: ScoresOrFunctions = None
     reselect_every: float | None = None
     after_warmup: Literal["continue", "restart"] = "continue"
     deduplicate: bool = False
@@ -221,15 +229,17 @@ class LearnAlignConfig:
     pass_rate_column: str | None = None
     drop_dead_groups: bool = True
 
-    # The ranking that was found last, after the settings it was found by; no annotation, so this is no field
+    # The ranking that was found last, after the settings it was found by, and the stages of the funnel; no annotation,
+    # so these are no fields
     _found = None
+    _stages = None
 
     def __post_init__(self) -> None:
         if isinstance(self.score_measures, tuple):  # equal to the list of a command line
             self.score_measures = list(self.score_measures)
         check_success_reward(self)
         for one in fields(self):
-            if one.name not in ("score", "target_dataset", "success_reward"):  # each has a check of its own
+            if one.name not in _CHECKED_APART:
                 check(one, type(self).__annotations__[one.name], getattr(self, one.name), _LEAST)
         if self.projection_dim is not None and self.projection_dim > MAX_PROJECTION_DIM:
             raise ValueError(
@@ -239,20 +249,18 @@ class LearnAlignConfig:
         check_score(self)
         self._found = None  # a file is read anew by every configuration
         self.ranking()
+        check_candidates(self)
+        self._stages = None
         check_target(self)
         check_schedule(self)
         check_racing(self)
+        self.stages()
         if self.where is not None:
             Condition(self.where)
         if self.reselect_every is not None and self.reselect_every <= 0:
             raise ValueError(
                 f"`reselect_every` is {self.reselect_every}, but a number of passes over the selection must be "
                 "positive. Use None to select once."
-            )
-        if self.candidate_prompts is not None and self.candidate_prompts < self.num_prompts:
-            raise ValueError(
-                f"`candidate_prompts` ({self.candidate_prompts}) is smaller than `num_prompts` ({self.num_prompts}), "
-                "so there would be nothing to choose from. Raise the first or lower the second."
             )
 
     @property
@@ -270,8 +278,18 @@ class LearnAlignConfig:
             self._found = wanted, find_score(*wanted)
         return self._found[1]
 
+    def stages(self) -> "list[LearnAlignConfig]":
+        """
+        Return a configuration for each choice of candidates by `candidate_score`, in their order: `score` and
+        `num_prompts` are of that choice.
+        """
+        wanted = self.candidate_score, self.candidate_prompts
+        if self._stages is None or self._stages[0] != wanted:
+            self._stages = wanted, stages_of(self)
+        return self._stages[1]
+
     def __getstate__(self):
-        return {name: value for name, value in vars(self).items() if name != "_found"}
+        return {name: value for name, value in vars(self).items() if name not in ("_found", "_stages")}
 
     def changes(self, saved: dict) -> dict[str, tuple]:
         """
@@ -293,4 +311,8 @@ class LearnAlignConfig:
         target = self.target_dataset
         if isinstance(target, Dataset):
             values["target_dataset"] = f"Dataset of {len(target)} rows, {dataset_fingerprint(target)[:16]}"
+        if isinstance(candidates := self.candidate_score, list):
+            values["candidate_score"] = [score_name(one) for one in candidates]
+        elif candidates is not None:
+            values["candidate_score"] = score_name(candidates)
         return values | {"score": score_name(self.score)}

@@ -55,7 +55,7 @@ _GRADIENTS = Acting(
 )
 _WITHOUT_ANSWERS = {"rollouts", "gradients", "target-rollouts", "target-gradients", "hidden_states"}
 _ANSWERS = Acting(  # a measure from outside the package may read them
-    lambda config: bool(set(config.measures) - _WITHOUT_ANSWERS),
+    lambda config: any(set(one.measures) - _WITHOUT_ANSWERS for one in (config, *config.stages())),
     "with `score={score!r}`, which needs no answers",
     "use a score that does, such as 'confidence'",
     refused=False,
@@ -96,6 +96,7 @@ ACTING = {
     "projection_dim": (_STAGED, _GRADIENTS),
     "max_tokens_per_batch": (_STAGED, _GRADIENTS),
     "candidate_prompts": (_STAGED,),
+    "candidate_score": (_STAGED,),
     "reselect_every": (_STAGED,),
     "after_warmup": (_STAGED, _WARMUP),
     "target_dataset": (_STAGED,),

@@ -1,7 +1,9 @@
 """The measures that there are, and what several of them cost together."""
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, cast
 
+from ..scores.builtin import manner
 from .alignments import GradientMeasure
 from .base import PRICES, Measure
 from .columns import Columns
@@ -10,6 +12,10 @@ from .hidden_states import HiddenStates
 from .likelihood import Likelihood, LikelihoodAlone
 from .rollouts import RolloutMeasure
 from .target import TargetGradients, TargetRollouts
+
+
+if TYPE_CHECKING:
+    from ..config import LearnAlignConfig
 
 
 MEASURES: dict[str, Measure] = {
@@ -86,6 +92,22 @@ def spending(names: Iterable[str], pool: int, target: int, num_rollouts: int, ra
     if "rollouts" in paid:
         return f"{prompts}, and {over_each}" if over_each else prompts
     return f"{prompts}, {over_each}" if over_each else ""
+
+
+def cost(config: "LearnAlignConfig") -> int:
+    """Return the place in `PRICES` of what a score takes of a prompt. Gradients count as the rollouts they are of."""
+    paid = (PRICES.index(measure.price) for measure in needed(config.ranking().measures))
+    return min(max(paid, default=0), PRICES.index("rollouts"))
+
+
+def funnel(config: "LearnAlignConfig", rows: int) -> tuple[list[str], int]:
+    """Say of each choice of candidates from `rows` prompts what it takes and leaves, and return how many are left."""
+    lines = []
+    for stage in config.stages():
+        taken = spending(stage.measures, rows, 0, 0) or f"{rows:,} prompts"
+        rows = min(stage.num_prompts, rows)
+        lines.append(f"{taken}, {rows:,} of them {manner(stage.score)}")
+    return lines, rows if lines else min(cast("int | None", config.candidate_prompts) or rows, rows)
 
 
 _OVER_EACH = {"forward": "a forward over each", "gradients": "a forward and a backward over each"}

@@ -13,7 +13,7 @@ from ..config import LearnAlignConfig
 from ..host import find_host
 from ..measures.gradients import EXACT_BYTES
 from ..measures.parts import rollouts_at_once
-from ..measures.registry import spending
+from ..measures.registry import funnel, spending
 from ..measures.rollouts import prompts_at_once
 from ..scores.builtin import manner
 from .run import SelectionRun, checked_run
@@ -34,7 +34,8 @@ def plan_selection(trainer: Trainer, config: LearnAlignConfig) -> tuple[str, boo
     host = find_host(trainer)
     host.look_at_functions()
     whole = checked_run(host, config, 0)
-    paid, prompts, world = whole.context.prices, len(whole.pool), trainer.accelerator.num_processes
+    paid, world = whole.context.prices, trainer.accelerator.num_processes
+    candidates, prompts = funnel(config, len(whole.pool))
     wanted = min(config.num_prompts, prompts)
     if not paid:
         return f"pool: {prompts:,} prompts\n{wanted:,} would be chosen {manner(config.score)}: no rollouts", True
@@ -46,25 +47,34 @@ def plan_selection(trainer: Trainer, config: LearnAlignConfig) -> tuple[str, boo
     tried = min(prompts, together * math.ceil((_LEAST_RACE if racing else least) / together))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the user's configuration has given all of its warnings
-        small = replace(config, candidate_prompts=tried, num_prompts=tried)
+        small = replace(config, candidate_prompts=tried, candidate_score=None, num_prompts=tried)
         if "rollouts" in paid:
             small = replace(small, rollout_batch_prompts=batch)
         if racing:  # for as large a part of the prompts
             small = replace(small, num_prompts=math.ceil(tried * wanted / prompts))
-    trial = SelectionRun(host, small, 0, keep_measures=True)
-    with tempfile.TemporaryDirectory() as directory:
-        trial.path = Path(directory) / "learnalign" / "trial"
-        with trial.peers:
-            selection = trial._run()
-            written = trial.peers.gather(_bytes_of(trial.path_of_measures))  # each process has a directory of its own
-    host.note_functions()
+    selection, written = _tried(host, small)
     more, eligible = prompts / tried, len(selection.eligible())
-    times = _whole(selection.provenance["seconds"], more)
-    disk = _whole(_summed(written), more)
+    times, disk = {}, _whole(written, more)
+    left = len(whole.pool)
+    for stage in whole.stages:
+        if stage.measures:
+            tried_first = min(left, world * math.ceil(_LEAST_TRIED["forward"] / world))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                first, on_disk = _tried(host, replace(stage, candidate_prompts=tried_first, num_prompts=tried_first))
+            name, scale = f"candidates {manner(stage.score)}", left / tried_first
+            times[name] = sum(first.provenance["seconds"].values()) * scale
+            disk[name] = sum(on_disk.values()) * scale
+        left = min(stage.num_prompts, left)
+    times |= _whole(selection.provenance["seconds"], more)
+    host.note_functions()
     if config.projection_dim is None and disk.get("gradients", 0) > world * EXACT_BYTES:  # computed twice instead
         del disk["gradients"]
     targets = 0 if whole.context.target is None else len(whole.context.target)
-    lines = [f"pool: {spending(config.measures, prompts, 0, each, racing)}"]
+    lines = [
+        *(f"candidates: {line}" for line in candidates),
+        f"pool: {spending(config.measures, prompts, 0, each, racing)}",
+    ]
     if targets:
         lines.append(f"target: {spending(config.measures, targets, 0, each)}")
     said = f"tried: {tried} prompts on {world} process{'es' * (world > 1)}"
@@ -106,6 +116,17 @@ def plan_selection(trainer: Trainer, config: LearnAlignConfig) -> tuple[str, boo
         lines.append(f"most memory of the device so far: {torch.cuda.max_memory_allocated(device) / 2**30:,.1f} GiB")
     lines += plan_warnings(selection, eligible * more, wanted)
     return "\n".join([*lines, "Nothing was kept."]), eligible > 0
+
+
+def _tried(host, config):
+    """Make a selection that is not kept; return it, and the bytes of what each measure wrote on all processes."""
+    trial = SelectionRun(host, config, 0, keep_measures=True)
+    with tempfile.TemporaryDirectory() as directory:
+        trial.path = Path(directory) / "learnalign" / "trial"
+        with trial.peers:
+            selection = trial._run()
+            written = trial.peers.gather(_bytes_of(trial.path_of_measures))  # each process has a directory of its own
+    return selection, _summed(written)
 
 
 def _gradients(paid, prompts) -> str:
