@@ -84,10 +84,10 @@ def test_prices_of_a_funnel(tmp_path, capsys):
     )
     assert "expected time: candidates by confidence" in text
     make_trainer(tmp_path / "run", choice, dataset=dataset, reward=parity_reward, max_steps=1).train()
-    assert (
-        "24 prompts, 16 of them by column:row; then 16 prompts, a forward over each, 7 of them by confidence; then 7 prompts x 8"
-        in capsys.readouterr().out
+    said = (
+        "24 prompts, 16 of them by column:row; then 16 prompts, a forward over each, 7 of them by confidence; then 7"
     )
+    assert f"{said} prompts x 8 rollouts = 56" in capsys.readouterr().out
     written = json.loads((tmp_path / "run/learnalign/step-000000/selection.json").read_text())
     assert written["provenance"]["config"]["candidate_score"] == ["column:row", "confidence"]
 

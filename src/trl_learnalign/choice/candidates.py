@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 
 if TYPE_CHECKING:
@@ -67,9 +67,8 @@ def stages_of(config: "LearnAlignConfig") -> "list[LearnAlignConfig]":
     scores, sizes = config.candidate_score, config.candidate_prompts
     if scores is None:
         return []
-    pairs = zip(
-        scores if isinstance(scores, list) else [scores], sizes if isinstance(sizes, list) else [sizes], strict=True
-    )
+    numbers = cast("list[int]", sizes if isinstance(sizes, list) else [sizes])
+    pairs = zip(scores if isinstance(scores, list) else [scores], numbers, strict=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of settings that act on what comes after

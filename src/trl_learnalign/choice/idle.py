@@ -96,7 +96,6 @@ ACTING = {
     "projection_dim": (_STAGED, _GRADIENTS),
     "max_tokens_per_batch": (_STAGED, _GRADIENTS),
     "candidate_prompts": (_STAGED,),
-    "candidate_score": (_STAGED,),
     "reselect_every": (_STAGED,),
     "after_warmup": (_STAGED, _WARMUP),
     "target_dataset": (_STAGED,),

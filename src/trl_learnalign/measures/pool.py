@@ -36,19 +36,21 @@ class Pool:
     @classmethod
     def of_rewards(
         cls,
+        config: "LearnAlignConfig",
+        host: Host,
         rows: torch.Tensor,
         rewards: torch.Tensor,
         penalties: torch.Tensor,
         lengths: torch.Tensor,
         trained: torch.Tensor,
         made: torch.Tensor,
-        config: "LearnAlignConfig",
-        host: Host,
     ) -> "Pool":
         """
         Compute success, learnability and advantages.
 
         Args:
+            config ([`LearnAlignConfig`]): says what success and learnability are.
+            host ([`Host`]): says how rewards become advantages.
             rows (`torch.Tensor` of shape `(n,)`): of the dataset, in any order.
             rewards (`torch.Tensor` of shape `(n, G, F)`): NaN where a reward function gave none.
             penalties (`torch.Tensor` of shape `(n, G)`): see [`RolloutGroup`].
@@ -56,8 +58,6 @@ class Pool:
             trained (`torch.Tensor` of shape `(n, G)`): how many of these are in the loss. What has no gradient is not
                 learnable.
             made (`torch.Tensor` of shape `(n,)`): how many of the G rollouts were made, the first ones.
-            config ([`LearnAlignConfig`]): says what success and learnability are.
-            host ([`Host`]): says how rewards become advantages.
         """
         order = rows.argsort()
         rows, rewards, penalties, lengths, trained, made = (

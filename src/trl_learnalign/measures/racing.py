@@ -97,7 +97,7 @@ def contenders(successes: np.ndarray, tries: np.ndarray, left: int, num_prompts:
     values = expected_learnability(k + more, n + left, prior)
     order = np.argsort(-values, axis=None)
     reached = np.cumsum((chances * (counts * (states[1] > 0))[:, None]).ravel()[order])
-    cut = values.ravel()[order[min(np.searchsorted(reached, num_prompts), len(order) - 1)]]
-    cut = max(cut, values[values > 0].min())
+    cut = values.ravel()[order[min(int(np.searchsorted(reached, num_prompts)), len(order) - 1)]]
+    cut = max(float(cut), float(values[values > 0].min()))
     ends = np.where(values >= cut, chances, 0.0).sum(1)
     return ((ends >= LEAST_CHANCE) & (states[1] > 0))[places.reshape(-1)]

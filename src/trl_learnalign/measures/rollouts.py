@@ -133,9 +133,8 @@ def gather_rewards(context: Context, own: "Rollouts") -> Pool:
     """Return what the rollouts of all processes found out, on every process."""
     columns = own.rows, own.rewards, own.penalties, own.lengths, own.trained, own.made
     gathered = zip(*context.peers.gather(columns), strict=True)
-    return Pool.of_rewards(
-        *(torch.from_numpy(np.concatenate(parts)) for parts in gathered), context.config, context.host
-    )
+    rows, *others = (torch.from_numpy(np.concatenate(parts)) for parts in gathered)
+    return Pool.of_rewards(context.config, context.host, rows, *others)
 
 
 def prompts_at_once(host: Host, config, num_rollouts: int, pool: int) -> int:
@@ -361,7 +360,8 @@ def race(context: Context, rows: Sequence[int], log: Log) -> tuple[Rollouts, Pri
         the rollouts of this process, and the prior, which the first round was fitted by.
     """
     host, config, rounds = context.host, context.config, rounds_of(context.num_rollouts)
-    going, made, done, spent = np.asarray(rows, np.int64), 0, [], []
+    done: list[Rollouts] = []
+    going, made, spent = np.asarray(rows, np.int64), 0, []
     successes, tries = np.zeros((2, len(context.dataset)), np.int64)
     for number, most in enumerate(rounds):
         phase = f"rollouts, round {number + 1}" if number else "rollouts"

@@ -43,9 +43,9 @@ def parts_of(
     code, rank = context.score.code, context.score.rank
     if code is not None or not is_ours(rank):
         whole["function of the score"] = identify(code or rank)
-    for stage in context.config.stages():
-        if stage.ranking().code is not None:
-            whole[f"function of the candidates, {score_name(stage.score)}"] = identify(stage.ranking().code)
+    for one in context.config.stages():
+        if one.ranking().code is not None:
+            whole[f"function of the candidates, {score_name(one.score)}"] = identify(one.ranking().code)
     priced = {measure.name: made_from[measure.name] for measure in measures if measure.price != "none"}
     return {
         measure: {name: digest(part)[:_LENGTH] for name, part in parts.items()}

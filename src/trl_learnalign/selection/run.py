@@ -83,17 +83,16 @@ class SelectionRun:
         self.score = config.ranking()
         self.above = above  # the selection that this one chooses candidates for
         self.stages = stages_on(host.dataset, config)
-        self.pool = candidate_rows(host.dataset, config) if above is None else above.pool
+        self.pool: list[int] = candidate_rows(host.dataset, config) if above is None else above.pool
         if not self.stages:
-            self.pool = draw_pool(
-                self.pool, cast("int | None", config.candidate_prompts), stable_hash(self.seed, "pool", stage)
-            )
+            size = cast("int | None", config.candidate_prompts)
+            self.pool = draw_pool(self.pool, size, stable_hash(self.seed, "pool", stage))
         self.path = Path(host.args.output_dir) / "learnalign" / f"step-{self.step:06d}"
         self.equal = equal_prompts(host.dataset) if config.deduplicate else None
         self.seconds: dict[str, float] = {}
         self._clocked = 0  # calls of `clock`
         self.reused = False
-        self.peers = Peers(self.accelerator) if above is None else above.peers
+        self.peers: Peers = Peers(self.accelerator) if above is None else above.peers
         self.context = Context(
             host=host,
             peers=self.peers,
