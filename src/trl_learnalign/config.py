@@ -21,8 +21,10 @@ if TYPE_CHECKING:  # for editors and type checkers; a TrlParser takes one simple
     ScoreOrFunction: TypeAlias = str | Callable[[pandas.DataFrame], pandas.Series]
     ScoresOrFunctions: TypeAlias = list[ScoreOrFunction] | ScoreOrFunction | None
     PathOrDataset: TypeAlias = str | Dataset
+    Sizes: TypeAlias = list[int] | int | None
 else:
     ScoreOrFunction = PathOrDataset = str
+    Sizes = list[int] | None
     ScoresOrFunctions = list[str] | None | str  # in this order the parser takes it for a list
 
 # Settings that a resumed run may always change: the time of selections, the amount computed at once, and the files
@@ -71,14 +73,12 @@ class LearnAlignConfig:
         num_rollouts (`int`, *optional*):
             Rollouts for each prompt of the pool, at least 2. By default the trainer's `num_generations`.
         rollouts (`str`, *optional*, defaults to `"all"`):
-            `"all"`: `num_rollouts` for every prompt. `"racing"`: two for every prompt, more for those that by their
-            first ones may be among the best `num_prompts`, all for the contenders. V is then the expected p (1 - p).
+            `"racing"`: two for every prompt, more only for those that may be among the best by p (1 - p).
         rollout_batch_prompts (`int`, *optional*):
             Prompts that a process generates for at once in a selection, at least 1. By default as many as in training,
-            doubled up to six times while the pool has 64 such batches (not with a reward model or sharded weights). In
-            every round all processes wait for the longest completion, so fewer, larger rounds are faster. If memory is
-            full, generation goes on in halves, unless the weights are sharded. Another batch size gives other
-            rollouts.
+            doubled up to six times while the pool has 64 such batches (not with a reward model or sharded weights):
+            fewer, larger rounds are faster. If memory is full, generation goes on in halves, unless the weights are
+            sharded. Another batch size gives other rollouts.
         score (`str` or `Callable`, *optional*, defaults to `"learnalign"`):
             The number that prompts are ranked by: `"learnalign"` (Eq. 8), `"learnability"` (V alone; no gradients),
             `"alignment"` (Eq. 8 without V), `"random"` (no rollouts), `"target"` (V times the alignment with the mean
@@ -113,15 +113,13 @@ class LearnAlignConfig:
         projection_dim (`int`, *optional*, defaults to `32768`):
             Length of a gradient feature, 16 to 16,777,216. `None` computes the exact score, without projection.
         max_tokens_per_batch (`int`, *optional*):
-            Largest number of tokens in a microbatch when gradients are computed, padding included. By default the
-            trainer's `per_device_train_batch_size` times the length of the longest rollout, as in a training step.
+            Largest number of tokens in a microbatch when gradients are computed, padding included. By default as many
+            as a training step of the longest rollouts has.
         candidate_prompts (`list[int]` or `int`, *optional*):
-            Score a part of the dataset of this size, at least `num_prompts`: the best ones by `candidate_score`, or at
-            random, anew for each selection of a run. By default the complete dataset.
+            Score a part of the dataset of this size: the best by `candidate_score`, or at random, anew for each
+            selection. By default the complete dataset.
         candidate_score (`list[str]` or `str` or `Callable`, *optional*):
-            A score as in `score`, but cheaper, which chooses the `candidate_prompts`; a function gets columns of the
-            dataset alone. Several, with as many sizes, are a funnel: each chooses from the prompts that the one before
-            has left. `quota_column` holds for each.
+            A score cheaper than `score`, which chooses the `candidate_prompts`; or several, with a size each.
         reselect_every (`float`, *optional*):
             Select again after this many passes over the selection (staged RL). More than 0; may be a fraction. By
             default a selection is made once.
@@ -129,10 +127,9 @@ class LearnAlignConfig:
             `"continue"`: training goes on from the policy after the warm-up. `"restart"`: it goes back to the weights
             and the optimizer state that training started with.
         deduplicate (`bool`, *optional*, defaults to `False`):
-            Choose only the best-ranked one of all rows with the same prompt. Texts (or messages) and images are
-            compared, not answers or other columns: two rows with the same prompt and different answers count as the
-            same. All rows are scored, and the warm-up may use any of them. Online: only the first of these rows that
-            meets `where` is used.
+            Choose only the best-ranked one of all rows with the same prompt (text or messages, and images), whatever
+            their answers. All rows are scored, and the warm-up may use any of them. Online: only the first of these
+            rows that meets `where` is used.
         target_dataset (`str` or `Dataset`, *optional*):
             For the scores `"target"` and `"target_alignment"`: prompts of the kind that the policy should become good
             at, with the columns of the training dataset. A file, a name of the Hub, or a `datasets.Dataset`. Online
@@ -178,14 +175,14 @@ class LearnAlignConfig:
             needs no extra rollouts, and the settings of a selection do not apply. Others: see docs/methods.md.
         prompt_features (`bool`, *optional*, defaults to `True`):
             Online: also use the policy's hidden states of the prompts, to predict the success of prompts not trained
-            on yet. This takes one forward through half of the layers when training begins, over the pool or over a
-            random part of a large one. Images and prompts that an environment supplies have no such features.
+            on yet: one forward through half of the layers when training begins, over the pool or a random part of a
+            large one. Not of images, nor of prompts that an environment supplies.
         group_column (`str`, *optional*):
             Online: a column of the dataset, such as a source or a kind, that the prediction may use as a category (or
             `"sec"` and `"dump"` draw from). At most 256 values, no fractions, and not another one in every row.
         pass_rate_column (`str`, *optional*):
             Online: a column with success rates in [0, 1], such as another model's. The prediction begins with it, and
-            choosing with the first chunk; both are corrected by the rewards of training.
+            choosing with the first chunk.
         drop_dead_groups (`bool`, *optional*, defaults to `True`):
             Asynchronous trainer: leave groups without a gradient out before training gets them.
 
@@ -207,7 +204,7 @@ class LearnAlignConfig:
     gradient_rollouts: Literal["all", "one_correct"] = "all"
     projection_dim: int | None = 32768
     max_tokens_per_batch: int | None = None
-    candidate_prompts: list[int] | None | int = None  # noqa: RUF036 in this order the parser takes it for a list
+    candidate_prompts: Sizes = None
     candidate_score: ScoresOrFunctions = None
     reselect_every: float | None = None
     after_warmup: Literal["continue", "restart"] = "continue"

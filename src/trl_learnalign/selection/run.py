@@ -228,7 +228,7 @@ class SelectionRun:
 
     @property
     def has_own_code(self) -> bool:
-        """Whether a function of the user's ranks, which may depend on anything."""
+        """Tell whether a function of the user's ranks, which may depend on anything."""
         return any(score.code is not None for score in (self.score, *(stage.ranking() for stage in self.stages)))
 
     @property
