@@ -1,13 +1,14 @@
 """The settings of a run, checked when they are set, and explained only in the docstring of the class."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from datasets import Dataset
 
 from .choice.agreement import check_racing, check_schedule, check_score, check_success_reward, check_target
 from .choice.candidates import check_candidates, stages_of
+from .choice.groups import clusters_named
 from .choice.idle import missing
 from .data.conditions import Condition
 from .data.rows import dataset_fingerprint
@@ -145,8 +146,8 @@ class LearnAlignConfig:
             other prompts are not rolled out.
         quota_column (`str`, *optional*):
             A column of the dataset, or a field such as `extra.split`. Each of its values gets a quota of the chosen
-            prompts. A missing value counts as one. Not a column of lists, of fractions, or with another value in every
-            row.
+            prompts, a missing one as well. Not a column of lists, of fractions, or with another value in every row. Or
+            `"grade:A,B"`, by the mean of success rates in columns, or `"clusters:8"`, of hidden states.
         quota (`str`, *optional*, defaults to `"proportional"`):
             `"proportional"`: to the share of a value in the pool. `"equal"`: the same for all values. If a value has
             too few eligible prompts, the others get the rest of its quota.
@@ -273,7 +274,13 @@ class LearnAlignConfig:
         wanted = self.score, self.score_measures
         if self._found is None or self._found[0] != wanted:
             self._found = wanted, find_score(*wanted)
-        return self._found[1]
+        return self.with_groups(self._found[1])
+
+    def with_groups(self, score: Score) -> Score:
+        """Return a score that also needs what the groups of `quota_column` are made of."""
+        if clusters_named(self.quota_column) is None or "hidden_states" in score.requires:
+            return score
+        return replace(score, requires=(*score.requires, "hidden_states"))
 
     def stages(self) -> "list[LearnAlignConfig]":
         """

@@ -6,6 +6,8 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, cast
 
+from .groups import clusters_named
+
 
 if TYPE_CHECKING:
     from ..config import LearnAlignConfig
@@ -67,11 +69,13 @@ def stages_of(config: "LearnAlignConfig") -> "list[LearnAlignConfig]":
     scores, sizes = config.candidate_score, config.candidate_prompts
     if scores is None:
         return []
+    by_cluster = clusters_named(config.quota_column) is not None  # which would take a forward over all rows
     numbers = cast("list[int]", sizes if isinstance(sizes, list) else [sizes])
     pairs = zip(scores if isinstance(scores, list) else [scores], numbers, strict=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of settings that act on what comes after
-            return [replace(config, **_STAGE, score=one, num_prompts=size) for one, size in pairs]
+            settings = _STAGE | {"quota_column": None, "quota": "proportional"} if by_cluster else _STAGE
+            return [replace(config, **settings, score=one, num_prompts=size) for one, size in pairs]
     except ValueError as error:
         raise ValueError(f"`candidate_score`, as a score of its own: {error}") from error

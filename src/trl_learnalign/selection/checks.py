@@ -5,9 +5,10 @@ from dataclasses import replace
 
 from datasets import Dataset
 
+from ..choice.groups import check_made, is_made
 from ..choice.table import load_target
 from ..config import LearnAlignConfig
-from ..data.columns import check_columns, needs_measures
+from ..data.columns import check_columns, check_groups, needs_measures
 from ..ground.randomness import random_state, set_random_state
 from ..host import Host
 from ..host.names import GENERATES
@@ -64,6 +65,11 @@ def _check(host, config):
     table, _ = made_up([0], [measure for measure in measures if measure.name != "columns"], *sizes)
     names = [name for measure in measures for name in measure.columns]
     check_columns(dataset, config, {name: table[name].iloc[0] if name in table else 0.0 for name in names})
+    if config.quota_column is not None:
+        if is_made(config.quota_column):
+            check_made(dataset, config.quota_column)
+        else:
+            check_groups(dataset, "quota_column", config.quota_column)
     load_target(dataset, config)
     rehearse(dataset, config, *sizes)
     set_random_state(randomness)

@@ -279,7 +279,7 @@ class SelectionRun:
                 f"but {score_name(self.config.score)} does not need that. Add it to the `requires` of that score, or "
                 "name a score that needs less."
             )
-        self.score = SCORES[score]
+        self.score = self.config.with_groups(SCORES[score])
         about = {"score": score, "reason": reason or f"the measure {measure.name!r} asked for it"}
         self.provenance |= {"measures": list(self.score.requires), "instead": about}
 
