@@ -1,12 +1,21 @@
 """The settings of a run, checked when they are set, and explained only in the docstring of the class."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from datasets import Dataset
 
-from .choice.agreement import check_densities, check_schedule, check_score, check_success_reward, check_target
+from .choice.agreement import (
+    check_densities,
+    check_racing,
+    check_schedule,
+    check_score,
+    check_success_reward,
+    check_target,
+)
+from .choice.candidates import check_candidates, stages_of
+from .choice.groups import clusters_named
 from .choice.idle import missing
 from .data.conditions import Condition
 from .data.rows import dataset_fingerprint
@@ -18,23 +27,29 @@ if TYPE_CHECKING:  # for editors and type checkers; a TrlParser takes one simple
     import pandas
 
     ScoreOrFunction: TypeAlias = str | Callable[[pandas.DataFrame], pandas.Series]
+    ScoresOrFunctions: TypeAlias = list[ScoreOrFunction] | ScoreOrFunction | None
     PathOrDataset: TypeAlias = str | Dataset
+    Sizes: TypeAlias = list[int] | int | None
 else:
     ScoreOrFunction = PathOrDataset = str
+    Sizes = list[int] | None
+    ScoresOrFunctions = list[str] | None | str  # in this order the parser takes it for a list
 
 # Settings that a resumed run may always change: the time of selections, the amount computed at once, and the files
 # written. None changes the rule that a selection chooses by
 FREE_ON_RESUME = ("reselect_every", "rollout_batch_prompts", "max_tokens_per_batch", "save_rollouts", "write_report")
 # Settings of the coming selection, which may change as long as none has chosen a prompt
 FREE_BEFORE_SELECTION = (
-    *("num_rollouts", "score", "score_measures", "answer_column", "judge_model", "learnability"),
+    *("num_rollouts", "rollouts", "score", "score_measures", "answer_column", "judge_model", "learnability"),
     *("success_threshold", "success_reward", "gradient_rollouts", "projection_dim", "candidate_prompts"),
-    *("deduplicate", "target_dataset", "target_column", "target_checkpoints", "gradient_direction", "where"),
-    *("quota_column", "quota", "take", "prompt_order", "fold", "review_every", "diversity", "selection_seed"),
+    *("candidate_score", "deduplicate", "target_dataset", "target_column", "target_checkpoints"),
+    *("gradient_direction", "where", "quota_column", "quota", "take", "prompt_order", "fold", "review_every"),
+    *("diversity", "selection_seed"),
 )
 # Settings that may change after a selection that fell back to learnability, as nothing could be learnt from the target
 FREE_WITHOUT_TARGET = ("num_rollouts", "score", "score_measures", "target_dataset", "target_column")
 MAX_PROJECTION_DIM = 1 << 24
+_CHECKED_APART = ("score", "target_dataset", "success_reward", "candidate_prompts", "candidate_score")
 # The least value of each integer, and a remedy
 _LEAST = {
     "num_prompts": (1, "Set it to the number of prompts to train on."),
@@ -43,7 +58,6 @@ _LEAST = {
     "rollout_batch_prompts": (1, "Use None for as many as the pool allows."),
     "projection_dim": (16, "Leave the default, or use None for exact gradients."),
     "max_tokens_per_batch": (1, "Use None for as many as a training step holds."),
-    "candidate_prompts": (1, "Use None to score the whole dataset."),
     "review_every": (2, "Use None for passes that have all prompts."),
     "fold": (1, "It is the step through the chosen prompts."),
     "selection_seed": (0, "Use None for the trainer's seed."),
@@ -68,11 +82,13 @@ class LearnAlignConfig:
             Ignored by `select_prompts`; on the command line the default is 0.
         num_rollouts (`int`, *optional*):
             Rollouts for each prompt of the pool, at least 2. By default the trainer's `num_generations`.
+        rollouts (`str`, *optional*, defaults to `"all"`):
+            `"racing"`: two for every prompt, more only for those that may be among the best by p (1 - p).
         rollout_batch_prompts (`int`, *optional*):
             Prompts that a process generates for at once in a selection, at least 1. By default as many as in training,
-            doubled up to six times while the pool has 64 such batches (not with a reward model or sharded weights).
-            Fewer, larger rounds are faster, as all wait for the longest completion. If memory is full, generation goes
-            on in halves, unless the weights are sharded. Another batch size gives other rollouts.
+            doubled up to six times while the pool has 64 such batches (not with a reward model or sharded weights):
+            fewer, larger rounds are faster. If memory is full, generation goes on in halves, unless the weights are
+            sharded. Another batch size gives other rollouts.
         score (`str` or `Callable`, *optional*, defaults to `"learnalign"`):
             The number that prompts are ranked by: `"learnalign"` (Eq. 8), `"learnability"` (V alone; no gradients),
             `"alignment"` (Eq. 8 without V), `"random"`, `"target"` (V times the alignment with the mean gradient of
@@ -114,9 +130,11 @@ class LearnAlignConfig:
         max_tokens_per_batch (`int`, *optional*):
             Most tokens in a microbatch of gradients, padding included. By default the trainer's
             `per_device_train_batch_size` times the longest rollout, as in a training step.
-        candidate_prompts (`int`, *optional*):
-            Score a random part of the dataset of this size, at least `num_prompts`. Each selection of a run draws a
-            new one. By default the complete dataset.
+        candidate_prompts (`list[int]` or `int`, *optional*):
+            Score a part of the dataset of this size: the best by `candidate_score`, or at random, anew for each
+            selection. By default the complete dataset.
+        candidate_score (`list[str]` or `str` or `Callable`, *optional*):
+            A score cheaper than `score`, which chooses the `candidate_prompts`; or several, with a size each.
         reselect_every (`float`, *optional*):
             Select again after this many passes over the selection (staged RL), a number above 0. By default once.
         review_every (`int`, *optional*):
@@ -126,9 +144,9 @@ class LearnAlignConfig:
             `"continue"`: training goes on from the policy after the warm-up. `"restart"`: it goes back to the weights
             and the optimizer state that training started with.
         deduplicate (`bool`, *optional*, defaults to `False`):
-            Choose only the best-ranked one of all rows with the same prompt. Texts (or messages) and images are
-            compared, not answers or other columns. All rows are scored, and the warm-up may use any of them. Online:
-            only the first that meets `where` is used.
+            Choose only the best-ranked one of all rows with the same prompt (text or messages, and images), whatever
+            their answers. All rows are scored, and the warm-up may use any of them. Online: only the first of these
+            rows that meets `where` is used.
         target_dataset (`str` or `Dataset`, *optional*):
             Prompts of the kind to become good at, for `score="target"`, `"target_alignment"` or `"influence"`, with
             the columns of the training dataset. A file, a name of the Hub, or a `Dataset`. Online see `target_column`.
@@ -148,7 +166,8 @@ class LearnAlignConfig:
             other prompts are not rolled out.
         quota_column (`str`, *optional*):
             A column of the dataset, or a field such as `extra.split`. Each of its values gets a quota of the chosen
-            prompts. A missing value counts as one. No column of lists, of fractions, or of another value in every row.
+            prompts, a missing one as well. Not a column of lists, of fractions, or with another value in every row. Or
+            `"grade:A,B"`, by the mean of success rates in columns, or `"clusters:8"`, of hidden states.
         quota (`str`, *optional*, defaults to `"proportional"`):
             `"proportional"`: to the share of a value in the pool. `"equal"`: the same for all values. If a value has
             too few eligible prompts, the others get the rest of its quota.
@@ -179,14 +198,14 @@ class LearnAlignConfig:
             needs no extra rollouts, and the settings of a selection do not apply. Others: see docs/methods.md.
         prompt_features (`bool`, *optional*, defaults to `True`):
             Online: also use the policy's hidden states of the prompts, to predict the success of prompts not trained
-            on yet. This takes one forward through half of the layers when training begins, over the pool or over a
-            random part of a large one. Images and prompts that an environment supplies have no such features.
+            on yet: one forward through half of the layers when training begins, over the pool or a random part of a
+            large one. Not of images, nor of prompts that an environment supplies.
         group_column (`str`, *optional*):
             Online: a column of the dataset, such as a source or a kind, that the prediction may use as a category (or
             `"sec"` and `"dump"` draw from). At most 256 values, no fractions, and not another one in every row.
         pass_rate_column (`str`, *optional*):
             Online: a column with success rates in [0, 1], such as another model's. The prediction begins with it, and
-            choosing with the first chunk; both are corrected by the rewards of training.
+            choosing with the first chunk.
         drop_dead_groups (`bool`, *optional*, defaults to `True`):
             Asynchronous trainer: leave groups without a gradient out before training gets them.
 
@@ -197,6 +216,7 @@ class LearnAlignConfig:
     num_prompts: int = 1000
     warmup_prompts: int = 300
     num_rollouts: int | None = None
+    rollouts: Literal["all", "racing"] = "all"
     rollout_batch_prompts: int | None = None
     score: ScoreOrFunction = "learnalign"
     score_measures: list[str] | None = None
@@ -208,7 +228,8 @@ class LearnAlignConfig:
     gradient_rollouts: Literal["all", "one_correct"] = "all"
     projection_dim: int | None = 32768
     max_tokens_per_batch: int | None = None
-    candidate_prompts: int | None = None
+    candidate_prompts: Sizes = None
+    candidate_score: ScoresOrFunctions = None
     reselect_every: float | None = None
     review_every: int | None = None
     after_warmup: Literal["continue", "restart"] = "continue"
@@ -238,15 +259,17 @@ class LearnAlignConfig:
     pass_rate_column: str | None = None
     drop_dead_groups: bool = True
 
-    # The ranking that was found last, after the settings it was found by; no annotation, so this is no field
+    # The ranking that was found last, after the settings it was found by, and the stages of the funnel; no annotation,
+    # so these are no fields
     _found = None
+    _stages = None
 
     def __post_init__(self) -> None:
         if isinstance(self.score_measures, tuple):  # equal to the list of a command line
             self.score_measures = list(self.score_measures)
         check_success_reward(self)
         for one in fields(self):
-            if one.name not in ("score", "target_dataset", "success_reward"):  # each has a check of its own
+            if one.name not in _CHECKED_APART:
                 check(one, type(self).__annotations__[one.name], getattr(self, one.name), _LEAST)
         if self.projection_dim is not None and self.projection_dim > MAX_PROJECTION_DIM:
             raise ValueError(
@@ -256,20 +279,19 @@ class LearnAlignConfig:
         check_score(self)
         self._found = None  # a file is read anew by every configuration
         self.ranking()
+        check_candidates(self)
+        self._stages = None
         check_target(self)
         check_schedule(self)
         check_densities(self)
+        check_racing(self)
+        self.stages()
         if self.where is not None:
             Condition(self.where)
         if self.reselect_every is not None and self.reselect_every <= 0:
             raise ValueError(
                 f"`reselect_every` is {self.reselect_every}, but a number of passes over the selection must be "
                 "positive. Use None to select once."
-            )
-        if self.candidate_prompts is not None and self.candidate_prompts < self.num_prompts:
-            raise ValueError(
-                f"`candidate_prompts` ({self.candidate_prompts}) is smaller than `num_prompts` ({self.num_prompts}), "
-                "so there would be nothing to choose from. Raise the first or lower the second."
             )
 
     @property
@@ -285,10 +307,26 @@ class LearnAlignConfig:
         wanted = self.score, self.score_measures, self.diversity, self.target_dataset is not None
         if self._found is None or self._found[0] != wanted:
             self._found = wanted, find_score(*wanted)
-        return self._found[1]
+        return self.with_groups(self._found[1])
+
+    def with_groups(self, score: Score) -> Score:
+        """Return a score that also needs what the groups of `quota_column` are made of."""
+        if clusters_named(self.quota_column) is None or "hidden_states" in score.requires:
+            return score
+        return replace(score, requires=(*score.requires, "hidden_states"))
+
+    def stages(self) -> "list[LearnAlignConfig]":
+        """
+        Return a configuration for each choice of candidates by `candidate_score`, in their order: `score` and
+        `num_prompts` are of that choice.
+        """
+        wanted = self.candidate_score, self.candidate_prompts
+        if self._stages is None or self._stages[0] != wanted:
+            self._stages = wanted, stages_of(self)
+        return self._stages[1]
 
     def __getstate__(self):
-        return {name: value for name, value in vars(self).items() if name != "_found"}
+        return {name: value for name, value in vars(self).items() if name not in ("_found", "_stages")}
 
     def changes(self, saved: dict) -> dict[str, tuple]:
         """
@@ -310,4 +348,8 @@ class LearnAlignConfig:
         target = self.target_dataset
         if isinstance(target, Dataset):
             values["target_dataset"] = f"Dataset of {len(target)} rows, {dataset_fingerprint(target)[:16]}"
+        if isinstance(candidates := self.candidate_score, list):
+            values["candidate_score"] = [score_name(one) for one in candidates]
+        elif candidates is not None:
+            values["candidate_score"] = score_name(candidates)
         return values | {"score": score_name(self.score)}

@@ -92,6 +92,26 @@ def check_densities(config: "LearnAlignConfig") -> None:
         )
 
 
+_WITHOUT_V = ("alignment", "target_alignment", "influence", "gradient_density")
+
+
+def check_racing(config: "LearnAlignConfig") -> None:
+    """Raise a `ValueError` for a race together with settings that do not choose the prompts of greatest V."""
+    if config.rollouts != "racing" or "rollouts" not in config.measures:
+        return
+    for name, wrong, why in (
+        ("score", config.score in _WITHOUT_V, "ranks without V, by which a race leaves out"),
+        ("learnability", config.learnability != "success_rate", "is no success rate, which a race counts"),
+        ("diversity", config.diversity is not None, "changes the ranking, by which a race leaves out"),
+        ("take", config.take != "top", "may draw any prompt, and a race rolls out the best ones alone"),
+        ("quota_column", config.quota_column is not None, "takes others than the best, which a race leaves out"),
+    ):
+        if wrong:
+            raise ValueError(
+                f"`rollouts` is 'racing', but `{name}={getattr(config, name)!r}` {why}. Leave one of them out."
+            )
+
+
 def check_target(config: "LearnAlignConfig") -> None:
     """Raise a `ValueError` for a target that the score lacks, or does not look at."""
     if config.target_dataset is not None and not isinstance(config.target_dataset, str | Dataset):

@@ -66,7 +66,7 @@ _TARGET = Acting(
 _WITHOUT_ANSWERS = {"rollouts", "gradients", "target-rollouts", "target-gradients", "hidden_states", "ask"}
 _WITHOUT_ANSWERS |= {"density", "gradient_density"}
 _ANSWERS = Acting(  # a measure from outside the package may read them
-    lambda config: bool(set(config.measures) - _WITHOUT_ANSWERS),
+    lambda config: any(set(one.measures) - _WITHOUT_ANSWERS for one in (config, *config.stages())),
     "with `score={score!r}`, which needs no answers",
     "use a score that does, such as 'confidence'",
     refused=False,
@@ -101,6 +101,7 @@ ACTING = {
     "num_prompts": (_STAGED,),
     "warmup_prompts": (_STAGED,),
     "num_rollouts": (_STAGED, _ROLLOUTS),
+    "rollouts": (_STAGED, _ROLLOUTS),
     "rollout_batch_prompts": (_STAGED, _ROLLOUTS),
     "score_measures": (_STAGED,),
     "answer_column": (_STAGED, _ANSWERS),

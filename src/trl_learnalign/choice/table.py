@@ -17,6 +17,7 @@ from ..data.rows import read_dataset
 from ..scores import maths as scoring
 from ..scores.builtin import DENSITIES, Score, by_row
 from .choose import draw_order
+from .groups import groups_of
 
 
 if TYPE_CHECKING:
@@ -124,9 +125,11 @@ def scores_table(
         if name in table and name not in schema.names:
             schema = schema.append(pa.field(name, pa.Array.from_pandas(table[name]).type))
     if config.quota_column is not None:
-        values = dataset_columns(dataset, table.index, [config.quota_column])[config.quota_column]
-        table["quota_group"] = values.astype("string")
+        table["quota_group"], more = groups_of(table, dataset, config, seed)
         schema = schema.append(pa.field("quota_group", pa.string()))
+        for name in more:
+            table[name] = more[name]
+            schema = schema.append(pa.field(name, pa.float64()))
     arrays = [
         pa.array(table[field.name].to_numpy(), field.type, from_pandas=True)
         if field.name in table

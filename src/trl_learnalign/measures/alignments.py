@@ -272,9 +272,9 @@ def features_of(
 
     def rollouts(row):
         group, advantages = own.group(row), pool.advantages[learnable[row]].tolist()
-        # The mean is over all rollouts that the configuration chooses, also over those that have no gradient
+        # The mean is over all rollouts that the configuration chooses and a race made, also those without a gradient
         every = config.gradient_rollouts == "all"
-        weight = 1 / (len(advantages) if every else 1)
+        weight = 1 / (own.made[own.place(row)] if every else 1)
         if moments is not None:  # a step is not in proportion to the gradient
             trained = own.trained[own.place(row)]
             weight *= host.scale_alone(float((trained if every else trained[chosen[row]]).mean()))

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..choice.candidates import left_of
 from ..data.columns import candidate_rows
 from ..ground.progress import progress_bar
 from ..host import Host
@@ -37,7 +38,7 @@ class Density(Measure):
 
     def check(self, host: Host, config: "LearnAlignConfig") -> None:
         """Raise a `ValueError` for a pool of one prompt, which is like no other."""
-        pool = min(len(candidate_rows(host.dataset, config)), config.candidate_prompts or len(host.dataset))
+        pool = left_of(config, len(candidate_rows(host.dataset, config)))
         if pool < 2:
             raise ValueError(
                 f"A density needs at least two prompts, but the pool has {pool}. Leave `diversity` out, and use "

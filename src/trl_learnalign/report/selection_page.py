@@ -74,6 +74,7 @@ def write_report(path: str | os.PathLike, until: int | None = None, passes: np.n
         notes=_notes(selection),
         sections=[
             ("figures", "Pool and chosen prompts", _figures(selection, stages, directory / "figures")),
+            *_candidates(provenance.get("candidates")),
             *([("stages", "Selections of this run", _stages(stages))] if len(stages) > 1 else ()),
             *([("passes", "Passes over them", _passes(passes))] if passes is not None and len(passes) else ()),
             ("why", ends, _ends(selection, texts)),
@@ -132,6 +133,15 @@ def _notes(selection) -> str:
         notes.append(f"Prompts were chosen{other}.")
     notes += filter(None, (selection_warning(selection), *pool_warnings(selection)))
     return "".join(f"<p>{html.escape(note)}</p>" for note in notes)
+
+
+def _candidates(stages) -> list[tuple[str, str, str]]:
+    if not stages:
+        return []
+    columns = {"score": TEXT, "price of a prompt": TEXT, "prompts": ",", "kept": ",", "seconds": ".1f"}
+    rows = [tuple(one[name] for name in ("score", "price", "prompts", "kept", "seconds")) for one in stages]
+    found = table("Candidates", columns, rows, "Each score chose from the prompts that the one before had left.")
+    return [("candidates", "Candidates", found)]
 
 
 def _stages(stages) -> str:
