@@ -289,6 +289,32 @@ def test_gradients_come_before_the_rewards_of_the_next_chunk(tmp_path):
         assert [bool(one.sketch.any()) for one in gradients] == live and 0 < sum(live) < 8
 
 
+class ByRow(Oracle):
+    """By chunk and row of the dataset, told by the prompt."""
+
+    def _take(self, rows, inputs):
+        prompts = [self.trainer.processing_class.decode(ids, skip_special_tokens=True) for ids in inputs["prompt_ids"]]
+        texts = [prompt.replace(" ", "") for prompt in prompts]
+        super()._take([4 * self.trainer.train_dataset["prompt"][:].index(text) for text in texts], inputs)
+
+
+def test_groups_that_take_the_places_of_dead_ones_have_their_own_gradient(tmp_path):
+    trainer = make_trainer(tmp_path, reward=fixed_reward, per_device_train_batch_size=32, max_steps=3)
+    sampler = LearnAlignSampler(online(max_refills=3), schedule=Wants)
+    trainer.add_callback(LearnAlignCallback(trainer, sampler))
+    oracle = ByRow(trainer)
+    trainer.train()
+    given, moved = list(trainer.learnalign.schedule.gradients.values()), 0
+    for number, chunk in enumerate(oracle.chunks[:-1]):
+        part = given[8 * number : 8 * number + 8]
+        assert {one.row for one in part} == chunk.keys()
+        moved += max(one.number for one in part) - min(one.number for one in part) > 7
+        for row, exact in chunk.items():  # a row may come twice
+            found = sum(torch.from_numpy(one.sketch).double() for one in part if one.row == row)
+            torch.testing.assert_close(found, sketched(trainer, exact), rtol=1e-3, atol=1e-6)
+    assert len(given) == 16 and moved
+
+
 def saved(path, schedule=Wants, **changes):
     settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 6, "num_train_epochs": 2}
     return tapped(path, schedule, **(settings | changes))

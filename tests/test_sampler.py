@@ -246,7 +246,7 @@ def test_draws_in_flight_are_answered_from_the_checkpoint(repeats, read_ahead):
         found = again.chunk(i)
         assert len(found) == 3 and (found == drawn[i] or i < trained)
         if i >= trained:
-            groups = again.stream.groups(i, np.zeros((12, 1)))
+            groups = again.stream.groups(again.stream.draws(i), np.zeros((12, 1)))
             assert [(group.number, group.row) for group in groups] == [*enumerate(drawn[i], 3 * i)]
     del again.schedule.choose
     assert again.chunk(7) == sampler.chunk(7)

@@ -46,6 +46,7 @@ _LEAST = {
     "candidate_prompts": (1, "Use None to score the whole dataset."),
     "fold": (1, "It is the step through the ranking."),
     "selection_seed": (0, "Use None for the trainer's seed."),
+    "max_refills": (0, "Use 0 for none."),
 }
 
 
@@ -178,6 +179,9 @@ class LearnAlignConfig:
             choosing with the first chunk; both are corrected by the rewards of training.
         drop_dead_groups (`bool`, *optional*, defaults to `True`):
             Asynchronous trainer: leave groups without a gradient out before training gets them.
+        max_refills (`int`, *optional*, defaults to `0`):
+            Not staged: replace groups without a gradient by those of new prompts, generated at once, at most so many
+            times a chunk (DAPO, arXiv 2503.14476). These rollouts come on top.
 
     Raises:
         `ValueError`: a field has a value out of its range, or one that has no effect together with the others.
@@ -216,6 +220,7 @@ class LearnAlignConfig:
     group_column: str | None = None
     pass_rate_column: str | None = None
     drop_dead_groups: bool = True
+    max_refills: int = 0
 
     # The ranking that was found last, after the settings it was found by; no annotation, so this is no field
     _found = None

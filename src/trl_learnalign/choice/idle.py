@@ -31,6 +31,11 @@ class Acting:
 
 _STAGED = Acting(lambda config: config.schedule == "staged", "with `schedule={schedule!r}`", "set `schedule='staged'`")
 _ONLINE = Acting(lambda config: config.schedule == "online", "with `schedule={schedule!r}`", "set `schedule='online'`")
+_NOT_STAGED = Acting(
+    lambda config: config.schedule != "staged",
+    "with `schedule={schedule!r}`, whose prompts come pass by pass",
+    "set `schedule='online'`",
+)
 _SCORES = Acting(
     lambda config: config.schedule in ("staged", "online"),
     "with `schedule={schedule!r}`, which counts successes alone",
@@ -108,6 +113,7 @@ ACTING = {
     "group_column": (_GROUPS,),
     "pass_rate_column": (_ONLINE,),
     "drop_dead_groups": (_ONLINE,),
+    "max_refills": (_NOT_STAGED,),
 }
 
 

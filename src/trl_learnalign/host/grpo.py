@@ -17,6 +17,7 @@ class GRPOHost(Host):
     """[`~trl.GRPOTrainer`]: advantages by group, a loss by `loss_type`, the KL term in the loss."""
 
     names = GRPO
+    composes = True
     settings = (
         *SETTINGS,
         "multi_objective_aggregation",

@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..gradients.modes import dropout_off
 from ..ground.peers import Peers
-from . import generation, gradient_tap, taps
+from . import batches, generation, gradient_tap, taps
 from .facts import Facts
 from .generation import NoLogps
 from .groups import RolloutGroup, Row
@@ -146,9 +146,23 @@ class Differentiates(Facts):
 
 
 class Trains(Facts):
-    """Events of the trainer's training, and the sampler that it draws prompts from."""
+    """
+    Events of the trainer's training, and the sampler that it draws prompts from.
+
+    Attributes:
+        composes (`bool`): whether a batch may be put together of several generations, by [`assemble`].
+    """
 
     generation_method: str  # as in [`Generates`]
+    composes = False
+
+    def inputs_of(self: Any, rows: list[int]) -> list[dict]:
+        """Read this process's part of the rollouts of rows: [`~trl_learnalign.host.batches.inputs_of`]."""
+        return batches.inputs_of(self, rows)
+
+    def assemble(self: Any, parts: list[tuple[dict, dict[int, int]]], groups: int) -> dict:
+        """Make one batch of several: [`~trl_learnalign.host.batches.assemble`]."""
+        return batches.assemble(self, parts, groups)
 
     def layout(self) -> dict:
         """
@@ -175,9 +189,14 @@ class Trains(Facts):
         """Let `make(dataset)` make the sampler of training from now on; `None` stands for the training dataset."""
         vars(self.trainer)["_get_train_sampler"] = make
 
-    def on_rewards(self, observer: taps.RewardObserver, check: taps.RowCheck | None = None) -> taps.Undo:
+    def on_rewards(
+        self,
+        observer: taps.RewardObserver,
+        check: taps.RowCheck | None = None,
+        compose: taps.Compose | None = None,
+    ) -> taps.Undo:
         """Report every generation for training: [`~trl_learnalign.host.taps.RewardTap`]."""
-        return taps.RewardTap(self.trainer, self.generation_method, observer, check).undo
+        return taps.RewardTap(self.trainer, self.generation_method, observer, check, compose).undo
 
     def gradients_obstacle(self: Any) -> str | None:
         """Return why training's gradients cannot be had: [`~trl_learnalign.host.gradient_tap.gradients_obstacle`]."""
