@@ -43,6 +43,8 @@ OTHERS = (ScriptArguments, GRPOConfig, ModelConfig)
         ("after_warmup", "stop", "must be one of continue, restart"),
         ("success_threshold", float("nan"), "must be a finite number, but is nan"),
         ("success_threshold", "1", "must be a finite number, but is '1'"),
+        ("replay_share", 1.0, "`replay_share` is 1.0.*less than 1"),
+        ("replay_groups", 0, "`replay_groups` is 0"),
         ("reselect_every", 0, "`reselect_every` is 0.*must be positive"),
         ("reselect_every", float("inf"), "must be a finite number"),
     ],
@@ -105,6 +107,8 @@ EFFECTS = {
     "pass_rate_column": ("rate", ROLLED_OUT[3:], (*SELECTED, METHOD)),
     "drop_dead_groups": (False, ROLLED_OUT[3:], SELECTED),
     "max_refills": (2, (*ROLLED_OUT[3:], METHOD), SELECTED),
+    "replay_share": (0.5, (*ROLLED_OUT[3:], METHOD), SELECTED),
+    "replay_groups": (8, ({"schedule": "online", "replay_share": 0.5},), (*SELECTED, METHOD)),
 }
 
 

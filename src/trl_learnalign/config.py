@@ -47,6 +47,7 @@ _LEAST = {
     "fold": (1, "It is the step through the ranking."),
     "selection_seed": (0, "Use None for the trainer's seed."),
     "max_refills": (0, "Use 0 for none."),
+    "replay_groups": (1, "Set `replay_share=0` for no replay."),
 }
 
 
@@ -182,6 +183,12 @@ class LearnAlignConfig:
         max_refills (`int`, *optional*, defaults to `0`):
             Not staged: replace groups without a gradient by those of new prompts, generated at once, at most so many
             times a chunk (DAPO, arXiv 2503.14476). These rollouts come on top.
+        replay_share (`float`, *optional*, defaults to `0.0`):
+            Not staged: share of each chunk, less than 1, that is not generated. Earlier groups with a gradient are
+            trained on again in its place, their ratios taken against the policy that drew them (DOTS, arXiv
+            2506.05316).
+        replay_groups (`int`, *optional*, defaults to `64`):
+            Groups that are kept for `replay_share`, the last ones, at least 1.
 
     Raises:
         `ValueError`: a field has a value out of its range, or one that has no effect together with the others.
@@ -221,6 +228,8 @@ class LearnAlignConfig:
     pass_rate_column: str | None = None
     drop_dead_groups: bool = True
     max_refills: int = 0
+    replay_share: float = 0.0
+    replay_groups: int = 64
 
     # The ranking that was found last, after the settings it was found by; no annotation, so this is no field
     _found = None
@@ -248,6 +257,11 @@ class LearnAlignConfig:
             raise ValueError(
                 f"`reselect_every` is {self.reselect_every}, but a number of passes over the selection must be "
                 "positive. Use None to select once."
+            )
+        if not 0 <= self.replay_share < 1:
+            raise ValueError(
+                f"`replay_share` is {self.replay_share}, but a share of a chunk is at least 0 and less than 1. Use 0 "
+                "for no replay."
             )
         if self.candidate_prompts is not None and self.candidate_prompts < self.num_prompts:
             raise ValueError(

@@ -77,6 +77,7 @@ _FOLDING = Acting(
     "with `prompt_order={prompt_order!r}`",
     "set `prompt_order='folding'`",
 )
+_REPLAY = Acting(lambda config: config.replay_share > 0, "with `replay_share=0`", "set `replay_share`")
 _SCORED = Acting(
     lambda config: not config.ranking().at_random,
     "with `score={score!r}`, whose draw is uniform",
@@ -114,6 +115,8 @@ ACTING = {
     "pass_rate_column": (_ONLINE,),
     "drop_dead_groups": (_ONLINE,),
     "max_refills": (_NOT_STAGED,),
+    "replay_share": (_NOT_STAGED,),
+    "replay_groups": (_NOT_STAGED, _REPLAY),
 }
 
 

@@ -3,6 +3,7 @@
 import copy
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from trl.trainer.utils import split_pixel_values_by_grid
@@ -60,11 +61,40 @@ def cut(batch: dict) -> list[Row]:
                 part = values[row][:end]
             else:
                 part = values[row]
-            rows[row][name] = part.cpu() if isinstance(part, torch.Tensor) else part
+            # A view would keep the whole batch, and be sent with all of it
+            rows[row][name] = part.to("cpu", copy=True) if isinstance(part, torch.Tensor) else part
     return rows
 
 
-def assemble(host: "Host", parts: list[tuple[dict, dict[int, int]]], groups: int) -> dict:
+def gathered(host: "Host", batch: dict) -> list[dict[str, np.ndarray]]:
+    """
+    Return the rows of all processes as arrays, in their order. Called on all processes.
+
+    Raises:
+        `ValueError`: the rows have images.
+    """
+    rows = [row for part in gather_object([cut(batch)]) for row in part]
+    unfit = sorted({name for row in rows for name, part in row.items() if not _is_kept(name, part)})
+    if unfit:
+        raise ValueError(
+            f"Rollouts with {', '.join(unfit)} cannot be kept for replay: images would fill the memory and the "
+            "checkpoints. Set `replay_share=0`."
+        )
+    # NumPy knows no bfloat16
+    kinds = {True: torch.float32, False: torch.int32}
+    return [{name: part.to(kinds[part.is_floating_point()]).numpy() for name, part in row.items()} for row in rows]
+
+
+def _is_kept(name, part) -> bool:
+    return isinstance(part, torch.Tensor) and name not in _PIXELS and part.dim() < 2
+
+
+def assemble(
+    host: "Host",
+    parts: list[tuple[dict, dict[int, int]]],
+    groups: int,
+    others: dict[int, list[dict[str, np.ndarray]]] | None = None,
+) -> dict:
     """
     Make one batch of the groups of several. Called on all processes, with the same places.
 
@@ -73,9 +103,13 @@ def assemble(host: "Host", parts: list[tuple[dict, dict[int, int]]], groups: int
         parts (`list[tuple[dict, dict[int, int]]]`): what each generation has returned on this process, and for groups
             of it, counted over all processes, the place in the batch that is made.
         groups (`int`): of that batch, over all processes.
+        others (`dict[int, list[dict]]`, *optional*): rows of other groups, as [`gathered`] returns them, by place.
     """
     size, rank, processes = host.group_size, host.accelerator.process_index, host.accelerator.num_processes
     own, rows = groups * size // processes, {}
+    for place, members in (others or {}).items():
+        for to, member in enumerate(members, place * size):
+            rows[to] = {name: torch.from_numpy(np.asarray(part)) for name, part in member.items()}
     for batch, places in parts:
         leaving, found = {}, cut(batch)
         for number, row in enumerate(found, rank * len(found)):
@@ -121,14 +155,16 @@ def join(host: "Host", batch: dict, rows: list[Row]) -> dict:
             continue
         if parts[0].dim() == 1:
             wide = name in (*_PROMPT, *_WHOLE) or max(map(len, parts)) == longest["completion_ids"]
-            filling = host.tokenizer.pad_token_id if name in ("prompt_ids", "completion_ids") else _FILLING.get(name, 0)
+            filling = (
+                host.tokenizer.pad_token_id if name in ("prompt_ids", "completion_ids") else _FILLING.get(name, 0)
+            )
             left = [before - len(row["prompt_ids"]) if name in (*_PROMPT, *_WHOLE) else 0 for row in rows]
             right = [after - len(row["completion_ids"]) if name not in _PROMPT and wide else 0 for row in rows]
             parts = [
                 torch.nn.functional.pad(part, gaps, value=filling)
                 for part, *gaps in zip(parts, left, right, strict=True)
             ]
-        joined[name] = torch.stack(parts).to(device)
+        joined[name] = torch.stack([part.to(batch[name].dtype) for part in parts]).to(device)
     if "num_items_in_batch" in joined:
         mask = joined["completion_mask"] * joined.get("tool_mask", 1)
         joined["num_items_in_batch"] = host.accelerator.gather(mask.sum()).sum()

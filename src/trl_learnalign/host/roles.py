@@ -160,9 +160,18 @@ class Trains(Facts):
         """Read this process's part of the rollouts of rows: [`~trl_learnalign.host.batches.inputs_of`]."""
         return batches.inputs_of(self, rows)
 
-    def assemble(self: Any, parts: list[tuple[dict, dict[int, int]]], groups: int) -> dict:
+    def assemble(self: Any, *args, **kwargs) -> dict:
         """Make one batch of several: [`~trl_learnalign.host.batches.assemble`]."""
-        return batches.assemble(self, parts, groups)
+        return batches.assemble(self, *args, **kwargs)
+
+    def gathered(self: Any, batch: dict) -> list[dict[str, np.ndarray]]:
+        """Return the rows of all processes: [`~trl_learnalign.host.batches.gathered`]."""
+        return batches.gathered(self, batch)
+
+    @contextmanager
+    def with_logps(self) -> Iterator[None]:
+        """Let a generation for training return the log-probabilities of what it has drawn, always."""
+        yield
 
     def layout(self) -> dict:
         """

@@ -11,7 +11,8 @@ from ..curriculum.events import Draw, Group
 from ..run.layout import STREAM_FIELDS, Layout, to_train_longer
 from . import SCHEDULES
 from .base import Describes, LearnsFromGradients, Prepares, Run, Schedule, Selects
-from .refills import check_refills
+from .refills import check_refills, replayed_groups
+from .replay import ReplayBuffer
 
 
 STATE_VERSION = 4
@@ -47,7 +48,9 @@ def open_stream(make: MakesSchedule, host, config: LearnAlignConfig, before: Sch
         )
     check_refills(host, schedule, config)
     prepares = schedule if isinstance(schedule, Prepares) else Prepares()
-    return Stream(schedule, prepares.fit(host))
+    layout = prepares.fit(host)
+    replayed = replayed_groups(layout.chunk_prompts, config.replay_share)
+    return Stream(schedule, layout, ReplayBuffer(config.replay_groups, run.seed) if replayed else None, replayed)
 
 
 class Stream:
@@ -67,8 +70,12 @@ class Stream:
     Args:
         schedule ([`Schedule`]): made for this run.
         layout ([`Layout`]): of the run.
+        replay ([`ReplayBuffer`], *optional*): groups that may be trained on again.
+        replayed (`int`, *optional*, defaults to 0): prompts of a chunk that are not drawn, as replayed groups take
+            their places.
 
     Attributes:
+        fresh (`int`): prompts that are drawn for a chunk when the dataloader asks for it.
         drawn (`int`): chunks that the schedule was asked for, in this run and those that it resumes.
         selects ([`Selects`], *optional*): the schedule, if selections are made for it.
         learns ([`LearnsFromGradients`], *optional*): the schedule, if it learns from gradients.
@@ -78,8 +85,9 @@ class Stream:
             holds them, see [`~trl_learnalign.schedules.gradients.ChunkGradients`].
     """
 
-    def __init__(self, schedule: Schedule, layout: Layout):
-        self.schedule, self.layout = schedule, layout
+    def __init__(self, schedule: Schedule, layout: Layout, replay: ReplayBuffer | None = None, replayed: int = 0):
+        self.schedule, self.layout, self.replay = schedule, layout, replay
+        self.fresh = layout.chunk_prompts - replayed
         self.selects = schedule if isinstance(schedule, Selects) else None
         self.learns = schedule if isinstance(schedule, LearnsFromGradients) else None
         self.describes = schedule if isinstance(schedule, Describes) else Describes()
@@ -106,7 +114,7 @@ class Stream:
         """
         layout = self.layout
         while self.drawn <= i:
-            self._record[self.drawn] = self.draw(layout.chunk_prompts)
+            self._record[self.drawn] = self.draw(self.fresh)
             self.drawn += 1
         # The step under way and what is read ahead: the rewards are still to come, or are to come again after a resume
         kept = 1 + math.ceil((layout.accumulation + layout.read_ahead) / layout.repeats)
@@ -114,12 +122,16 @@ class Stream:
         return self.rows(i)
 
     def rows(self, i: int) -> list[int]:
-        """Return the rows of a chunk that was drawn; placeholders for one that was trained on long ago."""
-        return [draw.row for draw in self.draws(i)]
+        """
+        Return the rows of a chunk that was drawn; placeholders for one that was trained on long ago, and in the places
+        of groups that are replayed.
+        """
+        rows = [draw.row for draw in self.draws(i)]
+        return rows + rows[:1] * (self.layout.chunk_prompts - len(rows))
 
     def draws(self, i: int) -> list[Draw]:
         """Return the draws of a chunk; placeholders for one that is in flight no more."""
-        n = self.layout.chunk_prompts
+        n = self.fresh
         return self._record.get(i) or [Draw(i * n + place, 0) for place in range(n)]
 
     def draw(self, n: int) -> list[Draw]:
@@ -186,7 +198,8 @@ class Stream:
     def state_dict(self) -> dict:
         """Return the layout, the draws in flight and the state of the schedule: values for JSON, and NumPy arrays."""
         draws = [[(draw.number, draw.row) for draw in part] for part in self._record.values()]
-        numbers, rows = np.moveaxis(np.array(draws, np.int64).reshape(-1, self.layout.chunk_prompts, 2), 2, 0)
+        numbers, rows = np.moveaxis(np.array(draws, np.int64).reshape(-1, self.fresh, 2), 2, 0)
+        parts = {"gradients": self.gradients, "replay": None if self.replay is None else self.replay.state_dict()}
         return {
             "state_version": STATE_VERSION,
             "layout": {name: getattr(self.layout, name) for name in STREAM_FIELDS},
@@ -195,7 +208,7 @@ class Stream:
             "next": self._next,
             "in_flight": {"chunks": np.array([*self._record], np.int64), "numbers": numbers, "rows": rows},
             "state": self.schedule.state_dict(),
-        } | ({} if self.gradients is None else {"gradients": self.gradients})
+        } | {name: part for name, part in parts.items() if part is not None}
 
     def load_state_dict(self, saved: dict) -> dict:
         """
@@ -235,7 +248,7 @@ class Stream:
                 "the same), or start a new run."
             )
         self._check(drawn, chunks, rows)
-        if [list(map(len, rows)), after] != [list(map(len, numbers)), max(after, drawn * self.layout.chunk_prompts)]:
+        if [list(map(len, rows)), after] != [list(map(len, numbers)), max(after, drawn * self.fresh)]:
             raise ValueError(
                 f"The sampler state in the checkpoint is damaged: {after!r} prompts were drawn for {drawn} chunks. "
                 "Resume from an earlier checkpoint."
@@ -243,13 +256,15 @@ class Stream:
         self.gradients = saved.get("gradients")
         self.drawn, self._next = drawn, after
         self._check_gradients(self.gradients)
+        if self.replay is not None:
+            self.replay.load_state_dict(saved.get("replay", {}), self.layout.group_size)
         draws = [list(map(Draw, *both)) for both in zip(numbers, rows, strict=True)]
         self._record = dict(zip(chunks, draws, strict=True))
         return state
 
     def _check(self, drawn, chunks, rows):
         """Raise an error unless the record is one of this stream."""
-        n, size = self.layout.chunk_prompts, self.layout.pool_size
+        n, size = self.fresh, self.layout.pool_size
         whole = type(drawn) is int and len(chunks) == len(rows) and all(len(row) == n for row in rows)
         if not whole or chunks != list(range(drawn - len(chunks), drawn)) or (drawn and not chunks):
             raise ValueError(

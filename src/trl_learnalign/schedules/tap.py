@@ -91,7 +91,8 @@ class GroupTap:
         self.live = self._with_gradient(groups)
         schedule.observe(groups)
         if self._begins and self._gradients is not None:
-            self._gradients.begin(draws)
+            replayed = [None] * (self.stream.layout.chunk_prompts - len(draws))
+            self._gradients.begin([*draws, *replayed])
         self._complete(groups, completions, len(inputs))
         if not self._begins:
             return
@@ -111,13 +112,12 @@ class GroupTap:
 
         def generate_for(draws, rows=None):
             self._draws, self.live = draws, None
-            return generate(self.host.inputs_of([draw.row for draw in draws]) if rows is None else rows)
+            found = generate(self.host.inputs_of([draw.row for draw in draws]) if rows is None else rows)
+            self._begins = False
+            return found
 
         self._begins = True
-        draws = self.stream.draws(batch // self.stream.layout.repeats)
-        first = generate_for(draws, inputs)
-        self._begins = False
-        return self._refills(self, draws, first, generate_for)
+        return self._refills(self, batch // self.stream.layout.repeats, generate_for, inputs)
 
     def moved(self, place: int, draw: Draw) -> None:
         """Note that the group of another draw takes a place of the chunk."""
