@@ -101,7 +101,7 @@ def test_a_resumed_run_is_the_run(tmp_path, whole, replays):
     for name, array in arrays.items():
         np.testing.assert_array_equal(array, others[name])
     assert 0 < len(seen.rows) < sum(entry.get("learnalign/rollouts", 0) for entry in again.state.log_history)
-    assert not replays or len(values["replay"]["single"]) == 1 and arrays["replay/draws"].shape == (3, 2)
+    assert not replays or (len(values["replay"]["single"]) == 1 and arrays["replay/draws"].shape == (3, 2))
 
 
 def test_after_so_many_rounds_training_goes_on_with_what_there_is(tmp_path, caplog):

@@ -182,11 +182,10 @@ class LearnAlignConfig:
             Asynchronous trainer: leave groups without a gradient out before training gets them.
         max_refills (`int`, *optional*, defaults to `0`):
             Not staged: replace groups without a gradient by those of new prompts, generated at once, at most so many
-            times a chunk (DAPO, arXiv 2503.14476). These rollouts come on top.
+            times a chunk (DAPO, arXiv 2503.14476).
         replay_share (`float`, *optional*, defaults to `0.0`):
-            Not staged: share of each chunk, less than 1, that is not generated. Earlier groups with a gradient are
-            trained on again in its place, their ratios taken against the policy that drew them (DOTS, arXiv
-            2506.05316).
+            Not staged: share of each chunk that is not generated: earlier groups with a gradient are trained on again,
+            their ratios taken against the policy that drew them (DOTS, arXiv 2506.05316).
         replay_groups (`int`, *optional*, defaults to `64`):
             Groups that are kept for `replay_share`, the last ones, at least 1.
 

@@ -41,7 +41,7 @@ def cut(batch: dict) -> list[Row]:
     Cut what a trainer's generation returns into rows, on the CPU, without their padding: prompts are padded on the
     left, completions on the right. What is no row, such as `num_items_in_batch`, is left out.
     """
-    batch = split_pixel_values_by_grid(batch)
+    batch = dict[str, Any](split_pixel_values_by_grid(batch))
     starts = batch["prompt_mask"].shape[1] - batch["prompt_mask"].sum(1)
     width, longest = batch["completion_mask"].shape
     # A completion that is not in the loss has a mask of zeros
@@ -49,7 +49,7 @@ def cut(batch: dict) -> list[Row]:
     rows: list[Row] = [{} for _ in range(width)]
     for row, start, end in zip(range(width), starts.tolist(), ends.tolist(), strict=True):
         for name, values in batch.items():
-            if values is None or isinstance(values, torch.Tensor) and not values.dim():
+            if values is None or (isinstance(values, torch.Tensor) and not values.dim()):
                 continue
             if name in _PIXELS and isinstance(values, torch.Tensor):
                 part = values[row : row + 1]
@@ -106,16 +106,18 @@ def assemble(
         others (`dict[int, list[dict]]`, *optional*): rows of other groups, as [`gathered`] returns them, by place.
     """
     size, rank, processes = host.group_size, host.accelerator.process_index, host.accelerator.num_processes
-    own, rows = groups * size // processes, {}
+    own = groups * size // processes
+    rows: dict[int, Row] = {}
     for place, members in (others or {}).items():
         for to, member in enumerate(members, place * size):
             rows[to] = {name: torch.from_numpy(np.asarray(part)) for name, part in member.items()}
     for batch, places in parts:
-        leaving, found = {}, cut(batch)
+        leaving: dict[int, Row] = {}
+        found = cut(batch)
         for number, row in enumerate(found, rank * len(found)):
-            group, member = divmod(number, size)
+            group, offset = divmod(number, size)
             if group in places:
-                to = places[group] * size + member
+                to = places[group] * size + offset
                 (rows if to // own == rank else leaving)[to] = row
         for coming in gather_object([leaving]):
             rows |= {to: row for to, row in coming.items() if to // own == rank}
@@ -134,9 +136,9 @@ def join(host: "Host", batch: dict, rows: list[Row]) -> dict:
     Raises:
         `ValueError`: the rows do not hold the same, as where some have images and others none.
     """
-    names = [name for name in rows[0]]
+    names = list(rows[0])
     if any(row.keys() != rows[0].keys() for row in rows):
-        differ = sorted(set().union(*rows) - set.intersection(*(set(row) for row in rows)))
+        differ = sorted(set().union(*rows) - set(names).intersection(*rows))
         raise ValueError(
             f"Rollouts of several generations cannot be trained on together: only some have {', '.join(differ)}. "
             "Give all prompts images, or none; or set `max_refills=0` and `replay_share=0`."

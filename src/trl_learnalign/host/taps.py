@@ -41,9 +41,9 @@ class RewardTap:
     `compose(batch_in_run, generate, inputs)` may call `generate` for several lists of rows, each of which is reported,
     and makes one batch of the results.
 
-    `check(batch_in_run, inputs)` comes before a report, and returns a digest (a number below 2**63) of what must be the same on
-    all processes. A reward function that fails, or returns no numbers, a failure of `check` and digests that differ
-    end all processes with an error, none of which is left waiting for the others:
+    `check(batch_in_run, inputs)` comes before a report, and returns a digest (a number below 2**63) of what must be
+    the same on all processes. A reward function that fails, or returns no numbers, a failure of `check` and digests
+    that differ end all processes with an error, none of which is left waiting for the others:
 
     - [`RewardError`]: a reward function failed.
     - `RuntimeError`: the digests differ, or another process failed.

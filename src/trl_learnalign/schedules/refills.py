@@ -57,13 +57,14 @@ class Refills:
         draws, size = stream.draws(chunk), stream.layout.chunk_prompts
         if stream.replay is None and not self.most:
             return generate(draws, inputs)
+        own: list[dict] | None = inputs
         again = [] if stream.replay is None else stream.replay.draw(size - stream.fresh, chunk)
         again = again[: len(again) // self._step * self._step]
         if stream.replay is not None:
             missing = size - len(again) - len(draws)
-            draws, inputs = draws + (stream.draw(missing) if missing else []), None
+            draws, own = draws + (stream.draw(missing) if missing else []), None
         with nullcontext() if stream.replay is None else host.with_logps():
-            parts = [(generate(draws, inputs), dict(enumerate(range(len(draws)))))]
+            parts = [(generate(draws, own), dict(enumerate(range(len(draws)))))]
             live = [(parts[0][0], draws, tap.live)]
             dead = [] if tap.live is None else np.flatnonzero(~tap.live).tolist()
             for _ in range(self.most):
@@ -100,13 +101,13 @@ class Refills:
         return [Kept(draws[one].number, chunk, rows[one * size : (one + 1) * size]) for one in places]
 
     def _log(self, generated: int, first: int, dead: int, again: list[Kept], chunk: int) -> None:
-        values = {"rollouts": generated * self.host.group_size, "dead_groups": dead}
+        values: dict[str, float] = {"rollouts": generated * self.host.group_size, "dead_groups": dead}
         if self.most:
             values["refills"] = generated - first
         if again:
-            values |= {"replayed": len(again), "replay_age": np.mean([chunk - group.chunk for group in again])}
+            values |= {"replayed": len(again), "replay_age": float(np.mean([chunk - one.chunk for one in again]))}
         for name, value in values.items():
-            self.host.log_metric(f"learnalign/{name}", float(value))
+            self.host.log_metric(f"learnalign/{name}", value)
         if dead and self.most and not self._told and self.host.accelerator.is_main_process:
             logger.warning(
                 f"After {self.most} more generation{'s' * (self.most > 1)} (`max_refills`), {dead} of {first} groups "

@@ -89,7 +89,7 @@ class ReplayBuffer:
                     row[name] = value[0] if name in single else value
             starts = range(0, len(rows), group_size)
             parts = [rows[first : first + group_size] for first in starts]
-            self.groups = [Kept(*draw, part) for draw, part in zip(draws, parts, strict=True)]
+            self.groups = [Kept(draw[0], draw[1], part) for draw, part in zip(draws, parts, strict=True)]
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"The rollouts for replay in the checkpoint are damaged: {error!r}. Resume from an earlier checkpoint."
