@@ -43,7 +43,6 @@ OTHERS = (ScriptArguments, GRPOConfig, ModelConfig)
         ("after_warmup", "stop", "must be one of continue, restart"),
         ("success_threshold", float("nan"), "must be a finite number, but is nan"),
         ("success_threshold", "1", "must be a finite number, but is '1'"),
-        ("replay_share", 1.0, "`replay_share` is 1.0.*less than 1"),
         ("replay_groups", 0, "`replay_groups` is 0"),
         ("reselect_every", 0, "`reselect_every` is 0.*must be positive"),
         ("reselect_every", float("inf"), "must be a finite number"),

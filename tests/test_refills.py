@@ -16,6 +16,7 @@ from trl_learnalign import (
 from trl_learnalign.curriculum.states import split
 from trl_learnalign.host import find_host
 from trl_learnalign.schedules.refills import check_refills
+from trl_learnalign.schedules.replay import Kept, ReplayBuffer
 from trl_learnalign.schedules.staged import StagedSchedule
 
 
@@ -163,6 +164,16 @@ def test_replayed_groups_are_clipped_against_the_policy_that_drew_them(tmp_path,
     assert len(buffer.groups) == 3 and all(group.weight > 0 for group in buffer.groups)
 
 
+def test_a_damaged_buffer_is_refused():
+    rows = [{"prompt_ids": np.arange(3), "advantages": np.float32(place)} for place in range(8)]
+    buffer = ReplayBuffer(2, 0)
+    buffer.add([Kept(0, 0, rows[:4]), Kept(1, 0, rows[4:])])
+    state = buffer.state_dict()
+    state["values"]["prompt_ids"] = state["values"]["prompt_ids"][1:]
+    with pytest.raises(ValueError, match="for replay.*damaged.*23 values instead of 24 in prompt_ids"):
+        ReplayBuffer(2, 0).load_state_dict(state, 4)
+
+
 class RefillingRLOO(LearnAlignMixin, RLOOTrainer):
     pass
 
@@ -176,6 +187,10 @@ def test_rloo(tmp_path):
 def test_where_batches_cannot_be_refilled(tmp_path):
     with pytest.raises(ValueError, match="`max_refills` is 2, but has no effect with `schedule='staged'`"):
         LearnAlignConfig(max_refills=2)
+    with pytest.raises(ValueError, match="`replay_share` is 1.0, but a share of a chunk is.*less than 1"):
+        online(replay_share=1.0)
+    with pytest.raises(ValueError, match="`replay_share` is 0.1, which is 0 of the 4 prompts"):
+        make_trainer(tmp_path, online(replay_share=0.1))
     with pytest.raises(ValueError, match="`max_refills` is -1, but must be at least 0"):
         online(max_refills=-1)
     sampler = LearnAlignSampler(online(max_refills=1), schedule=StagedSchedule)

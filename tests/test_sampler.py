@@ -215,6 +215,7 @@ def test_unbound_sampler_says_what_to_do():
         (lambda s: s.update(drawn="4"), "damaged: of '4' chunks"),
         (lambda s: s["in_flight"].update(rows=np.zeros((2, 4), int)), "damaged.*2 x 4 rows"),
         (lambda s: s["in_flight"].update(rows=np.full((2, 3), 12)), "names row 12.*12 rows"),
+        (lambda s: s.update(next=11), "damaged: 11 prompts were drawn for 4 chunks"),
         (lambda s: s["state"].update(drawn=-1), "damaged"),
     ],
 )

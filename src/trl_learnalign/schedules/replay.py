@@ -84,7 +84,7 @@ class ReplayBuffer:
             for name, values in state["values"].items():
                 lengths = state["lengths"][name]
                 if lengths.sum() != len(values):
-                    raise ValueError(f"{name} has {len(values)} values instead of {lengths.sum()}")
+                    raise ValueError(f"{len(values)} values instead of {lengths.sum()} in {name}")
                 for row, value in zip(rows, np.split(values, np.cumsum(lengths)[:-1]), strict=True):
                     row[name] = value[0] if name in single else value
             starts = range(0, len(rows), group_size)

@@ -248,7 +248,9 @@ class Stream:
                 "the same), or start a new run."
             )
         self._check(drawn, chunks, rows)
-        if [list(map(len, rows)), after] != [list(map(len, numbers)), max(after, drawn * self.fresh)]:
+        # More were drawn than the chunks hold where groups were refilled
+        alike = list(map(len, rows)) == list(map(len, numbers))
+        if not alike or type(after) is not int or after < drawn * self.fresh:
             raise ValueError(
                 f"The sampler state in the checkpoint is damaged: {after!r} prompts were drawn for {drawn} chunks. "
                 "Resume from an earlier checkpoint."
