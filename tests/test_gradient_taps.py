@@ -1,6 +1,7 @@
 """Gradients of groups from training's own backward passes, against one plain backward per group."""
 
 import re
+from collections import Counter
 from contextlib import contextmanager
 
 import numpy as np
@@ -290,29 +291,35 @@ def test_gradients_come_before_the_rewards_of_the_next_chunk(tmp_path):
 
 
 class ByRow(Oracle):
-    """By chunk and row of the dataset, told by the prompt."""
+    """By chunk and row of the dataset, told by the prompt; and how many rollouts it has there."""
 
     def _take(self, rows, inputs):
         prompts = [self.trainer.processing_class.decode(ids, skip_special_tokens=True) for ids in inputs["prompt_ids"]]
-        texts = [prompt.replace(" ", "") for prompt in prompts]
-        super()._take([4 * self.trainer.train_dataset["prompt"][:].index(text) for text in texts], inputs)
+        texts, known = [prompt.replace(" ", "") for prompt in prompts], self.trainer.train_dataset["prompt"][:]
+        vars(self).setdefault("counts", []).append(Counter(known.index(text) for text in texts))
+        super()._take([4 * known.index(text) for text in texts], inputs)
 
 
-def test_groups_that_take_the_places_of_dead_ones_have_their_own_gradient(tmp_path):
-    trainer = make_trainer(tmp_path, reward=fixed_reward, per_device_train_batch_size=32, max_steps=3)
-    sampler = LearnAlignSampler(online(max_refills=3), schedule=Wants)
-    trainer.add_callback(LearnAlignCallback(trainer, sampler))
+@pytest.mark.parametrize("settings", [{"max_refills": 3}, {"replay_share": 0.25}])
+def test_gradients_of_batches_from_several_generations(tmp_path, settings):
+    """Groups that take the places of dead ones have their own, and replayed groups none that is given."""
+    trainer = make_trainer(tmp_path, reward=fixed_reward, per_device_train_batch_size=32, max_steps=4)
+    trainer.add_callback(LearnAlignCallback(trainer, LearnAlignSampler(online(**settings), schedule=Wants)))
     oracle = ByRow(trainer)
     trainer.train()
-    given, moved = list(trainer.learnalign.schedule.gradients.values()), 0
-    for number, chunk in enumerate(oracle.chunks[:-1]):
-        part = given[8 * number : 8 * number + 8]
-        assert {one.row for one in part} == chunk.keys()
+    given = [event for event in trainer.learnalign.schedule.events if isinstance(event[0], Gradient)]
+    compared, moved = 0, 0
+    for part, exact, counts in zip(given, oracle.chunks, oracle.counts, strict=False):
         moved += max(one.number for one in part) - min(one.number for one in part) > 7
-        for row, exact in chunk.items():  # a row may come twice
-            found = sum(torch.from_numpy(one.sketch).double() for one in part if one.row == row)
-            torch.testing.assert_close(found, sketched(trainer, exact), rtol=1e-3, atol=1e-6)
-    assert len(given) == 16 and moved
+        assert len({one.number for one in part}) == len(part)
+        for row in {one.row for one in part}:
+            own = [torch.from_numpy(one.sketch).double() for one in part if one.row == row]
+            if 4 * len(own) == counts[row]:  # else it is replayed as well
+                torch.testing.assert_close(sum(own), sketched(trainer, exact[row]), rtol=1e-3, atol=1e-6)
+                compared += len(own)
+    replays = "replay_share" in settings
+    assert [len(part) for part in given] == ([8, 6, 6] if replays else [8] * 3)
+    assert compared > 12 if replays else (compared, moved > 0) == (24, True)
 
 
 def saved(path, schedule=Wants, **changes):
