@@ -251,6 +251,11 @@ def main(task, path):
             target = dataset.select(range(1, 20, 3)).add_column("task", list("abcabca"))
             choice = config(score="target", target_dataset=target, target_column="task", quota_column="kind")
             result["indices"] = select_prompts(trainer, choice).indices
+        case "select by influence":  # with sums over the features of all processes
+            dataset = make_dataset(23)
+            trainer = make_trainer(path, reward=seen, dataset=dataset, **kwargs)
+            choice = {"target_dataset": dataset.select(range(1, 20, 3)), "diversity": "gradients"}
+            result["indices"] = select_prompts(trainer, config(score="influence", **choice)).indices
         case "select parts":  # groups of eight, of which a process generates three at once
             kwargs = {"per_device_train_batch_size": 3, "num_generations": 3}
             trainer = make_trainer(path, reward=seen, dataset=make_dataset(7), **kwargs)

@@ -85,7 +85,7 @@ EFFECTS = {
     "reselect_every": (2.0, SELECTED, ROLLED_OUT[3:]),
     "after_warmup": ("restart", SELECTED, ({"warmup_prompts": 0}, *ROLLED_OUT[3:])),
     "deduplicate": (True, ANY, ()),
-    "target_dataset": ("target.jsonl", ({"score": "target"},), ()),
+    "target_dataset": ("target.jsonl", ({"score": "target"}, {"score": "influence"}), ()),
     "target_column": (
         "task",
         ({"score": "target", "target_dataset": "target.jsonl"}, {"score": "target", "schedule": "online"}),
@@ -94,6 +94,7 @@ EFFECTS = {
     "where": ("row < 3", (*ANY, METHOD), ()),
     "quota_column": ("source", SELECTED, ROLLED_OUT[3:]),
     "quota": ("equal", ({"quota_column": "source"},), ({}, *ROLLED_OUT[3:])),
+    "diversity": ("hidden_states", SELECTED[1:], ({"score": "random"}, *ROLLED_OUT[3:])),
     "take": ("proportional", SELECTED[1:], ({"score": "random"}, *ROLLED_OUT[3:])),
     "prompt_order": ("ranked", SELECTED, ROLLED_OUT[3:]),
     "fold": (7, ({"prompt_order": "folding"},), ({}, {"prompt_order": "ranked"}, *ROLLED_OUT[3:])),
@@ -152,8 +153,8 @@ def test_every_field_is_explained_once_with_its_type_and_default():
     for field, (name, kinds, default) in zip(fields, heads, strict=True):
         assert eval(default or "None") == field.default, name
         annotation = LearnAlignConfig.__annotations__[name]  # a TrlParser overwrites `field.type`
-        kind = (typing.get_args(annotation) or (annotation,))[0]
-        kind = str if typing.get_origin(annotation) is typing.Literal else kind
+        kind = next(iter(typing.get_args(annotation)), annotation)
+        kind = str if isinstance(kind, str) or typing.get_origin(kind) is typing.Literal else kind
         assert kinds.startswith(f"`{kind.__name__ if isinstance(kind, type) else kind}`"), name
         assert (
             field.metadata["help"] % {} == explanations(LearnAlignConfig)[name].replace("%%", "%")

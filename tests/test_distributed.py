@@ -93,6 +93,7 @@ TASKS = (
         "select few",
         "select parts",
         "select for a target",
+        "select by influence",
         "select with RLOO",
         "train",
         "train workers",
@@ -158,7 +159,7 @@ def load(path):
     return Selection.load(next((path / "learnalign").glob("step-*")))
 
 
-@pytest.mark.parametrize("task", ["select", "select few", "select parts", "select for a target", "select with RLOO"])
+@pytest.mark.parametrize("task", [task for task in TASKS if task.startswith("select")])
 def test_selection_is_the_same_for_any_number_of_processes(tmp_path, first, on_four, task, tally):
     runs = {1: (tmp_path, [alone(task, tmp_path)]), 2: first[task]} | ({4: on_four[task]} if task in on_four else {})
     one = load(tmp_path)

@@ -49,7 +49,7 @@ SAMPLES = 3  # of a question held out
 PARTS = 0.2, 0.4, 0.6, 0.8, 1  # of a run, after which success is measured
 SAVE_STEPS = 5
 
-UNBOUND = replace(LEARNALIGN, kinds_count=False)  # as before kinds counted
+UNBOUND = replace(LEARNALIGN, kinds_count=False, least_kind_share=0.0)  # as before kinds counted
 # Settings of LearnAlignConfig, and of the curriculum
 ONLINE = {
     "online": ({"score": "learnability"}, None),

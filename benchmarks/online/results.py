@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
 
 from coins import POOLS as COINS
-from demo_online import rollouts_to
+from side_by_side import rollouts_to
 from pools import POOLS
 
 

@@ -65,7 +65,7 @@ ONLINE = {
     "learnalign online": LEARNALIGN,
     "target online": {"score": "target", "target_column": "is_target"},
 }
-UNBOUND = replace(IN_PROPORTION, kinds_count=False)  # as before kinds counted
+UNBOUND = replace(IN_PROPORTION, kinds_count=False, least_kind_share=0.0)  # as before kinds counted
 # Arms that change settings of the curriculum as well, a line each: the arm they are like otherwise, and these settings
 SETTINGS = {
     "online without fading": ("online", OnlineSettings(half_life_steps=1e9)),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from datasets import Dataset
 
-from .choice.agreement import check_schedule, check_score, check_success_reward, check_target
+from .choice.agreement import check_densities, check_schedule, check_score, check_success_reward, check_target
 from .choice.idle import missing
 from .data.conditions import Condition
 from .data.rows import dataset_fingerprint
@@ -30,7 +30,7 @@ FREE_BEFORE_SELECTION = (
     *("num_rollouts", "score", "score_measures", "answer_column", "learnability", "success_threshold"),
     *("success_reward", "gradient_rollouts", "projection_dim", "candidate_prompts", "deduplicate"),
     *("target_dataset", "target_column", "where", "quota_column", "quota", "take", "prompt_order", "fold"),
-    "selection_seed",
+    *("diversity", "selection_seed"),
 )
 # Settings that may change after a selection that fell back to learnability, as nothing could be learnt from the target
 FREE_WITHOUT_TARGET = ("num_rollouts", "score", "score_measures", "target_dataset", "target_column")
@@ -71,21 +71,20 @@ class LearnAlignConfig:
             Rollouts for each prompt of the pool, at least 2. By default the trainer's `num_generations`.
         rollout_batch_prompts (`int`, *optional*):
             Prompts that a process generates for at once in a selection, at least 1. By default as many as in training,
-            doubled up to six times while the pool has 64 such batches (not with a reward model or sharded weights). In
-            every round all processes wait for the longest completion, so fewer, larger rounds are faster. If memory is
-            full, generation goes on in halves, unless the weights are sharded. Another batch size gives other
-            rollouts.
+            doubled up to six times while the pool has 64 such batches (not with a reward model or sharded weights).
+            Fewer, larger rounds are faster, as all wait for the longest completion. If memory is full, generation goes
+            on in halves, unless the weights are sharded. Another batch size gives other rollouts.
         score (`str` or `Callable`, *optional*, defaults to `"learnalign"`):
             The number that prompts are ranked by: `"learnalign"` (Eq. 8), `"learnability"` (V alone; no gradients),
-            `"alignment"` (Eq. 8 without V), `"random"` (no rollouts), `"target"` (V times the alignment with the mean
-            gradient of `target_dataset`, the largest over subtasks: LESS, arXiv 2402.04333), `"target_alignment"` (the
-            same without V), `"confidence"` (the nearness of the likelihood of the answer in `answer_column` to the
-            mean over the pool: UFO-RL, arXiv 2505.12457; one forward over each prompt, no rollouts), `"pvi"` (the
-            bits that the prompt tells of it: arXiv 2507.00038; two forwards), `"column:NAME"`
-            (a column of numbers of the dataset; no rollouts), or your own function, as an object or as
-            `"file.py:function"`. The function takes a `pandas.DataFrame` with a row per prompt and returns a Series.
-            Higher is better; a prompt with NaN is never chosen. Online: `"learnalign"`, `"learnability"`, or
-            `"target"`, for which the target is the rows that `target_column` marks.
+            `"alignment"` (Eq. 8 without V), `"random"`, `"target"` (V times the alignment with the mean gradient of
+            `target_dataset`, the largest over subtasks: LESS, arXiv 2402.04333), `"target_alignment"` (without V),
+            `"influence"` (on the mean gradient of the pool, or of `target_dataset`: arXiv 2504.13586),
+            `"gradient_density"` (inverse), `"density"` (the same of hidden states: arXiv 2402.09668), `"confidence"`
+            (UFO-RL, arXiv 2505.12457) and `"pvi"` (arXiv 2507.00038) by the likelihood of `answer_column`,
+            `"column:NAME"` (numbers of the dataset), or your own function, as an object or as `"file.py:function"`.
+            Random, density and all behind it need no rollouts. The function takes a `pandas.DataFrame` with a row per
+            prompt and returns a Series. Higher is better; a prompt with NaN is never chosen. Online: `"learnalign"`,
+            `"learnability"`, or `"target"` (see `target_column`).
         score_measures (`list[str]`, *optional*):
             Measures that your own function in `score` needs: `["rollouts"]`, `["gradients"]` (which need rollouts),
             `["likelihood"]` (of the answers), `["hidden_states"]`, or none (the default).
@@ -95,17 +94,16 @@ class LearnAlignConfig:
             also get the column as `solution`.
         learnability (`str`, *optional*, defaults to `"success_rate"`):
             `"success_rate"`: V = p (1 - p). `"variance"`, for graded rewards: V = the variance of a prompt's rewards,
-            scaled to their range over the pool; for rewards of 0 and 1 the two are equal.
+            scaled to their range over the pool.
         success_threshold (`float`, *optional*, defaults to `1.0`):
-            A rollout is a success if its reward is at least this value, up to the rounding of float32 (one part in a
-            million).
+            A rollout is a success if its reward is at least this value, up to the rounding of float32.
         success_reward (`list[str]` or `str`, *optional*):
             Name of the reward function that decides success. Required with several reward functions. If each task has
             a function of its own, which returns `None` for rows of other tasks, name several: the first that gave a
             rollout a reward decides.
         gradient_rollouts (`str`, *optional*, defaults to `"all"`):
             Rollouts of a group that enter its gradient: `"all"`, or only the first successful one, `"one_correct"`, as
-            the paper does on DAPO-MATH-17K to save time.
+            the paper does on DAPO-MATH-17K.
         projection_dim (`int`, *optional*, defaults to `32768`):
             Length of a gradient feature, 16 to 16,777,216. `None` computes the exact score, without projection.
         max_tokens_per_batch (`int`, *optional*):
@@ -126,13 +124,13 @@ class LearnAlignConfig:
             same. All rows are scored, and the warm-up may use any of them. Online: only the first of these rows that
             meets `where` is used.
         target_dataset (`str` or `Dataset`, *optional*):
-            For the scores `"target"` and `"target_alignment"`: prompts of the kind that the policy should become good
-            at, with the columns of the training dataset. A file, a name of the Hub, or a `datasets.Dataset`. Online
-            the target are rows of the training dataset, see `target_column`.
+            Prompts of the kind that the policy should become good at, for `score="target"`, `"target_alignment"` or
+            `"influence"`, with the columns of the training dataset. A file, a name of the Hub, or a
+            `datasets.Dataset`. Online the target are rows of the training dataset, see `target_column`.
         target_column (`str`, *optional*):
             A column of the target dataset that names the subtask of each row. By default all rows are one task.
             Online, where `score="target"` requires it: a column of True and False of the training dataset, which marks
-            the prompts of the kind that the policy should become good at.
+            the prompts of the kind to become good at.
         where (`str`, *optional*):
             Choose only prompts that meet this condition on columns of the dataset, on what is measured and on `score`,
             such as `"completion_length_mean < 800 and source != 'forum'"`. A field of a nested column is named
@@ -140,15 +138,16 @@ class LearnAlignConfig:
             other prompts are not rolled out.
         quota_column (`str`, *optional*):
             A column of the dataset, or a field such as `extra.split`. Each of its values gets a quota of the chosen
-            prompts. A missing value counts as one. Not a column of lists, of fractions, or with another value in every
-            row.
+            prompts. A missing value counts as one. No column of lists, of fractions, or of another value in every row.
         quota (`str`, *optional*, defaults to `"proportional"`):
             `"proportional"`: to the share of a value in the pool. `"equal"`: the same for all values. If a value has
             too few eligible prompts, the others get the rest of its quota.
+        diversity (`str`, *optional*):
+            Near-duplicates share their score: it is divided (below 0 multiplied) by the number of prompts alike, by
+            their `"hidden_states"` (a forward over each) or `"gradients"` (if the score needs rollouts).
         take (`str`, *optional*, defaults to `"top"`):
             `"top"`: the best prompts. `"proportional"`: a random draw without replacement, in proportion to the
-            scores. Prompts whose score is not above 0 are taken only where others are too few: by rank, with a
-            warning.
+            scores. Prompts whose score is not above 0 are taken only where others are too few, by rank.
         prompt_order (`str`, *optional*, defaults to `"shuffle"`):
             The order of prompts in each pass over the selection: `"shuffle"`, a new permutation; `"ranked"`, best
             first; `"folding"`, positions 0, L, 2 L, ... of the ranking, then 1, L + 1, ..., with L = `fold` (DELT,
@@ -215,6 +214,7 @@ class LearnAlignConfig:
     where: str | None = None
     quota_column: str | None = None
     quota: Literal["proportional", "equal"] = "proportional"
+    diversity: Literal["hidden_states", "gradients"] | None = None
     take: Literal["top", "proportional"] = "top"
     prompt_order: Literal["shuffle", "ranked", "folding"] = "shuffle"
     fold: int = 3
@@ -250,6 +250,7 @@ class LearnAlignConfig:
         self.ranking()
         check_target(self)
         check_schedule(self)
+        check_densities(self)
         if self.where is not None:
             Condition(self.where)
         if self.reselect_every is not None and self.reselect_every <= 0:
@@ -278,7 +279,7 @@ class LearnAlignConfig:
         Find the score that `score` names. Its file, if there is one, is read when the configuration is made: a later
         edit counts for the next configuration, as with a reward function.
         """
-        wanted = self.score, self.score_measures
+        wanted = self.score, self.score_measures, self.diversity, self.target_dataset is not None
         if self._found is None or self._found[0] != wanted:
             self._found = wanted, find_score(*wanted)
         return self._found[1]

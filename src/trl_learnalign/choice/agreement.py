@@ -71,6 +71,27 @@ def check_schedule(config: "LearnAlignConfig") -> None:
         )
 
 
+def check_densities(config: "LearnAlignConfig") -> None:
+    """Raise a `ValueError` for a diversity that the score cannot have, and for gradients that would not be kept."""
+    score, diversity = score_name(config.score), config.diversity
+    if diversity is not None and config.score in ("density", "gradient_density"):
+        raise ValueError(
+            f"`diversity` is {diversity!r}, but `score={score!r}` is an inverse density by itself, so prompts that "
+            "are alike would be held back twice. Leave `diversity` out."
+        )
+    if diversity == "gradients" and not ("rollouts" in config.measures or config.ranking().at_random):
+        raise ValueError(
+            f"`diversity` is 'gradients', but `score` is {score!r}, which needs no rollouts, and gradients are of "
+            "rollouts. Use `diversity='hidden_states'`, or a score from rollouts, such as 'learnability'."
+        )
+    if config.projection_dim is None and ("gradient_density" in config.measures or config.score == "influence"):
+        needs = "`diversity='gradients'`" if diversity == "gradients" else f"`score={score!r}`"
+        raise ValueError(
+            f"`projection_dim` is None, with which gradients may be too large to be kept, but {needs} reads them more "
+            "than once. Leave `projection_dim` at its default."
+        )
+
+
 def check_target(config: "LearnAlignConfig") -> None:
     """Raise a `ValueError` for a target that the score lacks, or does not look at."""
     if config.target_dataset is not None and not isinstance(config.target_dataset, str | Dataset):
@@ -85,7 +106,7 @@ def check_target(config: "LearnAlignConfig") -> None:
         have = "is not set" if config.target_dataset is None else "is set"
         raise ValueError(
             f"`score` is {score_name(config.score)!r}, but `target_dataset` {have}. The scores `target` and "
-            "`target_alignment` need it, the others do not use it."
+            "`target_alignment` need it, `influence` may have it, the others do not use it."
         )
     if config.target_column is not None and config.target_dataset is None:
         raise ValueError("`target_column` is a column of the target dataset, but there is none. Set `target_dataset`.")

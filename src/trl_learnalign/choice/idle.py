@@ -59,6 +59,7 @@ _GRADIENTS = Acting(
     refused=False,
 )
 _WITHOUT_ANSWERS = {"rollouts", "gradients", "target-rollouts", "target-gradients", "hidden_states"}
+_WITHOUT_ANSWERS |= {"density", "gradient_density"}
 _ANSWERS = Acting(  # a measure from outside the package may read them
     lambda config: bool(set(config.measures) - _WITHOUT_ANSWERS),
     "with `score={score!r}`, which needs no answers",
@@ -106,6 +107,7 @@ ACTING = {
     "target_dataset": (_STAGED,),
     "quota_column": (_STAGED,),
     "quota": (_STAGED, _QUOTAS),
+    "diversity": (_STAGED, _SCORED),
     "take": (_STAGED, _SCORED),
     "prompt_order": (_STAGED,),
     "fold": (_STAGED, _FOLDING),

@@ -15,7 +15,7 @@ from ..data.prompts import check_prompts
 from ..data.reading import columns_read
 from ..data.rows import read_dataset
 from ..scores import maths as scoring
-from ..scores.builtin import Score, by_row
+from ..scores.builtin import DENSITIES, Score, by_row
 from .choose import draw_order
 
 
@@ -84,6 +84,8 @@ def scores_table(
     """
     Return the columns of `scores.parquet`, by dataset row, before anything is chosen. A prompt with V = 0 is never
     eligible, not even when there are fewer others than asked for; one with V > 0 may be chosen with a negative score.
+    With `diversity` a score above 0 is divided by the number of prompts like the prompt, its density; one below 0 is
+    multiplied, so that a near-duplicate falls as well.
 
     Args:
         table (`pandas.DataFrame`): what was measured, by dataset row.
@@ -97,6 +99,9 @@ def scores_table(
         `ValueError`: the score is not a number for every prompt of the table.
     """
     table = _with_score(table, ranked)
+    if config.diversity is not None and (name := DENSITIES[config.diversity][-1]) in table:
+        own, density = table["score"], table[name].fillna(1.0)
+        table["score"] = (own * density).where(own < 0, own / density)
     eligible = table["score"].notna()
     if "learnability" in table:
         eligible &= table["learnability"] > 0

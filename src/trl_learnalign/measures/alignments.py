@@ -1,5 +1,6 @@
 """The gradients of a selection's prompts, aligned with the mean of all or with a target."""
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -12,10 +13,12 @@ from ..curriculum.rewards import is_success
 from ..data.reading import columns_read
 from ..gradients.engine import check_parameters
 from ..gradients.layers import UnseenParametersError, unseen_message
+from ..gradients.sketch import Sketch
 from ..ground.store import Log
 from ..host import Host
 from ..host.groups import Row
 from ..scores import maths as scoring
+from ..scores.influence import DAMPING, influences, second_moment_times, solve
 from .base import Context, Finding, Measure
 from .gradients import GradientFeatures
 from .rollouts import RolledOut, RolloutMeasure
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
     from ..config import LearnAlignConfig
     from .target import Directions
 
+logger = logging.getLogger(__name__)
+
+_LARGE_RESIDUAL = 1e-3  # above which influences are said to be inexact
 # Settings that decide which rollouts make a gradient, and the length of a feature
 KEY_OF_GRADIENTS = ("gradient_rollouts", "projection_dim", "success_threshold", "success_reward", "learnability")
 
@@ -88,6 +94,9 @@ class _MadeUpAlignments(Finding):
         aligned = self.target()
         return aligned.assign(score=(weights * aligned["alignment"]).fillna(0.0))
 
+    def influence(self) -> pd.DataFrame:
+        return self(self.learnability)
+
     def target(self) -> pd.DataFrame:
         places = np.arange(len(self.learnability))
         known = self.learnability.to_numpy() > 0
@@ -110,10 +119,19 @@ class GradientAlignments(Finding):
         self.context, self.log = context, log
         self.rolled_out = cast(RolledOut, context.found["rollouts"])
         super().__init__(self.rolled_out.pool.table()[[]])
+        self.spent = 0.0  # seconds on gradients, by whatever asked for them before
+
+    def features(self) -> GradientFeatures:
+        """Compute the features, so that they can be read more than once. All processes must call this."""
+        started = time.perf_counter() - self.spent
+        source = features_of(self.context, self.rolled_out, self.log)
+        source.compute()
+        self.spent = self.context.clock("gradients", started)
+        return source
 
     def __call__(self, weights: pd.Series) -> pd.DataFrame:
         """Align every learnable prompt with the weighted mean of all, see [`Alignments`]."""
-        context, started = self.context, time.perf_counter()
+        context, started = self.context, time.perf_counter() - self.spent
         source = features_of(context, self.rolled_out, self.log)
         by_row = torch.zeros(len(context.dataset), dtype=torch.float64)
         by_row[weights.index.tolist()] = torch.tensor(weights.to_numpy(dtype=float))
@@ -127,15 +145,64 @@ class GradientAlignments(Finding):
 
     def target(self) -> pd.DataFrame:
         """Align every learnable prompt with the target, see [`Alignments`]."""
-        context, started = self.context, time.perf_counter()
-        source = features_of(context, self.rolled_out, self.log)
-        source.compute()
-        spent = context.clock("gradients", started)
-        started = time.perf_counter()
+        context, source, started = self.context, self.features(), time.perf_counter()
         directions = cast("Directions", context.found["target-gradients"]).directions
         columns = self._gathered(scoring.largest_cosines(source, directions))
-        self._count_cost(source, spent + context.clock("scores", started))
+        self._count_cost(source, self.spent + context.clock("scores", started))
         return self._by_prompt(columns, ("alignment", "gradient_norm"))
+
+    def influence(self) -> pd.DataFrame:
+        """Find the influence of every learnable prompt, see [`Alignments`], by reading the features many times."""
+        context, source, started = self.context, self.features(), time.perf_counter()
+        rows, target = self.rolled_out.learnable, context.found.get("target-gradients")
+        if target is None:
+            by_row = torch.zeros(1, len(context.dataset), dtype=torch.float64)
+            by_row[0, rows] = 1 / max(1, len(rows))
+            means = sum_over_processes(context, source, by_row, unit=False)
+        else:
+            means = cast("Directions", target).means()
+        squares = sum(scoring.feature_norms(features).square().sum().item() for _, features in source.stored())
+        total = sum(context.peers.gather(squares)) / max(1, len(rows))
+        damping = DAMPING * total / max(1, min(len(rows), means.shape[1]))
+
+        def times(vectors):
+            own = second_moment_times(source.stored(), vectors)
+            return summed(context, own) / max(1, len(rows)) + damping * vectors
+
+        solved, iterations, residual = solve(times, means, context.peers.broadcast)
+        columns = self._gathered(influences(source, solved, means))
+        about = {"damping": damping, "iterations": iterations, "residual": residual}
+        context.note({"influence": about})
+        if residual > _LARGE_RESIDUAL and context.host.accelerator.is_main_process:
+            logger.warning(
+                f"The influences are not exact: after {iterations} iterations of conjugate gradients the residual is "
+                f"{residual:.1g} of the target. Use a smaller `projection_dim`, or `candidate_prompts`."
+            )
+        self._count_cost(source, self.spent + context.clock("scores", started))
+        table = self._by_prompt(columns, ("score", "alignment", "gradient_norm"))
+        return table.assign(score=table["score"].fillna(0.0))
+
+    def sketches(self, dim: int) -> tuple[np.ndarray, torch.Tensor]:
+        """
+        Return the rows of all n learnable prompts, increasing, and their features as directions of length 1, sketched
+        to at most `dim` numbers: of shape `(n, dim)`, float32. All processes must call this.
+        """
+        source = self.features()
+        length = source.engine.feature_dim
+        sketch = Sketch({"feature": length}, dim, self.context.seed) if length > dim else None
+        rows, parts = [], [torch.zeros(0, min(length, dim))]
+        for indices, features in source.stored():
+            unit = torch.nn.functional.normalize(features, dim=1)
+            if sketch is not None:
+                part = torch.zeros(len(unit), dim)
+                sketch.add_(part, "feature", slice(None), unit)
+                unit = part
+            rows += indices
+            parts.append(unit)
+        found, points = self._gathered((torch.tensor(rows, dtype=torch.int64), torch.cat(parts)))
+        self._count_cost(source, self.spent)
+        order = found.argsort()
+        return found[order].numpy(), points[order]
 
     def _gathered(self, columns):
         """Return the columns of all processes. All prompts must be there."""
@@ -207,9 +274,15 @@ def _chosen(context, own, row, advantages, deciding):
     return chosen[counts[chosen]]
 
 
-def sum_over_processes(context: Context, source: GradientFeatures, weights: torch.Tensor) -> torch.Tensor:
+def sum_over_processes(
+    context: Context, source: GradientFeatures, weights: torch.Tensor, unit: bool = True
+) -> torch.Tensor:
     """Return what [`GradientFeatures.weighted_sum`] does, over the prompts of all processes."""
-    total = source.weighted_sum(weights)
+    return summed(context, source.weighted_sum(weights, unit))
+
+
+def summed(context: Context, total: torch.Tensor) -> torch.Tensor:
+    """Return the sum of the tensors of all processes."""
     context.peers.wait()
     accelerator = context.host.accelerator
     if accelerator.num_processes > 1:  # float64, which not every single device has

@@ -17,7 +17,7 @@ from ..ground.progress import progress_bar
 from ..ground.store import Log
 from ..host import Host
 from ..host.groups import Row
-from ..scores.maths import add_unit_features, feature_norms
+from ..scores.maths import add_features, add_unit_features, feature_norms
 from .packing import WINDOW, pack
 
 
@@ -87,22 +87,24 @@ class GradientFeatures:
                 own, padded = own + sum(sizes), padded + len(sizes) * max(sizes)
         return own, padded
 
-    def weighted_sum(self, weights: torch.Tensor) -> torch.Tensor:
+    def weighted_sum(self, weights: torch.Tensor, unit: bool = True) -> torch.Tensor:
         """
         Return sum_j w_j phi_j / |phi_j| over the prompts of this process, float64; w by dataset row.
 
         Args:
             weights (`torch.Tensor` of shape `(..., N)`): one or more w. All sums take one pass.
+            unit (`bool`, *optional*): `False` leaves the features as they are, sum_j w_j phi_j.
 
         Returns:
             `torch.Tensor` of shape `(..., d)`.
         """
         total = torch.zeros(*weights.shape[:-1], self.engine.feature_dim, dtype=torch.float64)
         sums = list(zip(total.view(-1, total.shape[-1]), weights.view(-1, weights.shape[-1]), strict=True))
+        add = add_unit_features if unit else add_features
         for indices, features in self._computed():
             for one, own in sums:
                 if own[indices].any():
-                    add_unit_features(one, features, own[indices])
+                    add(one, features, own[indices])
             del features  # may be as large as the LoRA
         return total
 
@@ -116,14 +118,19 @@ class GradientFeatures:
         if not self.kept:
             yield from self._computed()
             return
-        yield from self._without_rows()
         with progress_bar(self.host, "scores", len(self.windows), "batches") as bar:
-            for window in self.windows:
-                features = self._load(self.log, window.name, window.indices, verify=False)
-                if features is not None:
-                    yield window.indices, features
-                self.peers.check()
+            for batch in self.stored():
+                yield batch
                 bar.update()
+
+    def stored(self) -> Iterator[Batch]:
+        """Read the features that were computed and kept, for one of many passes: without a progress bar."""
+        yield from self._without_rows()
+        for window in self.windows:
+            features = self._load(self.log, window.name, window.indices, verify=False)
+            if features is not None:
+                yield window.indices, features
+            self.peers.check()
 
     def _without_rows(self):
         """Yield prompts with V > 0, but no token that the policy is trained on."""

@@ -6,6 +6,7 @@ from .alignments import GradientMeasure
 from .base import PRICES, Measure
 from .columns import Columns
 from .contract import check_apart, check_measure
+from .density import Density, GradientDensity
 from .hidden_states import HiddenStates
 from .likelihood import Likelihood, LikelihoodAlone
 from .rollouts import RolloutMeasure
@@ -20,7 +21,9 @@ MEASURES: dict[str, Measure] = {
         TargetGradients(),
         RolloutMeasure(),
         GradientMeasure(),
+        GradientDensity(),
         HiddenStates(),
+        Density(),
         Likelihood(),
         LikelihoodAlone(),
         Columns(),

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import pandas as pd
@@ -25,11 +25,12 @@ class Directions(Finding):
 
     Attributes:
         directions (`torch.Tensor` of shape `(S, d)`): g_s of each subtask s that has a learnable prompt, float64.
+        means (`Callable`): returns the same with the features as they are, the mean of phi_j. All processes call it.
     """
 
-    def __init__(self, directions: torch.Tensor):
+    def __init__(self, directions: torch.Tensor, means: Callable[[], torch.Tensor]):
         super().__init__(None)
-        self.directions = directions
+        self.directions, self.means = directions, means
 
 
 class TargetRollouts(Measure):
@@ -107,7 +108,8 @@ class TargetGradients(Measure):
                 continue
             weights.append(torch.zeros(len(target), dtype=torch.float64))
             weights[-1][members] = 1 / len(members)
-        directions = sum_over_processes(context, source, torch.stack(weights))
+        stacked = torch.stack(weights)
+        directions = sum_over_processes(context, source, stacked)
         context.clock("target gradients", started)
         context.note({"target": {"num_rows": len(target), "learnable": len(found.learnable), "without": without}})
         if without and context.host.accelerator.is_main_process:
@@ -116,7 +118,7 @@ class TargetGradients(Measure):
                 "learnable, so they have no gradient. In a new run warm up longer, use more `num_rollouts`, or other "
                 "target prompts. A run that is resumed with `reselect_every` tries them again."
             )
-        return Directions(directions)
+        return Directions(directions, lambda: sum_over_processes(context, source, stacked, unit=False))
 
     def made_up(self, table: pd.DataFrame, num_rollouts: int, longest: int) -> Finding:
         """Return nothing about the prompts of the pool."""

@@ -120,8 +120,12 @@ def _summed(parts):
 
 
 def _whole(amounts: dict[str, float], more: float) -> dict[str, float]:
-    """Scale amounts to the whole pool, which is `more` times the part that was tried. The target is always whole."""
-    return {name: amount if name.startswith("target") else amount * more for name, amount in amounts.items()}
+    """
+    Scale amounts to the whole pool, which is `more` times the part that was tried. The target is always whole, and for
+    a density each prompt is compared with each.
+    """
+    power = {name: 0 if name.startswith("target") else 2 if name.endswith("density") else 1 for name in amounts}
+    return {name: amount * more ** power[name] for name, amount in amounts.items()}
 
 
 def _size(number) -> str:

@@ -30,7 +30,7 @@ from ..measures.contract import check_finding
 from ..measures.registry import MEASURES, needed, prices
 from ..measures.rollouts import RolledOut, save_shard
 from ..run.uploads import warn_of_uploads
-from ..scores.builtin import SCORES, score_name
+from ..scores.builtin import SCORES, diverse, score_name
 from .checks import check_selection
 from .excerpt import texts_table
 from .keys import keys_of, other_settings, parts_of
@@ -244,7 +244,7 @@ class SelectionRun:
                 f"but {score_name(self.config.score)} does not need that. Add it to the `requires` of that score, or "
                 "name a score that needs less."
             )
-        self.score = SCORES[score]
+        self.score = diverse(SCORES[score], self.config.diversity)
         about = {"score": score, "reason": reason or f"the measure {measure.name!r} asked for it"}
         self.provenance |= {"measures": list(self.score.requires), "instead": about}
 
