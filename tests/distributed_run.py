@@ -169,7 +169,12 @@ def run_online(task, path, seen, **kwargs):
     if task == "online reward returns texts" and rank == 1:
         seen.reward = lambda completions, row, **kwargs: ["1.0"] * len(row)
     aligned = task.endswith("online aligned")  # else nothing depends on gradients, whose last digits may differ
+    refills = {}
+    if task.endswith("online refilled"):  # three groups of four, the second of which is on both
+        settings["per_device_train_batch_size"] = 6
+        refills = {"max_refills": 9, "replay_share": 0.34, "replay_groups": 4}
     choice = online(
+        **refills,
         prompt_features=aligned or task == "online with hidden states",
         score="learnalign" if aligned else "learnability",
     )
@@ -194,6 +199,17 @@ def run_online(task, path, seen, **kwargs):
             raise OSError("no space left")
         return original(*args)
 
+    if refills:
+        result["trained"] = trained = []
+        prepare = trainer._prepare_inputs
+
+        def prepares(inputs):
+            batch = prepare(inputs)
+            advantages, items = batch["advantages"], int(batch["num_items_in_batch"])
+            trained.append((len(advantages), bool((advantages == 0).all()), items))
+            return batch
+
+        trainer._prepare_inputs = prepares
     trainer.add_callback(Fault())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "write_arrays", full)
@@ -207,6 +223,8 @@ def run_online(task, path, seen, **kwargs):
     for accumulation in (1, 2):
         trainer.args.gradient_accumulation_steps = accumulation
         result["warnings"].append(schedule.warning(10))
+    logs = trainer.state.log_history
+    result["replayed"] = sum(entry.get("learnalign/replayed", 0) for entry in logs)
     values, arrays = split(schedule.state_dict())
     result["state"] = [values, {name: array.astype(str).tolist() for name, array in arrays.items()}]
     return trainer, result
@@ -326,6 +344,8 @@ def main(task, path):
             | "online with hidden states"
             | "online aligned"
             | "resume online aligned"
+            | "online refilled"
+            | "resume online refilled"
             | "online differs"
             | "online draws otherwise"
             | "online asks otherwise"

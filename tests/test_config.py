@@ -47,6 +47,7 @@ OTHERS = (ScriptArguments, GRPOConfig, ModelConfig)
         ("success_threshold", float("nan"), "must be a finite number, but is nan"),
         ("success_threshold", "1", "must be a finite number, but is '1'"),
         ("review_every", 1, "`review_every` is 1, but must be at least 2. Use None for passes that have all"),
+        ("replay_groups", 0, "`replay_groups` is 0"),
         ("reselect_every", 0, "`reselect_every` is 0.*must be positive"),
         ("reselect_every", float("inf"), "must be a finite number"),
     ],
@@ -116,6 +117,9 @@ EFFECTS = {
     "group_column": ("source", (*ROLLED_OUT[3:], {"schedule": "sec"}, {"schedule": "dump"}), (*SELECTED, METHOD)),
     "pass_rate_column": ("rate", ROLLED_OUT[3:], (*SELECTED, METHOD)),
     "drop_dead_groups": (False, ROLLED_OUT[3:], SELECTED),
+    "max_refills": (2, (*ROLLED_OUT[3:], METHOD), SELECTED),
+    "replay_share": (0.5, (*ROLLED_OUT[3:], METHOD), SELECTED),
+    "replay_groups": (8, ({"schedule": "online", "replay_share": 0.5},), (*SELECTED, METHOD)),
 }
 
 

@@ -114,12 +114,14 @@ TASKS = (
     *("nothing to learn on one", "taps", "checkpoint fails"),
     *("online", "online with hidden states", "online aligned", "online differs", "online cannot write"),
     "gradients",
+    "online refilled",
     *("online draws otherwise", "online asks otherwise", "online reward returns texts"),
 )
 AGAIN = {
     "save": "resume",
     "online": "resume online",
     "online aligned": "resume online aligned",
+    "online refilled": "resume online refilled",
     "gradients": "resume gradients",
     "reward fails": "select",
     "reward fails in a part": "select",
@@ -489,6 +491,18 @@ def test_an_online_run_by_the_gradients_of_both_processes(first, again):
     assert values["curriculum"]["alignment"]["trusted"] and len(arrays["curriculum/alignment/sketches"]) >= 8
     for rank, resumed in zip(ranks, again["online aligned"], strict=True):
         assert resumed["rows"] == rank["rows"][-7 * 8 :] and resumed["state"] == rank["state"]
+
+
+def test_batches_are_refilled_and_replayed_alike_on_both_processes(first, again):
+    """Also where a group is on both, and a run that is resumed."""
+    _, (one, two) = first["online refilled"]
+    assert one["state"] == two["state"] and len(one["rows"]) == len(two["rows"]) > 10 * 4
+    numbers = [batch for rank in (one, two) for batch in rank["trained"]]
+    assert {size for size, _, _ in numbers} == {6} and not any(dead for _, dead, _ in numbers)
+    assert one["replayed"] == two["replayed"] > 5  # groups
+    assert [items for *_, items in one["trained"]] == [items for *_, items in two["trained"]]
+    for rank, resumed in zip((one, two), again["online refilled"], strict=True):
+        assert resumed["state"] == rank["state"] and resumed["trained"] == rank["trained"][3:]
 
 
 def test_an_online_run_resumed_on_two_processes_or_on_one(tmp_path, first, again):

@@ -172,6 +172,7 @@ OWN = {"GRPOTrainer": {"grpo", "objective"}, "RLOOTrainer": {"rloo"}, "SDPOTrain
 # Not every trainer has these, so each is asked for first
 OPTIONAL = {"chat_template", "environment_factories", "ref_model", "rollout_func", "tools", "_batch_environments"}
 OPTIONAL |= {"_entropy_bonus_enabled", "aux_loss_enabled", "entropy_coef", "use_adaptive_entropy"}
+OPTIONAL |= {"pad_to_multiple_of"}
 
 
 def kinds():

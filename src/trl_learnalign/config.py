@@ -61,6 +61,8 @@ _LEAST = {
     "review_every": (2, "Use None for passes that have all prompts."),
     "fold": (1, "It is the step through the chosen prompts."),
     "selection_seed": (0, "Use None for the trainer's seed."),
+    "max_refills": (0, "Use 0 for none."),
+    "replay_groups": (1, "Set `replay_share=0` for no replay."),
 }
 
 
@@ -208,6 +210,14 @@ class LearnAlignConfig:
             choosing with the first chunk.
         drop_dead_groups (`bool`, *optional*, defaults to `True`):
             Asynchronous trainer: leave groups without a gradient out before training gets them.
+        max_refills (`int`, *optional*, defaults to `0`):
+            Not staged: replace groups without a gradient by those of new prompts, generated at once, at most so many
+            times a chunk (DAPO, arXiv 2503.14476).
+        replay_share (`float`, *optional*, defaults to `0.0`):
+            Not staged: share of each chunk that is not generated: earlier groups with a gradient are trained on again,
+            their ratios taken against the policy that drew them (DOTS, arXiv 2506.05316).
+        replay_groups (`int`, *optional*, defaults to `64`):
+            Groups that are kept for `replay_share`, the last ones, at least 1.
 
     Raises:
         `ValueError`: a field has a value out of its range, or one that has no effect together with the others.
@@ -258,6 +268,9 @@ class LearnAlignConfig:
     group_column: str | None = None
     pass_rate_column: str | None = None
     drop_dead_groups: bool = True
+    max_refills: int = 0
+    replay_share: float = 0.0
+    replay_groups: int = 64
 
     # The ranking that was found last, after the settings it was found by, and the stages of the funnel; no annotation,
     # so these are no fields
@@ -292,6 +305,11 @@ class LearnAlignConfig:
             raise ValueError(
                 f"`reselect_every` is {self.reselect_every}, but a number of passes over the selection must be "
                 "positive. Use None to select once."
+            )
+        if not 0 <= self.replay_share < 1:
+            raise ValueError(
+                f"`replay_share` is {self.replay_share}, but a share of a chunk is at least 0 and less than 1. Use 0 "
+                "for no replay."
             )
 
     @property

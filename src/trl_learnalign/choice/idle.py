@@ -31,6 +31,11 @@ class Acting:
 
 _STAGED = Acting(lambda config: config.schedule == "staged", "with `schedule={schedule!r}`", "set `schedule='staged'`")
 _ONLINE = Acting(lambda config: config.schedule == "online", "with `schedule={schedule!r}`", "set `schedule='online'`")
+_NOT_STAGED = Acting(
+    lambda config: config.schedule != "staged",
+    "with `schedule={schedule!r}`, whose prompts come pass by pass",
+    "set `schedule='online'`",
+)
 _SCORES = Acting(
     lambda config: config.schedule in ("staged", "online"),
     "with `schedule={schedule!r}`, which counts successes alone",
@@ -89,6 +94,7 @@ _FOLDING = Acting(
     "with `prompt_order={prompt_order!r}`",
     "set `prompt_order='folding'`",
 )
+_REPLAY = Acting(lambda config: config.replay_share > 0, "with `replay_share=0`", "set `replay_share`")
 _SCORED = Acting(
     lambda config: not config.ranking().at_random,
     "with `score={score!r}`, whose draw is uniform",
@@ -131,6 +137,9 @@ ACTING = {
     "group_column": (_GROUPS,),
     "pass_rate_column": (_ONLINE,),
     "drop_dead_groups": (_ONLINE,),
+    "max_refills": (_NOT_STAGED,),
+    "replay_share": (_NOT_STAGED,),
+    "replay_groups": (_NOT_STAGED, _REPLAY),
 }
 
 

@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..gradients.modes import dropout_off
 from ..ground.peers import Peers
-from . import generation, gradient_tap, taps
+from . import batches, generation, gradient_tap, taps
 from .facts import Facts
 from .generation import NoLogps
 from .groups import RolloutGroup, Row
@@ -153,10 +153,33 @@ class Differentiates(Facts):
 
 
 class Trains(Facts):
-    """Events of the trainer's training, and the sampler that it draws prompts from."""
+    """
+    Events of the trainer's training, and the sampler that it draws prompts from.
+
+    Attributes:
+        composes (`bool`): whether a batch may be put together of several generations, by [`assemble`].
+    """
 
     generation_method: str  # as in [`Generates`]
+    composes = False
     _passes_chosen: taps.Undo = staticmethod(lambda: None)  # ends what the run before chose by
+
+    def inputs_of(self: Any, rows: list[int]) -> list[dict]:
+        """Read this process's part of the rollouts of rows: [`~trl_learnalign.host.batches.inputs_of`]."""
+        return batches.inputs_of(self, rows)
+
+    def assemble(self: Any, *args, **kwargs) -> dict:
+        """Make one batch of several: [`~trl_learnalign.host.batches.assemble`]."""
+        return batches.assemble(self, *args, **kwargs)
+
+    def gathered(self: Any, batch: dict) -> list[dict[str, np.ndarray]]:
+        """Return the rows of all processes: [`~trl_learnalign.host.batches.gathered`]."""
+        return batches.gathered(self, batch)
+
+    @contextmanager
+    def with_logps(self) -> Iterator[None]:
+        """Let a generation for training return the log-probabilities of what it has drawn, always."""
+        yield
 
     def layout(self) -> dict:
         """
@@ -183,9 +206,14 @@ class Trains(Facts):
         """Let `make(dataset)` make the sampler of training from now on; `None` stands for the training dataset."""
         vars(self.trainer)["_get_train_sampler"] = make
 
-    def on_rewards(self, observer: taps.RewardObserver, check: taps.RowCheck | None = None) -> taps.Undo:
+    def on_rewards(
+        self,
+        observer: taps.RewardObserver,
+        check: taps.RowCheck | None = None,
+        compose: taps.Compose | None = None,
+    ) -> taps.Undo:
         """Report every generation for training: [`~trl_learnalign.host.taps.RewardTap`]."""
-        return taps.RewardTap(self.trainer, self.generation_method, observer, check).undo
+        return taps.RewardTap(self.trainer, self.generation_method, observer, check, compose).undo
 
     def choose_passes(self, passes_of: Callable[[int], tuple[int, int]]) -> None:
         """Let `passes_of(batch)` choose `num_iterations`: [`~trl_learnalign.host.taps.choose_passes`]."""
