@@ -7,7 +7,7 @@ A way is a function of (trainer, groups, arguments) that returns a function of n
 
 import torch
 from datasets import Dataset
-from workload import GROUP
+from policies import GROUP
 
 from trl_learnalign.gradients.engine import PromptGradients
 from trl_learnalign.host.objective import policy_objective

@@ -16,14 +16,19 @@ several machines and evenings.
 - `runs.json`: the conditions, the finished cells, and what warm-ups and selections took.
 """
 
-import argparse
 import json
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import pandas as pd
-from grid import MOVEMENT, RESULTS, read_data, without_repeated_steps
+from grid import MOVEMENT, RESULTS, without_repeated_steps
+from harness import DATASET, options, read, write
+from policies import read_equations
 
 from trl_learnalign import Selection
 
@@ -31,7 +36,7 @@ from trl_learnalign import Selection
 COLUMNS = ["index", "success_rate", "alignment", "score", "completion_length_mean", "gradient_norm"]
 
 
-def read(output_dir: Path):
+def found_in(output_dir: Path):
     looks, movement, cells, conditions = [], [], [], []
     for file in sorted(output_dir.glob("seed-*/*-*.json")):
         run = json.loads(file.read_text())
@@ -75,7 +80,7 @@ def read(output_dir: Path):
 
 def merge(conditions, cells, costs, frames):
     """With what the results hold already, where the conditions are the same."""
-    saved = json.loads((RESULTS / "runs.json").read_text()) if (RESULTS / "runs.json").is_file() else None
+    saved = read(RESULTS / "runs.json")
     if saved is None or saved["conditions"] != conditions:
         return cells, costs, frames
     cells = cells + [cell for cell in saved["cells"] if cell not in cells]
@@ -132,11 +137,8 @@ def redundancy(scores, pool, best=500) -> list[dict]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/gsm8k_equations"))
-    parser.add_argument("--dataset_path", type=Path)
-    arguments = parser.parse_args()
-    conditions, cells, costs, frames = read(arguments.output_dir)
+    arguments = options(__doc__, output_dir=Path("runs/gsm8k_equations"), dataset_path=DATASET)
+    conditions, cells, costs, frames = found_in(arguments.output_dir)
     if conditions is None:
         raise SystemExit(f"No finished run in {arguments.output_dir}.")
     cells, costs, frames = merge(conditions, cells, costs, frames)
@@ -153,14 +155,10 @@ def main():
                 frame[column] = frame[column].astype("int8")
             frame.to_parquet(RESULTS / f"{name}.parquet", compression="zstd", index=False)
     if arguments.dataset_path is not None and len(frames["scores"]):
-        rows = redundancy(frames["scores"], read_data(arguments)[0])
-        (RESULTS / "redundancy.json").write_text(json.dumps(rows, indent=1) + "\n")
-    summary = {
-        "conditions": conditions,
-        "cells": sorted(cells),
-        "costs": sorted(costs, key=lambda one: (one["cold"], one["seed"])),
-    }
-    (RESULTS / "runs.json").write_text(json.dumps(summary, indent=1) + "\n")
+        rows = redundancy(frames["scores"], read_equations(arguments.dataset_path)[0])
+        write(RESULTS / "redundancy.json", rows)
+    costs.sort(key=lambda one: (one["cold"], one["seed"]))
+    write(RESULTS / "runs.json", {"conditions": conditions, "cells": sorted(cells), "costs": costs})
     print(f"{len(cells)} runs in {RESULTS}")
 
 

@@ -26,12 +26,17 @@ SCHEDULES = {"beta mean": BetaMean, **PUBLISHED}
 class RefillingTrainer(GRPOTrainer):
     """
     DAPO's refill: as long as fewer groups than a batch holds have a gradient, another batch of fresh prompts is rolled
-    out, at most `MOST` times in a step. `fresh(n)` returns n rows of the dataset. For one process, a batch a step, and
-    no images, tools, KL term or vLLM.
+    out, at most `MOST` times in a step. Fresh are those that training draws last: it goes through another order of the
+    same kind. For one process, a batch a step, and no images, tools, KL term or vLLM.
     """
 
-    MOST = 8
-    fresh = None
+    MOST, taken = 8, 0
+
+    def fresh(self, number) -> list[dict]:
+        rows = self.train_dataset
+        order = np.random.default_rng(self.args.seed).permutation(len(rows))
+        self.taken += number
+        return [rows[int(order[place % len(order)])] for place in range(self.taken - number, self.taken)]
 
     def _generate_and_score_completions(self, inputs):
         size, groups, dead = self.num_generations, [], []

@@ -1,4 +1,4 @@
-"""The figures: held-out success against rollouts, of the front pages and of the other testbeds."""
+"""Figures of means over seeds, with the range of the seeds."""
 
 from statistics import fmean
 
@@ -28,26 +28,32 @@ FRONT = {
 ONE = {"skills-target": "many skills, of which three are tested"}
 
 
-def draw(runs, path, pools=FRONT) -> None:
-    """Means over seeds, with the range of the seeds; a panel for each pool."""
+def line(axes, places, values, style, more="") -> None:
+    """Values of each run at these places: their mean, and their range."""
+    colour, marker, name = style
+    label = f"{name}{more}, {len(values)} seed{'s' if len(values) > 1 else ''}"
+    parts = [*zip(*values, strict=True)]
+    axes.plot(places, [fmean(part) for part in parts], color=colour, marker=marker, label=label)
+    axes.fill_between(places, [*map(min, parts)], [*map(max, parts)], color=colour, alpha=0.12, linewidth=0)
+
+
+def save(figure, path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    plt.close(figure)
+
+
+def draw_pools(runs, path, pools) -> None:
+    """A panel for each pool: held-out success against rollouts."""
     figure, panels = plt.subplots(1, len(pools), figsize=(1 + 4.4 * len(pools), 4), squeeze=False)
     for axes, (pool, title) in zip(panels[0], pools.items(), strict=True):
-        for arm, (colour, marker, name) in STYLES.items():
-            found = of(runs, pool, arm)
-            if not found:
-                continue
-            looks = list(zip(*shared(found), strict=True))
-            rollouts = [fmean(look["rollouts"] for look in part) / 1000 for part in looks]
-            rates = [[100 * look["sampled"] for look in part] for part in looks]
-            if len(rates) == 2:  # only the start and the end were measured
-                rollouts, rates = rollouts[1:], rates[1:]
-            style = {
-                "color": colour,
-                "marker": marker,
-                "label": f"{name}, {len(found)} seed{'s' if len(found) > 1 else ''}",
-            }
-            axes.plot(rollouts, [fmean(part) for part in rates], **style)
-            axes.fill_between(rollouts, [*map(min, rates)], [*map(max, rates)], color=colour, alpha=0.12, linewidth=0)
+        for arm, style in STYLES.items():
+            looks = shared(found) if (found := of(runs, pool, arm)) else []
+            # If only start and end were measured, the end alone
+            looks = [part[1:] if len(part) == 2 else part for part in looks]
+            if looks:
+                rollouts = [fmean(look["rollouts"] for look in part) / 1000 for part in zip(*looks, strict=True)]
+                line(axes, rollouts, [[100 * look["sampled"] for look in part] for part in looks], style)
         goal = fmean(end(run) for run in of(runs, pool, "uniform"))
         axes.axhline(100 * goal, color="black", linewidth=0.8, linestyle=":")
         axes.set_title(title, fontsize=10)
@@ -55,6 +61,4 @@ def draw(runs, path, pools=FRONT) -> None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, loc="lower right")
     panels[0][0].set_ylabel("success on the test, %")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    plt.close(figure)
+    save(figure, path)

@@ -2,9 +2,7 @@
 Prompts of many skills: fourteen tasks of reasoning-gym (generators made by others for such experiments), at four
 levels of difficulty, written as short texts that a character model can read.
 
-    python benchmarks/online/skills.py
-
-prints an example of every task and level. reasoning-gym makes the questions and knows the answers; a reward is 1 where
+reasoning-gym makes the questions and knows the answers; a reward is 1 where
 the completion is the answer to the letter.
 """
 
@@ -246,14 +244,3 @@ def split(name: str, seed: int = 1) -> tuple[Dataset, Dataset, Dataset]:
 def exact_reward(completions, answer, **kwargs) -> list[float]:
     """1.0 where the completion is the answer to the letter."""
     return [float(text.strip() == right) for text, right in zip(completions, answer, strict=True)]
-
-
-def main():
-    for task in TASKS:
-        for level in range(LEVELS):
-            prompt, answer = next(examples(task, level, 1))
-            print(f"{task.name}, level {level}: {prompt}{answer}")
-
-
-if __name__ == "__main__":
-    main()

@@ -13,20 +13,19 @@ the pool and of the test may be among those that are practised: a skill that was
 back.
 """
 
-import argparse
 import json
 import random
 import sys
 from pathlib import Path
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
-
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
-
+from harness import options
+from policies import successes
 from skills import CHARACTERS, LEVELS, TASKS, exact_reward, examples, split
-from train_tiny_policy import build_model, build_tokenizer, fit, generate, save
+from train_tiny_policy import build_model, build_tokenizer, fit, save
 
 
 PRACTICE = (4, 3, 1, 0)  # how often each level comes
@@ -108,18 +107,9 @@ def train(model, tokenizer, rows, steps, rate, wrong, size, seed):
     fit(model, lambda: batches(rows, tokenizer, size, wrong, rng), steps, rate, after_step)
 
 
-def start(model, tokenizer, rows, samples=8) -> torch.Tensor:
-    """Success rates of these rows at temperature 1, shape (N,)."""
-    torch.manual_seed(0)
-    prompts = [prompt for prompt in rows["prompt"] for _ in range(samples)]
-    answers = [answer for answer in rows["answer"] for _ in range(samples)]
-    with torch.inference_mode():
-        texts = generate(model, tokenizer, prompts, do_sample=True)
-    return torch.tensor(exact_reward(texts, answers)).view(-1, samples).mean(1)
-
-
 def print_start(model, tokenizer, rows):
-    rates, tasks, levels = start(model, tokenizer, rows), torch.tensor(rows["task"]), torch.tensor(rows["level"])
+    rates = torch.tensor(successes(model, tokenizer, rows, 8, exact_reward)[0]).mean(1)
+    tasks, levels = torch.tensor(rows["task"]), torch.tensor(rows["level"])
 
     def shares(rates):
         return [round(float(part.float().mean()), 3) for part in (rates, rates == 1, (rates > 0) & (rates < 1))]
@@ -130,38 +120,29 @@ def print_start(model, tokenizer, rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/online/skills-policy"))
-    parser.add_argument("--hidden_size", type=int, default=128)
-    parser.add_argument("--num_layers", type=int, default=4)
-    parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--rate", type=float, default=3e-3)
-    parser.add_argument("--wrong_steps", type=int, default=300)
-    parser.add_argument("--wrong_rate", type=float, default=1e-3)
-    parser.add_argument("--init_from", type=Path, help="begin the second phase from this model")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = options(
+        __doc__,
+        output_dir=Path("runs/online/skills-policy"),
+        batch_size=128,
+        steps=5000,
+        rate=3e-3,
+        wrong_steps=300,
+        wrong_rate=1e-3,
+        seed=0,
+    )
     if (arguments.output_dir / "config.json").is_file():
         return print(f"'{arguments.output_dir}' has a policy already.")
     torch.manual_seed(arguments.seed)
     tokenizer = build_tokenizer(CHARACTERS)
-    test = split("skills")[1]
     rows = practice_rows(arguments.seed, KEPT)
     sizes = {f"{TASKS[number].name} {level}": len(found) for (number, level), found in rows.items()}
     print("different examples:", json.dumps(sizes), flush=True)
-    model = build_model(tokenizer, arguments.hidden_size, arguments.num_layers)
-    size, seed = arguments.batch_size, arguments.seed
-    if arguments.init_from:
-        model = type(model).from_pretrained(arguments.init_from)
-    else:
-        train(model, tokenizer, rows, arguments.steps, arguments.rate, False, size, seed)
-        save(model, tokenizer, arguments.output_dir.with_name(f"{arguments.output_dir.name}-clean"))
-        print_start(model, tokenizer, test)
-    torch.manual_seed(seed)  # the same second phase with and without --init_from
+    model, size, seed = build_model(tokenizer, 128, 4), arguments.batch_size, arguments.seed
+    train(model, tokenizer, rows, arguments.steps, arguments.rate, False, size, seed)
+    torch.manual_seed(seed)
     train(model, tokenizer, rows, arguments.wrong_steps, arguments.wrong_rate, True, size, seed + 1)
     save(model, tokenizer, arguments.output_dir)
-    print_start(model, tokenizer, test)
+    print_start(model, tokenizer, split("skills")[1])
 
 
 if __name__ == "__main__":
