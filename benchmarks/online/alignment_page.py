@@ -77,13 +77,16 @@ def asked(pool, both, *rows):
     return [(*row[:2], f"{row[2]} ({len(both)} of {seeds} seeds)", None) for row in found]
 
 
-def in_points(values, holds):
-    return f"{points(values)} points", holds(*bounds(values))
+def above_0(values):
+    return f"{points(values)} points", bounds(values)[0] > 0
+
+
+def not_below_0(values):
+    return f"{points(values)} points", bounds(values)[1] >= 0
 
 
 def _coins():
     both, today = paired(RUNS, "coins", OURS), paired(RUNS, "coins", OURS, TODAY)
-    above = lambda pairs: in_points(area_gains(pairs), lambda low, high: low > 0)  # noqa: E731
 
     def share():
         own = means(both, on_chance)[0]
@@ -98,8 +101,8 @@ def _coins():
         both if today else [],
         ("rollouts on coins <= .25", share),
         ("live groups that are no coins >= 1.5 x random's", live),
-        ("mean success over the run above random's", lambda: above(both)),
-        ("and above today's online", lambda: above(today)),
+        ("mean success over the run above random's", lambda: above_0(area_gains(both))),
+        ("and above today's online", lambda: above_0(area_gains(today))),
     )
 
 
@@ -144,8 +147,7 @@ def _hard():
 
 
 def not_below(both, texts):
-    good = lambda low, high: high >= 0  # noqa: E731
-    return [(text, lambda found=found: in_points(found(both), good)) for text, found in texts.items()]
+    return [(text, lambda found=found: not_below_0(found(both))) for text, found in texts.items()]
 
 
 def _other(pool):
@@ -166,7 +168,7 @@ def _target():
         times = fmean(run["target_share"] / other["target_share"] for run, other in both)
         return f"{times:.1f} x", times >= 2
 
-    gain = "a gain on the target over random", lambda: in_points(gains(both), lambda low, high: low > 0)
+    gain = "a gain on the target over random", lambda: above_0(gains(both))
     return asked("skills-target", both, ("twice the pool's share of the target", share), gain)
 
 

@@ -102,14 +102,17 @@ def arms(pool) -> str:
     """A row for each arm."""
     runs = {arm: of(RUNS, pool, arm) for arm in ARMS}
     both = {arm: pairs(pool, arm) for arm in ARMS}
-    rival = lambda arm, found: "" if arm == "uniform" else points(found(both[arm]))  # noqa: E731
+
+    def over(arm, found):
+        return "" if arm == "uniform" else points(found(both[arm]))
+
     labels = {
         "prompts chosen by": ARMS.get,
         "seeds": lambda arm: len(runs[arm]),
         "live groups of training, %": lambda arm: live(runs[arm]),
         "success at the end, %": lambda arm: percent(map(end, runs[arm])),
-        "over random prompts, points": lambda arm: rival(arm, gains),
-        "the same, mean over the run": lambda arm: rival(arm, area_gains),
+        "over random prompts, points": lambda arm: over(arm, gains),
+        "the same, mean over the run": lambda arm: over(arm, area_gains),
         "rollouts to the end of random prompts, %": lambda arm: needed(share(both[arm])).removesuffix(" %"),
         "pass@8, %": lambda arm: percent(end(run, "pass@8") for run in runs[arm]),
         "distinct prompts of training": lambda arm: distinct(runs[arm]),

@@ -74,19 +74,15 @@ def of(runs, pool, arm) -> list[dict]:
 
 
 def paired(runs, pool, arm, other="uniform") -> list[tuple[dict, dict]]:
-    """Runs of an arm, each with that of another arm of the same seed; of unfinished ones those that are as far."""
-    others = {run["seed"]: run for run in of(runs, pool, other)}
-    found = []
-    for pair in ((run, others[run["seed"]]) for run in of(runs, pool, arm) if run["seed"] in others):
-        if all("conditions" in run for run in pair):
-            names = ("data", "steps", "learning_rate")
-            first, second = ({name: run["conditions"].get(name) for name in names} for run in pair)
-            if first != second:
-                raise ValueError(f"{pool}: {arm} was run with {first}, {other} with {second}.")
-            found.append(pair)
-        elif len(pair[0]["looks"]) == len(pair[1]["looks"]):
-            found.append(pair)
-    return found
+    """Runs of an arm, each with that of another arm of the same seed; of the chat model those that came as far."""
+    others, names = {run["seed"]: run for run in of(runs, pool, other)}, ("data", "steps", "learning_rate")
+    pairs = [(run, others[run["seed"]]) for run in of(runs, pool, arm) if run["seed"] in others]
+    pairs = [(a, b) for a, b in pairs if "sampled" in a["looks"][0] or len(a["looks"]) == len(b["looks"])]
+    for pair in pairs:
+        first, second = ({name: run.get("conditions", {}).get(name) for name in names} for run in pair)
+        if first != second and all("conditions" in run for run in pair):
+            raise ValueError(f"{pool}: {arm} was run with {first}, {other} with {second}.")
+    return pairs
 
 
 def rates(run) -> list[float]:
