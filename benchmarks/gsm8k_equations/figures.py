@@ -3,13 +3,14 @@
 import matplotlib
 import measures
 import numpy as np
+from harness import ROOT
 
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
-FIGURES = measures.ROOT / "docs" / "figures"
+FIGURES = ROOT / "docs" / "figures"
 # Okabe and Ito's colours, which the colour-blind tell apart; markers tell the arms apart without any colour
 STYLES = {
     "random": ("#000000", "o"),
