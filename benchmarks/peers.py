@@ -84,10 +84,7 @@ def vmap_way(trainer, groups, arguments):
 
     def objective(parameters, ids, factors):
         output = torch.func.functional_call(
-            model,
-            parameters,
-            (ids,),
-            {"attention_mask": causal, "position_ids": positions, "use_cache": False},
+            model, parameters, (ids,), {"attention_mask": causal, "position_ids": positions, "use_cache": False}
         )
         logps = output.logits[:, start - 1 : -1].float() / trainer.temperature
         logps = logps.log_softmax(-1).gather(2, ids[:, start:, None])[..., 0]

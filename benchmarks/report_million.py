@@ -80,11 +80,7 @@ def write(path: Path) -> dict:
     started = time.perf_counter()
     page = write_report(path)
     seconds = time.perf_counter() - started
-    return {
-        "write_seconds": seconds,
-        "resident_bytes": resident("VmHWM") - before,
-        "page_bytes": page.stat().st_size,
-    }
+    return {"write_seconds": seconds, "resident_bytes": resident("VmHWM") - before, "page_bytes": page.stat().st_size}
 
 
 def painted(tab, act, *arguments) -> float:

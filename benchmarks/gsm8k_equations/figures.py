@@ -70,11 +70,7 @@ def curve(arm, size):
     rows = rows.assign(success=[np.mean(row.sampled) / row.samples for row in rows.itertuples()])
     begin = np.mean([np.mean(row.sampled) / row.samples for row in first.itertuples()])
     means = rows.groupby("step")[["seconds", "success"]].mean()
-    return (
-        np.array([0, *means.index]),
-        np.array([0, *means.seconds]),
-        100 * np.array([begin, *means.success]),
-    )
+    return (np.array([0, *means.index]), np.array([0, *means.seconds]), 100 * np.array([begin, *means.success]))
 
 
 def what_came_before(arm):

@@ -356,12 +356,7 @@ def alignment() -> str:
 
 def names() -> dict:
     """What the templates may say."""
-    each = {
-        "table": arms,
-        "gain": gain,
-        "share": lambda pool: needed(share(pairs(pool))),
-        "times_live": times_live,
-    }
+    each = {"table": arms, "gain": gain, "share": lambda pool: needed(share(pairs(pool))), "times_live": times_live}
     pools = {pool.replace("-", "_"): pool for pool in results.POOLS if of(RUNS, pool, "uniform") and pairs(pool)}
     return globals() | {name: {key: made(pool) for key, pool in pools.items()} for name, made in each.items()}
 
