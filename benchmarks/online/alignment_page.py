@@ -18,12 +18,12 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "chat")]
 
 import chat_results
 import coin_results
-import figure
+import drawing
 import harness
 import results
 from chat_results import by_kind, on_guesses
 from coin_results import on_chance, worth
-from figure import plt
+from drawing import FIGURES, plt
 from harness import RESULTS, ROOT
 from pages import between, columns, fill, interval, points, publish, table
 from questions import GUESSED, POOLS
@@ -31,7 +31,6 @@ from results import ARMS, area_gains, end, gains, of, paired, rates
 
 
 PAGE = ROOT / "docs" / "evidence_alignment.md"
-FIGURES = ROOT / "docs" / "figures"
 FRONT = ROOT / "README.md", ROOT / "docs" / "index.md"
 OURS, TODAY, RANDOM = "learnalign online", "online", "uniform"
 SEEDS = {"coins": range(200, 205), "hard": range(1, 6), "short": range(2, 5), "guessed": range(2, 5)}
@@ -321,30 +320,28 @@ def draw() -> None:
         for arm, style in CHAT_ARMS.items():
             if runs := of(CHAT, pool, arm):
                 steps = [look["step"] for look in runs[0]["looks"]]
-                figure.line(axes, steps, [*map(rates, runs)], STYLES[style])
+                drawing.line(axes, steps, [*map(rates, runs)], STYLES[style])
         axes.set_title(f"SmolLM2-135M, pool `{pool}`", fontsize=10)
-        axes.set_xlabel("steps of 64 rollouts")
+        drawing.finish(axes, "steps of 64 rollouts")
     success, share = panels[0][-2:]
     for arm, style in STYLES.items():
         if runs := of(RUNS, "coins", arm):
             looks = zip(*(run["looks"] for run in runs), strict=True)
             rollouts = [fmean(look["rollouts"] for look in part) / 1000 for part in looks]
-            figure.line(success, rollouts, [*map(rates, runs)], style)
+            drawing.line(success, rollouts, [*map(rates, runs)], style)
             groups = [run["quarters"]["groups"] for run in runs]
             shares = [[part[coin_results.CHANCE] / sum(part) for part in run] for run in groups]
-            figure.line(share, [1, 2, 3, 4], shares, style)
+            drawing.line(share, [1, 2, 3, 4], shares, style)
     success.set_title("tiny policy, a third coins", fontsize=10)
-    success.set_xlabel("rollouts, thousands")
+    drawing.finish(success, "rollouts, thousands")
     share.set_title("the same: share of the rollouts on coins", fontsize=10)
-    share.set_xlabel("quarter of the run")
+    drawing.finish(share, "quarter of the run", xticks=[1, 2, 3, 4])
     share.set_ylim(bottom=0)
-    share.set_xticks([1, 2, 3, 4])
     panels[0][0].set_ylabel("success on what is held out")
     for axes in panels[0]:
-        axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=8)
-    figure.save(drawn, FIGURES / "alignment.png")
+    drawing.save(drawn, FIGURES / "alignment.png")
 
 
 def draw_front() -> None:
@@ -354,13 +351,11 @@ def draw_front() -> None:
     for place, arm, more in ((1, RANDOM, ""), (0, OURS, words)):
         runs = [pair[place] for pair in both]
         rollouts = [look["step"] * 64 for look in runs[0]["looks"]]
-        figure.line(axes, rollouts, [*map(rates, runs)], STYLES[arm], more)
-    axes.set_xlabel("rollouts")
-    axes.set_ylabel("success on questions held out")
+        drawing.line(axes, rollouts, [*map(rates, runs)], STYLES[arm], more)
+    drawing.finish(axes, "rollouts", "success on questions held out")
     axes.set_title("SmolLM2-135M-Instruct, short questions of nine kinds", fontsize=10)
-    axes.grid(alpha=0.3)
     axes.legend()
-    figure.save(drawn, FIGURES / "chat.png")
+    drawing.save(drawn, FIGURES / "chat.png")
 
 
 def main():

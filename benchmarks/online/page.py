@@ -19,15 +19,14 @@ sys.path.insert(0, str(HERE.parent))
 
 import harness
 import results
-from figure import FRONT, ONE, draw_pools
+from drawing import FIGURES, FRONT, ONE, draw_pools
 from harness import RESULTS, ROOT
 from pages import between, columns, fill, interval, points, publish, table
 from results import ARMS, area_gains, end, gains, of, share
 from skills import LEVELS, TARGET, TASKS
 
 
-PAGE, FIGURES = ROOT / "docs" / "evidence_online.md", ROOT / "docs" / "figures"
-ONLINE = ROOT / "docs" / "online.md"
+PAGE, ONLINE = ROOT / "docs" / "evidence_online.md", ROOT / "docs" / "online.md"
 RUNS = results.load()
 BLIND = "uniform", "learnability", "filter", "online"  # which do not know the target
 RIVALS = "mopps", "beta mean", "greso", "pools"

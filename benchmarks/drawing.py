@@ -1,8 +1,9 @@
-"""Figures of means over seeds, with the range of the seeds."""
+"""Figures: means over seeds, with the range of the seeds."""
 
 from statistics import fmean
 
 import matplotlib
+from harness import ROOT
 from results import end, of, shared
 
 
@@ -10,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
+FIGURES = ROOT / "docs" / "figures"
 # Okabe and Ito's colours, which the colour-blind tell apart; markers tell the arms apart without any colour
 STYLES = {
     "uniform": ("#000000", "o", "random prompts"),
@@ -37,9 +39,17 @@ def line(axes, places, values, style, more="") -> None:
     axes.fill_between(places, [*map(min, parts)], [*map(max, parts)], color=colour, alpha=0.12, linewidth=0)
 
 
-def save(figure, path) -> None:
+def finish(axes, xlabel, ylabel=None, **settings) -> None:
+    """Labels, a grid, and more settings of the axes."""
+    axes.set(xlabel=xlabel, **settings)
+    if ylabel:
+        axes.set_ylabel(ylabel)
+    axes.grid(alpha=0.3)
+
+
+def save(figure, path, **settings) -> None:
     figure.tight_layout()
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    figure.savefig(path, **(settings or {"dpi": 120, "metadata": {"Software": None}}))
     plt.close(figure)
 
 
@@ -57,8 +67,7 @@ def draw_pools(runs, path, pools) -> None:
         goal = fmean(end(run) for run in of(runs, pool, "uniform"))
         axes.axhline(100 * goal, color="black", linewidth=0.8, linestyle=":")
         axes.set_title(title, fontsize=10)
-        axes.set_xlabel("rollouts generated, thousands")
-        axes.grid(alpha=0.3)
+        finish(axes, "rollouts generated, thousands")
         axes.legend(fontsize=8, loc="lower right")
     panels[0][0].set_ylabel("success on the test, %")
     save(figure, path)
