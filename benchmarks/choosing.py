@@ -90,13 +90,7 @@ def step_of_the_tiny_policy(steps):
 
 
 def main():
-    arguments = harness.options(
-        __doc__,
-        sizes=[*SIZES],
-        chunks=(100, "that are measured"),
-        steps=(12, "of the tiny policy"),
-        output=harness.RESULTS / "choosing.json",
-    )
+    arguments = harness.options(__doc__, sizes=[*SIZES], chunks=100, steps=12, output="choosing")
     pools = [at_size(size, arguments.chunks) for size in arguments.sizes]
     step = step_of_the_tiny_policy(arguments.steps)
     values = {

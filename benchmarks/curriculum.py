@@ -98,15 +98,8 @@ def memory_over(steps) -> dict:
 
 
 def main():
-    options = harness.options(
-        __doc__,
-        prompts=1_000_000,
-        groups=64,
-        steps=(40, "that are measured"),
-        disorder=(100_000, "groups that come in any order"),
-        long=(100_000, "steps over which memory is watched"),
-        output=harness.RESULTS / "curriculum.json",
-    )
+    sizes = {"prompts": 1_000_000, "groups": 64, "steps": 40, "disorder": 100_000, "long": 100_000}
+    options = harness.options(__doc__, **sizes, output="curriculum")
     values = {"scale": at_scale(options.prompts, options.groups, options.steps), "columns": COLUMNS}
     values |= {"disorder": out_of_order(20_000, options.disorder), "memory": memory_over(options.long)}
     harness.report(options.output, harness.conditions(**values))

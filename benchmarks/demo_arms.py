@@ -43,18 +43,9 @@ def train_arm(arm, pool, test, arguments):
 
 
 def main():
-    arguments = harness.options(
-        __doc__,
-        dataset_path=harness.DATASET,
-        output=harness.RESULTS / "demo_arms.json",
-        output_dir=Path("runs/demo_arms"),
-        seeds=[0, 1, 2, 3, 4],
-        pool=600,
-        num_prompts=128,
-        passes=5,
-        test=400,
-        threads=1,
-    )
+    sizes = {"pool": 600, "num_prompts": 128, "passes": 5, "test": 400, "threads": 1}
+    files = {"dataset_path": harness.DATASET, "output": "demo_arms", "output_dir": Path("runs/demo_arms")}
+    arguments = harness.options(__doc__, **files, seeds=[0, 1, 2, 3, 4], **sizes)
     torch.set_num_threads(arguments.threads)
     pool, test, source = load(arguments)
     conditions = {

@@ -4,7 +4,6 @@ from statistics import fmean
 
 import matplotlib
 from harness import ROOT
-from results import end, of, shared
 
 
 matplotlib.use("Agg")
@@ -55,6 +54,8 @@ def save(figure, path, **settings) -> None:
 
 def draw_pools(runs, path, pools) -> None:
     """A panel for each pool: held-out success against rollouts."""
+    from results import end, of, shared
+
     figure, panels = plt.subplots(1, len(pools), figsize=(1 + 4.4 * len(pools), 4), squeeze=False)
     for axes, (pool, title) in zip(panels[0], pools.items(), strict=True):
         for arm, style in STYLES.items():

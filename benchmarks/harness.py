@@ -23,11 +23,13 @@ DATASET = Path, "directory with GSM8K's train.jsonl and test.jsonl; without it g
 def options(doc, choices=None, **defaults) -> argparse.Namespace:
     """
     Read the command line. An option's type is that of its default, or of the first value where there are several. A
-    type stands for no value, and a pair with a text for a default and its help.
+    type stands for no value, a pair with a text for a default and its help; the `output` is named as its file is.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in defaults.items():
         default, text = default if isinstance(default, tuple) and len(default) == 2 else (default, None)
+        if name == "output" and isinstance(default, str):
+            default = RESULTS / f"{default}.json"
         if default is False:
             parser.add_argument(f"--{name}", action="store_true", help=text)
             continue

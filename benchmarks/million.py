@@ -75,15 +75,8 @@ def score(path, prompts, dim, threads):
 
 
 def main():
-    arguments = harness.options(
-        __doc__,
-        directory=Path(tempfile.gettempdir()),
-        prompts=1_000_000,
-        dim=8192,
-        rounds=3,
-        threads=1,
-        output=harness.RESULTS / "million.json",
-    )
+    sizes = {"prompts": 1_000_000, "dim": 8192, "rounds": 3, "threads": 1}
+    arguments = harness.options(__doc__, directory=Path(tempfile.gettempdir()), **sizes, output="million")
     needed = arguments.prompts * arguments.dim * 4
     if shutil.disk_usage(arguments.directory).free < 1.1 * needed:
         sys.exit(f"{arguments.directory} has no space for {needed / 1e9:.0f} GB of features. Pass --directory.")

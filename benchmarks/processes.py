@@ -71,9 +71,7 @@ def finish(process, output, world):
 
 
 def main():
-    arguments = harness.options(
-        __doc__, rounds=5, output=harness.RESULTS / "processes.json", work=(Path, "for its own use")
-    )
+    arguments = harness.options(__doc__, rounds=5, output="processes", work=(Path, "for its own use"))
     if arguments.work:
         work(arguments.work)
     ours, limit = [], []

@@ -29,7 +29,7 @@ def spearman(a, b):
 
 def arguments_of(doc: str, name: str):
     """Arguments of the command line and of the demo's functions."""
-    arguments = harness.options(doc, dataset_path=harness.DATASET, output=harness.RESULTS / f"{name}.json", threads=1)
+    arguments = harness.options(doc, dataset_path=harness.DATASET, output=name, threads=1)
     vars(arguments).update(pool=600, num_prompts=128, passes=1, test=1, seed=0)
     return arguments
 

@@ -66,16 +66,8 @@ def real(args):
 
 
 def main():
-    args = harness.options(
-        __doc__,
-        prompts=4096,
-        rolled_out=(128, "of them"),
-        model=(Path, "directory of a chat model"),
-        asked=256,
-        answered=(4, "of them"),
-        length=(32, "most tokens of an answer"),
-        output=harness.RESULTS / "prompt_features.json",
-    )
+    sizes = {"prompts": 4096, "rolled_out": 128, "asked": 256, "answered": 4, "length": 32}
+    args = harness.options(__doc__, **sizes, model=(Path, "a chat model's directory"), output="prompt_features")
     found = {"rollouts": GROUP, "tiny": tiny(args)} | ({"real": real(args)} if args.model else {})
     harness.report(args.output, harness.conditions(**found))
 

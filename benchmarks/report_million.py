@@ -116,13 +116,8 @@ def open_page(page: Path, rounds: int) -> dict:
 
 
 def main():
-    arguments = harness.options(
-        __doc__,
-        prompts=1_000_000,
-        characters=(2000, "of each prompt"),
-        rounds=5,
-        output=harness.RESULTS / "report_million.json",
-    )
+    sizes = {"prompts": 1_000_000, "characters": 2000, "rounds": 5}
+    arguments = harness.options(__doc__, **sizes, output="report_million")
     with tempfile.TemporaryDirectory() as scratch:
         run = save(Path(scratch), arguments.prompts, arguments.characters)
         written = harness.apart(write, run)

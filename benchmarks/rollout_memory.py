@@ -94,13 +94,8 @@ def work(directory, arguments):
 
 
 def main():
-    arguments = harness.options(
-        __doc__,
-        directory=Path(tempfile.gettempdir()),
-        prompts=100_000,
-        tokens=2_000,
-        output=harness.RESULTS / "rollout_memory.json",
-    )
+    folder = Path(tempfile.gettempdir())
+    arguments = harness.options(__doc__, directory=folder, prompts=100_000, tokens=2_000, output="rollout_memory")
     with tempfile.TemporaryDirectory(dir=arguments.directory) as scratch:
         found = harness.apart(work, Path(scratch), arguments)
     values = {"prompts": arguments.prompts, "rollouts": 8, "tokens": arguments.tokens, "batch": BATCH, **found}

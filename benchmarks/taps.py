@@ -157,15 +157,12 @@ def measure(case, options) -> dict:
 
 
 def main():
-    options = harness.options(
-        __doc__,
-        {"cases": CASES},
-        cases=[*CASES],
-        pairs=20,
-        dataset_path=harness.DATASET,
-        model=Path("runs/chat/model"),
-        results=harness.RESULTS / "taps.json",
-    )
+    files = {
+        "dataset_path": harness.DATASET,
+        "model": Path("runs/chat/model"),
+        "results": harness.RESULTS / "taps.json",
+    }
+    options = harness.options(__doc__, {"cases": CASES}, cases=[*CASES], pairs=20, **files)
     found = harness.read(options.results, {"cases": {}})["cases"]
     for name in options.cases:
         found[name] = measure(name, options)

@@ -67,21 +67,10 @@ def run_grpo(model_dir: Path, train: Dataset, test: Dataset, args, seed: int) ->
 
 
 def main() -> None:
-    args = harness.options(
-        __doc__,
-        dataset_path=harness.DATASET,
-        model=POLICY,
-        output=harness.RESULTS / "tiny_policy.json",
-        test_rows=600,
-        train_prompts=1000,
-        samples=8,
-        grpo=(False, "also train with GRPO and measure the lift"),
-        seeds=[0],
-        learning_rate=2e-4,
-        passes=4.0,
-        prompts_per_step=32,
-        threads=2,
-    )
+    files = {"dataset_path": harness.DATASET, "model": POLICY, "output": "tiny_policy"}
+    sizes = {"test_rows": 600, "train_prompts": 1000, "samples": 8, "threads": 2}
+    training = {"seeds": [0], "learning_rate": 2e-4, "passes": 4.0, "prompts_per_step": 32}
+    args = harness.options(__doc__, **files, **sizes, grpo=(False, "also train, and measure the lift"), **training)
     torch.set_num_threads(args.threads)
     counts = {}
     if args.dataset_path:

@@ -205,17 +205,10 @@ def run(arm, name, seed, folder, options) -> dict:
 
 
 def main():
-    arguments = options(
-        __doc__,
-        {"arms": ARMS, "pools": POOLS},
-        output_dir=Path("runs/chat"),
-        model=Path("runs/chat/model"),
-        arms=["random", "online"],
-        pools=["short"],
-        seeds=[0],
-        steps=60,
-        learning_rate=3e-4,
-    )
+    files = {"output_dir": Path("runs/chat"), "model": Path("runs/chat/model")}
+    cells = {"arms": ["random", "online"], "pools": ["short"], "seeds": [0]}
+    choices = {"arms": ARMS, "pools": POOLS}
+    arguments = options(__doc__, choices, **files, **cells, steps=60, learning_rate=3e-4)
     conditions = {"steps": arguments.steps, "learning_rate": arguments.learning_rate, "versions": versions()}
     for name, seed, arm in harness.cells(arguments):
         folder = arguments.output_dir / name / f"{arm.replace(' ', '-')}-{seed}"

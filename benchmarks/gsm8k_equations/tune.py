@@ -25,14 +25,8 @@ HELD_OUT, SIZE, PASSES = 600, 500, (1, 2, 4)
 
 
 def main():
-    arguments = options(
-        __doc__,
-        dataset_path=DATASET,
-        output_dir=Path("runs/tune"),
-        output=RESULTS / "tuning.json",
-        seed=100,
-        learning_rates=[2e-4, 5e-4, 1e-3, 2e-3],
-    )
+    files = {"dataset_path": DATASET, "output_dir": Path("runs/tune"), "output": RESULTS / "tuning.json"}
+    arguments = options(__doc__, **files, seed=100, learning_rates=[2e-4, 5e-4, 1e-3, 2e-3])
     rows, _, source = read_equations(arguments.dataset_path)
     pool, held_out = rows.select(range(len(rows) - HELD_OUT)), rows.select(range(len(rows) - HELD_OUT, len(rows)))
     output_dir = arguments.output_dir

@@ -287,18 +287,10 @@ def suspects(trainer, pool) -> dict:
 
 
 def main():
-    arguments = options(
-        __doc__,
-        {"arms": ARMS, "pools": POOLS},
-        dataset_path=DATASET,
-        output_dir=Path("runs/online"),
-        arms=[*ARMS],
-        pools=["hard"],
-        seeds=[0, 1],
-        steps=125,
-        learning_rate=1e-3,
-        test=(1301, "only the first rows of the test"),
-    )
+    files = {"dataset_path": DATASET, "output_dir": Path("runs/online")}
+    cells = {"arms": [*ARMS], "pools": ["hard"], "seeds": [0, 1]}
+    choices, test = {"arms": ARMS, "pools": POOLS}, (1301, "only the first rows of the test")
+    arguments = options(__doc__, choices, **files, **cells, steps=125, learning_rate=1e-3, test=test)
     conditions = {name: getattr(arguments, name) for name in ("steps", "learning_rate", "test")}
     conditions["data"] = read_equations(arguments.dataset_path)[2]
     conditions["versions"] = versions()

@@ -120,16 +120,8 @@ def print_start(model, tokenizer, rows):
 
 
 def main():
-    arguments = options(
-        __doc__,
-        output_dir=Path("runs/online/skills-policy"),
-        batch_size=128,
-        steps=5000,
-        rate=3e-3,
-        wrong_steps=300,
-        wrong_rate=1e-3,
-        seed=0,
-    )
+    sizes = {"batch_size": 128, "steps": 5000, "rate": 3e-3, "wrong_steps": 300, "wrong_rate": 1e-3, "seed": 0}
+    arguments = options(__doc__, output_dir=Path("runs/online/skills-policy"), **sizes)
     if (arguments.output_dir / "config.json").is_file():
         return print(f"'{arguments.output_dir}' has a policy already.")
     torch.manual_seed(arguments.seed)
