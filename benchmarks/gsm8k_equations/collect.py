@@ -16,7 +16,6 @@ several machines and evenings.
 - `runs.json`: the conditions, the finished cells, and what warm-ups and selections took.
 """
 
-import json
 import re
 import sys
 from collections import Counter
@@ -34,12 +33,17 @@ from trl_learnalign import Selection
 
 
 COLUMNS = ["index", "success_rate", "alignment", "score", "completion_length_mean", "gradient_norm"]
+KEYS = {  # of each table: what a run of it is known by, and how it is sorted
+    "looks": (["seed", "arm", "size"], ["size", "arm", "seed", "step"]),
+    "movement": (["seed", "arm", "size"], ["arm", "seed", "index"]),
+    "scores": (["seed", "cold"], ["cold", "seed", "index"]),
+}
 
 
 def found_in(output_dir: Path):
-    looks, movement, cells, conditions = [], [], [], []
+    looks, movement, cells, conditions, scores, costs = [], [], [], [], [], []
     for file in sorted(output_dir.glob("seed-*/*-*.json")):
-        run = json.loads(file.read_text())
+        run = read(file)
         keys = {name: run[name] for name in ("seed", "arm", "size")}
         cells.append([run["size"], run["seed"], run["arm"]])
         conditions.append(run["conditions"])
@@ -52,30 +56,19 @@ def found_in(output_dir: Path):
             movement.append(moved.assign(**keys))
     if any(one != conditions[0] for one in conditions):
         raise SystemExit(f"The runs in {output_dir} were made under different conditions. Move the older ones away.")
-    scores, costs = [], []
-    for path in sorted(output_dir.glob("seed-*/*/selection.json")):
-        if path.parent.name.endswith("under way"):
-            continue
-        seed, cold = int(path.parent.parent.name.removeprefix("seed-")), path.parent.name == "cold"
-        selection = Selection.load(path.parent)
-        table = selection.scores.to_pandas()[COLUMNS]
-        scores.append(table.assign(seed=seed, cold=cold).astype(dict.fromkeys(COLUMNS[1:], "float32")))
-        warm = path.parent.parent / "warm" / "done.json"
-        costs.append(
-            {
-                "seed": seed,
-                "cold": cold,
-                "warm_up": 0.0 if cold else json.loads(warm.read_text())["seconds"],
-                **selection.provenance["seconds"],
-                "chosen_learnable": selection.num_learnable(),
-            }
-        )
+    for path in sorted(file.parent for file in output_dir.glob("seed-*/*/selection.json")):
+        if not path.name.endswith("under way"):
+            seed, cold = int(path.parent.name.removeprefix("seed-")), path.name == "cold"
+            selection = Selection.load(path)
+            table = selection.scores.to_pandas()[COLUMNS]
+            scores.append(table.assign(seed=seed, cold=cold).astype(dict.fromkeys(COLUMNS[1:], "float32")))
+            warm_up = 0.0 if cold else read(path.parent / "warm" / "done.json")["seconds"]
+            cost = {"seed": seed, "cold": cold, "warm_up": warm_up, **selection.provenance["seconds"]}
+            costs.append(cost | {"chosen_learnable": selection.num_learnable()})
     frames = {
-        "looks": pd.DataFrame(looks),
-        "movement": pd.concat(movement) if movement else pd.DataFrame(),
-        "scores": pd.concat(scores) if scores else pd.DataFrame(),
+        name: pd.concat(parts or [pd.DataFrame()]) for name, parts in (("movement", movement), ("scores", scores))
     }
-    return conditions[0] if conditions else None, cells, costs, frames
+    return conditions[0] if conditions else None, cells, costs, {"looks": pd.DataFrame(looks), **frames}
 
 
 def merge(conditions, cells, costs, frames):
@@ -83,15 +76,9 @@ def merge(conditions, cells, costs, frames):
     saved = read(RESULTS / "runs.json")
     if saved is None or saved["conditions"] != conditions:
         return cells, costs, frames
-    cells = cells + [cell for cell in saved["cells"] if cell not in cells]
-    costs = costs + [
-        one for one in saved["costs"] if (one["seed"], one["cold"]) not in {(c["seed"], c["cold"]) for c in costs}
-    ]
-    for name, keys in (
-        ("looks", ["seed", "arm", "size"]),
-        ("movement", ["seed", "arm", "size"]),
-        ("scores", ["seed", "cold"]),
-    ):
+    known = {(cost["seed"], cost["cold"]) for cost in costs}
+    costs = costs + [cost for cost in saved["costs"] if (cost["seed"], cost["cold"]) not in known]
+    for name, (keys, _) in KEYS.items():
         file = RESULTS / f"{name}.parquet"
         if file.is_file():
             new, old = frames[name], pd.read_parquet(file)
@@ -99,7 +86,7 @@ def merge(conditions, cells, costs, frames):
                 known = set(map(tuple, new[keys].drop_duplicates().itertuples(index=False)))
                 old = old[[tuple(row) not in known for row in old[keys].itertuples(index=False)]]
             frames[name] = pd.concat([new, old])
-    return cells, costs, frames
+    return cells + [cell for cell in saved["cells"] if cell not in cells], costs, frames
 
 
 def redundancy(scores, pool, best=500) -> list[dict]:
@@ -116,23 +103,18 @@ def redundancy(scores, pool, best=500) -> list[dict]:
     )
     rows = []
     for name in ("any", "learnability", "inner", "alignment", "score", "distinct"):
-        found = []
+        found, column = [], "score" if name == "distinct" else name
         for _, group in table.groupby("seed"):
-            ranked = group.sort_values("score" if name == "distinct" else name, ascending=False, kind="stable")[
-                "index"
-            ]
+            ranked = group.sort_values(column, ascending=False, kind="stable")["index"]
             chosen = without_repeated_steps(ranked, best, pool) if name == "distinct" else ranked.head(best)
             steps = [step for index in chosen for step in prompts[index]]
             last = Counter(prompts[index][-1] for index in chosen)
-            found.append(
-                {
-                    "steps": len(steps) / best,
-                    "distinct_steps": len(set(steps)) / len(steps),
-                    "shared_last_step": sum(count for count in last.values() if count > 1) / best,
-                    "distinct_numbers": len(set(re.findall(r"\d+\.?\d*", " ".join(steps)))),
-                }
-            )
-        rows.append({"chosen_by": name, **{key: round(float(pd.DataFrame(found)[key].mean()), 3) for key in found[0]}})
+            numbers = {"steps": len(steps) / best, "distinct_steps": len(set(steps)) / len(steps)}
+            numbers["shared_last_step"] = sum(count for count in last.values() if count > 1) / best
+            numbers["distinct_numbers"] = len(set(re.findall(r"\d+\.?\d*", " ".join(steps))))
+            found.append(numbers)
+        means = pd.DataFrame(found).mean()
+        rows.append({"chosen_by": name, **{key: round(float(value), 3) for key, value in means.items()}})
     return rows
 
 
@@ -143,14 +125,9 @@ def main():
         raise SystemExit(f"No finished run in {arguments.output_dir}.")
     cells, costs, frames = merge(conditions, cells, costs, frames)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    keys = {
-        "looks": ["size", "arm", "seed", "step"],
-        "movement": ["arm", "seed", "index"],
-        "scores": ["cold", "seed", "index"],
-    }
     for name, frame in frames.items():
         if len(frame):
-            frame = frame.sort_values(keys[name], kind="stable").reset_index(drop=True)
+            frame = frame.sort_values(KEYS[name][1], kind="stable").reset_index(drop=True)
             for column in set(frame.columns) & {"before", "after", "samples"}:
                 frame[column] = frame[column].astype("int8")
             frame.to_parquet(RESULTS / f"{name}.parquet", compression="zstd", index=False)

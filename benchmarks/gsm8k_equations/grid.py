@@ -220,9 +220,9 @@ def file_of(arguments, size, seed, arm):
 
 def main():
     files = {"dataset_path": DATASET, "output_dir": Path("runs/gsm8k_equations")}
-    cells = {"seeds": [0, 1, 2, 3, 4], "arms": [*ARMS], "sizes": [*SIZES], "passes": 2.0, "learning_rate": 1e-3}
+    runs = {"seeds": [0, 1, 2, 3, 4], "arms": [*ARMS], "sizes": [*SIZES], "passes": 2.0, "learning_rate": 1e-3}
     few = {"pool": (int, "only the first rows of the pool, to try things out"), "test": (int, "and of the test")}
-    arguments = options(__doc__, {"arms": ARMS}, **files, **cells, **few)
+    arguments = options(__doc__, {"arms": ARMS}, **files, **runs, **few)
     pool, test, source = read_equations(arguments.dataset_path)
     pool, test = first(pool, arguments.pool), first(test, arguments.test)
     if max(arguments.sizes) > len(pool):
