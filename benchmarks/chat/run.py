@@ -16,8 +16,6 @@ import json
 import shutil
 import sys
 import time
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 
@@ -26,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness
 import numpy as np
 import torch
-from baselines import RefillingTrainer
+from baselines import RefillingTrainer, sampler_of
 from datasets import Dataset
 from harness import options, versions
 from model import load
@@ -34,26 +32,13 @@ from policies import GROUP, arguments_of, trainer_of
 from questions import KINDS, POOLS, held_out, is_right, pool
 from transformers import TrainerCallback
 
-from trl_learnalign import LearnAlignConfig, LearnAlignSampler
-from trl_learnalign.curriculum import OnlineSettings
-from trl_learnalign.schedules.online import LEARNALIGN, OnlineSchedule
-
 
 PROMPTS, LENGTH, ROWS = 8, 12, 16  # a step, tokens, rows of a microbatch
 SAMPLES = 3  # of a question held out
 PARTS = 0.2, 0.4, 0.6, 0.8, 1  # of a run, after which success is measured
 SAVE_STEPS = 5
-
-UNBOUND = replace(LEARNALIGN, kinds_count=False)  # as before kinds counted
-# Settings of LearnAlignConfig, and of the curriculum
-ONLINE = {
-    "online": ({"score": "learnability"}, None),
-    "learnalign online": ({"score": "learnalign"}, None),
-    "learnalign online without kinds": ({"score": "learnalign"}, UNBOUND),
-    "learnalign online on top": ({"score": "learnalign"}, OnlineSettings()),
-    "online in proportion": ({"score": "learnability"}, UNBOUND),
-}
-ARMS = ("random", "refill", *ONLINE)
+ARMS = ("random", "refill", "online", "learnalign online", "learnalign online without kinds")
+ARMS += ("learnalign online on top", "online in proportion")
 
 
 class Recorder:
@@ -164,11 +149,6 @@ def _sample(model, tokenizer, prompts) -> tuple[list[str], float]:
 
 
 def build_trainer(arm, rows, reward, seed, folder, options, callbacks):
-    sampler = None
-    if arm in ONLINE:
-        settings, own = ONLINE[arm]
-        config = LearnAlignConfig(schedule="online", write_report=False, **settings)
-        sampler = LearnAlignSampler(config, schedule=partial(OnlineSchedule, settings=own))
     args = arguments_of(
         folder / "trainer",
         bf16=True,
@@ -183,7 +163,7 @@ def build_trainer(arm, rows, reward, seed, folder, options, callbacks):
         seed=seed,
     )
     kind = RefillingTrainer if arm == "refill" else None
-    return trainer_of(load(options.model), reward, args, rows, callbacks, sampler, kind)
+    return trainer_of(load(options.model), reward, args, rows, callbacks, sampler_of(arm), kind)
 
 
 def run(arm, name, seed, folder, options) -> dict:

@@ -1,15 +1,22 @@
 """
-Rivals that the package does not have: `BetaMean`, which differs from MoPPS by the mean in the place of a draw, and
-`RefillingTrainer` (DAPO, 2503.14476): groups without a gradient are replaced by fresh ones, generated at once, a
-bounded number of times. It makes rollouts of its own.
+What chooses prompts for an arm: the package's schedules, and rivals that it does not have. These are `BetaMean`, which
+differs from MoPPS by the mean in the place of a draw, and `RefillingTrainer` (DAPO, 2503.14476): groups without a
+gradient are replaced by fresh ones, generated at once, a bounded number of times. It makes rollouts of its own.
 """
+
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch.nn.functional import pad
 from trl import GRPOTrainer
 
+from trl_learnalign import LearnAlignConfig, LearnAlignSampler
+from trl_learnalign.curriculum import OnlineSettings
 from trl_learnalign.schedules import PUBLISHED
+from trl_learnalign.schedules.online import LEARNALIGN as IN_PROPORTION
+from trl_learnalign.schedules.online import OnlineSchedule
 from trl_learnalign.schedules.published import MoPPS
 
 
@@ -21,6 +28,32 @@ class BetaMean(MoPPS):
 
 
 SCHEDULES = {"beta mean": BetaMean, **PUBLISHED}
+LEARNABILITY, LEARNALIGN = {"score": "learnability"}, {"score": "learnalign"}
+UNBOUND = replace(IN_PROPORTION, kinds_count=False)  # as before kinds counted
+ONLINE = {  # settings of LearnAlignConfig, and of the curriculum
+    "online": (LEARNABILITY, None),
+    "online without features": ({**LEARNABILITY, "prompt_features": False}, None),
+    "online with groups": ({**LEARNABILITY, "group_column": "task"}, None),
+    "learnalign online": (LEARNALIGN, None),
+    "target online": ({"score": "target", "target_column": "is_target"}, None),
+    "online without fading": (LEARNABILITY, OnlineSettings(half_life_steps=1e9)),
+    "online without longer rests": (LEARNABILITY, OnlineSettings(longest_rest=0)),
+    "learnalign online without kinds": (LEARNALIGN, UNBOUND),
+    "learnalign online on top": (LEARNALIGN, OnlineSettings()),
+    "online in proportion": (LEARNABILITY, UNBOUND),
+    "online with kinds": (LEARNABILITY, IN_PROPORTION),
+}
+
+
+def sampler_of(arm, **settings) -> LearnAlignSampler | None:
+    """The sampler of an arm, with more settings of this package; None where no schedule chooses."""
+    if arm in SCHEDULES:
+        return LearnAlignSampler(LearnAlignConfig(write_report=False), schedule=SCHEDULES[arm])
+    if arm in ONLINE:
+        own, curriculum = ONLINE[arm]
+        config = LearnAlignConfig(schedule="online", write_report=False, **own, **settings)
+        return LearnAlignSampler(config, schedule=partial(OnlineSchedule, settings=curriculum))
+    return None
 
 
 class RefillingTrainer(GRPOTrainer):

@@ -20,7 +20,6 @@ import hashlib
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,41 +29,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness
 import numpy as np
 import pandas as pd
-from baselines import SCHEDULES, RefillingTrainer
+from baselines import ONLINE, SCHEDULES, RefillingTrainer, sampler_of
 from harness import DATASET, claimed, options, versions
 from policies import GROUP, load_policy, read_equations, successes, tiny_trainer
 from pools import POOLS, make_pool, make_task
 from transformers import TrainerCallback
 
 from trl_learnalign import LearnAlignConfig, LearnAlignSampler, select_prompts
-from trl_learnalign.curriculum import OnlineSettings
-from trl_learnalign.schedules.online import LEARNALIGN as IN_PROPORTION
-from trl_learnalign.schedules.online import OnlineSchedule
 
 
 CHUNK, WARMUP_STEPS = 16, 19
 SAMPLES = 8  # of a row held out at the end; half as many before
 PARTS = 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1  # of a run, at which held-out success is measured
-# Settings of LearnAlignConfig of the arms that choose online, by learnability alone or times alignment
-LEARNABILITY, LEARNALIGN = {"score": "learnability"}, {"score": "learnalign"}
-ONLINE = {
-    "online": LEARNABILITY,
-    "online without features": {**LEARNABILITY, "prompt_features": False},
-    "online with groups": {**LEARNABILITY, "group_column": "task"},
-    "learnalign online": LEARNALIGN,
-    "target online": {"score": "target", "target_column": "is_target"},
-}
-UNBOUND = replace(IN_PROPORTION, kinds_count=False)  # as before kinds counted
-# Arms that change settings of the curriculum as well, a line each: the arm they are like otherwise, and these settings
-SETTINGS = {
-    "online without fading": ("online", OnlineSettings(half_life_steps=1e9)),
-    "online without longer rests": ("online", OnlineSettings(longest_rest=0)),
-    "learnalign online without kinds": ("learnalign online", UNBOUND),
-    "learnalign online on top": ("learnalign online", OnlineSettings()),
-    "online in proportion": ("online", UNBOUND),
-    "online with kinds": ("online", IN_PROPORTION),
-}
-ONLINE |= {arm: ONLINE[like] for arm, (like, _) in SETTINGS.items()}
 
 
 def learnable_only(seed):
@@ -165,14 +141,8 @@ class Looks(TrainerCallback):
 
 def build_trainer(arm, task, adapter, rows, reward, steps, seed, folder, learning_rate, callbacks, **settings):
     """A trainer that chooses prompts by `arm`; `settings` are more settings of this package."""
-    sampler = None
-    if arm in SCHEDULES:
-        sampler = LearnAlignSampler(LearnAlignConfig(write_report=False), schedule=SCHEDULES[arm])
-    elif arm in ONLINE:
-        config = LearnAlignConfig(schedule="online", write_report=False, **ONLINE[arm], **settings)
-        schedule = partial(OnlineSchedule, settings=SETTINGS[arm][1] if arm in SETTINGS else None)
-        sampler = LearnAlignSampler(config, schedule=schedule)
-    elif arm in SELECTIONS:
+    sampler = sampler_of(arm, **settings)
+    if arm in SELECTIONS:
         sampler = LearnAlignSampler(selection_config(arm, task, seed))
     kind, run = RefillingTrainer if arm == "refill" else None, (rows, learning_rate, steps, seed, callbacks)
     length = task.max_completion
