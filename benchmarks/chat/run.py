@@ -62,7 +62,7 @@ class Looks(TrainerCallback):
 
     def __init__(self, recorder, folder, tokenizer, kinds, marks):
         self.recorder, self.folder, self.tokenizer, self.kinds, self.marks = recorder, folder, tokenizer, kinds, marks
-        self.test, self.before, self.log = held_out(), None, {}
+        self.test, self.before = held_out(), None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         # What a killed run wrote after its last checkpoint comes again
@@ -74,9 +74,6 @@ class Looks(TrainerCallback):
         if state.global_step == 0:
             self._look(0, model)
         self.before, self.started = _weights(model), time.perf_counter()
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        self.log = logs
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         now, weights = time.perf_counter(), _weights(model)
