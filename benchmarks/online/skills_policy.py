@@ -31,13 +31,7 @@ from train_tiny_policy import build_model, build_tokenizer, fit, save
 PRACTICE = (4, 3, 1, 0)  # how often each level comes
 KEPT = 20_000  # different examples of a task and level to practise with
 # How many of the practised answers of a task are wrong in the second phase, of others none; more at higher levels
-WRONG = {
-    "gcd": 0.6,
-    "count_bits": 0.5,
-    "simple_equations": 0.6,
-    "number_sequence": 0.5,
-    "fraction_simplification": 0.6,
-}
+WRONG = {"gcd": 0.6, "count_bits": 0.5, "simple_equations": 0.6, "number_sequence": 0.5, "base_conversion": 0.5}
 WRONG |= {"prime_factorization": 0.5, "decimal_chain_sum": 0.4, "complex_arithmetic": 0.5}
 WRONG["fraction_simplification"] = 0.6
 MORE = 0.15  # wrong answers for each level
