@@ -54,6 +54,8 @@ def explained(x, alignments, seen, others, ridge) -> float:
 
 def main():
     arguments = options(__doc__, dataset_path=DATASET, output_dir=(Path("runs/online"), "of the warmed-up policy"))
+    if arguments.dataset_path is None:
+        sys.exit("Say where GSM8K is, whose prompts were scored: --dataset_path DIR.")
     task = make_task("clean", arguments.dataset_path, arguments.output_dir)
     rows = make_pool("clean", arguments.dataset_path).rows
     rows = rows.add_column("row", list(range(len(rows))))
