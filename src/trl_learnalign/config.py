@@ -140,8 +140,7 @@ class LearnAlignConfig:
         reselect_every (`float`, *optional*):
             Select again after this many passes over the selection (staged RL), a number above 0. By default once.
         review_every (`int`, *optional*):
-            Leave prompts that all rollouts of their last visit solved out of the passes over the selection, and review
-            all in every so many passes (LFR, arXiv 2409.06131). At least 2. By default each pass has all.
+            Leave solved prompts out of the passes over the selection, but for every so many (LFR, arXiv 2409.06131).
         after_warmup (`str`, *optional*, defaults to `"continue"`):
             `"continue"`: training goes on from the policy after the warm-up. `"restart"`: it goes back to the weights
             and the optimizer state that training started with.

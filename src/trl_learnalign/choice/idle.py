@@ -94,6 +94,11 @@ _FOLDING = Acting(
     "with `prompt_order={prompt_order!r}`",
     "set `prompt_order='folding'`",
 )
+_DRAWN_ONCE = Acting(
+    lambda config: not config.schedule.startswith("adept"),
+    "with `schedule={schedule!r}`, which draws a chunk again for each pass over it",
+    "set another `schedule`",
+)
 _REPLAY = Acting(lambda config: config.replay_share > 0, "with `replay_share=0`", "set `replay_share`")
 _SCORED = Acting(
     lambda config: not config.ranking().at_random,
@@ -137,8 +142,8 @@ ACTING = {
     "group_column": (_GROUPS,),
     "pass_rate_column": (_ONLINE,),
     "drop_dead_groups": (_ONLINE,),
-    "max_refills": (_NOT_STAGED,),
-    "replay_share": (_NOT_STAGED,),
+    "max_refills": (_NOT_STAGED, _DRAWN_ONCE),
+    "replay_share": (_NOT_STAGED, _DRAWN_ONCE),
     "replay_groups": (_NOT_STAGED, _REPLAY),
 }
 
