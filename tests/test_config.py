@@ -117,7 +117,7 @@ EFFECTS = {
     "group_column": ("source", (*ROLLED_OUT[3:], {"schedule": "sec"}, {"schedule": "dump"}), (*SELECTED, METHOD)),
     "pass_rate_column": ("rate", ROLLED_OUT[3:], (*SELECTED, METHOD)),
     "drop_dead_groups": (False, ROLLED_OUT[3:], SELECTED),
-    "max_refills": (2, (*ROLLED_OUT[3:], METHOD), SELECTED),
+    "max_refills": (2, (*ROLLED_OUT[3:], METHOD), (*SELECTED, {"schedule": "adept"})),
     "replay_share": (0.5, (*ROLLED_OUT[3:], METHOD), SELECTED),
     "replay_groups": (8, ({"schedule": "online", "replay_share": 0.5},), (*SELECTED, METHOD)),
 }

@@ -31,9 +31,9 @@ class Acting:
 
 _STAGED = Acting(lambda config: config.schedule == "staged", "with `schedule={schedule!r}`", "set `schedule='staged'`")
 _ONLINE = Acting(lambda config: config.schedule == "online", "with `schedule={schedule!r}`", "set `schedule='online'`")
-_NOT_STAGED = Acting(
-    lambda config: config.schedule != "staged",
-    "with `schedule={schedule!r}`, whose prompts come pass by pass",
+_ANY_DRAWS = Acting(
+    lambda config: config.schedule != "staged" and not config.schedule.startswith("adept"),
+    "with `schedule={schedule!r}`, which draws whole chunks, pass by pass",
     "set `schedule='online'`",
 )
 _SCORES = Acting(
@@ -94,11 +94,6 @@ _FOLDING = Acting(
     "with `prompt_order={prompt_order!r}`",
     "set `prompt_order='folding'`",
 )
-_DRAWN_ONCE = Acting(
-    lambda config: not config.schedule.startswith("adept"),
-    "with `schedule={schedule!r}`, which draws a chunk again for each pass over it",
-    "set another `schedule`",
-)
 _REPLAY = Acting(lambda config: config.replay_share > 0, "with `replay_share=0`", "set `replay_share`")
 _SCORED = Acting(
     lambda config: not config.ranking().at_random,
@@ -142,9 +137,9 @@ ACTING = {
     "group_column": (_GROUPS,),
     "pass_rate_column": (_ONLINE,),
     "drop_dead_groups": (_ONLINE,),
-    "max_refills": (_NOT_STAGED, _DRAWN_ONCE),
-    "replay_share": (_NOT_STAGED, _DRAWN_ONCE),
-    "replay_groups": (_NOT_STAGED, _REPLAY),
+    "max_refills": (_ANY_DRAWS,),
+    "replay_share": (_ANY_DRAWS,),
+    "replay_groups": (_ANY_DRAWS, _REPLAY),
 }
 
 
