@@ -109,16 +109,14 @@ class LearnAlignConfig:
             a function of its own, which returns `None` for rows of other tasks, name several: the first that gave a
             rollout a reward decides.
         gradient_rollouts (`str`, *optional*, defaults to `"all"`):
-            Rollouts of a group that enter its gradient: `"all"`, or only the first successful one, `"one_correct"`, as
-            the paper does on DAPO-MATH-17K to save time.
+            Rollouts of a group that enter its gradient: `"all"`, or the first successful one alone, `"one_correct"`.
         projection_dim (`int`, *optional*, defaults to `32768`):
             Length of a gradient feature, 16 to 16,777,216. `None` computes the exact score, without projection.
         max_tokens_per_batch (`int`, *optional*):
             Largest number of tokens in a microbatch when gradients are computed, padding included. By default as many
             as a training step of the longest rollouts has.
         candidate_prompts (`list[int]` or `int`, *optional*):
-            Score a part of the dataset of this size: the best by `candidate_score`, or at random, anew for each
-            selection. By default the complete dataset.
+            Score a part of the dataset of this size: the best by `candidate_score`, else a new random one each time.
         candidate_score (`list[str]` or `str` or `Callable`, *optional*):
             A score cheaper than `score`, which chooses the `candidate_prompts`; or several, with a size each.
         reselect_every (`float`, *optional*):
@@ -149,8 +147,8 @@ class LearnAlignConfig:
             prompts, a missing one as well. Not a column of lists, of fractions, or with another value in every row. Or
             `"grade:A,B"`, by the mean of success rates in columns, or `"clusters:8"`, of hidden states.
         quota (`str`, *optional*, defaults to `"proportional"`):
-            `"proportional"`: to the share of a value in the pool. `"equal"`: the same for all values. If a value has
-            too few eligible prompts, the others get the rest of its quota.
+            `"proportional"`: to the share of a value in the pool. `"equal"`: the same for all values. The others get
+            what a value with too few prompts leaves.
         take (`str`, *optional*, defaults to `"top"`):
             `"top"`: the best prompts. `"proportional"`: a random draw without replacement, in proportion to the
             scores. Prompts whose score is not above 0 are taken only where others are too few: by rank, with a
