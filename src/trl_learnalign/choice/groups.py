@@ -64,8 +64,8 @@ def check_made(dataset: Dataset, quota_column: str) -> None:
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
         raise ValueError(
-            f"`quota_column` is {quota_column!r}, but row {row} holds {rates.to_numpy()[row].tolist()}, and success rates "
-            "are between 0 and 1. Divide them, or leave the rows out."
+            f"`quota_column` is {quota_column!r}, but row {row} holds {rates.to_numpy()[row].tolist()}, and success "
+            "rates are between 0 and 1. Divide them, or leave the rows out."
         )
 
 
