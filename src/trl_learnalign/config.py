@@ -74,12 +74,11 @@ class LearnAlignConfig:
         num_rollouts (`int`, *optional*):
             Rollouts for each prompt of the pool, at least 2. By default the trainer's `num_generations`.
         rollouts (`str`, *optional*, defaults to `"all"`):
-            `"racing"`: two for every prompt, more only for those that may be among the best by p (1 - p).
+            `"racing"`: two for every prompt, more for those that may be among the best by p (1 - p).
         rollout_batch_prompts (`int`, *optional*):
             Prompts that a process generates for at once in a selection, at least 1. By default as many as in training,
-            doubled up to six times while the pool has 64 such batches (not with a reward model or sharded weights):
-            fewer, larger rounds are faster. If memory is full, generation goes on in halves, unless the weights are
-            sharded. Another batch size gives other rollouts.
+            doubled up to six times while the pool has 64 such batches (not with a reward model or sharded weights). If
+            memory is full, generation goes on in halves, unless weights are sharded. Another size gives other rollouts.
         score (`str` or `Callable`, *optional*, defaults to `"learnalign"`):
             The number that prompts are ranked by: `"learnalign"` (Eq. 8), `"learnability"` (V alone; no gradients),
             `"alignment"` (Eq. 8 without V), `"random"` (no rollouts), `"target"` (V times the alignment with the mean
