@@ -85,12 +85,11 @@ class LearnAlignConfig:
         num_rollouts (`int`, *optional*):
             Rollouts for each prompt of the pool, at least 2. By default the trainer's `num_generations`.
         rollouts (`str`, *optional*, defaults to `"all"`):
-            `"racing"`: two for every prompt, more only for those that may be among the best by p (1 - p).
+            `"racing"`: two for every prompt, more for those that may be among the best by p (1 - p).
         rollout_batch_prompts (`int`, *optional*):
             Prompts that a process generates for at once in a selection, at least 1. By default as many as in training,
-            doubled up to six times while the pool has 64 such batches (not with a reward model or sharded weights):
-            fewer, larger rounds are faster. If memory is full, generation goes on in halves, unless the weights are
-            sharded. Another batch size gives other rollouts.
+            doubled up to six times while the pool has 64 such batches (not with a reward model or sharded weights). If
+            memory is full, generation goes on in halves, unless they are sharded. Another size gives other rollouts.
         score (`str` or `Callable`, *optional*, defaults to `"learnalign"`):
             The number that prompts are ranked by: `"learnalign"` (Eq. 8), `"learnability"` (V alone; no gradients),
             `"alignment"` (Eq. 8 without V), `"random"`, `"target"` (V times the alignment with the mean gradient of
@@ -125,16 +124,14 @@ class LearnAlignConfig:
             a function of its own, which returns `None` for rows of other tasks, name several: the first that gave a
             rollout a reward decides.
         gradient_rollouts (`str`, *optional*, defaults to `"all"`):
-            Rollouts of a group that enter its gradient: `"all"`, or only the first successful one, `"one_correct"`
-            (the paper on DAPO-MATH-17K, to save time).
+            Rollouts of a group that enter its gradient: `"all"`, or the first successful one alone, `"one_correct"`.
         projection_dim (`int`, *optional*, defaults to `32768`):
             Length of a gradient feature, 16 to 16,777,216. `None` computes the exact score, without projection.
         max_tokens_per_batch (`int`, *optional*):
             Most tokens in a microbatch of gradients, padding included. By default the trainer's
             `per_device_train_batch_size` times the longest rollout, as in a training step.
         candidate_prompts (`list[int]` or `int`, *optional*):
-            Score a part of the dataset of this size: the best by `candidate_score`, or at random, anew for each
-            selection. By default the complete dataset.
+            Score a part of the dataset of this size: the best by `candidate_score`, else a new random one each time.
         candidate_score (`list[str]` or `str` or `Callable`, *optional*):
             A score cheaper than `score`, which chooses the `candidate_prompts`; or several, with a size each.
         reselect_every (`float`, *optional*):
@@ -170,8 +167,8 @@ class LearnAlignConfig:
             prompts, a missing one as well. Not a column of lists, of fractions, or with another value in every row. Or
             `"grade:A,B"`, by the mean of success rates in columns, or `"clusters:8"`, of hidden states.
         quota (`str`, *optional*, defaults to `"proportional"`):
-            `"proportional"`: to the share of a value in the pool. `"equal"`: the same for all values. If a value has
-            too few eligible prompts, the others get the rest of its quota.
+            `"proportional"`: to the share of a value in the pool. `"equal"`: the same for all values. The others get
+            what a value with too few prompts leaves.
         diversity (`str`, *optional*):
             Near-duplicates share their score: it is divided (below 0 multiplied) by the number of prompts alike, by
             their `"hidden_states"` (a forward over each) or `"gradients"` (if the score needs rollouts).

@@ -60,12 +60,12 @@ def check_made(dataset: Dataset, quota_column: str) -> None:
     for name in names:
         check_numbers(dataset, "quota_column", quota_column, name)
     rates = dataset_columns(dataset, range(len(dataset)), names).astype(float)
-    wrong = (rates < 0) | (rates > 1) | np.isinf(rates)
-    if wrong.any(axis=None):
-        row = int(np.flatnonzero(wrong.any(axis=1))[0])
+    wrong = ((rates < 0) | (rates > 1)).to_numpy().any(1)
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
         raise ValueError(
-            f"`quota_column` is {quota_column!r}, but row {row} holds {rates.loc[row].to_list()}, and success rates "
-            "are between 0 and 1. Divide them, or leave the rows out."
+            f"`quota_column` is {quota_column!r}, but row {row} holds {rates.to_numpy()[row].tolist()}, and success "
+            "rates are between 0 and 1. Divide them, or leave the rows out."
         )
 
 

@@ -127,9 +127,9 @@ def scores_table(
     if config.quota_column is not None:
         table["quota_group"], more = groups_of(table, dataset, config, seed)
         schema = schema.append(pa.field("quota_group", pa.string()))
-        for name in more:
-            table[name] = more[name]
-            schema = schema.append(pa.field(name, pa.float64()))
+        for column in more:
+            table[column] = more[column]
+            schema = schema.append(pa.field(str(column), pa.float64()))
     arrays = [
         pa.array(table[field.name].to_numpy(), field.type, from_pandas=True)
         if field.name in table
