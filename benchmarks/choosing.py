@@ -8,31 +8,23 @@ Processor time of one thread, so that other work on the machine does not count. 
 a run with hidden states has; the predictor's window is full, so that each fit is as large as it gets.
 """
 
-import argparse
 import statistics
-import sys
 import tempfile
 import time
-from pathlib import Path
 
+import harness
 import numpy as np
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import GRPOConfig
-from workload import ROOT, save_results
-
-from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler
-from trl_learnalign.curriculum import Group, OnlineCurriculum, OnlineSettings
-
-
-sys.path.insert(0, str(ROOT / "examples"))
-
 from equations import equations_reward, generate_chains
+from policies import GROUP, POLICY, tiny_trainer
+from transformers import TrainerCallback
+
+from trl_learnalign import LearnAlignConfig, LearnAlignSampler
+from trl_learnalign.curriculum import Group, OnlineCurriculum, OnlineSettings
 
 
 SIZES = (8_000, 1_000_000)
 COLUMNS = 66  # a constant, the length, 64 components of hidden states
-CHUNK, GROUP = 16, 8
+CHUNK = 16
 
 
 class Pool:
@@ -90,44 +82,15 @@ class Clock(TrainerCallback):
 
 def step_of_the_tiny_policy(steps):
     """Median processor milliseconds of a step: 16 prompts, 8 rollouts each."""
-    model = ROOT / "examples" / "assets" / "tiny-policy"
+    clock, sampler = Clock(), LearnAlignSampler(LearnAlignConfig(schedule="online", write_report=False))
     with tempfile.TemporaryDirectory() as scratch:
-        args = GRPOConfig(
-            output_dir=scratch,
-            learning_rate=2e-4,
-            num_generations=GROUP,
-            per_device_train_batch_size=GROUP * CHUNK,
-            max_steps=steps,
-            max_completion_length=56,
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
-        trainer = LearnAlignGRPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
-            reward_funcs=equations_reward,
-            args=args,
-            train_dataset=generate_chains(2000, seed=20_000),
-            processing_class=AutoTokenizer.from_pretrained(model),
-            train_sampler=LearnAlignSampler(LearnAlignConfig(schedule="online", write_report=False)),
-        )
-        clock = Clock()
-        trainer.add_callback(clock)
-        trainer.train()
+        run = (generate_chains(2000, seed=20_000), 2e-4, steps, 42, [clock])
+        tiny_trainer(POLICY, None, equations_reward, scratch, *run, sampler=sampler).train()
     return 1000 * statistics.median(clock.seconds[2:])
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
-    parser.add_argument("--chunks", type=int, default=100, help="that are measured")
-    parser.add_argument("--steps", type=int, default=12, help="of the tiny policy")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "choosing.json")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = harness.options(__doc__, sizes=[*SIZES], chunks=100, steps=12, output="choosing")
     pools = [at_size(size, arguments.chunks) for size in arguments.sizes]
     step = step_of_the_tiny_policy(arguments.steps)
     values = {
@@ -142,7 +105,7 @@ def main():
         "steps": arguments.steps,
         "threads": 1,
     }
-    save_results(arguments.output, values)
+    harness.report(arguments.output, harness.conditions(**values))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ The curriculum of any training loop at scale, in processor time of one thread.
 Writes benchmarks/results/curriculum.json. The features are synthetic, as many as a run with hidden states has.
 """
 
-import argparse
 import gc
 import statistics
 import tempfile
@@ -20,9 +19,9 @@ import time
 import tracemalloc
 from pathlib import Path
 
+import harness
 import numpy as np
 from choosing import COLUMNS, GROUP, Pool
-from workload import ROOT, save_results
 
 from trl_learnalign.curriculum import Group, OnlineCurriculum, OnlineSettings, pack, unpack
 
@@ -99,21 +98,11 @@ def memory_over(steps) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=1_000_000)
-    parser.add_argument("--groups", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=40, help="that are measured")
-    parser.add_argument("--disorder", type=int, default=100_000, help="groups that come in any order")
-    parser.add_argument("--long", type=int, default=100_000, help="steps over which memory is watched")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "curriculum.json")
-    options = parser.parse_args()
+    sizes = {"prompts": 1_000_000, "groups": 64, "steps": 40, "disorder": 100_000, "long": 100_000}
+    options = harness.options(__doc__, **sizes, output="curriculum")
     values = {"scale": at_scale(options.prompts, options.groups, options.steps), "columns": COLUMNS}
-    print(values["scale"], flush=True)
-    values["disorder"] = out_of_order(20_000, options.disorder)
-    print(values["disorder"], flush=True)
-    values["memory"] = memory_over(options.long)
-    print(values["memory"], flush=True)
-    save_results(options.output, values)
+    values |= {"disorder": out_of_order(20_000, options.disorder), "memory": memory_over(options.long)}
+    harness.report(options.output, harness.conditions(**values))
 
 
 if __name__ == "__main__":

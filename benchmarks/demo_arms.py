@@ -12,18 +12,13 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
+import harness
 import torch
-from demo import POLICY, SAMPLES, load, success, train
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from demo import SAMPLES, load, success, train
+from policies import load_policy
 
 from trl_learnalign import LearnAlignSampler, Selection
 
@@ -48,17 +43,9 @@ def train_arm(arm, pool, test, arguments):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset_path", type=Path)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "demo_arms.json")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo_arms"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--pool", type=int, default=600)
-    parser.add_argument("--num_prompts", type=int, default=128)
-    parser.add_argument("--passes", type=int, default=5)
-    parser.add_argument("--test", type=int, default=400)
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
+    sizes = {"pool": 600, "num_prompts": 128, "passes": 5, "test": 400, "threads": 1}
+    files = {"dataset_path": harness.DATASET, "output": "demo_arms", "output_dir": Path("runs/demo_arms")}
+    arguments = harness.options(__doc__, **files, seeds=[0, 1, 2, 3, 4], **sizes)
     torch.set_num_threads(arguments.threads)
     pool, test, source = load(arguments)
     conditions = {
@@ -66,16 +53,13 @@ def main():
         "samples": SAMPLES,
         **{name: getattr(arguments, name) for name in ("pool", "num_prompts", "passes", "test", "threads")},
         "cpu_count": os.cpu_count(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "trl-learnalign")},
+        "versions": harness.versions("trl-learnalign"),
     }
-    results = {"conditions": conditions, "runs": []}
-    if arguments.output.is_file():
-        saved = json.loads(arguments.output.read_text())
-        if saved["conditions"] == conditions:
-            results = saved
+    results = harness.read(arguments.output, {"conditions": None})
+    if results["conditions"] != conditions:
+        results = {"conditions": conditions, "runs": []}
     if "before" not in results:
-        tokenizer, model = AutoTokenizer.from_pretrained(POLICY), AutoModelForCausalLM.from_pretrained(POLICY)
-        results["before"] = round(success(model.float(), tokenizer, test).mean().item(), 4)
+        results["before"] = round(success(*load_policy(), test).mean().item(), 4)
     for seed in arguments.seeds:
         for arm in ARMS:
             if any(run["seed"] == seed and run["arm"] == arm for run in results["runs"]):
@@ -103,7 +87,7 @@ def main():
                 }
             )
             results["summary"] = summarize(results["runs"])
-            arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+            harness.write(arguments.output, results)
             print(json.dumps(results["runs"][-1]), flush=True)
     print(json.dumps(results["summary"], indent=1))
 

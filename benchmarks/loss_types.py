@@ -9,8 +9,9 @@ rollouts; as a yardstick `grpo` also scores other rollouts of the same policy. W
 TRL has the direction of one of the two.
 """
 
+import harness
 import torch
-from projection import arguments_of, spearman, warmed_up, write
+from projection import arguments_of, spearman, warmed_up
 
 from trl_learnalign import LearnAlignConfig, select_prompts
 from trl_learnalign.host import generation
@@ -65,7 +66,7 @@ def main():
         "rows": rows,
         "threads": arguments.threads,
     }
-    write(results, arguments)
+    harness.report(arguments.output, harness.conditions(**results))
 
 
 if __name__ == "__main__":

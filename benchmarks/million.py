@@ -7,26 +7,21 @@ DIR needs space for --prompts x --dim x 4 bytes (33 GB) and is empty afterwards.
 files before every reading.
 """
 
-import argparse
-import json
 import os
 import resource
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import harness
 import torch
 
 from trl_learnalign.ground.store import Log, prepare
 from trl_learnalign.measures.packing import WINDOW
 from trl_learnalign.scores.maths import scores_of_batches
-
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def write(path, prompts, dim):
@@ -65,8 +60,9 @@ def batches(path, prompts, dim):
         yield indices, torch.frombuffer(log.map(start, verify=False), dtype=torch.float32).view(len(indices), dim)
 
 
-def score(path, prompts, dim):
+def score(path, prompts, dim, threads):
     """Seconds and bytes of resident memory over the start, in a process of its own."""
+    torch.set_num_threads(threads)
     forget(path)
     generator = torch.Generator().manual_seed(1)
     weights, mean = torch.rand(prompts, generator=generator).double(), torch.randn(dim, generator=generator).double()
@@ -79,47 +75,29 @@ def score(path, prompts, dim):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--prompts", type=int, default=1_000_000)
-    parser.add_argument("--dim", type=int, default=8192)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "million.json")
-    parser.add_argument("--score", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    if arguments.score:
-        print(json.dumps(score(arguments.score, arguments.prompts, arguments.dim)))
-        return
-
+    sizes = {"prompts": 1_000_000, "dim": 8192, "rounds": 3, "threads": 1}
+    arguments = harness.options(__doc__, directory=Path(tempfile.gettempdir()), **sizes, output="million")
     needed = arguments.prompts * arguments.dim * 4
     if shutil.disk_usage(arguments.directory).free < 1.1 * needed:
         sys.exit(f"{arguments.directory} has no space for {needed / 1e9:.0f} GB of features. Pass --directory.")
     with tempfile.TemporaryDirectory(dir=arguments.directory) as scratch:
         path = Path(scratch) / "log"
         write(path, arguments.prompts, arguments.dim)
-        options = [f"--prompts={arguments.prompts}", f"--dim={arguments.dim}", f"--threads={arguments.threads}"]
         readings, runs = [], []
         for _ in range(arguments.rounds):
             readings.append(read(path))
-            command = [sys.executable, __file__, "--score", str(path), *options]
-            runs.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+            runs.append(harness.apart(score, path, arguments.prompts, arguments.dim, arguments.threads))
             print(f"read {readings[-1]:.1f} s, scored {runs[-1]}", flush=True)
         size = sum(file.stat().st_size for file in path.iterdir())
-    document = {
-        "prompts": arguments.prompts,
-        "dim": arguments.dim,
+    names = ("prompts", "dim", "threads", "rounds")
+    document = {name: getattr(arguments, name) for name in names} | {
         "bytes": size,
         "read_seconds": statistics.median(readings),
         "score_seconds": statistics.median(run["seconds"] for run in runs),
         "ratio": statistics.median(run["seconds"] / base for run, base in zip(runs, readings, strict=True)),
         "resident_bytes": max(run["resident"] for run in runs),
-        "threads": arguments.threads,
-        "rounds": arguments.rounds,
     }
-    arguments.output.write_text(json.dumps(document, indent=1) + "\n")
-    print(json.dumps(document, indent=1))
+    harness.report(arguments.output, document)
 
 
 if __name__ == "__main__":

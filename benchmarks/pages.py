@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 from statistics import fmean, stdev
 
+from harness import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
+
 _UNITS = {"%": 100, "M": 1e-6, "G": 1e-9}
 _WIDTH = 118  # columns of prose
 _STUDENT = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # 97.5 % quantiles of t, by degrees of freedom
@@ -21,6 +22,13 @@ def table(head, rows) -> str:
     """Make a table of texts in Markdown. The head is a text with ` | ` between labels, or a list."""
     head = head.split(" | ") if isinstance(head, str) else head
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def columns(labels: dict, items) -> str:
+    """Make a table with a column for each label, whose function returns the cell of an item."""
+    return table(
+        [label.strip() for label in labels], [[str(cell(item)) for cell in labels.values()] for item in items]
+    )
 
 
 def interval(values) -> tuple[float, float] | None:
@@ -91,6 +99,13 @@ def wrapped(page: str) -> str:
             paragraph.append(line)
     close()
     return "\n".join(lines)
+
+
+def between(path: Path, script: str, text: str) -> str:
+    """The page at `path` with a text where a script writes it."""
+    mark, end = f"<!-- written by {script} -->\n", "<!-- end -->\n"
+    before, _, rest = path.read_text(encoding="utf-8").partition(mark)
+    return f"{before}{mark}\n{text.rstrip()}\n\n{end}{rest.partition(end)[2]}"
 
 
 def publish(pages: dict[Path, str], script: str, after=lambda: None) -> None:

@@ -7,7 +7,7 @@ A way is a function of (trainer, groups, arguments) that returns a function of n
 
 import torch
 from datasets import Dataset
-from workload import GROUP
+from policies import GROUP
 
 from trl_learnalign.gradients.engine import PromptGradients
 from trl_learnalign.host.objective import policy_objective
@@ -84,10 +84,7 @@ def vmap_way(trainer, groups, arguments):
 
     def objective(parameters, ids, factors):
         output = torch.func.functional_call(
-            model,
-            parameters,
-            (ids,),
-            {"attention_mask": causal, "position_ids": positions, "use_cache": False},
+            model, parameters, (ids,), {"attention_mask": causal, "position_ids": positions, "use_cache": False}
         )
         logps = output.logits[:, start - 1 : -1].float() / trainer.temperature
         logps = logps.log_softmax(-1).gather(2, ids[:, start:, None])[..., 0]

@@ -14,12 +14,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
+import harness
 import numpy as np
 import torch
-from workload import ROOT, build_trainer, draw_groups, installed, machine
+from workload import build_trainer, draw_groups, seconds
 
 from trl_learnalign.ground.store import Log, prepare
 from trl_learnalign.host import find_host
@@ -31,7 +31,6 @@ SETTINGS = {"shape": "small", "device": "cpu", "dtype": "float32", "rank": 8, "p
 
 def work(output):
     """One pass over this process's share of the pool; rank 0 writes how long all processes took."""
-    torch.set_num_threads(1)
     arguments = argparse.Namespace(**SETTINGS | {"dtype": torch.float32})
     with tempfile.TemporaryDirectory() as scratch:
         trainer = build_trainer(arguments, scratch)
@@ -40,19 +39,20 @@ def work(output):
         share = range(accelerator.process_index, len(groups), accelerator.num_processes)
         tasks = {index: groups[index] for index in share}
         lengths = {index: np.array([len(row) for row in rows]) for index, rows in tasks.items()}
-        seconds = []
         for name in ("first", "measured"):
             with find_host(trainer).left_as_found(8):
                 prepare(path := Path(scratch) / f"{name}-{accelerator.process_index}", name)
                 log = Log(path, name, accelerator.process_index)
                 source = GradientFeatures(find_host(trainer), 32768, 0, lengths, tasks.__getitem__, log)
+
+                def everyone(source=source):
+                    source.weighted_sum(torch.ones(len(groups)))
+                    accelerator.wait_for_everyone()
+
                 accelerator.wait_for_everyone()
-                started = time.perf_counter()
-                source.weighted_sum(torch.ones(len(groups)))
-                accelerator.wait_for_everyone()
-                seconds.append(time.perf_counter() - started)
+                took = seconds(everyone)
         if accelerator.is_main_process:
-            output.write_text(json.dumps({"seconds": seconds[-1], "world": accelerator.num_processes}))
+            output.write_text(json.dumps({"seconds": took, "world": accelerator.num_processes}))
     os._exit(0)  # all is written; process groups are not waited for
 
 
@@ -71,11 +71,7 @@ def finish(process, output, world):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "processes.json")
-    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = harness.options(__doc__, rounds=5, output="processes", work=(Path, "for its own use"))
     if arguments.work:
         work(arguments.work)
     ours, limit = [], []
@@ -94,13 +90,9 @@ def main():
         "speedup": statistics.median(ours),
         "limit": statistics.median(limit),
         "of_limit": statistics.median(a / b for a, b in zip(ours, limit, strict=True)),
-        "rounds": arguments.rounds,
-        "settings": SETTINGS,
-        "machine": machine("cpu"),
-        "cpu_count": os.cpu_count(),
-        "versions": installed(("torch", "transformers", "trl", "peft", "trl-learnalign")),
     }
-    arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+    document |= harness.conditions(rounds=arguments.rounds, settings=SETTINGS)
+    harness.write(arguments.output, document)
 
 
 if __name__ == "__main__":

@@ -7,20 +7,12 @@ DIR holds GSM8K's train.jsonl and test.jsonl; without it generated chains stand 
 rollouts.
 """
 
-import argparse
-import json
-import os
-import sys
 import tempfile
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
+import harness
 import torch
 from demo import build_trainer, load
 
@@ -35,35 +27,27 @@ def spearman(a, b):
     return torch.corrcoef(torch.stack([a.argsort().argsort().double(), b.argsort().argsort().double()]))[0, 1].item()
 
 
-def arguments_of(description: str, name: str) -> argparse.Namespace:
+def arguments_of(doc: str, name: str):
     """Arguments of the command line and of the demo's functions."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset_path", type=Path)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / f"{name}.json")
-    parser.add_argument("--threads", type=int, default=1)
-    return parser.parse_args(namespace=argparse.Namespace(pool=600, num_prompts=128, passes=1, test=1, seed=0))
+    arguments = harness.options(doc, dataset_path=harness.DATASET, output=name, threads=1)
+    vars(arguments).update(pool=600, num_prompts=128, passes=1, test=1, seed=0)
+    return arguments
 
 
 @contextmanager
-def warmed_up(arguments):
+def warmed_up(arguments, **changes):
     """
     The demo's trainer after its warm-up and two steps, so that no LoRA B is zero; its pool, and where that is from.
+    `changes` are of its arguments.
     """
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as output_dir:
         arguments.output_dir = Path(output_dir)
         pool, _, source = load(arguments)
         trainer = build_trainer("random", pool, arguments)
-        trainer.args.max_steps = 4
+        vars(trainer.args).update({"max_steps": 4} | changes)
         trainer.train()
         yield trainer, pool, source
-
-
-def write(results, arguments) -> None:
-    names = ("torch", "transformers", "trl", "peft", "trl-learnalign")
-    results |= {"cpu_count": os.cpu_count(), "versions": {name: version(name) for name in names}}
-    arguments.output.write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps(results, indent=1))
 
 
 def main():
@@ -93,7 +77,7 @@ def main():
         "default": LearnAlignConfig().projection_dim,
         "rows": rows,
     }
-    write(results, arguments)
+    harness.report(arguments.output, harness.conditions(**results))
 
 
 if __name__ == "__main__":

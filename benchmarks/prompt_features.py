@@ -8,32 +8,21 @@ FLOPs and time of the rollouts are those of some prompts, times the prompts. Bot
 after the other, so that other work on the machine counts for both.
 """
 
-import argparse
 import random
-import sys
 import tempfile
-import time
 from pathlib import Path
 
+import harness
 import torch
 from datasets import Dataset
-from peft import LoraConfig
-from torch.utils.flop_counter import FlopCounterMode
+from equations import generate_chains
+from policies import GROUP, POLICY, arguments_of, trainer_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import GRPOConfig, GRPOTrainer
-from workload import ROOT, save_results
+from workload import flops, no_reward, seconds
 
 from trl_learnalign.ground.peers import Peers
 from trl_learnalign.host import find_host
 from trl_learnalign.measures.hidden_states import hidden_states
-
-
-sys.path.insert(0, str(ROOT / "examples"))
-
-from equations import generate_chains
-
-
-ROLLOUTS = 8
 
 
 def sums(number):
@@ -44,28 +33,10 @@ def sums(number):
     return Dataset.from_dict({"prompt": [[system, {"role": "user", "content": text}] for text in asked]})
 
 
-def trainer_of(model, tokenizer, dataset, length, **changes):
-    args = GRPOConfig(
-        output_dir=tempfile.mkdtemp(),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        per_device_train_batch_size=ROLLOUTS,
-        num_generations=ROLLOUTS,
-        max_completion_length=length,
-        report_to="none",
-        disable_tqdm=True,
-        **changes,
-    )
-    adapter = LoraConfig(r=16, target_modules="all-linear")
-    return GRPOTrainer(
-        model=model,
-        processing_class=tokenizer,
-        reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
-        args=args,
-        train_dataset=dataset,
-        peft_config=adapter,
-    )
+def trainer_around(folder, dataset, length, dtype=None):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    args = arguments_of(tempfile.mkdtemp(), per_device_train_batch_size=GROUP, max_completion_length=length)
+    return trainer_of((model, AutoTokenizer.from_pretrained(folder, padding_side="left")), no_reward, args, dataset)
 
 
 def measured(trainer, prompts, at_once, measure):
@@ -73,64 +44,32 @@ def measured(trainer, prompts, at_once, measure):
     host, dataset = find_host(trainer), trainer.train_dataset
     with Peers(trainer.accelerator) as peers:
         features = measure(lambda: hidden_states(host, Path(trainer.args.output_dir), peers)) / len(dataset)
-    with host.left_as_found(ROLLOUTS):
+    with host.left_as_found(GROUP):
         batches = [list(range(start, min(start + at_once, prompts))) for start in range(0, prompts, at_once)]
         rollouts = measure(lambda: [host.generate(dataset, rows, 0, gradients=False) for rows in batches]) / prompts
     return features, rollouts
 
 
-def flops(work):
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
-
-
-def seconds(work):
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
 def tiny(args):
-    directory = ROOT / "examples/assets/tiny-policy"
-    tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
-    dataset = generate_chains(args.prompts, seed=1)
-    trainer = trainer_of(AutoModelForCausalLM.from_pretrained(directory), tokenizer, dataset, 56)
-    features, rollouts = measured(trainer, args.rolled_out, 32, flops)
+    trainer = trainer_around(POLICY, generate_chains(args.prompts, seed=1), 56)
+    features, rollouts = measured(trainer, args.rolled_out, 32, lambda call: flops(call)[0])
     return {"prompts": args.prompts, "features": features, "rollouts": rollouts, "share": features / rollouts}
 
 
 def real(args):
-    tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
-    trainer = trainer_of(model, tokenizer, sums(args.asked), args.length)
+    trainer = trainer_around(args.model, sums(args.asked), args.length, torch.bfloat16)
     measured(trainer, 1, 1, seconds)  # warm
     trainer.args.output_dir = tempfile.mkdtemp()
     features, rollouts = measured(trainer, args.answered, 2, seconds)
-    return {
-        "prompts": args.asked,
-        "tokens": args.length,
-        "features_seconds": features,
-        "rollouts_seconds": rollouts,
-        "share": features / rollouts,
-    }
+    found = {"prompts": args.asked, "tokens": args.length, "features_seconds": features}
+    return found | {"rollouts_seconds": rollouts, "share": features / rollouts}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prompts", type=int, default=4096)
-    parser.add_argument("--rolled_out", type=int, default=128, help="of them")
-    parser.add_argument("--model", help="directory of a chat model")
-    parser.add_argument("--asked", type=int, default=256)
-    parser.add_argument("--answered", type=int, default=4, help="of them")
-    parser.add_argument("--length", type=int, default=32, help="most tokens of an answer")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/prompt_features.json")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    found = {"rollouts": ROLLOUTS, "tiny": tiny(args)}
-    if args.model:
-        found["real"] = real(args)
-    save_results(args.output, found)
+    sizes = {"prompts": 4096, "rolled_out": 128, "asked": 256, "answered": 4, "length": 32}
+    args = harness.options(__doc__, **sizes, model=(Path, "a chat model's directory"), output="prompt_features")
+    found = {"rollouts": GROUP, "tiny": tiny(args)} | ({"real": real(args)} if args.model else {})
+    harness.report(args.output, harness.conditions(**found))
 
 
 if __name__ == "__main__":

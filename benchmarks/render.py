@@ -154,6 +154,14 @@ def losses() -> str:
     return table(LOSSES, rows)
 
 
+def directions() -> str:
+    rows = [
+        [row["case"], f"{row['spearman']:.2f}", f"{100 * row['same_chosen']:.0f} %", f"{row['mean_alignment']:.3f}"]
+        for row in RESULTS["less"]["rows"]
+    ]
+    return table("gradients of the pool | Spearman with plain | the same chosen | mean alignment", rows)
+
+
 def both_learnable() -> str:
     loss, other = (RESULTS["loss_types"]["rows"][0][key]["learnable"] for key in ("loss", "rollouts"))
     return f"{loss} of them learnable ({other} in both draws)"

@@ -6,17 +6,14 @@ The report of a pool of 1,000,000 prompts: time and memory to write the page, an
 Needs Chromium and playwright.
 """
 
-import argparse
-import json
 import re
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
+import harness
 import numpy as np
 import pyarrow as pa
 
@@ -24,9 +21,6 @@ from trl_learnalign import LearnAlignConfig, Selection
 from trl_learnalign.choice.table import SCORES_SCHEMA
 from trl_learnalign.report.selection_page import write_report
 from trl_learnalign.selection.excerpt import ranking_ends, shortened, shown_rows
-
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def selection_of(num: int, num_prompts: int = 1000) -> Selection:
@@ -86,11 +80,7 @@ def write(path: Path) -> dict:
     started = time.perf_counter()
     page = write_report(path)
     seconds = time.perf_counter() - started
-    return {
-        "write_seconds": seconds,
-        "resident_bytes": resident("VmHWM") - before,
-        "page_bytes": page.stat().st_size,
-    }
+    return {"write_seconds": seconds, "resident_bytes": resident("VmHWM") - before, "page_bytes": page.stat().st_size}
 
 
 def painted(tab, act, *arguments) -> float:
@@ -126,25 +116,14 @@ def open_page(page: Path, rounds: int) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=1_000_000)
-    parser.add_argument("--characters", type=int, default=2000, help="of each prompt")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "report_million.json")
-    parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.write:
-        print(json.dumps(write(arguments.write)))
-        return
+    sizes = {"prompts": 1_000_000, "characters": 2000, "rounds": 5}
+    arguments = harness.options(__doc__, **sizes, output="report_million")
     with tempfile.TemporaryDirectory() as scratch:
         run = save(Path(scratch), arguments.prompts, arguments.characters)
-        command = [sys.executable, __file__, "--write", str(run)]
-        written = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        written = harness.apart(write, run)
         opened = open_page(run / "report.html", arguments.rounds)
     settings = {"prompts": arguments.prompts, "characters": arguments.characters, "rounds": arguments.rounds}
-    document = settings | written | opened
-    arguments.output.write_text(json.dumps(document, indent=1) + "\n")
-    print(json.dumps(document, indent=1))
+    harness.report(arguments.output, settings | written | opened)
 
 
 if __name__ == "__main__":

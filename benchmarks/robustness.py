@@ -6,15 +6,15 @@ Counts what the tests kill, damage and let fail, all of it: a quarter of an hour
 Writes nothing unless every test passes.
 """
 
-import json
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from harness import RESULTS, ROOT, read, write
 
-ROOT = Path(__file__).resolve().parent.parent
+
 TESTS = ("test_kills.py", "test_fuzz.py", "test_disk.py", "test_inputs.py", "test_distributed.py")
 
 
@@ -23,8 +23,7 @@ def main():
         counts = Path(scratch) / "counts.json"
         command = [sys.executable, "-m", "pytest", "-q", *(str(ROOT / "tests" / name) for name in TESTS)]
         subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"TALLY": str(counts)})
-        results = json.loads(counts.read_text())
-    (ROOT / "benchmarks" / "results" / "robustness.json").write_text(json.dumps(results, indent=1) + "\n")
+        write(RESULTS / "robustness.json", read(counts))
 
 
 if __name__ == "__main__":

@@ -9,18 +9,17 @@ needs 14 GB and is empty afterwards.
 """
 
 import argparse
-import json
 import os
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
+import harness
 import numpy as np
+import torch
 from datasets import Dataset
-from workload import ROOT, build_trainer, save_results
+from workload import build_trainer
 
 from trl_learnalign import LearnAlignConfig
 from trl_learnalign.host import find_host, generation
@@ -61,10 +60,7 @@ def resident():
 
 
 def work(directory, arguments):
-    """One process, from the first round to the last row of a gradient; prints what it took."""
-    import torch
-
-    torch.set_num_threads(1)
+    """One process, from the first round to the last row of a gradient; returns what it took."""
     trainer = build_trainer(argparse.Namespace(**SETTINGS, dtype=torch.float32, tokens=8), str(directory))
     trainer.train_dataset = Dataset.from_dict({"prompt": [""]}).select([0] * arguments.prompts)
     generation.generate_groups = lambda host, dataset, indices, *_: list(
@@ -98,28 +94,12 @@ def work(directory, arguments):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--prompts", type=int, default=100_000)
-    parser.add_argument("--tokens", type=int, default=2_000)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "rollout_memory.json")
-    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.work:
-        print(json.dumps(work(arguments.work, arguments)))
-        return
-    options = [f"--prompts={arguments.prompts}", f"--tokens={arguments.tokens}"]
+    folder = Path(tempfile.gettempdir())
+    arguments = harness.options(__doc__, directory=folder, prompts=100_000, tokens=2_000, output="rollout_memory")
     with tempfile.TemporaryDirectory(dir=arguments.directory) as scratch:
-        command = [sys.executable, __file__, "--work", scratch, *options]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    values = {
-        "prompts": arguments.prompts,
-        "rollouts": 8,
-        "tokens": arguments.tokens,
-        "batch": BATCH,
-        **json.loads(done.stdout.splitlines()[-1]),
-    }
-    save_results(arguments.output, values)
+        found = harness.apart(work, Path(scratch), arguments)
+    values = {"prompts": arguments.prompts, "rollouts": 8, "tokens": arguments.tokens, "batch": BATCH, **found}
+    harness.report(arguments.output, harness.conditions(**values))
 
 
 if __name__ == "__main__":

@@ -8,15 +8,13 @@ The same rows three times: in groups of equal size; in groups of 1 to 8 rows, in
 and in an order in which no two neighbours are of one size, so that each prompt's gradient is computed by itself.
 """
 
-import argparse
-import json
 import tempfile
-from pathlib import Path
 
+import harness
 import torch
 from gradients import measure
 from peers import DIM, our_way
-from workload import GROUP, ROOT, build_trainer, draw_groups, installed, machine
+from workload import GROUP, build_trainer, conditions, draw_groups
 
 
 SIZES = [size for size in range(1, GROUP + 1) for _ in range(4)]  # of 32 groups, 144 rows
@@ -29,13 +27,9 @@ def regrouped(groups, sizes):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rounds", type=int, default=9)
-    arguments = parser.parse_args()
+    arguments = harness.options(__doc__, {"device": ("cpu", "cuda")}, device="cpu", rounds=9)
     arguments.dtype, arguments.shape, arguments.rank, arguments.tokens = torch.float32, "small", 8, 64
     arguments.prompts = sum(SIZES) // GROUP
-    torch.set_num_threads(1)
     orders = {
         "groups of equal size": [GROUP] * arguments.prompts,
         "groups of 1 to 8 rows, as they are packed": SIZES,
@@ -48,20 +42,8 @@ def main():
         for name, sizes in orders.items():
             _, found = measure({name: our_way(DIM)}, trainer, regrouped(rows, sizes), arguments)
             results |= found
-    document = {
-        "conditions": {
-            "machine": machine(arguments.device),
-            "rounds": arguments.rounds,
-            "prompts": len(SIZES),
-            "rows": sum(SIZES),
-            "tokens": arguments.tokens,
-            "versions": installed(("torch", "transformers", "trl", "peft", "trl-learnalign")),
-        },
-        "ways": results,
-    }
-    output = Path(ROOT / "benchmarks" / "results" / f"unequal_{arguments.device}.json")
-    output.write_text(json.dumps(document, indent=1) + "\n")
-    print(f"wrote {output}")
+    found = conditions(arguments, "rounds", "tokens", prompts=len(SIZES), rows=sum(SIZES))
+    harness.report(harness.RESULTS / f"unequal_{arguments.device}.json", {"conditions": found, "ways": results})
 
 
 if __name__ == "__main__":

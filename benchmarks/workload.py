@@ -1,21 +1,18 @@
-"""A model of random weights, a trainer around it, and rollouts: what the cost benchmarks run on."""
+"""A model of random weights, a trainer around it, and rollouts; what a call costs: what cost benchmarks share."""
 
-import json
-import platform
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+import time
 
+import harness
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from policies import GROUP, POLICY, arguments_of, trainer_of
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
-from trl import GRPOConfig, GRPOTrainer
 
 from trl_learnalign.host.groups import Row
 
 
-ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {
     "small": {
         "hidden_size": 256,
@@ -34,35 +31,29 @@ SHAPES = {
         "vocab_size": 151936,
     },
 }
-GROUP = 8
 
 
 def build_trainer(arguments, output_dir):
     torch.manual_seed(0)
     config = Qwen2Config(**SHAPES[arguments.shape], max_position_embeddings=4096, tie_word_embeddings=True)
     model = Qwen2ForCausalLM(config).to(arguments.dtype)
-    args = GRPOConfig(
-        output_dir=output_dir,
-        use_cpu=arguments.device == "cpu",
-        bf16=False,
-        gradient_checkpointing=False,
-        per_device_train_batch_size=GROUP,
-        num_generations=GROUP,
-        report_to="none",
-        save_strategy="no",
-    )
+    args = arguments_of(output_dir, use_cpu=arguments.device == "cpu", per_device_train_batch_size=GROUP)
     # Random B: the gradient of A is 0 where B is, which would flatter every projection
-    lora = LoraConfig(r=arguments.rank, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-    trainer = GRPOTrainer(
-        model=model,
-        reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
-        args=args,
-        train_dataset=Dataset.from_dict({"prompt": ["1"] * GROUP}),
-        processing_class=AutoTokenizer.from_pretrained(ROOT / "examples" / "assets" / "tiny-policy"),
-        peft_config=lora,
-    )
+    lora = {"r": arguments.rank, "target_modules": "all-linear", "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    rows = Dataset.from_dict({"prompt": ["1"] * GROUP})
+    trainer = trainer_of((model, AutoTokenizer.from_pretrained(POLICY)), no_reward, args, rows, lora=lora)
     trainer.model.train()  # there is no dropout
     return trainer
+
+
+def conditions(arguments, *names, **more) -> dict:
+    """On what, and with which of the arguments, a cost was measured."""
+    found = harness.conditions(**{name: getattr(arguments, name) for name in names}, **more)
+    return found | ({"machine": torch.cuda.get_device_name()} if arguments.device == "cuda" else {})
+
+
+def no_reward(completions, **kwargs):
+    return [0.0] * len(completions)
 
 
 def draw_groups(arguments) -> list[list[Row]]:
@@ -84,34 +75,21 @@ def draw_groups(arguments) -> list[list[Row]]:
     return groups
 
 
-def machine(device):
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()
+def flops(call):
+    """Floating point operations of matrix products; and what the call returns."""
+    with FlopCounterMode(display=False) as counter:
+        found = call()
+    return counter.get_total_flops(), found
 
 
-def installed(names):
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def save_results(output, values):
-    """Writes what a benchmark has measured, and on what, and prints it."""
-    versions = installed(("torch", "transformers", "trl", "peft", "trl-learnalign"))
-    text = json.dumps(values | {"machine": machine("cpu"), "versions": versions}, indent=1)
-    output.write_text(text + "\n", encoding="utf-8")
-    print(text)
+def seconds(call, device="cpu"):
+    """How long a call takes, a GPU's work included."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    started = time.perf_counter()
+    call()
+    wait()
+    return time.perf_counter() - started
 
 
 def peak_bytes(call, device="cpu"):

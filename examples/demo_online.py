@@ -13,12 +13,9 @@ trainer, the other has the three lines that choose every batch of prompts online
 import argparse
 import copy
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
-from queue import Empty
 
-import matplotlib
 import numpy as np
 import torch
 from datasets import Dataset
@@ -26,24 +23,16 @@ from demo import POLICY, SAMPLES, success
 from equations import equations_reward, generate_chains, load_gsm8k_equations
 from hard_pool import COIN, EQUATION, HARD, TRIVIAL, hard_pool
 from peft import LoraConfig
-from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+from side_by_side import Watch, draw, print_table, train_both
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler
 
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-
 PROMPTS, GROUP = 16, 8  # of a step; rollouts of a prompt
 SHARES = {EQUATION: 0.25, HARD: 0.27, TRIVIAL: 0.15, COIN: 0.33}  # of the pool
-ARMS = {"uniform": "random prompts", "online": "LearnAlign online"}
-COLOURS = {"uniform": "#000000", "online": "#D55E00"}
-WINDOW = 10  # steps
-LOOKS = 5  # at held-out success, after the first
 
 
 def load(arguments) -> tuple[Dataset, Dataset]:
@@ -60,46 +49,24 @@ def load(arguments) -> tuple[Dataset, Dataset]:
 
 
 class Reward:
-    """1 for a right answer, and on coins by chance; keeps the kinds of the prompts of the last step."""
+    """1 for a right answer, and on coins by chance; keeps which groups of the last step were coins, or live."""
 
     __name__ = "right"
 
     def __init__(self, seed):
-        self.random, self.kinds, self.live = np.random.default_rng(seed), np.zeros(0), np.zeros(0)
+        self.random, self.chance, self.live = np.random.default_rng(seed), np.zeros(0), np.zeros(0)
 
     def __call__(self, completions, answer, kind, **kwargs):
-        rewards, kinds = np.array(equations_reward(completions, answer)), np.array(kind)
-        rewards[kinds == COIN] = self.random.random((kinds == COIN).sum()) < 0.5
-        self.kinds, self.live = kinds[::GROUP], rewards.reshape(-1, GROUP).std(axis=1) > 0
+        rewards, coins = np.array(equations_reward(completions, answer)), np.array(kind) == COIN
+        rewards[coins] = self.random.random(coins.sum()) < 0.5
+        self.chance, self.live = coins[::GROUP], rewards.reshape(-1, GROUP).std(axis=1) > 0
         return rewards.tolist()
 
 
-class Watch(TrainerCallback):
-    """Tells the main process of each step, and of held-out success after every part of the run."""
-
-    def __init__(self, arm, test, steps, messages, reward):
-        self.arm, self.test, self.messages, self.reward = arm, test, messages, reward
-        self.due = {round(steps * part / LOOKS) for part in range(LOOKS + 1)}
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.look(0, **kwargs)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "frac_reward_zero_std" in logs:
-            coins = self.reward.kinds == COIN
-            self.messages.put(("step", self.arm, (coins.mean(), (self.reward.live & ~coins).mean())))
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.look(state.global_step, **kwargs)
-
-    def look(self, step, model=None, processing_class=None, **kwargs):
-        if step in self.due:
-            training = model.training
-            with torch.random.fork_rng(devices=[]):  # training draws as it would without the look
-                merged = copy.deepcopy(model).merge_and_unload()  # faster than with the adapter beside the weights
-                rate = success(merged, processing_class, self.test).mean().item()
-            model.train(training)
-            self.messages.put(("look", self.arm, (step, rate)))
+def held_out(model, tokenizer, test) -> float:
+    """Success at temperature 1."""
+    merged = copy.deepcopy(model).merge_and_unload()  # faster than with the adapter beside the weights
+    return success(merged, tokenizer, test).mean().item()
 
 
 def train(arm, arguments, messages) -> None:
@@ -136,80 +103,11 @@ def train(arm, arguments, messages) -> None:
         train_dataset=pool,
         processing_class=AutoTokenizer.from_pretrained(POLICY),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
-        callbacks=[Watch(arm, test, arguments.steps, messages, reward)],
+        callbacks=[Watch(arm, arguments.steps, messages, reward, partial(held_out, test=test))],
         **options,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-
-
-def watch(runs, messages, steps) -> tuple[dict, dict]:
-    """
-    Shows both runs until they end. Returns, of each, by step the share of the rollouts on coins and of live groups
-    that are no coins; and success by step.
-    """
-    shares, looks = {arm: [] for arm in ARMS}, {arm: {} for arm in ARMS}
-    bars = {
-        arm: tqdm(total=steps, desc=f"{name:17s}", unit="step", position=i)
-        for i, (arm, name) in enumerate(ARMS.items())
-    }
-    while True:
-        ended = all(run.done() for run in runs)
-        try:
-            while True:
-                kind, arm, value = messages.get(timeout=0.5)
-                if kind == "step":
-                    shares[arm].append(value)
-                    bars[arm].update()
-                else:
-                    looks[arm][value[0]] = value[1]
-                coins = f"on chance {np.mean(shares[arm][-20:], axis=0)[0]:.0%}, " if shares[arm] else ""
-                bars[arm].set_postfix_str(f"{coins}held-out success {[*looks[arm].values()][-1]:.3f}")
-        except Empty:
-            pass
-        if ended or any(run.done() and run.exception() for run in runs):
-            break
-    for bar in bars.values():
-        bar.close()
-    for run in runs:
-        run.result()  # raises what a run raised
-    return {arm: np.array(found) for arm, found in shares.items()}, looks
-
-
-def curve(looks) -> list[tuple[int, float]]:
-    """Rollouts and success."""
-    return [(PROMPTS * GROUP * step, rate) for step, rate in sorted(looks.items())]
-
-
-def rollouts_to(points, goal) -> float | None:
-    """Rollouts until a curve is at `goal`, on the line between two looks; None if it never is."""
-    for (start, before), (stop, after) in zip(points, points[1:], strict=False):
-        if after >= goal:
-            return start + max(0.0, goal - before) / max(after - before, 1e-9) * (stop - start)
-    return None
-
-
-def draw(shares, looks, path) -> None:
-    """Held-out success, and the share of the rollouts that chance decided, against rollouts."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
-    for arm, name in ARMS.items():
-        rollouts, rates = zip(*curve(looks[arm]), strict=True)
-        left.plot(rollouts, 100 * np.array(rates), marker="o", color=COLOURS[arm], label=name)
-        coins = shares[arm][:, 0]
-        smooth = [np.mean(coins[max(0, end - WINDOW) : end]) for end in range(1, len(coins) + 1)]
-        right.plot(
-            PROMPTS * GROUP * np.arange(1, len(smooth) + 1), 100 * np.array(smooth), color=COLOURS[arm], label=name
-        )
-    left.set_ylabel("held-out success, %")
-    right.set_ylabel(f"decided by chance, %, mean of {WINDOW} steps")
-    right.set_ylim(0, 100)
-    for axes in (left, right):
-        axes.set_xlabel("rollouts generated")
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def main():
@@ -227,30 +125,12 @@ def main():
         f"A pool of {len(pool):,} prompts: equations, others too hard, others trivial, and a third decided by chance. "
         f"{len(test)} equations held out. Two runs of {arguments.steps} steps, {PROMPTS} prompts x {GROUP} rollouts"
     )
-    context = get_context("spawn")
-    with context.Manager() as manager, ProcessPoolExecutor(len(ARMS), mp_context=context) as processes:
-        messages = manager.Queue()
-        runs = [processes.submit(train, arm, arguments, messages) for arm in ARMS]
-        shares, looks = watch(runs, messages, arguments.steps)
+    shares, looks = train_both(train, arguments)
     figure = arguments.output_dir / "success.png"
-    draw(shares, looks, figure)
+    draw(shares, looks, PROMPTS * GROUP, figure)
 
-    steps = sorted(looks["uniform"])
     print(f"\nHeld-out success at temperature 1 ({len(test)} prompts, {SAMPLES} samples each)")
-    counts = "".join(f"{PROMPTS * GROUP * step:8,d}" for step in steps)
-    print(f"  after rollouts   {counts}   by chance   live, no chance")
-    for arm, name in ARMS.items():
-        rates = "".join(f"{looks[arm][step]:8.3f}" for step in steps)
-        coins, live = shares[arm].mean(axis=0)
-        print(f"  {name:17s}{rates}   {coins:9.0%}   {live:15.0%}")
-    total = PROMPTS * GROUP * arguments.steps
-    needed = rollouts_to(curve(looks["online"]), looks["uniform"][arguments.steps])
-    print(
-        "  With LearnAlign online the final success of random prompts is not reached."
-        if needed is None
-        else f"  With LearnAlign online the final success of random prompts is reached after {needed:,.0f} rollouts, "
-        f"{needed / total:.0%} of theirs (one run each)."
-    )
+    print_table(shares, looks, PROMPTS * GROUP, arguments.steps)
     print(f"\nTotal: {time.perf_counter() - started:.0f} s")
     print(f"The figure: {figure}")
     print(

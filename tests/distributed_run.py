@@ -169,7 +169,12 @@ def run_online(task, path, seen, **kwargs):
     if task == "online reward returns texts" and rank == 1:
         seen.reward = lambda completions, row, **kwargs: ["1.0"] * len(row)
     aligned = task.endswith("online aligned")  # else nothing depends on gradients, whose last digits may differ
+    refills = {}
+    if task.endswith("online refilled"):  # three groups of four, the second of which is on both
+        settings["per_device_train_batch_size"] = 6
+        refills = {"max_refills": 9, "replay_share": 0.34, "replay_groups": 4}
     choice = online(
+        **refills,
         prompt_features=aligned or task == "online with hidden states",
         score="learnalign" if aligned else "learnability",
     )
@@ -194,6 +199,17 @@ def run_online(task, path, seen, **kwargs):
             raise OSError("no space left")
         return original(*args)
 
+    if refills:
+        result["trained"] = trained = []
+        prepare = trainer._prepare_inputs
+
+        def prepares(inputs):
+            batch = prepare(inputs)
+            advantages, items = batch["advantages"], int(batch["num_items_in_batch"])
+            trained.append((len(advantages), bool((advantages == 0).all()), items))
+            return batch
+
+        trainer._prepare_inputs = prepares
     trainer.add_callback(Fault())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "write_arrays", full)
@@ -207,6 +223,8 @@ def run_online(task, path, seen, **kwargs):
     for accumulation in (1, 2):
         trainer.args.gradient_accumulation_steps = accumulation
         result["warnings"].append(schedule.warning(10))
+    logs = trainer.state.log_history
+    result["replayed"] = sum(entry.get("learnalign/replayed", 0) for entry in logs)
     values, arrays = split(schedule.state_dict())
     result["state"] = [values, {name: array.astype(str).tolist() for name, array in arrays.items()}]
     return trainer, result
@@ -242,10 +260,19 @@ def main(task, path):
             target = dataset.select(range(1, 20, 3)).add_column("task", list("abcabca"))
             choice = config(score="target", target_dataset=target, target_column="task", quota_column="kind")
             result["indices"] = select_prompts(trainer, choice).indices
+        case "select by influence":  # with sums over the features of all processes
+            dataset = make_dataset(23)
+            trainer = make_trainer(path, reward=seen, dataset=dataset, **kwargs)
+            choice = {"target_dataset": dataset.select(range(1, 20, 3)), "diversity": "gradients"}
+            result["indices"] = select_prompts(trainer, config(score="influence", **choice)).indices
         case "select parts":  # groups of eight, of which a process generates three at once
             kwargs = {"per_device_train_batch_size": 3, "num_generations": 3}
             trainer = make_trainer(path, reward=seen, dataset=make_dataset(7), **kwargs)
             result["indices"] = select_prompts(trainer, config(num_prompts=4)).indices
+        case "select by a race":  # whose later rounds are dealt anew, and sent to the process of the first
+            trainer = make_trainer(path, reward=seen, dataset=make_dataset(23), **kwargs)
+            choice = config(projection_dim=1024, rollouts="racing", num_prompts=3, save_rollouts=True)
+            result["indices"] = select_prompts(trainer, choice).indices
         case "select few":  # fewer prompts than processes have batches: a rank has no prompt of its own
             trainer = make_trainer(path, reward=seen, dataset=make_dataset(3), per_device_train_batch_size=32)
             result["indices"] = select_prompts(trainer, config(num_prompts=2)).indices
@@ -317,6 +344,8 @@ def main(task, path):
             | "online with hidden states"
             | "online aligned"
             | "resume online aligned"
+            | "online refilled"
+            | "resume online refilled"
             | "online differs"
             | "online draws otherwise"
             | "online asks otherwise"

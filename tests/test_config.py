@@ -40,9 +40,14 @@ OTHERS = (ScriptArguments, GRPOConfig, ModelConfig)
         ("score", "learn", "`score` is .learn., but must be one of learnalign, alignment, learnability, target"),
         ("learnability", "std", "must be one of success_rate, variance"),
         ("gradient_rollouts", "some", "must be one of all, one_correct"),
+        ("gradient_direction", "sign", "must be one of plain, adam"),
+        ("target_checkpoints", [], "must be a list of one or more directories, each once, but is \\[\\]"),
+        ("target_checkpoints", ["a", "a"], "each once, but is"),
         ("after_warmup", "stop", "must be one of continue, restart"),
         ("success_threshold", float("nan"), "must be a finite number, but is nan"),
         ("success_threshold", "1", "must be a finite number, but is '1'"),
+        ("review_every", 1, "`review_every` is 1, but must be at least 2. Use None for passes that have all"),
+        ("replay_groups", 0, "`replay_groups` is 0"),
         ("reselect_every", 0, "`reselect_every` is 0.*must be positive"),
         ("reselect_every", float("inf"), "must be a finite number"),
     ],
@@ -60,12 +65,14 @@ ANY = (*SELECTED, ROLLED_OUT[3])
 GRADIENTS = ({"score": "alignment"}, {"score": "learnalign", "learnability": "variance"})
 ANSWERED = ({"score": "confidence"}, {"score": len, "score_measures": ["likelihood"]})
 OTHERWISE = {"score": "learnability"}
+TARGETED = ({"score": "target_alignment", "target_dataset": "target.jsonl"},)
 METHOD = {"schedule": "mopps"}  # a published one
 # Of each field another value, with what it acts, and with what it has no effect
 EFFECTS = {
     "num_prompts": (5, SELECTED, (*ROLLED_OUT[3:], METHOD)),
     "warmup_prompts": (5, SELECTED, ROLLED_OUT[3:]),
     "num_rollouts": (4, ROLLED_OUT[:3], (*FREE, *ROLLED_OUT[3:])),
+    "rollouts": ("racing", ROLLED_OUT[:3], (*FREE, *ROLLED_OUT[3:])),
     "rollout_batch_prompts": (4, ROLLED_OUT[:3], (*FREE, *ROLLED_OUT[3:])),
     "score": ("learnability", ({}, ROLLED_OUT[3]), (METHOD,)),
     "score_measures": (["rollouts"], FREE[2:], ()),
@@ -77,23 +84,28 @@ EFFECTS = {
         (*ROLLED_OUT, METHOD, {"learnability": "variance"}),
         (*FREE, {"schedule": "online", "learnability": "variance"}),
     ),
-    "success_reward": ("right", (*ROLLED_OUT, METHOD), FREE),
+    "success_reward": ("right", (*ROLLED_OUT, METHOD, {"score": "random", "review_every": 2}), FREE),
     "gradient_rollouts": ("one_correct", GRADIENTS, (*FREE, OTHERWISE, OWN, *ROLLED_OUT[3:])),
     "projection_dim": (None, GRADIENTS, (*FREE, OTHERWISE, OWN, *ROLLED_OUT[3:])),
     "max_tokens_per_batch": (50, GRADIENTS, (*FREE, OTHERWISE, OWN, *ROLLED_OUT[3:])),
     "candidate_prompts": (2000, SELECTED, ROLLED_OUT[3:]),
+    "candidate_score": ("random", ({"candidate_prompts": 2000},), ()),
     "reselect_every": (2.0, SELECTED, ROLLED_OUT[3:]),
+    "review_every": (3, SELECTED, (*ROLLED_OUT[3:], METHOD)),
     "after_warmup": ("restart", SELECTED, ({"warmup_prompts": 0}, *ROLLED_OUT[3:])),
     "deduplicate": (True, ANY, ()),
-    "target_dataset": ("target.jsonl", ({"score": "target"},), ()),
+    "target_dataset": ("target.jsonl", ({"score": "target"}, {"score": "influence"}), ()),
     "target_column": (
         "task",
         ({"score": "target", "target_dataset": "target.jsonl"}, {"score": "target", "schedule": "online"}),
         (),
     ),
+    "target_checkpoints": (["run/checkpoint-1"], TARGETED, (OTHERWISE, {}, *ROLLED_OUT[3:])),
+    "gradient_direction": ("adam", TARGETED, (OTHERWISE, {}, *ROLLED_OUT[3:])),
     "where": ("row < 3", (*ANY, METHOD), ()),
     "quota_column": ("source", SELECTED, ROLLED_OUT[3:]),
     "quota": ("equal", ({"quota_column": "source"},), ({}, *ROLLED_OUT[3:])),
+    "diversity": ("hidden_states", SELECTED[1:], ({"score": "random"}, *ROLLED_OUT[3:])),
     "take": ("proportional", SELECTED[1:], ({"score": "random"}, *ROLLED_OUT[3:])),
     "prompt_order": ("ranked", SELECTED, ROLLED_OUT[3:]),
     "fold": (7, ({"prompt_order": "folding"},), ({}, {"prompt_order": "ranked"}, *ROLLED_OUT[3:])),
@@ -105,6 +117,9 @@ EFFECTS = {
     "group_column": ("source", (*ROLLED_OUT[3:], {"schedule": "sec"}, {"schedule": "dump"}), (*SELECTED, METHOD)),
     "pass_rate_column": ("rate", ROLLED_OUT[3:], (*SELECTED, METHOD)),
     "drop_dead_groups": (False, ROLLED_OUT[3:], SELECTED),
+    "max_refills": (2, (*ROLLED_OUT[3:], METHOD), SELECTED),
+    "replay_share": (0.5, (*ROLLED_OUT[3:], METHOD), SELECTED),
+    "replay_groups": (8, ({"schedule": "online", "replay_share": 0.5},), (*SELECTED, METHOD)),
 }
 
 
@@ -149,8 +164,8 @@ def test_every_field_is_explained_once_with_its_type_and_default():
     for field, (name, kinds, default) in zip(fields, heads, strict=True):
         assert eval(default or "None") == field.default, name
         annotation = LearnAlignConfig.__annotations__[name]  # a TrlParser overwrites `field.type`
-        kind = (typing.get_args(annotation) or (annotation,))[0]
-        kind = str if typing.get_origin(annotation) is typing.Literal else kind
+        kind = next(iter(typing.get_args(annotation)), annotation)
+        kind = str if isinstance(kind, str) or typing.get_origin(kind) is typing.Literal else kind
         assert kinds.startswith(f"`{kind.__name__ if isinstance(kind, type) else kind}`"), name
         assert (
             field.metadata["help"] % {} == explanations(LearnAlignConfig)[name].replace("%%", "%")

@@ -91,8 +91,10 @@ TASKS = (
     *(
         "select",
         "select few",
+        "select by a race",
         "select parts",
         "select for a target",
+        "select by influence",
         "select with RLOO",
         "train",
         "train workers",
@@ -112,12 +114,14 @@ TASKS = (
     *("nothing to learn on one", "taps", "checkpoint fails"),
     *("online", "online with hidden states", "online aligned", "online differs", "online cannot write"),
     "gradients",
+    "online refilled",
     *("online draws otherwise", "online asks otherwise", "online reward returns texts"),
 )
 AGAIN = {
     "save": "resume",
     "online": "resume online",
     "online aligned": "resume online aligned",
+    "online refilled": "resume online refilled",
     "gradients": "resume gradients",
     "reward fails": "select",
     "reward fails in a part": "select",
@@ -156,7 +160,7 @@ def load(path):
     return Selection.load(next((path / "learnalign").glob("step-*")))
 
 
-@pytest.mark.parametrize("task", ["select", "select few", "select parts", "select for a target", "select with RLOO"])
+@pytest.mark.parametrize("task", [task for task in TASKS if task.startswith("select")])
 def test_selection_is_the_same_for_any_number_of_processes(tmp_path, first, on_four, task, tally):
     runs = {1: (tmp_path, [alone(task, tmp_path)]), 2: first[task]} | ({4: on_four[task]} if task in on_four else {})
     one = load(tmp_path)
@@ -169,9 +173,10 @@ def test_selection_is_the_same_for_any_number_of_processes(tmp_path, first, on_f
         rolled_out = Counter(row for rank in ranks for row in rank["rows"])
         assert set(rolled_out) == set(one.scores["index"].to_pylist())
         # a process with no prompt of its own left rolls out another's, and drops the result
-        assert min(rolled_out.values()) == (8 * processes if task == "select few" else 8)
+        least = {"select few": 8 * processes, "select by a race": 2}.get(task, 8)
+        assert min(rolled_out.values()) == least
         tally[f"selections on {processes} processes"] += 1
-        if task == "select":
+        if task in ("select", "select by a race"):
             files, table = rollouts_of(path)
             shards = [f"rollouts-{rank:05d}-of-{processes:05d}.parquet" for rank in range(processes)]
             assert files == (shards if processes > 1 else ["rollouts.parquet"])
@@ -486,6 +491,18 @@ def test_an_online_run_by_the_gradients_of_both_processes(first, again):
     assert values["curriculum"]["alignment"]["trusted"] and len(arrays["curriculum/alignment/sketches"]) >= 8
     for rank, resumed in zip(ranks, again["online aligned"], strict=True):
         assert resumed["rows"] == rank["rows"][-7 * 8 :] and resumed["state"] == rank["state"]
+
+
+def test_batches_are_refilled_and_replayed_alike_on_both_processes(first, again):
+    """Also where a group is on both, and a run that is resumed."""
+    _, (one, two) = first["online refilled"]
+    assert one["state"] == two["state"] and len(one["rows"]) == len(two["rows"]) > 10 * 4
+    numbers = [batch for rank in (one, two) for batch in rank["trained"]]
+    assert {size for size, _, _ in numbers} == {6} and not any(dead for _, dead, _ in numbers)
+    assert one["replayed"] == two["replayed"] > 5  # groups
+    assert [items for *_, items in one["trained"]] == [items for *_, items in two["trained"]]
+    for rank, resumed in zip((one, two), again["online refilled"], strict=True):
+        assert resumed["state"] == rank["state"] and resumed["trained"] == rank["trained"][3:]
 
 
 def test_an_online_run_resumed_on_two_processes_or_on_one(tmp_path, first, again):

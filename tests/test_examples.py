@@ -275,6 +275,17 @@ def test_demo_online(tmp_path):
 
 
 @pytest.mark.slow
+def test_demo_chat(tmp_path):
+    make_model().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    command = [sys.executable, EXAMPLES / "demo_chat.py", "--output_dir", tmp_path, "--steps", "5"]
+    output, _ = run(*command, apart=True)
+    for line in ("of which 25% can only be guessed", "after rollouts", "LearnAlign online", "by chance", "Total:"):
+        assert line in output
+    assert (tmp_path / "success.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
 def test_a_process_of_the_demo_that_fails_ends_it(tmp_path):
     command = [sys.executable, EXAMPLES / "demo_online.py", "--output_dir", "/dev/null/runs", "--pool", "40"]
     ended = subprocess.run([*map(str, command), "--steps", "2", "--test", "4"], capture_output=True, text=True)

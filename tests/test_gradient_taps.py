@@ -1,6 +1,7 @@
 """Gradients of groups from training's own backward passes, against one plain backward per group."""
 
 import re
+from collections import Counter
 from contextlib import contextmanager
 
 import numpy as np
@@ -287,6 +288,38 @@ def test_gradients_come_before_the_rewards_of_the_next_chunk(tmp_path):
         assert [(one.number, one.row) for one in gradients] == rewarded
         live = [len({*fixed_reward([""] * 4, [row] * 4)}) > 1 for _, row in rewarded]
         assert [bool(one.sketch.any()) for one in gradients] == live and 0 < sum(live) < 8
+
+
+class ByRow(Oracle):
+    """By chunk and row of the dataset, told by the prompt; and how many rollouts it has there."""
+
+    def _take(self, rows, inputs):
+        prompts = [self.trainer.processing_class.decode(ids, skip_special_tokens=True) for ids in inputs["prompt_ids"]]
+        texts, known = [prompt.replace(" ", "") for prompt in prompts], self.trainer.train_dataset["prompt"][:]
+        vars(self).setdefault("counts", []).append(Counter(known.index(text) for text in texts))
+        super()._take([4 * known.index(text) for text in texts], inputs)
+
+
+@pytest.mark.parametrize("settings", [{"max_refills": 3}, {"replay_share": 0.25}])
+def test_gradients_of_batches_from_several_generations(tmp_path, settings):
+    """Groups that take the places of dead ones have their own, and replayed groups none that is given."""
+    trainer = make_trainer(tmp_path, reward=fixed_reward, per_device_train_batch_size=32, max_steps=4)
+    trainer.add_callback(LearnAlignCallback(trainer, LearnAlignSampler(online(**settings), schedule=Wants)))
+    oracle = ByRow(trainer)
+    trainer.train()
+    given = [event for event in trainer.learnalign.schedule.events if isinstance(event[0], Gradient)]
+    compared, moved = 0, 0
+    for part, exact, counts in zip(given, oracle.chunks, oracle.counts, strict=False):
+        moved += max(one.number for one in part) - min(one.number for one in part) > 7
+        assert len({one.number for one in part}) == len(part)
+        for row in {one.row for one in part}:
+            own = [torch.from_numpy(one.sketch).double() for one in part if one.row == row]
+            if 4 * len(own) == counts[row]:  # else it is replayed as well
+                torch.testing.assert_close(sum(own), sketched(trainer, exact[row]), rtol=1e-3, atol=1e-6)
+                compared += len(own)
+    replays = "replay_share" in settings
+    assert [len(part) for part in given] == ([8, 6, 6] if replays else [8] * 3)
+    assert compared > 12 if replays else (compared, moved > 0) == (24, True)
 
 
 def saved(path, schedule=Wants, **changes):

@@ -100,10 +100,11 @@ def lengths_of(tasks):
     return {index: np.array([len(row) for row in rows], int) for index, rows in tasks.items()}
 
 
-def source_of(trainer, dim, tasks, path, max_tokens=None):
+def source_of(trainer, dim, tasks, path, max_tokens=None, moments=None):
     prepare(path, key := f"{dim} {max_tokens}")
-    log = Log(path, key, trainer.accelerator.process_index)
-    return GradientFeatures(find_host(trainer), dim, 0, lengths_of(tasks), tasks.__getitem__, log, max_tokens)
+    log, host = Log(path, key, trainer.accelerator.process_index), find_host(trainer)
+    lengths, rows = lengths_of(tasks), tasks.__getitem__
+    return GradientFeatures(host, dim, 0, lengths, rows, log, max_tokens, moments=moments)
 
 
 def features_of(trainer, tasks, tmp_path, dim=None, max_tokens=None):

@@ -1,10 +1,12 @@
 """Prompts with images: chosen where no gradient is taken, refused where one is, from wherever they come."""
 
+import re
+
 import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
-from tiny import config, grpo_args, lora, make_tokenizer, parity_reward, tool_calls
+from tiny import config, grpo_args, lora, make_tokenizer, online, parity_reward, tool_calls
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, Qwen2Config
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -49,7 +51,7 @@ class Model(LlavaForConditionalGeneration):
         return super().forward(input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, **kwargs)
 
 
-def train(path, images=False, score="learnability", **kwargs):
+def make(path, choice, images=False, cls=LearnAlignGRPOTrainer, **kwargs):
     processor = make_processor()
     image_token = processor.tokenizer.convert_tokens_to_ids("<image>")
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
@@ -77,7 +79,7 @@ def train(path, images=False, score="learnability", **kwargs):
     rows = [{"prompt": [{"role": "user", "content": f"{i}+1="}]} for i in range(8)]
     if images:
         rows = [row | {"image": picture(i)} for i, row in enumerate(rows)]
-    trainer = LearnAlignGRPOTrainer(
+    return cls(
         model=model,
         args=grpo_args(
             path, max_steps=2, max_completion_length=40, generation_kwargs={"suppress_tokens": [image_token]}
@@ -85,9 +87,13 @@ def train(path, images=False, score="learnability", **kwargs):
         train_dataset=Dataset.from_list(rows),
         processing_class=processor,
         peft_config=lora(target_modules=["q_proj", "v_proj"]),
-        train_sampler=LearnAlignSampler(config(num_prompts=4, warmup_prompts=0, score=score)),
+        train_sampler=LearnAlignSampler(choice),
         **({"reward_funcs": parity_reward} | kwargs),
     )
+
+
+def train(path, images=False, score="learnability", **kwargs):
+    trainer = make(path, config(num_prompts=4, warmup_prompts=0, score=score), images, **kwargs)
     if "tools" in kwargs:  # TRL 1.8 cannot train on images that tools show
         return select_prompts(trainer, trainer._get_train_sampler().config)
     trainer.train()
@@ -127,6 +133,31 @@ SOURCES = {
 def test_prompts_with_images_are_selected_without_gradients(tmp_path, source):
     selection = train(tmp_path, **SOURCES[source])
     assert len(selection.indices) == 4 and selection.num_learnable() >= 4
+
+
+class Looks(LearnAlignGRPOTrainer):
+    """Notes number and picture of each prompt that it trains on."""
+
+    def _compute_loss(self, model, inputs):
+        for ids, pixels in zip(inputs["prompt_ids"], inputs["pixel_values"], strict=True):
+            number = int(re.search("([0-9])[+]", self.processing_class.decode(ids).replace(" ", ""))[1])
+            vars(self).setdefault("seen", []).append((number, round(pixels[0].mean().item(), 3)))
+        return super()._compute_loss(model, inputs)
+
+
+def test_a_refilled_batch_has_the_pictures_of_its_prompts(tmp_path):
+    def odd(prompts, completions, **kwargs):
+        numbers = [int(prompt[0]["content"][-1]["text"][0]) for prompt in prompts]
+        return [float(number % 2 and place % 2) for place, number in enumerate(numbers)]
+
+    trainer = make(tmp_path, online(max_refills=9), True, Looks, reward_funcs=odd)
+    trainer.train()
+    red = {i: trainer.processing_class.image_processor(picture(i), return_tensors="pt") for i in range(8)}
+    assert len(trainer.seen) == 32 and all(number % 2 for number, _ in trainer.seen)
+    assert all(value == round(red[i]["pixel_values"][0, 0].mean().item(), 3) for i, value in trainer.seen)
+    assert sum(entry.get("learnalign/refills", 0) for entry in trainer.state.log_history) > 0
+    with pytest.raises(ValueError, match="Rollouts with num_images, pixel_values cannot be kept for replay"):
+        make(tmp_path / "replay", online(replay_share=0.5), True).train()
 
 
 @pytest.mark.parametrize("source", ["environment", "tool"])

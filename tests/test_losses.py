@@ -3,6 +3,7 @@
 import inspect
 import re
 
+import numpy as np
 import pytest
 import torch
 from test_gradients import features_of
@@ -10,7 +11,7 @@ from tiny import config, make_dataset, make_trainer, online
 from trl import GRPOTrainer
 
 from trl_learnalign import LearnAlignCallback, LearnAlignSampler, host, select_prompts
-from trl_learnalign.host import objective
+from trl_learnalign.host import find_host, objective
 from trl_learnalign.host.groups import Row
 from trl_learnalign.host.objective import LOSS_TYPES
 
@@ -155,14 +156,17 @@ def test_settings_that_cut_ratios(tmp_path, settings):
         assert_same_direction(feature, gradient_of_training(trainer, tasks[index]))
 
 
-def test_the_gradient_itself_where_no_other_prompt_enters_the_divisor(tmp_path):
-    for loss_type in ("grpo", "dr_grpo", "luspo"):
+def test_the_gradient_itself_of_a_batch_of_one_group(tmp_path):
+    """Times the factor of losses whose divisor counts the tokens of the batch."""
+    for loss_type in LOSS_TYPES:
         level = "sequence" if loss_type == "luspo" else "token"
         trainer = make_trainer(tmp_path / loss_type, loss_type=loss_type, importance_sampling_level=level)
         tasks = groups()
         for index, feature in features(trainer, tasks, tmp_path / loss_type).items():
             expected = gradient_of_training(trainer, tasks[index])
-            torch.testing.assert_close(feature, expected, rtol=1e-4, atol=1e-6)
+            scale = find_host(trainer).scale_alone(np.mean([sum(row.loss_mask) for row in tasks[index]]))
+            assert (scale == 1.0) == (loss_type in ("grpo", "dr_grpo", "luspo", "sapo"))
+            torch.testing.assert_close(feature * scale, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_entropies_are_compared_with_those_of_rollouts_without_an_advantage(tmp_path, monkeypatch):

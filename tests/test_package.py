@@ -172,6 +172,7 @@ OWN = {"GRPOTrainer": {"grpo", "objective"}, "RLOOTrainer": {"rloo"}, "SDPOTrain
 # Not every trainer has these, so each is asked for first
 OPTIONAL = {"chat_template", "environment_factories", "ref_model", "rollout_func", "tools", "_batch_environments"}
 OPTIONAL |= {"_entropy_bonus_enabled", "aux_loss_enabled", "entropy_coef", "use_adaptive_entropy"}
+OPTIONAL |= {"pad_to_multiple_of"}
 
 
 def kinds():
@@ -242,13 +243,16 @@ def test_a_trainer_that_lacks_a_name_of_a_role_is_refused_when_it_is_built(tmp_p
 
 
 def test_nothing_that_is_read_can_run_code():
-    """No pickle, no `torch.load`, no `eval`, no remote code."""
+    """No pickle, no `torch.load` but of weights alone, no `eval`, no remote code."""
     for file in SOURCES:
+        safe = set()
         for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and "weights_only=True" in map(ast.unparse, node.keywords):
+                safe.add(node.func)  # which are walked after it
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
                 assert not names & {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "subprocess"}, file
-            if isinstance(node, ast.Attribute):
+            if isinstance(node, ast.Attribute) and node not in safe:
                 assert (ast.unparse(node.value), node.attr) != ("torch", "load"), file
             if isinstance(node, ast.Name):
                 assert node.id not in {"eval", "exec", "__import__"}, file

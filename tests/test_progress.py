@@ -8,6 +8,7 @@ from test_curriculum import assert_equal
 
 from trl_learnalign.curriculum import Group, OnlineCurriculum, OnlineSettings, pack, unpack
 from trl_learnalign.curriculum.progress import Progress
+from trl_learnalign.curriculum.shares import raised
 from trl_learnalign.schedules.online import LEARNALIGN
 
 
@@ -186,6 +187,7 @@ def test_prompts_of_no_kind_and_the_log():
     "settings, words",
     [
         ({"idle_factor": 0.0}, "must be above 0, and 1 at most"),
+        ({"least_kind_share": 1.0}, "must be at least 0 and below 1"),
         ({"idle_window": 2.0}, "must be between 0 and 1"),
         ({"least_idle_window": 0}, "must be at least 1"),
     ],
@@ -206,3 +208,46 @@ def test_the_report_says_which_kinds_are_held_back():
     assert [one["idle"] for one in found] == idle.tolist() and idle[GUESSED:].any() and not idle.all()
     page = kinds_section(found, "source", graded=False)
     assert all((f"kind {kind} (held back)" in page) == held for kind, held in enumerate(idle))
+
+
+def drawn_shares(logs, kinds, number):
+    weights = np.exp(logs - logs[np.isfinite(logs)].max())
+    return np.array([weights[kinds == kind].sum() for kind in range(-1, number)]) / weights.sum()
+
+
+def test_a_kind_that_is_alive_gets_a_part_of_its_share():
+    """Against shares raised one by one, the others scaled, until none is below its part; order inside a kind stays."""
+    random = np.random.default_rng(0)
+    for trial in range(30):
+        number = 6
+        kinds = random.integers(-1, number, 300).astype(np.int16)
+        logs = random.normal(0, 4, 300) - 3 * kinds
+        logs[random.random(300) < 0.3] = -np.inf
+        logs[kinds == 4] = -np.inf  # none of them can be drawn now
+        success = np.where(kinds == 2, 0.01, 0.5)  # hardly ever solved
+        sizes, part = random.integers(20, 80, number), random.choice([0.2, 0.5, 0.9])
+        found = raised(logs, success, kinds, sizes, part)
+        shares, least = drawn_shares(logs, kinds, number), np.append(0, part * sizes / sizes.sum())
+        least[[3, 5]] = 0.0  # kinds 2 and 4
+        held = {}
+        while (low := [i for i, share in enumerate(shares) if share < least[i] - 1e-12]) and len(held) < number:
+            held[low[0]] = least[low[0]]
+            rest = sum(share for i, share in enumerate(shares) if i not in held)
+            shares = [held.get(i, share * (1 - sum(held.values())) / rest) for i, share in enumerate(shares)]
+        assert drawn_shares(found, kinds, number) == pytest.approx(np.array(shares), abs=1e-9), trial
+        one = np.isfinite(logs) & (kinds == 1)
+        assert np.ptp(found[one] - logs[one]) < 1e-9 and np.array_equal(np.isfinite(found), np.isfinite(logs))
+    assert raised(logs, success, kinds, sizes, 0.0) is logs
+    nothing = np.full(300, -np.inf)
+    assert raised(nothing, success, kinds, sizes, 0.5) is nothing
+
+
+def test_what_is_held_back_is_drawn_now_and_then():
+    """A kind at one half that never rises, such as one that is slow to learn: half of its share, about."""
+    found, guessed = {}, SIZES[GUESSED:].sum() / SIZES.sum()
+    for part in (0.0, 0.5):
+        worlds = [Questions(seed, decided=True, least_kind_share=part) for seed in range(2)]
+        for world in worlds:
+            world.run()
+        found[part] = np.mean([world.got[GUESSED:].sum() / world.got.sum() for world in worlds])
+    assert found[0.0] < 0.5 * guessed < found[0.5] < 0.8 * guessed

@@ -5,13 +5,14 @@ import shutil
 
 import numpy as np
 import pytest
-from tiny import Seen, assert_same_weights, drawn, fixed_reward, make_dataset, make_trainer, weights
+from tiny import Seen, assert_same_weights, drawn, fixed_reward, make_dataset, make_trainer, parity_reward, weights
 
 from trl_learnalign import LearnAlignConfig
 from trl_learnalign.curriculum import Group, pack, unpack
+from trl_learnalign.data.order import RandomOrder
 from trl_learnalign.host import find_host
 from trl_learnalign.schedules import PUBLISHED, Run
-from trl_learnalign.schedules.published import DUMP, GRESO, LFR, SEC, base
+from trl_learnalign.schedules.published import ADEPT, DUMP, GRESO, LFR, SEC, base
 from trl_learnalign.schedules.published.insight import mutual_information
 
 
@@ -231,10 +232,90 @@ def test_lfr_goes_through_all_then_the_hard_half_then_all_then_the_hardest(host)
     assert schedule.metrics()["forgotten"] == pytest.approx(lost / len(solved)) and LFR.focus == (0.5, 0.3)
 
 
+@pytest.mark.parametrize("name", ["adept", pytest.param("adept_thompson", marks=pytest.mark.slow)])
+def test_adept_chooses_the_passes_over_each_generated_batch_and_is_resumed_exactly(tmp_path, name):
+    """One chunk is a step: a chunk is generated for once, and trained on as often as the bandit said then."""
+    changes = {"dataset": rows(), "save_strategy": "steps", "save_steps": 3, "max_steps": 12}
+    seen = Seen(fixed_reward)
+    whole = make_trainer(tmp_path / "whole", settings(name), reward=seen, **changes)
+    chunks = drawn(whole)
+    whole.train()
+    generated = [seen.rows[first : first + 16] for first in range(0, len(seen.rows), 16)]
+    order = RandomOrder(SIZE, 7)
+    assert [row for part in generated for row in part[::4]] == [order[place] for place in range(4 * len(generated))]
+    found, start, runs = [], 0, []  # of each chunk that was generated for: its return, its first step and passes
+    for part in generated:
+        same = [chunks[chunk] == part[::4] for chunk in range(start, 12)]
+        runs.append((start, same.index(False) if False in same else 12 - start))
+        start += runs[-1][1]
+        found.append(np.mean(fixed_reward([None] * 16, part)))
+    assert start == 12
+    logged = [log["learnalign/passes"] for log in whole.state.log_history if "learnalign/passes" in log]
+    assert logged[:-1] == [passes for _, passes in runs][:-1]  # the last may be cut by the end
+    if name == "adept":
+        assert [passes for _, passes in runs[:3]] == [3, 2, 1]
+        for j, (first, passes) in enumerate(runs[:-1]):  # drawn when the batch before was read, not yet generated for
+            known = [(runs[i - 1][1], found[i]) for i in range(1, j) if runs[i][0] <= first - 2]
+            bounds = []
+            for arm in (3, 2, 1):
+                last = [one for of, one in known if of == arm][-10:]
+                number = 1 + sum(other == arm for _, other in runs[:j])
+                bounds.append(np.mean(last or [0]) + 0.5 * math.sqrt(math.log(j + 1) / number))
+                bounds[-1] = bounds[-1] if number > 1 else math.inf
+            assert passes == (3, 2, 1)[int(np.argmax(bounds))]
+    boundary = next(first for first, _ in runs if first and first % 3 == 0)
+    shutil.copytree(tmp_path / f"whole/checkpoint-{boundary}", tmp_path / f"again/checkpoint-{boundary}")
+    again = make_trainer(tmp_path / "again", settings(name), reward=fixed_reward, **changes)
+    again.train(resume_from_checkpoint=str(tmp_path / f"again/checkpoint-{boundary}"))
+    assert_same_weights(weights(whole), weights(again))
+    for key, value in whole.learnalign.schedule.state_dict().items():
+        assert np.array_equal(again.learnalign.schedule.state_dict()[key], value, equal_nan=True), key
+
+
+def test_adept_with_one_number_of_passes_trains_as_trl_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(ADEPT, "passes", (2,))
+    changes = {"dataset": rows(), "max_steps": 6, "reward": parity_reward, "gradient_accumulation_steps": 2}
+    ours = make_trainer(tmp_path / "ours", settings("adept"), per_device_train_batch_size=8, **changes)
+    ours.train()
+    trls = make_trainer(tmp_path / "trls", num_iterations=2, per_device_train_batch_size=8, **changes)
+    trls.train()
+    assert_same_weights(weights(ours), weights(trls))
+    assert ours.num_iterations == 1  # as it was
+
+
+def test_thompson_has_the_mean_and_deviation_of_each_number_of_passes(host):
+    """As the authors' code keeps them: the mean of the last returns of all is what an arm gets."""
+    schedule, random = made("adept_thompson", host), np.random.default_rng(0)
+    known, last = {0: [], 1: [], 2: []}, []
+    for arm in random.integers(0, 3, 60):
+        last.append(random.random())
+        schedule.reward(int(arm), last[-1])
+        known[int(arm)].append(np.mean(last[-10:]))
+    for arm, values in known.items():
+        assert schedule.arrays["mean"][arm] == pytest.approx(np.mean(values))
+        squares = 1 + np.sum((values - np.mean(values)) ** 2)  # of the deviation at first, and of the returns
+        assert schedule.arrays["deviation"][arm] == pytest.approx(math.sqrt(squares / len(values)))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"num_iterations": 2}, "`num_iterations` is 2, but `schedule='adept'` chooses it"),
+        (
+            {"gradient_accumulation_steps": 4, "steps_per_generation": 2},
+            r"`steps_per_generation` \(2\) is no multiple of `gradient_accumulation_steps` \(4\)",
+        ),
+    ],
+)
+def test_adept_refuses_passes_that_are_not_its_own(tmp_path, changes, words):
+    with pytest.raises(ValueError, match=words):
+        make_trainer(tmp_path, settings("adept"), dataset=rows(), **changes)
+
+
 # What they have in common ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if not name.startswith("adept")])
 def test_a_run_is_resumed_exactly(tmp_path, name):
     """Through the trainer: prompts, what is known of them, and weights; the log has the live share."""
     changes = {"dataset": rows(), "save_strategy": "steps", "save_steps": 2, "max_steps": 6, "reward": fixed_reward}

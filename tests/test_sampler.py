@@ -215,6 +215,7 @@ def test_unbound_sampler_says_what_to_do():
         (lambda s: s.update(drawn="4"), "damaged: of '4' chunks"),
         (lambda s: s["in_flight"].update(rows=np.zeros((2, 4), int)), "damaged.*2 x 4 rows"),
         (lambda s: s["in_flight"].update(rows=np.full((2, 3), 12)), "names row 12.*12 rows"),
+        (lambda s: s.update(next=11), "damaged: 11 prompts were drawn for 4 chunks"),
         (lambda s: s["state"].update(drawn=-1), "damaged"),
     ],
 )
@@ -246,7 +247,7 @@ def test_draws_in_flight_are_answered_from_the_checkpoint(repeats, read_ahead):
         found = again.chunk(i)
         assert len(found) == 3 and (found == drawn[i] or i < trained)
         if i >= trained:
-            groups = again.stream.groups(i, np.zeros((12, 1)))
+            groups = again.stream.groups(again.stream.draws(i), np.zeros((12, 1)))
             assert [(group.number, group.row) for group in groups] == [*enumerate(drawn[i], 3 * i)]
     del again.schedule.choose
     assert again.chunk(7) == sampler.chunk(7)
@@ -280,6 +281,6 @@ def test_ranks_reach_the_stream(order):
     folding = {"fold": 2} if order == "folding" else {}
     sampler = bound({"prompt_order": order, **folding})
     sampler.schedule.accept(2, [7, 1, 9, 4, 11])
-    expected = [7, 1, 9, 4, 11] if order == "ranked" else [7, 9, 11, 1, 4]
+    expected = [7, 1, 9, 4, 11] if order == "ranked" else [11, 9, 7, 4, 1]
     stream = [index for i in range(2, 12) for index in sampler.chunk(i)]
     assert stream == (expected * 6)[:30]

@@ -215,14 +215,16 @@ def test_a_draw_in_proportion(tmp_path):
     assert all(table_of(first).loc[i, "learnability"] > 0 for i in first.indices)
 
 
-def test_folding_goes_through_the_ranking_again_and_again(tmp_path):
-    """DELT: positions 0, 3, 6, then 1, 4, 7, then 2, 5 of the ranking, in every epoch."""
+def test_folding_goes_through_rising_scores_again_and_again(tmp_path):
+    """DELT: positions 0, 3, 6, then 1, 4, 7, then 2, 5, counted from the lowest score, in every epoch."""
     seen = Seen()
     settings = config(score="column:grade", warmup_prompts=0, prompt_order="folding", fold=3)
     trainer = make_trainer(tmp_path, settings, reward=seen, dataset=graded(), num_train_epochs=2)
     trainer.train()
     ranked = Selection.load(tmp_path / "learnalign/step-000000").indices
-    folded = [ranked[position] for position in (0, 3, 6, 1, 4, 7, 2, 5)]
+    rising = sorted(ranked, key=lambda row: graded()["grade"][row])
+    assert rising == ranked[::-1]
+    folded = [rising[position] for position in (0, 3, 6, 1, 4, 7, 2, 5)]
     assert seen.rows[:: trainer.num_generations] == folded * 2
 
 

@@ -27,8 +27,8 @@ def select(path, monkeypatch=None, **settings):
     if monkeypatch is not None:
         original = alignments.features_of
 
-        def seen(context, rolled_out, log):
-            source = original(context, rolled_out, log)
+        def seen(context, rolled_out, log, *moments):
+            source = original(context, rolled_out, log, *moments)
             kind = "target" if log.path.name == "target-gradients" else "pool"
             computed = source._computed
 

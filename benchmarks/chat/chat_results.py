@@ -10,23 +10,22 @@ is given; with --unfinished from those that are under way, too, as far as they h
 are added to that file.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from statistics import fmean
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import harness
 import numpy as np
-
-
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from pages import points, table
+from pages import columns, points, table
 from questions import GUESSED, KINDS, POOLS, SHARES
+from results import end, gains, of, paired, rates
 
 
-FILE = ROOT / "benchmarks" / "results" / "chat.json"
+FILE = harness.RESULTS / "chat.json"
 GROUP = 8
 ARMS = {
     "random": "random prompts",
@@ -41,8 +40,10 @@ ARMS = {
 
 def read(folder: Path) -> dict:
     """Read a run of run.py: looks, and of each half of the steps the groups and the live groups of each kind."""
-    looks = [json.loads(line) for line in (folder / "looks.jsonl").read_text().splitlines()]
-    steps = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+    looks, steps = (
+        [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("looks", "steps")
+    )
     halves: dict = {"groups": [], "live": []}
     for half in (steps[: len(steps) // 2], steps[len(steps) // 2 :]):
         kinds = np.array([kind for step in half for kind in step["kinds"]], int)
@@ -51,9 +52,8 @@ def read(folder: Path) -> dict:
         halves["live"].append(np.bincount(kinds[live], minlength=len(KINDS)).tolist())
     found = {"looks": looks, "steps": len(steps), "halves": halves}
     found["update_norm"] = round(fmean(step["update_norm"] for step in steps), 4)
-    done = folder / "done.json"
-    if done.is_file():
-        conditions = json.loads(done.read_text())
+    conditions = harness.read(folder / "done.json")
+    if conditions is not None:
         logged = conditions.pop("logged")
         found["grad_norm"] = round(fmean(value for value in logged["grad_norm"] if value is not None), 4)
         found["entropy"] = round(fmean(logged["entropy"][-10:]), 4)
@@ -61,40 +61,23 @@ def read(folder: Path) -> dict:
     return found
 
 
-def load(folders: list[Path], unfinished=False, kept=True) -> dict:
+def load(folders=(), unfinished=False, kept=True) -> list[dict]:
     """Read the runs in these folders, and those that are `kept` and not there: by pool, arm and seed."""
-    found: dict = {}
-    for run in json.loads(FILE.read_text(encoding="utf-8"))["runs"] if kept and FILE.is_file() else []:
-        found.setdefault(run["pool"], {}).setdefault(run["arm"], {})[run["seed"]] = run
+    runs = harness.read(FILE, {"runs": []})["runs"] if kept else []
+    found = {(run["pool"], run["arm"], run["seed"]): run for run in runs}
     for folder in sorted(one for runs in folders for one in runs.glob("*/*-*")):
-        steps = folder / "steps.jsonl"
-        if steps.is_file() and steps.stat().st_size and folder.parent.name in POOLS:
+        steps, pool = folder / "steps.jsonl", folder.parent.name
+        if steps.is_file() and steps.stat().st_size and pool in POOLS:
             arm, seed = folder.name.rsplit("-", 1)
-            run = {"pool": folder.parent.name, "arm": arm, "seed": int(seed)} | read(folder)
+            run = {"pool": pool, "arm": arm, "seed": int(seed)} | read(folder)
             if unfinished or "conditions" in run:
-                found.setdefault(run["pool"], {}).setdefault(arm, {})[run["seed"]] = run
-    return {
-        pool: {arm: dict(sorted(found[pool][arm].items())) for arm in sorted(found[pool], key=_place)}
-        for pool in POOLS
-        if pool in found
-    }
+                found[pool, arm, int(seed)] = run
+    return [found[key] for key in sorted(found, key=_place)]
 
 
-def _place(arm):
-    return [*ARMS, arm].index(arm)
-
-
-def collect(runs: dict) -> None:
-    """Write the finished runs to the file of results."""
-    finished = [
-        run for arms in runs.values() for seeds in arms.values() for run in seeds.values() if "conditions" in run
-    ]
-    FILE.write_text(json.dumps({"runs": finished}, indent=1) + "\n", encoding="utf-8")
-
-
-def means(run) -> list[float]:
-    """Return the mean success on the questions held out at each look."""
-    return [look["mean"] for look in run["looks"]]
+def _place(key):
+    pool, arm, seed = key
+    return [*POOLS].index(pool), [*ARMS, arm].index(arm), arm, seed
 
 
 def by_kind(run) -> dict[str, float]:
@@ -102,25 +85,9 @@ def by_kind(run) -> dict[str, float]:
     return {kind: rate for kind, rate in run["looks"][-1].items() if kind in KINDS}
 
 
-def pairs(arms, arm, other="random") -> list[tuple[dict, dict]]:
-    """Return the runs of an arm, each with that of another arm of the same seed that has come as far."""
-    both = [(run, arms[other][seed]) for seed, run in arms.get(arm, {}).items() if seed in arms.get(other, {})]
-    return [(run, second) for run, second in both if len(run["looks"]) == len(second["looks"])]
-
-
-def gains(arms, arm, other="random", over_run=False) -> list[float]:
-    """Return by how much an arm's success is above another's: at the last look, or the mean over all but the first."""
-    value = (lambda run: fmean(means(run)[1:])) if over_run else (lambda run: means(run)[-1])
-    return [value(run) - value(second) for run, second in pairs(arms, arm, other)]
-
-
-def reached(arms, arm, other="random") -> list[float | None]:
-    """Return the part of a run after which a look is not below the other's last, `None` for never."""
-    found = []
-    for run, second in pairs(arms, arm, other):
-        steps = [look["step"] for look in run["looks"] if look["mean"] >= means(second)[-1]]
-        found.append(steps[0] / run["steps"] if steps else None)
-    return found
+def over_run(run) -> float:
+    """Return mean success over all looks but the first."""
+    return fmean(rates(run)[1:])
 
 
 def on_guesses(run) -> float:
@@ -129,96 +96,79 @@ def on_guesses(run) -> float:
     return float(groups[[KINDS.index(kind) for kind in GUESSED]].sum() / groups.sum())
 
 
-def _name(arm):
-    return ARMS.get(arm, arm)
+def counts(runs, name) -> np.ndarray:
+    """Return the groups, or the live ones, of each kind in each half of these runs, shape (2, kinds)."""
+    return np.sum([run["halves"][name] for run in runs], axis=0)
 
 
-def table_of_success(arms: dict) -> str:
-    """Return success at each look, means over the seeds, and differences to random prompts."""
-    steps = max((run["looks"] for runs in arms.values() for run in runs.values()), key=len)
-    rows = []
-    for arm, runs in arms.items():
-        parts = [f"{fmean(part):.3f}" for part in zip(*map(means, runs.values()), strict=False)]
-        parts += [""] * (len(steps) - len(parts))
-        known = arm != "random" and pairs(arms, arm)
-        ends = [points(gains(arms, arm), ".3f"), points(gains(arms, arm, over_run=True), ".3f")] if known else ["", ""]
-        rows.append([_name(arm), ", ".join(map(str, runs)), *parts, *ends])
-    head = ["prompts chosen by", "seeds", *(f"step {look['step']}" for look in steps)]
-    return table([*head, "over random at the end", "mean over the run"], rows)
+def tables(runs, pool) -> list[str]:
+    """
+    Return four tables of a pool, a row for each arm, means over the seeds: success at each look, success by kind at
+    the end, the share of each kind of the rollouts in the second half (and how many groups were live), and what steps
+    were like.
+    """
+    arms = [*dict.fromkeys(run["arm"] for run in runs if run["pool"] == pool)]
+    own = {arm: of(runs, pool, arm) for arm in arms}
+    both = {arm: paired(runs, pool, arm, "random") if arm != "random" else [] for arm in arms}
+    looks = max((run["looks"] for runs in own.values() for run in runs), key=len)
 
+    def step(arm, place):
+        found = [*zip(*map(rates, own[arm]), strict=False)][place : place + 1]
+        return f"{fmean(found[0]):.3f}" if found else ""
 
-def table_of_kinds(arms: dict) -> str:
-    """Return success by kind at the last look, means over the seeds."""
-    names = [*by_kind(next(iter(next(iter(arms.values())).values())))]
-    rows = [
-        [_name(arm), *(f"{fmean(by_kind(run)[kind] for run in runs.values()):.2f}" for kind in names)]
-        for arm, runs in arms.items()
-    ]
-    return table(["prompts chosen by", *names], rows)
-
-
-def table_of_shares(arms: dict, pool: str) -> str:
-    """Return the share of each kind of the rollouts in the second half of the runs, and how many groups were live."""
-    kinds, total = [KINDS.index(kind) for kind in POOLS[pool]], sum(POOLS[pool].values())
-    rows = [["the pool", *(f"{number / total:.2f}" for number in POOLS[pool].values())]]
-    for arm, runs in arms.items():
-        groups, live = (
-            np.sum([run["halves"][name][1] for run in runs.values()], axis=0) for name in ("groups", "live")
-        )
-        cells = [f"{groups[k] / groups.sum():.2f} ({live[k] / groups[k]:.2f})" if groups[k] else "0.00" for k in kinds]
-        rows.append([_name(arm), *cells])
-    return table(["prompts chosen by", *POOLS[pool]], rows)
-
-
-def table_of_steps(arms: dict) -> str:
-    """Return live share, share of guessed questions, norms, entropy and KL divergence, means over the seeds."""
-
-    def mean(runs, name):
-        values = [run[name] for run in runs if name in run]
+    def mean(arm, name):
+        values = [run[name] for run in own[arm] if name in run]
         return f"{fmean(values):.2f}" if values else ""
 
-    rows = []
-    for arm, by_seed in arms.items():
-        runs = [*by_seed.values()]
-        groups, live = (np.sum([run["halves"][name] for run in runs], axis=0) for name in ("groups", "live"))
-        learnt = [k for k, kind in enumerate(KINDS) if kind in SHARES]
-        rows.append(
-            [
-                _name(arm),
-                *(f"{live[half].sum() / groups[half].sum():.2f}" for half in (0, 1)),
-                f"{fmean(map(on_guesses, runs)):.2f}",
-                f"{live[:, learnt].sum() / groups.sum():.2f}",
-                *(mean(runs, name) for name in ("update_norm", "grad_norm", "entropy")),
-                f"{fmean(run['looks'][-1]['kl'] for run in runs):.2f}",
-            ]
-        )
-    return table(
-        "prompts chosen by | live groups, first half | second half | rollouts on guesses | live and no guess | norm "
-        "of an update | of a gradient | entropy at the end, nats a token | KL to the start, nats a token",
-        rows,
-    )
+    def live(arm, half):
+        return f"{counts(own[arm], 'live')[half].sum() / counts(own[arm], 'groups')[half].sum():.2f}"
+
+    def in_kind(arm, kind):
+        groups, live = (counts(own[arm], name)[1] for name in ("groups", "live"))
+        return f"{groups[kind] / groups.sum():.2f} ({live[kind] / groups[kind]:.2f})" if groups[kind] else "0.00"
+
+    def over(arm, value):
+        return points(gains(both[arm], 1, value), ".3f") if both[arm] else ""
+
+    names = {"prompts chosen by": lambda arm: ARMS.get(arm, arm)}
+    success = names | {"seeds": lambda arm: ", ".join(str(run["seed"]) for run in own[arm])}
+    success |= {f"step {look['step']}": lambda arm, n=n: step(arm, n) for n, look in enumerate(looks)}
+    success["over random at the end"] = lambda arm: over(arm, end)
+    success["mean over the run"] = lambda arm: over(arm, over_run)
+    kinds = names | {
+        kind: lambda arm, kind=kind: f"{fmean(by_kind(run)[kind] for run in own[arm]):.2f}"
+        for kind in by_kind(own[arms[0]][0])
+    }
+    total, learnt = sum(POOLS[pool].values()), [k for k, kind in enumerate(KINDS) if kind in SHARES]
+    shares = [["the pool", *(f"{number / total:.2f}" for number in POOLS[pool].values())]]
+    shares += [[ARMS.get(arm, arm), *(in_kind(arm, KINDS.index(kind)) for kind in POOLS[pool])] for arm in arms]
+    steps = names | {
+        "live groups, first half": lambda arm: live(arm, 0),
+        "second half": lambda arm: live(arm, 1),
+        "rollouts on guesses": lambda arm: f"{fmean(map(on_guesses, own[arm])):.2f}",
+        "live and no guess": lambda arm: "{:.2f}".format(
+            counts(own[arm], "live")[:, learnt].sum() / counts(own[arm], "groups").sum()
+        ),
+        "norm of an update": lambda arm: mean(arm, "update_norm"),
+        "of a gradient": lambda arm: mean(arm, "grad_norm"),
+        "entropy at the end, nats a token": lambda arm: mean(arm, "entropy"),
+        "KL to the start, nats a token": lambda arm: f"{fmean(end(run, 'kl') for run in own[arm]):.2f}",
+    }
+    first, second, last = (columns(labels, arms) for labels in (success, kinds, steps))
+    return [first, second, table(["prompts chosen by", *POOLS[pool]], shares), last]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, nargs="*", default=[Path("runs/chat")])
-    parser.add_argument("--unfinished", action="store_true")
-    parser.add_argument("--alone", action="store_true")
-    parser.add_argument("--collect", action="store_true")
-    options = parser.parse_args()
+    options = harness.options(__doc__, runs=[Path("runs/chat")], unfinished=False, alone=False, collect=False)
     found = load(options.runs, options.unfinished, kept=not options.alone)
-    for pool, arms in found.items():
-        tables = {
-            "success on questions held out": table_of_success(arms),
-            "success by kind at the last look": table_of_kinds(arms),
-            "share of the rollouts in the second half (live)": table_of_shares(arms, pool),
-            "steps": table_of_steps(arms),
-        }
+    heads = "success on questions held out", "success by kind at the last look"
+    heads += "share of the rollouts in the second half (live)", "steps"
+    for pool in dict.fromkeys(run["pool"] for run in found):
         print(f"## {pool}\n")
-        for name, text in tables.items():
-            print(f"{name}\n\n{text}\n")
+        for head, text in zip(heads, tables(found, pool), strict=True):
+            print(f"{head}\n\n{text}\n")
     if options.collect:
-        collect(found)
+        harness.write(FILE, {"runs": [run for run in found if "conditions" in run]})
 
 
 if __name__ == "__main__":

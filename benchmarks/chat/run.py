@@ -12,53 +12,33 @@ A step has 8 prompts x 8 rollouts of at most 12 tokens. It runs on a GPU where t
 with bfloat16 instructions it takes 15 to 25 s, a run of 60 steps some 25 minutes.
 """
 
-import argparse
-import fcntl
 import json
-import os
 import shutil
 import sys
 import time
-from dataclasses import replace
-from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import harness
 import numpy as np
 import torch
+from baselines import RefillingTrainer, sampler_of
 from datasets import Dataset
-from peft import LoraConfig
-from transformers import PrinterCallback, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
-
-
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT / "benchmarks" / "online")]
-
-from baselines import RefillingTrainer
+from harness import options, versions
 from model import load
+from policies import GROUP, arguments_of, trainer_of
 from questions import KINDS, POOLS, held_out, is_right, pool
-
-from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler
-from trl_learnalign.curriculum import OnlineSettings
-from trl_learnalign.schedules.online import LEARNALIGN, OnlineSchedule
+from transformers import TrainerCallback
 
 
-PROMPTS, GROUP, LENGTH, ROWS = 8, 8, 12, 16  # a step, a prompt, tokens, rows of a microbatch
+PROMPTS, LENGTH, ROWS = 8, 12, 16  # a step, tokens, rows of a microbatch
 SAMPLES = 3  # of a question held out
 PARTS = 0.2, 0.4, 0.6, 0.8, 1  # of a run, after which success is measured
 SAVE_STEPS = 5
-
-UNBOUND = replace(LEARNALIGN, kinds_count=False)  # as before kinds counted
-# Settings of LearnAlignConfig, and of the curriculum
-ONLINE = {
-    "online": ({"score": "learnability"}, None),
-    "learnalign online": ({"score": "learnalign"}, None),
-    "learnalign online without kinds": ({"score": "learnalign"}, UNBOUND),
-    "learnalign online on top": ({"score": "learnalign"}, OnlineSettings()),
-    "online in proportion": ({"score": "learnability"}, UNBOUND),
-}
-ARMS = ("random", "refill", *ONLINE)
+ARMS = ("random", "refill", "online", "learnalign online", "learnalign online without kinds")
+ARMS += ("learnalign online on top", "online in proportion")
 
 
 class Recorder:
@@ -82,7 +62,7 @@ class Looks(TrainerCallback):
 
     def __init__(self, recorder, folder, tokenizer, kinds, marks):
         self.recorder, self.folder, self.tokenizer, self.kinds, self.marks = recorder, folder, tokenizer, kinds, marks
-        self.test, self.before, self.log = held_out(), None, {}
+        self.test, self.before = held_out(), None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         # What a killed run wrote after its last checkpoint comes again
@@ -94,9 +74,6 @@ class Looks(TrainerCallback):
         if state.global_step == 0:
             self._look(0, model)
         self.before, self.started = _weights(model), time.perf_counter()
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        self.log = logs
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         now, weights = time.perf_counter(), _weights(model)
@@ -168,54 +145,27 @@ def _sample(model, tokenizer, prompts) -> tuple[list[str], float]:
     return texts, float(torch.cat(ratios).mean())
 
 
-def arguments_of(folder, steps, learning_rate, seed) -> GRPOConfig:
-    return GRPOConfig(
-        output_dir=str(folder / "trainer"),
-        use_cpu=not torch.cuda.is_available(),
+def build_trainer(arm, rows, reward, seed, folder, options, callbacks):
+    args = arguments_of(
+        folder / "trainer",
         bf16=True,
-        gradient_checkpointing=False,
         per_device_train_batch_size=ROWS,
         gradient_accumulation_steps=PROMPTS * GROUP // ROWS,
-        num_generations=GROUP,
         max_completion_length=LENGTH,
-        max_steps=steps,
-        learning_rate=learning_rate,
-        lr_scheduler_type="constant",
-        beta=0.0,
-        temperature=1.0,
-        logging_steps=1,
+        max_steps=options.steps,
+        learning_rate=options.learning_rate,
+        save_strategy="steps",
         save_steps=SAVE_STEPS,
         save_total_limit=1,
-        report_to="none",
-        disable_tqdm=True,
         seed=seed,
     )
-
-
-def build_trainer(arm, rows, reward, seed, folder, options, callbacks):
-    model, tokenizer = load(options.model)
-    kwargs, kind = {}, RefillingTrainer if arm == "refill" else GRPOTrainer
-    if arm in ONLINE:
-        settings, own = ONLINE[arm]
-        config = LearnAlignConfig(schedule="online", write_report=False, **settings)
-        schedule = partial(OnlineSchedule, settings=own)
-        kwargs["train_sampler"], kind = LearnAlignSampler(config, schedule=schedule), LearnAlignGRPOTrainer
-    trainer = kind(
-        model=model,
-        reward_funcs=reward,
-        args=arguments_of(folder, options.steps, options.learning_rate, seed),
-        train_dataset=rows,
-        processing_class=tokenizer,
-        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
-        callbacks=callbacks,
-        **kwargs,
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+    kind = RefillingTrainer if arm == "refill" else None
+    return trainer_of(load(options.model), reward, args, rows, callbacks, sampler_of(arm), kind)
 
 
 def run(arm, name, seed, folder, options) -> dict:
     """Train. Return what the trainer logged, a value a step."""
+    print(f"{name}, {arm}, seed {seed}", flush=True)
     questions = pool(name, seed).assign(row=lambda table: range(len(table)))
     rows = Dataset.from_list(questions.to_dict("records"))
     marks = [round(options.steps * part) for part in PARTS]
@@ -228,39 +178,19 @@ def run(arm, name, seed, folder, options) -> dict:
     logs = trainer.state.log_history
     names = ("grad_norm", "entropy", "frac_reward_zero_std")
     names = (*names, *sorted({key for log in logs for key in log if key.startswith("learnalign/")}))
-    return {key: [log.get(key) for log in logs if "entropy" in log] for key in names}
+    return {"logged": {key: [log.get(key) for log in logs if "entropy" in log] for key in names}}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/chat"))
-    parser.add_argument("--model", type=Path, default=Path("runs/chat/model"))
-    parser.add_argument("--arms", "--arm", nargs="+", choices=ARMS, default=["random", "online"])
-    parser.add_argument("--pools", "--pool", nargs="+", choices=POOLS, default=["short"])
-    parser.add_argument("--seeds", "--seed", nargs="+", type=int, default=[0])
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--learning_rate", type=float, default=3e-4)
-    options = parser.parse_args()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    conditions = {"steps": options.steps, "learning_rate": options.learning_rate}
-    conditions["versions"] = {name: version(name) for name in ("torch", "transformers", "trl", "peft")}
-    for name, seed, arm in [(n, s, a) for n in options.pools for s in options.seeds for a in options.arms]:
-        folder = options.output_dir / name / f"{arm.replace(' ', '-')}-{seed}"
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue  # another process has it
-            if (folder / "done.json").is_file():
-                continue
-            begun = folder / "conditions.json"
-            if begun.is_file() and json.loads(begun.read_text()) != conditions:
-                sys.exit(f"'{folder}' was begun under other conditions. Pass another --output_dir, or move it away.")
-            begun.write_text(json.dumps(conditions) + "\n")
-            print(f"{name}, {arm}, seed {seed}", flush=True)
-            logged = run(arm, name, seed, folder, options)
-            (folder / "done.json").write_text(json.dumps(conditions | {"logged": logged}) + "\n")
+    files = {"output_dir": Path("runs/chat"), "model": Path("runs/chat/model")}
+    cells = {"arms": ["random", "online"], "pools": ["short"], "seeds": [0]}
+    choices = {"arms": ARMS, "pools": POOLS}
+    arguments = options(__doc__, choices, **files, **cells, steps=60, learning_rate=3e-4)
+    conditions = {"steps": arguments.steps, "learning_rate": arguments.learning_rate, "versions": versions()}
+    for name, seed, arm in harness.cells(arguments):
+        folder = arguments.output_dir / name / f"{arm.replace(' ', '-')}-{seed}"
+        files = {"lock": folder / "lock", "begun": folder / "conditions.json"}
+        if harness.cell(folder / "done.json", conditions, run, arm, name, seed, folder, arguments, **files):
             shutil.rmtree(folder / "trainer", ignore_errors=True)
 
 

@@ -16,25 +16,34 @@ several machines and evenings.
 - `runs.json`: the conditions, the finished cells, and what warm-ups and selections took.
 """
 
-import argparse
-import json
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import pandas as pd
-from grid import MOVEMENT, RESULTS, read_data, without_repeated_steps
+from grid import MOVEMENT, RESULTS, without_repeated_steps
+from harness import DATASET, options, read, write
+from policies import read_equations
 
 from trl_learnalign import Selection
 
 
 COLUMNS = ["index", "success_rate", "alignment", "score", "completion_length_mean", "gradient_norm"]
+KEYS = {  # of each table: what a run of it is known by, and how it is sorted
+    "looks": (["seed", "arm", "size"], ["size", "arm", "seed", "step"]),
+    "movement": (["seed", "arm", "size"], ["arm", "seed", "index"]),
+    "scores": (["seed", "cold"], ["cold", "seed", "index"]),
+}
 
 
-def read(output_dir: Path):
-    looks, movement, cells, conditions = [], [], [], []
+def found_in(output_dir: Path):
+    looks, movement, cells, conditions, scores, costs = [], [], [], [], [], []
     for file in sorted(output_dir.glob("seed-*/*-*.json")):
-        run = json.loads(file.read_text())
+        run = read(file)
         keys = {name: run[name] for name in ("seed", "arm", "size")}
         cells.append([run["size"], run["seed"], run["arm"]])
         conditions.append(run["conditions"])
@@ -47,46 +56,29 @@ def read(output_dir: Path):
             movement.append(moved.assign(**keys))
     if any(one != conditions[0] for one in conditions):
         raise SystemExit(f"The runs in {output_dir} were made under different conditions. Move the older ones away.")
-    scores, costs = [], []
-    for path in sorted(output_dir.glob("seed-*/*/selection.json")):
-        if path.parent.name.endswith("under way"):
-            continue
-        seed, cold = int(path.parent.parent.name.removeprefix("seed-")), path.parent.name == "cold"
-        selection = Selection.load(path.parent)
-        table = selection.scores.to_pandas()[COLUMNS]
-        scores.append(table.assign(seed=seed, cold=cold).astype(dict.fromkeys(COLUMNS[1:], "float32")))
-        warm = path.parent.parent / "warm" / "done.json"
-        costs.append(
-            {
-                "seed": seed,
-                "cold": cold,
-                "warm_up": 0.0 if cold else json.loads(warm.read_text())["seconds"],
-                **selection.provenance["seconds"],
-                "chosen_learnable": selection.num_learnable(),
-            }
-        )
+    for path in sorted(file.parent for file in output_dir.glob("seed-*/*/selection.json")):
+        if not path.name.endswith("under way"):
+            seed, cold = int(path.parent.name.removeprefix("seed-")), path.name == "cold"
+            selection = Selection.load(path)
+            table = selection.scores.to_pandas()[COLUMNS]
+            scores.append(table.assign(seed=seed, cold=cold).astype(dict.fromkeys(COLUMNS[1:], "float32")))
+            warm_up = 0.0 if cold else read(path.parent / "warm" / "done.json")["seconds"]
+            cost = {"seed": seed, "cold": cold, "warm_up": warm_up, **selection.provenance["seconds"]}
+            costs.append(cost | {"chosen_learnable": selection.num_learnable()})
     frames = {
-        "looks": pd.DataFrame(looks),
-        "movement": pd.concat(movement) if movement else pd.DataFrame(),
-        "scores": pd.concat(scores) if scores else pd.DataFrame(),
+        name: pd.concat(parts or [pd.DataFrame()]) for name, parts in (("movement", movement), ("scores", scores))
     }
-    return conditions[0] if conditions else None, cells, costs, frames
+    return conditions[0] if conditions else None, cells, costs, {"looks": pd.DataFrame(looks), **frames}
 
 
 def merge(conditions, cells, costs, frames):
     """With what the results hold already, where the conditions are the same."""
-    saved = json.loads((RESULTS / "runs.json").read_text()) if (RESULTS / "runs.json").is_file() else None
+    saved = read(RESULTS / "runs.json")
     if saved is None or saved["conditions"] != conditions:
         return cells, costs, frames
-    cells = cells + [cell for cell in saved["cells"] if cell not in cells]
-    costs = costs + [
-        one for one in saved["costs"] if (one["seed"], one["cold"]) not in {(c["seed"], c["cold"]) for c in costs}
-    ]
-    for name, keys in (
-        ("looks", ["seed", "arm", "size"]),
-        ("movement", ["seed", "arm", "size"]),
-        ("scores", ["seed", "cold"]),
-    ):
+    known = {(cost["seed"], cost["cold"]) for cost in costs}
+    costs = costs + [cost for cost in saved["costs"] if (cost["seed"], cost["cold"]) not in known]
+    for name, (keys, _) in KEYS.items():
         file = RESULTS / f"{name}.parquet"
         if file.is_file():
             new, old = frames[name], pd.read_parquet(file)
@@ -94,7 +86,7 @@ def merge(conditions, cells, costs, frames):
                 known = set(map(tuple, new[keys].drop_duplicates().itertuples(index=False)))
                 old = old[[tuple(row) not in known for row in old[keys].itertuples(index=False)]]
             frames[name] = pd.concat([new, old])
-    return cells, costs, frames
+    return cells + [cell for cell in saved["cells"] if cell not in cells], costs, frames
 
 
 def redundancy(scores, pool, best=500) -> list[dict]:
@@ -111,56 +103,39 @@ def redundancy(scores, pool, best=500) -> list[dict]:
     )
     rows = []
     for name in ("any", "learnability", "inner", "alignment", "score", "distinct"):
-        found = []
+        found, column = [], "score" if name == "distinct" else name
         for _, group in table.groupby("seed"):
-            ranked = group.sort_values("score" if name == "distinct" else name, ascending=False, kind="stable")[
-                "index"
-            ]
+            ranked = group.sort_values(column, ascending=False, kind="stable")["index"]
             chosen = without_repeated_steps(ranked, best, pool) if name == "distinct" else ranked.head(best)
             steps = [step for index in chosen for step in prompts[index]]
             last = Counter(prompts[index][-1] for index in chosen)
-            found.append(
-                {
-                    "steps": len(steps) / best,
-                    "distinct_steps": len(set(steps)) / len(steps),
-                    "shared_last_step": sum(count for count in last.values() if count > 1) / best,
-                    "distinct_numbers": len(set(re.findall(r"\d+\.?\d*", " ".join(steps)))),
-                }
-            )
-        rows.append({"chosen_by": name, **{key: round(float(pd.DataFrame(found)[key].mean()), 3) for key in found[0]}})
+            numbers = {"steps": len(steps) / best, "distinct_steps": len(set(steps)) / len(steps)}
+            numbers["shared_last_step"] = sum(count for count in last.values() if count > 1) / best
+            numbers["distinct_numbers"] = len(set(re.findall(r"\d+\.?\d*", " ".join(steps))))
+            found.append(numbers)
+        means = pd.DataFrame(found).mean()
+        rows.append({"chosen_by": name, **{key: round(float(value), 3) for key, value in means.items()}})
     return rows
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/gsm8k_equations"))
-    parser.add_argument("--dataset_path", type=Path)
-    arguments = parser.parse_args()
-    conditions, cells, costs, frames = read(arguments.output_dir)
+    arguments = options(__doc__, output_dir=Path("runs/gsm8k_equations"), dataset_path=DATASET)
+    conditions, cells, costs, frames = found_in(arguments.output_dir)
     if conditions is None:
         raise SystemExit(f"No finished run in {arguments.output_dir}.")
     cells, costs, frames = merge(conditions, cells, costs, frames)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    keys = {
-        "looks": ["size", "arm", "seed", "step"],
-        "movement": ["arm", "seed", "index"],
-        "scores": ["cold", "seed", "index"],
-    }
     for name, frame in frames.items():
         if len(frame):
-            frame = frame.sort_values(keys[name], kind="stable").reset_index(drop=True)
+            frame = frame.sort_values(KEYS[name][1], kind="stable").reset_index(drop=True)
             for column in set(frame.columns) & {"before", "after", "samples"}:
                 frame[column] = frame[column].astype("int8")
             frame.to_parquet(RESULTS / f"{name}.parquet", compression="zstd", index=False)
     if arguments.dataset_path is not None and len(frames["scores"]):
-        rows = redundancy(frames["scores"], read_data(arguments)[0])
-        (RESULTS / "redundancy.json").write_text(json.dumps(rows, indent=1) + "\n")
-    summary = {
-        "conditions": conditions,
-        "cells": sorted(cells),
-        "costs": sorted(costs, key=lambda one: (one["cold"], one["seed"])),
-    }
-    (RESULTS / "runs.json").write_text(json.dumps(summary, indent=1) + "\n")
+        rows = redundancy(frames["scores"], read_equations(arguments.dataset_path)[0])
+        write(RESULTS / "redundancy.json", rows)
+    costs.sort(key=lambda one: (one["cold"], one["seed"]))
+    write(RESULTS / "runs.json", {"conditions": conditions, "cells": sorted(cells), "costs": costs})
     print(f"{len(cells)} runs in {RESULTS}")
 
 

@@ -10,12 +10,17 @@ reasons.py returns.
 import sys
 from pathlib import Path
 
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import harness  # noqa: F401
 import numpy as np
 import reasons
+from harness import ROOT
 from measures import (
     COMPARED,
     NAMES,
-    ROOT,
     WARMUP_STEPS,
     difference,
     full_size,
@@ -27,44 +32,35 @@ from measures import (
     sizes,
     steps_of,
 )
-
-
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-from pages import fill, publish, table
+from pages import columns, fill, publish, table
 
 
 PAGE = ROOT / "docs" / "evidence.md"
 
 
 def arms_table(size: int, step: int) -> str:
-    rows = []
-    for arm in (*COMPARED, "learnalign distinct", "staged", "full"):
-        of = full_size() if arm == "full" else size
-        sampled, greedy = measured(arm, of, step), measured(arm, of, step, "greedy")
-        if sampled:
-            gaps = (
-                "" if arm == base else points(difference(sampled, measured(base, size, step)))
-                for base in ("random", "filter")
-            )
-            rows.append([NAMES[arm], str(len(sampled)), mean(sampled), mean(greedy), *gaps])
-    return table("trained on | seeds | success, % | greedy, % | over random prompts | over the filter", rows)
+    def found(arm, way="sampled"):
+        return measured(arm, full_size() if arm == "full" else size, step, way)
+
+    def over(arm, base):
+        return "" if arm == base else points(difference(found(arm), measured(base, size, step)))
+
+    labels = {
+        "trained on": NAMES.get,
+        "seeds": lambda arm: len(found(arm)),
+        "success, %": lambda arm: mean(found(arm)),
+        "greedy, %": lambda arm: mean(found(arm, "greedy")),
+        "over random prompts": lambda arm: over(arm, "random"),
+        "over the filter": lambda arm: over(arm, "filter"),
+    }
+    return columns(labels, [arm for arm in (*COMPARED, "learnalign distinct", "staged", "full") if found(arm)])
 
 
 def by_size(share: int) -> str:
     """A table for each number of prompts, after a part of the steps."""
     steps = {size: steps_of(size) // share for size in sizes()}
-    return "\n\n".join(
-        f"**{size:,} prompts, {step} steps**\n\n{arms_table(size, step)}" for size, step in steps.items()
-    )
-
-
-def after_warm_up() -> str:
-    return by_size(1)
-
-
-def after_one_pass() -> str:
-    return by_size(2)
+    tables = (f"**{size:,} prompts, {step} steps**\n\n{arms_table(size, step)}" for size, step in steps.items())
+    return "\n\n".join(tables)
 
 
 def warm_up_counted() -> str:
@@ -258,7 +254,8 @@ def draw():
 
 
 def render() -> str:
-    return fill((HERE / "evidence.md.in").read_text(encoding="utf-8"), vars(reasons) | globals())
+    names = {"after_warm_up": lambda: by_size(1), "after_one_pass": lambda: by_size(2)}
+    return fill((HERE / "evidence.md.in").read_text(encoding="utf-8"), vars(reasons) | globals() | names)
 
 
 if __name__ == "__main__":

@@ -17,122 +17,56 @@ A finished run is a file in the output directory. A later call, or another one b
 there, and those that benchmarks/results/evidence holds with the same conditions. A run that is under way holds a lock.
 """
 
-import argparse
-import copy
-import fcntl
 import json
 import math
 import os
 import random
 import sys
 import time
-from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import harness
 import torch
-from demo import POLICY
-from equations import equations_reward, generate_chains, load_gsm8k_equations
-from peft import LoraConfig, PeftModel
-from train_tiny_policy import generate
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from equations import equations_reward
+from harness import DATASET, claimed, options, versions
+from measures import COMPARED, RESULTS, SLOW_ARMS
+from peft import PeftModel
+from policies import POLICY, load_policy, read_equations, tiny_trainer
+from policies import successes as rewards_of
+from transformers import TrainerCallback
 
-from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler, Selection, select_prompts
+from trl_learnalign import LearnAlignConfig, LearnAlignSampler, Selection, select_prompts
 from trl_learnalign.scores.maths import ranking
 
 
-RESULTS = ROOT / "benchmarks" / "results" / "evidence"
 WARMUP, CHUNK, SAMPLES, GLANCES = 300, 16, 8, 2
 SLOW = 0.2  # of the learning rate
 WARMUP_STEPS = math.ceil(WARMUP / CHUNK)
-ARMS = (
-    "none",
-    "warm-up",
-    "random",
-    "filter",
-    "learnability",
-    "alignment",
-    "learnalign",
-    "random cold",
-    "learnalign cold",
-    "full",
-    "staged",
-    "learnalign distinct",
-    "random slow",
-    "filter slow",
-    "learnability slow",
-    "learnalign slow",
-)
+ARMS = ("none", "warm-up", *COMPARED, "random cold", "learnalign cold", "full", "staged", "learnalign distinct")
+ARMS += tuple(f"{arm} slow" for arm in SLOW_ARMS)
 SIZES = (100, 500, 1000, 2000)
 CURVES_AT = 500  # the size whose runs are looked at more often
 MOVEMENT = {"size": 500, "arms": ("random", "learnalign"), "seeds": (0, 1), "others": 1000}
 
 
-def training_arguments(folder, learning_rate, steps, seed) -> GRPOConfig:
-    """16 prompts x 8 rollouts a step."""
-    return GRPOConfig(
-        output_dir=str(folder),
-        use_cpu=not torch.cuda.is_available(),
-        bf16=False,
-        gradient_checkpointing=False,
-        per_device_train_batch_size=8 * CHUNK,
-        num_generations=8,
-        max_completion_length=56,
-        learning_rate=learning_rate,
-        lr_scheduler_type="constant",
-        beta=0.0,
-        max_steps=steps,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        log_level="error",
-        dataloader_pin_memory=False,
-        seed=seed,
-    )
-
-
 def build_trainer(adapter, dataset, steps, seed, arguments, callbacks=(), sampler=None, rate=1.0):
-    model = AutoModelForCausalLM.from_pretrained(POLICY, dtype=torch.float32)
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    if adapter is not None:
-        model, lora = PeftModel.from_pretrained(model, adapter, is_trainable=True), None
     # Of its own, since an output directory that a run of ours is using is closed to others
     folder = arguments.output_dir / f"trainer-{os.getpid()}"
-    args = training_arguments(folder, rate * arguments.learning_rate, steps, seed)
-    trainer = (GRPOTrainer if sampler is None else LearnAlignGRPOTrainer)(
-        model=model,
-        reward_funcs=equations_reward,
-        args=args,
-        train_dataset=dataset,
-        processing_class=AutoTokenizer.from_pretrained(POLICY),
-        peft_config=lora,
-        callbacks=list(callbacks),
-        **({} if sampler is None else {"train_sampler": sampler}),
+    rate *= arguments.learning_rate
+    return tiny_trainer(
+        POLICY, adapter, equations_reward, folder, dataset, rate, steps, seed, callbacks, sampler=sampler
     )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 def successes(model, rows, samples=SAMPLES, greedy=True) -> dict[str, list[int]]:
     """Count, for every row, the successes among `samples` completions at temperature 1, and that of the greedy one."""
-    if isinstance(model, PeftModel):
-        model = copy.deepcopy(model).merge_and_unload()  # faster; the copy leaves the one in training as it is
-    tokenizer, state = AutoTokenizer.from_pretrained(POLICY), torch.get_rng_state()
-    torch.manual_seed(0)
-    prompts = [prompt for prompt in rows["prompt"] for _ in range(samples)]
-    answers = [answer for answer in rows["answer"] for _ in range(samples)]
-    rewards = torch.tensor(equations_reward(generate(model, tokenizer, prompts, do_sample=True), answers))
-    result = {"sampled": rewards.view(-1, samples).sum(1).int().tolist()}
+    tokenizer = load_policy()[1]
+    result = {"sampled": rewards_of(model, tokenizer, rows, samples)[0].sum(1).astype(int).tolist()}
     if greedy:
-        completions = generate(model, tokenizer, list(rows["prompt"]), do_sample=False)
-        result["greedy"] = [int(reward) for reward in equations_reward(completions, list(rows["answer"]))]
-    torch.set_rng_state(state)
+        result["greedy"] = rewards_of(model, tokenizer, rows, 0)[0][:, 0].astype(int).tolist()
     return result
 
 
@@ -158,19 +92,10 @@ class Look(TrainerCallback):
             self.away += time.perf_counter() - now
 
 
-@contextmanager
-def alone(path):
-    """Let one of several processes that need `path` make it, while the others wait."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f"{path.name}.lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def warm_up(seed, pool, arguments) -> Path:
     """The adapter after the warm-up."""
     path = arguments.output_dir / f"seed-{seed}" / "warm"
-    with alone(path):
+    with claimed(path.with_name(f"{path.name}.lock"), wait=True):
         if (path / "done.json").is_file():
             return path
         trainer, started = build_trainer(None, pool, WARMUP_STEPS, seed, arguments), time.perf_counter()
@@ -185,7 +110,7 @@ def scores(seed, cold, pool, arguments) -> Selection:
     """Score the whole pool with the policy after the warm-up or before it."""
     path = arguments.output_dir / f"seed-{seed}" / ("cold" if cold else "scores")
     adapter = None if cold else warm_up(seed, pool, arguments)
-    with alone(path):
+    with claimed(path.with_name(f"{path.name}.lock"), wait=True):
         if (path / "selection.json").is_file():
             return Selection.load(path)
         trainer = build_trainer(adapter, pool, 1, seed, arguments)
@@ -224,14 +149,10 @@ def without_repeated_steps(ranked, size, pool) -> list[int]:
 
 
 def untrained(arm, seed, pool, test, arguments) -> dict:
-    model = AutoModelForCausalLM.from_pretrained(POLICY, dtype=torch.float32)
-    seconds = 0.0
+    model, seconds = load_policy()[0], 0.0
     if arm == "warm-up":
         path = warm_up(seed, pool, arguments)
-        model, seconds = (
-            PeftModel.from_pretrained(model, path),
-            json.loads((path / "done.json").read_text())["seconds"],
-        )
+        model, seconds = PeftModel.from_pretrained(model, path), harness.read(path / "done.json")["seconds"]
     return {"steps": 0, "looks": [{"step": 0, "seconds": seconds, **successes(model, test)}]}
 
 
@@ -284,71 +205,38 @@ def cells(arguments):
                     yield size, seed, arm
 
 
-def read_data(arguments):
-    """The pool, the test rows, and where they are from."""
-    if arguments.dataset_path is None:
-        return generate_chains(7378, seed=11), generate_chains(1301, seed=12), "generated chains"
-    pool, _ = load_gsm8k_equations(arguments.dataset_path / "train.jsonl")
-    test, _ = load_gsm8k_equations(arguments.dataset_path / "test.jsonl")
-    return pool, test, "equations of GSM8K"
-
-
 def conditions_of(arguments, pool, test, source) -> dict:
-    return {
-        "data": source,
-        "passes": arguments.passes,
-        "learning_rate": arguments.learning_rate,
-        "chunk": CHUNK,
-        "pool": len(pool),
-        "test": len(test),
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "trl-learnalign")},
-    }
+    found = {"data": source, "passes": arguments.passes, "learning_rate": arguments.learning_rate, "chunk": CHUNK}
+    return found | {"pool": len(pool), "test": len(test), "versions": versions("trl-learnalign")}
+
+
+def first(rows, number):
+    return rows.select(range(min(number or len(rows), len(rows))))
+
+
+def file_of(arguments, size, seed, arm):
+    return arguments.output_dir / f"seed-{seed}" / f"{arm.replace(' ', '-')}-{size}.json"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset_path", type=Path)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/gsm8k_equations"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
-    parser.add_argument("--passes", type=float, default=2)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--pool", type=int, help="only the first rows of the pool, to try things out")
-    parser.add_argument("--test", type=int, help="only the first rows of the test")
-    arguments = parser.parse_args()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    pool, test, source = read_data(arguments)
-    pool = pool.select(range(min(arguments.pool, len(pool)))) if arguments.pool else pool
-    test = test.select(range(min(arguments.test, len(test)))) if arguments.test else test
+    files = {"dataset_path": DATASET, "output_dir": Path("runs/gsm8k_equations")}
+    runs = {"seeds": [0, 1, 2, 3, 4], "arms": [*ARMS], "sizes": [*SIZES], "passes": 2.0, "learning_rate": 1e-3}
+    few = {"pool": (int, "only the first rows of the pool, to try things out"), "test": (int, "and of the test")}
+    arguments = options(__doc__, {"arms": ARMS}, **files, **runs, **few)
+    pool, test, source = read_equations(arguments.dataset_path)
+    pool, test = first(pool, arguments.pool), first(test, arguments.test)
     if max(arguments.sizes) > len(pool):
-        parser.error(f"--sizes {max(arguments.sizes)} are more prompts than the pool's {len(pool)}.")
+        sys.exit(f"--sizes {max(arguments.sizes)} are more prompts than the pool's {len(pool)}.")
     conditions = conditions_of(arguments, pool, test, source)
-    saved = RESULTS / "runs.json"
-    known = json.loads(saved.read_text()) if saved.is_file() else {"conditions": None}
+    known = harness.read(RESULTS / "runs.json", {"conditions": None})
     done = {tuple(cell) for cell in known["cells"]} if known["conditions"] == conditions else set()
     todo = [cell for cell in cells(arguments) if cell not in done]
     for number, (size, seed, arm) in enumerate(todo, 1):
-        file = arguments.output_dir / f"seed-{seed}" / f"{arm.replace(' ', '-')}-{size}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(file.with_suffix(".lock"), "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue  # another process has it
-            if file.is_file():
-                if json.loads(file.read_text())["conditions"] != conditions:
-                    sys.exit(f"'{file}' was made under other conditions. Pass another --output_dir, or move it away.")
-                continue
-            result = run(seed, arm, size, pool, test, arguments) | {"conditions": conditions}
-            temporary = file.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_text(json.dumps(result) + "\n")
-            temporary.replace(file)
-        print(
-            f"{number}/{len(todo)}: seed {seed}, {arm}, {size} prompts, {result['steps']} steps: "
-            f"{success(result):.4f}",
-            flush=True,
-        )
+        file, own = file_of(arguments, size, seed, arm), (seed, arm, size, pool, test, arguments)
+        result = harness.cell(file, conditions, run, *own)
+        if result is not None:
+            text = f"seed {seed}, {arm}, {size} prompts, {result['steps']} steps: {success(result):.4f}"
+            print(f"{number}/{len(todo)}: {text}", flush=True)
     print_means(arguments)
 
 
@@ -362,9 +250,9 @@ def print_means(arguments):
     """Summarise the runs in the output directory that were asked for, over their seeds."""
     found = {}
     for size, seed, arm in cells(arguments):
-        file = arguments.output_dir / f"seed-{seed}" / f"{arm.replace(' ', '-')}-{size}.json"
-        if file.is_file():
-            found.setdefault((size, arm), []).append(success(json.loads(file.read_text())))
+        result = harness.read(file_of(arguments, size, seed, arm))
+        if result:
+            found.setdefault((size, arm), []).append(success(result))
     for (size, arm), values in found.items():
         print(f"{size} prompts, {arm}: {sum(values) / len(values):.4f}, mean over {len(values)} seeds")
 

@@ -2,16 +2,14 @@
 What the page of the evidence is made of: the results, success rates of runs, and differences with their intervals.
 """
 
-import json
 from functools import cache
-from pathlib import Path
 
+import harness
 import numpy as np
 import pandas as pd
 
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "evidence"
+RESULTS = harness.RESULTS / "evidence"
 WARMUP_STEPS, RESAMPLES = 19, 4000
 NAMES = {
     "none": "nothing",
@@ -33,20 +31,14 @@ SLOW_ARMS = ("random", "filter", "learnability", "learnalign")  # arms with " sl
 
 @cache
 def load(name: str):
-    file = RESULTS / name
-    return json.loads(file.read_text(encoding="utf-8")) if name.endswith(".json") else pd.read_parquet(file)
+    return harness.read(RESULTS / name) if name.endswith(".json") else pd.read_parquet(RESULTS / name)
 
 
 def sizes() -> list[int]:
     """Sizes at which LearnAlign and its rivals have a seed in common."""
     cells = {tuple(cell) for cell in load("runs.json")["cells"]}
-    return sorted(
-        {
-            size
-            for size, seed, arm in cells
-            if arm == "learnalign" and all((size, seed, other) in cells for other in SLOW_ARMS)
-        }
-    )
+    found = {cell[:2] for cell in cells if cell[2] == "learnalign"}
+    return sorted({size for size, seed in found if all((size, seed, arm) in cells for arm in SLOW_ARMS)})
 
 
 def full_size() -> int:

@@ -9,14 +9,16 @@ own scores of these prompts. What the policy at step 0 disagrees with itself is 
 on top of that is training. Seeds that the output holds already are left out.
 """
 
-import argparse
-import json
-import os
 import random
+import sys
 from pathlib import Path
 
-import torch
-from grid import CURVES_AT, RESULTS, SLOW, build_trainer, choose, conditions_of, read_data, scores, warm_up
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from grid import CURVES_AT, RESULTS, SLOW, build_trainer, choose, conditions_of, scores, warm_up
+from harness import DATASET, options, read, write
+from policies import read_equations
 from sensitivity import BEST, PROMPTS, agreement
 from transformers import TrainerCallback
 
@@ -62,24 +64,17 @@ def rows_of(seed, pool, arguments) -> list[dict]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset_path", type=Path)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/gsm8k_equations"))
-    parser.add_argument("--output", type=Path, default=RESULTS / "persistence.json")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    arguments = parser.parse_args()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    pool, _, source = read_data(arguments)
+    common = {"dataset_path": DATASET, "output": RESULTS / "persistence.json", "learning_rate": 1e-3}
+    arguments = options(__doc__, output_dir=Path("runs/gsm8k_equations"), seeds=[0, 1, 2, 3, 4], **common)
+    pool, _, source = read_equations(arguments.dataset_path)
     arguments.passes = None
     conditions = {**conditions_of(arguments, pool, [], source), "prompts": PROMPTS, "best": BEST}
-    saved = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {"conditions": None}
+    saved = read(arguments.output, {"conditions": None})
     rows = saved["rows"] if saved["conditions"] == conditions else []
     for seed in arguments.seeds:
         if not any(row["seed"] == seed for row in rows):
             rows = rows + rows_of(seed, pool, arguments)
-            arguments.output.parent.mkdir(parents=True, exist_ok=True)
-            arguments.output.write_text(json.dumps({"rows": rows, "conditions": conditions}, indent=1) + "\n")
+            write(arguments.output, {"rows": rows, "conditions": conditions})
 
 
 if __name__ == "__main__":

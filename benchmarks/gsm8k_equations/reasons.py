@@ -1,14 +1,8 @@
 """Reasons why a choice helps or does not, and the settings that it depends on; `evidence.py` asks for them by name."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 from measures import NAMES, SLOW_ARMS, gap, learnable, load, mean, measured, points, sizes, steps_of
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pages import table
 
 

@@ -9,16 +9,18 @@ correlations over the prompts that are learnable in both, and the Jaccard index 
 other rollouts stand for the true ones. Trains nothing but the warm-ups.
 """
 
-import argparse
-import json
 import math
-import os
 import random
+import sys
 from pathlib import Path
 
-import torch
-from grid import CHUNK, RESULTS, build_trainer, conditions_of, read_data
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from grid import CHUNK, RESULTS, build_trainer, conditions_of
+from harness import DATASET, options, write
 from peft import PeftModel
+from policies import read_equations
 
 from trl_learnalign import LearnAlignConfig, select_prompts
 
@@ -96,14 +98,9 @@ def compare(table, base, truth) -> dict[str, float]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset_path", type=Path)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/sensitivity"))
-    parser.add_argument("--output", type=Path, default=RESULTS / "sensitivity.json")
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    arguments = parser.parse_args()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    pool, _, source = read_data(arguments)
+    common = {"dataset_path": DATASET, "output": RESULTS / "sensitivity.json", "learning_rate": 1e-3}
+    arguments = options(__doc__, output_dir=Path("runs/sensitivity"), **common)
+    pool, _, source = read_equations(arguments.dataset_path)
     truth = table_of({"num_rollouts": TRUE_ROLLOUTS, "seed": 2}, pool, arguments, score="learnability")
     base = table_of({}, pool, arguments)
     rows = [{"way": "the defaults", **compare(base, base, truth)}]
@@ -121,8 +118,7 @@ def main():
         "rows": rows,
         "conditions": conditions_of(arguments, pool, [], source),
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    write(arguments.output, result)
 
 
 if __name__ == "__main__":

@@ -7,29 +7,27 @@ The last 600 train rows are held out; the policy trains on 300 and then on 500 r
 looked at on the held-out rows after the warm-up and after 1, 2 and 4 passes. Test rows are not read.
 """
 
-import argparse
 import json
 import math
 import random
+import sys
 from pathlib import Path
 
-import torch
-from grid import CHUNK, ROOT, SAMPLES, Look, build_trainer, read_data, warm_up
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from grid import CHUNK, RESULTS, SAMPLES, Look, build_trainer, warm_up
+from harness import DATASET, options, write
+from policies import read_equations
 
 
 HELD_OUT, SIZE, PASSES = 600, 500, (1, 2, 4)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset_path", type=Path)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/tune"))
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "evidence" / "tuning.json")
-    parser.add_argument("--seed", type=int, default=100)
-    parser.add_argument("--learning_rates", type=float, nargs="+", default=[2e-4, 5e-4, 1e-3, 2e-3])
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    rows, _, source = read_data(arguments)
+    files = {"dataset_path": DATASET, "output_dir": Path("runs/tune"), "output": RESULTS / "tuning.json"}
+    arguments = options(__doc__, **files, seed=100, learning_rates=[2e-4, 5e-4, 1e-3, 2e-3])
+    rows, _, source = read_equations(arguments.dataset_path)
     pool, held_out = rows.select(range(len(rows) - HELD_OUT)), rows.select(range(len(rows) - HELD_OUT, len(rows)))
     output_dir = arguments.output_dir
     for learning_rate in arguments.learning_rates:
@@ -46,9 +44,8 @@ def main():
         file.write_text(json.dumps(result))
         print(f"learning rate {learning_rate:.0e}: {result}", flush=True)
     runs = {file.stem: json.loads(file.read_text()) for file in sorted(output_dir.glob("*.json"))}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     settings = {"data": source, "held_out": HELD_OUT, "prompts": SIZE, "seed": arguments.seed}
-    arguments.output.write_text(json.dumps({**settings, "runs": runs}, indent=1) + "\n")
+    write(arguments.output, {**settings, "runs": runs})
 
 
 if __name__ == "__main__":

@@ -10,15 +10,17 @@ fitted to the alignments of some learnable prompts and judged on all others. Wri
 benchmarks/results/online_alignment.json.
 """
 
-import argparse
-import json
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import numpy as np
 import pyarrow.parquet as pq
+from harness import DATASET, RESULTS, options, report
 from pools import make_pool, make_task
-from results import ROOT
 from run import Recorder, build_trainer, warm_up
 
 from trl_learnalign import LearnAlignConfig
@@ -51,14 +53,13 @@ def explained(x, alignments, seen, others, ridge) -> float:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset_path", type=Path, required=True)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/online"), help="where the warmed-up policy is")
-    arguments = parser.parse_args()
+    arguments = options(__doc__, dataset_path=DATASET, output_dir=(Path("runs/online"), "of the warmed-up policy"))
+    if arguments.dataset_path is None:
+        sys.exit("Say where GSM8K is, whose prompts were scored: --dataset_path DIR.")
     task = make_task("clean", arguments.dataset_path, arguments.output_dir)
     rows = make_pool("clean", arguments.dataset_path).rows
     rows = rows.add_column("row", list(range(len(rows))))
-    scores = pq.read_table(ROOT / "benchmarks/results/evidence/scores.parquet").to_pandas()
+    scores = pq.read_table(RESULTS / "evidence" / "scores.parquet").to_pandas()
     result = {}
     for name, adapter in (("first policy", None), ("after the warm-up", warm_up(SEED, task, rows, arguments))):
         x = features(task, rows, adapter)
@@ -82,9 +83,7 @@ def main():
                 for seen in SEEN
             },
         }
-    text = json.dumps(result, indent=1)
-    (ROOT / "benchmarks/results/online_alignment.json").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    report(RESULTS / "online_alignment.json", result)
 
 
 if __name__ == "__main__":

@@ -8,54 +8,46 @@ The words of the page are in evidence_alignment.md.in. A criterion of benchmarks
 yet is said to be open.
 """
 
-import json
 import sys
 from pathlib import Path
 from statistics import fmean
 
-import matplotlib
-
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "chat")]
+
 import chat_results
 import coin_results
+import drawing
+import harness
 import results
+from chat_results import by_kind, on_guesses
 from coin_results import on_chance, worth
-from pages import ROOT, fill, interval, points, publish, table
+from drawing import FIGURES, plt
+from harness import RESULTS, ROOT
+from pages import between, columns, fill, interval, points, publish, table
 from questions import GUESSED, POOLS
-from results import ARMS, area_gains, end, gains, of, paired
-
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from results import ARMS, area_gains, end, gains, of, paired, rates
 
 
 PAGE = ROOT / "docs" / "evidence_alignment.md"
-FIGURE = ROOT / "docs" / "figures" / "alignment.png"
-TAPS = ROOT / "benchmarks" / "results" / "taps.json"
+FRONT = ROOT / "README.md", ROOT / "docs" / "index.md"
 OURS, TODAY, RANDOM = "learnalign online", "online", "uniform"
 SEEDS = {"coins": range(200, 205), "hard": range(1, 6), "short": range(2, 5), "guessed": range(2, 5)}
 OTHERS = "tenth-coins", "alike-coins", "labels", "large-coins", "skills"
-RUNS = [run for run in results.load() if run["seed"] in SEEDS.get(run["pool"], (200, 201))]
-CHAT = {
-    pool: {arm: {seed: run for seed, run in runs.items() if seed in SEEDS[pool]} for arm, runs in arms.items()}
-    for pool, arms in chat_results.load([]).items()
-}
-CHAT = {pool: {arm: runs for arm, runs in arms.items() if runs} for pool, arms in CHAT.items() if any(arms.values())}
-UNBOUND = "learnalign-online-without-kinds"  # on the chat model
+CHAT_OURS = "learnalign-online"  # on the chat model
+UNBOUND = "learnalign-online-without-kinds"
 BEFORE = "learnalign online without kinds"  # the same on the tiny policy
 OPEN = "not measured yet"
-FRONT = ROOT / "README.md", ROOT / "docs" / "index.md"
-FRONT_FIGURE = ROOT / "docs" / "figures" / "chat.png"
-MARKS = "<!-- written by benchmarks/online/alignment_page.py -->\n", "<!-- end -->\n"
-STYLES = {  # as in figure.py
+ALL, ALL_CHAT = results.load(), chat_results.load()
+RUNS, CHAT = ([run for run in runs if run["seed"] in SEEDS.get(run["pool"], (200, 201))] for runs in (ALL, ALL_CHAT))
+STYLES = {
     RANDOM: ("#000000", "o", "random prompts"),
     TODAY: ("#D55E00", "*", "learnability alone"),
     OURS: ("#0072B2", "D", "LearnAlign online"),
     BEFORE: ("#56B4E9", "s", "LearnAlign online, before kinds counted"),
 }
-CHAT_ARMS = {"random": RANDOM, "online": TODAY, "learnalign-online": OURS}
+CHAT_ARMS = {"random": RANDOM, "online": TODAY, CHAT_OURS: OURS}
 
 
 def bounds(values) -> tuple[float, float]:
@@ -63,122 +55,128 @@ def bounds(values) -> tuple[float, float]:
     return interval(values) or (min(values), max(values))
 
 
+def means(both, value) -> list[float]:
+    """The mean of a value over the runs, and over those they are paired with."""
+    return [fmean(map(value, runs)) for runs in zip(*both, strict=True)]
+
+
 def criteria() -> list[tuple[str, str, str, bool | None]]:
     """The pool, what was asked, what was measured, and whether it holds; `None` where it is open."""
-    found = _coins() + _chat("short") + _chat("guessed") + _hard()
-    for pool in OTHERS:
-        found += _other(pool)
-    return found + _target() + _cost()
+    found = [*_coins(), *_chat("short"), *_chat("guessed"), *_hard()]
+    return found + [row for pool in OTHERS for row in _other(pool)] + _target() + _cost()
 
 
-def whole(pool, pairs, rows):
-    """The rows of a pool, open as long as seeds of it are missing."""
-    seeds = len(SEEDS.get(pool, (200, 201)))
-    if len(pairs) >= seeds:
-        return rows
-    return [(name, asked, f"{text} ({len(pairs)} of {seeds} seeds)", None) for name, asked, text, _ in rows]
+def asked(pool, both, *rows):
+    """Rows of `(text, measure)`, where `measure()` returns what was measured, and whether it holds."""
+    if not both:
+        return [(pool, text, OPEN, None) for text, _ in rows]
+    found, seeds = [(pool, text, *measure()) for text, measure in rows], len(SEEDS.get(pool, (200, 201)))
+    if len(both) >= seeds:
+        return found
+    return [(*row[:2], f"{row[2]} ({len(both)} of {seeds} seeds)", None) for row in found]
+
+
+def above_0(values):
+    return f"{points(values)} points", bounds(values)[0] > 0
+
+
+def not_below_0(values):
+    return f"{points(values)} points", bounds(values)[1] >= 0
 
 
 def _coins():
-    pairs, today = paired(RUNS, "coins", OURS), paired(RUNS, "coins", OURS, TODAY)
-    asked = [
-        "rollouts on coins <= .25",
-        "live groups that are no coins >= 1.5 x random's",
-        "mean success over the run above random's",
-        "and above today's online",
-    ]
-    if not pairs or not today:
-        return [("coins", text, OPEN, None) for text in asked]
-    own, more = fmean(on_chance(run) for run, _ in pairs), fmean(worth(run) / worth(other) for run, other in pairs)
-    over = [area_gains(pairs), area_gains(today)]
-    measured = [
-        (f"{own:.3f}", own <= 0.25),
-        (f"{more:.2f} x", more >= 1.5),
-        *((f"{points(part)} points", bounds(part)[0] > 0) for part in over),
-    ]
-    return whole("coins", pairs, [("coins", text, *pair) for text, pair in zip(asked, measured, strict=True)])
+    both, today = paired(RUNS, "coins", OURS), paired(RUNS, "coins", OURS, TODAY)
+
+    def share():
+        own = means(both, on_chance)[0]
+        return f"{own:.3f}", own <= 0.25
+
+    def live():
+        more = fmean(worth(run) / worth(other) for run, other in both)
+        return f"{more:.2f} x", more >= 1.5
+
+    return asked(
+        "coins",
+        both if today else [],
+        ("rollouts on coins <= .25", share),
+        ("live groups that are no coins >= 1.5 x random's", live),
+        ("mean success over the run above random's", lambda: above_0(area_gains(both))),
+        ("and above today's online", lambda: above_0(area_gains(today))),
+    )
 
 
 def _chat(pool):
-    arms = CHAT.get(pool, {})
-    asked = ["random's final success after <= 60 %", "above random at the end", "no kind more than .1 below random"]
-    asked += ["rollouts on guesses <= the pool's"] if pool == "guessed" else []
-    if not arms.get("learnalign-online") or not chat_results.pairs(arms, "learnalign-online"):
-        return [(pool, text, OPEN, None) for text in asked]
-    pairs = chat_results.pairs(arms, "learnalign-online")
-    goal = fmean(chat_results.means(other)[-1] for _, other in pairs)
-    curve = [fmean(part) for part in zip(*(chat_results.means(run) for run, _ in pairs), strict=True)]
-    steps = [look["step"] / pairs[0][0]["steps"] for look in pairs[0][0]["looks"]]
-    first = next((step for step, rate in zip(steps, curve, strict=True) if rate >= goal), None)
-    ends = chat_results.gains(arms, "learnalign-online")
-    kinds = {
-        kind: fmean(chat_results.by_kind(run)[kind] - chat_results.by_kind(other)[kind] for run, other in pairs)
-        for kind in chat_results.by_kind(pairs[0][0])
-    }
-    worst = min(kinds, key=kinds.get)
-    measured = [
-        ("never" if first is None else f"{100 * first:.0f} %", first is not None and first <= 0.6),
-        (points(ends, ".3f"), fmean(ends) > 0),
-        (f"`{worst}`: {kinds[worst]:+.2f}", kinds[worst] >= -0.1),
-    ]
-    if pool == "guessed":
-        share = fmean(chat_results.on_guesses(run) for run, _ in pairs)
-        pool_share = sum(POOLS[pool][kind] for kind in GUESSED) / sum(POOLS[pool].values())
-        measured.append((f"{share:.2f}, of the pool {pool_share:.2f}", share <= pool_share))
-    return whole(pool, pairs, [(pool, text, *pair) for text, pair in zip(asked, measured, strict=True)])
+    both = paired(CHAT, pool, CHAT_OURS, "random")
+
+    def early():
+        goal = means(both, end)[1]
+        curve = [fmean(part) for part in zip(*(rates(run) for run, _ in both), strict=True)]
+        steps = [look["step"] / both[0][0]["steps"] for look in both[0][0]["looks"]]
+        first = next((step for step, rate in zip(steps, curve, strict=True) if rate >= goal), None)
+        return "never" if first is None else f"{100 * first:.0f} %", first is not None and first <= 0.6
+
+    def above():
+        ends = gains(both, 1)
+        return points(ends, ".3f"), fmean(ends) > 0
+
+    def worst():
+        kind, least = worst_kind(both, lambda run, other, kind: by_kind(run)[kind] - by_kind(other)[kind])
+        return f"`{kind}`: {least:+.2f}", least >= -0.1
+
+    def guesses():
+        share, of_pool = means(both, on_guesses)[0], sum(POOLS[pool].get(kind, 0) for kind in GUESSED)
+        of_pool /= sum(POOLS[pool].values())
+        return f"{share:.2f}, of the pool {of_pool:.2f}", share <= of_pool
+
+    rows = [("random's final success after <= 60 %", early), ("above random at the end", above)]
+    rows.append(("no kind more than .1 below random", worst))
+    return asked(pool, both, *rows, *([("rollouts on guesses <= the pool's", guesses)] if pool == "guessed" else []))
+
+
+def worst_kind(both, difference):
+    """The kind of question that has the least mean difference, and that."""
+    kinds = {kind: fmean(difference(*pair, kind) for pair in both) for kind in by_kind(both[0][0])}
+    return min(kinds.items(), key=lambda item: item[1])
 
 
 def _hard():
-    asked = "not below today's online at the end", "not below it over the run"
-    pairs = paired(RUNS, "hard", OURS, TODAY)
-    if not pairs:
-        return [("hard", text, OPEN, None) for text in asked]
-    found = [
-        ("hard", text, f"{points(part)} points", bounds(part)[1] >= 0)
-        for text, part in zip(asked, (gains(pairs), area_gains(pairs)), strict=True)
-    ]
-    return whole("hard", pairs, found)
+    both = paired(RUNS, "hard", OURS, TODAY)
+    texts = {"not below today's online at the end": gains, "not below it over the run": area_gains}
+    return asked("hard", both, *not_below(both, texts))
+
+
+def not_below(both, texts):
+    return [(text, lambda found=found: not_below_0(found(both))) for text, found in texts.items()]
 
 
 def _other(pool):
-    pairs = paired(RUNS, pool, OURS)
-    asked = ["not below random at the end", "not below it over the run"]
-    asked += ["rollouts on coins <= the pool's share"] if pool != "skills" else []
-    if not pairs:
-        return [(pool, text, OPEN, None) for text in asked]
-    rows = [(part, bounds(part)[1] >= 0) for part in (gains(pairs), area_gains(pairs))]
-    measured = [(f"{points(part)} points", good) for part, good in rows]
-    if pool != "skills":
-        own, theirs = fmean(on_chance(run) for run, _ in pairs), fmean(on_chance(other) for _, other in pairs)
-        measured.append((f"{own:.3f}, random prompts {theirs:.3f}", own <= theirs))
-    return whole(pool, pairs, [(pool, text, *pair) for text, pair in zip(asked, measured, strict=True)])
+    both = paired(RUNS, pool, OURS)
+
+    def coins():
+        own, theirs = means(both, on_chance)
+        return f"{own:.3f}, random prompts {theirs:.3f}", own <= theirs
+
+    rows = not_below(both, {"not below random at the end": gains, "not below it over the run": area_gains})
+    return asked(pool, both, *rows, *([("rollouts on coins <= the pool's share", coins)] if pool != "skills" else []))
 
 
 def _target():
-    asked = "twice the pool's share of the target", "a gain on the target over random"
-    pairs = paired(RUNS, "skills-target", "target online")
-    if not pairs:
-        return [("skills-target", text, OPEN, None) for text in asked]
-    times = fmean(run["target_share"] / other["target_share"] for run, other in pairs)
-    found = gains(pairs)
-    return [
-        ("skills-target", asked[0], f"{times:.1f} x", times >= 2),
-        ("skills-target", asked[1], f"{points(found)} points", bounds(found)[0] > 0),
-    ]
+    both = paired(RUNS, "skills-target", "target online")
+
+    def share():
+        times = fmean(run["target_share"] / other["target_share"] for run, other in both)
+        return f"{times:.1f} x", times >= 2
+
+    gain = "a gain on the target over random", lambda: above_0(gains(both))
+    return asked("skills-target", both, ("twice the pool's share of the target", share), gain)
 
 
 def _cost():
-    if not TAPS.is_file():
-        return [("a step with taps", "time and FLOPs <= 1.03 x", OPEN, None)]
+    cases, text = harness.read(RESULTS / "taps.json", {"cases": {}})["cases"], "time and FLOPs <= 1.03 x"
     return [
-        (
-            f"a step with taps, {name}",
-            "time and FLOPs <= 1.03 x",
-            f"{found['time']:.3f} x, {found['flops']:.3f} x",
-            max(found["time"], found["flops"]) <= 1.03,
-        )
-        for name, found in json.loads(TAPS.read_text(encoding="utf-8"))["cases"].items()
-    ]
+        (f"a step with taps, {name}", text, f"{time:.3f} x, {flops:.3f} x", max(time, flops) <= 1.03)
+        for name, time, flops in ((name, found["time"], found["flops"]) for name, found in cases.items())
+    ] or [("a step with taps", text, OPEN, None)]
 
 
 def verdicts() -> str:
@@ -189,13 +187,13 @@ def verdicts() -> str:
 
 def outcome() -> str:
     """The first sentence of the page, and of the front pages."""
-    pairs, today = paired(RUNS, "coins", OURS), paired(RUNS, "coins", OURS, TODAY)
-    if not pairs or not today:
+    both, today = paired(RUNS, "coins", OURS), paired(RUNS, "coins", OURS, TODAY)
+    if not both or not today:
         return f"LearnAlign online as it is now was {OPEN} on new seeds."
-    shares = [fmean(on_chance(run) for run in of(RUNS, "coins", arm)) for arm in (OURS, RANDOM, TODAY)]
+    shares = [fmean(map(on_chance, of(RUNS, "coins", arm))) for arm in (OURS, RANDOM, TODAY)]
     return (
-        f"On a pool a third of which is decided by chance, LearnAlign online ends {points(gains(pairs))} points "
-        f"above random prompts and {points(gains(today))} above learnability alone, at equal rollouts ({len(pairs)} "
+        f"On a pool a third of which is decided by chance, LearnAlign online ends {points(gains(both))} points "
+        f"above random prompts and {points(gains(today))} above learnability alone, at equal rollouts ({len(both)} "
         f"seeds, a policy of 0.8 M parameters). It spends {shares[0]:.2f} of the rollouts on chance; random prompts "
         f"{shares[1]:.2f}, learnability alone {shares[2]:.2f}."
     )
@@ -210,29 +208,18 @@ def score() -> str:
 
 def front(folder: str) -> str:
     """The figure, the table and the caution of the front pages, whose links begin with `folder`."""
-    pairs = _chat_pairs("short")[0]
-    kinds = {
-        kind: [fmean(chat_results.by_kind(run[place])[kind] for run in pairs) for place in (0, 1)]
-        for kind in (chat_results.by_kind(pairs[0][0]) if pairs else ())
-    }
-    worst = min(kinds, key=lambda kind: kinds[kind][0] - kinds[kind][1], default=None)
+    both, worse = _chat_pairs("short")[0], ""
+    if both:
+        worst = worst_kind(both, lambda run, other, kind: by_kind(run)[kind] - by_kind(other)[kind])[0]
+        own, random = means(both, lambda run: by_kind(run)[worst])
+        worse = f"; on the chat model the worst is `{worst}`, {own:.2f} where random prompts have {random:.2f}"
     rows = [
-        [
-            "above .7, several kinds of task; a chat model (the figure)",
-            '`schedule="online"`',
-            *_chat_ends("short"),
-        ],
+        ["above .7, several kinds of task; a chat model (the figure)", '`schedule="online"`', *_chat_ends("short")],
         ["the same, and a quarter of the questions can only be guessed", "the same", *_chat_ends("guessed")],
         ["above .7, one kind of task; a toy", "the same", *_ends("hard")],
         ["any, and a third of the answers graded by chance; a toy", "the same", *_ends("coins")],
         ["below .7, one kind of task, and all can be learnt; a toy", "nothing: stock TRL", *_clean()],
     ]
-    worse = (
-        f"; on the chat model the worst is `{worst}`, {kinds[worst][0]:.2f} where random prompts have "
-        f"{kinds[worst][1]:.2f}"
-        if pairs
-        else ""
-    )
     return "\n\n".join(
         [
             f"![Success on questions held out: random prompts, LearnAlign online]({folder}figures/chat.png)",
@@ -246,49 +233,43 @@ def front(folder: str) -> str:
     )
 
 
-def _ends(pool):
-    other = RANDOM if pool == "coins" else TODAY
-    random = f"{fmean(map(end, of(results.load(), pool, RANDOM))):.2f}"
-    for arm, words in ((OURS, ""), (BEFORE, ", before kinds counted")):
-        pairs = paired(RUNS, pool, arm, other)
-        if pairs:
-            return [random, f"{fmean(end(run) for run, _ in pairs):.2f} ({_seeds(len(pairs))}{words})"]
-    return [random, OPEN]
-
-
-def _clean():
-    pairs = paired(results.load(), "clean", TODAY)
-    ends = [f"{fmean(end(pair[place]) for pair in pairs):.2f}" for place in (1, 0)]
-    return [ends[0], f"{ends[1]} (learnability alone, {_seeds(len(pairs))})"]
-
-
-def _chat_pairs(pool) -> tuple[list, str, str]:
-    """Runs of LearnAlign online with those of random prompts; the arm, and what is to be said of it."""
-    pairs = chat_results.pairs(CHAT.get(pool, {}), "learnalign-online")
-    if pairs:
-        return pairs, "learnalign-online", ""
-    arms = chat_results.load([]).get(pool, {})
-    return chat_results.pairs(arms, UNBOUND), UNBOUND, ", before kinds counted"
-
-
-def _chat_ends(pool):
-    pairs, _, words = _chat_pairs(pool)
-    if not pairs:
-        return ["", OPEN]
-    chosen, random = (fmean(chat_results.means(run[place])[-1] for run in pairs) for place in (0, 1))
-    return [f"{random:.2f}", f"{chosen:.2f} ({_seeds(len(pairs))}{words})"]
-
-
 def _seeds(number):
     return {1: "one seed", 2: "two seeds"}.get(number, f"{number} seeds")
 
 
-def coin_tables() -> str:
+def _ends(pool):
+    random = f"{fmean(map(end, of(ALL, pool, RANDOM))):.2f}"
+    for arm, words in ((OURS, ""), (BEFORE, ", before kinds counted")):
+        both = paired(RUNS, pool, arm, RANDOM if pool == "coins" else TODAY)
+        if both:
+            return [random, f"{means(both, end)[0]:.2f} ({_seeds(len(both))}{words})"]
+    return [random, OPEN]
+
+
+def _clean():
+    chosen, random = means(both := paired(ALL, "clean", TODAY), end)
+    return [f"{random:.2f}", f"{chosen:.2f} (learnability alone, {_seeds(len(both))})"]
+
+
+def _chat_pairs(pool) -> tuple[list, str]:
+    """Runs of LearnAlign online with those of random prompts, and what is to be said of the arm."""
+    both = paired(CHAT, pool, CHAT_OURS, "random")
+    return (both, "") if both else (paired(ALL_CHAT, pool, UNBOUND, "random"), ", before kinds counted")
+
+
+def _chat_ends(pool):
+    both, words = _chat_pairs(pool)
+    if not both:
+        return ["", OPEN]
+    chosen, random = means(both, end)
+    return [f"{random:.2f}", f"{chosen:.2f} ({_seeds(len(both))}{words})"]
+
+
+def coins() -> str:
     """The tables of each pool of coins that has runs of ours."""
-    parts = []
+    parts, runs = [], [run for run in RUNS if "quarters" in run]
     for pool in ("coins", *OTHERS):
         if of(RUNS, pool, OURS) or of(RUNS, pool, BEFORE):
-            runs = [run for run in RUNS if "quarters" in run]
             parts += [f"### `{pool}`", coin_results.arms(runs, pool), coin_results.curves(runs, pool)]
             if pool == "coins":
                 parts.append(coin_results.by_quarter(runs, pool))
@@ -297,137 +278,93 @@ def coin_tables() -> str:
 
 def hard() -> str:
     """The hard pool."""
-    rows = []
-    for arm in (RANDOM, TODAY, OURS, BEFORE):
-        runs = of(RUNS, "hard", arm)
-        pairs = {other: paired(RUNS, "hard", arm, other) if arm != other else [] for other in (RANDOM, TODAY)}
-        if runs:
-            rows.append(
-                [
-                    ARMS[arm],
-                    str(len(runs)),
-                    f"{100 * fmean(run['live_share'] for run in runs):.1f}",
-                    f"{100 * fmean(map(end, runs)):.1f}",
-                    *(points(gains(pair)) if pair else "" for pair in pairs.values()),
-                    *(points(area_gains(pair)) if pair else "" for pair in pairs.values()),
-                ]
-            )
-    return table(
-        "prompts chosen by | seeds | live groups, % | success at the end, % | over random | over learnability alone | "
-        "mean over the run, over random | over learnability alone",
-        rows,
-    )
+    runs = {arm: found for arm in (RANDOM, TODAY, OURS, BEFORE) if (found := of(RUNS, "hard", arm))}
+
+    def over(arm, other, found):
+        both = paired(RUNS, "hard", arm, other) if arm != other else []
+        return points(found(both)) if both else ""
+
+    labels = {
+        "prompts chosen by": ARMS.get,
+        "seeds": lambda arm: len(runs[arm]),
+        "live groups, %": lambda arm: f"{100 * fmean(run['live_share'] for run in runs[arm]):.1f}",
+        "success at the end, %": lambda arm: f"{100 * fmean(map(end, runs[arm])):.1f}",
+        "over random": lambda arm: over(arm, RANDOM, gains),
+        "over learnability alone": lambda arm: over(arm, TODAY, gains),
+        "mean over the run, over random": lambda arm: over(arm, RANDOM, area_gains),
+        "over learnability alone ": lambda arm: over(arm, TODAY, area_gains),
+    }
+    return columns(labels, runs)
 
 
 def chat(pool) -> str:
     """The tables of a pool of the chat model."""
-    arms = CHAT.get(pool)
-    if not arms:
+    if not any(run["pool"] == pool for run in CHAT):
         return f"{OPEN[0].upper()}{OPEN[1:]}."
-    parts = [
-        chat_results.table_of_success(arms),
-        "Success by kind at the end:",
-        chat_results.table_of_kinds(arms),
-        "Share of the rollouts in the second half of the run, and in brackets how many of these groups were live:",
-        chat_results.table_of_shares(arms, pool),
-        chat_results.table_of_steps(arms),
-    ]
-    return "\n\n".join(parts)
+    success, kinds, shares, steps = chat_results.tables(CHAT, pool)
+    text = "Share of the rollouts in the second half of the run, and in brackets how many of these groups were live:"
+    return "\n\n".join([success, "Success by kind at the end:", kinds, text, shares, steps])
 
 
 def before() -> str:
     """The runs of the chat model after which kinds began to count."""
-    arms = chat_results.load([])["guessed"]
-    kept = {arm: {seed: run for seed, run in arms.get(arm, {}).items() if seed == 1} for arm in ("random", UNBOUND)}
-    return "\n\n".join([chat_results.table_of_success(kept), chat_results.table_of_shares(kept, "guessed")])
+    kept = [run for run in ALL_CHAT if run["seed"] == 1 and run["arm"] in ("random", UNBOUND)]
+    return "\n\n".join(chat_results.tables(kept, "guessed")[::2])
 
 
 def draw() -> None:
     """Success held out on the chat model; success and the share of coins on the pool of coins."""
-    figure, panels = plt.subplots(1, 2 + len(CHAT), figsize=(1 + 4.2 * (2 + len(CHAT)), 4), squeeze=False)
-    for axes, (pool, arms) in zip(panels[0], CHAT.items(), strict=False):
+    pools = [pool for pool in POOLS if any(run["pool"] == pool for run in CHAT)]
+    drawn, panels = plt.subplots(1, 2 + len(pools), figsize=(1 + 4.2 * (2 + len(pools)), 4), squeeze=False)
+    for axes, pool in zip(panels[0], pools, strict=False):
         for arm, style in CHAT_ARMS.items():
-            runs = [*arms.get(arm, {}).values()]
-            if runs:
+            if runs := of(CHAT, pool, arm):
                 steps = [look["step"] for look in runs[0]["looks"]]
-                _line(axes, steps, [chat_results.means(run) for run in runs], style)
+                drawing.line(axes, steps, [*map(rates, runs)], STYLES[style])
         axes.set_title(f"SmolLM2-135M, pool `{pool}`", fontsize=10)
-        axes.set_xlabel("steps of 64 rollouts")
+        drawing.finish(axes, "steps of 64 rollouts")
     success, share = panels[0][-2:]
-    for arm in STYLES:
-        runs = of(RUNS, "coins", arm)
-        if runs:
-            looks = [run["looks"] for run in runs]
-            rollouts = [fmean(look["rollouts"] for look in part) / 1000 for part in zip(*looks, strict=True)]
-            _line(success, rollouts, [[look["sampled"] for look in part] for part in looks], arm)
+    for arm, style in STYLES.items():
+        if runs := of(RUNS, "coins", arm):
+            looks = zip(*(run["looks"] for run in runs), strict=True)
+            rollouts = [fmean(look["rollouts"] for look in part) / 1000 for part in looks]
+            drawing.line(success, rollouts, [*map(rates, runs)], style)
             groups = [run["quarters"]["groups"] for run in runs]
-            _line(
-                share, [1, 2, 3, 4], [[part[coin_results.CHANCE] / sum(part) for part in run] for run in groups], arm
-            )
+            shares = [[part[coin_results.CHANCE] / sum(part) for part in run] for run in groups]
+            drawing.line(share, [1, 2, 3, 4], shares, style)
     success.set_title("tiny policy, a third coins", fontsize=10)
-    success.set_xlabel("rollouts, thousands")
+    drawing.finish(success, "rollouts, thousands")
     share.set_title("the same: share of the rollouts on coins", fontsize=10)
-    share.set_xlabel("quarter of the run")
+    drawing.finish(share, "quarter of the run", xticks=[1, 2, 3, 4])
     share.set_ylim(bottom=0)
-    share.set_xticks([1, 2, 3, 4])
     panels[0][0].set_ylabel("success on what is held out")
     for axes in panels[0]:
-        axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(FIGURE, dpi=120, metadata={"Software": None})
-    plt.close(figure)
+    drawing.save(drawn, FIGURES / "alignment.png")
 
 
 def draw_front() -> None:
     """Success on the questions held out against rollouts, on the chat model."""
-    figure, axes = plt.subplots(figsize=(6.4, 3.6))
-    pairs, _, words = _chat_pairs("short")
-    for place, arm in ((1, RANDOM), (0, OURS)):
-        runs = [pair[place] for pair in pairs]
+    drawn, axes = plt.subplots(figsize=(6.4, 3.6))
+    both, words = _chat_pairs("short")
+    for place, arm, more in ((1, RANDOM, ""), (0, OURS, words)):
+        runs = [pair[place] for pair in both]
         rollouts = [look["step"] * 64 for look in runs[0]["looks"]]
-        _line(axes, rollouts, [chat_results.means(run) for run in runs], arm, words if place == 0 else "")
-    axes.set_xlabel("rollouts")
-    axes.set_ylabel("success on questions held out")
+        drawing.line(axes, rollouts, [*map(rates, runs)], STYLES[arm], more)
+    drawing.finish(axes, "rollouts", "success on questions held out")
     axes.set_title("SmolLM2-135M-Instruct, short questions of nine kinds", fontsize=10)
-    axes.grid(alpha=0.3)
     axes.legend()
-    figure.tight_layout()
-    figure.savefig(FRONT_FIGURE, dpi=120, metadata={"Software": None})
-    plt.close(figure)
-
-
-def _line(axes, places, values, arm, more=""):
-    colour, marker, name = STYLES[arm]
-    label = f"{name}{more}, {len(values)} seed{'s' if len(values) > 1 else ''}"
-    parts = [*zip(*values, strict=True)]
-    axes.plot(places, [fmean(part) for part in parts], color=colour, marker=marker, label=label)
-    axes.fill_between(places, [*map(min, parts)], [*map(max, parts)], color=colour, alpha=0.12, linewidth=0)
-
-
-def names() -> dict:
-    """What the template may say."""
-    return {
-        "verdicts": verdicts,
-        "score": score,
-        "outcome": outcome,
-        "coins": coin_tables,
-        "hard": hard,
-        "short": lambda: chat("short"),
-        "guessed": lambda: chat("guessed"),
-        "before": before,
-    }
+    drawing.save(drawn, FIGURES / "chat.png")
 
 
 def main():
     template = (HERE / "evidence_alignment.md.in").read_text(encoding="utf-8")
-    pages = {PAGE: fill(template, names())}
+    names = globals() | {pool: lambda pool=pool: chat(pool) for pool in POOLS}
+    pages = {PAGE: fill(template, names)}
     for path in FRONT:
-        before, _, rest = path.read_text(encoding="utf-8").partition(MARKS[0])
-        after = rest.partition(MARKS[1])[2]
         text = fill(front("docs/" if path.name == "README.md" else ""), {})
-        pages[path] = f"{before}{MARKS[0]}\n{text}\n\n{MARKS[1]}{after}"
+        pages[path] = between(path, "benchmarks/online/alignment_page.py", text)
     publish(pages, "benchmarks/online/alignment_page.py", lambda: (draw(), draw_front()))
 
 

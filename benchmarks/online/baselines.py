@@ -1,15 +1,23 @@
 """
-Rivals that the package does not have: `BetaMean`, which differs from MoPPS by the mean in the place of a draw, and
-`RefillingTrainer` (DAPO, 2503.14476): groups without a gradient are replaced by fresh ones, generated at once, a
-bounded number of times. It makes rollouts of its own.
+What chooses prompts for an arm: the package's schedules, and rivals that it does not have. These are `BetaMean`, which
+differs from MoPPS by the mean in the place of a draw, and `RefillingTrainer` (DAPO, 2503.14476): groups without a
+gradient are replaced by fresh ones, generated at once, a bounded number of times. It makes rollouts of its own.
 """
+
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
+from rivals import RIVALS
 from torch.nn.functional import pad
 from trl import GRPOTrainer
 
+from trl_learnalign import LearnAlignConfig, LearnAlignSampler
+from trl_learnalign.curriculum import OnlineSettings
 from trl_learnalign.schedules import PUBLISHED
+from trl_learnalign.schedules.online import LEARNALIGN as IN_PROPORTION
+from trl_learnalign.schedules.online import OnlineSchedule
 from trl_learnalign.schedules.published import MoPPS
 
 
@@ -21,17 +29,52 @@ class BetaMean(MoPPS):
 
 
 SCHEDULES = {"beta mean": BetaMean, **PUBLISHED}
+LEARNABILITY, LEARNALIGN = {"score": "learnability"}, {"score": "learnalign"}
+UNBOUND = replace(IN_PROPORTION, kinds_count=False, least_kind_share=0.0)  # as before kinds counted
+ONLINE = {  # settings of LearnAlignConfig, and of the curriculum
+    "online": (LEARNABILITY, None),
+    "online without features": ({**LEARNABILITY, "prompt_features": False}, None),
+    "online with groups": ({**LEARNABILITY, "group_column": "task"}, None),
+    "learnalign online": (LEARNALIGN, None),
+    "target online": ({"score": "target", "target_column": "is_target"}, None),
+    "online without fading": (LEARNABILITY, OnlineSettings(half_life_steps=1e9)),
+    "online without longer rests": (LEARNABILITY, OnlineSettings(longest_rest=0)),
+    "learnalign online without kinds": (LEARNALIGN, UNBOUND),
+    "learnalign online on top": (LEARNALIGN, OnlineSettings()),
+    "online in proportion": (LEARNABILITY, UNBOUND),
+    "online with kinds": (LEARNABILITY, IN_PROPORTION),
+    "learnalign online without floor": (LEARNALIGN, replace(IN_PROPORTION, least_kind_share=0.0)),
+    "learnalign online flatter": (LEARNALIGN, replace(IN_PROPORTION, sharpness=2.0)),
+    "learnalign online more uniform": (LEARNALIGN, replace(IN_PROPORTION, uniform=0.2)),
+    **dict.fromkeys(RIVALS, (LEARNABILITY, UNBOUND)),
+}
+
+
+def sampler_of(arm, **settings) -> LearnAlignSampler | None:
+    """The sampler of an arm, with more settings of this package; None where no schedule chooses."""
+    if arm in SCHEDULES:
+        return LearnAlignSampler(LearnAlignConfig(write_report=False), schedule=SCHEDULES[arm])
+    if arm in ONLINE:
+        own, curriculum = ONLINE[arm]
+        config = LearnAlignConfig(schedule="online", write_report=False, **own, **settings)
+        return LearnAlignSampler(config, schedule=partial(RIVALS.get(arm, OnlineSchedule), settings=curriculum))
+    return None
 
 
 class RefillingTrainer(GRPOTrainer):
     """
     DAPO's refill: as long as fewer groups than a batch holds have a gradient, another batch of fresh prompts is rolled
-    out, at most `MOST` times in a step. `fresh(n)` returns n rows of the dataset. For one process, a batch a step, and
-    no images, tools, KL term or vLLM.
+    out, at most `MOST` times in a step. Fresh are those that training draws last: it goes through another order of the
+    same kind. For one process, a batch a step, and no images, tools, KL term or vLLM.
     """
 
-    MOST = 8
-    fresh = None
+    MOST, taken = 8, 0
+
+    def fresh(self, number) -> list[dict]:
+        rows = self.train_dataset
+        order = np.random.default_rng(self.args.seed).permutation(len(rows))
+        self.taken += number
+        return [rows[int(order[place % len(order)])] for place in range(self.taken - number, self.taken)]
 
     def _generate_and_score_completions(self, inputs):
         size, groups, dead = self.num_generations, [], []

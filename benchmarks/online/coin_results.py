@@ -8,34 +8,24 @@ their rollouts and where they came to, with differences to random prompts and to
 intervals by Student's t, from three pairs on), and the share of each kind of prompt in each quarter of the run.
 """
 
-import argparse
-import json
 import sys
 from pathlib import Path
 from statistics import fmean
 
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import harness
 import results
 from coins import CHANCE, KINDS
-from pages import points, table
-from results import ARMS, area_gains, end, gains, of, over_run, paired
+from pages import columns, points
+from results import ARMS, area_gains, end, found_in, gains, of, over_run, paired
 from skills import LEVELS, TASKS
 
 
-OTHERS = {"uniform": "random", "online": "online"}  # that arms are compared with
-
-
-def load(folders: list[Path]) -> list[dict]:
+def load(folders) -> list[dict]:
     """The runs in these folders, and those that are kept and not there."""
-    found = {}
-    for run in results.load():
-        found[run["pool"], run["arm"], run["seed"]] = run
-    for file in sorted(file for folder in folders for file in folder.glob("*/*.json")):
-        run = json.loads(file.read_text(encoding="utf-8"))
-        if {"pool", "arm", "seed"} <= run.keys():  # others lie beside them: adapters, policies
-            found[run["pool"], run["arm"], run["seed"]] = run
+    found = {(run["pool"], run["arm"], run["seed"]): run for run in [*results.load(), *found_in(folders)]}
     return [run for run in found.values() if "quarters" in run]
 
 
@@ -44,53 +34,53 @@ def totals(run, name="groups") -> list[int]:
     return [sum(kind) for kind in zip(*run["quarters"][name], strict=True)]
 
 
+def chance(run, name="groups") -> int:
+    """Groups of chance, or those that were live; of skills there are none."""
+    groups = totals(run, name)
+    return 0 if run["pool"].startswith("skills") or len(groups) <= CHANCE else groups[CHANCE]
+
+
 def on_chance(run) -> float:
     """The share of training's rollouts that went to prompts of chance."""
-    groups = totals(run)
-    return groups[CHANCE] / sum(groups) if mixed(run) and len(groups) > CHANCE else 0.0
+    return chance(run) / sum(totals(run))
 
 
 def worth(run) -> float:
     """Live groups that are not of chance, of all groups."""
-    live = totals(run, "live")
-    return (sum(live) - (live[CHANCE] if mixed(run) and len(live) > CHANCE else 0)) / sum(totals(run))
-
-
-def mixed(run) -> bool:
-    """Whether kinds are those of coins.py, not skills."""
-    return not run["pool"].startswith("skills")
-
-
-def differences(measure, pairs) -> str:
-    return points([measure(run) - measure(other) for run, other in pairs], ".3f") if pairs else ""
+    return (sum(totals(run, "live")) - chance(run, "live")) / sum(totals(run))
 
 
 def arms(runs, pool) -> str:
     """A row for each arm: where its rollouts went, and what it came to."""
-    rows = []
-    for arm in known(runs, pool):
-        own = of(runs, pool, arm)
-        pairs = {name: paired(runs, pool, arm, other) if arm != other else [] for other, name in OTHERS.items()}
-        more = [worth(run) / worth(other) for run, other in pairs["random"]]
-        rows.append(
-            [
-                ARMS.get(arm, arm),
-                str(len(own)),
-                f"{fmean(map(on_chance, own)):.3f}",
-                differences(on_chance, pairs["random"]),
-                f"{fmean(map(worth, own)):.3f}",
-                f"{fmean(more):.2f}" if more else "",
-                f"{100 * fmean(over_run(run['looks']) for run in own):.1f}",
-                *(points(area_gains(pair)) if pair else "" for pair in pairs.values()),
-                f"{100 * fmean(map(end, own)):.1f}",
-                *(points(gains(pair)) if pair else "" for pair in pairs.values()),
-            ]
-        )
-    over = [f"over {name}" for name in OTHERS.values()]
-    head = ["prompts chosen by", "seeds", "rollouts on coins", "less random's"]
-    head += ["live groups that are no coins, per group", "x random's"]
-    head += ["success over the run, %", *over, "success at the end, %", *over]
-    return table(head, rows)
+    own = {arm: of(runs, pool, arm) for arm in known(runs, pool)}
+
+    def pairs(arm, other="uniform"):
+        return paired(runs, pool, arm, other) if arm != other else []
+
+    def over(arm, other, found):
+        return points(found(pairs(arm, other))) if pairs(arm, other) else ""
+
+    def more(arm):
+        return f"{fmean(worth(run) / worth(other) for run, other in pairs(arm)):.2f}" if pairs(arm) else ""
+
+    def less(arm):
+        return points(gains(pairs(arm), 1, on_chance), ".3f") if pairs(arm) else ""
+
+    labels = {
+        "prompts chosen by": lambda arm: ARMS.get(arm, arm),
+        "seeds": lambda arm: len(own[arm]),
+        "rollouts on coins": lambda arm: f"{fmean(map(on_chance, own[arm])):.3f}",
+        "less random's": less,
+        "live groups that are no coins, per group": lambda arm: f"{fmean(map(worth, own[arm])):.3f}",
+        "x random's": more,
+        "success over the run, %": lambda arm: f"{100 * fmean(over_run(run['looks']) for run in own[arm]):.1f}",
+        "over random": lambda arm: over(arm, "uniform", area_gains),
+        "over online": lambda arm: over(arm, "online", area_gains),
+        "success at the end, %": lambda arm: f"{100 * fmean(map(end, own[arm])):.1f}",
+        "over random ": lambda arm: over(arm, "uniform", gains),
+        "over online ": lambda arm: over(arm, "online", gains),
+    }
+    return columns(labels, own)
 
 
 def known(runs, pool) -> list[str]:
@@ -101,45 +91,44 @@ def known(runs, pool) -> list[str]:
 
 def by_quarter(runs, pool) -> str:
     """Of each arm the share of each kind in each quarter of the rollouts, and of its groups how many were live."""
-    rows = []
-    for arm in known(runs, pool):
-        own = of(runs, pool, arm)
-        for kind, name in enumerate(kinds(own[0])):
-            cells = []
-            for quarter in range(4):
-                groups, live = (sum(run["quarters"][key][quarter][kind] for run in own) for key in ("groups", "live"))
-                whole = sum(sum(run["quarters"]["groups"][quarter]) for run in own)
-                cells.append(f"{groups / whole:.2f} ({live / groups:.2f})" if groups else "0")
-            rows.append([ARMS.get(arm, arm), name, *cells])
-    return table("prompts chosen by | kind | first quarter (live) | second | third | last", rows)
+
+    def share(row, quarter):
+        own, kind = of(runs, pool, row[0]), row[1]
+        groups, live = (sum(run["quarters"][key][quarter][kind] for run in own) for key in ("groups", "live"))
+        whole = sum(sum(run["quarters"]["groups"][quarter]) for run in own)
+        return f"{groups / whole:.2f} ({live / groups:.2f})" if groups else "0"
+
+    labels = {"prompts chosen by": lambda row: ARMS.get(row[0], row[0]), "kind": lambda row: row[2]}
+    for quarter, name in enumerate(("first quarter (live)", "second", "third", "last")):
+        labels[name] = lambda row, quarter=quarter: share(row, quarter)
+    rows = [(arm, *kind) for arm in known(runs, pool) for kind in enumerate(kinds(of(runs, pool, arm)[0]))]
+    return columns(labels, rows)
 
 
 def kinds(run) -> list[str]:
     number = len(run["quarters"]["groups"][0])
-    if mixed(run):
-        return [KINDS[kind] for kind in range(number)]
-    return [f"{TASKS[kind // LEVELS].name} {kind % LEVELS}" for kind in range(number)]
+    if run["pool"].startswith("skills"):
+        return [f"{TASKS[kind // LEVELS].name} {kind % LEVELS}" for kind in range(number)]
+    return [KINDS[kind] for kind in range(number)]
 
 
 def curves(runs, pool) -> str:
     """Success held out of each arm, where it was measured."""
-    rows = []
-    for arm in known(runs, pool):
-        curve = results.curve(of(runs, pool, arm))
-        rows.append([ARMS.get(arm, arm), ", ".join(f"{100 * rate:.1f} ({round(count)})" for count, rate in curve)])
-    return table("prompts chosen by | success, % (after so many rollouts)", rows)
+
+    def curve(arm):
+        found = results.curve(of(runs, pool, arm))
+        return ", ".join(f"{100 * rate:.1f} ({round(count)})" for count, rate in found)
+
+    labels = {"prompts chosen by": lambda arm: ARMS.get(arm, arm), "success, % (after so many rollouts)": curve}
+    return columns(labels, known(runs, pool))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, nargs="*", default=[Path("runs/online")])
-    parser.add_argument("--pools", nargs="+", help="all that have runs by default")
-    arguments = parser.parse_args()
+    arguments = harness.options(__doc__, runs=[Path("runs/online")], pools=([str], "all that have runs by default"))
     runs = load(arguments.runs)
-    for pool in [name for name in results.POOLS if name in {run["pool"] for run in runs}]:
-        if arguments.pools is None or pool in arguments.pools:
-            parts = [arms(runs, pool), curves(runs, pool), by_quarter(runs, pool)]
-            print(f"## {pool}", *parts, sep="\n\n", end="\n\n")
+    found = {run["pool"] for run in runs} & set(arguments.pools or results.POOLS)
+    for pool in [name for name in results.POOLS if name in found]:
+        print(f"## {pool}", arms(runs, pool), curves(runs, pool), by_quarter(runs, pool), sep="\n\n", end="\n\n")
 
 
 if __name__ == "__main__":

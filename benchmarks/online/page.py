@@ -8,29 +8,25 @@ them, so that no number of a table is typed.
 evidence_online.md.in, those of the table in front.md.in.
 """
 
-import argparse
-import json
 import sys
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+
+import harness
 import results
-from figure import ONE, draw
-from pages import ROOT, fill, interval, points, publish, table
-from results import ARMS, area_gains, end, gains, of, paired, share
+from drawing import FIGURES, FRONT, ONE, draw_pools
+from harness import RESULTS, ROOT
+from pages import between, columns, fill, interval, points, publish, table
+from results import ARMS, area_gains, end, gains, of, share
 from skills import LEVELS, TARGET, TASKS
 
 
-PAGE = ROOT / "docs" / "evidence_online.md"
-FIGURE = ROOT / "docs" / "figures" / "online.png"
-TARGET_FIGURE = ROOT / "docs" / "figures" / "online_target.png"
-FRONT = (ROOT / "docs" / "online.md",)
-MARKS = "<!-- written by benchmarks/online/page.py -->\n", "<!-- end -->\n"
-TUNING = ROOT / "benchmarks" / "results" / "online_tuning.json"
-ALIGNMENT = ROOT / "benchmarks" / "results" / "online_alignment.json"
+PAGE, ONLINE = ROOT / "docs" / "evidence_online.md", ROOT / "docs" / "online.md"
 RUNS = results.load()
 BLIND = "uniform", "learnability", "filter", "online"  # which do not know the target
 RIVALS = "mopps", "beta mean", "greso", "pools"
@@ -68,9 +64,21 @@ GOALS = [  # live groups against uniform (None: no goal), rollouts to uniform's 
 REFILL_GOAL = 0.35  # of refill's rollouts, to its final success
 
 
+def pairs(pool, arm="online", other="uniform") -> list:
+    return results.paired(RUNS, pool, arm, other)
+
+
 def percent(values) -> str:
     """The mean of shares."""
     return f"{100 * fmean(values):.1f}"
+
+
+def live(runs) -> str:
+    return percent(run["live_share"] for run in runs)
+
+
+def distinct(runs) -> str:
+    return f"{fmean(run['distinct'] for run in runs):,.0f}"
 
 
 def needed(found) -> str:
@@ -91,227 +99,157 @@ def of_target(run) -> float:
 
 def arms(pool) -> str:
     """A row for each arm."""
-    rows = []
-    for arm, name in ARMS.items():
-        runs, pairs = of(RUNS, pool, arm), paired(RUNS, pool, arm)
-        if not runs:
-            continue
-        rows.append(
-            [
-                name,
-                str(len(runs)),
-                percent(run["live_share"] for run in runs),
-                percent(end(run) for run in runs),
-                "" if arm == "uniform" else points(gains(pairs)),
-                "" if arm == "uniform" else points(area_gains(pairs)),
-                needed(share(pairs)).removesuffix(" %"),
-                percent(end(run, "pass@8") for run in runs),
-                f"{fmean(run['distinct'] for run in runs):,.0f}",
-                f"{fmean(end(run, 'length') for run in runs):.1f}",
-                percent(tokens(run) / tokens(other) for run, other in pairs) if pairs else "",
-                *([percent(map(of_target, runs))] if pool == "skills-target" else []),
-            ]
-        )
-    return table(
-        "prompts chosen by | seeds | live groups of training, % | success at the end, % | over random prompts, "
-        "points | the same, mean over the run | rollouts to the end of random prompts, % | pass@8, % | "
-        "distinct prompts of training | length, tokens | tokens generated, % of random prompts'"
-        + (" | of the target, %" if pool == "skills-target" else ""),
-        rows,
-    )
+    runs = {arm: of(RUNS, pool, arm) for arm in ARMS}
+    both = {arm: pairs(pool, arm) for arm in ARMS}
 
+    def over(arm, found):
+        return "" if arm == "uniform" else points(found(both[arm]))
 
-def tables() -> dict[str, str]:
-    """The table of each pool, by its name with underscores."""
-    return {pool.replace("-", "_"): arms(pool) for pool in results.POOLS if of(RUNS, pool, "uniform")}
+    labels = {
+        "prompts chosen by": ARMS.get,
+        "seeds": lambda arm: len(runs[arm]),
+        "live groups of training, %": lambda arm: live(runs[arm]),
+        "success at the end, %": lambda arm: percent(map(end, runs[arm])),
+        "over random prompts, points": lambda arm: over(arm, gains),
+        "the same, mean over the run": lambda arm: over(arm, area_gains),
+        "rollouts to the end of random prompts, %": lambda arm: needed(share(both[arm])).removesuffix(" %"),
+        "pass@8, %": lambda arm: percent(end(run, "pass@8") for run in runs[arm]),
+        "distinct prompts of training": lambda arm: distinct(runs[arm]),
+        "length, tokens": lambda arm: f"{fmean(end(run, 'length') for run in runs[arm]):.1f}",
+        "tokens generated, % of random prompts'": lambda arm: percent(tokens(a) / tokens(b) for a, b in both[arm]),
+    }
+    if pool == "skills-target":
+        labels["of the target, %"] = lambda arm: percent(map(of_target, runs[arm]))
+    return columns(labels, [arm for arm in ARMS if runs[arm]])
 
 
 def dirt() -> str:
     """Who trains on wrong labels, and how many suspects have one."""
-    rows = []
-    for pool, name in DIRT.items():
-        for run, uniform in paired(RUNS, pool, "online"):
-            found = run.get("suspects", {})
-            dirty = pool != "hard-noisy"  # where every prompt is
-            rows.append(
-                [
-                    f"{name}, seed {run['seed']}",
-                    f"{8 * run['wrong']:,} ({8 * uniform['wrong']:,})" if dirty else "",
-                    f"{100 * end(run):.1f} ({100 * end(uniform):.1f})",
-                    ", ".join(f"{right} of the first {first}" for first, right in found.items())
-                    if "wrong" in pool
-                    else "",
-                ]
-            )
-    return table(
-        "pool | rollouts on such prompts, online (random prompts) | success at the end, %, online (random prompts) | "
-        "suspects that are wrong",
-        rows,
-    )
+
+    def on_dirt(pool, run, other):  # in hard-noisy every prompt is dirty
+        return "" if pool == "hard-noisy" else f"{8 * run['wrong']:,} ({8 * other['wrong']:,})"
+
+    def suspects(run):
+        return ", ".join(f"{right} of the first {first}" for first, right in run.get("suspects", {}).items())
+
+    labels = {
+        "pool": lambda row: f"{DIRT[row[0]]}, seed {row[1]['seed']}",
+        "rollouts on such prompts, online (random prompts)": lambda row: on_dirt(*row),
+        "success at the end, %, online (random prompts)": lambda row: "{:.1f} ({:.1f})".format(
+            *(100 * end(run) for run in row[1:])
+        ),
+        "suspects that are wrong": lambda row: suspects(row[1]) if "wrong" in row[0] else "",
+    }
+    return columns(labels, [(pool, *pair) for pool in DIRT for pair in pairs(pool)])
 
 
 def by_share() -> str:
     """What choosing online brings, by how much of a pool is live."""
-    rows = []
-    for pool, name in SHARES.items():
-        pairs = paired(RUNS, pool, "online")
-        if pairs:
-            rows.append(
-                [
-                    name,
-                    str(len(pairs)),
-                    percent(other["live_share"] for _, other in pairs),
-                    times_live(pool),
-                    points(gains(pairs)),
-                    points(area_gains(pairs)),
-                    needed(share(pairs)),
-                ]
-            )
-    return table(
-        "pool | seeds | live groups of random prompts, % | of online, times as many | success at the end, points "
-        "over random prompts | the same, mean over the run | rollouts to their end",
-        rows,
-    )
+    labels = {
+        "pool": SHARES.get,
+        "seeds": lambda pool: len(pairs(pool)),
+        "live groups of random prompts, %": lambda pool: live(other for _, other in pairs(pool)),
+        "of online, times as many": lambda pool: times_live(pool),
+        "success at the end, points over random prompts": lambda pool: points(gains(pairs(pool))),
+        "the same, mean over the run": lambda pool: points(area_gains(pairs(pool))),
+        "rollouts to their end": lambda pool: needed(share(pairs(pool))),
+    }
+    return columns(labels, [pool for pool in SHARES if pairs(pool)])
 
 
 def ablations() -> str:
     """What online loses or gains without a part, or with one more."""
-    rows = []
-    for arm, other in ABLATIONS.items():
-        for pool in results.POOLS:
-            pairs = paired(RUNS, pool, arm, other)
-            if pairs:
-                labels = [ARMS[arm], ARMS[other], NAMES[pool]]
-                row = [*labels, str(len(pairs)), points(gains(pairs)), points(area_gains(pairs))]
-                parts = [f"{fmean(part['distinct'] for part in runs):,.0f}" for runs in zip(*pairs, strict=True)]
-                rows.append(
-                    [*row, *(percent(run["live_share"] for run in runs) for runs in zip(*pairs, strict=True)), *parts]
-                )
-    return table(
-        "prompts chosen by | compared with | pool | seeds | success at the end, points over the other | the same, "
-        "mean over the run | live groups, % | of the other, % | distinct prompts | of the other",
-        rows,
-    )
+    cells = [(arm, other, pool) for arm, other in ABLATIONS.items() for pool in results.POOLS]
+    rows = [(*cell, pairs(cell[2], *cell[:2])) for cell in cells if pairs(cell[2], *cell[:2])]
+    labels = {
+        "prompts chosen by": lambda row: ARMS[row[0]],
+        "compared with": lambda row: ARMS[row[1]],
+        "pool": lambda row: NAMES[row[2]],
+        "seeds": lambda row: len(row[3]),
+        "success at the end, points over the other": lambda row: points(gains(row[3])),
+        "the same, mean over the run": lambda row: points(area_gains(row[3])),
+        "live groups, %": lambda row: live(run for run, _ in row[3]),
+        "of the other, %": lambda row: live(run for _, run in row[3]),
+        "distinct prompts": lambda row: distinct(run for run, _ in row[3]),
+        "of the other": lambda row: distinct(run for _, run in row[3]),
+    }
+    return columns(labels, rows)
 
 
-def skill_differences(arm="online", pool="skills") -> list[float]:
-    """Of every skill the points by which an arm ends above uniform draws, means over seeds."""
-    differences = [
-        [100 * (a - b) for a, b in zip(run["looks"][-1]["tasks"], other["looks"][-1]["tasks"], strict=True)]
-        for run, other in paired(RUNS, pool, arm)
+def skill_differences() -> list[float]:
+    """Of every skill the points by which online ends above uniform draws, means over seeds."""
+    both = [[run["looks"][-1]["tasks"] for run in pair] for pair in pairs("skills")]
+    return [
+        fmean(part) for part in zip(*([100 * (a - b) for a, b in zip(*x, strict=True)] for x in both), strict=True)
     ]
-    return [fmean(part) for part in zip(*differences, strict=True)]
 
 
 def by_skill() -> str:
     """Where each skill begins and ends, means over seeds."""
-    known = [arm for arm in ("uniform", "online", "online with groups") if of(RUNS, "skills", arm)]
-    rows = []
-    for place, task in enumerate(TASKS):
-        found = [run["looks"][0] for run in of(RUNS, "skills", "uniform")]
-        parts = [found] + [[run["looks"][-1] for run in of(RUNS, "skills", arm)] for arm in known]
-        rows.append([task.name, *(percent(look["tasks"][place] for look in part) for part in parts)])
-    return table(" | ".join(["skill", "at the start, %", *(ARMS[arm] for arm in known)]), rows)
+
+    def success(arm, at, place):
+        return percent(run["looks"][at]["tasks"][place] for run in of(RUNS, "skills", arm))
+
+    labels = {"skill": lambda place: TASKS[place].name, "at the start, %": partial(success, "uniform", 0)}
+    for arm in ("uniform", "online", "online with groups"):
+        if of(RUNS, "skills", arm):
+            labels[ARMS[arm]] = partial(success, arm, -1)
+    return columns(labels, range(len(TASKS)))
 
 
 def bars() -> str:
     """The goals that were set before, and whether they are met."""
     rows = []
     for pool, factor, most, name in GOALS:
-        pairs = paired(RUNS, pool, "online")
-        ratio = fmean(run["live_share"] / uniform["live_share"] for run, uniform in pairs)
-        taken, gained = share(pairs), gains(pairs)
+        both = pairs(pool)
+        ratio = fmean(run["live_share"] / uniform["live_share"] for run, uniform in both)
+        taken, gained = share(both), gains(both)
         upper = (interval(gained) or (0, fmean(gained)))[1]  # not below by more than the interval
-        met = factor is None or ratio >= factor, taken is not None and taken <= most, upper >= 0
-        texts = (
-            f"{'' if factor is None else f'>= {factor} x: '}{ratio:.2f}",
-            f"<= {100 * most:.0f} %: {needed(taken)}",
-            f"not below: {points(gained)} points",
+        goals = (
+            (f"{'' if factor is None else f'>= {factor} x: '}{ratio:.2f}", factor is None or ratio >= factor),
+            (f"<= {100 * most:.0f} %: {needed(taken)}", taken is not None and taken <= most),
+            (f"not below: {points(gained)} points", upper >= 0),
         )
-        met = [("met" if good else "missed") for good in met]
-        if factor is None:
-            met[0] = "no goal"
-        rows.append([name, str(len(pairs)), *(f"{text} ({word})" for text, word in zip(texts, met, strict=True))])
+        words = ["met" if good else "missed" for _, good in goals]
+        words[0] = "no goal" if factor is None else words[0]
+        rows.append(
+            [name, str(len(both)), *(f"{text} ({word})" for (text, _), word in zip(goals, words, strict=True))]
+        )
     return table(
         "pool | seeds | live groups against random prompts | rollouts to their end | success at the end", rows
     )
 
 
-def gain(pool) -> str:
-    """For the table."""
-    return f"{points(gains(paired(RUNS, pool, 'online')))} points"
+def gain(pool, arm="online", other="uniform") -> str:
+    return f"{points(gains(pairs(pool, arm, other)))} points"
 
 
 def times_live(pool) -> str:
     """How many times as many live groups."""
-    return f"{fmean(run['live_share'] / other['live_share'] for run, other in paired(RUNS, pool, 'online')):.1f}"
+    return f"{fmean(run['live_share'] / other['live_share'] for run, other in pairs(pool)):.1f}"
 
 
 def more_bars() -> str:
     """The goals of other kinds."""
-    live, wrong = paired(RUNS, "live", "online"), paired(RUNS, "hard-wrong", "online")
+    wrong = pairs("hard-wrong")
     paid = fmean(run["wrong"] / other["wrong"] for run, other in wrong)
     found = [(right, int(number)) for number, right in (list(run["suspects"].items())[-1] for run, _ in wrong)]
     right = ", ".join(f"{good} of {number}" for good, number in found)
-    close = all(abs(gained) <= 1 for gained in gains(live))
-    refill = share(paired(RUNS, "hard", "online", "refill"))
-    ahead = {arm: gains(paired(RUNS, "skills-target", "target", arm)) for arm in BLIND}
-    first = all((interval(found) or (min(found), 0))[0] > 0 for found in ahead.values())
+    refill, half = share(pairs("hard", "online", "refill")), "half of the 800 wrong labels are suspects"
+    ahead = {arm: gains(pairs("skills-target", "target", arm)) for arm in BLIND}
+    first = all((interval(values) or (min(values), 0))[0] > 0 for values in ahead.values())
+    over = "; ".join(f"{points(values)} points over {ARMS[arm]}" for arm, values in ahead.items())
+    close = all(abs(gained) <= 1 for gained in gains(pairs("live")))
+    most, soon = f"{100 * REFILL_GOAL:.0f} %", refill is not None and refill <= REFILL_GOAL
     rows = [
-        ["every prompt live", "the same success", f"{points(gains(live))} points", close],
-        ["", "uniform draws", uniform_live(), all(_same(*pair) for pair in live)],
-        [
-            "the hard pool",
-            f"refill's success after {100 * REFILL_GOAL:.0f} % of its rollouts",
-            needed(refill),
-            refill is not None and refill <= REFILL_GOAL,
-        ],
+        ["every prompt live", "the same success", gain("live"), close],
+        ["", "uniform draws", uniform_live(), all(_same(*pair) for pair in pairs("live"))],
+        ["the hard pool", f"refill's success after {most} of its rollouts", needed(refill), soon],
         ["a tenth of the labels wrong", "no more rollouts on them", f"{paid:.2f} x", paid <= 1],
-        [
-            "",
-            "half of the 800 wrong labels are suspects",
-            f"suspects that are wrong: {right}",
-            all(good >= 400 for good, _ in found),
-        ],
-        [
-            "a target",
-            "selection by the target ahead of every other, with intervals above 0",
-            "; ".join(f"{points(found)} points over {ARMS[arm]}" for arm, found in ahead.items()),
-            first,
-        ],
+        ["", half, f"suspects that are wrong: {right}", all(good >= 400 for good, _ in found)],
+        ["a target", "selection by the target ahead of every other, with intervals above 0", over, first],
     ]
-    rows = [[*texts, "met" if good else "missed"] for *texts, good in rows]
-    return table("pool | goal | measured | ", rows)
-
-
-def more_verdicts() -> str:
-    """What came of the ways that were named before the runs on the other testbeds."""
-    few, half = (gains(paired(RUNS, pool, "online")) for pool in ("hard-10", "hard-50"))
-    dirty = {name: gains(paired(RUNS, pool, "online")) for pool, name in DIRT.items() if paired(RUNS, pool, "online")}
-    small = min((_over(arm, "hard-small") for arm in RIVALS if of(RUNS, "hard-small", arm)), key=_worst)
-    skills, differences = gains(paired(RUNS, "skills", "online")), skill_differences()
-    worst = min(differences)
-    lines = [
-        (
-            min(few) <= 0 or fmean(half) < 0,
-            f"{points(few)} points with a tenth of the prompts live, {points(half)} points with half of them",
-        ),
-        (small[0], f"{small[1]}. Over random prompts: {points(gains(paired(RUNS, 'hard-small', 'online')))} points"),
-        (
-            any(fmean(found) < 0 for found in dirty.values()),
-            "; ".join(f"{name}: {points(found)} points" for name, found in dirty.items()),
-        ),
-        (
-            fmean(skills) < 0 or worst <= -10,
-            f"{points(skills)} points; `{TASKS[differences.index(worst)].name}`, the skill that compares worst, ends "
-            f"{-worst:.1f} points below random prompts",
-        ),
-        min(
-            (_over(arm, "skills-target", "target") for arm in BLIND),
-            key=_worst,
-        ),
-    ]
-    return _answers(lines, 6)
+    return table("pool | goal | measured | ", [[*texts, "met" if good else "missed"] for *texts, good in rows])
 
 
 def _same(run, uniform) -> bool:
@@ -321,25 +259,41 @@ def _same(run, uniform) -> bool:
 
 def uniform_live() -> str:
     """Of the runs on prompts that are all live."""
-    pairs = paired(RUNS, "live", "online")
-    return f"{sum(_same(*pair) for pair in pairs)} of {len(pairs)} runs never chose"
+    return f"{sum(_same(*pair) for pair in pairs('live'))} of {len(pairs('live'))} runs never chose"
 
 
 def verdicts() -> str:
     """What came of each of the five ways in which it could have been shown not to be worth having."""
-    hard, clean = gains(paired(RUNS, "hard", "online")), gains(paired(RUNS, "clean", "online"))
-    low, taken = (interval(hard) or (min(hard), 0))[0], share(paired(RUNS, "hard", "online"))
+    hard, taken = gains(pairs("hard")), share(pairs("hard"))
+    low, rest = (interval(hard) or (min(hard), 0))[0], "over random prompts, whose final success takes"
     lines = [
-        (
-            low <= 0 or taken is None or taken > 2 / 3,
-            f"{points(hard)} points over random prompts, whose final success takes {needed(taken)} of the rollouts",
-        ),
+        (low <= 0 or taken is None or taken > 2 / 3, f"{gain('hard')} {rest} {needed(taken)} of the rollouts"),
         _over("refill"),
-        (fmean(clean) < 0, f"{points(clean)} points"),
-        min((_over(arm) for arm in RIVALS if paired(RUNS, "hard", "online", arm)), key=_worst),
+        (fmean(gains(pairs("clean"))) < 0, gain("clean")),
+        min((_over(arm) for arm in RIVALS if pairs("hard", "online", arm)), key=_worst),
         _over("online without features"),
     ]
     return _answers(lines, 1)
+
+
+def more_verdicts() -> str:
+    """What came of the ways that were named before the runs on the other testbeds."""
+    few, half = gains(pairs("hard-10")), gains(pairs("hard-50"))
+    dirty = {name: pool for pool, name in DIRT.items() if pairs(pool)}
+    small = min((_over(arm, "hard-small") for arm in RIVALS if of(RUNS, "hard-small", arm)), key=_worst)
+    skills, differences = gains(pairs("skills")), skill_differences()
+    worst = min(differences)
+    name = f"`{TASKS[differences.index(worst)].name}`, the skill that compares worst, ends {-worst:.1f} points"
+    tenth = f"{gain('hard-10')} with a tenth of the prompts live, {gain('hard-50')} with half of them"
+    wrong = "; ".join(f"{name}: {gain(pool)}" for name, pool in dirty.items())
+    lines = [
+        (min(few) <= 0 or fmean(half) < 0, tenth),
+        (small[0], f"{small[1]}. Over random prompts: {gain('hard-small')}"),
+        (any(fmean(gains(pairs(pool))) < 0 for pool in dirty.values()), wrong),
+        (fmean(skills) < 0 or worst <= -10, f"{gain('skills')}; {name} below random prompts"),
+        min((_over(arm, "skills-target", "target") for arm in BLIND), key=_worst),
+    ]
+    return _answers(lines, 6)
 
 
 def _worst(answer):
@@ -349,61 +303,50 @@ def _worst(answer):
 
 def _answers(lines, first) -> str:
     """A numbered list of answers, from (so, text, ...)."""
-    return "\n".join(
-        f"{number}. **{'Failed' if so else 'Passed'}**: {text}." for number, (so, text, *_) in enumerate(lines, first)
-    )
+    words = (f"**{'Failed' if so else 'Passed'}**: {text}." for so, text, *_ in lines)
+    return "\n".join(f"{number}. {text}" for number, text in enumerate(words, first))
 
 
 def _over(arm, pool="hard", one="online"):
     """Whether an arm does not end above another one on a pool, what is said of it, and the mean difference."""
-    found = gains(paired(RUNS, pool, one, arm))
-    around = interval(found)
-    so = (around[0] if around else min(found)) <= 0
-    return (
-        so,
-        f"{ARMS[one]} ends {points(found)} points above {ARMS[arm]} "
-        f"({len(found)} {'seeds' if len(found) > 1 else 'seed'})",
-        fmean(found),
-    )
+    found = gains(pairs(pool, one, arm))
+    low = (interval(found) or (min(found), 0))[0]
+    seeds = f"({len(found)} {'seeds' if len(found) > 1 else 'seed'})"
+    return low <= 0, f"{ARMS[one]} ends {points(found)} points above {ARMS[arm]} {seeds}", fmean(found)
 
 
 def outcome() -> str:
     """The first sentence of the page."""
-    hard = paired(RUNS, "hard", "online")
-    clean, skills, small = (points(gains(paired(RUNS, pool, "online"))) for pool in ("clean", "skills", "hard-small"))
+    clean, skills, small = (points(gains(pairs(pool))) for pool in ("clean", "skills", "hard-small"))
     return (
-        f"On a pool of which a quarter can be learnt, prompts chosen online end {points(gains(hard))} points above "
-        f"random ones after equally many rollouts, with {times_live('hard')} times as many live groups, and are where "
-        f"these end after {needed(share(hard))} of the rollouts. On clean equations, of which nearly half are live, "
-        f"it is {clean} points, on many skills {skills} and on a small pool {small}: there choosing does not pay."
+        f"On a pool of which a quarter can be learnt, prompts chosen online end {gain('hard')} above random ones "
+        f"after equally many rollouts, with {times_live('hard')} times as many live groups, and are where these end "
+        f"after {needed(share(pairs('hard')))} of the rollouts. On clean equations, of which nearly half are live, it "
+        f"is {clean} points, on many skills {skills} and on a small pool {small}: there choosing does not pay."
     )
 
 
 def tuning() -> str:
     """What was tried on the first two seeds."""
-    rows = [
-        [
-            run["what"],
-            f"{run['pool']}, {'seeds' if len(run['seeds']) > 1 else 'seed'} {' and '.join(map(str, run['seeds']))}",
-            *(", ".join(f"{100 * value:.1f}" for value in run[name]) for name in ("live", "end")),
-            ", ".join(f"{value:,}" for value in run["distinct"]),
-        ]
-        for run in json.loads(TUNING.read_text(encoding="utf-8"))["runs"]
-    ]
-    return table(
-        "after a visit a prompt rests for | pool | live groups, % | success at the end, % | distinct prompts", rows
-    )
+
+    def seeds(run):
+        return f"{'seeds' if len(run['seeds']) > 1 else 'seed'} {' and '.join(map(str, run['seeds']))}"
+
+    labels = {
+        "after a visit a prompt rests for": lambda run: run["what"],
+        "pool": lambda run: f"{run['pool']}, {seeds(run)}",
+        "live groups, %": lambda run: ", ".join(f"{100 * value:.1f}" for value in run["live"]),
+        "success at the end, %": lambda run: ", ".join(f"{100 * value:.1f}" for value in run["end"]),
+        "distinct prompts": lambda run: ", ".join(f"{value:,}" for value in run["distinct"]),
+    }
+    return columns(labels, harness.read(RESULTS / "online_tuning.json")["runs"])
 
 
 def alignment() -> str:
     """How much of the alignments of other prompts features explain."""
     rows = [
-        [
-            name,
-            f"{found['learnable']:,}",
-            *(f"{value:.2f}" for value in [*found["explained"].values(), found["other_seed"]]),
-        ]
-        for name, found in json.loads(ALIGNMENT.read_text(encoding="utf-8")).items()
+        [name, f"{found['learnable']:,}", *(f"{x:.2f}" for x in [*found["explained"].values(), found["other_seed"]])]
+        for name, found in harness.read(RESULTS / "online_alignment.json").items()
     ]
     return table(
         "policy | learnable prompts | from 300 | from 1,000 | from 3,000 | correlation between two seeds", rows
@@ -412,54 +355,27 @@ def alignment() -> str:
 
 def names() -> dict:
     """What the templates may say."""
-    pools = {pool.replace("-", "_"): pool for pool in results.POOLS if paired(RUNS, pool, "online")}
-    return {
-        "outcome": outcome,
-        "verdicts": verdicts,
-        "more_verdicts": more_verdicts,
-        "by_share": by_share,
-        "ablations": ablations,
-        "by_skill": by_skill,
-        "bars": bars,
-        "more_bars": more_bars,
-        "dirt": dirt,
-        "tuning": tuning,
-        "alignment": alignment,
-        "uniform_live": uniform_live,
-        "table": tables(),
-        "gain": {name: gain(pool) for name, pool in pools.items()},
-        "share": {name: needed(share(paired(RUNS, pool, "online"))) for name, pool in pools.items()},
-        "times_live": {name: times_live(pool) for name, pool in pools.items()},
-    }
+    each = {"table": arms, "gain": gain, "share": lambda pool: needed(share(pairs(pool))), "times_live": times_live}
+    pools = {pool.replace("-", "_"): pool for pool in results.POOLS if of(RUNS, pool, "uniform") and pairs(pool)}
+    return globals() | {name: {key: made(pool) for key, pool in pools.items()} for name, made in each.items()}
 
 
-def front(path, known) -> str:
-    """The page with its table as the results have it."""
-    text = path.read_text(encoding="utf-8")
-    before, rest = text.split(MARKS[0])
-    _, after = rest.split(MARKS[1])
-    template = (HERE / "front.md.in").read_text(encoding="utf-8")
-    return before + MARKS[0] + "\n" + fill(template, known) + "\n" + MARKS[1] + after
-
-
-def figures():
+def draw():
     """Of the hard pools, and of the target."""
-    draw(RUNS, FIGURE)
-    draw(RUNS, TARGET_FIGURE, ONE)
+    draw_pools(RUNS, FIGURES / "online.png", FRONT)
+    draw_pools(RUNS, FIGURES / "online_target.png", ONE)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", nargs="+", type=Path, default=[])
-    parser.add_argument("--check", action="store_true", help="only whether the pages are what the results say")
-    arguments = parser.parse_args()
-    if arguments.runs:
-        results.collect(arguments.runs)
+    options = harness.options(__doc__, runs=[Path], check=(False, "only whether the pages are what results say"))
+    if options.runs:
+        results.collect(options.runs)
         RUNS[:] = results.load()
     known = names()
+    front = fill((HERE / "front.md.in").read_text(encoding="utf-8"), known)
     pages = {PAGE: fill((HERE / "evidence_online.md.in").read_text(encoding="utf-8"), known)}
-    pages |= {path: front(path, known) for path in FRONT}
-    publish(pages, "benchmarks/online/page.py", after=figures)
+    pages[ONLINE] = between(ONLINE, "benchmarks/online/page.py", front)
+    publish(pages, "benchmarks/online/page.py", after=draw)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,6 @@
 Pools of prompts on which choosing online is tried: those that were not filtered by difficulty, and some where nothing
 can be won.
 
-    python benchmarks/online/pools.py --dataset_path DIR [--pools hard clean]
-
-prints what each pool is made of, and the share of its groups that are live at the start. DIR holds GSM8K's train.jsonl
-and test.jsonl. Without it generated chains stand in.
-
 `hard` is 2,000 equations of GSM8K, 4,800 chains far too hard for the tiny policy, and 1,200 trivial ones; `hard-10`
 and `hard-50` have fewer and more equations, `hard-small` a twentieth of all, and `mastered` is mostly trivial. `clean`
 is all equations; `live` those whose success rate under the first policy is well inside (0, 1). `hard-wrong` and
@@ -16,7 +11,6 @@ rows are copies of others with two operands exchanged, and of `hard-noisy` a fai
 `coins` and others, are described in coins.py.
 """
 
-import argparse
 import os
 import random
 import re
@@ -24,24 +18,16 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from functools import cache
 from pathlib import Path
 
 import numpy as np
-import torch
-from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
 from coins import CHANCE, chance_reward, coin_pool
 from coins import POOLS as COINS
-from demo import POLICY
-from equations import equations_reward, generate_chains, load_gsm8k_equations
+from datasets import Dataset
+from equations import equations_reward
 from hard_pool import EQUATION, HARD, SIZES, TRIVIAL, hard_pool
-from train_tiny_policy import corrupt, generate
+from policies import POLICY, load_policy, read_equations, successes
+from train_tiny_policy import corrupt
 
 
 # Of the prompts 13, 30, 52 and 30 % are live at first, fewer once the trivial ones are mastered
@@ -87,14 +73,6 @@ class Task:
     test: Dataset
     target: Dataset | None = None
     max_completion: int = MAX_COMPLETION
-
-
-@cache
-def read_equations(dataset_path: Path | None) -> tuple[Dataset, Dataset]:
-    """The equations to train on and those held out."""
-    if dataset_path is None:
-        return generate_chains(7378, seed=11), generate_chains(1301, seed=12)
-    return tuple(load_gsm8k_equations(dataset_path / f"{split}.jsonl")[0] for split in ("train", "test"))
 
 
 def make_pool(name: str, dataset_path: Path | None, seed: int = 0, cache: Path | None = None) -> Pool:
@@ -189,57 +167,15 @@ def _wrong(answer: str, rng: random.Random) -> str:
             return other
 
 
-def load_policy(path: Path = POLICY):
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(path)
-
-
-def count_successes(model, tokenizer, rows: Dataset, samples: int, seed=0, reward=equations_reward) -> np.ndarray:
-    """Of every row, how many of `samples` completions at temperature 1 succeed, shape (N,)."""
-    torch.manual_seed(seed)
-    prompts = [prompt for prompt in rows["prompt"] for _ in range(samples)]
-    answers = [answer for answer in rows["answer"] for _ in range(samples)]
-    with torch.inference_mode():
-        completions = generate(model, tokenizer, prompts, do_sample=True, batch_size=256)
-    return np.array(reward(completions, answers), np.int16).reshape(-1, samples).sum(1)
-
-
 def first_successes(rows: Dataset, samples: int, cache: Path | None, name: str) -> np.ndarray:
     """Successes under the first policy, shape (N,), read from `cache` where it holds them."""
     file = None if cache is None else cache / f"{name}-{len(rows)}x{samples}.npy"
     if file is not None and file.is_file():
         return np.load(file)
-    counts = count_successes(*load_policy(), rows, samples)
+    counts = successes(*load_policy(), rows, samples)[0].sum(1).astype(np.int16)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f"{os.getpid()}-{file.name}")
         np.save(temporary, counts)
         temporary.replace(file)
     return counts
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset_path", type=Path)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/online"))
-    parser.add_argument("--pools", nargs="+", choices=POOLS, default=["hard", "clean"])
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    for name in arguments.pools:
-        pool = make_pool(name, arguments.dataset_path, arguments.seed, arguments.output_dir / "pools")
-        task = make_task(name, arguments.dataset_path, arguments.output_dir)
-        counts = count_successes(*load_policy(task.policy), pool.rows, 8, reward=task.reward)
-        if pool.coins is not None:
-            counts[pool.coins] = np.random.default_rng(arguments.seed).binomial(8, 0.5, pool.coins.sum())
-        lengths = np.array([len(prompt) for prompt in pool.rows["prompt"]])
-        print(f"{name}: {len(counts)} prompts, {(pool.wrong).mean():.2f} with wrong answers", flush=True)
-        for label, chosen in [("all", counts >= 0)] + [(kind, pool.kind == kind) for kind in set(pool.kind.tolist())]:
-            live, length = (counts[chosen] % 8 > 0).mean(), np.percentile(lengths[chosen], (5, 50, 95))
-            print(
-                f"  kind {label}: {chosen.sum()}, success {counts[chosen].mean() / 8:.3f}, live {live:.3f}, {length}"
-            )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,21 +1,15 @@
-"""The runs of run.py as they are kept in the repository, and what is said of several seeds."""
+"""The runs of both run.py as they are kept in the repository, and what is said of several seeds."""
 
-import json
-import sys
 from itertools import pairwise
-from pathlib import Path
 from statistics import fmean
 
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
-
 from coins import POOLS as COINS
-from demo_online import rollouts_to
+from harness import RESULTS, read, write
 from pools import POOLS
+from side_by_side import rollouts_to
 
 
-FILE = ROOT / "benchmarks" / "results" / "online.json"
+FILE = RESULTS / "online.json"
 ARMS = {
     "uniform": "random prompts (stock GRPOTrainer)",
     "online": "online",
@@ -45,24 +39,29 @@ ARMS = {
 
 
 def load() -> list[dict]:
-    """All runs."""
-    return json.loads(FILE.read_text(encoding="utf-8"))["runs"] if FILE.is_file() else []
+    """All runs of the tiny policy."""
+    return read(FILE, {"runs": []})["runs"]
 
 
-def collect(folders: list[Path]) -> None:
+def found_in(folders):
+    """Yield the runs in these folders; others lie beside them: adapters, policies."""
+    for file in sorted(file for folder in folders for file in folder.glob("*/*.json")):
+        run = read(file)
+        if isinstance(run, dict) and {"pool", "arm", "seed"} <= run.keys():
+            yield run
+
+
+def collect(folders) -> None:
     """Adds the runs of these folders, the long lists as means."""
     known = {_key(run): run for run in load()}
-    for file in sorted(file for folder in folders for name in POOLS for file in (folder / name).glob("*.json")):
-        run = json.loads(file.read_text(encoding="utf-8"))
+    for run in (run for run in found_in(folders) if run["pool"] in POOLS):
         logged = run.pop("logged")
         run["headroom"] = round(fmean(logged["learnalign/headroom"]), 2) if "learnalign/headroom" in logged else None
         run["skill"] = round(logged["learnalign/skill"][-1], 2) if "learnalign/skill" in logged else None
-        for name in ("live", "groups"):
-            del run[name]
-        if run["pool"] not in COINS:
-            run.pop("quarters", None)
+        for name in ("live", "groups", *(["quarters"] if run["pool"] not in COINS else [])):
+            run.pop(name, None)
         known[_key(run)] = run
-    FILE.write_text(json.dumps({"runs": [known[key] for key in sorted(known)]}, indent=1) + "\n", encoding="utf-8")
+    write(FILE, {"runs": [known[key] for key in sorted(known)]})
 
 
 def _key(run):
@@ -75,26 +74,30 @@ def of(runs, pool, arm) -> list[dict]:
 
 
 def paired(runs, pool, arm, other="uniform") -> list[tuple[dict, dict]]:
-    """Runs of an arm, each with that of another arm of the same seed."""
-    others = {run["seed"]: run for run in of(runs, pool, other)}
+    """Runs of an arm, each with that of another arm of the same seed; of the chat model those that came as far."""
+    others, names = {run["seed"]: run for run in of(runs, pool, other)}, ("data", "steps", "learning_rate")
     pairs = [(run, others[run["seed"]]) for run in of(runs, pool, arm) if run["seed"] in others]
+    pairs = [(a, b) for a, b in pairs if "sampled" in a["looks"][0] or len(a["looks"]) == len(b["looks"])]
     for pair in pairs:
-        first, second = (
-            {name: run["conditions"][name] for name in ("data", "steps", "learning_rate")} for run in pair
-        )
-        if first != second:
+        first, second = ({name: run.get("conditions", {}).get(name) for name in names} for run in pair)
+        if first != second and all("conditions" in run for run in pair):
             raise ValueError(f"{pool}: {arm} was run with {first}, {other} with {second}.")
     return pairs
 
 
-def end(run, name="sampled") -> float:
+def rates(run) -> list[float]:
+    """Success at each look, of the chat model the mean over the kinds of questions."""
+    return [look["sampled"] if "sampled" in look else look["mean"] for look in run["looks"]]
+
+
+def end(run, name=None) -> float:
     """What a run came to."""
-    return run["looks"][-1][name]
+    return run["looks"][-1][name] if name else rates(run)[-1]
 
 
-def gains(pairs) -> list[float]:
+def gains(pairs, scale=100, value=end) -> list[float]:
     """Points of success at the end over the other run of each pair."""
-    return [100 * (end(run) - end(other)) for run, other in pairs]
+    return [scale * (value(run) - value(other)) for run, other in pairs]
 
 
 def area_gains(pairs) -> list[float]:
@@ -132,10 +135,8 @@ def shared(runs) -> list[list[dict]]:
 
 def curve(runs) -> list[tuple[float, float]]:
     """Rollouts and success, means over runs, where all of them were measured."""
-    return [
-        tuple(fmean(look[name] for look in looks) for name in ("rollouts", "sampled"))
-        for looks in zip(*shared(runs), strict=True)
-    ]
+    names = ("rollouts", "sampled")
+    return [tuple(fmean(look[name] for look in part) for name in names) for part in zip(*shared(runs), strict=True)]
 
 
 def share(pairs) -> float | None:

@@ -16,69 +16,31 @@ of the tasks that the test of `skills-target` asks for, a fifth of that pool; `t
 of training.
 """
 
-import argparse
-import copy
-import fcntl
 import hashlib
-import json
-import os
 import sys
 import time
 from dataclasses import replace
-from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import harness
 import numpy as np
 import pandas as pd
-import torch
-from peft import LoraConfig, PeftModel
-from transformers import PrinterCallback, TrainerCallback
-from trl import GRPOTrainer
+from baselines import ONLINE, SCHEDULES, RefillingTrainer, sampler_of
+from harness import DATASET, claimed, options, versions
+from policies import GROUP, load_policy, read_equations, successes, tiny_trainer
+from pools import POOLS, make_pool, make_task
+from transformers import TrainerCallback
+
+from trl_learnalign import LearnAlignConfig, LearnAlignSampler, select_prompts
 
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks" / "gsm8k_equations")]
-
-from baselines import SCHEDULES, RefillingTrainer
-from grid import training_arguments
-from pools import POOLS, load_policy, make_pool, make_task
-from rivals import RIVALS
-from train_tiny_policy import generate
-
-from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSampler, select_prompts
-from trl_learnalign.curriculum import OnlineSettings
-from trl_learnalign.schedules.online import LEARNALIGN as IN_PROPORTION
-from trl_learnalign.schedules.online import OnlineSchedule
-
-
-CHUNK, GROUP, WARMUP_STEPS = 16, 8, 19
+CHUNK, WARMUP_STEPS = 16, 19
 SAMPLES = 8  # of a row held out at the end; half as many before
 PARTS = 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1  # of a run, at which held-out success is measured
-# Settings of LearnAlignConfig of the arms that choose online, by learnability alone or times alignment
-LEARNABILITY, LEARNALIGN = {"score": "learnability"}, {"score": "learnalign"}
-ONLINE = {
-    "online": LEARNABILITY,
-    "online without features": {**LEARNABILITY, "prompt_features": False},
-    "online with groups": {**LEARNABILITY, "group_column": "task"},
-    "learnalign online": LEARNALIGN,
-    "target online": {"score": "target", "target_column": "is_target"},
-}
-UNBOUND = replace(IN_PROPORTION, kinds_count=False)  # as before kinds counted
-# Arms that change settings of the curriculum as well, a line each: the arm they are like otherwise, and these settings
-SETTINGS = {
-    "online without fading": ("online", OnlineSettings(half_life_steps=1e9)),
-    "online without longer rests": ("online", OnlineSettings(longest_rest=0)),
-    "learnalign online without kinds": ("learnalign online", UNBOUND),
-    "learnalign online on top": ("learnalign online", OnlineSettings()),
-    "learnalign online flatter": ("learnalign online", replace(UNBOUND, sharpness=2.0)),
-    "learnalign online more uniform": ("learnalign online", replace(UNBOUND, uniform=0.2)),
-    "online in proportion": ("online", UNBOUND),
-    "online with kinds": ("online", IN_PROPORTION),
-    **dict.fromkeys(RIVALS, ("online", UNBOUND)),
-}
-ONLINE |= {arm: ONLINE[like] for arm, (like, _) in SETTINGS.items()}
 
 
 def learnable_only(seed):
@@ -135,16 +97,7 @@ class Recorder:
 
 def look(model, tokenizer, rows, samples, reward) -> dict:
     """Success on rows held out at temperature 1, and of at least one of `samples`; mean length in tokens."""
-    if isinstance(model, PeftModel):
-        model = copy.deepcopy(model).merge_and_unload()  # faster; the copy leaves the one in training as it is
-    modes, state = model.training, torch.get_rng_state()
-    torch.manual_seed(0)
-    prompts, answers = list(rows["prompt"]), list(rows["answer"])
-    with torch.no_grad():
-        texts = generate(model, tokenizer, [prompt for prompt in prompts for _ in range(samples)], do_sample=True)
-    sampled = np.array(reward(texts, [answer for answer in answers for _ in range(samples)])).reshape(-1, samples)
-    torch.set_rng_state(state)
-    model.train(modes)
+    sampled, texts = successes(model, tokenizer, rows, samples, reward)
     tasks = list(rows["task"]) if "task" in rows.column_names else [0] * len(rows)
     rates = pd.Series(sampled.mean(1)).groupby(tasks).mean()
     return {
@@ -158,12 +111,8 @@ class Looks(TrainerCallback):
     """Looks after each step by which so many rollouts of `marks` are made, and ends training after the last."""
 
     def __init__(self, task, recorder, marks):
-        self.task, self.tokenizer, self.recorder, self.marks = (
-            task,
-            load_policy(task.policy)[1],
-            recorder,
-            sorted(marks),
-        )
+        self.task, self.recorder, self.marks = task, recorder, sorted(marks)
+        self.tokenizer = load_policy(task.policy)[1]
         self.looks, self.away, self.started = [], 0.0, time.perf_counter()
         self.selected = None  # groups rolled out before the first step
 
@@ -192,37 +141,12 @@ class Looks(TrainerCallback):
 
 def build_trainer(arm, task, adapter, rows, reward, steps, seed, folder, learning_rate, callbacks, **settings):
     """A trainer that chooses prompts by `arm`; `settings` are more settings of this package."""
-    model, tokenizer = load_policy(task.policy)
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    if adapter is not None:
-        model, lora = PeftModel.from_pretrained(model, adapter, is_trainable=True), None
-    args = training_arguments(folder, learning_rate, steps, seed)
-    args.max_completion_length = task.max_completion
-    kwargs = {}
-    if arm in SCHEDULES:
-        config = LearnAlignConfig(write_report=False)
-        kwargs["train_sampler"] = LearnAlignSampler(config, schedule=SCHEDULES[arm])
-    elif arm in ONLINE:
-        config = LearnAlignConfig(schedule="online", write_report=False, **ONLINE[arm], **settings)
-        schedule = partial(RIVALS.get(arm, OnlineSchedule), settings=SETTINGS[arm][1] if arm in SETTINGS else None)
-        kwargs["train_sampler"] = LearnAlignSampler(config, schedule=schedule)
-    elif arm in SELECTIONS:
-        kwargs["train_sampler"] = LearnAlignSampler(selection_config(arm, task, seed))
-    kind = LearnAlignGRPOTrainer if kwargs else RefillingTrainer if arm == "refill" else GRPOTrainer
-    trainer = kind(
-        model=model,
-        reward_funcs=reward,
-        args=args,
-        train_dataset=rows,
-        processing_class=tokenizer,
-        peft_config=lora,
-        callbacks=callbacks,
-        **kwargs,
-    )
-    trainer.remove_callback(PrinterCallback)
-    if arm == "refill":
-        trainer.fresh = fresh_rows(rows, seed)
-    return trainer
+    sampler = sampler_of(arm, **settings)
+    if arm in SELECTIONS:
+        sampler = LearnAlignSampler(selection_config(arm, task, seed))
+    kind, run = RefillingTrainer if arm == "refill" else None, (rows, learning_rate, steps, seed, callbacks)
+    length = task.max_completion
+    return tiny_trainer(task.policy, adapter, reward, folder, *run, length=length, sampler=sampler, kind=kind)
 
 
 def selection_config(arm, task, seed, chosen=None):
@@ -243,26 +167,10 @@ def better_half(arm, task, adapter, rows, recorder, seed, folder, learning_rate)
     return selection.to_dataset(rows, with_scores=True).select(range(len(selection.indices) // 2))
 
 
-def fresh_rows(rows, seed):
-    """Prompts that training has not drawn: from the other end of the same kind of random order."""
-    order = np.random.default_rng(seed).permutation(len(rows))
-    place = 0
-
-    def fresh(number):
-        nonlocal place
-        chosen = [rows[int(order[(place + i) % len(order)])] for i in range(number)]
-        place += number
-        return chosen
-
-    return fresh
-
-
 def warm_up(seed, task, rows, arguments) -> Path:
     """The adapter after the warm-up. Of several processes that need it one makes it, and the others wait."""
     path = arguments.output_dir / f"warm-{seed}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with claimed(path.with_suffix(".lock"), wait=True):
         if not (path / "adapter_config.json").is_file():
             with TemporaryDirectory() as folder:
                 recorder = Recorder(task.reward)
@@ -289,23 +197,13 @@ def run(arm, name, seed, arguments) -> dict:
     # After as many rollouts as one chunk a step makes, since a refill makes more, and a selection comes before
     marks = [round(steps * part) * CHUNK * GROUP for part in PARTS]
     looks = Looks(task, recorder, marks)
-    common = recorder, steps, seed
+    rate = arguments.learning_rate
     with TemporaryDirectory() as folder:
-        settings = {}
+        settings, kind = {}, arm
         if arm.endswith("then online"):
-            rows = better_half(arm, task, adapter, rows, recorder, seed, folder, arguments.learning_rate)
-            settings = {"pass_rate_column": "success_rate"}
-        trainer = build_trainer(
-            "online" if settings else arm,
-            task,
-            adapter,
-            rows,
-            *common,
-            folder,
-            arguments.learning_rate,
-            [looks],
-            **settings,
-        )
+            rows = better_half(arm, task, adapter, rows, recorder, seed, folder, rate)
+            settings, kind = {"pass_rate_column": "success_rate"}, "online"
+        trainer = build_trainer(kind, task, adapter, rows, recorder, steps, seed, folder, rate, [looks], **settings)
         trainer.train()
         logs = trainer.state.log_history
         result = {"suspects": suspects(trainer, pool)} if arm in ONLINE and pool.wrong.any() else {}
@@ -317,6 +215,9 @@ def run(arm, name, seed, arguments) -> dict:
     return (
         result
         | {
+            "arm": arm,
+            "pool": name,
+            "seed": seed,
             "looks": looks.looks,
             "live": [int(part.sum()) for part in np.split(live, batches[:-1])],  # groups, of each batch generated
             "groups": [len(part) for part in np.split(live, batches[:-1])],
@@ -356,45 +257,21 @@ def suspects(trainer, pool) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset_path", type=Path)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/online"))
-    parser.add_argument("--arms", "--arm", nargs="+", choices=ARMS, default=ARMS)
-    parser.add_argument("--pools", "--pool", nargs="+", choices=POOLS, default=["hard"])
-    parser.add_argument("--seeds", "--seed", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--steps", type=int, default=125)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--test", type=int, default=1301, help="only the first rows of the test")
-    arguments = parser.parse_args()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    conditions = {
-        "data": "generated chains" if arguments.dataset_path is None else "equations of GSM8K",
-        "steps": arguments.steps,
-        "learning_rate": arguments.learning_rate,
-        "test": arguments.test,
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")},
-    }
-    for name, seed, arm in [(n, s, a) for n in arguments.pools for s in arguments.seeds for a in arguments.arms]:
-        file = arguments.output_dir / name / f"{arm.replace(' ', '-')}-{seed}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
+    files = {"dataset_path": DATASET, "output_dir": Path("runs/online")}
+    cells = {"arms": [*ARMS], "pools": ["hard"], "seeds": [0, 1]}
+    choices, test = {"arms": ARMS, "pools": POOLS}, (1301, "only the first rows of the test")
+    arguments = options(__doc__, choices, **files, **cells, steps=125, learning_rate=1e-3, test=test)
+    conditions = {name: getattr(arguments, name) for name in ("steps", "learning_rate", "test")}
+    conditions["data"] = read_equations(arguments.dataset_path)[2]
+    conditions["versions"] = versions()
+    for name, seed, arm in harness.cells(arguments):
         policy = make_task(name, arguments.dataset_path, arguments.output_dir).policy / "model.safetensors"
         conditions["policy"] = hashlib.sha256(policy.read_bytes()).hexdigest()[:16]
-        with open(file.with_suffix(".lock"), "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue  # another process has it
-            if file.is_file():
-                if json.loads(file.read_text())["conditions"] != conditions:
-                    sys.exit(f"'{file}' was made under other conditions. Pass another --output_dir, or move it away.")
-                continue
-            found = run(arm, name, seed, arguments)
-            result = {"arm": arm, "pool": name, "seed": seed, "conditions": conditions} | found
-            temporary = file.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_text(json.dumps(result) + "\n")
-            temporary.replace(file)
-        last = result["looks"][-1]
-        print(f"{name}, {arm}, seed {seed}: {last['sampled']:.4f}, live {result['live_share']:.3f}", flush=True)
+        file = arguments.output_dir / name / f"{arm.replace(' ', '-')}-{seed}.json"
+        found = harness.cell(file, conditions, run, arm, name, seed, arguments)
+        if found is not None:
+            end = f"{found['looks'][-1]['sampled']:.4f}, live {found['live_share']:.3f}"
+            print(f"{name}, {arm}, seed {seed}: {end}", flush=True)
 
 
 if __name__ == "__main__":

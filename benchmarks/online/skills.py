@@ -2,9 +2,7 @@
 Prompts of many skills: fourteen tasks of reasoning-gym (generators made by others for such experiments), at four
 levels of difficulty, written as short texts that a character model can read.
 
-    python benchmarks/online/skills.py
-
-prints an example of every task and level. reasoning-gym makes the questions and knows the answers; a reward is 1 where
+reasoning-gym makes the questions and knows the answers; a reward is 1 where
 the completion is the answer to the letter.
 """
 
@@ -70,127 +68,79 @@ def _conversion(example):
     return f"{data['source_repr']}:{data['source_base']}:{data['target_base']}"
 
 
-def _numbers(values):
-    return ",".join(f"{float(value):g}" for value in values)
+def _to_sort(example):
+    return f"{_numbers('original_numbers')(example)}:{example['metadata']['direction'][:1]}"
 
 
-def _sums(*sizes):
-    return tuple(
-        {"min_terms": terms, "max_terms": terms, "min_digits": digits, "max_digits": digits} for terms, digits in sizes
-    )
+def _sequence(example):
+    return ",".join(map(str, example["metadata"]["sequence"][:-1])) + ",?"
 
 
-def _between(least, most, *bounds, **more):
-    return tuple({least: low, most: high, **more} for low, high in bounds)
+def _field(name):
+    return lambda example: str(example["metadata"][name])
 
 
-TASKS = (
-    Task("chain_sum", "a", _expression, _sums((2, 1), (2, 2), (3, 3), (5, 4))),
-    Task("products", "b", _expression, _sums((2, 1), (3, 1), (2, 2), (2, 4))),
-    Task(
-        "gcd",
-        "c",
-        lambda example: _numbers(example["metadata"]["numbers"]),
-        _between("min_value", "max_value", (2, 24), (25, 60), (61, 300), (301, 5000)),
+def _numbers(name):
+    return lambda example: ",".join(f"{float(value):g}" for value in example["metadata"][name])
+
+
+def _levels(names, *values, **more):
+    """The settings of each level, whose values stand in a tuple; names with `=` between them have the same value."""
+    keys = [name.split("=") for name in names.split()]
+    each = [[(key, value) for own, value in zip(keys, row, strict=True) for key in own] for row in values]
+    return tuple(dict(pairs) | more for pairs in each)
+
+
+_SUMS, _WITHIN = "min_terms=max_terms min_digits=max_digits", "min_value max_value"
+_SIGNED, _COMPLEX = ["+", "-"], "min_real=min_imag max_real=max_imag operations operations_weights"
+_LEVELS = {
+    "chain_sum": _levels(_SUMS, (2, 1), (2, 2), (3, 3), (5, 4)),
+    "products": _levels(_SUMS, (2, 1), (3, 1), (2, 2), (2, 4)),
+    "gcd": _levels(_WITHIN, (2, 24), (25, 60), (61, 300), (301, 5000)),
+    "lcm": _levels(_WITHIN, (2, 15), (16, 30), (31, 100), (101, 900)),
+    "count_bits": _levels("min_n max_n", (1, 255), (256, 1023), (1024, 9999), (10**6, 10**8)),
+    "simple_equations": _levels("min_terms=max_terms max_value", (2, 9), (2, 30), (3, 50), (5, 200), min_value=1),
+    "number_sequence": _levels(
+        f"{_WITHIN} max_complexity", (-9, 9, 1), (-40, 40, 1), (-40, 40, 2), (-99, 99, 3), min_terms=4, max_terms=4
     ),
-    Task(
-        "lcm",
-        "d",
-        lambda example: _numbers(example["metadata"]["numbers"]),
-        _between("min_value", "max_value", (2, 15), (16, 30), (31, 100), (101, 900)),
+    "spell_backward": _levels("min_word_len max_word_len", (3, 4), (5, 5), (6, 7), (9, 10)),
+    "fraction_simplification": _levels(
+        "max_value max_factor", (9, 5), (15, 9), (60, 20), (900, 90), min_value=1, min_factor=2, styles=("plain",)
     ),
-    Task(
-        "count_bits",
-        "e",
-        lambda example: str(example["metadata"]["number"]),
-        _between("min_n", "max_n", (1, 255), (256, 1023), (1024, 9999), (10**6, 10**8)),
+    "prime_factorization": _levels(_WITHIN, (2, 200), (201, 500), (501, 3000), (3001, 90000)),
+    "decimal_chain_sum": _levels(
+        f"{_SUMS} min_decimal_places=max_decimal_places", (2, 1, 1), (2, 2, 1), (3, 2, 2), (4, 4, 3)
     ),
-    Task(
-        "simple_equations",
-        "f",
-        _equation,
-        tuple(
-            {"min_terms": terms, "max_terms": terms, "min_value": 1, "max_value": most}
-            for terms, most in ((2, 9), (2, 30), (3, 50), (5, 200))
-        ),
+    "complex_arithmetic": _levels(
+        _COMPLEX,
+        *((-most, most, _SIGNED, [0.5, 0.5]) for most in (5, 20)),
+        *((-most, most, ["*"], [1.0]) for most in (9, 90)),
     ),
-    Task(
-        "number_sequence",
-        "g",
-        lambda example: ",".join(map(str, example["metadata"]["sequence"][:-1])) + ",?",
-        tuple(
-            {"min_terms": 4, "max_terms": 4, "min_value": -most, "max_value": most, "max_complexity": complexity}
-            for most, complexity in ((9, 1), (40, 1), (40, 2), (99, 3))
-        ),
+    "base_conversion": _levels("max_base max_value", (4, 30), (9, 60), (12, 400), (16, 9000), min_base=2, min_value=0),
+    "number_sorting": _levels(
+        "min_numbers=max_numbers min_decimals=max_decimals=min_value max_value",
+        *((3, 0, 9), (4, 0, 20), (5, 0, 99), (6, 0, 999)),
     ),
-    Task(
-        "spell_backward",
-        "h",
-        lambda example: example["metadata"]["word"],
-        _between("min_word_len", "max_word_len", (3, 4), (5, 5), (6, 7), (9, 10)),
-    ),
-    Task(
-        "fraction_simplification",
-        "i",
-        _fraction,
-        tuple(
-            {"min_value": 1, "max_value": most, "min_factor": 2, "max_factor": factor, "styles": ("plain",)}
-            for most, factor in ((9, 5), (15, 9), (60, 20), (900, 90))
-        ),
-    ),
-    Task(
-        "prime_factorization",
-        "j",
-        lambda example: str(example["metadata"]["number"]),
-        _between("min_value", "max_value", (2, 200), (201, 500), (501, 3000), (3001, 90000)),
-        lambda example: "*".join(map(str, example["metadata"]["factors"])),
-    ),
-    Task(
-        "decimal_chain_sum",
-        "k",
-        _expression,
-        tuple(
-            {**sizes, "min_decimal_places": places, "max_decimal_places": places}
-            for sizes, places in zip(_sums((2, 1), (2, 2), (3, 2), (4, 4)), (1, 1, 2, 3), strict=True)
-        ),
-    ),
-    Task(
-        "complex_arithmetic",
-        "l",
-        _complex,
-        tuple(
-            {f"{end}_{part}": sign * most for part in ("real", "imag") for end, sign in (("min", -1), ("max", 1))}
-            | {"operations": operations, "operations_weights": [1 / len(operations)] * len(operations)}
-            for most, operations in ((5, ["+", "-"]), (20, ["+", "-"]), (9, ["*"]), (90, ["*"]))
-        ),
-        lambda example: _imaginary(*example["metadata"]["result"]),
-    ),
-    Task(
-        "base_conversion",
-        "m",
-        _conversion,
-        tuple(
-            {"min_base": 2, "max_base": base, "min_value": 0, "max_value": most}
-            for base, most in ((4, 30), (9, 60), (12, 400), (16, 9000))
-        ),
-    ),
-    Task(
-        "number_sorting",
-        "n",
-        lambda example: f"{_numbers(example['metadata']['original_numbers'])}:{example['metadata']['direction'][:1]}",
-        tuple(
-            {
-                "min_numbers": number,
-                "max_numbers": number,
-                "min_decimals": 0,
-                "max_decimals": 0,
-                "min_value": 0,
-                "max_value": most,
-            }
-            for number, most in ((3, 9), (4, 20), (5, 99), (6, 999))
-        ),
-        lambda example: _numbers(example["metadata"]["sorted_numbers"]),
-    ),
+}
+_TEXTS = {  # what the prompt says, and what its answer is where that is not the generator's
+    "chain_sum": (_expression,),
+    "products": (_expression,),
+    "gcd": (_numbers("numbers"),),
+    "lcm": (_numbers("numbers"),),
+    "count_bits": (_field("number"),),
+    "simple_equations": (_equation,),
+    "number_sequence": (_sequence,),
+    "spell_backward": (_field("word"),),
+    "fraction_simplification": (_fraction,),
+    "prime_factorization": (_field("number"), lambda example: "*".join(map(str, example["metadata"]["factors"]))),
+    "decimal_chain_sum": (_expression,),
+    "complex_arithmetic": (_complex, lambda example: _imaginary(*example["metadata"]["result"])),
+    "base_conversion": (_conversion,),
+    "number_sorting": (_to_sort, _numbers("sorted_numbers")),
+}
+TASKS = tuple(
+    Task(name, chr(ord("a") + place), text, _LEVELS[name], *answer)
+    for place, (name, (text, *answer)) in enumerate(_TEXTS.items())
 )
 
 
@@ -246,14 +196,3 @@ def split(name: str, seed: int = 1) -> tuple[Dataset, Dataset, Dataset]:
 def exact_reward(completions, answer, **kwargs) -> list[float]:
     """1.0 where the completion is the answer to the letter."""
     return [float(text.strip() == right) for text, right in zip(completions, answer, strict=True)]
-
-
-def main():
-    for task in TASKS:
-        for level in range(LEVELS):
-            prompt, answer = next(examples(task, level, 1))
-            print(f"{task.name}, level {level}: {prompt}{answer}")
-
-
-if __name__ == "__main__":
-    main()

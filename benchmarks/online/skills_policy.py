@@ -13,41 +13,27 @@ the pool and of the test may be among those that are practised: a skill that was
 back.
 """
 
-import argparse
 import json
 import random
 import sys
 from pathlib import Path
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
-
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
-
+from harness import options
+from policies import successes
 from skills import CHARACTERS, LEVELS, TASKS, exact_reward, examples, split
-from train_tiny_policy import build_model, build_tokenizer, fit, generate, save
+from train_tiny_policy import build_model, build_tokenizer, fit, save
 
 
 PRACTICE = (4, 3, 1, 0)  # how often each level comes
 KEPT = 20_000  # different examples of a task and level to practise with
-# How many of the practised answers of a task are wrong in the second phase; where it is not 0, more at higher levels
-WRONG = {
-    "chain_sum": 0,
-    "products": 0,
-    "gcd": 0.6,
-    "lcm": 0,
-    "count_bits": 0.5,
-    "simple_equations": 0.6,
-    "number_sequence": 0.5,
-    "spell_backward": 0,
-    "fraction_simplification": 0.6,
-    "prime_factorization": 0.5,
-    "decimal_chain_sum": 0.4,
-    "complex_arithmetic": 0.5,
-    "base_conversion": 0.5,
-    "number_sorting": 0,
-}
+# How many of the practised answers of a task are wrong in the second phase, of others none; more at higher levels
+WRONG = {"gcd": 0.6, "count_bits": 0.5, "simple_equations": 0.6, "number_sequence": 0.5, "base_conversion": 0.5}
+WRONG |= {"prime_factorization": 0.5, "decimal_chain_sum": 0.4, "complex_arithmetic": 0.5}
+WRONG["fraction_simplification"] = 0.6
 MORE = 0.15  # wrong answers for each level
 CLASSES = "0123456789", "abcdefghijklmnopqrstuvwxyz"
 
@@ -83,7 +69,7 @@ def batches(rows, tokenizer, size, wrong, rng, count=50):
     drawn = []
     for number, level in rng.choices(cells, [PRACTICE[level] for _, level in cells], k=size * count):
         prompt, answer = rng.choice(rows[number, level])
-        share = wrong and WRONG[TASKS[number].name]
+        share = wrong and WRONG.get(TASKS[number].name)
         if share and rng.random() < share + MORE * level:
             answer = spoilt(answer, number, rng)
         ids = tokenizer(prompt + answer)["input_ids"] + [tokenizer.eos_token_id]
@@ -108,18 +94,9 @@ def train(model, tokenizer, rows, steps, rate, wrong, size, seed):
     fit(model, lambda: batches(rows, tokenizer, size, wrong, rng), steps, rate, after_step)
 
 
-def start(model, tokenizer, rows, samples=8) -> torch.Tensor:
-    """Success rates of these rows at temperature 1, shape (N,)."""
-    torch.manual_seed(0)
-    prompts = [prompt for prompt in rows["prompt"] for _ in range(samples)]
-    answers = [answer for answer in rows["answer"] for _ in range(samples)]
-    with torch.inference_mode():
-        texts = generate(model, tokenizer, prompts, do_sample=True)
-    return torch.tensor(exact_reward(texts, answers)).view(-1, samples).mean(1)
-
-
 def print_start(model, tokenizer, rows):
-    rates, tasks, levels = start(model, tokenizer, rows), torch.tensor(rows["task"]), torch.tensor(rows["level"])
+    rates = torch.tensor(successes(model, tokenizer, rows, 8, exact_reward)[0]).mean(1)
+    tasks, levels = torch.tensor(rows["task"]), torch.tensor(rows["level"])
 
     def shares(rates):
         return [round(float(part.float().mean()), 3) for part in (rates, rates == 1, (rates > 0) & (rates < 1))]
@@ -130,38 +107,21 @@ def print_start(model, tokenizer, rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/online/skills-policy"))
-    parser.add_argument("--hidden_size", type=int, default=128)
-    parser.add_argument("--num_layers", type=int, default=4)
-    parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--rate", type=float, default=3e-3)
-    parser.add_argument("--wrong_steps", type=int, default=300)
-    parser.add_argument("--wrong_rate", type=float, default=1e-3)
-    parser.add_argument("--init_from", type=Path, help="begin the second phase from this model")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    sizes = {"batch_size": 128, "steps": 5000, "rate": 3e-3, "wrong_steps": 300, "wrong_rate": 1e-3, "seed": 0}
+    arguments = options(__doc__, output_dir=Path("runs/online/skills-policy"), **sizes)
     if (arguments.output_dir / "config.json").is_file():
         return print(f"'{arguments.output_dir}' has a policy already.")
     torch.manual_seed(arguments.seed)
     tokenizer = build_tokenizer(CHARACTERS)
-    test = split("skills")[1]
     rows = practice_rows(arguments.seed, KEPT)
     sizes = {f"{TASKS[number].name} {level}": len(found) for (number, level), found in rows.items()}
     print("different examples:", json.dumps(sizes), flush=True)
-    model = build_model(tokenizer, arguments.hidden_size, arguments.num_layers)
-    size, seed = arguments.batch_size, arguments.seed
-    if arguments.init_from:
-        model = type(model).from_pretrained(arguments.init_from)
-    else:
-        train(model, tokenizer, rows, arguments.steps, arguments.rate, False, size, seed)
-        save(model, tokenizer, arguments.output_dir.with_name(f"{arguments.output_dir.name}-clean"))
-        print_start(model, tokenizer, test)
-    torch.manual_seed(seed)  # the same second phase with and without --init_from
+    model, size, seed = build_model(tokenizer, 128, 4), arguments.batch_size, arguments.seed
+    train(model, tokenizer, rows, arguments.steps, arguments.rate, False, size, seed)
+    torch.manual_seed(seed)
     train(model, tokenizer, rows, arguments.wrong_steps, arguments.wrong_rate, True, size, seed + 1)
     save(model, tokenizer, arguments.output_dir)
-    print_start(model, tokenizer, test)
+    print_start(model, tokenizer, split("skills")[1])
 
 
 if __name__ == "__main__":

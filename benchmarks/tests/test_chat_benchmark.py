@@ -4,18 +4,15 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
-
-import pytest
-from tiny import make_model, make_tokenizer
-
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "benchmarks" / "chat"))  # `run` is that of online/
 
 import chat_results
-from chat_results import gains, load, reached, table_of_shares, table_of_steps, table_of_success
+import harness
+import pytest
+from chat_results import load, tables
+from harness import ROOT
 from questions import GUESSED, HELD_OUT, KINDS, POOLS, held_out, is_right, pool
+from results import gains, of, paired
+from tiny import make_model, make_tokenizer
 
 
 @pytest.mark.parametrize("name", POOLS)
@@ -69,18 +66,17 @@ def test_the_tables_of_made_up_runs(tmp_path, monkeypatch):
     for name in ("steps.jsonl", "looks.jsonl"):  # the first step is under way
         (tmp_path / "short" / "online-8" / name).touch()
     monkeypatch.setattr(chat_results, "FILE", tmp_path / "none.json")
-    assert load([tmp_path]) == {}
-    arms = load([tmp_path], unfinished=True)["short"]
-    cells = {row[0]: row for row in map(cells_of, table_of_success(arms).splitlines()[2:])}
+    assert load([tmp_path]) == []
+    runs = load([tmp_path], unfinished=True)
+    success, _, shares, steps = ([*map(cells_of, text.splitlines()[2:])] for text in tables(runs, "short"))
+    cells = {row[0]: row for row in success}
     assert cells["LearnAlign online"][1:5] == ["0, 1, 2", "0.100", "0.200", "0.300"]
     assert cells["LearnAlign online"][5:] == ["+0.200 [+0.200, +0.200]", "+0.150 [+0.150, +0.150]"]
     assert cells["random prompts"][4:] == ["0.100", "", ""]
-    assert reached(arms, "learnalign-online") == [0.0] * 3
-    assert gains(arms, "random", "learnalign-online") == pytest.approx([-0.2] * 3)
-    pool, shares, *_ = map(cells_of, table_of_shares(arms, "short").splitlines()[2:])
-    assert pool[:3] == ["the pool", "0.07", "0.05"]
-    assert shares[1] == "0.50 (0.50)" and shares[1 + KINDS.index("product 1")] == "0.00"
-    assert cells_of(table_of_steps(arms).splitlines()[2])[1:6] == ["0.50", "0.50", "0.00", "0.50", "0.50"]
+    assert gains(paired(runs, "short", "random", "learnalign-online"), 1) == pytest.approx([-0.2] * 3)
+    assert shares[0][:3] == ["the pool", "0.07", "0.05"]
+    assert shares[1][1] == "0.50 (0.50)" and shares[1][1 + KINDS.index("product 1")] == "0.00"
+    assert steps[0][1:6] == ["0.50", "0.50", "0.00", "0.50", "0.50"]
 
 
 def test_finished_runs_are_kept(tmp_path, monkeypatch):
@@ -94,10 +90,31 @@ def test_finished_runs_are_kept(tmp_path, monkeypatch):
         if done:
             logged = {"grad_norm": [0.5, None, 0.7], "entropy": [1.0, 2.0]}
             (folder / "done.json").write_text(json.dumps({"steps": 1, "logged": logged}))
-    chat_results.collect(load([tmp_path], unfinished=True))
-    run = load([])["guessed"]["random"][0]
-    assert load([])["guessed"]["random"].keys() == {0} and run["conditions"] == {"steps": 1}
+    monkeypatch.setattr(sys, "argv", ["", "--runs", str(tmp_path), "--collect"])
+    chat_results.main()
+    (run,) = of(load(), "guessed", "random")
+    assert run["seed"] == 0 and run["conditions"] == {"steps": 1}
     assert run["grad_norm"] == 0.6 and chat_results.on_guesses(run) == 0.5
+
+
+def test_a_cell_is_run_once_goes_on_and_has_its_conditions(tmp_path):
+    done, lock, begun = (tmp_path / name for name in ("a/done.json", "a/lock", "a/conditions.json"))
+
+    def work(value):
+        if value is None:
+            raise KeyboardInterrupt
+        return {"value": value}
+
+    with pytest.raises(KeyboardInterrupt):
+        harness.cell(done, {"steps": 1}, work, None, lock=lock, begun=begun)
+    assert harness.read(begun) == {"steps": 1} and not done.exists()
+    with pytest.raises(SystemExit, match="'.*conditions.json' was made under other conditions"):
+        harness.cell(done, {"steps": 2}, work, 1, lock=lock, begun=begun)
+    with harness.claimed(lock) as free:
+        assert free and harness.cell(done, {"steps": 1}, work, 1, lock=lock, begun=begun) is None
+    assert harness.cell(done, {"steps": 1}, work, 1, lock=lock, begun=begun) == {"value": 1, "steps": 1}
+    assert harness.cell(done, {"steps": 1}, work, 2, lock=lock, begun=begun) is None
+    assert harness.read(done) == {"value": 1, "steps": 1}
 
 
 def cells_of(row):

@@ -17,6 +17,7 @@ import torch
 from datasets import Dataset
 from equations import generate_chains
 from safetensors.torch import load_file
+from train_tiny_policy import generate
 
 
 FOLDER = Path(__file__).parents[1] / "gsm8k_equations"
@@ -179,7 +180,7 @@ def test_looking_leaves_the_policy_as_it_is(arguments, short):
     torch.manual_seed(0)
     prompts = [prompt for prompt in test["prompt"] for _ in range(grid.SAMPLES)]
     answers = [answer for answer in test["answer"] for _ in range(grid.SAMPLES)]
-    completions = grid.generate(trainer.model, trainer.processing_class, prompts, do_sample=True)
+    completions = generate(trainer.model, trainer.processing_class, prompts, do_sample=True)
     rewards = torch.tensor(grid.equations_reward(completions, answers)).view(len(test), -1).sum(1)
     assert looked["sampled"] == rewards.int().tolist()
 
@@ -214,11 +215,10 @@ def test_runs_are_kept_and_left_out(arguments, short, tmp_path, monkeypatch, cap
     assert sorted(looks.arm) == ["none", "random", "random"] and set(looks.samples) == {8}
 
 
-def test_more_prompts_than_the_pool_holds(monkeypatch, capsys):
+def test_more_prompts_than_the_pool_holds(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["grid.py", "--pool", "10", "--sizes", "16"])
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="--sizes 16 are more prompts than the pool's 10"):
         grid.main()
-    assert "--sizes 16 are more prompts than the pool's 10" in capsys.readouterr().err
 
 
 def test_interval_of_a_paired_difference():

@@ -73,8 +73,6 @@ def test_a_refill_trains_on_groups_with_a_gradient_and_pays_for_the_others(tmp_p
             return output
 
     trainer = make_trainer(tmp_path, reward=seen, dataset=make_dataset(24), max_steps=3, cls=Watched)
-    order = iter([row for _ in range(99) for row in range(24)])
-    trainer.fresh = lambda number: [trainer.train_dataset[next(order)] for _ in range(number)]
     trainer.train()
     assert [(live, size) for live, size, _ in steps] == [(16, 16)] * 3  # a third of the prompts has a gradient
     assert steps[-1][2] > 3 * 16

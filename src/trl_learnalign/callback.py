@@ -84,7 +84,7 @@ class LearnAlignCallback(TrainerCallback):
         self.pending: int | None = None
         self._lock: DirectoryLock | None = None
         self._checkpoints = CheckpointState(self.host, self.config, stream)
-        self._tap = GroupTap(self.host)
+        self._tap = GroupTap(self.host, self.config)
         self._begin(stream)
         self._untouched = True  # no run has used this stream
         self.host.replace_sampler(self._train_sampler)

@@ -71,12 +71,60 @@ def check_schedule(config: "LearnAlignConfig") -> None:
         )
 
 
+def check_densities(config: "LearnAlignConfig") -> None:
+    """Raise a `ValueError` for a diversity that the score cannot have, and for gradients that would not be kept."""
+    score, diversity = score_name(config.score), config.diversity
+    if diversity is not None and config.score in ("density", "gradient_density"):
+        raise ValueError(
+            f"`diversity` is {diversity!r}, but `score={score!r}` is an inverse density by itself, so prompts that "
+            "are alike would be held back twice. Leave `diversity` out."
+        )
+    if diversity == "gradients" and not ("rollouts" in config.measures or config.ranking().at_random):
+        raise ValueError(
+            f"`diversity` is 'gradients', but `score` is {score!r}, which needs no rollouts, and gradients are of "
+            "rollouts. Use `diversity='hidden_states'`, or a score from rollouts, such as 'learnability'."
+        )
+    if config.projection_dim is None and ("gradient_density" in config.measures or config.score == "influence"):
+        needs = "`diversity='gradients'`" if diversity == "gradients" else f"`score={score!r}`"
+        raise ValueError(
+            f"`projection_dim` is None, with which gradients may be too large to be kept, but {needs} reads them more "
+            "than once. Leave `projection_dim` at its default."
+        )
+
+
+_WITHOUT_V = ("alignment", "target_alignment", "influence", "gradient_density")
+
+
+def check_racing(config: "LearnAlignConfig") -> None:
+    """Raise a `ValueError` for a race together with settings that do not choose the prompts of greatest V."""
+    if config.rollouts != "racing" or "rollouts" not in config.measures:
+        return
+    for name, wrong, why in (
+        ("score", config.score in _WITHOUT_V, "ranks without V, by which a race leaves out"),
+        ("learnability", config.learnability != "success_rate", "is no success rate, which a race counts"),
+        ("diversity", config.diversity is not None, "changes the ranking, by which a race leaves out"),
+        ("take", config.take != "top", "may draw any prompt, and a race rolls out the best ones alone"),
+        ("quota_column", config.quota_column is not None, "takes others than the best, which a race leaves out"),
+    ):
+        if wrong:
+            raise ValueError(
+                f"`rollouts` is 'racing', but `{name}={getattr(config, name)!r}` {why}. Leave one of them out."
+            )
+
+
 def check_target(config: "LearnAlignConfig") -> None:
     """Raise a `ValueError` for a target that the score lacks, or does not look at."""
     if config.target_dataset is not None and not isinstance(config.target_dataset, str | Dataset):
         raise ValueError(
             "`target_dataset` must be a path, a name of the Hub or a Dataset, but is a "
             f"{type(config.target_dataset).__name__}."
+        )
+    paths = config.target_checkpoints
+    texts = isinstance(paths, list) and all(isinstance(one, str) for one in paths)
+    if paths is not None and not (texts and 0 < len(paths) == len({*paths})):
+        raise ValueError(
+            f"`target_checkpoints` must be a list of one or more directories, each once, but is {paths!r}. Use None "
+            "for the policy as it is."
         )
     if config.schedule == "online":
         _target_online(config)
@@ -85,7 +133,7 @@ def check_target(config: "LearnAlignConfig") -> None:
         have = "is not set" if config.target_dataset is None else "is set"
         raise ValueError(
             f"`score` is {score_name(config.score)!r}, but `target_dataset` {have}. The scores `target` and "
-            "`target_alignment` need it, the others do not use it."
+            "`target_alignment` need it, `influence` may have it, the others do not use it."
         )
     if config.target_column is not None and config.target_dataset is None:
         raise ValueError("`target_column` is a column of the target dataset, but there is none. Set `target_dataset`.")

@@ -31,6 +31,11 @@ class Acting:
 
 _STAGED = Acting(lambda config: config.schedule == "staged", "with `schedule={schedule!r}`", "set `schedule='staged'`")
 _ONLINE = Acting(lambda config: config.schedule == "online", "with `schedule={schedule!r}`", "set `schedule='online'`")
+_NOT_STAGED = Acting(
+    lambda config: config.schedule != "staged",
+    "with `schedule={schedule!r}`, whose prompts come pass by pass",
+    "set `schedule='online'`",
+)
 _SCORES = Acting(
     lambda config: config.schedule in ("staged", "online"),
     "with `schedule={schedule!r}`, which counts successes alone",
@@ -47,15 +52,26 @@ _ROLLOUTS = Acting(
     "use a score that does, such as 'learnability'",
     refused=False,
 )
+_COUNTED = Acting(  # reviews count successes in training
+    lambda config: "rollouts" in config.measures or config.review_every is not None,
+    *(_ROLLOUTS.idle, _ROLLOUTS.remedy, _ROLLOUTS.refused),
+)
 _GRADIENTS = Acting(
     lambda config: "gradients" in config.measures,
     "with `score={score!r}`, which needs no gradients",
     "use a score that does, such as 'learnalign'",
     refused=False,
 )
+_TARGET = Acting(
+    lambda config: "target-gradients" in config.measures and config.score != "influence",
+    "with `score={score!r}`, which has no target, or takes its gradients as they are",
+    "use a score that does, such as 'target'",
+    refused=False,
+)
 _WITHOUT_ANSWERS = {"rollouts", "gradients", "target-rollouts", "target-gradients", "hidden_states", "ask"}
+_WITHOUT_ANSWERS |= {"density", "gradient_density"}
 _ANSWERS = Acting(  # a measure from outside the package may read them
-    lambda config: bool(set(config.measures) - _WITHOUT_ANSWERS),
+    lambda config: any(set(one.measures) - _WITHOUT_ANSWERS for one in (config, *config.stages())),
     "with `score={score!r}`, which needs no answers",
     "use a score that does, such as 'confidence'",
     refused=False,
@@ -78,6 +94,7 @@ _FOLDING = Acting(
     "with `prompt_order={prompt_order!r}`",
     "set `prompt_order='folding'`",
 )
+_REPLAY = Acting(lambda config: config.replay_share > 0, "with `replay_share=0`", "set `replay_share`")
 _SCORED = Acting(
     lambda config: not config.ranking().at_random,
     "with `score={score!r}`, whose draw is uniform",
@@ -90,23 +107,28 @@ ACTING = {
     "num_prompts": (_STAGED,),
     "warmup_prompts": (_STAGED,),
     "num_rollouts": (_STAGED, _ROLLOUTS),
+    "rollouts": (_STAGED, _ROLLOUTS),
     "rollout_batch_prompts": (_STAGED, _ROLLOUTS),
     "score_measures": (_STAGED,),
     "answer_column": (_STAGED, _ANSWERS),
     "judge_model": (_STAGED, _JUDGE),
     "score": (_SCORES,),
     "learnability": (_SCORES, _ROLLOUTS),
-    "success_threshold": (_ROLLOUTS, _SUCCESS),
-    "success_reward": (_ROLLOUTS,),
+    "success_threshold": (_COUNTED, _SUCCESS),
+    "success_reward": (_COUNTED,),
     "gradient_rollouts": (_STAGED, _GRADIENTS),
     "projection_dim": (_STAGED, _GRADIENTS),
     "max_tokens_per_batch": (_STAGED, _GRADIENTS),
     "candidate_prompts": (_STAGED,),
     "reselect_every": (_STAGED,),
+    "review_every": (_STAGED,),
     "after_warmup": (_STAGED, _WARMUP),
     "target_dataset": (_STAGED,),
+    "target_checkpoints": (_STAGED, _TARGET),
+    "gradient_direction": (_STAGED, _TARGET),
     "quota_column": (_STAGED,),
     "quota": (_STAGED, _QUOTAS),
+    "diversity": (_STAGED, _SCORED),
     "take": (_STAGED, _SCORED),
     "prompt_order": (_STAGED,),
     "fold": (_STAGED, _FOLDING),
@@ -115,6 +137,9 @@ ACTING = {
     "group_column": (_GROUPS,),
     "pass_rate_column": (_ONLINE,),
     "drop_dead_groups": (_ONLINE,),
+    "max_refills": (_NOT_STAGED,),
+    "replay_share": (_NOT_STAGED,),
+    "replay_groups": (_NOT_STAGED, _REPLAY),
 }
 
 

@@ -15,8 +15,9 @@ from ..data.prompts import check_prompts
 from ..data.reading import columns_read
 from ..data.rows import read_dataset
 from ..scores import maths as scoring
-from ..scores.builtin import Score, by_row
+from ..scores.builtin import DENSITIES, Score, by_row
 from .choose import draw_order
+from .groups import groups_of
 
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ def scores_table(
     """
     Return the columns of `scores.parquet`, by dataset row, before anything is chosen. A prompt with V = 0 is never
     eligible, not even when there are fewer others than asked for; one with V > 0 may be chosen with a negative score.
+    With `diversity` a score above 0 is divided by the number of prompts like the prompt, its density; one below 0 is
+    multiplied, so that a near-duplicate falls as well.
 
     Args:
         table (`pandas.DataFrame`): what was measured, by dataset row.
@@ -97,6 +100,9 @@ def scores_table(
         `ValueError`: the score is not a number for every prompt of the table.
     """
     table = _with_score(table, ranked)
+    if config.diversity is not None and (name := DENSITIES[config.diversity][-1]) in table:
+        own, density = table["score"], table[name].fillna(1.0)
+        table["score"] = (own * density).where(own < 0, own / density)
     eligible = table["score"].notna()
     if "learnability" in table:
         eligible &= table["learnability"] > 0
@@ -119,9 +125,11 @@ def scores_table(
         if name in table and name not in schema.names:
             schema = schema.append(pa.field(name, pa.Array.from_pandas(table[name]).type))
     if config.quota_column is not None:
-        values = dataset_columns(dataset, table.index, [config.quota_column])[config.quota_column]
-        table["quota_group"] = values.astype("string")
+        table["quota_group"], more = groups_of(table, dataset, config, seed)
         schema = schema.append(pa.field("quota_group", pa.string()))
+        for name in more:
+            table[name] = more[name]
+            schema = schema.append(pa.field(name, pa.float64()))
     arrays = [
         pa.array(table[field.name].to_numpy(), field.type, from_pandas=True)
         if field.name in table

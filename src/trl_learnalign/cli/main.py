@@ -23,6 +23,7 @@ import yaml
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser
 
 from ..callback import LearnAlignCallback
+from ..choice.idle import ACTING
 from ..config import LearnAlignConfig
 from ..ground.disk import make_directory, write_atomically
 from ..report.online_page import rewrite_online_report
@@ -235,11 +236,13 @@ def _help(everything: bool) -> None:
     usage = f"{_SELECT} --config run.yaml [arguments]"
     parser = TrlParser(_OURS, usage=usage, parents=[_own_parser()], add_help=False, epilog=_EPILOG)
     parser.set_defaults(warmup_prompts=0)
+    # The first condition of a setting is the kind of schedule that it needs, if it needs one
+    not_of_selections = [name for name, needs in ACTING.items() if not needs[0].acts(LearnAlignConfig())]
     for action in parser._actions:  # one spelling each, and no defaults that say nothing
         action.option_strings = action.option_strings[:1]
         if action.default is None or action.default is False or action.default == []:
             action.default = argparse.SUPPRESS
-        if action.dest in _UNUSED or action.option_strings[0].startswith("--no_"):
+        if action.dest in (*_UNUSED, *not_of_selections) or action.option_strings[0].startswith("--no_"):
             action.help = argparse.SUPPRESS
         elif action.help:
             action.help = action.help.replace(" If `datasets` is provided, this will be ignored.", "")

@@ -24,6 +24,7 @@ from .report import read_curriculum
 from .rewards import RewardReader, has_gradient, is_success, read_rewards
 from .scored import Scored
 from .settings import OnlineSettings
+from .shares import raised
 from .suspects import FindsSuspects
 from .target import Target
 
@@ -158,8 +159,10 @@ class OnlineCurriculum(FindsSuspects, KeepsState):
         # A prompt that has rested before the last of these draws has rested: else longer chunks would round rests up
         rested = (self.memory.ready[candidates] < first + n) & ~np.isin(candidates, flying)
         if settings.sharpness:  # the greatest of these are a draw without replacement: Gumbel's trick
-            noise = generator.gumbel(size=len(ranks))
-            ranks = np.round(settings.sharpness * np.log(np.maximum(ranks, 1e-9)) + noise, 9)
+            logs = np.where(rested, settings.sharpness * np.log(np.maximum(ranks, 1e-9)), -np.inf)
+            kinds = self.kinds.labels[candidates]
+            logs = raised(logs, a / (a + b), kinds, self.kinds.sizes, settings.least_kind_share)
+            ranks = np.round(logs + generator.gumbel(size=len(ranks)), 9)
         ranked = np.lexsort((generator.random(len(candidates)), -ranks))
         best = ranked[rested[ranked]]
         predicted = (a[:random] / (a + b)[:random]).mean()

@@ -91,6 +91,8 @@ class OnlineSettings:
     # Groups of a kind that tell whether it rises: this part of the run, and not less than so many
     idle_window: float = 0.02
     least_idle_window: int = 20
+    # Part of its share of the pool that each kind gets at least which is solved now and then; needs `sharpness`
+    least_kind_share: float = 0.0
     # Length of a sketch of a gradient
     gradient_dim: int = 2048
     # Groups whose sketches are kept. Bounds the time: their products are inverted
@@ -151,6 +153,7 @@ class OnlineSettings:
         self._check("most_factor", self.most_factor >= 1, "must be at least 1")
         self._check("target_share", 0 <= self.target_share < 1, "must be at least 0 and below 1")
         self._check("sharpness", self.sharpness >= 0, "must be at least 0")
+        self._check("least_kind_share", 0 <= self.least_kind_share < 1, "must be at least 0 and below 1")
         self._check("idle_factor", 0 < self.idle_factor <= 1, "must be above 0, and 1 at most")
         self._check("utility", self.utility in UTILITIES, f"must be one of {', '.join(UTILITIES)}")
         for name in ("give_up", "history_groups", "most_suspects", "noise_visits", "least_tried", "least_idle_window"):

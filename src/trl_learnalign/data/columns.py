@@ -125,8 +125,8 @@ def check_columns(dataset: Dataset, config: "LearnAlignConfig", columns: Mapping
     their kind.
 
     Raises:
-        `ValueError`: `score`, `where` or `quota_column` name a missing column, the column of a score holds no numbers,
-            or a column of the dataset that `where` or a function of the user's reads has the name of a measure.
+        `ValueError`: `score` or `where` name a missing column, the column of a score holds no numbers, or a column of
+            the dataset that `where` or a function of the user's reads has the name of a measure.
     """
     measured = {"score": 0.0, **columns}
     if config.ranking().code is not None:
@@ -139,8 +139,6 @@ def check_columns(dataset: Dataset, config: "LearnAlignConfig", columns: Mapping
     for name in config.ranking().columns or ():
         check_named(dataset, "score", config.score, (name,))
         check_numbers(dataset, "score", config.score, name)
-    if config.quota_column is not None:
-        check_groups(dataset, "quota_column", config.quota_column)
     if config.where is not None:
         check_condition(dataset, config.where, measured)
 

@@ -65,6 +65,9 @@ class PromptGradients:
         seed (`int`): seed of the projection and of the probe.
         probe (`bool`): see `model`.
 
+    Attributes:
+        sizes (`dict[str, int]`): observed weights of each layer, in their order.
+
     Raises:
         [`UnseenParametersError`]: the model has trainable tensors that this engine cannot observe.
     """
@@ -73,8 +76,8 @@ class PromptGradients:
         self.model = model
         self.probe = probe
         self._taps = _probe_taps(model, seed) if probe else _lora_taps(model)
-        sizes = {tap.name: tap.size for tap in self._taps}
-        self._sink = Concatenation(sizes) if dim is None else Sketch(sizes, dim, seed)
+        self.sizes = {tap.name: tap.size for tap in self._taps}
+        self._sink = Concatenation(self.sizes) if dim is None else Sketch(self.sizes, dim, seed)
         # By device, since the layers may be spread over several, and offloaded weights lie elsewhere than their
         # gradients
         self._anchors: dict[torch.device, torch.Tensor] = {}

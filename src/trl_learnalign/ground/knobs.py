@@ -40,6 +40,8 @@ def check(one: Field, annotation: Any, value: object, least: dict[str, tuple[int
         `ValueError`: the value is not of that type or in its range.
     """
     name = one.name
+    if value is not None:  # of a choice that may be `None`
+        annotation = next((kind for kind in get_args(annotation) if get_origin(kind) is Literal), annotation)
     if get_origin(annotation) is Literal:
         choices = get_args(annotation)
         if not isinstance(value, str) or value not in choices:

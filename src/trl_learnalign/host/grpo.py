@@ -1,12 +1,16 @@
 """The host of GRPOTrainer: its advantages, its loss, its environments."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from ..scores import maths as scoring
 from . import objective
+from .generation import replaced
 from .groups import Row
 from .names import GRPO
-from .objective import LEVELS, LOSS_TYPES
+from .objective import LEVELS, LOSS_TYPES, scale_of_tokens
 from .trl import ARGUMENTS, SETTINGS, Host
 
 
@@ -17,6 +21,7 @@ class GRPOHost(Host):
     """[`~trl.GRPOTrainer`]: advantages by group, a loss by `loss_type`, the KL term in the loss."""
 
     names = GRPO
+    composes = True
     settings = (
         *SETTINGS,
         "multi_objective_aggregation",
@@ -28,6 +33,13 @@ class GRPOHost(Host):
         "scale_rewards",
     )
     arguments = (*ARGUMENTS, "use_bias_correction_kl", "delta")
+
+    @contextmanager
+    def with_logps(self) -> Iterator[None]:
+        # TRL leaves them out where `gradient_accumulation_steps % (steps_per_generation * num_iterations) == 0`: then
+        # the policy of the loss is that of the generation, but not for rows that are replayed
+        with replaced(self.trainer, num_iterations=self.args.gradient_accumulation_steps + 1):
+            yield
 
     def check_loss(self) -> None:
         objective.check_loss(self.trainer, loss_type=LOSS_TYPES, importance_sampling_level=LEVELS)
@@ -52,6 +64,9 @@ class GRPOHost(Host):
 
     def objective(self, rows: list[Row]) -> torch.Tensor:
         return objective.policy_objective(self.trainer, rows)
+
+    def scale_alone(self, tokens: float) -> float:
+        return scale_of_tokens(self.trainer, tokens)
 
     @property
     def runs_reference(self) -> bool:

@@ -71,6 +71,7 @@ _TRAINS = (
     "_calculate_rewards",
     "_generate_and_score_completions",
     "_metrics",
+    "_step",
     "_tag_names",
     "num_iterations",
     "shuffle_dataset",
@@ -112,6 +113,7 @@ SDPO: Names = {
         "_calculate_rewards",
         "_metrics",
         "_prepare_training_batch",
+        "_step",
         "_tag_names",
         "num_iterations",
         "shuffle_dataset",
@@ -194,6 +196,7 @@ if TYPE_CHECKING:
         _last_loaded_step: int
         _metrics: dict[str, dict[str, list[float]]]
         _multi_environment: bool
+        _step: int
         _tag_names: list[str]
         _tokenize_prompts: Any
         _tokenizer: Any

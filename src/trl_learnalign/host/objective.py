@@ -142,6 +142,15 @@ def divisor(trainer, mask):
             return trainer.max_completion_length or 1  # None: as long as the model goes on
 
 
+def scale_of_tokens(trainer, tokens: float) -> float:
+    """
+    Return what N of [`policy_objective`] is to be divided by so that the gradient of a group is training's on that
+    group alone: a constant stands for the number of a batch's tokens there. `tokens`: the mean of the group's rows.
+    """
+    counts = trainer.loss_type in ("dapo", "bnpo", "cispo", "vespo")
+    return (trainer.max_completion_length or 1) / max(tokens, 1) if counts else 1.0
+
+
 def _reference_logps(trainer, arguments):
     """Compute log-probabilities under pi_ref, found where GRPOTrainer finds it."""
     if trainer.ref_model is not None:

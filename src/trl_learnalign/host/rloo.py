@@ -17,6 +17,7 @@ class RLOOHost(Host):
     """
 
     names = RLOO
+    composes = True
     settings = (*SETTINGS, "normalize_advantages", "reward_clip_range", "_name")
 
     @property

@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..gradients.modes import dropout_off
 from ..ground.peers import Peers
-from . import generation, gradient_tap, taps
+from . import batches, generation, gradient_tap, taps
 from .facts import Facts
 from .generation import NoLogps
 from .groups import RolloutGroup, Row
@@ -111,6 +111,13 @@ class Differentiates(Facts):
         """
         raise NotImplementedError
 
+    def scale_alone(self, tokens: float) -> float:
+        """
+        Return the length of training's gradient on a batch of one group, whose rows have `tokens` trained ones in the
+        mean, over that of [`objective`] with weights that are the same for all rows and sum up to 1.
+        """
+        return 1.0
+
     def filler(self) -> Row:
         """Return a row of weight 0. TRL makes sure that there is a padding token."""
         token = self.trainer._tokenizer.pad_token_id
@@ -146,9 +153,33 @@ class Differentiates(Facts):
 
 
 class Trains(Facts):
-    """Events of the trainer's training, and the sampler that it draws prompts from."""
+    """
+    Events of the trainer's training, and the sampler that it draws prompts from.
+
+    Attributes:
+        composes (`bool`): whether a batch may be put together of several generations, by [`assemble`].
+    """
 
     generation_method: str  # as in [`Generates`]
+    composes = False
+    _passes_chosen: taps.Undo = staticmethod(lambda: None)  # ends what the run before chose by
+
+    def inputs_of(self: Any, rows: list[int]) -> list[dict]:
+        """Read this process's part of the rollouts of rows: [`~trl_learnalign.host.batches.inputs_of`]."""
+        return batches.inputs_of(self, rows)
+
+    def assemble(self: Any, *args, **kwargs) -> dict:
+        """Make one batch of several: [`~trl_learnalign.host.batches.assemble`]."""
+        return batches.assemble(self, *args, **kwargs)
+
+    def gathered(self: Any, batch: dict) -> list[dict[str, np.ndarray]]:
+        """Return the rows of all processes: [`~trl_learnalign.host.batches.gathered`]."""
+        return batches.gathered(self, batch)
+
+    @contextmanager
+    def with_logps(self) -> Iterator[None]:
+        """Let a generation for training return the log-probabilities of what it has drawn, always."""
+        yield
 
     def layout(self) -> dict:
         """
@@ -175,9 +206,19 @@ class Trains(Facts):
         """Let `make(dataset)` make the sampler of training from now on; `None` stands for the training dataset."""
         vars(self.trainer)["_get_train_sampler"] = make
 
-    def on_rewards(self, observer: taps.RewardObserver, check: taps.RowCheck | None = None) -> taps.Undo:
+    def on_rewards(
+        self,
+        observer: taps.RewardObserver,
+        check: taps.RowCheck | None = None,
+        compose: taps.Compose | None = None,
+    ) -> taps.Undo:
         """Report every generation for training: [`~trl_learnalign.host.taps.RewardTap`]."""
-        return taps.RewardTap(self.trainer, self.generation_method, observer, check).undo
+        return taps.RewardTap(self.trainer, self.generation_method, observer, check, compose).undo
+
+    def choose_passes(self, passes_of: Callable[[int], tuple[int, int]]) -> None:
+        """Let `passes_of(batch)` choose `num_iterations`: [`~trl_learnalign.host.taps.choose_passes`]."""
+        self._passes_chosen()
+        self._passes_chosen = taps.choose_passes(self.trainer, passes_of)
 
     def gradients_obstacle(self: Any) -> str | None:
         """Return why training's gradients cannot be had: [`~trl_learnalign.host.gradient_tap.gradients_obstacle`]."""

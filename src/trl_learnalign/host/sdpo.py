@@ -11,7 +11,7 @@ from . import generation
 from .generation import NoLogps
 from .groups import Row
 from .names import SDPO
-from .objective import arguments_of, check_loss, divisor, of_completions, policy
+from .objective import arguments_of, check_loss, divisor, of_completions, policy, scale_of_tokens
 from .trl import ARGUMENTS, SETTINGS, Host
 
 
@@ -61,6 +61,9 @@ class SDPOHost(Host):
                 "which take no gradients, or `distillation_weight=0.0`, the policy loss alone."
             )
         check_loss(self.trainer, loss_type=LOSS_TYPES)
+
+    def scale_alone(self, tokens: float) -> float:
+        return scale_of_tokens(self.trainer, tokens)
 
     def objective(self, rows: list[Row]) -> torch.Tensor:
         r"""

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from .rewards import RewardError, guarded
 Undo = Callable[[], None]
 RewardObserver = Callable[[int, list[dict], list, np.ndarray, np.ndarray], None]
 RowCheck = Callable[[int, list[dict]], int]
+Compose = Callable[[int, Callable[[list[dict]], dict], list[dict]], dict]
 
 
 class RewardTap:
@@ -36,9 +38,12 @@ class RewardTap:
     - `trained` (`np.ndarray` of shape `(rows of all processes,)`, bool): in the same order; tells if a token of the
       completion is in the loss. A truncated completion has none under `mask_truncated_completions`.
 
-    `check(batch_in_run, inputs)` comes before, and returns a digest (a number below 2**63) of what must be the same on
-    all processes. A reward function that fails, or returns no numbers, a failure of `check` and digests that differ
-    end all processes with an error, none of which is left waiting for the others:
+    `compose(batch_in_run, generate, inputs)` may call `generate` for several lists of rows, each of which is reported,
+    and makes one batch of the results.
+
+    `check(batch_in_run, inputs)` comes before a report, and returns a digest (a number below 2**63) of what must be
+    the same on all processes. A reward function that fails, or returns no numbers, a failure of `check` and digests
+    that differ end all processes with an error, none of which is left waiting for the others:
 
     - [`RewardError`]: a reward function failed.
     - `RuntimeError`: the digests differ, or another process failed.
@@ -48,6 +53,7 @@ class RewardTap:
         generation_method (`str`): its method that makes a training batch of rows, see [`Generates`].
         observer (`Callable`): as above.
         check (`Callable`, *optional*): as above.
+        compose (`Callable`, *optional*): as above; by default `generate(inputs)`.
     """
 
     def __init__(
@@ -56,8 +62,9 @@ class RewardTap:
         generation_method: str,
         observer: RewardObserver,
         check: RowCheck | None = None,
+        compose: Compose | None = None,
     ):
-        self.trainer, self.observer, self.check = trainer, observer, check
+        self.trainer, self.observer, self.check, self.compose = trainer, observer, check, compose
         self._counter = _BatchCounter(trainer)
         self._under_way: _Generation | None = None  # the generation for training that is under way
         methods = {"training_step": self._train, generation_method: self._generate, "_calculate_rewards": self._reward}
@@ -73,18 +80,25 @@ class RewardTap:
         return inner(*args, **kwargs)
 
     def _generate(self, inner, inputs, *args, **kwargs):
-        trainer, before = self.trainer, self._under_way
         # Asked before the generation, as some ways to generate leave the model in another mode
-        training = for_training(trainer)
-        self._under_way = _Generation(self._counter.batches_before(), inputs) if training else None
+        batch = self._counter.batches_before() if for_training(self.trainer) else None
+
+        def generate(rows):
+            return self._once(partial(inner, rows, *args, **kwargs), batch, rows)
+
+        return generate(inputs) if batch is None or self.compose is None else self.compose(batch, generate, inputs)
+
+    def _once(self, inner, batch, inputs):
+        trainer, before = self.trainer, self._under_way
+        self._under_way = None if batch is None else _Generation(batch, inputs)
         try:
             if self._under_way is None:
-                return inner(inputs, *args, **kwargs)
+                return inner()
             output = failure = None
             functions = trainer.reward_funcs
             try:
                 with guarded(functions, trainer.reward_func_names) as trainer.reward_funcs:
-                    output = inner(inputs, *args, **kwargs)
+                    output = inner()
             except RewardError as error:  # the generation itself has ended
                 failure = error
             finally:
@@ -139,6 +153,34 @@ class _Generation:
         self.rewarded.append((rows, completions, found.masked_fill(~found.isfinite(), torch.nan).numpy()))
 
 
+def choose_passes(trainer: RolloutTrainer, passes_of: Callable[[int], tuple[int, int]]) -> Undo:
+    """
+    Choose how often a trainer passes over each batch that it generates, its `num_iterations`, while it trains.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): the trainer.
+        passes_of (`Callable`): is called with the number of a training batch in the run, before it is trained on.
+            Returns the passes over what was generated for it, and the batches of these that came before. 0 of them:
+            the trainer generates anew.
+
+    Returns:
+        a function that ends it.
+    """
+    counter = _BatchCounter(trainer)
+
+    def train(inner, *args, **kwargs):
+        counter.count()
+        before = trainer.num_iterations
+        # `_prepare_inputs` generates where `_step` is a multiple of `steps_per_generation * num_iterations`
+        trainer.num_iterations, trainer._step = passes_of(counter.batches_before())
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            trainer.num_iterations = before
+
+    return wrap(trainer, "training_step", train)
+
+
 def _in_loss(output: dict) -> np.ndarray:
     """Tell for each completion of a generation, `(rows,)`, if a token of it is in the loss."""
     mask = output["completion_mask"]
@@ -176,7 +218,8 @@ def _agreed(trainer, failure: Exception | None, digest: int, trained: np.ndarray
             f"round differently (digests: {', '.join(f'{one:015x}'[:8] for one in found[:, 1].tolist())}). Resume "
             "from the last checkpoint on equal machines."
         )
-    return found[:, 2:].bool().flatten().numpy() if accelerator.num_processes > 1 else trained
+    # A generation of fewer rows than a batch is padded above
+    return found[:, 2 : 2 + len(trained)].bool().flatten().numpy() if accelerator.num_processes > 1 else trained
 
 
 def for_training(trainer: RolloutTrainer) -> bool:

@@ -1,7 +1,8 @@
 """The gradients of a selection's prompts, aligned with the mean of all or with a target."""
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -10,14 +11,18 @@ import torch
 
 from ..curriculum.rewards import is_success
 from ..data.reading import columns_read
+from ..gradients.adam import Moments
 from ..gradients.engine import check_parameters
 from ..gradients.layers import UnseenParametersError, unseen_message
+from ..gradients.sketch import Sketch
 from ..ground.store import Log
 from ..host import Host
 from ..host.groups import Row
 from ..scores import maths as scoring
+from ..scores.influence import DAMPING, influences, second_moment_times, solve
 from .base import Context, Finding, Measure
 from .gradients import GradientFeatures
+from .policies import check_policies, is_adam, made_at, policies
 from .rollouts import RolledOut, RolloutMeasure
 
 
@@ -25,6 +30,9 @@ if TYPE_CHECKING:
     from ..config import LearnAlignConfig
     from .target import Directions
 
+logger = logging.getLogger(__name__)
+
+_LARGE_RESIDUAL = 1e-3  # above which influences are said to be inexact
 # Settings that decide which rollouts make a gradient, and the length of a feature
 KEY_OF_GRADIENTS = ("gradient_rollouts", "projection_dim", "success_threshold", "success_reward", "learnability")
 
@@ -46,6 +54,7 @@ class GradientMeasure(Measure):
         [`UnseenParametersError`] for trainable tensors whose gradients would be missed.
         """
         host.check_gradients()
+        check_policies(host, config, now=False)
         if {"image", "images"} & set(columns_read(host.dataset)):
             raise ValueError(
                 "The training dataset has images, and gradients of multimodal prompts are not supported. Use "
@@ -66,7 +75,8 @@ class GradientMeasure(Measure):
         """Return what rollouts and features depend on."""
         config = context.config.to_dict()
         features = {f"`{name}`": config[name] for name in KEY_OF_GRADIENTS}
-        return {**RolloutMeasure().key(context, rows), **features}
+        made = made_at(context.host, context.config, is_adam(context.config))
+        return {**RolloutMeasure().key(context, rows), **features, **made}
 
     def run(self, context: Context, rows: Sequence[int], log: Any) -> Finding:
         """Return the [`Alignments`], with nothing computed yet."""
@@ -87,6 +97,9 @@ class _MadeUpAlignments(Finding):
     def __call__(self, weights: pd.Series) -> pd.DataFrame:
         aligned = self.target()
         return aligned.assign(score=(weights * aligned["alignment"]).fillna(0.0))
+
+    def influence(self) -> pd.DataFrame:
+        return self(self.learnability)
 
     def target(self) -> pd.DataFrame:
         places = np.arange(len(self.learnability))
@@ -110,10 +123,19 @@ class GradientAlignments(Finding):
         self.context, self.log = context, log
         self.rolled_out = cast(RolledOut, context.found["rollouts"])
         super().__init__(self.rolled_out.pool.table()[[]])
+        self.spent = 0.0  # seconds on gradients, by whatever asked for them before
+
+    def features(self) -> GradientFeatures:
+        """Compute the features, so that they can be read more than once. All processes must call this."""
+        started = time.perf_counter() - self.spent
+        source = features_of(self.context, self.rolled_out, self.log)
+        source.compute()
+        self.spent = self.context.clock("gradients", started)
+        return source
 
     def __call__(self, weights: pd.Series) -> pd.DataFrame:
         """Align every learnable prompt with the weighted mean of all, see [`Alignments`]."""
-        context, started = self.context, time.perf_counter()
+        context, started = self.context, time.perf_counter() - self.spent
         source = features_of(context, self.rolled_out, self.log)
         by_row = torch.zeros(len(context.dataset), dtype=torch.float64)
         by_row[weights.index.tolist()] = torch.tensor(weights.to_numpy(dtype=float))
@@ -126,16 +148,79 @@ class GradientAlignments(Finding):
         return table.assign(score=table["score"].fillna(0.0))
 
     def target(self) -> pd.DataFrame:
-        """Align every learnable prompt with the target, see [`Alignments`]."""
-        context, started = self.context, time.perf_counter()
-        source = features_of(context, self.rolled_out, self.log)
-        source.compute()
-        spent = context.clock("gradients", started)
-        started = time.perf_counter()
+        """
+        Align every learnable prompt with the target, see [`Alignments`]: max_s sum_c eta_c cos(phi_i, g_s) / sum_c
+        eta_c over checkpoints c, with the gradients of each at its weights.
+        """
+        context, started, reading = self.context, time.perf_counter() - self.spent, 0.0
         directions = cast("Directions", context.found["target-gradients"]).directions
-        columns = self._gathered(scoring.largest_cosines(source, directions))
-        self._count_cost(source, spent + context.clock("scores", started))
+        found, cosines, norms = policies(context.host, context.config), torch.zeros(1), torch.zeros(1)
+        for policy, of_policy in zip(found, directions, strict=True):
+            moments = policy.moments() if is_adam(context.config) else None
+            with policy.loaded():
+                source = features_of(context, self.rolled_out, policy.log(self.log), moments)
+                source.compute()
+                begun = time.perf_counter()
+                rows, *values = scoring.cosines_of_batches(source, of_policy)
+                reading += time.perf_counter() - begun
+            cosines, norms = (total + policy.share * own for total, own in zip((cosines, norms), values, strict=True))
+        spent = context.clock("gradients", started + reading) + context.clock("scores", time.perf_counter() - reading)
+        columns = self._gathered((rows, cosines.max(1).values, norms))
+        self._count_cost(source, spent, len(found))
         return self._by_prompt(columns, ("alignment", "gradient_norm"))
+
+    def influence(self) -> pd.DataFrame:
+        """Find the influence of every learnable prompt, see [`Alignments`], by reading the features many times."""
+        context, source, started = self.context, self.features(), time.perf_counter()
+        rows, target = self.rolled_out.learnable, context.found.get("target-gradients")
+        if target is None:
+            by_row = torch.zeros(1, len(context.dataset), dtype=torch.float64)
+            by_row[0, rows] = 1 / max(1, len(rows))
+            means = sum_over_processes(context, source, by_row, unit=False)
+        else:
+            means = cast("Directions", target).means()
+        squares = sum(scoring.feature_norms(features).square().sum().item() for _, features in source.stored())
+        total = sum(context.peers.gather(squares)) / max(1, len(rows))
+        damping = DAMPING * total / max(1, min(len(rows), means.shape[1]))
+
+        def times(vectors):
+            own = second_moment_times(source.stored(), vectors)
+            return summed(context, own) / max(1, len(rows)) + damping * vectors
+
+        solved, iterations, residual = solve(times, means, context.peers.broadcast)
+        columns = self._gathered(influences(source, solved, means))
+        about = {"damping": damping, "iterations": iterations, "residual": residual}
+        context.note({"influence": about})
+        if residual > _LARGE_RESIDUAL and context.host.accelerator.is_main_process:
+            logger.warning(
+                f"The influences are not exact: after {iterations} iterations of conjugate gradients the residual is "
+                f"{residual:.1g} of the target. Use a smaller `projection_dim`, or `candidate_prompts`."
+            )
+        self._count_cost(source, self.spent + context.clock("scores", started))
+        table = self._by_prompt(columns, ("score", "alignment", "gradient_norm"))
+        return table.assign(score=table["score"].fillna(0.0))
+
+    def sketches(self, dim: int) -> tuple[np.ndarray, torch.Tensor]:
+        """
+        Return the rows of all n learnable prompts, increasing, and their features as directions of length 1, sketched
+        to at most `dim` numbers: of shape `(n, dim)`, float32. All processes must call this.
+        """
+        source = self.features()
+        length = source.engine.feature_dim
+        sketch = Sketch({"feature": length}, dim, self.context.seed) if length > dim else None
+        rows, parts = [], [torch.zeros(0, min(length, dim))]
+        for indices, features in source.stored():
+            unit = torch.nn.functional.normalize(features, dim=1)
+            if sketch is not None:
+                part = torch.zeros(len(unit), dim)
+                sketch.add_(part, "feature", slice(None), unit)
+                unit = part
+            rows += indices
+            parts.append(unit)
+        found, points = self._gathered((torch.tensor(rows, dtype=torch.int64), torch.cat(parts)))
+        self._count_cost(source, self.spent)
+        order = found.argsort()
+        return found[order].numpy(), points[order]
 
     def _gathered(self, columns):
         """Return the columns of all processes. All prompts must be there."""
@@ -154,11 +239,12 @@ class GradientAlignments(Finding):
         index = self.rolled_out.pool.table().index
         return pd.DataFrame(dict(zip(names, values, strict=True)), index=rows).reindex(index)
 
-    def _count_cost(self, source, spent):
+    def _count_cost(self, source, spent, times=1):
         """Note the cost of gradients and scores relative to the rollouts, and an estimate of the least possible."""
         host, own = self.context.host, self.rolled_out.own
         rolled_out = int(own.lengths.sum(dtype=np.int64) + own.prompt_lengths.sum(dtype=np.int64))
         counts = np.sum(self.context.peers.gather((rolled_out, *source.num_tokens())), axis=0).tolist()
+        counts = counts[0], times * counts[1], times * counts[2]
         cost = dict(zip(("rollout_tokens", "gradient_tokens", "computed_tokens"), counts, strict=True))
         # Forward and backward through a LoRA cost two forwards; the reference policy of the KL term one more
         forwards = 3 if host.runs_reference else 2
@@ -168,9 +254,14 @@ class GradientAlignments(Finding):
         self.context.note({"cost": cost})
 
 
-def features_of(context: Context, rolled_out: RolledOut, log: Log) -> GradientFeatures:
-    """Return the gradient features of this process's learnable prompts, which are computed when they are used."""
-    config, own, pool = context.config, rolled_out.own, rolled_out.pool
+def features_of(
+    context: Context, rolled_out: RolledOut, log: Log, moments: Mapping[str, Moments] | None = None
+) -> GradientFeatures:
+    """
+    Return the gradient features of this process's learnable prompts, which are computed when they are used; with
+    Adam's state, those of its steps.
+    """
+    host, config, own, pool = context.host, context.config, rolled_out.own, rolled_out.pool
     learnable = {row: i for i, row in enumerate(pool.rows.tolist()) if row in own and pool.learnability[i] > 0}
     chosen = {row: _chosen(context, own, row, pool.advantages[i], pool.deciding[i]) for row, i in learnable.items()}
     lengths = {}
@@ -181,17 +272,19 @@ def features_of(context: Context, rolled_out: RolledOut, log: Log) -> GradientFe
 
     def rollouts(row):
         group, advantages = own.group(row), pool.advantages[learnable[row]].tolist()
-        # The mean is over all rollouts that the configuration chooses, also over those that have no gradient
-        weight = 1 / (len(advantages) if config.gradient_rollouts == "all" else 1)
+        # The mean is over all rollouts that the configuration chooses and a race made, also those without a gradient
+        every = config.gradient_rollouts == "all"
+        weight = 1 / (own.made[own.place(row)] if every else 1)
+        if moments is not None:  # a step is not in proportion to the gradient
+            trained = own.trained[own.place(row)]
+            weight *= host.scale_alone(float((trained if every else trained[chosen[row]]).mean()))
         return [
             Row(group.prompt_ids[g], group.completion_ids[g], group.loss_masks[g], advantages[g], weight)
             for g in chosen[row].tolist()
         ]
 
-    budget = config.max_tokens_per_batch
-    return GradientFeatures(
-        context.host, config.projection_dim, context.seed, lengths, rollouts, log, budget, context.peers
-    )
+    dim, budget = config.projection_dim, config.max_tokens_per_batch
+    return GradientFeatures(host, dim, context.seed, lengths, rollouts, log, budget, context.peers, moments)
 
 
 def _chosen(context, own, row, advantages, deciding):
@@ -207,9 +300,15 @@ def _chosen(context, own, row, advantages, deciding):
     return chosen[counts[chosen]]
 
 
-def sum_over_processes(context: Context, source: GradientFeatures, weights: torch.Tensor) -> torch.Tensor:
+def sum_over_processes(
+    context: Context, source: GradientFeatures, weights: torch.Tensor, unit: bool = True
+) -> torch.Tensor:
     """Return what [`GradientFeatures.weighted_sum`] does, over the prompts of all processes."""
-    total = source.weighted_sum(weights)
+    return summed(context, source.weighted_sum(weights, unit))
+
+
+def summed(context: Context, total: torch.Tensor) -> torch.Tensor:
+    """Return the sum of the tensors of all processes."""
     context.peers.wait()
     accelerator = context.host.accelerator
     if accelerator.num_processes > 1:  # float64, which not every single device has

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from ..choice.candidates import left_of
 from ..data.columns import candidate_rows
 from ..data.prompts import prompt_text
 from ..data.reading import read_prompts
@@ -55,8 +56,7 @@ class Demonstration(Likelihood):
     def check(self, host: Host, config: "LearnAlignConfig") -> None:
         """Raise a `ValueError` for what [`Likelihood`] refuses, for a small pool, and for a model without layers."""
         super().check(host, config)
-        size = len(candidate_rows(host.dataset, config))
-        size = min(size, config.candidate_prompts or size)
+        size = left_of(config, len(candidate_rows(host.dataset, config)))
         if size < EXAMPLES + QUERIES:
             raise ValueError(
                 f"The pool has {size} prompts, but the score needs {EXAMPLES + QUERIES}: worked examples and queries "

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 import torch
 
+from ..gradients.adam import AdamDirections, Moments
 from ..gradients.engine import PromptGradients
 from ..gradients.modes import turn_dropout_off
 from ..ground.memory import in_halves
@@ -17,7 +18,7 @@ from ..ground.progress import progress_bar
 from ..ground.store import Log
 from ..host import Host
 from ..host.groups import Row
-from ..scores.maths import add_unit_features, feature_norms
+from ..scores.maths import add_features, add_unit_features, feature_norms
 from .packing import WINDOW, pack
 
 
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 # Exact gradients are kept if those of each process take at most this, else computed each time that they are needed
 EXACT_BYTES = 2 << 30
+ADAM_BYTES = 256 << 20  # of the exact gradients that are turned into Adam's steps together
 
 Batch = tuple[list[int], torch.Tensor]
 
@@ -45,6 +47,8 @@ class GradientFeatures:
         max_tokens (`int` or `None`): most tokens of a microbatch, padding included; `None`: the trainer's
             `per_device_train_batch_size` times the longest rollout.
         peers ([`Peers`], *optional*): a failure of one of them ends the computation.
+        moments (`Mapping[str, Moments]`, *optional*): Adam's state. The features are those of its steps then, see
+            [`AdamDirections`], which takes the whole gradient of a prompt before it is projected.
     """
 
     def __init__(
@@ -57,21 +61,28 @@ class GradientFeatures:
         log: Log,
         max_tokens: int | None = None,
         peers: Peers | None = None,
+        moments: Mapping[str, Moments] | None = None,
     ):
         self.peers = peers if peers is not None else Peers(host.accelerator)
         self.host = host
         self.lengths, self.rows = lengths, rows
-        self.log, self.parts = log, log.inside("parts")  # parts: finished microbatches of a window under way
+        self.log = log if moments is None else log.inside("adam")
+        self.parts = self.log.inside("parts")  # finished microbatches of a window under way
         # As many tokens as a training step of the longest rollouts has
         longest = max((int(own.max()) for own in lengths.values() if len(own)), default=0)
         self.max_tokens = max_tokens or host.args.per_device_train_batch_size * longest
-        self.engine = PromptGradients(host.policy, dim, seed, probe=not host.has_adapter)
+        self.engine = PromptGradients(host.policy, dim if moments is None else None, seed, probe=not host.has_adapter)
+        self.adam = None if moments is None else AdamDirections(self.engine.sizes, moments, dim, seed)
+        self.feature_dim = self.engine.feature_dim if self.adam is None else self.adam.out_dim
         most, left_over = map(max, zip(*self.peers.gather((len(lengths), len(self.parts))), strict=True))
-        self.kept = dim is not None or most * self.engine.feature_dim * 4 <= EXACT_BYTES
+        self.kept = dim is not None or most * self.feature_dim * 4 <= EXACT_BYTES
         self.did_not_fit = math.inf  # tokens of the smallest microbatch that was too large for the memory
         self.entropy_masks: dict[int, list[np.ndarray]] = {}  # by prompt, a bit for each token of its rows
         # Exact gradients too large to be kept are made one prompt at a time, so that only a few are in memory
-        self.windows = pack(lengths, self.max_tokens, WINDOW if self.kept else 1)
+        together = WINDOW if self.kept else 1
+        if self.adam is not None:
+            together = max(1, min(together, ADAM_BYTES // (4 * self.engine.feature_dim)))
+        self.windows = pack(lengths, self.max_tokens, together)
         if left_over:  # maybe by another number of processes, or in microbatches of another size
             names = {name for window in self.windows for name in window.parts()}
             self.parts.keep(set().union(*self.peers.gather(names)))
@@ -87,22 +98,24 @@ class GradientFeatures:
                 own, padded = own + sum(sizes), padded + len(sizes) * max(sizes)
         return own, padded
 
-    def weighted_sum(self, weights: torch.Tensor) -> torch.Tensor:
+    def weighted_sum(self, weights: torch.Tensor, unit: bool = True) -> torch.Tensor:
         """
         Return sum_j w_j phi_j / |phi_j| over the prompts of this process, float64; w by dataset row.
 
         Args:
             weights (`torch.Tensor` of shape `(..., N)`): one or more w. All sums take one pass.
+            unit (`bool`, *optional*): `False` leaves the features as they are, sum_j w_j phi_j.
 
         Returns:
             `torch.Tensor` of shape `(..., d)`.
         """
-        total = torch.zeros(*weights.shape[:-1], self.engine.feature_dim, dtype=torch.float64)
+        total = torch.zeros(*weights.shape[:-1], self.feature_dim, dtype=torch.float64)
         sums = list(zip(total.view(-1, total.shape[-1]), weights.view(-1, weights.shape[-1]), strict=True))
+        add = add_unit_features if unit else add_features
         for indices, features in self._computed():
             for one, own in sums:
                 if own[indices].any():
-                    add_unit_features(one, features, own[indices])
+                    add(one, features, own[indices])
             del features  # may be as large as the LoRA
         return total
 
@@ -116,14 +129,19 @@ class GradientFeatures:
         if not self.kept:
             yield from self._computed()
             return
-        yield from self._without_rows()
         with progress_bar(self.host, "scores", len(self.windows), "batches") as bar:
-            for window in self.windows:
-                features = self._load(self.log, window.name, window.indices, verify=False)
-                if features is not None:
-                    yield window.indices, features
-                self.peers.check()
+            for batch in self.stored():
+                yield batch
                 bar.update()
+
+    def stored(self) -> Iterator[Batch]:
+        """Read the features that were computed and kept, for one of many passes: without a progress bar."""
+        yield from self._without_rows()
+        for window in self.windows:
+            features = self._load(self.log, window.name, window.indices, verify=False)
+            if features is not None:
+                yield window.indices, features
+            self.peers.check()
 
     def _without_rows(self):
         """Yield prompts with V > 0, but no token that the policy is trained on."""
@@ -132,7 +150,7 @@ class GradientFeatures:
             yield empty, torch.zeros(self._shape(empty))
 
     def _shape(self, indices):
-        return len(indices), self.engine.feature_dim
+        return len(indices), self.feature_dim
 
     def _load(self, log, name, indices, verify=True):
         """
@@ -170,7 +188,7 @@ class GradientFeatures:
 
     def _window(self, window, bar):
         """Compute the features of a window, which are kept when all of its microbatches are done."""
-        features = torch.zeros(self._shape(window.indices))
+        features = torch.zeros(len(window.indices), self.engine.feature_dim)
         places = {index: place for place, index in enumerate(window.indices)}
         microbatches = window.microbatches()
         rows = None
@@ -181,13 +199,15 @@ class GradientFeatures:
                 batch = [rows[index][row] for index, row in chosen]
                 part = self._finite(self._collect(list(counts.values()), batch).cpu(), counts)
                 self.collected += 1
-                if self.kept and len(microbatches) > 1:
+                if self.kept and self.adam is None and len(microbatches) > 1:
                     self.parts.append([(window.part(number), part.contiguous().numpy())], durable=False)
             for index, feature in zip(counts, part, strict=True):
                 features[places[index]] += feature
             del part, feature
             self.peers.check()
             bar.update()
+        if self.adam is not None:
+            features = self.adam(features)
         if self.kept:
             self.log.append([(window.name, features.numpy())])
             self.parts.discard(window.parts())
@@ -260,7 +280,7 @@ class GradientFeatures:
 
         def join(first, second):
             places = sorted({*first[0], *second[0]})
-            total = torch.zeros(self._shape(places))
+            total = torch.zeros(len(places), self.engine.feature_dim)
             for own, gradients in (first, second):
                 total[[places.index(place) for place in own]] += gradients.cpu()
             return places, total

@@ -45,7 +45,8 @@ class HiddenStates(Measure):
         """Refuse prompts that are not known before their rollouts."""
         if (reason := reason_against(host)) is not None:
             raise ValueError(
-                f"The score needs hidden states of the prompts, but {reason}. Use a score that needs rollouts alone."
+                f"The score needs hidden states of the prompts, but {reason}. Use a score that needs rollouts alone, "
+                "without `diversity='hidden_states'`."
             )
 
     def key(self, context: Context, rows: Sequence[int]) -> dict[str, Any]:

@@ -43,10 +43,10 @@ def generate_in_parts(
         part_seed = stable_hash(seed, "part", start) if start else seed
         with host.groups_of(min(at_once, size - start)):
             parts.append(host.generate(dataset, indices, part_seed, gradients))
-    return [_joined(list(groups)) for groups in zip(*parts, strict=True)]
+    return [joined(list(groups)) for groups in zip(*parts, strict=True)]
 
 
-def _joined(parts: list[RolloutGroup]) -> RolloutGroup:
+def joined(parts: list[RolloutGroup]) -> RolloutGroup:
     """Make one group of the parts of a prompt."""
     if len(parts) == 1:
         return parts[0]

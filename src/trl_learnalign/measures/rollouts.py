@@ -1,20 +1,17 @@
 """Rollouts of a pool, in rounds of all processes; they stay on the disk and are read back prompt by prompt."""
 
-import json
+import copy
 import math
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
 
-from ..ground.disk import write_atomically
+from ..curriculum.rewards import is_success
 from ..ground.hashing import stable_hash
 from ..ground.progress import progress_bar
 from ..ground.store import Log
@@ -23,8 +20,9 @@ from ..host.checks import check_vllm
 from ..host.groups import RolloutGroup, deal
 from ..host.rewards import check_success_reward
 from .base import Context, Finding, Measure
-from .parts import generate_in_parts, prompts_per_batch, rollouts_at_once
+from .parts import generate_in_parts, joined, prompts_per_batch, rollouts_at_once
 from .pool import Pool
+from .racing import Prior, check_race, contenders, fit_prior, rounds_of
 from .records import decode, encode
 
 
@@ -36,6 +34,7 @@ if TYPE_CHECKING:
 LEAST_BATCHES = 64
 MOST_FOLD = 64  # and a batch is at most so many times training's
 
+_KEY_OF_RACE = ("num_prompts", "success_threshold", "success_reward")
 _FITTING = 1 << 63  # and the rank of a process: the name of the record of how many rollouts fit into its memory
 
 
@@ -70,18 +69,30 @@ class RolloutMeasure(Measure):
         """Raise a `ValueError` for an unknown or missing reward name, and for vLLM that mixes completions up."""
         check_success_reward(host.reward_names, config.success_reward, config.learnability)
         check_vllm(host)
+        if config.rollouts == "racing":
+            check_race(host, config)
 
     def key(self, context: Context, rows: Sequence[int]) -> dict[str, Any]:
-        """Return what generation and rewards depend on."""
-        return {**made_from(context, len(rows)), **super().key(context, rows)}
+        """Return what generation and rewards depend on; in a race also what tells who goes on."""
+        found, config = {**made_from(context, len(rows)), **super().key(context, rows)}, context.config
+        if config.rollouts == "racing":
+            found |= {f"`{name}`": getattr(config, name) for name in ("rollouts", *_KEY_OF_RACE)}
+            found["rollouts of a training step"] = context.host.rows_at_once
+        return found
 
     def run(self, context: Context, rows: Sequence[int], log: Any) -> Finding:
         """Roll out every prompt."""
         started = time.perf_counter()
-        at_once = prompts_at_once(context.host, context.config, context.num_rollouts, len(rows))
-        own = roll_out(context, context.dataset, rows, log, at_once)
+        prior = None
+        if context.config.rollouts == "racing":
+            own, prior = race(context, rows, log)
+        else:
+            at_once = prompts_at_once(context.host, context.config, context.num_rollouts, len(rows))
+            own = roll_out(context, context.dataset, rows, log, at_once)
         seconds = context.clock("rollouts", started)
         pool = gather_rewards(context, own)
+        if prior is not None:
+            pool.expect(prior, context.config.success_threshold)
         context.note(pool.provenance())
         return RolledOut(own, pool, seconds)
 
@@ -120,10 +131,10 @@ def made_from(context: Context, pool: int) -> dict:
 
 def gather_rewards(context: Context, own: "Rollouts") -> Pool:
     """Return what the rollouts of all processes found out, on every process."""
-    columns = own.rows, own.rewards, own.penalties, own.lengths, own.trained
+    columns = own.rows, own.rewards, own.penalties, own.lengths, own.trained, own.made
     gathered = zip(*context.peers.gather(columns), strict=True)
-    rows, rewards, penalties, lengths, trained = (torch.from_numpy(np.concatenate(parts)) for parts in gathered)
-    return Pool.of_rewards(rows, rewards, penalties, lengths, trained, context.config, context.host)
+    rows, *others = (torch.from_numpy(np.concatenate(parts)) for parts in gathered)
+    return Pool.of_rewards(context.config, context.host, rows, *others)
 
 
 def prompts_at_once(host: Host, config, num_rollouts: int, pool: int) -> int:
@@ -150,10 +161,12 @@ class Rollouts:
 
     Attributes:
         rows (`np.ndarray` of shape `(n,)`): dataset rows, in the order of the batches.
-        rewards (`np.ndarray` of shape `(n, G, F)`): float32, NaN where a reward function gave none.
+        rewards (`np.ndarray` of shape `(n, G, F)`): float32, NaN where a reward function gave none, or a race made no
+            rollout.
         penalties (`np.ndarray` of shape `(n, G)`): float32, see [`RolloutGroup`].
         lengths, prompt_lengths, trained (`np.ndarray` of shape `(n, G)`): tokens of completions and of prompts, and
-            how many tokens of the completion count in the loss; int32.
+            how many tokens of the completion count in the loss; int32, 0 where no rollout was made.
+        made (`np.ndarray` of shape `(n,)`): how many of the G rollouts of a prompt were made, the first ones.
         found (`bool`): whether some had been finished before the run began.
     """
 
@@ -187,7 +200,30 @@ class Rollouts:
         columns = [np.concatenate(parts) for parts in zip(*self._batches, strict=True)]
         self.rows, self.rewards, self.penalties, self.lengths, self.prompt_lengths, self.trained = columns
         self._place = {row: place for place, row in enumerate(self.rows.tolist())}
+        self.made = np.full(len(self.rows), self.lengths.shape[1])
+        self.records = np.ones(len(self.rows), np.int64)
         self._batches = []
+
+    @classmethod
+    def joined(cls, rounds: "list[Rollouts]", size: int) -> "Rollouts":
+        """Join the rounds of a race, each of rows of the one before, as groups of `size` that may have gaps."""
+        own, start = copy.copy(rounds[0]), 0
+        places = [[own.place(row) for row in one.rows.tolist()] for one in rounds]
+        for name in ("rewards", "penalties", "lengths", "prompt_lengths", "trained"):
+            parts, start = [getattr(one, name) for one in rounds], 0
+            whole = np.zeros((len(own.rows), size, *parts[0].shape[2:]), parts[0].dtype)
+            if name == "rewards":
+                whole[:] = np.nan
+            for place, part in zip(places, parts, strict=True):
+                whole[place, start : start + part.shape[1]] = part
+                start += part.shape[1]
+            setattr(own, name, whole)
+        own.made, own.records = np.zeros((2, len(own.rows)), np.int64)
+        for place, one in zip(places, rounds, strict=True):
+            own.made[place] += one.lengths.shape[1]
+            own.records[place] += 1
+        own.found = any(one.found for one in rounds)
+        return own
 
     def __contains__(self, row: int) -> bool:
         return row in self._place
@@ -204,20 +240,29 @@ class Rollouts:
         Raises:
             `RuntimeError`: they are not there any more, or damaged.
         """
-        payload = self.log.read(row)
-        if payload is None:
-            raise RuntimeError(
-                f"The rollouts of prompt {row} could not be read back from '{self.log.path}'. Check the disk and run "
-                "again: the rollouts that are still there are reused."
-            )
-        return decode(payload, completions)
+        parts = []
+        for number in range(self.records[self._place[row]]):
+            payload = self.log.read(_record(row, number))
+            if payload is None:
+                raise RuntimeError(
+                    f"The rollouts of prompt {row} could not be read back from '{self.log.path}'. Check the disk and "
+                    "run again: the rollouts that are still there are reused."
+                )
+            parts.append(decode(payload, completions))
+        return joined(parts)
 
     def __iter__(self) -> Iterator[RolloutGroup]:
         return (self.group(row) for row in self.rows.tolist())
 
 
 def roll_out(
-    context: Context, dataset: Dataset, rows: Sequence[int], log: Log, size: int, phase: str = "rollouts"
+    context: Context,
+    dataset: Dataset,
+    rows: Sequence[int],
+    log: Log,
+    size: int,
+    phase: str = "rollouts",
+    before: Sequence[Rollouts] = (),
 ) -> Rollouts:
     """
     Roll out rows of a dataset, and return this process's groups. The batches do not depend on the number of processes,
@@ -231,6 +276,8 @@ def roll_out(
         log ([`Log`]): keeps finished batches.
         size (`int`): prompts of a batch.
         phase (`str`, *optional*): for the progress bar; part of the seed.
+        before (`Sequence[Rollouts]`, *optional*): the earlier rounds of a race. A prompt stays with the process that
+            had it in the first one, to which the others send what they make of it.
 
     Raises:
         `ValueError`: a rollout has an image, and the score needs gradients.
@@ -242,25 +289,28 @@ def roll_out(
     if (rows_that_fit := log.read(_FITTING + rank)) is not None:
         # Or the rollouts would be others than without the interruption
         host.halving.rows = int.from_bytes(rows_that_fit, "big")
-    found = Rollouts(log, context.num_rollouts, len(host.reward_names))
+    found, number = Rollouts(log, host.group_size, len(host.reward_names)), len(before)
     with progress_bar(host, phase, len(rows), "prompts") as bar:
         for first in range(0, len(batches), world):
             # Rewards are gathered, so every process must bring equally many prompts; the last batch is filled up even
             # on one process, so that its rollouts do not depend on the number of processes
             batch, seed_of, mine = deal(batches, first, rank, host.sharing)
-            done = _finished(log, batch) if mine else None
+            done, fresh = _finished(log, batch, number) if mine else None, []
             found.found |= done is not None
             if not all(peers.gather(done is not None or not mine)):
                 padded = batch + [batch[0]] * (min(size, len(rows)) - len(batch))
                 seed = stable_hash(context.seed, phase, context.step, seed_of[0])
-                fresh = generate_in_parts(host, dataset, padded, seed, gradients, peers)
+                groups = generate_in_parts(host, dataset, padded, seed, gradients, peers)
                 if done is None and mine:
-                    done = fresh[: len(batch)]
-                    records = [(group.row, encode(group)) for group in done]
-                    if host.halving.rows < math.inf:
-                        records.append((_FITTING + rank, int(host.halving.rows).to_bytes(8, "big")))
-                    log.append(records)
-            if done is not None:
+                    done = fresh = groups[: len(batch)]
+            if number:
+                done, fresh = _sent(peers, before[0], done or [], fresh, log, number)
+            if fresh:
+                records = [(_record(group.row, number), encode(group)) for group in fresh]
+                if host.halving.rows < math.inf:
+                    records.append((_FITTING + rank, int(host.halving.rows).to_bytes(8, "big")))
+                log.append(records)
+            if done:
                 if gradients and any(group.has_images for group in done):
                     raise ValueError(_IMAGES)
                 found.add(done)
@@ -276,59 +326,69 @@ _IMAGES = (
 )
 
 
-def _finished(log, batch) -> list[RolloutGroup] | None:
-    """Return the groups of a batch, if all are in the log."""
+def _record(row, number):
+    """Name the record of a prompt's rollouts in a round."""
+    return row | number << 48
+
+
+def _finished(log, batch, number) -> list[RolloutGroup] | None:
+    """Return the groups of a batch, if all are in the log; with their completions if they may be sent on."""
     groups = []
     for row in batch:
-        payload = log.read(row)
+        payload = log.read(_record(row, number))
         if payload is None:
             return None
-        groups.append(decode(payload))
+        groups.append(decode(payload, completions=number > 0))
     return groups
 
 
-_SHARD_SCHEMA = pa.schema(
-    [
-        ("index", pa.int64()),
-        ("completion_ids", pa.list_(pa.int32())),
-        ("completion", pa.string()),
-        ("rewards", pa.list_(pa.float32())),
-        ("advantage", pa.float64()),
-    ]
-)
-_SHARD_PROMPTS = 64  # of which the rollouts are in memory at once
+def _sent(peers, owned, done, fresh, log, number):
+    """Send groups to the processes that have their prompts; return this one's, and those that its log lacks."""
+    parts = peers.gather((done, bool(fresh)))
+    own = [(group, new) for groups, new in parts for group in groups if group.row in owned]
+    lacking = [group for group, new in own if new or log.read(_record(group.row, number)) is None]
+    return [group for group, _ in own], lacking
 
 
-def save_shard(path: Path, own: Rollouts, pool: Pool) -> None:
+def race(context: Context, rows: Sequence[int], log: Log) -> tuple[Rollouts, Prior]:
     """
-    Write this process's rollouts to a parquet file, a row each, by dataset row.
+    Roll out rows of the dataset in rounds, each for the contenders of the round before; see [`contenders`]. Batches
+    are made anew in every round, and a reward function gets the rollouts of one round at a time. All processes must
+    call this.
 
-    Args:
-        path (`Path`): of the file.
-        own ([`Rollouts`]): this process's.
-        pool ([`Pool`]): has the advantages, by dataset row; none for prompts that could not be scored.
+    Returns:
+        the rollouts of this process, and the prior, which the first round was fitted by.
     """
-    place = {row: i for i, row in enumerate(pool.rows.tolist())}
-    rows = sorted(own.rows.tolist())
+    host, config, rounds = context.host, context.config, rounds_of(context.num_rollouts)
+    done: list[Rollouts] = []
+    going, made, spent = np.asarray(rows, np.int64), 0, []
+    successes, tries = np.zeros((2, len(context.dataset)), np.int64)
+    for number, most in enumerate(rounds):
+        phase = f"rollouts, round {number + 1}" if number else "rollouts"
+        with host.groups_of(most - made):
+            size = prompts_at_once(host, config, most - made, len(going))
+            done.append(roll_out(context, context.dataset, going.tolist(), log, size, phase, done))
+        spent.append([len(going), most - made])
+        made = most
+        if made == rounds[-1]:
+            break
+        for own, counts in context.peers.gather((done[-1].rows, _counts(context, done[-1]))):
+            successes[own] += counts[0]
+            tries[own] += counts[1]
+        if not number:
+            prior = fit_prior(successes[going], tries[going])
+        kept = contenders(successes[going], tries[going], rounds[-1] - made, config.num_prompts, prior)
+        going = going[kept]
+        if not len(going):
+            break
+    used = sum(prompts * each for prompts, each in spent)
+    about = {"rounds": spent, "rollouts": used, "of": len(rows) * rounds[-1], "prior": list(prior)}
+    context.note({"race": about})
+    return Rollouts.joined(done, rounds[-1]), prior
 
-    def write(temporary):
-        with pq.ParquetWriter(temporary, _SHARD_SCHEMA, write_page_checksum=True) as writer:
-            for start in range(0, len(rows), _SHARD_PROMPTS):
-                groups = [own.group(row, completions=True) for row in rows[start : start + _SHARD_PROMPTS]]
-                advantages = [pool.advantages[place[group.row]] if group.row in place else None for group in groups]
-                lines = [line for pair in zip(groups, advantages, strict=True) for line in _lines(*pair)]
-                writer.write_table(pa.Table.from_pylist(lines, schema=_SHARD_SCHEMA))
 
-    write_atomically(path, write)
-
-
-def _lines(group, advantages):
-    for g, ids in enumerate(group.completion_ids):
-        completion = group.completions[g]
-        yield {
-            "index": group.row,
-            "completion_ids": ids,
-            "completion": completion if isinstance(completion, str) else json.dumps(completion),
-            "rewards": group.rewards[g],
-            "advantage": None if advantages is None else float(advantages[g]),
-        }
+def _counts(context, found):
+    """Count the successes of each prompt in a round, and the rollouts that a reward decides."""
+    deciding = context.host.deciding(torch.from_numpy(found.rewards), context.config)
+    success = is_success(deciding, context.config.success_threshold)
+    return success.sum(1).numpy(), (~deciding.isnan()).sum(1).numpy()

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import pandas as pd
@@ -13,6 +13,7 @@ from ..data.columns import dataset_columns
 from ..data.rows import dataset_fingerprint
 from .alignments import KEY_OF_GRADIENTS, features_of, sum_over_processes
 from .base import Context, Finding, Measure
+from .policies import made_at, policies
 from .rollouts import RolledOut, gather_rewards, made_from, prompts_at_once, roll_out
 
 
@@ -24,12 +25,15 @@ class Directions(Finding):
     The gradients to align with.
 
     Attributes:
-        directions (`torch.Tensor` of shape `(S, d)`): g_s of each subtask s that has a learnable prompt, float64.
+        directions (`torch.Tensor` of shape `(C, S, d)`): g_s of each subtask s that has a learnable prompt, float64,
+            at each of the [`policies`].
+        means (`Callable`): returns the same of the trainer's policy, of shape `(S, d)`, with the features as they are,
+            the mean of phi_j. All processes call it.
     """
 
-    def __init__(self, directions: torch.Tensor):
+    def __init__(self, directions: torch.Tensor, means: Callable[[], torch.Tensor]):
         super().__init__(None)
-        self.directions = directions
+        self.directions, self.means = directions, means
 
 
 class TargetRollouts(Measure):
@@ -77,7 +81,9 @@ class TargetRollouts(Measure):
 class TargetGradients(Measure):
     """
     g_s of each subtask s: the mean of phi_j / |phi_j| over its learnable prompts j (LESS, arXiv 2402.04333, section
-    4.2).
+    4.2), at each of the [`policies`]. The rollouts and their advantages are those of the trainer's policy throughout,
+    data that are fixed, in place of the examples of LESS: at a checkpoint the gradient of a rollout is that of its
+    log-likelihood times its advantage, without a correction for another policy having drawn it.
     """
 
     name = "target-gradients"
@@ -88,13 +94,13 @@ class TargetGradients(Measure):
         """Return what rollouts and features depend on."""
         config = context.config.to_dict()
         rolled_out = TargetRollouts().key(context, rows)
-        return {**rolled_out, **{f"`{name}`": config[name] for name in KEY_OF_GRADIENTS}}
+        made = made_at(context.host, context.config, adam=False)
+        return {**rolled_out, **{f"`{name}`": config[name] for name in KEY_OF_GRADIENTS}, **made}
 
     def run(self, context: Context, rows: Sequence[int], log: Any) -> Finding:
         """Sum up the gradients of each subtask."""
         target, started = cast(Dataset, context.target), time.perf_counter()
         found = cast(RolledOut, context.found["target-rollouts"])
-        source = features_of(context, found, log)
         names: list[str | None] = ["all"] * len(target)
         if (name := context.config.target_column) is not None:
             column = dataset_columns(target, range(len(target)), [name])[name]
@@ -107,16 +113,24 @@ class TargetGradients(Measure):
                 continue
             weights.append(torch.zeros(len(target), dtype=torch.float64))
             weights[-1][members] = 1 / len(members)
-        directions = sum_over_processes(context, source, torch.stack(weights))
+        stacked = torch.stack(weights)
+        directions: list[torch.Tensor] = []
+        about: dict[str, Any] = {"num_rows": len(target), "learnable": len(found.learnable), "without": without}
+        for policy in policies(context.host, context.config):
+            with policy.loaded():
+                source = features_of(context, found, policy.log(log))
+                directions.append(sum_over_processes(context, source, stacked))
+            if policy.checkpoint is not None:
+                about.setdefault("checkpoints", {})[str(policy.checkpoint)] = policy.share
         context.clock("target gradients", started)
-        context.note({"target": {"num_rows": len(target), "learnable": len(found.learnable), "without": without}})
+        context.note({"target": about})
         if without and context.host.accelerator.is_main_process:
             logger.warning(
                 f"These subtasks of the target are left out: {', '.join(without)}. None of their prompts is "
                 "learnable, so they have no gradient. In a new run warm up longer, use more `num_rollouts`, or other "
                 "target prompts. A run that is resumed with `reselect_every` tries them again."
             )
-        return Directions(directions)
+        return Directions(torch.stack(directions), lambda: sum_over_processes(context, source, stacked, unit=False))
 
     def made_up(self, table: pd.DataFrame, num_rollouts: int, longest: int) -> Finding:
         """Return nothing about the prompts of the pool."""

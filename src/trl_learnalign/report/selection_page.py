@@ -6,6 +6,7 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
@@ -39,7 +40,7 @@ _DEFAULT_DIGITS = 4  # of columns of measures that the page knows nothing of
 _AT_THE_ENDS = ("rank", "success_rate", "reward_mean", "reward_std", "alignment", "score")
 
 
-def write_report(path: str | os.PathLike, until: int | None = None) -> Path:
+def write_report(path: str | os.PathLike, until: int | None = None, passes: np.ndarray | None = None) -> Path:
     """
     Write `report.html` and `figures/*.png` about the selections of a run.
 
@@ -48,6 +49,7 @@ def write_report(path: str | os.PathLike, until: int | None = None) -> Path:
             the report is about its last selection and how it differs from those before; it is written to
             `learnalign/`.
         until: leave out selections made after this optimizer step, which are of an earlier run.
+        passes: over the selections, where solved prompts were left out: [`~trl_learnalign.schedules.reviews.Reviews`].
 
     Returns:
         `Path`: the HTML file.
@@ -72,7 +74,9 @@ def write_report(path: str | os.PathLike, until: int | None = None) -> Path:
         notes=_notes(selection),
         sections=[
             ("figures", "Pool and chosen prompts", _figures(selection, stages, directory / "figures")),
+            *_candidates(provenance.get("candidates")),
             *([("stages", "Selections of this run", _stages(stages))] if len(stages) > 1 else ()),
+            *([("passes", "Passes over them", _passes(passes))] if passes is not None and len(passes) else ()),
             ("why", ends, _ends(selection, texts)),
             ("prompts", "All prompts", _prompts(selection, texts)),
             ("provenance", "How it was made", settings("Settings, versions and costs", made)),
@@ -131,6 +135,15 @@ def _notes(selection) -> str:
     return "".join(f"<p>{html.escape(note)}</p>" for note in notes)
 
 
+def _candidates(stages) -> list[tuple[str, str, str]]:
+    if not stages:
+        return []
+    columns = {"score": TEXT, "price of a prompt": TEXT, "prompts": ",", "kept": ",", "seconds": ".1f"}
+    rows = [tuple(one[name] for name in ("score", "price", "prompts", "kept", "seconds")) for one in stages]
+    found = table("Candidates", columns, rows, "Each score chose from the prompts that the one before had left.")
+    return [("candidates", "Candidates", found)]
+
+
 def _stages(stages) -> str:
     outcomes, unknown = list(stages[-1].outcomes), (math.nan, math.nan)
     columns = dict.fromkeys(("step", "chosen", *["learnable"] * bool(outcomes)), ",")
@@ -144,6 +157,12 @@ def _stages(stages) -> str:
         for stage, kept in zip(stages, overlaps(stages), strict=True)
     ]
     return table("Selections of this run", columns | {"also chosen before": ".0%"}, rows, "Oldest first.")
+
+
+def _passes(passes) -> str:
+    columns = dict.fromkeys(("selection", "pass", "prompts", "solved", "forgotten"), ",")
+    caption = "Solved: by all rollouts of the last visit, at the end of the pass. Forgotten: before, and no more."
+    return table("Passes", columns, ((stage, number + 1, *rest) for stage, number, *rest in passes.tolist()), caption)
 
 
 def _ends(selection, texts) -> str:

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def log_values(selection, warmup_prompts: int) -> dict[str, float]:
-    """Return the numbers of a selection by their names in a log; docs/log.md explains them."""
+    """Return the numbers of a selection by their names in a log; docs/files.md explains them."""
     provenance = selection.provenance
     values = {
         "learnalign/stage": provenance["stage"],

@@ -73,8 +73,9 @@ class Announcer:
     def report(self) -> None:
         """Write the report, once for a step. A failure to write the report does not end the run."""
         step = self.host.trainer.state.global_step
-        # A selection writes the report when it is made
-        if not self.config.write_report or self.stream.selects is not None or step == self._reported:
+        # A selection writes the report when it is made, to which training adds reviews alone
+        made = self.stream.selects is not None and self.config.review_every is None
+        if not self.config.write_report or made or step == self._reported:
             return
         self._reported = step
         try:

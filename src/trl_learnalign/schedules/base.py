@@ -24,7 +24,8 @@ class Run:
 
     Attributes:
         pool_size (`int`): rows of the training dataset.
-        prompts_at_once (`int`): prompts that the trainer generates for at once: `choose` is asked for so many.
+        prompts_at_once (`int`): prompts that the trainer generates for at once: `choose` is asked for so many, and
+            for fewer where groups are refilled or replayed.
         group_size (`int`): rollouts of each prompt, the trainer's `num_generations`.
         seed (`int`): the trainer's `seed`.
         config ([`LearnAlignConfig`]): the configuration of the sampler.

@@ -1,12 +1,13 @@
 """The gradients of the chunk that is trained on, summed over the processes, for a schedule and for a checkpoint."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast, gather_object, reduce
 
-from ..curriculum.events import Gradient
+from ..curriculum.events import Draw, Gradient
 from .base import LearnsFromGradients
 from .stream import Stream
 
@@ -41,9 +42,10 @@ class ChunkGradients:
         self.host, self.stream, self.schedule, self.dim = host, stream, schedule, dim
         self._tap = host.tap_gradients(dim, stream.layout.seed)
         saved = stream.gradients
-        self._chunk: int | None = None
+        self._draws: list[Draw | None] = []  # by place in the chunk; none where its gradient is not wanted
         if saved is not None:
-            self._chunk, self._rows = saved["chunk"], saved["rows"].tolist()
+            pairs = zip(saved["numbers"].tolist(), saved["rows"].tolist(), strict=True)
+            self._draws = [None if number < 0 else Draw(number, row) for number, row in pairs]
             if saved["sums"].shape[1] != dim:
                 raise ValueError(
                     f"The checkpoint holds sketches of gradients of length {saved['sums'].shape[1]}, but this run "
@@ -55,11 +57,15 @@ class ChunkGradients:
         """Leave the trainer as it was."""
         self._tap.undo()
 
-    def begin(self, chunk: int) -> None:
-        """Begin with a chunk, whose rewards are known and which is trained on next."""
-        self._chunk, self._rows = chunk, self.stream.rows(chunk)
-        self._keep(np.zeros((len(self._rows), self.dim), np.float32), np.zeros(len(self._rows), np.int64))
-        self._tap.begin(len(self._rows))
+    def begin(self, draws: Sequence[Draw | None]) -> None:
+        """Begin with the draws of a chunk, whose rewards are known and which is trained on next."""
+        self._draws = list(draws)
+        self._keep(np.zeros((len(draws), self.dim), np.float32), np.zeros(len(draws), np.int64))
+        self._tap.begin(len(draws))
+
+    def replace(self, place: int, draw: Draw | None) -> None:
+        """Note that another group takes a place of the chunk that was begun."""
+        self._draws[place] = draw
 
     def hand_over(self) -> bool:
         """
@@ -75,26 +81,28 @@ class ChunkGradients:
             self.end()
             self.schedule.no_gradients(failures[0])
             return False
-        if self._chunk is not None:
+        if self._draws:
             sums, came = self._over_all()
             whole = (came == self.stream.layout.group_size) & np.isfinite(sums).all(1)
-            first = self._chunk * len(self._rows)
             gradients = [
-                Gradient(first + place, self._rows[place], sums[place]) for place in np.flatnonzero(whole).tolist()
+                Gradient(draw.number, draw.row, sums[place])
+                for place, draw in enumerate(self._draws)
+                if whole[place] and draw is not None
             ]
-            self._chunk, self.stream.gradients = None, None
+            self._draws, self.stream.gradients = [], None
             self.schedule.observe_gradients(gradients)
         return True
 
     def agree(self, peers: "Peers") -> None:
         """Put the sums so far into the stream, for a checkpoint. Called on all processes."""
-        if self._chunk is None:
+        if not self._draws:
             return
         peers.wait()
         sums, came = self._over_all()
         self._keep(sums, came)  # as a run has them that is resumed from this checkpoint
-        rows = np.array(self._rows, np.int64)
-        self.stream.gradients = {"chunk": self._chunk, "rows": rows, "sums": sums, "came": came}
+        known = [(-1, 0) if draw is None else (draw.number, draw.row) for draw in self._draws]
+        numbers, rows = np.array(known, np.int64).T
+        self.stream.gradients = {"numbers": numbers, "rows": rows, "sums": sums, "came": came}
 
     def _keep(self, sums, came):
         """Let the main process have the sums of all processes."""

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ..data.order import RandomOrder
+from ..host.rewards import check_success_reward
 from ..run.layout import Layout
 from . import staged_plan as plan
 from .base import Describes, Prepares, Run, Schedule, Selects
+from .reviews import Reviews
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class StagedSchedule(Schedule, Selects, Describes, Prepares):
 
     Within a version, prompts are visited pass by pass; a chunk may contain the end of one pass and the beginning of
     the next. So no prompt is dropped, and two prompts of a version are visited equally often, or one of them once
-    more.
+    more; but with `review_every` see [`~trl_learnalign.schedules.reviews.Reviews`].
 
     Args:
         run ([`Run`]): the run that begins.
@@ -48,10 +51,14 @@ class StagedSchedule(Schedule, Selects, Describes, Prepares):
         self.log = [Version(0, ())]
         self.drawn = 0  # draws so far
         self._orders: dict[int, tuple[RandomOrder, np.ndarray]] = {}
+        every = self.config.review_every
+        self.reviews = None if every is None else Reviews(run.pool_size, every)
 
     def fit(self, host) -> Layout:
         """Count what selections will look at. An epoch has `num_prompts` prompts, after the warm-up."""
-        self.work = plan.work_of(self.run.dataset, self.config)
+        self.host, self.work = host, plan.work_of(self.run.dataset, self.config)
+        if self.reviews is not None:
+            check_success_reward(host.reward_names, self.config.success_reward, self.config.learnability)
         prompts = min(self.config.num_prompts, self.run.pool_size)
         self.layout = Layout(**host.layout(), num_prompts=prompts, warmup_prompts=self.config.warmup_prompts)
         return self.layout
@@ -61,10 +68,21 @@ class StagedSchedule(Schedule, Selects, Describes, Prepares):
     def choose(self, n: int) -> list[int]:
         """Return the next n rows."""
         first, self.drawn = self.drawn, self.drawn + n
-        return [self.row(number) for number in range(first, self.drawn)]
+        return [self._draw(number) for number in range(first, self.drawn)]
+
+    def _draw(self, number):
+        place, order, indices, _ = self._source(number)
+        if place == 0 or self.reviews is None:
+            return self.row(number)
+        return self.reviews.draw(place, order, indices)
 
     def row(self, number: int) -> int:
-        """Return the dataset row of a draw, counted from 0."""
+        """Return the dataset row of a draw, counted from 0, where all passes have all prompts."""
+        _, order, indices, offset = self._source(number)
+        return int(indices[order[offset]])
+
+    def _source(self, number):
+        """Return the version that a draw is of (0: random prompts), its order and rows, and the place in the order."""
         chunk = number // self.layout.chunk_prompts
         place = bisect_right(self.log, chunk, key=lambda version: version.start_chunk) - 1
         version = self.log[place]
@@ -75,8 +93,7 @@ class StagedSchedule(Schedule, Selects, Describes, Prepares):
             shuffled = self.layout.shuffle and (place == 0 or self.config.prompt_order == "shuffle")
             seed = self.layout.seed + place * 1_000_003
             self._orders[place] = RandomOrder(len(indices), seed, shuffled), indices
-        order, indices = self._orders[place]
-        return int(indices[order[number - version.start_chunk * self.layout.chunk_prompts]])
+        return place, *self._orders[place], number - version.start_chunk * self.layout.chunk_prompts
 
     def _indices(self, place):
         """Return the rows of a version before they are shuffled: by row, or by rank, or folded."""
@@ -87,9 +104,28 @@ class StagedSchedule(Schedule, Selects, Describes, Prepares):
             case "ranked":
                 return ranked
             case "folding":
-                return np.concatenate([ranked[first :: self.config.fold] for first in range(self.config.fold)])
+                rising = ranked[::-1]  # as DELT's code sorts
+                return np.concatenate([rising[first :: self.config.fold] for first in range(self.config.fold)])
             case _:
                 return np.sort(ranked)
+
+    # Reviews ----------------------------------------------------------------------------------------------------
+
+    def observe(self, groups):
+        """Learn which prompts were solved, for reviews."""
+        if self.reviews is None or not groups:
+            return
+        deciding = self.host.deciding(torch.from_numpy(np.stack([group.rewards for group in groups])), self.config)
+        rows = [group.row for group in groups]
+        self.reviews.observe(rows, deciding, self.config.success_threshold, self._selected())
+
+    def metrics(self):
+        """Return the shares that are solved and forgotten, where there are reviews."""
+        reviewed = self.reviews is not None and self.in_use_from is not None
+        return self.reviews.metrics(self._selected()) if reviewed else {}
+
+    def _selected(self):
+        return np.array(self.log[-1].indices, np.int64)
 
     # Selections -------------------------------------------------------------------------------------------------
 
@@ -162,7 +198,8 @@ class StagedSchedule(Schedule, Selects, Describes, Prepares):
             return None
         from ..report.selection_page import write_report  # with matplotlib
 
-        return write_report(directory, host.trainer.state.global_step)
+        passes = None if self.reviews is None else self.reviews.passes
+        return write_report(directory, host.trainer.state.global_step, passes)
 
     # Checkpoints ------------------------------------------------------------------------------------------------
 
@@ -176,7 +213,7 @@ class StagedSchedule(Schedule, Selects, Describes, Prepares):
             "starts": [version.start_chunk for version in self.log],
             "lengths": [len(version.indices) for version in self.log],
             "indices": np.array([index for version in self.log for index in version.indices], dtype=np.int64),
-        }
+        } | ({} if self.reviews is None else {"reviews": self.reviews.state_dict()})
 
     def load_state_dict(self, state: dict) -> None:
         """
@@ -195,6 +232,8 @@ class StagedSchedule(Schedule, Selects, Describes, Prepares):
                 f"The sampler state in the checkpoint names row {highest}, but the training dataset has "
                 f"{self.layout.pool_size} rows."
             )
+        if self.reviews is not None and "reviews" in state:  # not those of a run that had none before its selection
+            self.reviews.load_state_dict(state["reviews"])
         self.drawn, self.log = drawn, log
         self._orders = {}
 

@@ -9,7 +9,7 @@ from ..choice.table import load_target
 from ..config import LearnAlignConfig
 from ..data.columns import candidate_rows, needs_measures
 from ..ground.progress import duration
-from ..measures.registry import prices, spending
+from ..measures.registry import funnel, prices, spending
 from ..run.layout import Layout
 from ..scores.builtin import manner
 
@@ -30,11 +30,13 @@ class Work:
         pool (`int`): prompts that it scores.
         target (`int`): prompts of the target, which are rolled out as well.
         filtered (`bool`): whether a condition on what is measured may leave some of the pool out.
+        candidates (`tuple[str, ...]`): how the pool is chosen, see [`funnel`].
     """
 
     pool: int
     target: int = 0
     filtered: bool = False
+    candidates: tuple[str, ...] = ()
 
 
 def work_of(dataset: Dataset, config: LearnAlignConfig) -> Work:
@@ -44,16 +46,16 @@ def work_of(dataset: Dataset, config: LearnAlignConfig) -> Work:
     Raises:
         `ValueError`: `where` holds for no row, or the target cannot be read.
     """
-    pool, target = len(candidate_rows(dataset, config)), load_target(dataset, config)
-    pool = min(config.candidate_prompts or pool, pool)
-    return Work(pool, 0 if target is None else len(target), needs_measures(dataset, config))
+    target = load_target(dataset, config)
+    candidates, pool = funnel(config, len(candidate_rows(dataset, config)))
+    return Work(pool, 0 if target is None else len(target), needs_measures(dataset, config), tuple(candidates))
 
 
 def plan_lines(
     layout: Layout, config: LearnAlignConfig, work: Work, max_steps: int, step: int, log: "list[Version]", due: bool
 ) -> list[str]:
     """
-    Return three lines: the warm-up, the selection, and the training on it.
+    Return the lines of a plan: the warm-up, the selection, the training on it, and reviews if there are any.
 
     Args:
         layout ([`Layout`]): of the run.
@@ -72,6 +74,9 @@ def plan_lines(
         _selection(layout, config, work, log, due, warming),
         _training(layout, work, max_steps, max(end, step), log),
     ]
+    if config.review_every is not None:
+        some = f"{config.review_every - 1} of {config.review_every} passes"
+        lines.append(f"{some} leave out the prompts that were solved, so they are shorter, and there are more.")
     return lines
 
 
@@ -118,11 +123,12 @@ def _each(layout, config):
 
 def rollouts_text(layout: Layout, config: LearnAlignConfig, work: Work) -> str:
     """Say how much a selection generates and computes."""
-    if found := spending(config.measures, work.pool, work.target, _each(layout, config)):
-        return found
+    racing, before = config.rollouts == "racing", "".join(f"{one}; then " for one in work.candidates)
+    if found := spending(config.measures, work.pool, work.target, _each(layout, config), racing):
+        return before + found
     most = "at most " * work.filtered
     number = min(layout.num_prompts, work.pool)
-    return f"{most}{number:,} of {work.pool:,} prompts {manner(config.score)}, without rollouts"
+    return f"{before}{most}{number:,} of {work.pool:,} prompts {manner(config.score)}, without rollouts"
 
 
 def estimate_line(layout: Layout, config: LearnAlignConfig, work: Work, step: int, since: int, seconds: float) -> str:
@@ -146,7 +152,8 @@ def estimate_line(layout: Layout, config: LearnAlignConfig, work: Work, step: in
         return f"{line}. How long it takes is not known yet, as no step has been trained since the start."
     left = duration((work.pool + work.target) * each * seconds / trained)
     pace = f"{trained / seconds:.3g} rollouts a second, with their gradients"
-    return f"{line}; about {left} at the pace of training ({pace})."
+    about = "at most" if config.rollouts == "racing" else "about"
+    return f"{line}; {about} {left} at the pace of training ({pace})."
 
 
 def warmup_warning(layout: Layout, max_steps: int) -> str | None:

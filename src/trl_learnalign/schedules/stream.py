@@ -7,13 +7,15 @@ from collections.abc import Callable
 import numpy as np
 
 from ..config import LearnAlignConfig
-from ..curriculum.events import Group
+from ..curriculum.events import Draw, Group
 from ..run.layout import STREAM_FIELDS, Layout, to_train_longer
 from . import SCHEDULES
 from .base import Describes, LearnsFromGradients, Prepares, Run, Schedule, Selects
+from .refills import check_refills, replayed_groups
+from .replay import ReplayBuffer
 
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 MakesSchedule = Callable[[Run], Schedule]
 
 
@@ -29,7 +31,7 @@ def open_stream(make: MakesSchedule, host, config: LearnAlignConfig, before: Sch
 
     Raises:
         `TypeError`: no [`Schedule`] was made.
-        `ValueError`: the schedule cannot serve the trainer, or is that of the run before.
+        `ValueError`: the schedule cannot serve the trainer, or is that of the run before; or see [`check_refills`].
     """
     read = host.layout()
     run = Run(read["pool_size"], read["chunk_prompts"], read["group_size"], read["seed"], config, host.dataset)
@@ -44,14 +46,18 @@ def open_stream(make: MakesSchedule, host, config: LearnAlignConfig, before: Sch
             f"`schedule` made the {type(schedule).__name__} of the run before once more, which knows another run. "
             "Make a new one whenever it is called."
         )
+    check_refills(host, schedule, config)
     prepares = schedule if isinstance(schedule, Prepares) else Prepares()
-    return Stream(schedule, prepares.fit(host))
+    layout = prepares.fit(host)
+    replayed = replayed_groups(layout.chunk_prompts, config.replay_share)
+    return Stream(schedule, layout, ReplayBuffer(config.replay_groups, run.seed) if replayed else None, replayed)
 
 
 class Stream:
     """
-    The draws of one run. A trainer asks for chunks, `layout.chunk_prompts` prompts each; draw `number` is prompt
-    `number % chunk_prompts` of chunk `number // chunk_prompts`.
+    The draws of one run. A trainer asks for chunks, `layout.chunk_prompts` prompts each. Draws are numbered as the
+    schedule makes them: where nothing is drawn in between, draw `number` is prompt `number % chunk_prompts` of chunk
+    `number // chunk_prompts`.
 
         chunk          0   1   2   3   4   5   6   7
         trained on     x   x   x                       a checkpoint is saved here
@@ -64,8 +70,12 @@ class Stream:
     Args:
         schedule ([`Schedule`]): made for this run.
         layout ([`Layout`]): of the run.
+        replay ([`ReplayBuffer`], *optional*): groups that may be trained on again.
+        replayed (`int`, *optional*, defaults to 0): prompts of a chunk that are not drawn, as replayed groups take
+            their places.
 
     Attributes:
+        fresh (`int`): prompts that are drawn for a chunk when the dataloader asks for it.
         drawn (`int`): chunks that the schedule was asked for, in this run and those that it resumes.
         selects ([`Selects`], *optional*): the schedule, if selections are made for it.
         learns ([`LearnsFromGradients`], *optional*): the schedule, if it learns from gradients.
@@ -75,15 +85,17 @@ class Stream:
             holds them, see [`~trl_learnalign.schedules.gradients.ChunkGradients`].
     """
 
-    def __init__(self, schedule: Schedule, layout: Layout):
-        self.schedule, self.layout = schedule, layout
+    def __init__(self, schedule: Schedule, layout: Layout, replay: ReplayBuffer | None = None, replayed: int = 0):
+        self.schedule, self.layout, self.replay = schedule, layout, replay
+        self.fresh = layout.chunk_prompts - replayed
         self.selects = schedule if isinstance(schedule, Selects) else None
         self.learns = schedule if isinstance(schedule, LearnsFromGradients) else None
         self.describes = schedule if isinstance(schedule, Describes) else Describes()
         self.prepares = schedule if isinstance(schedule, Prepares) else Prepares()
         self.drawn = 0
         self.gradients: dict | None = None
-        self._record: dict[int, list[int]] = {}  # rows by chunk: those in flight, and some before
+        self._record: dict[int, list[Draw]] = {}  # by chunk: those in flight, and some before
+        self._next = 0  # number of the next draw
 
     @property
     def stage(self) -> int:
@@ -102,16 +114,36 @@ class Stream:
         """
         layout = self.layout
         while self.drawn <= i:
-            self._record[self.drawn] = self._chosen(layout.chunk_prompts)
+            self._record[self.drawn] = self.draw(self.fresh)
             self.drawn += 1
         # The step under way and what is read ahead: the rewards are still to come, or are to come again after a resume
         kept = 1 + math.ceil((layout.accumulation + layout.read_ahead) / layout.repeats)
-        self._record = {number: rows for number, rows in self._record.items() if number > i - kept}
+        self._record = {number: draws for number, draws in self._record.items() if number > i - kept}
         return self.rows(i)
 
     def rows(self, i: int) -> list[int]:
-        """Return the rows of a chunk that was drawn; placeholders for one that was trained on long ago."""
-        return self._record.get(i) or [0] * self.layout.chunk_prompts
+        """
+        Return the rows of a chunk that was drawn; placeholders for one that was trained on long ago, and in the places
+        of groups that are replayed.
+        """
+        rows = [draw.row for draw in self.draws(i)]
+        return rows + rows[:1] * (self.layout.chunk_prompts - len(rows))
+
+    def draws(self, i: int) -> list[Draw]:
+        """Return the draws of a chunk; placeholders for one that is in flight no more."""
+        n = self.fresh
+        return self._record.get(i) or [Draw(i * n + place, 0) for place in range(n)]
+
+    def draw(self, n: int) -> list[Draw]:
+        """
+        Draw `n` prompts now, whether for a chunk or in place of groups of it.
+
+        Raises:
+            `TypeError`, `ValueError`: see [`chunk`].
+        """
+        rows, first = self._chosen(n), self._next
+        self._next += n
+        return [Draw(first + place, row) for place, row in enumerate(rows)]
 
     def _chosen(self, n):
         name, found = type(self.schedule).__name__, self.schedule.choose(n)
@@ -136,40 +168,47 @@ class Stream:
     # Groups -----------------------------------------------------------------------------------------------------
 
     def groups(
-        self, i: int, rewards: np.ndarray, masked: np.ndarray | None = None, alike: np.ndarray | None = None
+        self,
+        draws: list[Draw],
+        rewards: np.ndarray,
+        masked: np.ndarray | None = None,
+        alike: np.ndarray | None = None,
     ) -> list[Group]:
         """
-        Return the groups of chunk `i`.
+        Return the groups of draws that were generated for at once.
 
         Args:
-            i (`int`): the chunk.
-            rewards (`np.ndarray` of shape `(chunk_prompts * G, F)`): of its rollouts in their order.
-            masked (`np.ndarray` of shape `(chunk_prompts * G,)`, *optional*): rollouts without a token in the loss.
-            alike (`np.ndarray` of shape `(chunk_prompts * G,)`, *optional*): numbers of their completions.
+            draws (`list[Draw]`): n of them.
+            rewards (`np.ndarray` of shape `(n * G, F)`): of their rollouts in their order.
+            masked (`np.ndarray` of shape `(n * G,)`, *optional*): rollouts without a token in the loss.
+            alike (`np.ndarray` of shape `(n * G,)`, *optional*): numbers of their completions.
         """
-        n, size = self.layout.chunk_prompts, self.layout.group_size
+        n, size = len(draws), self.layout.group_size
         parts = rewards.reshape(n, size, -1)
         none = [None] * n
         without = none if masked is None else masked.reshape(n, size)
         texts = none if alike is None else alike.reshape(n, size)
         return [
-            Group(i * n + place, row, parts[place], without[place], alike=texts[place])
-            for place, row in enumerate(self.rows(i))
+            Group(draw.number, draw.row, parts[place], without[place], alike=texts[place])
+            for place, draw in enumerate(draws)
         ]
 
     # Checkpoints ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict:
         """Return the layout, the draws in flight and the state of the schedule: values for JSON, and NumPy arrays."""
-        rows = np.array([*self._record.values()], np.int64).reshape(-1, self.layout.chunk_prompts)
+        draws = [[(draw.number, draw.row) for draw in part] for part in self._record.values()]
+        numbers, rows = np.moveaxis(np.array(draws, np.int64).reshape(-1, self.fresh, 2), 2, 0)
+        parts = {"gradients": self.gradients, "replay": None if self.replay is None else self.replay.state_dict()}
         return {
             "state_version": STATE_VERSION,
             "layout": {name: getattr(self.layout, name) for name in STREAM_FIELDS},
             "schedule": type(self.schedule).__name__,
             "drawn": self.drawn,
-            "in_flight": {"chunks": np.array([*self._record], np.int64), "rows": rows},
+            "next": self._next,
+            "in_flight": {"chunks": np.array([*self._record], np.int64), "numbers": numbers, "rows": rows},
             "state": self.schedule.state_dict(),
-        } | ({} if self.gradients is None else {"gradients": self.gradients})
+        } | {name: part for name, part in parts.items() if part is not None}
 
     def load_state_dict(self, saved: dict) -> dict:
         """
@@ -187,7 +226,9 @@ class Stream:
                     "the version of trl-learnalign that the run began with, or start a new run."
                 )
             name, state, drawn = saved["schedule"], saved["state"], saved["drawn"]
-            chunks, rows = saved["in_flight"]["chunks"].tolist(), saved["in_flight"]["rows"].tolist()
+            flying = saved["in_flight"]
+            chunks, numbers, rows = (flying[name].tolist() for name in ("chunks", "numbers", "rows"))
+            after = saved["next"]
             changed = self.layout.differences(was)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"The sampler state in the checkpoint is damaged: {error!r}.") from error
@@ -207,14 +248,25 @@ class Stream:
                 "the same), or start a new run."
             )
         self._check(drawn, chunks, rows)
+        # More were drawn than the chunks hold where groups were refilled
+        alike = list(map(len, rows)) == list(map(len, numbers))
+        if not alike or type(after) is not int or after < drawn * self.fresh:
+            raise ValueError(
+                f"The sampler state in the checkpoint is damaged: {after!r} prompts were drawn for {drawn} chunks. "
+                "Resume from an earlier checkpoint."
+            )
         self.gradients = saved.get("gradients")
-        self._check_gradients(self.gradients, drawn)
-        self.drawn, self._record = drawn, dict(zip(chunks, rows, strict=True))
+        self.drawn, self._next = drawn, after
+        self._check_gradients(self.gradients)
+        if self.replay is not None:
+            self.replay.load_state_dict(saved.get("replay", {}), self.layout.group_size)
+        draws = [list(map(Draw, *both)) for both in zip(numbers, rows, strict=True)]
+        self._record = dict(zip(chunks, draws, strict=True))
         return state
 
     def _check(self, drawn, chunks, rows):
         """Raise an error unless the record is one of this stream."""
-        n, size = self.layout.chunk_prompts, self.layout.pool_size
+        n, size = self.fresh, self.layout.pool_size
         whole = type(drawn) is int and len(chunks) == len(rows) and all(len(row) == n for row in rows)
         if not whole or chunks != list(range(drawn - len(chunks), drawn)) or (drawn and not chunks):
             raise ValueError(
@@ -228,14 +280,14 @@ class Stream:
                 "rows."
             )
 
-    def _check_gradients(self, saved, drawn):
+    def _check_gradients(self, saved):
         """Raise an error unless these are sums of gradients of a chunk of this stream."""
         n, layout = self.layout.chunk_prompts, self.layout
         if saved is None:
             return
         try:
-            chunk, rows, came, sums = (saved[name] for name in ("chunk", "rows", "came", "sums"))
-            fits = type(chunk) is int and 0 <= chunk < drawn and rows.shape == came.shape == (n,)
+            numbers, rows, came, sums = (saved[name] for name in ("numbers", "rows", "came", "sums"))
+            fits = numbers.shape == rows.shape == came.shape == (n,) and (numbers < self._next).all()
             fits = fits and sums.dtype == np.float32 and sums.ndim == 2 and len(sums) == n
             whole = fits and ((rows >= 0) & (rows < layout.pool_size)).all()
             whole = whole and ((came >= 0) & (came <= layout.group_size)).all()

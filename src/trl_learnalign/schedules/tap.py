@@ -1,19 +1,25 @@
 """The rewards of training, handed to a schedule as groups, and their gradients."""
 
 import hashlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
 from ..curriculum.batch import most_frequent
+from ..curriculum.events import Draw
+from ..curriculum.rewards import has_gradient
 from ..data.prompts import prompt_text
 from ..data.reading import has_transform, read_rows
 from .gradients import ChunkGradients
+from .refills import Refills
 from .stream import Stream
 
 
 if TYPE_CHECKING:
+    from ..config import LearnAlignConfig
     from ..ground.peers import Peers
     from ..host import Host
 
@@ -24,17 +30,24 @@ class GroupTap:
 
     Args:
         host ([`Host`]): the trainer.
+        config ([`LearnAlignConfig`]): of its sampler.
 
     Attributes:
         stream ([`Stream`]): of the run under way.
+        live (`np.ndarray` of shape `(n,)`, *optional*): groups of the last generation that have a gradient, bool.
+            `None` if its rewards were not those of its draws.
     """
 
     stream: Stream
 
-    def __init__(self, host: "Host"):
+    def __init__(self, host: "Host", config: "LearnAlignConfig"):
         self.host = host
+        self.live: np.ndarray | None = None
         self._gradients: ChunkGradients | None = None
-        host.on_rewards(self.observe, self.check_rows)
+        self._refills = Refills(host, config)
+        self._draws: list[Draw] = []  # of the generation under way
+        self._begins = True  # whether that is the first of its chunk
+        host.on_rewards(self.observe, self.check_rows, self.compose)
 
     def begin(self) -> None:
         """
@@ -68,20 +81,48 @@ class GroupTap:
     def observe(
         self, batch: int, inputs: list[dict], completions: list, rewards: np.ndarray, trained: np.ndarray
     ) -> None:
-        """Show a chunk to the schedule; see [`~trl_learnalign.host.taps.RewardTap`] for the arguments."""
-        schedule, chunk = self.stream.schedule, batch // self.stream.layout.repeats
-        if self._gradients is not None and not self._gradients.hand_over():
+        """Show a generation to the schedule; see [`~trl_learnalign.host.taps.RewardTap`] for the arguments."""
+        schedule, draws = self.stream.schedule, self._draws
+        if self._begins and self._gradients is not None and not self._gradients.hand_over():
             self._gradients = None
         masked = ~trained if len(trained) == len(rewards) and not trained.all() else None
         alike = self._alike(completions, len(rewards)) if self.stream.describes.compares else None
-        groups = self.stream.groups(chunk, rewards, masked, alike)
+        groups = self.stream.groups(draws, rewards, masked, alike)
+        self.live = self._with_gradient(groups)
         schedule.observe(groups)
-        if self._gradients is not None:
-            self._gradients.begin(chunk)
+        if self._begins and self._gradients is not None:
+            replayed = [None] * (self.stream.layout.chunk_prompts - len(draws))
+            self._gradients.begin([*draws, *replayed])
         self._complete(groups, completions, len(inputs))
+        if not self._begins:
+            return
         for name, value in schedule.metrics().items():
             if np.isfinite(value):
                 self.host.log_metric(f"learnalign/{name}", float(value))
+
+    def _with_gradient(self, groups) -> np.ndarray:
+        """Tell which groups have a gradient, by the trainer's own advantages."""
+        rewards = torch.from_numpy(np.stack([group.rewards for group in groups]))
+        advantages = self.host.advantages(rewards, torch.zeros(rewards.shape[:2])).numpy()
+        trained = [np.ones(len(group.rewards), bool) if group.masked is None else ~group.masked for group in groups]
+        return has_gradient(advantages, np.stack(trained))
+
+    def compose(self, batch: int, generate: Callable[[list[dict]], dict], inputs: list[dict]) -> dict:
+        """Generate for a chunk, once or more often; see [`~trl_learnalign.host.taps.RewardTap`]."""
+
+        def generate_for(draws, rows=None):
+            self._draws, self.live = draws, None
+            found = generate(self.host.inputs_of([draw.row for draw in draws]) if rows is None else rows)
+            self._begins = False
+            return found
+
+        self._begins = True
+        return self._refills(self, batch // self.stream.layout.repeats, generate_for, inputs)
+
+    def moved(self, place: int, draw: Draw) -> None:
+        """Note that the group of another draw takes a place of the chunk."""
+        if self._gradients is not None:
+            self._gradients.replace(place, draw)
 
     def _alike(self, completions, rollouts):
         """Return for each completion of all processes a number, the same for equal ones; `None` if one is missing."""
@@ -113,7 +154,7 @@ class GroupTap:
         """
         layout = self.stream.layout
         chunk = batch // layout.repeats
-        rows = self.stream.rows(chunk)
+        rows = [draw.row for draw in self._draws]
         start = self.host.accelerator.process_index * len(inputs)
         self._check_row(chunk, rows[start // layout.group_size], inputs[0])
         content = np.array([chunk, *rows], np.int64).tobytes()

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,10 +20,23 @@ class Alignments(Protocol):
         """
         Align every learnable prompt with the target, where a score needs `"target"`: max_s cos(phi_i, g_s), with g_s
         the mean of phi_j / |phi_j| over the learnable target prompts j of subtask s (LESS, arXiv 2402.04333, section
-        4.2).
+        4.2). With `gradient_direction="adam"` phi_i is Adam's step; with `target_checkpoints` the cosine is the mean
+        of theirs, weighted by learning rates, before the largest is taken.
 
         Returns:
             `pandas.DataFrame` of n rows: `alignment` and `gradient_norm` = |phi_i|; NaN for prompts with V = 0.
+        """
+
+    def influence(self) -> "pandas.DataFrame":
+        """
+        Find the influence of every learnable prompt on the mean gradient g of all of them, or of those of the target,
+        where there is one: phi_i . (sum_j phi_j phi_j' / n + lambda I)^-1 g, with the features as they are (arXiv
+        2504.13586, with the second moment of gradients as Hessian); the largest over subtasks. lambda is a tenth of
+        the mean of the min(n, d) eigenvalues of the second moment that may be above 0.
+
+        Returns:
+            `pandas.DataFrame` of n rows: `score`, the largest cosine with a g as `alignment`, and `gradient_norm`. For
+            prompts with V = 0 the first is 0, the others are NaN.
         """
 
     def __call__(self, weights: "pandas.Series") -> "pandas.DataFrame":
@@ -85,6 +98,12 @@ SCORES = {
     "learnability": Score(("rollouts",), lambda table, align: table["learnability"]),
     "target": Score(_TARGET, lambda table, align: _to_target(table, align, table["learnability"])),
     "target_alignment": Score(_TARGET, lambda table, align: _to_target(table, align, 1.0)),
+    "influence": Score(("rollouts", "gradients"), lambda table, align: align.influence()),
+    # Density sampling of arXiv 2402.09668
+    "density": Score(("density",), lambda table, align: 1 / table["density"]),
+    "gradient_density": Score(
+        ("rollouts", "gradients", "gradient_density"), lambda table, align: 1 / table["gradient_density"]
+    ),
     "confidence": Score(("likelihood",), _confidence),  # UFO-RL, arXiv 2505.12457
     "pvi": Score(("likelihood", "likelihood_alone"), lambda table, align: table["prompt_information"]),
     "ask": Score(("ask",), lambda table, align: table["ask_yes"]),  # Ask-LLM, arXiv 2402.09668
@@ -93,9 +112,20 @@ SCORES = {
     "random": Score((), lambda table, align: table.index.to_series() * 0.0, at_random=True),  # all are tied
 }
 _COLUMN = "column:"
+# By the setting `diversity`: measures, of which the last has a column of its name, the number of prompts like a prompt
+DENSITIES = {"hidden_states": ("density",), "gradients": ("gradients", "gradient_density")}
 
 
-def find_score(score: str | Callable, measures: Sequence[str] | None) -> Score:
+def diverse(score: Score, diversity: str | None) -> Score:
+    """Return a score that requires what a `diversity` needs as well, unless it is one at random."""
+    if diversity is None or score.at_random:
+        return score
+    return replace(score, requires=tuple(dict.fromkeys((*score.requires, *DENSITIES[diversity]))))
+
+
+def find_score(
+    score: str | Callable, measures: Sequence[str] | None, diversity: str | None = None, has_target: bool = False
+) -> Score:
     """
     Find the score of a configuration.
 
@@ -103,10 +133,19 @@ def find_score(score: str | Callable, measures: Sequence[str] | None) -> Score:
         score (`str` or `Callable`): a name of `SCORES`; `"column:NAME"`, a column of numbers of the dataset; or a
             function of the table, as it is or as `"file.py:function"`.
         measures (`Sequence[str]`, *optional*): that a function needs.
+        diversity (`str`, *optional*): of the configuration.
+        has_target (`bool`): whether there is a target, which `"influence"` may do without.
 
     Raises:
         `ValueError`: there is no such score, file or function.
     """
+    found = _named(score, measures)
+    if has_target and score == "influence":
+        found = replace(found, requires=_TARGET)
+    return diverse(found, diversity)
+
+
+def _named(score: str | Callable, measures: Sequence[str] | None) -> Score:
     if isinstance(score, str) and score in SCORES:
         return SCORES[score]
     if isinstance(score, str) and score.startswith(_COLUMN):

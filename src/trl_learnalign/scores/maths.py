@@ -8,7 +8,7 @@ import torch
 from ..curriculum.rewards import is_success
 
 
-_COLUMNS = 1024  # of features that are in float64 at a time
+COLUMNS = 1024  # of features that are in float64 at a time
 
 
 def success_rates(rewards: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -58,7 +58,7 @@ def reward_variance(rewards: torch.Tensor) -> torch.Tensor:
 def feature_norms(features: torch.Tensor) -> torch.Tensor:
     """Return |phi| of features of shape `(n, d)`: of shape `(n,)`, float64, without a copy in float64."""
     squares = torch.zeros(len(features), dtype=torch.float64)
-    for part in features.split(_COLUMNS, 1):
+    for part in features.split(COLUMNS, 1):
         part = part.double()
         squares += torch.linalg.vecdot(part, part)
     return squares.sqrt()
@@ -75,9 +75,21 @@ def add_unit_features(total: torch.Tensor, features: torch.Tensor, weights: torc
         weights (`torch.Tensor` of shape `(n,)`): V for the score of the paper, 1 for the alignment alone.
     """
     norms = feature_norms(features)
-    factors = torch.where(norms > 0, weights.double() / norms, 0.0)
-    for feature, factor in zip(features, factors.tolist(), strict=True):  # no copy, as d may be the size of a LoRA
-        total.add_(feature, alpha=factor)
+    add_features(total, features, torch.where(norms > 0, weights.double() / norms, 0.0))
+
+
+def add_features(total: torch.Tensor, features: torch.Tensor, weights: torch.Tensor) -> None:
+    """Add sum_i w_i phi_i to `total`, with the arguments of [`add_unit_features`]."""
+    for feature, weight in zip(features, weights.tolist(), strict=True):  # no copy, as d may be the size of a LoRA
+        total.add_(feature, alpha=weight)
+
+
+def column_products(features: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """Return phi_i . v_s of features `(n, d)` and float64 vectors `(S, d)`: of shape `(n, S)`, float64."""
+    products = torch.zeros(len(features), len(vectors), dtype=torch.float64)
+    for part, part_of_vectors in zip(features.split(COLUMNS, 1), vectors.split(COLUMNS, 1), strict=True):
+        products += part.double() @ part_of_vectors.T
+    return products
 
 
 def scores_from_mean(
@@ -95,7 +107,7 @@ def scores_from_mean(
         three float64 `torch.Tensor` of shape `(n,)`: the scores, the alignments cos(phi_i, mean_j z_j), and |phi_i|.
     """
     products, squares = torch.zeros(2, len(features), dtype=torch.float64)
-    for part, part_of_mean in zip(features.split(_COLUMNS, 1), mean.split(_COLUMNS), strict=True):
+    for part, part_of_mean in zip(features.split(COLUMNS, 1), mean.split(COLUMNS), strict=True):
         part = part.double()
         products += part @ part_of_mean
         squares += torch.linalg.vecdot(part, part)
@@ -131,11 +143,11 @@ def scores_of_batches(
     return tuple(torch.tensor(column, dtype=dtype) for column, dtype in zip(columns, dtypes, strict=True))
 
 
-def largest_cosines(
+def cosines_of_batches(
     batches: Iterable[tuple[list[int], torch.Tensor]], directions: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
     """
-    Return max_s cos(phi_i, g_s) of features that are read batch by batch, once.
+    Return cos(phi_i, g_s) of features that are read batch by batch, once.
 
     Args:
         batches (`Iterable`): of k dataset indices and features phi of shape `(k, d)`.
@@ -143,22 +155,21 @@ def largest_cosines(
             0.
 
     Returns:
-        three `torch.Tensor` of shape `(n,)`: dataset indices (int64); the largest cosines and |phi_i| (float64).
+        three `torch.Tensor`: dataset indices of shape `(n,)`, int64; the cosines, `(n, S)`, and |phi_i|, `(n,)`, both
+            float64.
     """
     columns: list[array] = [array("q"), array("d"), array("d")]
     lengths = directions.norm(dim=1)
     for indices, features in batches:
-        products = torch.zeros(len(features), len(directions), dtype=torch.float64)
-        for part, part_of_directions in zip(features.split(_COLUMNS, 1), directions.split(_COLUMNS, 1), strict=True):
-            products += part.double() @ part_of_directions.T
-        norms = feature_norms(features)
+        products, norms = column_products(features, directions), feature_norms(features)
         scale = norms[:, None] * lengths
-        cosines = torch.where(scale > 0, products / scale, 0.0).max(1).values
+        cosines = torch.where(scale > 0, products / scale, 0.0).flatten()
         for column, entries in zip(columns, (indices, cosines.tolist(), norms.tolist()), strict=True):
             column.extend(entries)
-        del features, part  # may be as large as a LoRA
+        del features  # may be as large as a LoRA
     dtypes = torch.int64, torch.float64, torch.float64
-    return tuple(torch.tensor(column, dtype=dtype) for column, dtype in zip(columns, dtypes, strict=True))
+    rows, cosines, norms = (torch.tensor(column, dtype=dtype) for column, dtype in zip(columns, dtypes, strict=True))
+    return rows, cosines.view(-1, len(directions)), norms
 
 
 def ranking(scores: torch.Tensor, learnabilities: torch.Tensor, seed: int) -> list[int]:

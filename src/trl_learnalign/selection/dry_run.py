@@ -13,7 +13,7 @@ from ..config import LearnAlignConfig
 from ..host import find_host
 from ..measures.gradients import EXACT_BYTES
 from ..measures.parts import rollouts_at_once
-from ..measures.registry import spending
+from ..measures.registry import funnel, spending
 from ..measures.rollouts import prompts_at_once
 from ..scores.builtin import manner
 from .run import SelectionRun, checked_run
@@ -22,6 +22,7 @@ from .words import OUTCOME_LABELS
 
 
 _LEAST_TRIED = {"forward": 256, "rollouts": 16, "gradients": 16}  # prompts of the small selection
+_LEAST_RACE = 64  # of which some are to be left behind
 
 
 def plan_selection(trainer: Trainer, config: LearnAlignConfig) -> tuple[str, bool]:
@@ -32,8 +33,11 @@ def plan_selection(trainer: Trainer, config: LearnAlignConfig) -> tuple[str, boo
     """
     host = find_host(trainer)
     host.look_at_functions()
+    if config.gradient_direction == "adam" and config.warmup_prompts and config.target_checkpoints is None:
+        config = replace(config, gradient_direction="plain")  # Adam has no state yet; the backward passes are the same
     whole = checked_run(host, config, 0)
-    paid, prompts, world = whole.context.prices, len(whole.pool), trainer.accelerator.num_processes
+    paid, world = whole.context.prices, trainer.accelerator.num_processes
+    candidates, prompts = funnel(config, len(whole.pool))
     wanted = min(config.num_prompts, prompts)
     if not paid:
         return f"pool: {prompts:,} prompts\n{wanted:,} would be chosen {manner(config.score)}: no rollouts", True
@@ -41,26 +45,38 @@ def plan_selection(trainer: Trainer, config: LearnAlignConfig) -> tuple[str, boo
     batch = prompts_at_once(host, config, each, prompts)
     together = world * (batch if "rollouts" in paid else 1)
     least = min(_LEAST_TRIED[price] for price in paid)
-    tried = min(prompts, together * math.ceil(least / together))
+    racing = "rollouts" in paid and config.rollouts == "racing"
+    tried = min(prompts, together * math.ceil((_LEAST_RACE if racing else least) / together))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the user's configuration has given all of its warnings
-        small = replace(config, candidate_prompts=tried, num_prompts=tried)
+        small = replace(config, candidate_prompts=tried, candidate_score=None, num_prompts=tried)
         if "rollouts" in paid:
             small = replace(small, rollout_batch_prompts=batch)
-    trial = SelectionRun(host, small, 0, keep_measures=True)
-    with tempfile.TemporaryDirectory() as directory:
-        trial.path = Path(directory) / "learnalign" / "trial"
-        with trial.peers:
-            selection = trial._run()
-            written = trial.peers.gather(_bytes_of(trial.path_of_measures))  # each process has a directory of its own
-    host.note_functions()
+        if racing:  # for as large a part of the prompts
+            small = replace(small, num_prompts=math.ceil(tried * wanted / prompts))
+    selection, written = _tried(host, small)
     more, eligible = prompts / tried, len(selection.eligible())
-    times = _whole(selection.provenance["seconds"], more)
-    disk = _whole(_summed(written), more)
+    times, disk = {}, _whole(written, more)
+    left = len(whole.pool)
+    for stage in whole.stages:
+        if stage.measures:
+            tried_first = min(left, world * math.ceil(_LEAST_TRIED["forward"] / world))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                first, on_disk = _tried(host, replace(stage, candidate_prompts=tried_first, num_prompts=tried_first))
+            name, scale = f"candidates {manner(stage.score)}", left / tried_first
+            times[name] = sum(first.provenance["seconds"].values()) * scale
+            disk[name] = sum(on_disk.values()) * scale
+        left = min(stage.num_prompts, left)
+    times |= _whole(selection.provenance["seconds"], more)
+    host.note_functions()
     if config.projection_dim is None and disk.get("gradients", 0) > world * EXACT_BYTES:  # computed twice instead
         del disk["gradients"]
     targets = 0 if whole.context.target is None else len(whole.context.target)
-    lines = [f"pool: {spending(config.measures, prompts, 0, each)}"]
+    lines = [
+        *(f"candidates: {line}" for line in candidates),
+        f"pool: {spending(config.measures, prompts, 0, each, racing)}",
+    ]
     if targets:
         lines.append(f"target: {spending(config.measures, targets, 0, each)}")
     said = f"tried: {tried} prompts on {world} process{'es' * (world > 1)}"
@@ -85,8 +101,10 @@ def plan_selection(trainer: Trainer, config: LearnAlignConfig) -> tuple[str, boo
         )
     else:
         lines.append("rollouts: none")
+    if race := selection.provenance.get("race"):
+        lines.append(f"race: {race['rollouts'] / race['of']:.0%} of the rollouts are made")
     if "rollouts" in paid or "gradients" in paid:
-        lines.append(f"gradients: {_gradients(paid, with_gradient)}")
+        lines.append(f"gradients: {_gradients(paid, with_gradient)}" + _at(config))
     lines += [
         "expected time: "
         + ", ".join(f"{phase} {seconds:,.0f} s" for phase, seconds in times.items())
@@ -102,17 +120,31 @@ def plan_selection(trainer: Trainer, config: LearnAlignConfig) -> tuple[str, boo
     return "\n".join([*lines, "Nothing was kept."]), eligible > 0
 
 
+def _tried(host, config):
+    """Make a selection that is not kept; return it, and the bytes of what each measure wrote on all processes."""
+    trial = SelectionRun(host, config, 0, keep_measures=True)
+    with tempfile.TemporaryDirectory() as directory:
+        trial.path = Path(directory) / "learnalign" / "trial"
+        with trial.peers:
+            selection = trial._run()
+            written = trial.peers.gather(_bytes_of(trial.path_of_measures))  # each process has a directory of its own
+    return selection, _summed(written)
+
+
 def _gradients(paid, prompts) -> str:
     if "gradients" not in paid:
         return "none"
     return f"about {prompts:,.0f} prompts" if prompts else "not known, since none of these was learnable"
 
 
+def _at(config) -> str:
+    return f", at {len(config.target_checkpoints)} checkpoints" if config.target_checkpoints else ""
+
+
 def _bytes_of(directory) -> dict[str, int]:
-    """Return what the records of each measure in a directory take."""
-    return {
-        path.name: sum(file.stat().st_size for file in path.glob("*.log")) for path in sorted(directory.glob("[!.]*/"))
-    }
+    """Return what the records of each measure in a directory take; unfinished microbatches are deleted."""
+    files = {path.name: path.rglob("*.log") for path in sorted(directory.glob("[!.]*/"))}
+    return {name: sum(file.stat().st_size for file in own) for name, own in files.items()}
 
 
 def _summed(parts):
@@ -120,8 +152,12 @@ def _summed(parts):
 
 
 def _whole(amounts: dict[str, float], more: float) -> dict[str, float]:
-    """Scale amounts to the whole pool, which is `more` times the part that was tried. The target is always whole."""
-    return {name: amount if name.startswith("target") else amount * more for name, amount in amounts.items()}
+    """
+    Scale amounts to the whole pool, which is `more` times the part that was tried. The target is always whole, and for
+    a density each prompt is compared with each.
+    """
+    power = {name: 0 if name.startswith("target") else 2 if name.endswith("density") else 1 for name in amounts}
+    return {name: amount * more ** power[name] for name, amount in amounts.items()}
 
 
 def _size(number) -> str:

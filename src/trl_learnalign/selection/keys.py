@@ -10,6 +10,7 @@ from ..ground.store import other_parts
 from ..ground.user_code import is_ours
 from ..identity.objects import identify
 from ..measures.base import Context, Measure
+from ..scores.builtin import score_name
 
 
 _NOT_IN_KEY = set(FREE_ON_RESUME) - {"save_rollouts"}  # which the files of a selection depend on
@@ -42,6 +43,9 @@ def parts_of(
     code, rank = context.score.code, context.score.rank
     if code is not None or not is_ours(rank):
         whole["function of the score"] = identify(code or rank)
+    for one in context.config.stages():
+        if one.ranking().code is not None:
+            whole[f"function of the candidates, {score_name(one.score)}"] = identify(one.ranking().code)
     priced = {measure.name: made_from[measure.name] for measure in measures if measure.price != "none"}
     return {
         measure: {name: digest(part)[:_LENGTH] for name, part in parts.items()}

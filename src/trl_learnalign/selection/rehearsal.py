@@ -15,7 +15,7 @@ from ..data.columns import candidate_rows, dataset_columns
 from ..ground.user_code import last_line
 from ..measures.base import Finding, Measure
 from ..measures.contract import check_finding
-from ..measures.registry import needed
+from ..measures.registry import funnel, needed
 from ..scores.builtin import score_name
 
 
@@ -58,7 +58,7 @@ def rehearse(dataset: Dataset, config: LearnAlignConfig, num_rollouts: int, long
     if score.code is None and config.where is None and config.quota_column is None:
         return
     rows = candidate_rows(dataset, config)
-    size = min(len(rows), config.candidate_prompts or len(rows))
+    size = funnel(config, len(rows))[1]
     part = min(size, MOST_ROWS)
     some = [rows[place * len(rows) // part] for place in range(part)]
     table, found = made_up(some, needed(score.requires), num_rollouts, longest)

@@ -52,7 +52,10 @@ class Selection:
             `config`, `seed`, `global_step`, `stage`, `num_rollouts`, `dataset_fingerprint`, `num_rows`, `model`,
             `versions`, `num_processes`, `made` (when, in UTC), `seconds` (of each phase), `unscorable` (indices that
             could not be measured; with rollouts, that no reward function could score), with `deduplicate` the
-            `duplicates` (indices left out for a better-ranked row of the same prompt), and, unless prompts were chosen
+            `duplicates` (indices left out for a better-ranked row of the same prompt), with `candidate_score` the
+            `candidates` (of each score its `price`, the `prompts` that it chose from, and how many it `kept`), with
+            `rollouts="racing"` the `race` (of each round prompts and rollouts of each; `rollouts` made `of` all; the
+            `prior`), and, unless prompts were chosen
             at random, `reward_range` (the least and the greatest reward that decides success), `key` (a hash of all
             that the selection was made from) and `cost`: tokens rolled out, in gradient rows, and computed with
             padding; `of_rollouts`, the time of gradients and scores divided by that of the rollouts; `floor`, an

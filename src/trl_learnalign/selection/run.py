@@ -9,7 +9,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 from tqdm.auto import tqdm
@@ -27,15 +27,18 @@ from ..ground.user_code import is_ours
 from ..host import Host
 from ..measures.base import Context, Finding
 from ..measures.contract import check_finding
+from ..measures.policies import check_policies
 from ..measures.registry import MEASURES, needed, prices
-from ..measures.rollouts import RolledOut, save_shard
+from ..measures.rollouts import RolledOut
+from ..measures.shards import save_shard
 from ..run.uploads import warn_of_uploads
-from ..scores.builtin import SCORES, score_name
-from .checks import check_selection
+from ..scores.builtin import SCORES, diverse, score_name
+from .checks import check_selection, stages_on
 from .excerpt import texts_table
 from .keys import keys_of, other_settings, parts_of
 from .result import SELECTION_FILE, Selection
 from .warnings import pool_warnings, selection_warning
+from .words import chosen_by
 
 
 logger = logging.getLogger(__name__)
@@ -55,6 +58,7 @@ def checked_run(host: Host, config: LearnAlignConfig, stage: int, keep_measures:
                 "FSDP and DeepSpeed shard the weights when training starts, so nothing can be selected before. Use "
                 "`LearnAlignSampler` with `warmup_prompts=0`, or launch this script with DDP."
             )
+        check_policies(host, config, now=True)
         run = SelectionRun(host, config, stage, keep_measures)
         peers.wait()
     return run
@@ -70,7 +74,7 @@ def forget_measures(host: Host) -> None:
 class SelectionRun:
     """The state of one selection, phase by phase."""
 
-    def __init__(self, host: Host, config, stage, keep_measures=False):
+    def __init__(self, host: Host, config, stage, keep_measures=False, above: "SelectionRun | None" = None):
         trainer = host.trainer
         self.host = host
         self.config = config
@@ -79,15 +83,18 @@ class SelectionRun:
         self.seed = config.selection_seed if config.selection_seed is not None else trainer.args.seed
         self.keep_measures = keep_measures
         self.score = config.ranking()
-        self.pool = draw_pool(
-            candidate_rows(host.dataset, config), config.candidate_prompts, stable_hash(self.seed, "pool", stage)
-        )
+        self.above = above  # the selection that this one chooses candidates for
+        self.stages = stages_on(host.dataset, config)
+        self.pool: list[int] = candidate_rows(host.dataset, config) if above is None else above.pool
+        if not self.stages:
+            size = cast("int | None", config.candidate_prompts)
+            self.pool = draw_pool(self.pool, size, stable_hash(self.seed, "pool", stage))
         self.path = Path(host.args.output_dir) / "learnalign" / f"step-{self.step:06d}"
         self.equal = equal_prompts(host.dataset) if config.deduplicate else None
         self.seconds: dict[str, float] = {}
         self._clocked = 0  # calls of `clock`
         self.reused = False
-        self.peers = Peers(self.accelerator)
+        self.peers: Peers = Peers(self.accelerator) if above is None else above.peers
         self.context = Context(
             host=host,
             peers=self.peers,
@@ -151,6 +158,7 @@ class SelectionRun:
         return selection
 
     def _run(self) -> Selection:
+        self._choose_candidates()
         untouched: AbstractContextManager = nullcontext()
         if self.context.prices:
             self.make_keys()
@@ -168,6 +176,28 @@ class SelectionRun:
             selection = self._chosen()
         self._publish(selection)
         return selection
+
+    def _choose_candidates(self) -> None:
+        """Make the selections by `candidate_score`, each from the prompts that the one before has left."""
+        about = []
+        for number, config in enumerate(self.stages, 1):
+            run = SelectionRun(self.host, config, self.provenance["stage"], self.keep_measures, self)
+            run.path = self.path / f"candidates-{number}"
+            found, name = run._run(), score_name(config.score)
+            if not found.indices:
+                raise ValueError(
+                    f"`candidate_score` {name!r} gave none of {len(self.pool)} prompts a number, so there are no "
+                    "candidates. Correct the score, or the column that it reads."
+                )
+            spent = round(sum(found.provenance["seconds"].values()), 3)
+            price = (prices(config.measures) or ["none"])[-1]
+            counts = {"prompts": len(self.pool), "kept": len(found.indices)}
+            about.append({"score": name, "price": price, **counts, "seconds": spent})
+            if price != "none":
+                self.seconds[f"candidates {chosen_by(found)}"] = spent
+            self.pool = sorted(found.indices)
+        if about:
+            self.note({"candidates": about})
 
     def _warn_of_unknown(self):
         if self.accelerator.is_main_process and (unknown := self.host.unidentified()):
@@ -189,7 +219,7 @@ class SelectionRun:
                 made = found.provenance.get("made", "unknown")
                 tqdm.write(f"Will be replaced: {_REPLACED.format(self.path, other, made)}")
                 found = None
-            elif self.score.code is not None or (found is not None and _fell_back_outside(found)):
+            elif self.has_own_code or (found is not None and _fell_back_outside(found)):
                 found = None  # what a function of the user's returns may depend on anything
         found = self.peers.broadcast(found)
         if found is not None:
@@ -199,8 +229,15 @@ class SelectionRun:
     # Measures ---------------------------------------------------------------------------------------------------
 
     @property
+    def has_own_code(self) -> bool:
+        """Tell whether a function of the user's ranks, which may depend on anything."""
+        return any(score.code is not None for score in (self.score, *(stage.ranking() for stage in self.stages)))
+
+    @property
     def path_of_measures(self) -> Path:
         """The directory of what is measured at this step."""
+        if self.above is not None:
+            return self.above.path_of_measures / self.path.name
         return scratch(self.path.parent) / self.path.name
 
     def make_keys(self) -> None:
@@ -244,7 +281,7 @@ class SelectionRun:
                 f"but {score_name(self.config.score)} does not need that. Add it to the `requires` of that score, or "
                 "name a score that needs less."
             )
-        self.score = SCORES[score]
+        self.score = self.config.with_groups(diverse(SCORES[score], self.config.diversity))
         about = {"score": score, "reason": reason or f"the measure {measure.name!r} asked for it"}
         self.provenance |= {"measures": list(self.score.requires), "instead": about}
 
@@ -284,7 +321,9 @@ class SelectionRun:
     def _publish(self, selection):
         rolled_out = self.context.found.get("rollouts")
         own = rolled_out.own if isinstance(rolled_out, RolledOut) else None
-        texts = texts_table(self.host, self.context.dataset, selection, own, self.peers)
+        texts = None
+        if self.above is None:
+            texts = texts_table(self.host, self.context.dataset, selection, own, self.peers)
         self._save_rollouts(rolled_out)
         if self.accelerator.is_main_process:
             selection.save(self.path, texts)
@@ -321,7 +360,7 @@ class SelectionRun:
         Delete what was measured, on every node, unless another score may use it, or a resumed run, which computes a
         score of the user's own again.
         """
-        if self.accelerator.is_local_main_process and not self.keep_measures and self.score.code is None:
+        if self.accelerator.is_local_main_process and not self.keep_measures and not self.has_own_code:
             shutil.rmtree(self.path_of_measures, ignore_errors=True)
         self.peers.wait()
 

@@ -58,7 +58,12 @@ def summary(selection: "Selection") -> str:
     parts = [pool, chosen]
     if not by:
         outcomes = [f"{OUTCOME_LABELS[name]} {means}" for name, means in _outcomes(selection).items()]
+        if race := provenance.get("race"):
+            pool += f" ({race['rollouts']:,} of {race['of']:,} rollouts)"
         parts = [pool, f"learnable {selection.num_learnable()}", chosen, *outcomes]
+    if candidates := provenance.get("candidates"):
+        stages = (f"{one['kept']} of {one['prompts']} by {one['score']}" for one in candidates)
+        parts.insert(0, f"candidates {', '.join(stages)}")
     parts += [f"{phase} {seconds:.1f} s" for phase, seconds in provenance["seconds"].items()]
     cost = provenance.get("cost", {})
     if "of_rollouts" in cost:

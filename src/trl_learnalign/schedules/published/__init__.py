@@ -1,5 +1,6 @@
 """Published ways to choose prompts by the rewards of training, one file each, by the names of their papers."""
 
+from .adept import ADEPT, ADEPTThompson
 from .bandit import DUMP, SEC
 from .base import Published
 from .dps import DPS
@@ -20,6 +21,11 @@ PUBLISHED: dict[str, type[Published]] = {
     "sec": SEC,
     "dump": DUMP,
     "lfr": LFR,
+    "adept": ADEPT,
+    "adept_thompson": ADEPTThompson,
 }
 
-__all__ = ["DPS", "DUMP", "GRESO", "LFR", "PUBLISHED", "SEC", "InSight", "MoPPS", "Pools", "Published"]
+__all__ = [
+    *("ADEPT", "DPS", "DUMP", "GRESO", "LFR", "PUBLISHED", "SEC"),
+    *("ADEPTThompson", "InSight", "MoPPS", "Pools", "Published"),
+]
