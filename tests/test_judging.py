@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from test_likelihood import never_called
 from tiny import config, make_dataset, make_model, make_trainer
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from trl_learnalign import select_prompts
@@ -39,7 +39,8 @@ def fit(model, batch, targets, steps, rate=3e-3):
 
 def by_word(template=None):
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    parts = pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex("[0-9+=]"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(parts))
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
     )
