@@ -170,4 +170,6 @@ def test_the_command_writes_them(tmp_path, monkeypatch, capsys):
     for kind in ("openrlhf", "slime"):
         lines = Path(f"out/learnalign/selected.{kind}.jsonl").read_text().splitlines()
         assert [json.loads(line)["label"] for line in lines] == answers
-        assert [json.loads(line)["prompt"] for line in lines] == [rows[index]["question"] for index in selection.indices]
+        assert [json.loads(line)["prompt"] for line in lines] == [
+            rows[index]["question"] for index in selection.indices
+        ]
