@@ -84,7 +84,7 @@ class LearnAlignCallback(TrainerCallback):
         self.pending: int | None = None
         self._lock: DirectoryLock | None = None
         self._checkpoints = CheckpointState(self.host, self.config, stream)
-        self._tap = GroupTap(self.host)
+        self._tap = GroupTap(self.host, self.config.save_rollouts)
         self._begin(stream)
         self._untouched = True  # no run has used this stream
         self.host.replace_sampler(self._train_sampler)
@@ -155,7 +155,7 @@ class LearnAlignCallback(TrainerCallback):
             self.announce(state)
             if saved is None:
                 prepares.look(self.host, peers)
-            self._tap.begin()
+            self._tap.begin(state.global_step)
             peers.wait()
         self.warn_of_uploads()
         self.announcer.count_from(state.global_step)

@@ -10,6 +10,7 @@ from ..curriculum.batch import most_frequent
 from ..data.prompts import prompt_text
 from ..data.reading import has_transform, read_rows
 from .gradients import ChunkGradients
+from .kept import KeptRollouts
 from .stream import Stream
 
 
@@ -24,6 +25,7 @@ class GroupTap:
 
     Args:
         host ([`Host`]): the trainer.
+        keeps (`bool`): whether the rollouts of training are kept on disk, unless selections are made.
 
     Attributes:
         stream ([`Stream`]): of the run under way.
@@ -31,17 +33,20 @@ class GroupTap:
 
     stream: Stream
 
-    def __init__(self, host: "Host"):
-        self.host = host
+    def __init__(self, host: "Host", keeps: bool):
+        self.host, self.keeps = host, keeps
+        self._kept = KeptRollouts(host)
         self._gradients: ChunkGradients | None = None
         host.on_rewards(self.observe, self.check_rows)
 
-    def begin(self) -> None:
+    def begin(self, step: int) -> None:
         """
         Begin to watch the gradients of training, if the schedule learns from them; it is told where there are none.
-        Called when training begins, after the schedule's state was loaded.
+        Called when training begins, after the schedule's state was loaded, at optimizer step `step`.
         """
         self.end()
+        if self.stream.selects is None:
+            self._kept.begin(self.stream.layout.batches_trained(step))
         learns = self.stream.learns
         dim = None if learns is None else learns.gradient_dim
         if learns is None or dim is None:
@@ -66,7 +71,13 @@ class GroupTap:
             self._gradients.agree(peers)
 
     def observe(
-        self, batch: int, inputs: list[dict], completions: list, rewards: np.ndarray, trained: np.ndarray
+        self,
+        batch: int,
+        inputs: list[dict],
+        completions: list,
+        rewards: np.ndarray,
+        trained: np.ndarray,
+        tokens: list,
     ) -> None:
         """Show a chunk to the schedule; see [`~trl_learnalign.host.taps.RewardTap`] for the arguments."""
         schedule, chunk = self.stream.schedule, batch // self.stream.layout.repeats
@@ -79,6 +90,8 @@ class GroupTap:
         if self._gradients is not None:
             self._gradients.begin(chunk)
         self._complete(groups, completions, len(inputs))
+        if self.keeps and self.stream.selects is None:
+            self._kept.keep(self.stream, batch, completions, tokens, rewards)
         for name, value in schedule.metrics().items():
             if np.isfinite(value):
                 self.host.log_metric(f"learnalign/{name}", float(value))

@@ -193,25 +193,20 @@ class Selection:
 
     def preference_pairs(self, dataset: Dataset, rollouts: str | os.PathLike) -> Dataset:
         """
-        Pair the best with the worst rollout of each chosen prompt, for preference learning such as TRL's DPOTrainer
-        (arXiv 2405.00451, where a tree search makes the rollouts). Prompts whose rollouts are tied are left out.
+        Pair the best with the worst rollout of each chosen prompt, best first: [`preference_pairs`].
 
         Args:
             dataset (`Dataset`): that the selection was made from.
-            rollouts (`str` or `PathLike`): directory of the kept rollouts,
-                `OUTPUT_DIR/_learnalign/rollouts/step-000000`, see `LearnAlignConfig(save_rollouts=True)`. On several
-                machines, with the files of all.
-
-        Returns:
-            `Dataset`: `index`, `prompt`, `chosen`, `rejected` (text, or messages as the prompt has them) and `margin`,
-            the difference of their advantages.
+            rollouts (`str` or `PathLike`): directory of its rollouts,
+                `OUTPUT_DIR/_learnalign/rollouts/step-000000`, see `LearnAlignConfig(save_rollouts=True)`.
 
         Raises:
             `ValueError`: there are no rollouts, or not those of all chosen prompts; or another dataset.
         """
         from .preferences import preference_pairs
 
-        return preference_pairs(self.indices, self.to_dataset(dataset), rollouts)
+        self.to_dataset(dataset)  # refuses another
+        return preference_pairs(dataset, rollouts, self.indices)
 
     def to_pandas(self) -> "pandas.DataFrame":
         """Return the table of scores, best first, with the dataset's indices as its index."""
