@@ -360,7 +360,7 @@ def main(task, path):
             trainer = train(path, seen, config={"score": "random"}, save_strategy="steps", save_steps=2, **kwargs)
             result |= {"rewards": [], "inputs": [], "writers": []}
 
-            def observer(batch, inputs, completions, rewards, trained):
+            def observer(batch, inputs, completions, rewards, trained, tokens):
                 assert trained.shape == (16,) and trained.all()
                 result["rewards"].append([batch, rewards.tolist()])
                 result["inputs"] += [row["row"] for row in inputs]

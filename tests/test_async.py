@@ -266,6 +266,8 @@ def test_what_cannot_be_chosen_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match="`schedule='staged'` cannot choose while"):
         make(tmp_path, {"schedule": "staged", "score": "learnalign"})
+    with pytest.raises(ValueError, match="`save_rollouts` is True, but the completions of .* stay with its rollout"):
+        make(tmp_path, PLAIN | {"save_rollouts": True})
     trainer, _ = make(tmp_path, None)
     assert trainer.learnalign is None
     with pytest.raises(TypeError, match="must be a LearnAlignSampler, but is a dict"):

@@ -109,7 +109,7 @@ EFFECTS = {
     "take": ("proportional", SELECTED[1:], ({"score": "random"}, *ROLLED_OUT[3:])),
     "prompt_order": ("ranked", SELECTED, ROLLED_OUT[3:]),
     "fold": (7, ({"prompt_order": "folding"},), ({}, {"prompt_order": "ranked"}, *ROLLED_OUT[3:])),
-    "save_rollouts": (True, ROLLED_OUT[:3], (*FREE, *ROLLED_OUT[3:])),
+    "save_rollouts": (True, (*ROLLED_OUT, METHOD), FREE),
     "write_report": (False, ANY, ()),
     "selection_seed": (3, ANY, ()),
     "schedule": ("online", ({},), ()),

@@ -323,27 +323,6 @@ def test_accelerate_reads_the_configs():
         assert config.num_machines == (2 if file.stem == "two_nodes" else 1)
 
 
-def test_code_reward():
-    from code_reward import passed_tests
-
-    tests = ["assert add(1, 2) == 3", "assert add(0, 0) == 0", "assert add(2, 2) == 5"]
-    completions = {
-        "Here:\n```python\ndef add(a, b):\n    return a + b\n```": 2 / 3,
-        "```py\ndef add(a, b):\n    return a + b\n```\nthat is all": 2 / 3,
-        "```Python3 \r\ndef add(a, b): return a + b\r\n```": 2 / 3,
-        "def add(a, b): return 5": 1 / 3,
-        "def add(a, b) return": 0,  # does not compile
-        "while True: pass": 0,
-        "import sys; sys.stdout.write('3'); raise SystemExit": 0,
-        "x = 'a' * 10**10\ndef add(a, b): return a + b": 0,
-        "open('file', 'wb', 0).write(b'text')\ndef add(a, b): return a + b": 0,
-    }
-    rewards = passed_tests(
-        [*completions, [{"role": "assistant", "content": "def add(a, b): return a + b"}]], [tests] * 10
-    )
-    assert rewards == pytest.approx([*completions.values(), 2 / 3])
-
-
 @pytest.mark.slow  # test_docs.py runs the recipe for several rewards
 def test_several_rewards_end_to_end(tmp_path, monkeypatch, capsys):
     """The script itself, with a smaller pool."""

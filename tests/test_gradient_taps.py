@@ -375,7 +375,7 @@ def test_damaged_sums_are_refused(tmp_path, fault):
             del sums["came"]
     with pytest.raises(ValueError, match="length 7, but this run makes them 512" if fault == "length" else "damaged"):
         stream.load_state_dict(state)
-        trainer.learnalign._callback._tap.begin()
+        trainer.learnalign._callback._tap.begin(0)
 
 
 OBSTACLES = {

@@ -731,7 +731,6 @@ def test_environments(tmp_path, caplog, prompts):
         ({"num_prompts": 8}, "`num_prompts` is 8, but has no effect with `schedule='online'`"),
         ({"warmup_prompts": 8}, "`warmup_prompts` is 8, but has no effect"),
         ({"reselect_every": 2}, "`reselect_every` is 2, but has no effect"),
-        ({"save_rollouts": True}, "`save_rollouts` is True, but has no effect"),
         ({"prompt_order": "ranked"}, "`prompt_order` is 'ranked', but has no effect"),
         ({"score": "random"}, "`score` is 'random', but `schedule='online'` chooses by predicted learnability"),
         ({"schedule": "staged", "group_column": "row"}, "`group_column` is 'row', but has no effect.*'staged'"),

@@ -42,8 +42,9 @@ def observed(trainer):
     """A list that grows with every observation."""
     seen = []
 
-    def observer(batch, inputs, completions, rewards, trained):
+    def observer(batch, inputs, completions, rewards, trained, tokens):
         assert rewards.dtype == np.float64 and trained.shape == (len(inputs),) and trained.all()
+        assert len(tokens) == len(completions) == len(inputs)
         seen.append((batch, [row["row"] for row in inputs], rewards.copy()))
 
     find_host(trainer).on_rewards(observer)

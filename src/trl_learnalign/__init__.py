@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from .report.selecting import select_prompts
     from .sampler import LearnAlignSampler
     from .schedules.base import Schedule
+    from .selection.preferences import preference_pairs
     from .selection.result import Selection, find_selections
     from .trainer import LearnAlignGRPOTrainer, LearnAlignMixin
 
@@ -57,6 +58,7 @@ __all__ = [
     "Schedule",
     "Selection",
     "find_selections",
+    "preference_pairs",
     "register_host",
     "select_prompts",
 ]
@@ -73,6 +75,7 @@ _MODULES = {
     "Schedule": "schedules.base",
     "Selection": "selection.result",
     "find_selections": "selection.result",
+    "preference_pairs": "selection.preferences",
     "register_host": "host",
     "select_prompts": "report.selecting",
 }

@@ -163,6 +163,11 @@ class AsyncRun(TrainerCallback):
                 "rollout worker never stops. Use `schedule='online'`; or select before training (`trl-learnalign "
                 "select`), and train on the rows that the selection names."
             )
+        if self.config.save_rollouts:
+            raise ValueError(
+                f"`save_rollouts` is True, but the completions of {type(trainer).__name__} stay with its rollout "
+                "worker. Leave it out, or train with GRPOTrainer."
+            )
         with Peers(trainer.accelerator) as peers:  # what one process alone finds wrong ends all
             self.host.share(peers)
             self.host.check(self.config)

@@ -155,7 +155,7 @@ class LearnAlignCallback(TrainerCallback):
             self.announce(state)
             if saved is None:
                 prepares.look(self.host, peers)
-            self._tap.begin()
+            self._tap.begin(state.global_step)
             peers.wait()
         self.warn_of_uploads()
         self.announcer.count_from(state.global_step)

@@ -132,7 +132,7 @@ ACTING = {
     "take": (_STAGED, _SCORED),
     "prompt_order": (_STAGED,),
     "fold": (_STAGED, _FOLDING),
-    "save_rollouts": (_STAGED, _ROLLOUTS),
+    "save_rollouts": (_ROLLOUTS,),
     "prompt_features": (_ONLINE,),
     "group_column": (_GROUPS,),
     "pass_rate_column": (_ONLINE,),

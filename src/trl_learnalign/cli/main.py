@@ -31,6 +31,7 @@ from ..report.selecting import select_at_stage, select_prompts
 from ..report.selection_page import write_report
 from ..sampler import LearnAlignSampler
 from ..selection.dry_run import plan_selection
+from ..selection.export import EXPORTS, check_export, export
 from ..selection.result import Selection
 from .build import SelectArguments, build_trainer, nearest
 from .exports import check_repository, exact, push_rows, write_lines
@@ -99,6 +100,8 @@ def _select(arguments: list[str]) -> None:
         script, config, training_args, model_args, unknown = _parse(options.config, rest)
         _check_push(options, training_args)
         trainer, rows = build_trainer(script, training_args, model_args, config)
+        if options.format in EXPORTS:
+            check_export(options.format, rows.dataset, config.answer_column)
     except (ValueError, OSError, ImportError) as error:  # of TRL, transformers and peft: of what they were given
         sys.exit(f"{_SELECT}: {_paragraph(error)}")
     main_process = trainer.accelerator.is_main_process
@@ -118,7 +121,7 @@ def _select(arguments: list[str]) -> None:
         )
         learnable = len(selection.indices) > 0
         if main_process and learnable and (options.format or options.push_to_hub):
-            _export(trainer, selection, options, script, rows)
+            _export(trainer, selection, options, script, rows, config.answer_column)
     trainer.accelerator.end_training()
     if not learnable:
         sys.exit(1)
@@ -141,7 +144,9 @@ def _own_parser() -> argparse.ArgumentParser:
         help="score a few prompts, print what the whole selection would need",
     )
     parser.add_argument(
-        "--format", choices=["jsonl", "parquet"], help="also write the chosen rows to a file of this kind"
+        "--format",
+        choices=["jsonl", "parquet", *EXPORTS],
+        help="also write the chosen rows to a file of this kind, or as this trainer reads them",
     )
     parser.add_argument(
         "--push_to_hub",
@@ -336,7 +341,7 @@ def _access(training_args) -> tuple[bool, str | None]:
     return training_args.hub_private_repo is not False, training_args.hub_token
 
 
-def _export(trainer, selection, options, script, rows) -> None:
+def _export(trainer, selection, options, script, rows, answer_column) -> None:
     held = None if rows.source is None else rows.source.pick(selection.indices, len(rows.dataset))
     if rows.source is not None and held is None:
         logger.warning(
@@ -351,9 +356,9 @@ def _export(trainer, selection, options, script, rows) -> None:
         target = _target(trainer, "jsonl")
         write_lines(chosen, held, target)
         print(f"{len(chosen)} rows: {target}")
-    if options.format == "parquet" or options.push_to_hub:
+    if options.format in ("parquet", *EXPORTS) or options.push_to_hub:
         chosen, texts = exact(chosen, held)
-        if texts:
+        if texts and (options.format == "parquet" or options.push_to_hub):
             logger.warning(
                 "These columns, or parts of them, are exported as JSON texts, as arrow holds only values of one type: "
                 f"{', '.join(texts)}. `datasets` decodes them; for any other reader use `--format jsonl`."
@@ -362,6 +367,12 @@ def _export(trainer, selection, options, script, rows) -> None:
         target = _target(trainer, "parquet")
         make_directory(target.parent)
         write_atomically(target, lambda temporary: chosen.to_parquet(str(temporary)))
+        print(f"{len(chosen)} rows: {target}")
+    if options.format in EXPORTS:
+        target = _target(trainer, f"{options.format}.{EXPORTS[options.format]}")
+        own = {new: old for old, new in rows.renamed.items()}
+        named = own.get(answer_column, answer_column), script.dataset_name, script.dataset_train_split
+        export(options.format, target, chosen, selection.found(), *named, own.get("prompt", "prompt"))
         print(f"{len(chosen)} rows: {target}")
     if options.push_to_hub:
         print(push_rows(chosen, selection, options.push_to_hub, script.dataset_name, *_access(trainer.args)))

@@ -16,16 +16,16 @@ from .rewards import RewardError, guarded
 
 
 Undo = Callable[[], None]
-RewardObserver = Callable[[int, list[dict], list, np.ndarray, np.ndarray], None]
+RewardObserver = Callable[[int, list[dict], list, np.ndarray, np.ndarray, list], None]
 RowCheck = Callable[[int, list[dict]], int]
 Compose = Callable[[int, Callable[[list[dict]], dict], list[dict]], dict]
 
 
 class RewardTap:
     """
-    Reports the rewards of training: calls `observer(batch_in_run, inputs, completions, rewards, trained)` after every
-    generation for training, on every process; not in an evaluation, nor in a selection. A batch is what one backward
-    takes; a chunk is generated for at once and makes several.
+    Reports the rewards of training: calls `observer(batch_in_run, inputs, completions, rewards, trained, tokens)`
+    after every generation for training, on every process; not in an evaluation, nor in a selection. A batch is what
+    one backward takes; a chunk is generated for at once and makes several.
 
     - `batch_in_run` (`int`): training batches before this one in the whole run, also those before the checkpoint that
       it was resumed from. After a resume inside a chunk the rest of that chunk is generated again, with the number of
@@ -37,6 +37,7 @@ class RewardTap:
       reward function gave none, or an infinite one.
     - `trained` (`np.ndarray` of shape `(rows of all processes,)`, bool): in the same order; tells if a token of the
       completion is in the loss. A truncated completion has none under `mask_truncated_completions`.
+    - `tokens` (`list`): the tokens of `completions`.
 
     `compose(batch_in_run, generate, inputs)` may call `generate` for several lists of rows, each of which is reported,
     and makes one batch of the results.
@@ -108,10 +109,10 @@ class RewardTap:
         finally:
             self._under_way = before
 
-    def _reward(self, inner, inputs, prompts, completions, *args, **kwargs):
-        rewards = inner(inputs, prompts, completions, *args, **kwargs)
+    def _reward(self, inner, inputs, prompts, completions, completion_ids_list):
+        rewards = inner(inputs, prompts, completions, completion_ids_list)
         if self._under_way is not None:
-            self._under_way.note(inputs, completions, rewards)
+            self._under_way.note(inputs, completions, rewards, completion_ids_list)
         return rewards
 
     def _tell(self, generation, output, failure):
@@ -127,8 +128,8 @@ class RewardTap:
         except Exception as error:
             failure = error
         trained = _agreed(self.trainer, failure, digest, trained)
-        for one in generation.rewarded:
-            self.observer(generation.batch, *one, trained)
+        for *one, tokens in generation.rewarded:
+            self.observer(generation.batch, *one, trained, tokens)
 
 
 class _Generation:
@@ -137,20 +138,20 @@ class _Generation:
 
     Attributes:
         batch: training batches before it in the whole run.
-        rewarded: rows, completions and rewards of each call of the reward functions.
+        rewarded: rows, completions, rewards and tokens of each call of the reward functions.
     """
 
     def __init__(self, batch: int, inputs: list[dict]):
         self.batch = batch
-        self.rewarded: list[tuple[list[dict], list, np.ndarray]] = []
+        self.rewarded: list[tuple[list[dict], list, np.ndarray, list]] = []
         # By the identity of a row, as some versions of TRL change the prompt in it
         self._drawn = {id(row): copy.deepcopy(row["prompt"]) for row in inputs if "prompt" in row}
 
-    def note(self, inputs: list[dict], completions: list, rewards: torch.Tensor) -> None:
+    def note(self, inputs: list[dict], completions: list, rewards: torch.Tensor, tokens: list) -> None:
         """Keep the rewards of rows, with the prompts that were drawn."""
         rows = [row | {"prompt": self._drawn[id(row)]} if id(row) in self._drawn else row for row in inputs]
         found = rewards.detach().cpu().double()
-        self.rewarded.append((rows, completions, found.masked_fill(~found.isfinite(), torch.nan).numpy()))
+        self.rewarded.append((rows, completions, found.masked_fill(~found.isfinite(), torch.nan).numpy(), tokens))
 
 
 def choose_passes(trainer: RolloutTrainer, passes_of: Callable[[int], tuple[int, int]]) -> Undo:

@@ -11,7 +11,7 @@ from .pool import Pool
 from .rollouts import Rollouts
 
 
-_SHARD_SCHEMA = pa.schema(
+ROLLOUTS_SCHEMA = pa.schema(  # of kept rollouts, a row each
     [
         ("index", pa.int64()),
         ("completion_ids", pa.list_(pa.int32())),
@@ -36,12 +36,12 @@ def save_shard(path: Path, own: Rollouts, pool: Pool) -> None:
     rows = sorted(own.rows.tolist())
 
     def write(temporary):
-        with pq.ParquetWriter(temporary, _SHARD_SCHEMA, write_page_checksum=True) as writer:
+        with pq.ParquetWriter(temporary, ROLLOUTS_SCHEMA, write_page_checksum=True) as writer:
             for start in range(0, len(rows), _SHARD_PROMPTS):
                 groups = [own.group(row, completions=True) for row in rows[start : start + _SHARD_PROMPTS]]
                 advantages = [pool.advantages[place[group.row]] if group.row in place else None for group in groups]
                 lines = [line for pair in zip(groups, advantages, strict=True) for line in _lines(*pair)]
-                writer.write_table(pa.Table.from_pylist(lines, schema=_SHARD_SCHEMA))
+                writer.write_table(pa.Table.from_pylist(lines, schema=ROLLOUTS_SCHEMA))
 
     write_atomically(path, write)
 

@@ -14,6 +14,7 @@ from ..curriculum.rewards import has_gradient
 from ..data.prompts import prompt_text
 from ..data.reading import has_transform, read_rows
 from .gradients import ChunkGradients
+from .kept import KeptRollouts
 from .refills import Refills
 from .stream import Stream
 
@@ -30,7 +31,8 @@ class GroupTap:
 
     Args:
         host ([`Host`]): the trainer.
-        config ([`LearnAlignConfig`]): of its sampler.
+        config ([`LearnAlignConfig`]): of its sampler. With `save_rollouts` the rollouts of training are kept on disk,
+            unless selections are made.
 
     Attributes:
         stream ([`Stream`]): of the run under way.
@@ -41,7 +43,8 @@ class GroupTap:
     stream: Stream
 
     def __init__(self, host: "Host", config: "LearnAlignConfig"):
-        self.host = host
+        self.host, self.keeps = host, config.save_rollouts
+        self._kept = KeptRollouts(host)
         self.live: np.ndarray | None = None
         self._gradients: ChunkGradients | None = None
         self._refills = Refills(host, config)
@@ -49,12 +52,14 @@ class GroupTap:
         self._begins = True  # whether that is the first of its chunk
         host.on_rewards(self.observe, self.check_rows, self.compose)
 
-    def begin(self) -> None:
+    def begin(self, step: int) -> None:
         """
         Begin to watch the gradients of training, if the schedule learns from them; it is told where there are none.
-        Called when training begins, after the schedule's state was loaded.
+        Called when training begins, after the schedule's state was loaded, at optimizer step `step`.
         """
         self.end()
+        if self.stream.selects is None:
+            self._kept.begin(self.stream.layout.batches_trained(step))
         learns = self.stream.learns
         dim = None if learns is None else learns.gradient_dim
         if learns is None or dim is None:
@@ -79,7 +84,13 @@ class GroupTap:
             self._gradients.agree(peers)
 
     def observe(
-        self, batch: int, inputs: list[dict], completions: list, rewards: np.ndarray, trained: np.ndarray
+        self,
+        batch: int,
+        inputs: list[dict],
+        completions: list,
+        rewards: np.ndarray,
+        trained: np.ndarray,
+        tokens: list,
     ) -> None:
         """Show a generation to the schedule; see [`~trl_learnalign.host.taps.RewardTap`] for the arguments."""
         schedule, draws = self.stream.schedule, self._draws
@@ -94,6 +105,8 @@ class GroupTap:
             replayed = [None] * (self.stream.layout.chunk_prompts - len(draws))
             self._gradients.begin([*draws, *replayed])
         self._complete(groups, completions, len(inputs))
+        if self.keeps and self.stream.selects is None:
+            self._kept.keep(self.stream.layout.group_size, draws, batch, completions, tokens, rewards)
         if not self._begins:
             return
         for name, value in schedule.metrics().items():

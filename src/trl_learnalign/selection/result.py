@@ -148,27 +148,68 @@ class Selection:
             rows = rows.add_column(name, [None if value != value else value for value in table[column].astype(float)])
         return rows
 
-    def preference_pairs(self, dataset: Dataset, rollouts: str | os.PathLike) -> Dataset:
+    def export(
+        self,
+        dataset: Dataset,
+        path: str | os.PathLike,
+        kind: str,
+        answer_column: str | None = None,
+        source: str = "learnalign",
+        split: str = "train",
+    ) -> Path:
         """
-        Pair the best with the worst rollout of each chosen prompt, for preference learning such as TRL's DPOTrainer
-        (arXiv 2405.00451, where a tree search makes the rollouts). Prompts whose rollouts are tied are left out.
+        Write the chosen rows, best first, for another trainer.
+
+        - `"verl"` (its docs/preparation/prepare_data.rst): parquet with `data_source`, `prompt` (messages; a text
+          becomes one of the user), `ability`, `reward_model` (`style`, `ground_truth`) and `extra_info` (`index`,
+          `split`). Columns `data_source` and `ability` of the dataset are taken where it has them.
+        - `"openrlhf"` (its README, openrlhf/datasets/prompts_dataset.py): JSON lines with `prompt`, `label` and
+          `datasource`, for `--data.input_key prompt --data.label_key label`.
+        - `"slime"` (its docs/en/get_started/usage.md, slime/utils/data.py): JSON lines with `prompt`, `label` and
+          `metadata`, for `--input-key prompt --label-key label`.
+
+        Answers are texts, others than texts in JSON. `learnalign_score` and `success_rate` are in `extra_info`, in
+        `metadata`, or beside the prompt.
 
         Args:
             dataset (`Dataset`): that the selection was made from.
-            rollouts (`str` or `PathLike`): directory of the kept rollouts,
-                `OUTPUT_DIR/_learnalign/rollouts/step-000000`, see `LearnAlignConfig(save_rollouts=True)`. On several
-                machines, with the files of all.
+            path (`str` or `PathLike`): the file: `.parquet` for verl, else `.jsonl`, by which they know its kind.
+            kind (`str`): the trainer.
+            answer_column (`str`, *optional*): column of the right answers, or a field such as `extra.answer`. By
+                default that of the configuration.
+            source (`str`, *optional*): name of the dataset, by which verl finds the reward function.
+            split (`str`, *optional*): name of the split.
 
-        Returns:
-            `Dataset`: `index`, `prompt`, `chosen`, `rejected` (text, or messages as the prompt has them) and `margin`,
-            the difference of their advantages.
+        Raises:
+            `ValueError`: another dataset, an unknown trainer, no answers, or prompts that cannot be written.
+        """
+        from .export import export
+
+        answers = answer_column or self.provenance["config"].get("answer_column")
+        export(kind, Path(path), self.to_dataset(dataset), self.found(), answers, source, split)
+        return Path(path)
+
+    def found(self) -> list[tuple[int, float, float]]:
+        """Return the row, the score and the success rate of each chosen prompt, best first; NaN for none."""
+        table = self.to_pandas().loc[self.indices, ["score", "success_rate"]].astype(float)
+        return list(zip(self.indices, table["score"].tolist(), table["success_rate"].tolist(), strict=True))
+
+    def preference_pairs(self, dataset: Dataset, rollouts: str | os.PathLike) -> Dataset:
+        """
+        Pair the best with the worst rollout of each chosen prompt, best first: [`preference_pairs`].
+
+        Args:
+            dataset (`Dataset`): that the selection was made from.
+            rollouts (`str` or `PathLike`): directory of its rollouts,
+                `OUTPUT_DIR/_learnalign/rollouts/step-000000`, see `LearnAlignConfig(save_rollouts=True)`.
 
         Raises:
             `ValueError`: there are no rollouts, or not those of all chosen prompts; or another dataset.
         """
         from .preferences import preference_pairs
 
-        return preference_pairs(self.indices, self.to_dataset(dataset), rollouts)
+        self.to_dataset(dataset)  # refuses another
+        return preference_pairs(dataset, rollouts, self.indices)
 
     def to_pandas(self) -> "pandas.DataFrame":
         """Return the table of scores, best first, with the dataset's indices as its index."""
