@@ -78,7 +78,7 @@ class LearnAlignConfig:
         rollout_batch_prompts (`int`, *optional*):
             Prompts that a process generates for at once in a selection, at least 1. By default as many as in training,
             doubled up to six times while the pool has 64 such batches (not with a reward model or sharded weights). If
-            memory is full, generation goes on in halves, unless weights are sharded. Another size gives other rollouts.
+            memory is full, generation goes on in halves, unless weights are sharded. Another size gives others.
         score (`str` or `Callable`, *optional*, defaults to `"learnalign"`):
             The number that prompts are ranked by: `"learnalign"` (Eq. 8), `"learnability"` (V alone; no gradients),
             `"alignment"` (Eq. 8 without V), `"random"` (no rollouts), `"target"` (V times the alignment with the mean
