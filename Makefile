@@ -77,6 +77,8 @@ bench-costs: $(BENCH)/installed
 	$(BENCH)/bin/python benchmarks/million.py
 	$(BENCH)/bin/python benchmarks/rollout_memory.py
 	$(BENCH)/bin/python benchmarks/choosing.py
+	$(BENCH)/bin/python benchmarks/racing.py
+	$(BENCH)/bin/python benchmarks/funnel.py
 	$(BENCH)/bin/python benchmarks/report_million.py
 
 # Compares ways to choose prompts, for docs/evidence.md. An estimated night on two cores. Started again, it goes on

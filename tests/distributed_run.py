@@ -269,9 +269,10 @@ def main(task, path):
             kwargs = {"per_device_train_batch_size": 3, "num_generations": 3}
             trainer = make_trainer(path, reward=seen, dataset=make_dataset(7), **kwargs)
             result["indices"] = select_prompts(trainer, config(num_prompts=4)).indices
-        case "select by a race":  # whose later rounds are dealt anew, and sent to the process of the first
+        case "select by a race":  # among candidates; later rounds are dealt anew, and sent to the process of the first
             trainer = make_trainer(path, reward=seen, dataset=make_dataset(23), **kwargs)
-            choice = config(projection_dim=1024, rollouts="racing", num_prompts=3, save_rollouts=True)
+            funnel = {"candidate_score": ["column:row", "confidence"], "candidate_prompts": [21, 19]}
+            choice = config(rollouts="racing", num_prompts=3, save_rollouts=True, answer_column="row", **funnel)
             result["indices"] = select_prompts(trainer, choice).indices
         case "select few":  # fewer prompts than processes have batches: a rank has no prompt of its own
             trainer = make_trainer(path, reward=seen, dataset=make_dataset(3), per_device_train_batch_size=32)

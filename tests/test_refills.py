@@ -1,6 +1,7 @@
 """Batches of several generations: dead groups are refilled, and a resumed run is the run."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tiny import EAGER, Seen, assert_same_weights, make_trainer, online, weights
@@ -55,7 +56,7 @@ def texts(batch, key="ref_per_token_logps"):
 def run(path, resume=None, cls=Watched, **changes):
     seen = Seen(reward)
     settings = {"max_steps": 4, "num_train_epochs": 9, "save_strategy": "steps", "save_steps": 1} | CHUNKED
-    choice = online(**{"max_refills": 8} | changes.pop("config", {}))
+    choice = online(**{"max_refills": 8, "save_rollouts": True} | changes.pop("config", {}))
     trainer = make_trainer(path, choice, cls=cls, reward=seen, settings=EAGER, **(settings | changes))
     trainer.train(resume_from_checkpoint=resume)
     return trainer, seen
@@ -67,8 +68,8 @@ def whole(tmp_path_factory):
     return path, *run(path, beta=0.1)
 
 
-def test_a_batch_holds_live_groups_alone_and_every_rollout_is_counted(whole):
-    _, trainer, seen = whole
+def test_a_batch_holds_live_groups_alone_and_every_rollout_is_counted_and_kept(whole):
+    path, trainer, seen = whole
     live = [row for row in seen.rows if row % 3 == 0]
     assert len(live) >= 4 * 16 and len(seen.rows) > len(live)
     # The rows that had a gradient, as they were generated, in the shape of TRL
@@ -84,6 +85,9 @@ def test_a_batch_holds_live_groups_alone_and_every_rollout_is_counted(whole):
     assert sum(entry["learnalign/refills"] for entry in logs) == len(seen.rows) / 4 - 4 * 4
     assert all(entry["learnalign/dead_groups"] == 0 for entry in logs)
     history = trainer.learnalign.schedule.curriculum.history
+    kept = pd.concat(map(pd.read_parquet, (path / "_learnalign/rollouts/training").glob("*.parquet")))
+    assert sorted(kept["index"]) == sorted(seen.rows) and set(kept.groupby("draw").size()) == {4}
+    assert kept.groupby("draw")["index"].nunique().eq(1).all()
     assert history.observed == len(seen.rows) / 4 == trainer.learnalign.schedule.curriculum.drawn - 4  # in flight
 
 
