@@ -145,7 +145,7 @@ def _own_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--format",
         choices=["jsonl", "parquet", *EXPORTS],
-        help="also write the chosen rows to a file of this kind, or as this trainer reads them",
+        help="also write the chosen rows, as such a file or for this trainer",
     )
     parser.add_argument(
         "--push_to_hub",
