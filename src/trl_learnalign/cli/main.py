@@ -140,12 +140,12 @@ def _own_parser() -> argparse.ArgumentParser:
         "--dry_run",
         "--dry-run",
         action="store_true",
-        help="score a few prompts, print what the whole selection would need",
+        help="score a few prompts, print what all would need",
     )
     parser.add_argument(
         "--format",
         choices=["jsonl", "parquet", *EXPORTS],
-        help="also write the chosen rows, as such a file or for this trainer",
+        help="also write the rows, as such a file or for a trainer",
     )
     parser.add_argument(
         "--push_to_hub",
