@@ -82,6 +82,7 @@ def test_public_names():
         "Schedule",
         "Selection",
         "find_selections",
+        "preference_pairs",
         "register_host",
         "select_prompts",
     ]

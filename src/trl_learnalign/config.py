@@ -182,8 +182,7 @@ class LearnAlignConfig:
         fold (`int`, *optional*, defaults to `3`):
             The step of `prompt_order="folding"`, at least 1.
         save_rollouts (`bool`, *optional*, defaults to `False`):
-            Keep all rollouts of a selection, or of training if its prompts are chosen online, in
-            `_learnalign/rollouts/`, which is never uploaded.
+            Keep all rollouts (online: of training), in `_learnalign/rollouts/`, which is never uploaded.
         write_report (`bool`, *optional*, defaults to `True`):
             Write `report.html` and its figures after every selection, and log the figures to TensorBoard, W&B and
             trackio if `report_to` names them.

@@ -141,12 +141,12 @@ def _own_parser() -> argparse.ArgumentParser:
         "--dry_run",
         "--dry-run",
         action="store_true",
-        help="score a few prompts, print what the whole selection would need",
+        help="score a few prompts, print what all would need",
     )
     parser.add_argument(
         "--format",
         choices=["jsonl", "parquet", *EXPORTS],
-        help="also write the chosen rows to a file of this kind, or as this trainer reads them",
+        help="also write the rows, as such a file or for a trainer",
     )
     parser.add_argument(
         "--push_to_hub",
