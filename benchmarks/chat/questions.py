@@ -1,5 +1,5 @@
 """
-Short questions of nine kinds, and two kinds that can only be guessed.
+Short questions of nine kinds, and two kinds that can only be guessed; and the pool of gym_pool.py.
 
 A pool is what users have: most questions are too hard for the model at first, a few kinds are within reach, and one
 step leads to the next (sums of one digit, of two, of three). The kinds that are guessed have answers that nothing in
@@ -8,6 +8,7 @@ the question tells.
 
 import re
 
+import gym_pool
 import numpy as np
 import pandas as pd
 
@@ -24,8 +25,12 @@ SHARES = {  # questions of 2,000
     "product 2": 400,
 }
 GUESSED = {"prime": 333, "ticket": 334}  # a quarter of 2,667
-POOLS = {"short": SHARES, "guessed": SHARES | GUESSED}
-KINDS = (*SHARES, *GUESSED)
+POOLS = {
+    "short": SHARES,
+    "guessed": SHARES | GUESSED,
+    "gym": {kind: number for kind, (number, _) in gym_pool.KINDS.items()},
+}
+KINDS = (*SHARES, *GUESSED, *gym_pool.KINDS)
 HELD_OUT = 16  # questions of each kind that can be learnt in a short run: all of `SHARES` but the last
 
 _THINGS = "apples", "books", "coins", "marbles", "pens", "shells", "stamps", "cards"
@@ -92,9 +97,9 @@ def _draw(kind: str, number: int, r: np.random.Generator, without: set) -> list[
     raise ValueError(f"There are no {number} different questions of the kind {kind!r}.")
 
 
-def held_out() -> pd.DataFrame:
+def held_out(name: str = "short") -> pd.DataFrame:
     """Return questions that no pool has, not in other words either: the same for all seeds."""
-    return _held_out()[0]
+    return pd.DataFrame(gym_pool.held_out()) if name == "gym" else _held_out()[0]
 
 
 def _held_out():
@@ -113,13 +118,17 @@ def _held_out():
 
 def pool(name: str, seed: int) -> pd.DataFrame:
     """Return the questions of a pool: `prompt` (messages), `answer`, `kind`, in random order."""
+    if name == "gym":
+        return pd.DataFrame(gym_pool.pool(seed))
     r, (_, without) = np.random.default_rng(seed), _held_out()
     rows = [row for kind, number in POOLS[name].items() for row in _draw(kind, number, r, without.get(kind, set()))]
     return pd.DataFrame([rows[i] for i in r.permutation(len(rows))])
 
 
-def is_right(text: str, answer: str) -> bool:
+def is_right(text: str, answer: str, name: str = "short") -> bool:
     """Tell if the last number of a text, or its first yes or no, is the answer."""
+    if name == "gym":
+        return gym_pool.is_right(text, answer)
     if answer in ("yes", "no"):
         found = re.findall(r"\b(yes|no)\b", text.lower())
         return bool(found) and found[0] == answer

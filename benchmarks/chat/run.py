@@ -37,7 +37,7 @@ PROMPTS, LENGTH, ROWS = 8, 12, 16  # a step, tokens, rows of a microbatch
 SAMPLES = 3  # of a question held out
 PARTS = 0.2, 0.4, 0.6, 0.8, 1  # of a run, after which success is measured
 SAVE_STEPS = 5
-ARMS = ("random", "refill", "online", "learnalign online", "learnalign online without kinds")
+ARMS = ("random", "refill", "mopps", "online", "learnalign online", "learnalign online without kinds")
 ARMS += ("learnalign online on top", "online in proportion")
 
 
@@ -46,12 +46,13 @@ class Recorder:
 
     __name__ = "right"
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, pool: str):
+        self.pool = pool
         self.file, self.rows, self.successes = folder / "steps.jsonl", [], []
 
     def __call__(self, completions, answer, row, **kwargs):
         texts = [completion[0]["content"] for completion in completions]
-        rewards = [float(is_right(text, own)) for text, own in zip(texts, answer, strict=True)]
+        rewards = [float(is_right(text, own, self.pool)) for text, own in zip(texts, answer, strict=True)]
         self.rows += row[::GROUP]
         self.successes += np.array(rewards, int).reshape(-1, GROUP).sum(1).tolist()
         return rewards
@@ -62,7 +63,7 @@ class Looks(TrainerCallback):
 
     def __init__(self, recorder, folder, tokenizer, kinds, marks):
         self.recorder, self.folder, self.tokenizer, self.kinds, self.marks = recorder, folder, tokenizer, kinds, marks
-        self.test, self.before = held_out(), None
+        self.test, self.before = held_out(recorder.pool), None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         # What a killed run wrote after its last checkpoint comes again
@@ -102,7 +103,8 @@ class Looks(TrainerCallback):
             torch.manual_seed(0)
             texts, kl = _sample(model, self.tokenizer, list(self.test["prompt"]))
         right = [
-            is_right(text, answer) for text, answer in zip(texts, self.test["answer"].repeat(SAMPLES), strict=True)
+            is_right(text, answer, self.recorder.pool)
+            for text, answer in zip(texts, self.test["answer"].repeat(SAMPLES), strict=True)
         ]
         table = self.test.assign(success=np.array(right).reshape(-1, SAMPLES).mean(1))
         rates = table.groupby("kind", sort=False)["success"].mean().round(4)
@@ -169,7 +171,7 @@ def run(arm, name, seed, folder, options) -> dict:
     questions = pool(name, seed).assign(row=lambda table: range(len(table)))
     rows = Dataset.from_list(questions.to_dict("records"))
     marks = [round(options.steps * part) for part in PARTS]
-    recorder = Recorder(folder)
+    recorder = Recorder(folder, name)
     tokenizer = load(options.model)[1]
     looks = Looks(recorder, folder, tokenizer, list(questions["kind"]), marks)
     trainer = build_trainer(arm, rows.remove_columns("kind"), recorder, seed, folder, options, [looks])

@@ -17,7 +17,9 @@ from tiny import make_model, make_tokenizer
 
 @pytest.mark.parametrize("name", POOLS)
 def test_a_pool_has_its_kinds_and_nothing_that_is_held_out(name):
-    rows, test = pool(name, 3), held_out()
+    if name == "gym":
+        pytest.importorskip("reasoning_gym")
+    rows, test = pool(name, 3), held_out(name)
     assert rows["kind"].value_counts().to_dict() == POOLS[name]
     texts = [messages[-1]["content"] for messages in rows["prompt"]]
     assert len(set(texts)) == len(rows)
@@ -50,6 +52,15 @@ def test_the_last_number_or_the_first_yes_or_no_counts():
         ("", "7", False),
     ):
         assert is_right(text, answer) is right
+    for text, answer, right in (
+        ("4 - 5 = -1", "-1", True),
+        ("It was a Friday.", "Friday", True),
+        ("Monday, or Friday", "Friday", False),
+        ("False", "True", False),
+        ("dud", "dud", True),
+        ("The name is Tayo.", "Tayo", True),
+    ):
+        assert is_right(text, answer, "gym") is right
 
 
 def test_the_tables_of_made_up_runs(tmp_path, monkeypatch):
