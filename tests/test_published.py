@@ -385,7 +385,7 @@ def test_draws_whose_groups_never_come_are_given_up(host, monkeypatch):
         ({"schedule": "mopps", "score": "random"}, "`score` is 'random', but has no effect with `schedule='mopps'`"),
         ({"schedule": "dps", "num_prompts": 5}, "`num_prompts` is 5, but has no effect with `schedule='dps'`"),
         ({"schedule": "lfr", "learnability": "variance"}, "which counts successes alone"),
-        ({"schedule": "adept", "max_refills": 1}, "has no effect with `schedule='adept'`, which draws a chunk again"),
+        ({"schedule": "adept", "max_refills": 1}, "has no effect with `schedule='adept'`, which draws whole chunks"),
         ({"schedule": "greso", "group_column": "a"}, "`group_column` is 'a', but has no effect"),
         ({"schedule": "MoPPS"}, "must be one of staged, online, mopps"),
     ],

@@ -155,7 +155,7 @@ def test_rows_are_those_of_the_rewards_with_the_prompts_that_were_drawn(tmp_path
         return generate(inputs[::-1])
 
     trainer._generate_and_score_completions = adds
-    find_host(trainer).on_rewards(lambda batch, inputs, completions, rewards, trained: seen.extend(inputs))
+    find_host(trainer).on_rewards(lambda batch, inputs, *others: seen.extend(inputs))
     trainer.train()
     assert len(seen) == 32 and [row["row"] for row in seen] == reward.rows
     assert all(row["prompt"] == dataset[row["row"]]["prompt"] for row in seen)
@@ -189,7 +189,7 @@ def test_methods_that_the_user_has_patched(tmp_path):
     trainer._calculate_rewards = own
     before = dict(vars(trainer))
     end = find_host(trainer).on_rewards(
-        lambda batch, inputs, completions, rewards, trained: numbers.extend(rewards.ravel())
+        lambda batch, inputs, completions, rewards, *others: numbers.extend(rewards.ravel())
     )
     trainer.train()
     assert calls == ["own"] and set(numbers) <= {1.0, 2.0}

@@ -63,6 +63,22 @@ SELECTIONS = {
     "learnalign then online": {"score": "learnalign"},
     "target then online": {"score": "target_alignment"},
 }
+# Every score of a selection, at the price of at most a quarter of a run of 125 steps where it needs rollouts
+FEW = {"candidate_prompts": 500}
+SELECTIONS |= {
+    "static random": {"score": "random"},
+    "static confidence": {"score": "confidence", "answer_column": "answer"},
+    "static pvi": {"score": "pvi", "answer_column": "answer"},
+    "static demonstration": {"score": "demonstration", "answer_column": "answer"},
+    "static density": {"score": "density", "take": "proportional"},
+    "static learnability": {"score": "learnability", **FEW},
+    "static racing": {"score": "learnability", "rollouts": "racing", "candidate_prompts": 900},
+    "static learnalign": {"score": "learnalign", **FEW},
+    "static alignment": {"score": "alignment", **FEW},
+    "static influence": {"score": "influence", **FEW},
+    "static diversity": {"score": "learnability", "diversity": "hidden_states", **FEW},
+    "static funnel": {"score": "learnability", "candidate_score": "confidence", "answer_column": "answer", **FEW},
+}
 CHOSEN = 100  # prompts of a selection, less than half of the learnable ones
 ARMS = ("uniform", *SCHEDULES, "refill", *ONLINE, *SELECTIONS)
 WARM_POOLS = ("clean", "clean-wrong")

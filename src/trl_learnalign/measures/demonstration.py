@@ -197,7 +197,7 @@ class _Contexts:
 
 
 class _ContextForward(Forward):
-    """Whether the greedy answer is right, and each example's share of the attention: `(n, 1 + EXAMPLES)`, float64."""
+    """Right greedy answers, 0 or 1, and each example's share of the attention: `(n, 1 + EXAMPLES)`, float64."""
 
     remedy = "Leave out the longest prompts (`where`), or use another score."
 
