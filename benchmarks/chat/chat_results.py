@@ -98,7 +98,11 @@ def on_guesses(run) -> float:
 
 def counts(runs, name) -> np.ndarray:
     """Return the groups, or the live ones, of each kind in each half of these runs, shape (2, kinds)."""
-    return np.sum([run["halves"][name] for run in runs], axis=0)
+    total = np.zeros((2, len(KINDS)), int)
+    for run in runs:
+        kept = np.array(run["halves"][name])
+        total[:, : kept.shape[1]] += kept  # of the kinds that there were then
+    return total
 
 
 def tables(runs, pool) -> list[str]:
