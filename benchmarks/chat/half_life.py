@@ -1,0 +1,90 @@
+"""
+How fast what is known of the policy should fade: success predicted one chunk ahead, in runs that were made.
+
+    python benchmarks/chat/half_life.py --runs runs/chat/short/random-0 runs/chat/short/online-0
+
+The rows and successes of a run's `steps.jsonl` are shown to the predictor chunk by chunk, with other half-lives and
+ridges than `OnlineSettings` has. Features are mean hidden states after half of the layers, as 64 principal components.
+Printed are the squared error and the cross-entropy of predicted success, after the first 64 groups.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from harness import options
+from model import load
+from pages import table
+from policies import GROUP
+from questions import pool
+
+from trl_learnalign.curriculum import OnlineSettings
+from trl_learnalign.curriculum.predictor import SuccessPredictor
+
+
+HALF_LIVES = (50, 800), (25, 400), (12, 200), (12, 100), (6, 50), (3, 25)  # optimizer steps, groups
+RIDGES = 1.0, 3.0, 10.0
+FIRST = 64  # groups that are not counted
+
+
+@torch.no_grad()
+def features(directory, name, seed) -> np.ndarray:
+    """What is known of each prompt of a pool, of shape (N, 65), the first a column of ones."""
+    model, tokenizer = load(directory)
+    base, prompts = model.eval().model, list(pool(name, seed)["prompt"])
+    base.layers = base.layers[: len(base.layers) // 2]
+    order = np.argsort([len(prompt[-1]["content"]) for prompt in prompts])
+    found = np.zeros((len(prompts), model.config.hidden_size))
+    kwargs = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt", "padding": True}
+    for rows in np.array_split(order, len(order) // 64 + 1):
+        batch = tokenizer.apply_chat_template([prompts[row] for row in rows], **kwargs)
+        mask = batch["attention_mask"][..., None]
+        states = base(**batch, use_cache=False).last_hidden_state.float()
+        found[rows] = ((states * mask).sum(1) / mask.sum(1)).numpy()
+    u, s, _ = np.linalg.svd(found - found.mean(0), full_matrices=False)
+    parts = u[:, :64] * s[:64]
+    return np.concatenate([np.ones((len(parts), 1)), parts / parts[:, 0].std()], axis=1).astype(np.float32)
+
+
+def errors(x, steps, settings) -> tuple[float, float]:
+    """Squared error and cross-entropy of a group's success, predicted before its chunk."""
+    predictor, found, seen = SuccessPredictor(x, settings), [], 0
+    for number, step in enumerate(steps):
+        rows, rates = np.array(step["rows"]), np.array(step["successes"]) / GROUP
+        q = predictor.predict(rows) if seen else np.full(len(rows), 0.5)
+        if seen >= FIRST:
+            sure = np.clip(q, 1e-3, 1 - 1e-3)
+            entropy = -rates * np.log(sure) - (1 - rates) * np.log(1 - sure)
+            found += zip((rates - q) ** 2, entropy, strict=True)
+        clock = min(number / settings.half_life_steps, seen / settings.half_life_groups)
+        trials = np.full(len(rows), float(GROUP))
+        numbers = np.arange(seen, seen + len(rows))
+        predictor.observe(numbers, rows, np.full(len(rows), clock), rates * GROUP, trials, q)
+        seen += len(rows)
+    return tuple(np.mean(found, axis=0))
+
+
+def main():
+    arguments = options(__doc__, runs=["runs/chat/short/random-0"], model=Path("runs/chat/model"))
+    known = {}
+    for folder in map(Path, arguments.runs):
+        name, seed = folder.parent.name, int(folder.name.rpartition("-")[2])
+        if (name, seed) not in known:
+            known[name, seed] = features(arguments.model, name, seed)
+        steps = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+        lines = []
+        for half_life, groups in HALF_LIVES:
+            own = OnlineSettings(half_life_steps=half_life, half_life_groups=groups)
+            cells = (errors(known[name, seed], steps, replace(own, ridge=ridge)) for ridge in RIDGES)
+            lines.append([f"{half_life} steps, {groups} groups", *(f"{a:.4f}, {b:.3f}" for a, b in cells)])
+        print(f"\n{folder}\n\n" + table(["half-life", *(f"ridge {ridge:g}" for ridge in RIDGES)], lines))
+
+
+if __name__ == "__main__":
+    main()
