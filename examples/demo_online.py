@@ -23,7 +23,7 @@ from demo import POLICY, SAMPLES, success
 from equations import equations_reward, generate_chains, load_gsm8k_equations
 from hard_pool import COIN, EQUATION, HARD, TRIVIAL, hard_pool
 from peft import LoraConfig
-from side_by_side import Watch, draw, print_table, train_both
+from side_by_side import Watch, draw, print_end, print_table, train_both
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 from trl import GRPOConfig, GRPOTrainer
@@ -131,11 +131,7 @@ def main():
 
     print(f"\nHeld-out success at temperature 1 ({len(test)} prompts, {SAMPLES} samples each)")
     print_table(shares, looks, PROMPTS * GROUP, arguments.steps)
-    print(f"\nTotal: {time.perf_counter() - started:.0f} s")
-    print(f"The figure: {figure}")
-    print(
-        f"What was chosen, to be opened in a browser: {arguments.output_dir / 'online' / 'learnalign' / 'report.html'}"
-    )
+    print_end(started, figure, arguments.output_dir)
 
 
 if __name__ == "__main__":

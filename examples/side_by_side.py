@@ -1,5 +1,6 @@
 """Two training runs at the same time, each in a process of its own: bars while they train, a figure and a table."""
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -150,3 +151,10 @@ def print_table(shares, looks, rollouts: int, steps: int) -> None:
         else f"  With LearnAlign online the final success of random prompts is reached after {needed:,.0f} rollouts, "
         f"{needed / (rollouts * steps):.0%} of theirs (one run each)."
     )
+
+
+def print_end(started: float, figure: Path, output_dir: Path) -> None:
+    """Print how long all took since `started`, and where figure and page are."""
+    print(f"\nTotal: {time.perf_counter() - started:.0f} s")
+    print(f"The figure: {figure}")
+    print(f"What was chosen, to be opened in a browser: {output_dir / 'online' / 'learnalign' / 'report.html'}")
