@@ -255,7 +255,7 @@ def check_groups(dataset: Dataset, knob: str, name: str, most: int | None = None
         )
 
 
-def candidate_rows(dataset: Dataset, config: "LearnAlignConfig") -> list[int]:
+def candidate_rows(dataset: Dataset, config: "LearnAlignConfig") -> Sequence[int]:
     """
     Find the rows that `where` holds for, if it needs columns of the dataset alone; all rows otherwise.
 
@@ -264,7 +264,7 @@ def candidate_rows(dataset: Dataset, config: "LearnAlignConfig") -> list[int]:
     """
     rows = range(len(dataset))
     if config.where is None or needs_measures(dataset, config):
-        return list(rows)
+        return rows
     condition = Condition(config.where)
     found = np.flatnonzero(condition(dataset_columns(dataset, rows, sorted(condition.columns)))).tolist()
     if not found:

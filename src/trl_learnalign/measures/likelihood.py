@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 WINDOW = 256  # prompts that a process sorts by length, and keeps on disk when they are done
 _LOGITS = 1 << 28  # most logits of a forward: the vocabulary may be large
+_FEW, _PARTS = 1000, 25  # answers are checked together up to so many, or in so many parts
 _SHOWN = 10  # rows that an error names
 
 
@@ -57,9 +58,10 @@ class Likelihood(Measure):
         check_named(host.dataset, "answer_column", config.answer_column, [config.answer_column])
         faults: dict[str, list[int]] = {}
         rows = candidate_rows(host.dataset, config)
-        for row, answer in zip(rows, _column(host, config, rows), strict=True):
-            if (fault := _fault(answer)) is not None:
-                faults.setdefault(fault, []).append(row)
+        for part in windows_of(rows, max(_FEW, len(rows) // _PARTS)):
+            for row, answer in zip(part, _column(host, config, part), strict=True):
+                if (fault := _fault(answer)) is not None:
+                    faults.setdefault(fault, []).append(row)
         if faults:
             named = (f"{fault}: row {', '.join(map(str, rows[:_SHOWN]))}" for fault, rows in faults.items())
             more = " and others" * any(len(rows) > _SHOWN for rows in faults.values())
