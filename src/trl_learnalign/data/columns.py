@@ -23,6 +23,11 @@ _FEW = 0.05  # of all rows are read one by one
 _EXACT = 1 << 53  # floats hold all whole numbers up to this one
 
 
+def row_index(rows: "Sequence[int] | np.ndarray | pd.Index") -> pd.Index:
+    """Return the index of a table of these rows of the dataset."""
+    return pd.Index(np.asarray(rows, dtype=np.int64), name="index")
+
+
 def dataset_columns(
     dataset: Dataset, rows: "Sequence[int] | pd.Index", names: Iterable[str] | None, as_stored: bool = False
 ) -> pd.DataFrame:
@@ -41,7 +46,7 @@ def dataset_columns(
     """
     if names is None:
         names = [name for name, kind in dataset.features.items() if isinstance(kind, Value)]
-    names, index = list(names), pd.Index(np.asarray(rows, dtype=np.int64), name="index")
+    names, index = list(names), row_index(rows)
     if not names:
         return pd.DataFrame(index=index)
     whole = _taken(dataset.select_columns(sorted({root_of(dataset, name) for name in names})), index, as_stored)

@@ -1,6 +1,5 @@
 """The likelihood of the right answers: one forward of the policy over each prompt and its answer."""
 
-import inspect
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -13,11 +12,12 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..data.columns import candidate_rows, check_named, dataset_columns
+from ..data.columns import candidate_rows, check_named, dataset_columns, row_index
 from ..data.reading import read_prompts
 from ..host import Host
 from .base import Context, Finding, Measure
 from .forwards import Forward, evaluating, in_rounds, prompt_ids, reason_against, tokens_at_once, windows_of
+from .half_forward import last_logits
 
 
 if TYPE_CHECKING:
@@ -90,14 +90,13 @@ class Likelihood(Measure):
 
         started = time.perf_counter()
         with evaluating(host, "likelihoods", len(rows)) as bar:
-            windows = windows_of(list(rows), WINDOW)
+            windows = windows_of(rows, WINDOW)
             forward = _AnswerForward(host, tokens_with_logits(host))
             means = in_rounds(host, context.peers, bar, log, forward, read, windows, np.float64)
         log.close()
         context.clock("likelihoods", started)
-        index = pd.Index(list(rows), name="index", dtype="int64")
         found = {"answer_likelihood": np.exp(means[:, 0]), "answer_tokens": means[:, 1]}
-        return Finding(self.table(context, pd.DataFrame(found, index=index)))
+        return Finding(self.table(context, pd.DataFrame(found, index=row_index(rows))))
 
     def table(self, context: Context, found: pd.DataFrame) -> pd.DataFrame:
         """Return the columns of this measure; `found` has `answer_likelihood` and `answer_tokens`."""
@@ -200,8 +199,7 @@ def answer_logits(host: Host, sequences: Sequence[Answered], model: nn.Module | 
     )
     keep = input_ids.shape[1] - min(len(one.prompt) for one in sequences) + 1
     whole: Any = host.model if model is None else model
-    base = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
-    some = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
+    some = last_logits(whole, keep)
     run = host.policy if model is None else model
     with host.accelerator.autocast() if model is None else nullcontext():
         logits = run(input_ids=input_ids, attention_mask=mask.long(), use_cache=False, **some).logits

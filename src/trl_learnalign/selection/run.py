@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..choice.table import draw_pool, load_target, rank, scores_table
 from ..config import LearnAlignConfig
-from ..data.columns import candidate_rows
+from ..data.columns import candidate_rows, row_index
 from ..data.prompts import equal_prompts
 from ..data.rows import dataset_fingerprint
 from ..ground.disk import DirectoryLock, make_directory, rollouts_of, scratch
@@ -304,7 +304,7 @@ class SelectionRun:
     def _chosen(self) -> Selection:
         """Join what was measured, rank and choose."""
         dataset, stage, found = self.host.dataset, self.provenance["stage"], self.context.found
-        table = pd.DataFrame(index=pd.Index(np.array(self.pool, np.int64), name="index"))
+        table = pd.DataFrame(index=row_index(self.pool))
         measured: list[str] = []
         for measure in needed(self.score.requires):
             if (part := found[measure.name].table) is not None:
