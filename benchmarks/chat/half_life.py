@@ -4,8 +4,9 @@ How fast what is known of the policy should fade: success predicted one chunk ah
     python benchmarks/chat/half_life.py --runs runs/chat/short/random-0 runs/chat/short/online-0
 
 The rows and successes of a run's `steps.jsonl` are shown to the predictor chunk by chunk: with one fit of several
-half-lives and ridges, and with the second, quick fit around it that LearnAlign online has. Features are mean hidden states after half of the layers, as 64 principal components.
-Printed are the squared error and the cross-entropy of predicted success, after the first 64 groups.
+half-lives and ridges, and with the second, quick fit around it that LearnAlign online has. Features are mean hidden
+states after half of the layers, as 64 principal components. Printed are the squared error and the cross-entropy of
+predicted success, after the first 64 groups.
 """
 
 import json
