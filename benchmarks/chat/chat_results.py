@@ -32,6 +32,7 @@ ARMS = {
     "refill": "refill (DAPO)",
     "online": "online, learnability alone",
     "learnalign-online": "LearnAlign online",
+    "learnalign-online-without-quick-fit": "LearnAlign online, success fitted once",
     "learnalign-online-without-kinds": "LearnAlign online, kinds do not count",
     "online-in-proportion": "learnability alone, in proportion",
     "learnalign-online-on-top": "LearnAlign online, the best alone",

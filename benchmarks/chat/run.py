@@ -38,7 +38,7 @@ SAMPLES = 3  # of a question held out
 PARTS = 0.2, 0.4, 0.6, 0.8, 1  # of a run, after which success is measured
 SAVE_STEPS = 5
 ARMS = ("random", "refill", "mopps", "online", "learnalign online", "learnalign online without kinds")
-ARMS += ("learnalign online on top", "online in proportion")
+ARMS += ("learnalign online without quick fit", "learnalign online on top", "online in proportion")
 
 
 class Recorder:

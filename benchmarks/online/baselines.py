@@ -30,7 +30,7 @@ class BetaMean(MoPPS):
 
 SCHEDULES = {"beta mean": BetaMean, **PUBLISHED}
 LEARNABILITY, LEARNALIGN = {"score": "learnability"}, {"score": "learnalign"}
-UNBOUND = replace(IN_PROPORTION, kinds_count=False, least_kind_share=0.0)  # as before kinds counted
+UNBOUND = replace(IN_PROPORTION, kinds_count=False, least_kind_share=0.0, quick_speed=0.0)  # before kinds counted
 ONLINE = {  # settings of LearnAlignConfig, and of the curriculum
     "online": (LEARNABILITY, None),
     "online without features": ({**LEARNABILITY, "prompt_features": False}, None),
@@ -44,6 +44,7 @@ ONLINE = {  # settings of LearnAlignConfig, and of the curriculum
     "online in proportion": (LEARNABILITY, UNBOUND),
     "online with kinds": (LEARNABILITY, IN_PROPORTION),
     "learnalign online without floor": (LEARNALIGN, replace(IN_PROPORTION, least_kind_share=0.0)),
+    "learnalign online without quick fit": (LEARNALIGN, replace(IN_PROPORTION, quick_speed=0.0)),
     "learnalign online flatter": (LEARNALIGN, replace(IN_PROPORTION, sharpness=2.0)),
     "learnalign online more uniform": (LEARNALIGN, replace(IN_PROPORTION, uniform=0.2)),
     **dict.fromkeys(RIVALS, (LEARNABILITY, UNBOUND)),
