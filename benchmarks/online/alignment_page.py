@@ -27,7 +27,7 @@ from drawing import FIGURES, plt
 from harness import RESULTS, ROOT
 from pages import between, columns, fill, interval, points, publish, table
 from questions import GUESSED, POOLS
-from results import ARMS, area_gains, end, gains, of, paired, rates
+from results import ARMS, area_gains, costs, end, gains, of, paired, rates, took
 
 
 PAGE = ROOT / "docs" / "evidence_alignment.md"
@@ -181,8 +181,8 @@ def _cost():
 
 def verdicts() -> str:
     """A row for each criterion."""
-    words = {True: "holds", False: "**missed**", None: "open"}
-    return table("pool | asked | measured | ", [[*row[:3], words[row[3]]] for row in criteria()])
+    words = {True: "yes", False: "**no**", None: "open"}
+    return table("pool | must hold | measured | held", [[*row[:3], words[row[3]]] for row in criteria()])
 
 
 def outcome() -> str:
@@ -294,7 +294,12 @@ def hard() -> str:
         "mean over the run, over random": lambda arm: over(arm, RANDOM, area_gains),
         "over learnability alone ": lambda arm: over(arm, TODAY, area_gains),
     }
-    return columns(labels, runs)
+    return columns(labels | costs(runs.get), runs)
+
+
+def same_work() -> str:
+    """Seconds of runs of the chat model with random prompts, which do the same work."""
+    return took(of(ALL_CHAT, "short", "random"))
 
 
 def chat(pool) -> str:
