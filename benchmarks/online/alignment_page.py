@@ -1,6 +1,6 @@
 """
 Writes docs/evidence_alignment.md and its figure from benchmarks/results/online.json (page.py collects its runs),
-chat.json (chat_results.py --collect) and taps.json, so that no number of a table is typed.
+chat.json (chat_results.py --collect), taps.json and real_rows.json, so that no number of a table is typed.
 
     python benchmarks/online/alignment_page.py [--check]
 
@@ -20,6 +20,7 @@ import chat_results
 import coin_results
 import drawing
 import harness
+import real_results
 import results
 from chat_results import by_kind, on_guesses
 from coin_results import on_chance, worth
@@ -365,7 +366,7 @@ def draw_front() -> None:
 
 def main():
     template = (HERE / "evidence_alignment.md.in").read_text(encoding="utf-8")
-    names = globals() | {pool: lambda pool=pool: chat(pool) for pool in POOLS}
+    names = vars(real_results) | globals() | {pool: lambda pool=pool: chat(pool) for pool in POOLS}
     pages = {PAGE: fill(template, names)}
     for path in FRONT:
         text = fill(front("docs/" if path.name == "README.md" else ""), {})
