@@ -13,6 +13,7 @@ import json
 import logging
 import re
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 
@@ -107,18 +108,22 @@ def features_and_kinds(schedule, rows) -> dict:
 
 
 def first_draws(schedule, rows, options) -> dict:
-    """Roll out the first random prompts, tell the schedule, and choose among them by a filter and a quota."""
+    """Roll out the first random prompts, tell the schedule as they come, and choose some by a filter and a quota."""
+    begun = deepcopy(schedule.state_dict())
     drawn = [row for _ in range(DRAWN // 8) for row in schedule.choose(8)]
-    numbers, own = [schedule.curriculum.number_of(row) for row in drawn], rows.select(drawn)
-    trainer, common = trainer_on(own, options), {"score": "learnability", "write_report": False}
+    own, common = rows.select(drawn), {"score": "learnability", "write_report": False}
+    trainer = trainer_on(own, options)
     SAID.clear()
     table = select_prompts(trainer, LearnAlignConfig(num_prompts=DRAWN, **common)).to_pandas().sort_index()
     found: dict = {"said": [*SAID]}
     table = table.assign(source=own["source"], right=(GROUP * table["success_rate"]).round().astype(int))
     rewards = [(np.arange(GROUP) < number)[:, None].astype(float) for number in table["right"]]
+    schedule.load_state_dict(begun)
     SAID.clear()
-    schedule.observe([Group(*group) for group in zip(numbers, drawn, rewards, strict=True)])
-    schedule.tick(DRAWN // 8)
+    for place in range(0, DRAWN, 8):
+        draws = enumerate(schedule.choose(8), place)
+        schedule.observe([Group(number, row, rewards[number]) for number, row in draws])
+        schedule.tick(1)
     schedule.choose(8)
     found["schedule"] = {name: round(schedule.metrics()[name], 3) for name in ("choosing", "skill", "pool_success")}
     found["schedule"] |= {"said": [*SAID], "summary": schedule.summary()}

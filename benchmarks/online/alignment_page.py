@@ -299,7 +299,7 @@ def hard() -> str:
 
 
 def same_work() -> str:
-    """Seconds of runs of the chat model with random prompts, which do the same work."""
+    """Seconds of runs of the chat model with random prompts, equally many rollouts each."""
     return took(of(ALL_CHAT, "short", "random"))
 
 

@@ -355,7 +355,7 @@ def alignment() -> str:
 
 
 def same_work() -> str:
-    """Seconds of runs with random prompts on the hard pool, which do the same work."""
+    """Seconds of runs with random prompts on the hard pool, equally many rollouts each."""
     return took(of(RUNS, "hard", "uniform"))
 
 
