@@ -47,7 +47,7 @@ REFUSED = (
 # fmt: on
 SAID: list[str] = []  # warnings of the package
 listener = logging.Handler(logging.WARNING)
-listener.emit = lambda record: SAID.append(record.getMessage())  # type: ignore[method-assign]
+listener.emit = lambda record: SAID.append(record.getMessage())
 logging.getLogger("trl_learnalign").addHandler(listener)
 
 
