@@ -8,31 +8,19 @@ policy is the tiny one. Each score of `--candidate_score` leaves a tenth of its 
 chooses a tenth of the last. Memory is the most that the process had resident, above what it had before the selection.
 """
 
-import argparse
-import json
-import os
 import random
 import resource
-import sys
 import tempfile
 import time
 import warnings
 from pathlib import Path
 
-import torch
+import harness
 from datasets import Dataset
-from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import GRPOConfig, GRPOTrainer
-from workload import ROOT, save_results
+from equations import equations_reward, generate_chains
+from policies import arguments_of, load_policy, trainer_of
 
 from trl_learnalign import LearnAlignConfig, Selection, select_prompts
-
-
-sys.path.insert(0, str(ROOT / "examples"))
-
-from demo import POLICY
-from equations import equations_reward, generate_chains
 
 
 BLOCK = 10_000  # prompts that are generated at once
@@ -46,41 +34,25 @@ def rows_of(num):
 
 
 def build_trainer(dataset, directory):
-    args = GRPOConfig(
-        output_dir=str(directory),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        per_device_train_batch_size=256,
-        num_generations=8,
-        max_completion_length=56,
-        report_to="none",
-        disable_tqdm=True,
-        seed=0,
-    )
-    return GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(POLICY, dtype=torch.float32),
-        reward_funcs=equations_reward,
-        args=args,
-        train_dataset=dataset,
-        processing_class=AutoTokenizer.from_pretrained(POLICY),
-        peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
-    )
+    args = arguments_of(directory, per_device_train_batch_size=256, max_completion_length=56, seed=0)
+    return trainer_of(load_policy(), equations_reward, args, dataset)
 
 
 def resident():
+    """The most bytes in memory so far."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=1_000_000)
-    parser.add_argument("--candidate_score", nargs="+", default=["column:quality", "confidence"])
-    parser.add_argument("--rollouts", choices=("all", "racing"), default="racing")
-    parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "funnel.json")
-    arguments = parser.parse_args()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    arguments = harness.options(
+        __doc__,
+        {"rollouts": ("all", "racing")},
+        prompts=1_000_000,
+        candidate_score=["column:quality", "confidence"],
+        rollouts="racing",
+        directory=Path(tempfile.gettempdir()),
+        output="funnel",
+    )
     warnings.filterwarnings("ignore", category=FutureWarning)
     sizes = [arguments.prompts // 10 ** (stage + 1) for stage in range(len(arguments.candidate_score))]
     config = LearnAlignConfig(
@@ -95,6 +67,7 @@ def main():
     with tempfile.TemporaryDirectory(dir=arguments.directory) as scratch:
         dataset = Dataset.from_generator(rows_of, gen_kwargs={"num": arguments.prompts}, cache_dir=scratch)
         trainer = build_trainer(dataset, Path(scratch) / "run")
+        Path("/proc/self/clear_refs").write_text("5")  # what made the prompts does not count
         before, started = resident(), time.perf_counter()
         selection = select_prompts(trainer, config)
         seconds, most = time.perf_counter() - started, resident()
@@ -114,7 +87,7 @@ def main():
         "bytes_written": written,
         "mean_success": selection.mean_success_rates(),
     }
-    save_results(arguments.output, json.loads(json.dumps(values)))
+    harness.report(arguments.output, harness.conditions(**values))
 
 
 if __name__ == "__main__":

@@ -308,26 +308,49 @@ def observe(model, numbers, rows, successes, trials, clock=0.0, predicted=0.5):
     model.observe(np.asarray(numbers), np.asarray(rows), *values)
 
 
-def test_the_regression_is_the_minimum_of_its_loss():
-    """Against plain gradient descent on the penalised likelihood."""
+@pytest.mark.parametrize("quick", [0.0, 4.0])
+def test_the_regression_is_the_minimum_of_its_loss(quick):
+    """Against plain gradient descent on the penalised likelihood; the quick fit around the slow one."""
     random = np.random.default_rng(0)
     x = np.concatenate([np.ones((60, 1)), random.normal(size=(60, 3))], axis=1).astype(np.float32)
-    model = SuccessPredictor(x, DEFAULTS)
-    clock = np.repeat(np.arange(6), 10) / 50
+    settings = OnlineSettings(quick_speed=quick)
+    model = SuccessPredictor(x, settings)
+    clock = np.repeat(np.arange(6), 10) / 5
     successes = random.integers(0, GROUP + 1, 60)
     for part in np.split(np.arange(60), 6):
         observe(model, part, part, successes[part], GROUP, clock[part])
-    model.predict(np.arange(2))
-    w = torch.zeros(4, dtype=torch.float64, requires_grad=True)
-    counts = torch.tensor(DEFAULTS.group_weight * 0.5 ** (clock.max() - clock))
-    y = torch.tensor(successes / GROUP)
-    for _ in range(20_000):
-        logits = torch.tensor(x, dtype=torch.float64) @ w
-        loss = (counts * torch.nn.functional.binary_cross_entropy_with_logits(logits, y, reduction="none")).sum()
-        loss = loss + DEFAULTS.ridge / 2 * w.square().sum()
-        (gradient,) = torch.autograd.grad(loss, w)
-        w.data -= 0.005 * gradient
-    np.testing.assert_allclose(model.weights, w.detach().numpy(), atol=1e-6)
+    features, y = torch.tensor(x, dtype=torch.float64), torch.tensor(successes / GROUP)
+
+    def lowest(speed, centre, ridge):
+        w = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+        counts = torch.tensor(settings.group_weight * 0.5 ** (speed * (clock.max() - clock)))
+        for _ in range(20_000):
+            losses = torch.nn.functional.binary_cross_entropy_with_logits(features @ w, y, reduction="none")
+            (gradient,) = torch.autograd.grad((counts * losses).sum() + ridge / 2 * (w - centre).square().sum(), w)
+            w.data -= 0.005 * gradient
+        return w.detach()
+
+    slow = lowest(1, torch.zeros(4), settings.ridge)
+    both = [slow, lowest(quick, slow, settings.quick_ridge) if quick else slow]
+    for weights, is_slow in zip(both, (True, False), strict=True):
+        expected = (features @ weights).sigmoid().numpy()
+        np.testing.assert_allclose(model.predict(np.arange(60), slow=is_slow), expected, atol=1e-6)
+    assert not quick or (both[0] - both[1]).abs().max() > 0.05
+
+
+def test_the_quick_fit_sees_what_changed_of_late():
+    """Of two kinds one was learnt within 10 steps of 400: the slow fit alone takes it for half learnt."""
+    x = np.concatenate([np.ones((800, 1)), np.repeat([[-1.0], [1.0]], 400, 0)], axis=1).astype(np.float32)
+    found = {}
+    for quick in (0.0, 32.0):
+        model = SuccessPredictor(x, OnlineSettings(quick_speed=quick))
+        for step in range(50):
+            rows = np.array([step * 8 + np.arange(4), 400 + step * 8 + np.arange(4)]).ravel()
+            successes = np.repeat([1, 7 if step >= 40 else 1], 4)
+            observe(model, np.arange(8) + 8 * step, rows, successes, GROUP, step * 8 / 800)
+        found[quick] = model.predict(np.array([0, 799]))
+    assert found[0.0][1] < 0.45 and found[32.0][1] > 0.6
+    assert abs(found[32.0][0] - 1 / 8) < 0.05
 
 
 def test_concentration_is_that_of_the_prompts():

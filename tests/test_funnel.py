@@ -1,8 +1,10 @@
 """Candidates by cheaper scores, one after another, before the score that needs rollouts."""
 
 import json
+import tracemalloc
 
 import pytest
+from datasets import Dataset
 from test_likelihood import one_by_one, rows_with_answers
 from tiny import Seen, config, make_trainer, parity_reward
 
@@ -71,6 +73,26 @@ def test_each_score_chooses_from_what_the_one_before_has_left(tmp_path, monkeypa
     assert not windows and not seen.rows
     other = config(**FUNNEL | {"candidate_prompts": [16, 5]}, where="answer is not None")
     assert len(select_prompts(make_trainer(tmp_path, reward=seen, dataset=dataset), other).scores) == 5 and not windows
+
+
+def test_memory_of_a_column_over_many_prompts(tmp_path):
+    """Bytes at the peak for each more prompt. Lists of Python's numbers or texts would take 40 to 150 more each."""
+
+    def peak(num):
+        texts = [f"{row}+1=" for row in range(num)]
+        dataset = Dataset.from_dict({"prompt": texts, "answer": texts, "row": range(num)})
+        trainer = make_trainer(tmp_path / str(num), dataset=dataset)
+        choice = config(**FUNNEL | {"score": "confidence", "candidate_score": "column:row", "candidate_prompts": 16})
+        tracemalloc.start()
+        try:
+            assert min(select_prompts(trainer, choice).indices) >= num - 16
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(100)  # what is imported or kept by the first selection
+    few, many = 5_000, 25_000
+    assert (peak(many) - peak(few)) / (many - few) < 130
 
 
 def test_prices_of_a_funnel(tmp_path, capsys):

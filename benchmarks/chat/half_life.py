@@ -3,8 +3,8 @@ How fast what is known of the policy should fade: success predicted one chunk ah
 
     python benchmarks/chat/half_life.py --runs runs/chat/short/random-0 runs/chat/short/online-0
 
-The rows and successes of a run's `steps.jsonl` are shown to the predictor chunk by chunk, with other half-lives and
-ridges than `OnlineSettings` has. Features are mean hidden states after half of the layers, as 64 principal components.
+The rows and successes of a run's `steps.jsonl` are shown to the predictor chunk by chunk: with one fit of several
+half-lives and ridges, and with the second, quick fit around it that LearnAlign online has. Features are mean hidden states after half of the layers, as 64 principal components.
 Printed are the squared error and the cross-entropy of predicted success, after the first 64 groups.
 """
 
@@ -30,6 +30,8 @@ from trl_learnalign.curriculum.predictor import SuccessPredictor
 
 HALF_LIVES = (50, 800), (25, 400), (12, 200), (12, 100), (6, 50), (3, 25)  # optimizer steps, groups
 RIDGES = 1.0, 3.0, 10.0
+QUICK = 8.0, 16.0, 32.0, 64.0  # times as fast as the half-life of the settings
+QUICK_RIDGES = 3.0, 10.0, 30.0
 FIRST = 64  # groups that are not counted
 
 
@@ -84,6 +86,12 @@ def main():
             cells = (errors(known[name, seed], steps, replace(own, ridge=ridge)) for ridge in RIDGES)
             lines.append([f"{half_life} steps, {groups} groups", *(f"{a:.4f}, {b:.3f}" for a, b in cells)])
         print(f"\n{folder}\n\n" + table(["half-life", *(f"ridge {ridge:g}" for ridge in RIDGES)], lines))
+        lines = []
+        for speed in QUICK:
+            own = (OnlineSettings(quick_speed=speed, quick_ridge=ridge) for ridge in QUICK_RIDGES)
+            cells = (errors(known[name, seed], steps, one) for one in own)
+            lines.append([f"{speed:g}", *(f"{a:.4f}, {b:.3f}" for a, b in cells)])
+        print("\n" + table(["quick fit", *(f"ridge {ridge:g}" for ridge in QUICK_RIDGES)], lines))
 
 
 if __name__ == "__main__":

@@ -197,13 +197,9 @@ class LearnAlignCallback(TrainerCallback):
         self.ended()
 
     def ended(self) -> None:
-        """Note that training has ended, finished or not."""
+        """Note that training has ended, finished or not: other runs may use the output directory."""
         self._tap.end()
         self.host.note_functions()
-        self.unlock()
-
-    def unlock(self) -> None:
-        """Let other runs use the output directory."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None

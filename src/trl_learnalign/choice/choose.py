@@ -7,7 +7,7 @@ import torch
 
 
 def choose(
-    ranking: Sequence[int],
+    ranking: "Sequence[int] | np.ndarray",
     eligible: np.ndarray,
     num: int,
     groups: np.ndarray | None = None,
@@ -17,7 +17,7 @@ def choose(
     Choose prompts by their ranking.
 
     Args:
-        ranking (`Sequence[int]`): all n positions, best first.
+        ranking (`Sequence[int]` or `np.ndarray`): all n positions, best first.
         eligible (`np.ndarray` of shape `(n,)`): whether a prompt may be chosen, bool.
         num (`int`): how many at most.
         groups (`np.ndarray` of shape `(n,)`, *optional*): the group of each prompt. Each group gets its quota; what a

@@ -1,6 +1,6 @@
 """Every prompt of a pool with its score, and the order in which prompts may be chosen."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -112,7 +112,7 @@ def scores_table(
         eligible &= condition(table.join(more))
     scores = table["score"].fillna(-np.inf).to_numpy(dtype=float)
     if config.take == "proportional":
-        order = draw_order(np.where(eligible, scores, -np.inf), seed).tolist()
+        order = draw_order(np.where(eligible, scores, -np.inf), seed)
     else:
         order = scoring.ranking(torch.tensor(scores), torch.tensor(eligible.to_numpy(dtype=bool)), seed)
     places = np.empty(len(table), dtype=np.int64)
@@ -130,10 +130,9 @@ def scores_table(
         for column in more:
             table[column] = more[column]
             schema = schema.append(pa.field(str(column), pa.float64()))
+    empty = pa.nulls(len(table), pa.float64())  # one for all columns that were not measured
     arrays = [
-        pa.array(table[field.name].to_numpy(), field.type, from_pandas=True)
-        if field.name in table
-        else pa.nulls(len(table), field.type)
+        pa.array(table[field.name].to_numpy(), field.type, from_pandas=True) if field.name in table else empty
         for field in schema
     ]
     return pa.Table.from_arrays(arrays, schema=schema)
@@ -154,7 +153,7 @@ def _with_score(table, ranked):
     )
 
 
-def draw_pool(rows: list[int], candidates: int | None, seed: int) -> list[int]:
+def draw_pool(rows: Sequence[int], candidates: int | None, seed: int) -> Sequence[int]:
     """Return all rows, or a random part of that size; sorted."""
     if candidates is None or candidates >= len(rows):
         return rows

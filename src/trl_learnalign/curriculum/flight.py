@@ -22,6 +22,7 @@ class Flight:
         choosing (`np.ndarray`): draws that were made while prompts were chosen, bool.
         learnt (`np.ndarray`): draws before which anything had been observed, bool.
         prior (`np.ndarray`): success predicted from the features alone, float64.
+        slow (`np.ndarray`): the same, by the slow fit of [`SuccessPredictor`] alone, float64.
         a, b (`np.ndarray`): the Beta distribution of success that was expected, float64.
         relative (`np.ndarray`): expected relative alignment of the gradient, float64; NaN where nothing was expected.
     """
@@ -34,6 +35,7 @@ class Flight:
     choosing: np.ndarray
     learnt: np.ndarray
     prior: np.ndarray
+    slow: np.ndarray
     a: np.ndarray
     b: np.ndarray
     relative: np.ndarray
@@ -118,6 +120,7 @@ _KINDS = {
     "choosing": np.bool_,
     "learnt": np.bool_,
     "prior": np.float64,
+    "slow": np.float64,
     "a": np.float64,
     "b": np.float64,
     "relative": np.float64,

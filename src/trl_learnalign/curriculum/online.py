@@ -193,6 +193,7 @@ class OnlineCurriculum(FindsSuspects, KeepsState):
             choosing=same * choosing > 0,
             learnt=same * (self._prior is not None or self.history.observed) > 0,
             prior=self.predictor.predict(rows),
+            slow=self.predictor.predict(rows, slow=True),
             a=a,
             b=b,
             relative=np.full(len(rows), np.nan) if self.alignment is None else self.alignment.expect(rows),

@@ -20,7 +20,9 @@ class SuccessPredictor:
     The prior of the success rate p_i of prompt i: Beta(kappa q_i, kappa (1 - q_i)) with q_i = sigmoid(w . x_i).
 
     w is fitted by ridge-regularised logistic regression to the latest `window` groups, which fade with their age. The
-    ridge draws it to 0 or, where success rates are known beforehand, to the w that fits these.
+    ridge draws it to 0 or, where success rates are known beforehand, to the w that fits these. A policy may change far
+    sooner than so many weights can be learnt anew. So with `quick_speed` there is a second fit, in which groups fade
+    so many times as fast, and whose ridge, `quick_ridge`, draws it to the first: what changed of late, and no more.
     kappa is found by the method of moments from how far observed success rates are from the q that was predicted when
     the prompts were drawn:
 
@@ -46,17 +48,17 @@ class SuccessPredictor:
             rows = spread(np.flatnonzero(np.isfinite(rates)), settings.window)
             counts = np.full(len(rows), settings.group_weight)
             x, y = features[rows].astype(np.float64), rates[rows].astype(np.float64)
-            self._centre = self._fitted(x, y, counts, self._centre)
-        self.weights = self._centre.copy()
+            self._centre = self._fitted(x, y, counts, self._centre, self._centre, settings.ridge)
+        self.slow_weights, self.weights = self._centre.copy(), self._centre.copy()
         self.noise: float | None = None
         self._concentration = 2.0
         self._stale = False
         self._groups = {name: np.zeros(0, kind) for name, kind in _COLUMNS.items()}
 
-    def predict(self, rows: np.ndarray) -> np.ndarray:
-        """Return q of these rows, of shape `(n,)`, float64."""
+    def predict(self, rows: np.ndarray, slow: bool = False) -> np.ndarray:
+        """Return q of these rows, by the slow fit alone or not, of shape `(n,)`, float64."""
         self._refresh()
-        return _sigmoid(self.features[rows].astype(np.float64) @ self.weights)
+        return _sigmoid(self.features[rows].astype(np.float64) @ (self.slow_weights if slow else self.weights))
 
     @property
     def concentration(self) -> float:
@@ -107,17 +109,20 @@ class SuccessPredictor:
         x = self.features[groups["rows"]].astype(np.float64)
         age = 0.5 ** (groups["clock"].max() - groups["clock"])
         y = (groups["successes"] / groups["trials"]).astype(np.float64)
-        counts = age * np.minimum(groups["trials"], settings.group_weight)
-        self.weights = self._fitted(x, y, counts, self.weights)
+        counts = np.minimum(groups["trials"], settings.group_weight)
+        self.slow_weights = self._fitted(x, y, age * counts, self.slow_weights, self._centre, settings.ridge)
+        self.weights = self.slow_weights
+        if settings.quick_speed:
+            quick = age**settings.quick_speed * counts
+            self.weights = self._fitted(x, y, quick, self.slow_weights, self.slow_weights, settings.quick_ridge)
         self._fit_concentration(age, y)
 
-    def _fitted(self, x, y, counts, weights):
-        """Return the weights that fit y, from `weights` on."""
-        precision = np.full(x.shape[1], self.settings.ridge)
+    def _fitted(self, x, y, counts, weights, centre, ridge):
+        """Return the weights that fit y, from `weights` on, with a ridge that draws them to `centre`."""
         for _ in range(_NEWTON_STEPS):
             q = _sigmoid(x @ weights)
-            gradient = x.T @ (counts * (y - q)) - precision * (weights - self._centre)
-            hessian = (x * (counts * q * (1 - q))[:, None]).T @ x + np.diag(precision)
+            gradient = x.T @ (counts * (y - q)) - ridge * (weights - centre)
+            hessian = (x * (counts * q * (1 - q))[:, None]).T @ x + ridge * np.eye(x.shape[1])
             step = np.linalg.solve(hessian, gradient)
             change = float(np.abs(x @ step).max())
             weights = weights + step * min(1.0, 4.0 / max(change, 1e-9))
@@ -142,6 +147,7 @@ class SuccessPredictor:
         """Return groups, weights and concentration."""
         return {
             "weights": self.weights,
+            "slow_weights": self.slow_weights,
             "concentration": self._concentration,
             "stale": self._stale,
             "noise": self.noise,
@@ -150,10 +156,12 @@ class SuccessPredictor:
 
     def load_state_dict(self, state: dict) -> None:
         """Restore what `state_dict` returned. Raises a `ValueError` if it is of other features."""
-        if state["weights"].shape != self.weights.shape:
-            raise ValueError(f"{len(state['weights'])} features, but there are {len(self.weights)} now")
+        for name in ("weights", "slow_weights"):
+            if state[name].shape != self.weights.shape:
+                raise ValueError(f"{len(state[name])} features, but there are {len(self.weights)} now")
         self._groups = {name: state[name].astype(kind) for name, kind in _COLUMNS.items()}
-        self.weights, self._concentration = state["weights"].copy(), float(state["concentration"])
+        self.weights, self.slow_weights = state["weights"].copy(), state["slow_weights"].copy()
+        self._concentration = float(state["concentration"])
         self._stale, self.noise = bool(state["stale"]), state["noise"]
 
 

@@ -21,8 +21,9 @@ class Progress:
     - **Realised.** How much their rewards deviate, over half of what was expected of success rates. The rollouts of a
       question that is answered by yes or no, for ever the same until the policy changes its mind, are all right or all
       wrong: success is one half over the prompts, and no group has a gradient.
-    - **Rise.** Whether they succeed more often than was predicted from the features, before. The prediction learns
-      from groups that are older, and so stays behind a kind that is learnt; of what cannot be learnt it is right.
+    - **Rise.** Whether they succeed more often than was predicted from the features, before. The slow prediction
+      learns from groups that are older, and so stays behind a kind that is learnt; of what cannot be learnt it is
+      right.
 
     Args:
         labels (`np.ndarray` of shape `(N,)`): the kind of each prompt, -1 for none.
@@ -54,7 +55,7 @@ class Progress:
         for place in np.flatnonzero(batch.scored & drawn.learnt & (kinds >= 0)).tolist():
             kind = kinds[place]
             at = kind, self.number[kind] % _MOST
-            self.gains[at] = rates[place] - drawn.prior[place]
+            self.gains[at] = rates[place] - drawn.slow[place]
             self.observed[at], self.expected[at] = observed[place], expected[place]
             self.number[kind] += 1
 

@@ -28,6 +28,10 @@ class OnlineSettings:
 
     # Precision of the Gaussian prior of a regression weight; features have standard deviation 1 at most
     ridge: float = 3.0
+    # Success is fitted again to groups that fade so many times as fast, around the slow fit; 0 for the slow fit alone
+    quick_speed: float = 0.0
+    # Precision of the Gaussian prior of what a weight of the quick fit differs by
+    quick_ridge: float = 10.0
     # Rollouts that a group counts for in the regression: the rollouts of one prompt are alike
     group_weight: float = 3.0
     # Groups that the regression keeps. Bounds its time
@@ -148,7 +152,8 @@ class OnlineSettings:
             "most_kind_weight",
         ):
             self._check(name, getattr(self, name) >= 1, "must be at least 1")
-        for name in ("whitening", "alignment_ridge", "least_factor", "least_common"):
+        self._check("quick_speed", self.quick_speed == 0 or self.quick_speed >= 1, "must be 0, or at least 1")
+        for name in ("quick_ridge", "whitening", "alignment_ridge", "least_factor", "least_common"):
             self._check(name, getattr(self, name) > 0, "must be above 0")
         self._check("most_factor", self.most_factor >= 1, "must be at least 1")
         self._check("target_share", 0 <= self.target_share < 1, "must be at least 0 and below 1")

@@ -23,6 +23,11 @@ _FEW = 0.05  # of all rows are read one by one
 _EXACT = 1 << 53  # floats hold all whole numbers up to this one
 
 
+def row_index(rows: "Sequence[int] | np.ndarray | pd.Index") -> pd.Index:
+    """Return the index of a table of these rows of the dataset."""
+    return pd.Index(np.asarray(rows, dtype=np.int64), name="index")
+
+
 def dataset_columns(
     dataset: Dataset, rows: "Sequence[int] | pd.Index", names: Iterable[str] | None, as_stored: bool = False
 ) -> pd.DataFrame:
@@ -41,12 +46,13 @@ def dataset_columns(
     """
     if names is None:
         names = [name for name, kind in dataset.features.items() if isinstance(kind, Value)]
-    names, index = list(names), pd.Index(np.asarray(rows, dtype=np.int64), name="index")
+    names, index = list(names), row_index(rows)
     if not names:
         return pd.DataFrame(index=index)
-    whole = _taken(dataset.select_columns(sorted({_root(dataset, name) for name in names})), index, as_stored)
+    whole = _taken(dataset.select_columns(sorted({root_of(dataset, name) for name in names})), index, as_stored)
     columns = {
-        name: whole[name] if name in whole else _field(whole, _root(dataset, name), name, as_stored) for name in names
+        name: whole[name] if name in whole else _field(whole, root_of(dataset, name), name, as_stored)
+        for name in names
     }
     return pd.DataFrame(columns).set_axis(index)
 
@@ -83,16 +89,13 @@ def _frame(table: pa.Table, as_stored: bool) -> pd.DataFrame:
     frame = table.to_pandas()
     for name, column in zip(table.column_names, table.columns, strict=True):
         whole = pa.types.is_integer(column.type) and column.null_count
-        if (whole and (as_stored or not _fit_floats(pc.min_max(column).as_py()))) or pa.types.is_nested(column.type):
+        fits = whole and all(end is None or abs(end) <= _EXACT for end in pc.min_max(column).as_py().values())
+        if (whole and (as_stored or not fits)) or pa.types.is_nested(column.type):
             frame[name] = column.to_pandas(integer_object_nulls=True)
     return frame
 
 
-def _fit_floats(ends) -> bool:
-    return all(end is None or abs(end) <= _EXACT for end in ends.values())
-
-
-def _root(dataset, name) -> str:
+def root_of(dataset: Dataset, name: str) -> str:
     """Name the column of the dataset that `name` is, or is a field of."""
     while name not in dataset.column_names and "." in name:
         name = name.rpartition(".")[0]
@@ -111,7 +114,7 @@ def _field(table, root, name, as_stored):
 
 def _kind(dataset, name):
     """Return the feature of a column or of a field; `None` if there is none. A column of JSON may have any field."""
-    root = _root(dataset, name)
+    root = root_of(dataset, name)
     kind = dataset.features.get(root)
     for part in name.removeprefix(root).split(".")[1:]:
         if type(kind).__name__ != "Json":  # by name: older versions of datasets have no such feature
@@ -255,7 +258,7 @@ def check_groups(dataset: Dataset, knob: str, name: str, most: int | None = None
         )
 
 
-def candidate_rows(dataset: Dataset, config: "LearnAlignConfig") -> list[int]:
+def candidate_rows(dataset: Dataset, config: "LearnAlignConfig") -> Sequence[int]:
     """
     Find the rows that `where` holds for, if it needs columns of the dataset alone; all rows otherwise.
 
@@ -264,7 +267,7 @@ def candidate_rows(dataset: Dataset, config: "LearnAlignConfig") -> list[int]:
     """
     rows = range(len(dataset))
     if config.where is None or needs_measures(dataset, config):
-        return list(rows)
+        return rows
     condition = Condition(config.where)
     found = np.flatnonzero(condition(dataset_columns(dataset, rows, sorted(condition.columns)))).tolist()
     if not found:

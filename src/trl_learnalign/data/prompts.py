@@ -129,22 +129,23 @@ def check_prompts(dataset: Dataset, what: str = "The training dataset") -> None:
         )
 
 
-def equal_prompts(dataset: Dataset) -> list[int]:
+def equal_prompts(dataset: Dataset) -> np.ndarray:
     """
-    Find the first row with the same prompt for each of n rows: the row itself if there is none before it. Prompts are
-    the same if their texts (or messages) and their images are; answers and other columns are not compared. Without a
-    column `prompt` no two rows are the same.
+    Find the first row with the same prompt for each of n rows: the row itself if there is none before it, of shape
+    `(n,)`. Prompts are the same if their texts (or messages) and their images are; answers and other columns are not
+    compared. Without a column `prompt` no two rows are the same.
     """
     if "prompt" not in columns_read(dataset):
-        return list(range(len(dataset)))
+        return np.arange(len(dataset))
     if has_transform(dataset):
-        return list(_look(dataset).first)
-    first: dict[bytes, int] = {}
-    rows: list[int] = []
-    for table in _batches(dataset, [name for name in _ASKED if name in dataset.column_names]):
-        for row in zip(*(column.to_pylist() for column in table.columns), strict=True):
-            rows.append(first.setdefault(_key(row), len(rows)))
-    return rows
+        keys = _look(dataset).keys
+    else:
+        keys = bytearray()  # a dict would take ten times the memory
+        for table in _batches(dataset, [name for name in _ASKED if name in dataset.column_names]):
+            for row in zip(*(column.to_pylist() for column in table.columns), strict=True):
+                keys += _key(row)
+    _, first, places = np.unique(np.frombuffer(keys, "S16"), return_index=True, return_inverse=True)
+    return first[places]
 
 
 def prompt_lengths(dataset: Dataset) -> np.ndarray:
@@ -166,7 +167,7 @@ class _Look:
 
     transform: object
     faults: dict[str, list[int]] = field(default_factory=dict)
-    first: list[int] = field(default_factory=list)  # first row with the same prompt
+    keys: bytearray = field(default_factory=bytearray)  # of 16 bytes each, the same for equal prompts
     lengths: list[int] = field(default_factory=list)
     answered: int = 0  # prompts that end with a message of the assistant
 
@@ -177,14 +178,12 @@ def _look(dataset) -> _Look:
     if known is not None and known.transform == transform:
         return known
     look = _Look(transform)
-    first: dict[bytes, int] = {}
     for start in range(0, len(dataset), _BATCH):
         for place, row in enumerate(read_rows(dataset, range(start, min(start + _BATCH, len(dataset)))), start):
             prompt = row["prompt"]
             if (reason := _fault(prompt)) is not None:
                 look.faults.setdefault(reason, []).append(place)
-            key = _key([_plain(row[name]) for name in _ASKED if name in row])
-            look.first.append(first.setdefault(key, place))
+            look.keys += _key([_plain(row[name]) for name in _ASKED if name in row])
             look.lengths.append(len(prompt_text(prompt)))
             look.answered += isinstance(prompt, list) and len(prompt) > 0 and _is_answer(prompt[-1])
     _LOOKS[dataset] = look
@@ -285,7 +284,7 @@ def check_duplicates(dataset: Dataset, deduplicate: bool, warn: bool) -> None:
         )
     if deduplicate or not warn:
         return
-    rows, distinct = len(dataset), len(set(equal_prompts(dataset)))
+    rows, distinct = len(dataset), len(np.unique(equal_prompts(dataset)))
     if distinct < rows:
         warnings.warn(
             f"The training dataset has {rows:,} rows, but only {distinct:,} different prompts, so a prompt may be "

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 
 
@@ -75,9 +74,6 @@ def _only_multiplies(module) -> bool:
     """Recognise a linear layer, or a quantized one: a leaf with a matrix of packed numbers."""
     if isinstance(module, nn.Linear):
         return True
-    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    return not any(module.children()) and any(tensor.dim() > 1 and _is_packed(tensor.dtype) for tensor in own)
-
-
-def _is_packed(dtype: torch.dtype) -> bool:
-    return not dtype.is_floating_point or dtype.itemsize == 1
+    own = [one for one in (*module.parameters(recurse=False), *module.buffers(recurse=False)) if one.dim() > 1]
+    packed = any(not one.dtype.is_floating_point or one.dtype.itemsize == 1 for one in own)
+    return packed and not any(module.children())

@@ -113,11 +113,7 @@ def partial_arguments(function: functools.partial) -> str:
 
 def plain(value) -> str:
     """Format a number, a text or lists of them as Python prints them, and anything else as its type."""
-    return repr(value) if _is_plain(value) else _type_of(value)
-
-
-def _type_of(value):
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+    return repr(value) if _is_plain(value) else f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def _is_plain(value):

@@ -9,6 +9,7 @@ from accelerate.utils import gather_object
 from trl.trainer.utils import split_pixel_values_by_grid
 
 from ..data.reading import read_rows
+from .generation import mask_of_loss
 
 
 if TYPE_CHECKING:
@@ -168,6 +169,5 @@ def join(host: "Host", batch: dict, rows: list[Row]) -> dict:
             ]
         joined[name] = torch.stack([part.to(batch[name].dtype) for part in parts]).to(device)
     if "num_items_in_batch" in joined:
-        mask = joined["completion_mask"] * joined.get("tool_mask", 1)
-        joined["num_items_in_batch"] = host.accelerator.gather(mask.sum()).sum()
+        joined["num_items_in_batch"] = host.accelerator.gather(mask_of_loss(joined).sum()).sum()
     return joined

@@ -45,8 +45,8 @@ def is_colocated(trainer: RolloutTrainer) -> bool:
 
 
 @contextmanager
-def replaced(trainer: Trainer, **values) -> Iterator[None]:
-    """Give attributes of a trainer, methods included, other values while the context is open."""
+def replaced(trainer: object, **values) -> Iterator[None]:
+    """Give attributes of a trainer or a model, methods included, other values while the context is open."""
     # The instance's own attributes, if any, are put back: `del` alone would lose a user's patch
     own = {name: vars(trainer)[name] for name in values if name in vars(trainer)}
     vars(trainer).update(values)
@@ -127,10 +127,7 @@ def generate_groups(
     rewards = seen["rewards"][start : start + len(inputs)].float().cpu()
     rewards = rewards.masked_fill(~rewards.isfinite(), torch.nan).numpy()
     penalties = logps.penalties(output).to("cpu", torch.float32).numpy()
-    loss_mask = output["completion_mask"]
-    if "tool_mask" in output:
-        loss_mask = loss_mask * output["tool_mask"]
-    loss_mask = loss_mask.to("cpu", torch.int8).numpy()
+    loss_mask = mask_of_loss(output).to("cpu", torch.int8).numpy()
     prompt_ids, prompt_mask = (
         output["prompt_ids"].to("cpu", torch.int32).numpy(),
         output["prompt_mask"].cpu().bool().numpy(),
@@ -152,6 +149,11 @@ def generate_groups(
             )
         )
     return groups
+
+
+def mask_of_loss(output: dict) -> torch.Tensor:
+    """Return which tokens of the completions of a batch are in the loss, `(rows, T)`."""
+    return output["completion_mask"] * output.get("tool_mask", 1)
 
 
 def _plain(completion):

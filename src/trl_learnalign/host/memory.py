@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..ground.memory import attempt
 from ..ground.randomness import random_state, set_random_state
+from .generation import replaced
 
 
 logger = logging.getLogger(__name__)
@@ -32,9 +33,7 @@ class Halving:
         Let the policy's `generate` take its rows in parts that fit while the context is open. It is a local operation,
         so other processes need not know.
         """
-        model = host.model
-        own = vars(model).get("generate")
-        original = model.generate
+        original = host.model.generate
 
         def generate(*args, **inputs):
             # A user's own call, and images, which are not a row each, are left alone
@@ -42,13 +41,8 @@ class Halving:
                 return original(*args, **inputs)
             return self._generate(original, inputs, not host.is_sharded)
 
-        model.generate = generate
-        try:
+        with replaced(host.model, generate=generate):
             yield
-        finally:
-            del model.generate
-            if own is not None:
-                model.generate = own
 
     def _generate(self, original, inputs, parts):
         """

@@ -135,7 +135,8 @@ def checked(rewards, number: int | None) -> list[float]:
     Raises:
         `TypeError`, `ValueError`: the rewards are no list of numbers, or one of another length.
     """
-    if isinstance(rewards, str | bytes | dict) or not isinstance(rewards, Iterable) or _is_scalar(rewards):
+    is_scalar = getattr(rewards, "ndim", None) == 0  # a tensor without dimensions has the methods of an iterable
+    if isinstance(rewards, str | bytes | dict) or not isinstance(rewards, Iterable) or is_scalar:
         raise TypeError(
             f"it returned {_shortened(rewards)}, a {type(rewards).__name__}, in place of a list of rewards"
         )
@@ -146,11 +147,6 @@ def checked(rewards, number: int | None) -> list[float]:
     if number is not None and len(rewards) != number:
         raise ValueError(f"it returned {len(rewards)} rewards for {number} completions")
     return [torch.nan if reward is None else float(reward) for reward in rewards]
-
-
-def _is_scalar(value) -> bool:
-    """Tell if a value is a number, as a tensor without dimensions is, which has the methods of an iterable."""
-    return getattr(value, "ndim", None) == 0
 
 
 def _shortened(value) -> str:

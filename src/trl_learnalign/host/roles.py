@@ -164,17 +164,8 @@ class Trains(Facts):
     composes = False
     _passes_chosen: taps.Undo = staticmethod(lambda: None)  # ends what the run before chose by
 
-    def inputs_of(self: Any, rows: list[int]) -> list[dict]:
-        """Read this process's part of the rollouts of rows: [`~trl_learnalign.host.batches.inputs_of`]."""
-        return batches.inputs_of(self, rows)
-
-    def assemble(self: Any, *args, **kwargs) -> dict:
-        """Make one batch of several: [`~trl_learnalign.host.batches.assemble`]."""
-        return batches.assemble(self, *args, **kwargs)
-
-    def gathered(self: Any, batch: dict) -> list[dict[str, np.ndarray]]:
-        """Return the rows of all processes: [`~trl_learnalign.host.batches.gathered`]."""
-        return batches.gathered(self, batch)
+    inputs_of, assemble, gathered = batches.inputs_of, batches.assemble, batches.gathered
+    gradients_obstacle = gradient_tap.gradients_obstacle
 
     @contextmanager
     def with_logps(self) -> Iterator[None]:
@@ -219,10 +210,6 @@ class Trains(Facts):
         """Let `passes_of(batch)` choose `num_iterations`: [`~trl_learnalign.host.taps.choose_passes`]."""
         self._passes_chosen()
         self._passes_chosen = taps.choose_passes(self.trainer, passes_of)
-
-    def gradients_obstacle(self: Any) -> str | None:
-        """Return why training's gradients cannot be had: [`~trl_learnalign.host.gradient_tap.gradients_obstacle`]."""
-        return gradient_tap.gradients_obstacle(self)
 
     def tap_gradients(self: Any, dim: int | None, seed: int) -> gradient_tap.GradientTap:
         """Sum the gradients of training by group: [`~trl_learnalign.host.gradient_tap.GradientTap`]."""

@@ -10,7 +10,7 @@ import torch
 from transformers import Trainer
 
 from ..ground.user_code import is_ours
-from .generation import SELECTING
+from .generation import SELECTING, mask_of_loss
 from .names import RolloutTrainer
 from .rewards import RewardError, guarded
 
@@ -121,7 +121,7 @@ class RewardTap:
         rows = generation.rewarded[0][0] if generation.rewarded else None
         try:
             if failure is None:
-                trained = _in_loss(output)
+                trained = (mask_of_loss(output).sum(1) > 0).cpu().numpy()
                 if rows is not None and len(trained) != len(rows):  # a subclass returns others than were rewarded
                     trained = np.ones(len(rows), bool)
                 digest = self.check(generation.batch, rows) if self.check is not None and rows is not None else 0
@@ -180,14 +180,6 @@ def choose_passes(trainer: RolloutTrainer, passes_of: Callable[[int], tuple[int,
             trainer.num_iterations = before
 
     return wrap(trainer, "training_step", train)
-
-
-def _in_loss(output: dict) -> np.ndarray:
-    """Tell for each completion of a generation, `(rows,)`, if a token of it is in the loss."""
-    mask = output["completion_mask"]
-    if "tool_mask" in output:
-        mask = mask * output["tool_mask"]
-    return (mask.sum(1) > 0).cpu().numpy()
 
 
 def _agreed(trainer, failure: Exception | None, digest: int, trained: np.ndarray) -> np.ndarray:

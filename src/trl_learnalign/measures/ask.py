@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from ..data.columns import row_index
 from ..data.prompts import prompt_text
 from ..data.reading import read_prompts
 from ..host import Host
@@ -79,13 +80,10 @@ class Ask(Measure):
 
         with evaluating(host, "judgements", len(rows)) as bar:
             forward = _AskForward(host, config.judge_model, _options(tokenizer, config))
-            shares = in_rounds(
-                host, context.peers, bar, log, forward, read, windows_of(list(rows), WINDOW), np.float64
-            )
+            shares = in_rounds(host, context.peers, bar, log, forward, read, windows_of(rows, WINDOW), np.float64)
         log.close()
         context.clock("judgements", started)
-        index = pd.Index(list(rows), name="index", dtype="int64")
-        return Finding(pd.DataFrame({"ask_yes": shares[:, 0]}, index=index).dropna())
+        return Finding(pd.DataFrame({"ask_yes": shares[:, 0]}, index=row_index(rows)).dropna())
 
 
 _LEFT_OUT = Answered(-1, [0], [])

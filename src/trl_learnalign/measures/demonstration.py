@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 from ..choice.candidates import left_of
-from ..data.columns import candidate_rows
+from ..data.columns import candidate_rows, row_index
 from ..data.prompts import prompt_text
 from ..data.reading import read_prompts
 from ..ground.hashing import stable_hash
 from ..host import Host
 from .base import Context, Finding
 from .forwards import MOST_SHARDED, Forward, chat_text, evaluating, in_rounds, most_tokens, windows_of
-from .half_forward import layers_of
+from .half_forward import base_of, layers_of
 from .likelihood import Answered, Likelihood, answer_ids, answer_logits, tokens_with_logits
 
 
@@ -86,9 +86,8 @@ class Demonstration(Likelihood):
         context.clock("demonstrations", started)
         places = np.searchsorted(rows, drawn[:, :-1]).ravel()
         total = np.bincount(places, (found[:, :1] * found[:, 1:]).ravel(), len(rows))
-        index = pd.Index(list(rows), name="index", dtype="int64")
         values = total / np.bincount(places, minlength=len(rows))
-        return Finding(pd.DataFrame({"demonstration_value": values}, index=index))
+        return Finding(pd.DataFrame({"demonstration_value": values}, index=row_index(rows)))
 
 
 def draw_contexts(rows: np.ndarray, seed: int) -> np.ndarray:
@@ -240,7 +239,7 @@ def _attention(host: Host) -> Iterator[list[torch.Tensor]]:
     `(rows, heads, tokens, tokens)`. Meanwhile attention is computed by plain products, which alone have weights.
     """
     base: Any = host.model
-    base = base.get_base_model() if hasattr(base, "get_base_model") else base
+    base = base_of(base)
     config, layers = base.config, layers_of(base)[1]
     kinds = getattr(config.get_text_config(), "layer_types", None) or ["full_attention"] * len(layers)
     whole = [place for place, kind in enumerate(kinds) if kind == "full_attention"] or range(len(layers))

@@ -101,8 +101,7 @@ class HalfForward(Forward):
         return reached[0]
 
     def _whole(self, input_ids, mask):
-        forward = _base(self.host.model).forward
-        last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(forward).parameters else {}
+        last = last_logits(self.host.model, 1)
         with self.host.accelerator.autocast():
             states = self.host.policy(
                 input_ids=input_ids, attention_mask=mask.long(), output_hidden_states=True, use_cache=False, **last
@@ -110,13 +109,20 @@ class HalfForward(Forward):
         return states[len(states) // 2]  # the first of them are the embeddings
 
 
-def _base(model):
+def base_of(model: Any) -> Any:
+    """Return a model without its adapter."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def last_logits(model: nn.Module, number: int) -> dict[str, int]:
+    """Return the argument by which a model computes its last logits alone, where it has one."""
+    parameters = inspect.signature(base_of(model).forward).parameters
+    return {"logits_to_keep": number} if "logits_to_keep" in parameters else {}
 
 
 def layers_of(model: nn.Module) -> tuple[nn.Module | None, list[nn.Module]]:
     """Return the backbone of a causal language model and its layers, none where they do not show."""
-    base: Any = _base(model)
+    base = base_of(model)
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else getattr(base, "base_model", None)
     number = getattr(base.config.get_text_config(), "num_hidden_layers", None)
     lists = [] if decoder is None else [part for part in decoder.children() if isinstance(part, nn.ModuleList)]

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..curriculum.features import COMPONENTS, principal, project
+from ..data.columns import row_index
 from ..data.rows import dataset_fingerprint
 from ..ground.disk import digest, scratch
 from ..ground.peers import Peers
@@ -69,7 +70,7 @@ class HiddenStates(Measure):
 
 def _table(values, rows):
     names = [f"hidden_{number}" for number in range(values.shape[1])]
-    return pd.DataFrame(values.astype(np.float64), columns=names, index=pd.Index(rows, name="index", dtype="int64"))
+    return pd.DataFrame(values.astype(np.float64), columns=names, index=row_index(rows))
 
 
 def _sizes(host):

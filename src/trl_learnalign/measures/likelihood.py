@@ -1,6 +1,5 @@
 """The likelihood of the right answers: one forward of the policy over each prompt and its answer."""
 
-import inspect
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -13,11 +12,12 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..data.columns import candidate_rows, check_named, dataset_columns
+from ..data.columns import candidate_rows, check_named, dataset_columns, row_index
 from ..data.reading import read_prompts
 from ..host import Host
 from .base import Context, Finding, Measure
 from .forwards import Forward, evaluating, in_rounds, prompt_ids, reason_against, tokens_at_once, windows_of
+from .half_forward import last_logits
 
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 WINDOW = 256  # prompts that a process sorts by length, and keeps on disk when they are done
 _LOGITS = 1 << 28  # most logits of a forward: the vocabulary may be large
+_FEW, _PARTS = 1000, 25  # answers are checked together up to so many, or in so many parts
 _SHOWN = 10  # rows that an error names
 
 
@@ -57,9 +58,10 @@ class Likelihood(Measure):
         check_named(host.dataset, "answer_column", config.answer_column, [config.answer_column])
         faults: dict[str, list[int]] = {}
         rows = candidate_rows(host.dataset, config)
-        for row, answer in zip(rows, _column(host, config, rows), strict=True):
-            if (fault := _fault(answer)) is not None:
-                faults.setdefault(fault, []).append(row)
+        for part in windows_of(rows, max(_FEW, len(rows) // _PARTS)):
+            for row, answer in zip(part, _column(host, config, part), strict=True):
+                if (fault := _fault(answer)) is not None:
+                    faults.setdefault(fault, []).append(row)
         if faults:
             named = (f"{fault}: row {', '.join(map(str, rows[:_SHOWN]))}" for fault, rows in faults.items())
             more = " and others" * any(len(rows) > _SHOWN for rows in faults.values())
@@ -88,14 +90,13 @@ class Likelihood(Measure):
 
         started = time.perf_counter()
         with evaluating(host, "likelihoods", len(rows)) as bar:
-            windows = windows_of(list(rows), WINDOW)
+            windows = windows_of(rows, WINDOW)
             forward = _AnswerForward(host, tokens_with_logits(host))
             means = in_rounds(host, context.peers, bar, log, forward, read, windows, np.float64)
         log.close()
         context.clock("likelihoods", started)
-        index = pd.Index(list(rows), name="index", dtype="int64")
         found = {"answer_likelihood": np.exp(means[:, 0]), "answer_tokens": means[:, 1]}
-        return Finding(self.table(context, pd.DataFrame(found, index=index)))
+        return Finding(self.table(context, pd.DataFrame(found, index=row_index(rows))))
 
     def table(self, context: Context, found: pd.DataFrame) -> pd.DataFrame:
         """Return the columns of this measure; `found` has `answer_likelihood` and `answer_tokens`."""
@@ -198,8 +199,7 @@ def answer_logits(host: Host, sequences: Sequence[Answered], model: nn.Module | 
     )
     keep = input_ids.shape[1] - min(len(one.prompt) for one in sequences) + 1
     whole: Any = host.model if model is None else model
-    base = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
-    some = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
+    some = last_logits(whole, keep)
     run = host.policy if model is None else model
     with host.accelerator.autocast() if model is None else nullcontext():
         logits = run(input_ids=input_ids, attention_mask=mask.long(), use_cache=False, **some).logits

@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 
 from ..curriculum.rewards import doubtful_threshold, has_gradient, is_success
+from ..data.columns import row_index
 from ..host import Host
 from ..scores import maths as scoring
 from .racing import expected_learnability
@@ -123,4 +124,4 @@ class Pool:
             "completion_length_mean": self.lengths,
         }
         arrays = {name: values.numpy() for name, values in columns.items()}
-        return pd.DataFrame(arrays, index=pd.Index(self.rows.numpy(), name="index"))
+        return pd.DataFrame(arrays, index=row_index(self.rows.numpy()))

@@ -36,7 +36,15 @@ class Directions(Finding):
         self.directions, self.means = directions, means
 
 
-class TargetRollouts(Measure):
+class TargetMeasure(Measure):
+    """A measure of the target alone."""
+
+    def made_up(self, table: pd.DataFrame, num_rollouts: int, longest: int) -> Finding:
+        """Return nothing about the prompts of the pool."""
+        return Finding(None)
+
+
+class TargetRollouts(TargetMeasure):
     """Rollouts of `target_dataset`, made as those of the pool. Without a learnable one V alone ranks."""
 
     name = "target-rollouts"
@@ -73,12 +81,8 @@ class TargetRollouts(Measure):
         context.note({"target": about})
         return found
 
-    def made_up(self, table: pd.DataFrame, num_rollouts: int, longest: int) -> Finding:
-        """Return nothing about the prompts of the pool."""
-        return Finding(None)
 
-
-class TargetGradients(Measure):
+class TargetGradients(TargetMeasure):
     """
     g_s of each subtask s: the mean of phi_j / |phi_j| over its learnable prompts j (LESS, arXiv 2402.04333, section
     4.2), at each of the [`policies`]. The rollouts and their advantages are those of the trainer's policy throughout,
@@ -131,7 +135,3 @@ class TargetGradients(Measure):
                 "target prompts. A run that is resumed with `reselect_every` tries them again."
             )
         return Directions(torch.stack(directions), lambda: sum_over_processes(context, source, stacked, unit=False))
-
-    def made_up(self, table: pd.DataFrame, num_rollouts: int, longest: int) -> Finding:
-        """Return nothing about the prompts of the pool."""
-        return Finding(None)

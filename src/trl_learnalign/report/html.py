@@ -4,11 +4,10 @@ import base64
 import html
 import json
 from collections.abc import Iterable, Sequence
-from functools import partial
 from importlib import resources
 from pathlib import Path
 
-from ..ground.disk import write_atomically
+from ..ground.disk import write_bytes
 from ..selection.figures import Drawing
 
 
@@ -44,8 +43,8 @@ def write_page(
         "facts": "\n".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items()),
         "sections": "\n".join(f'<h2 id="{name}">{heading}</h2>\n{text}' for name, heading, text in sections),
     }
-    page, target = filled("page.html", parts), directory / REPORT_FILE
-    write_atomically(target, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    target = directory / REPORT_FILE
+    write_bytes(target, filled("page.html", parts).encode())
     return target
 
 
@@ -69,17 +68,13 @@ def figures(drawings: Iterable[Drawing], folder: Path | None = None) -> str:
     for drawing in drawings:
         light, dark, words = drawing.png(), drawing.png(dark=True), html.escape(drawing.words)
         if folder is not None:
-            write_atomically(folder / f"{drawing.name}.png", partial(_write_bytes, data=light))
+            write_bytes(folder / f"{drawing.name}.png", light)
         found.append(
             f'<figure><picture><source srcset="{_source(dark)}" media="(prefers-color-scheme: dark)">'
             f'<img src="{_source(light)}" alt="{words}"></picture>'
             f"<figcaption>{html.escape(drawing.caption)} {words}</figcaption></figure>"
         )
     return '<div class="figures">\n{}\n</div>'.format("\n".join(found)) if found else ""
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
 
 
 def _source(png):

@@ -47,23 +47,18 @@ def write_tables(found: dict, dataset: Dataset, directory: Path) -> None:
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "samples": _samples(prompts, dataset),
     }
-    write_parquet(directory / PROMPTS_FILE, _prompts_table(prompts))
-    write_parquet(directory / HISTORY_FILE, _history_table(found["history"]))
+    states, history = (_arrays(columns) for columns in (prompts, found["history"]))
+    states["last_draw"] = pa.array(prompts["last_draw"], mask=prompts["last_draw"] < 0)
+    history |= {name: pa.array(found["history"][name].astype(np.int64)) for name in _COUNTS}
+    write_parquet(directory / PROMPTS_FILE, pa.table(states))
+    write_parquet(directory / HISTORY_FILE, pa.table(history))
     write_parquet(directory / SUSPECTS_FILE, _suspects_table(found["suspects"], dataset))
     write_parquet(directory / NOISE_FILE, _suspects_table(found["noise"], dataset))
     write_json(directory / RUN_FILE, numbers)
 
 
-def _prompts_table(columns) -> pa.Table:
-    arrays = {name: pa.array(values, from_pandas=True) for name, values in columns.items()}  # NaN becomes null
-    arrays["last_draw"] = pa.array(columns["last_draw"], mask=columns["last_draw"] < 0)
-    return pa.table(arrays)
-
-
-def _history_table(columns) -> pa.Table:
-    arrays = {name: pa.array(values, from_pandas=True) for name, values in columns.items()}
-    arrays |= {name: pa.array(columns[name].astype(np.int64)) for name in _COUNTS}
-    return pa.table(arrays)
+def _arrays(columns) -> dict[str, pa.Array]:
+    return {name: pa.array(values, from_pandas=True) for name, values in columns.items()}  # NaN becomes null
 
 
 def _read_examples(kinds, dataset):

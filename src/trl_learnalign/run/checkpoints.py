@@ -8,26 +8,8 @@ import zipfile
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from transformers import Trainer
-from transformers.trainer import (
-    FSDP_MODEL_NAME,
-    OPTIMIZER_NAME,
-    OPTIMIZER_NAME_BIN,
-    SCALER_NAME,
-    SCHEDULER_NAME,
-    TRAINER_STATE_NAME,
-    TRAINING_ARGS_NAME,
-)
-from transformers.utils import (
-    ADAPTER_CONFIG_NAME,
-    ADAPTER_SAFE_WEIGHTS_NAME,
-    ADAPTER_WEIGHTS_NAME,
-    CONFIG_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
-    WEIGHTS_NAME,
-)
+from transformers import Trainer, utils
+from transformers import trainer as names
 
 from ..ground.peers import Peers
 
@@ -36,20 +18,20 @@ logger = logging.getLogger(__name__)
 
 # Files that Trainer writes into a checkpoint and reads back. Files of callbacks, and directories of FSDP and
 # DeepSpeed, have other formats and are not checked
-_SAFETENSORS = (SAFE_WEIGHTS_NAME, ADAPTER_SAFE_WEIGHTS_NAME)
+_SAFETENSORS = (utils.SAFE_WEIGHTS_NAME, utils.ADAPTER_SAFE_WEIGHTS_NAME)
 _ZIPPED = (  # by `torch.save`
-    WEIGHTS_NAME,
-    ADAPTER_WEIGHTS_NAME,
-    f"{FSDP_MODEL_NAME}.bin",
-    OPTIMIZER_NAME,
-    OPTIMIZER_NAME_BIN,
-    SCHEDULER_NAME,
-    SCALER_NAME,
-    TRAINING_ARGS_NAME,
+    utils.WEIGHTS_NAME,
+    utils.ADAPTER_WEIGHTS_NAME,
+    f"{names.FSDP_MODEL_NAME}.bin",
+    names.OPTIMIZER_NAME,
+    names.OPTIMIZER_NAME_BIN,
+    names.SCHEDULER_NAME,
+    names.SCALER_NAME,
+    names.TRAINING_ARGS_NAME,
 )
 _ENTROPY = "entropy_ctrl_state.json"  # GRPOTrainer writes it with `use_adaptive_entropy`, after all else
-_JSON = (CONFIG_NAME, ADAPTER_CONFIG_NAME, _ENTROPY)
-_INDICES = (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME)
+_JSON = (utils.CONFIG_NAME, utils.ADAPTER_CONFIG_NAME, _ENTROPY)
+_INDICES = (utils.SAFE_WEIGHTS_INDEX_NAME, utils.WEIGHTS_INDEX_NAME)
 
 
 def damage(checkpoint: Path, shared: bool = True) -> str | None:
@@ -58,7 +40,7 @@ def damage(checkpoint: Path, shared: bool = True) -> str | None:
     one without `trainer_state.json`, which Trainer writes last, or with files cut short. `shared`: whether the
     processes of all nodes write to the same disk.
     """
-    state = checkpoint / TRAINER_STATE_NAME
+    state = checkpoint / names.TRAINER_STATE_NAME
     try:
         document = json.loads(state.read_text(encoding="utf-8"))
         step = document["global_step"]
@@ -68,7 +50,7 @@ def damage(checkpoint: Path, shared: bool = True) -> str | None:
         return f"{state.name} has no step number, but {step!r}"
     files = [checkpoint / name for name in (*_SAFETENSORS, *_ZIPPED, *_JSON)]
     files += sorted(path for path in checkpoint.glob("rng_state*.pth") if re.fullmatch(r"rng_state(_\d+)?", path.stem))
-    for name in (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_CONFIG_NAME):  # of adapters beside the first
+    for name in (utils.ADAPTER_SAFE_WEIGHTS_NAME, utils.ADAPTER_CONFIG_NAME):  # of adapters beside the first
         files += sorted(checkpoint.glob(f"*/{name}"))
     for file in files:
         if file.is_file() and (reason := _damage_of_file(file)) is not None:

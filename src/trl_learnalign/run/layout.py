@@ -1,7 +1,7 @@
 """The shape of a stream of prompts, and the arithmetic of chunks, batches and optimizer steps."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 
 @dataclass(frozen=True)
@@ -129,19 +129,7 @@ def to_train_longer(layout: Layout, epochs) -> str:
     )
 
 
-# Fields that a stream depends on. With a warm-up `epochs` and `read_ahead` decide the length of an epoch; else neither
-# matters, as the log says where a selection really took effect
-STREAM_FIELDS = (
-    "pool_size",
-    "num_prompts",
-    "warmup_prompts",
-    "chunk_prompts",
-    "repeats",
-    "group_size",
-    "accumulation",
-    "read_ahead",
-    "epochs",
-    "shuffle",
-    "seed",
-)
+# Fields that a stream depends on: all. With a warm-up `epochs` and `read_ahead` decide the length of an epoch; else
+# neither matters, as the log says where a selection really took effect
+STREAM_FIELDS = tuple(field.name for field in fields(Layout))
 _EXPLAINED = {"read_ahead": "read_ahead (1 + `dataloader_num_workers` x `dataloader_prefetch_factor`)"}

@@ -1,13 +1,14 @@
 """The arrays of a nested state in a file of a checkpoint, beside its values."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from ..ground.disk import digest, write_atomically
+from ..ground.disk import digest, write_bytes
 
 
 STATE_FILE = "learnalign_state.safetensors"
@@ -24,7 +25,7 @@ def write_arrays(directory: Path, arrays: dict[str, np.ndarray], is_writer: bool
     if is_writer:
         for leftover in directory.glob(f".{STATE_FILE}.*.tmp"):  # of a run killed in this very checkpoint
             leftover.unlink(missing_ok=True)
-        write_atomically(directory / STATE_FILE, lambda temporary: temporary.write_bytes(content))
+        write_bytes(directory / STATE_FILE, content)
     return {"file": STATE_FILE, "sha256": hashlib.sha256(content).hexdigest()}
 
 
@@ -37,12 +38,21 @@ def read_arrays(directory: Path, entry: dict | None) -> dict[str, np.ndarray]:
     """
     if entry is None:
         return {}
-    path = directory / STATE_FILE
+    return read_checked(directory / STATE_FILE, entry, load)
+
+
+def read_checked(path: Path, entry: dict, decode: Callable[[bytes], dict]) -> dict:
+    """
+    Decode a file of a checkpoint, whose SHA-256 an entry has.
+
+    Raises:
+        `ValueError`: the file is missing or damaged.
+    """
     try:
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != entry["sha256"]:
             raise ValueError("it does not agree with its checksum")
-        return load(content)
+        return decode(content)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(
             f"'{path}', the state of the schedule in this checkpoint, cannot be used: {error}. Resume from an earlier "

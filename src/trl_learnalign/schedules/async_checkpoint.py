@@ -2,39 +2,21 @@
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..config import FREE_ON_RESUME
 from ..curriculum.states import pack, unpack
-from ..data.rows import dataset_fingerprint
-from ..ground.disk import write_atomically
+from ..ground.disk import write_bytes
 from ..ground.peers import Peers
-from .checkpoint import STATE_KEY, check_dataset, saved_in
+from ..run.state import read_checked
+from .checkpoint import STATE_KEY, Checkpoint, check_dataset, saved_in
 
-
-if TYPE_CHECKING:
-    from ..config import LearnAlignConfig
-    from ..host import Host
 
 FILE = "learnalign_online.npz"
 
 
-class AsyncCheckpoint:
-    """
-    Writes the state of a run into its checkpoints, and reads it back, strictly.
-
-    Args:
-        host ([`Host`]): the trainer.
-        config ([`LearnAlignConfig`]): of its sampler.
-    """
-
-    def __init__(self, host: "Host", config: "LearnAlignConfig"):
-        self.host, self.config = host, config
-        self._fingerprint = dataset_fingerprint(host.dataset)
-        host.on_resume(self._note)
-
-    def _note(self, directory):
-        self.host.resumed_from = directory
+class AsyncCheckpoint(Checkpoint):
+    """Writes the state of a run into its checkpoints, and reads it back, strictly."""
 
     def write(self, directory: Path, peers: Peers, state: dict | None, files: dict[str, str]) -> None:
         """
@@ -50,7 +32,7 @@ class AsyncCheckpoint:
         if state is not None:
             content = pack(state)
             entry = {"file": FILE, "sha256": hashlib.sha256(content).hexdigest()}
-            write_atomically(directory / FILE, lambda temporary: temporary.write_bytes(content))
+            write_bytes(directory / FILE, content)
         states: Any = self.host.trainer.state.stateful_callbacks
         states[STATE_KEY] = {
             "arrays": peers.broadcast(entry),
@@ -76,26 +58,11 @@ class AsyncCheckpoint:
                 "Resume with that trainer, or start a new run from its weights."
             )
         check_dataset(saved, self._fingerprint)
-        changed = self.config.changes(saved["config"])
-        changes = [
-            f"`{name}` was {was!r} and is {now!r}"
-            for name, (was, now) in changed.items()
-            if name not in FREE_ON_RESUME
-        ]
+        changes = [text for name, text in self.changes(saved["config"]).items() if name not in FREE_ON_RESUME]
         if changes:
             raise ValueError(
                 f"The LearnAlignConfig is not that of the checkpoint: {'; '.join(changes)}. Resume with these, or "
                 "start a new run in another `output_dir` (with the weights of this one, if you like)."
             )
         assert self.host.resumed_from is not None  # noted when Trainer loaded the optimizer
-        path = Path(self.host.resumed_from) / FILE
-        try:
-            content = path.read_bytes()
-            if hashlib.sha256(content).hexdigest() != saved["arrays"]["sha256"]:
-                raise ValueError("it does not agree with its checksum")
-            return unpack(content)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"'{path}', the state of the schedule in this checkpoint, cannot be used: {error}. Resume from an "
-                "earlier checkpoint."
-            ) from error
+        return read_checked(self.host.resumed_from / FILE, saved["arrays"], unpack)

@@ -26,21 +26,41 @@ logger = logging.getLogger(__name__)
 STATE_KEY = "learnalign"
 
 
-class CheckpointState:
+class Checkpoint:
     """
-    Writes the state of a run into its checkpoints, and reads it back, strictly.
+    Knows the dataset and the settings that checkpoints are of, and the checkpoint that a run is resumed from.
 
     Args:
         host ([`Host`]): the trainer.
         config ([`LearnAlignConfig`]): of its sampler.
+    """
+
+    def __init__(self, host: "Host", config: "LearnAlignConfig"):
+        self.host, self.config = host, config
+        self._fingerprint = dataset_fingerprint(host.dataset)
+        host.on_resume(self._note)
+
+    def _note(self, directory):
+        self.host.resumed_from = directory
+
+    def changes(self, saved: dict) -> dict[str, str]:
+        """Say by name which settings are others than those that a checkpoint has."""
+        return {
+            name: f"`{name}` was {was!r} and is {now!r}" for name, (was, now) in self.config.changes(saved).items()
+        }
+
+
+class CheckpointState(Checkpoint):
+    """
+    Writes the state of a run into its checkpoints, and reads it back, strictly.
+
+    Args:
         stream ([`Stream`]): of its first run.
     """
 
     def __init__(self, host: "Host", config: "LearnAlignConfig", stream: Stream):
-        self.host, self.config = host, config
-        self._fingerprint = dataset_fingerprint(host.dataset)
+        super().__init__(host, config)
         self.begin(stream)
-        host.on_resume(self._note)
 
     def begin(self, stream: Stream) -> None:
         """Begin a run."""
@@ -53,9 +73,6 @@ class CheckpointState:
             self._free = FREE_WITHOUT_TARGET
         elif selection.indices:
             self._free = ()
-
-    def _note(self, directory):
-        self.host.resumed_from = directory
 
     def write(self, directory: Path, is_writer: bool, peers: Peers, pending: int | None) -> None:
         """
@@ -128,11 +145,8 @@ class CheckpointState:
         return schedule_state, saved["pending"]
 
     def _check_config(self, saved, coming):
-        changes = {
-            name: f"`{name}` was {was!r} and is {now!r}"
-            for name, (was, now) in self.config.changes(saved).items()
-            if name not in ("num_prompts", "warmup_prompts", "schedule")  # the sampler compares them
-        }
+        compared = ("num_prompts", "warmup_prompts", "schedule")  # by the sampler
+        changes = {name: text for name, text in self.changes(saved).items() if name not in compared}
         free = FREE_ON_RESUME + self._free
         refused = [text for name, text in changes.items() if name not in free]
         if refused:

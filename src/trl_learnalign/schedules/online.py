@@ -32,7 +32,9 @@ from .prompt_features import (
 logger = logging.getLogger(__name__)
 
 # Of `score="learnalign"`; `score="learnability"` keeps the greatest p (1 - p)
-LEARNALIGN = OnlineSettings(utility="deviation", sharpness=4.0, kinds_count=True, least_kind_share=0.5)
+LEARNALIGN = OnlineSettings(
+    utility="deviation", sharpness=4.0, kinds_count=True, least_kind_share=0.5, quick_speed=32.0
+)
 
 
 class OnlineSchedule(Schedule, Ticks, LearnsFromGradients, Describes, Prepares):

@@ -70,7 +70,7 @@ def eligible_rows(dataset: Dataset, config) -> np.ndarray:
     """
     rows = np.asarray(candidate_rows(dataset, config), dtype=np.int32)
     if config.deduplicate:
-        first = np.asarray(equal_prompts(dataset))[rows]
+        first = equal_prompts(dataset)[rows]
         rows = rows[np.sort(np.unique(first, return_index=True)[1])]
     return rows
 

@@ -192,7 +192,8 @@ def by_row(returned, index: "pandas.Index") -> "pandas.DataFrame":
         raise ValueError(
             f"The score returned {len(columns)} values for {len(index)} prompts. Return one for each row of the table."
         )
-    if isinstance(returned, pd.Series | pd.DataFrame) and set(columns.index) == set(index):
+    named = isinstance(returned, pd.Series | pd.DataFrame) and not columns.index.equals(index)
+    if named and set(columns.index) == set(index):
         return columns.reindex(index)  # by row, whatever the order
     return columns.set_axis(index)
 

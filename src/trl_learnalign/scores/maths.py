@@ -3,6 +3,7 @@
 from array import array
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 
 from ..curriculum.rewards import is_success
@@ -172,7 +173,7 @@ def cosines_of_batches(
     return rows, cosines.view(-1, len(directions)), norms
 
 
-def ranking(scores: torch.Tensor, learnabilities: torch.Tensor, seed: int) -> list[int]:
+def ranking(scores: torch.Tensor, learnabilities: torch.Tensor, seed: int) -> np.ndarray:
     """
     Return all n positions, best first: those with V > 0 by falling score, then those with V = 0. Scores that agree in
     12 digits are ties, as only rounding makes them differ (1/5 x 4/5 and 4/5 x 1/5); ties are in random order.
@@ -182,9 +183,9 @@ def ranking(scores: torch.Tensor, learnabilities: torch.Tensor, seed: int) -> li
         learnabilities (`torch.Tensor` of shape `(n,)`): V.
         seed (`int`): of the order of ties. The same seed and n give the same order anywhere.
     """
-    order = torch.randperm(len(scores), generator=torch.Generator().manual_seed(seed)).tolist()
-    learnable, rounded = (learnabilities > 0).tolist(), [float(f"{score:.12g}") for score in scores.tolist()]
-    return sorted(order, key=lambda i: (not learnable[i], -rounded[i]))  # keeps the order of ties
+    order = torch.randperm(len(scores), generator=torch.Generator().manual_seed(seed)).numpy()
+    rounded = np.fromiter((float(f"{score:.12g}") for score in scores.double().numpy()), float, len(scores))
+    return order[np.lexsort((-rounded[order], ~(learnabilities > 0).numpy()[order]))]  # keeps the order of ties
 
 
 def advantages(

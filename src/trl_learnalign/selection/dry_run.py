@@ -104,7 +104,8 @@ def plan_selection(trainer: Trainer, config: LearnAlignConfig) -> tuple[str, boo
     if race := selection.provenance.get("race"):
         lines.append(f"race: {race['rollouts'] / race['of']:.0%} of the rollouts are made")
     if "rollouts" in paid or "gradients" in paid:
-        lines.append(f"gradients: {_gradients(paid, with_gradient)}" + _at(config))
+        at = f", at {len(config.target_checkpoints)} checkpoints" if config.target_checkpoints else ""
+        lines.append(f"gradients: {_gradients(paid, with_gradient)}{at}")
     lines += [
         "expected time: "
         + ", ".join(f"{phase} {seconds:,.0f} s" for phase, seconds in times.items())
@@ -128,7 +129,7 @@ def _tried(host, config):
         with trial.peers:
             selection = trial._run()
             written = trial.peers.gather(_bytes_of(trial.path_of_measures))  # each process has a directory of its own
-    return selection, _summed(written)
+    return selection, {name: sum(part.get(name, 0) for part in written) for name in written[0]}
 
 
 def _gradients(paid, prompts) -> str:
@@ -137,18 +138,10 @@ def _gradients(paid, prompts) -> str:
     return f"about {prompts:,.0f} prompts" if prompts else "not known, since none of these was learnable"
 
 
-def _at(config) -> str:
-    return f", at {len(config.target_checkpoints)} checkpoints" if config.target_checkpoints else ""
-
-
 def _bytes_of(directory) -> dict[str, int]:
     """Return what the records of each measure in a directory take; unfinished microbatches are deleted."""
     files = {path.name: path.rglob("*.log") for path in sorted(directory.glob("[!.]*/"))}
     return {name: sum(file.stat().st_size for file in own) for name, own in files.items()}
-
-
-def _summed(parts):
-    return {name: sum(part.get(name, 0) for part in parts) for name in parts[0]}
 
 
 def _whole(amounts: dict[str, float], more: float) -> dict[str, float]:

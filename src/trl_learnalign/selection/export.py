@@ -9,9 +9,9 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset
 
-from ..data.columns import check_named
+from ..data.columns import check_named, root_of
 from ..data.reading import has_transform, read_rows
-from ..ground.disk import make_directory, write_atomically, write_parquet
+from ..ground.disk import make_directory, write_bytes, write_parquet
 
 
 # Trainers, with how the name of a file for each ends
@@ -89,9 +89,7 @@ def export(
     """
     check_export(kind, chosen, answer_column)
     assert answer_column is not None  # checked
-    root = answer_column
-    while root not in chosen.column_names and "." in root:
-        root = root.rpartition(".")[0]
+    root = root_of(chosen, answer_column)
     names = {prompt_column, root, *({"data_source", "ability"} & set(chosen.column_names))}
     lines = []
     for row, (index, *values) in zip(_read(chosen, sorted(names)), found, strict=True):
@@ -117,8 +115,7 @@ def export(
     if kind == "verl":
         write_parquet(path, pa.Table.from_pylist(lines, schema=_VERL))
         return
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
+    write_bytes(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
 
 
 def _read(chosen, names) -> Iterator[dict]:

@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from ..choice.table import rank, scores_table
 from ..config import LearnAlignConfig
-from ..data.columns import candidate_rows, dataset_columns
+from ..data.columns import candidate_rows, dataset_columns, row_index
 from ..ground.user_code import last_line
 from ..measures.base import Finding, Measure
 from ..measures.contract import check_finding
@@ -29,7 +29,7 @@ def made_up(
 ) -> tuple[pd.DataFrame, dict[str, Finding]]:
     """Return a table of made-up measurements, by dataset row, and the findings that it was made from."""
     found: dict[str, Finding] = {}
-    table = pd.DataFrame(index=pd.Index(rows, name="index", dtype="int64"))
+    table = pd.DataFrame(index=row_index(rows))
     for measure in measures:
         finding = measure.made_up(table, num_rollouts, longest)
         check_finding(measure, finding, found, rows)

@@ -232,13 +232,13 @@ class Selection:
         provenance["config"] = self.provenance["config"] | {"num_prompts": num_prompts}
         return replace(self._choose(num_prompts), provenance=provenance)
 
-    def chosen(self, equal: list[int] | None = None) -> "Selection":
+    def chosen(self, equal: np.ndarray | None = None) -> "Selection":
         """
         Choose from these scores as the configuration says.
 
         Args:
-            equal (`list[int]`, *optional*): for each row of the dataset a number that is the same for equal prompts,
-                of which only the best-ranked may be chosen.
+            equal (`np.ndarray` of shape `(N,)`, *optional*): for each row of the dataset a number that is the same for
+                equal prompts, of which only the best-ranked may be chosen.
         """
         seen, left_out, provenance = set(), [], self.provenance
         if equal is not None:
@@ -255,13 +255,14 @@ class Selection:
         return indices[may][np.argsort(self.scores["rank"].to_numpy()[may])]
 
     def _choose(self, num_prompts) -> "Selection":
-        table = self.to_pandas()
-        eligible = table.index.isin(self.eligible())
-        groups = None
-        if "quota_group" in table:  # a missing value is a group of its own
-            groups = pd.factorize(table["quota_group"], sort=True, use_na_sentinel=False)[0]
+        order = np.argsort(self.scores["rank"].to_numpy())
+        indices, groups = self.scores["index"].to_numpy()[order], None
+        if "quota_group" in self.scores.column_names:  # a missing value is a group of its own
+            values = self.scores["quota_group"].to_pandas()
+            groups = pd.factorize(values, sort=True, use_na_sentinel=False)[0][order]
         quota = self.provenance["config"].get("quota", "proportional")
-        chosen = table.index[choose(range(len(table)), eligible, num_prompts, groups, quota)].tolist()
+        places = choose(np.arange(len(indices)), np.isin(indices, self.eligible()), num_prompts, groups, quota)
+        chosen = indices[places].tolist()
         selected = pc.is_in(self.scores["index"], value_set=pa.array(chosen, pa.int64()))
         scores = self.scores.set_column(self.scores.column_names.index("selected"), "selected", selected)
         return replace(self, indices=chosen, scores=scores)

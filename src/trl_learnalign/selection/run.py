@@ -3,7 +3,7 @@
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -11,12 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
 from ..choice.table import draw_pool, load_target, rank, scores_table
 from ..config import LearnAlignConfig
-from ..data.columns import candidate_rows
+from ..data.columns import candidate_rows, row_index
 from ..data.prompts import equal_prompts
 from ..data.rows import dataset_fingerprint
 from ..ground.disk import DirectoryLock, make_directory, rollouts_of, scratch
@@ -85,7 +86,7 @@ class SelectionRun:
         self.score = config.ranking()
         self.above = above  # the selection that this one chooses candidates for
         self.stages = stages_on(host.dataset, config)
-        self.pool: list[int] = candidate_rows(host.dataset, config) if above is None else above.pool
+        self.pool: Sequence[int] = candidate_rows(host.dataset, config) if above is None else above.pool
         if not self.stages:
             size = cast("int | None", config.candidate_prompts)
             self.pool = draw_pool(self.pool, size, stable_hash(self.seed, "pool", stage))
@@ -179,25 +180,26 @@ class SelectionRun:
 
     def _choose_candidates(self) -> None:
         """Make the selections by `candidate_score`, each from the prompts that the one before has left."""
-        about = []
-        for number, config in enumerate(self.stages, 1):
-            run = SelectionRun(self.host, config, self.provenance["stage"], self.keep_measures, self)
-            run.path = self.path / f"candidates-{number}"
-            found, name = run._run(), score_name(config.score)
-            if not found.indices:
-                raise ValueError(
-                    f"`candidate_score` {name!r} gave none of {len(self.pool)} prompts a number, so there are no "
-                    "candidates. Correct the score, or the column that it reads."
-                )
-            spent = round(sum(found.provenance["seconds"].values()), 3)
-            price = (prices(config.measures) or ["none"])[-1]
-            counts = {"prompts": len(self.pool), "kept": len(found.indices)}
-            about.append({"score": name, "price": price, **counts, "seconds": spent})
-            if price != "none":
-                self.seconds[f"candidates {chosen_by(found)}"] = spent
-            self.pool = sorted(found.indices)
-        if about:
-            self.note({"candidates": about})
+        if self.stages:
+            self.note({"candidates": [self._candidates(*stage) for stage in enumerate(self.stages, 1)]})
+
+    def _candidates(self, number, config) -> dict:
+        """Leave the prompts of one choice. Its tables, of all prompts, are gone before the next one begins."""
+        run = SelectionRun(self.host, config, self.provenance["stage"], self.keep_measures, self)
+        run.path = self.path / f"candidates-{number}"
+        found, name = run._run(), score_name(config.score)
+        if not found.indices:
+            raise ValueError(
+                f"`candidate_score` {name!r} gave none of {len(self.pool)} prompts a number, so there are no "
+                "candidates. Correct the score, or the column that it reads."
+            )
+        spent = round(sum(found.provenance["seconds"].values()), 3)
+        price = (prices(config.measures) or ["none"])[-1]
+        counts = {"prompts": len(self.pool), "kept": len(found.indices)}
+        if price != "none":
+            self.seconds[f"candidates {chosen_by(found)}"] = spent
+        self.pool = sorted(found.indices)
+        return {"score": name, "price": price, **counts, "seconds": spent}
 
     def _warn_of_unknown(self):
         if self.accelerator.is_main_process and (unknown := self.host.unidentified()):
@@ -302,13 +304,13 @@ class SelectionRun:
     def _chosen(self) -> Selection:
         """Join what was measured, rank and choose."""
         dataset, stage, found = self.host.dataset, self.provenance["stage"], self.context.found
-        table = pd.DataFrame(index=pd.Index(self.pool, name="index", dtype="int64"))
+        table = pd.DataFrame(index=row_index(self.pool))
         measured: list[str] = []
         for measure in needed(self.score.requires):
             if (part := found[measure.name].table) is not None:
                 table = table.join(part, how="inner")
                 measured += measure.columns
-        self.provenance["unscorable"] = sorted(set(self.pool) - set(table.index))
+        self.provenance["unscorable"] = np.setdiff1d(self.pool, table.index, assume_unique=True).tolist()
         columns = found["columns"].table if "columns" in found else None
         ranked = rank(self.score, table, columns, found.get("gradients"))
         # With all scores equal the ties are the choice

@@ -107,6 +107,13 @@ def counts(successes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.nansum(successes, axis=1), np.nansum(1 - successes, axis=1)
 
 
+def rates(places: np.ndarray, successes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the places of the groups with a deciding reward, and their success rates."""
+    won, lost = counts(successes)
+    known = (won + lost) > 0
+    return places[known], won[known] / (won + lost)[known]
+
+
 def candidates(size: int, wanted: int, random: np.random.Generator) -> np.ndarray:
     """Draw so many different places, or all."""
     return random.choice(size, min(size, wanted), replace=False)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .base import Published, best, counts
+from .base import Published, best, rates
 
 
 class LFR(Published):
@@ -39,17 +39,15 @@ class LFR(Published):
         every = random.permutation(len(self.pool))
         if number % 2 == 0:
             return every
-        share, rates = self.focus[min(number // 2, 1)], self.arrays["rates"][every]
+        share, last = self.focus[min(number // 2, 1)], self.arrays["rates"][every]
         # A prompt whose group has not come back yet may be anything
-        hard = best(every, -np.nan_to_num(rates, nan=0.5), max(int(share * len(every)), 1), random)
+        hard = best(every, -np.nan_to_num(last, nan=0.5), max(int(share * len(every)), 1), random)
         return random.permutation(hard)
 
     def learn(self, places, successes, advantages):
-        won, lost = counts(successes)
-        known = (won + lost) > 0
-        rates = won[known] / (won + lost)[known]
-        self.arrays["rates"][places[known]] = rates
-        self.arrays["solved"][places[known]] |= rates == 1
+        known, found = rates(places, successes)
+        self.arrays["rates"][known] = found
+        self.arrays["solved"][known] |= found == 1
 
     def metrics(self):
         solved = self.arrays["solved"]

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .base import Published, counts
+from .base import Published, rates
 
 
 class Pools(Published):
@@ -21,8 +21,6 @@ class Pools(Published):
         return random.choice(len(weights), n, replace=n > len(weights), p=weights / weights.sum())
 
     def learn(self, places, successes, advantages):
-        won, lost = counts(successes)
-        known = (won + lost) > 0
-        rates = won[known] / (won + lost)[known]
-        normal = (rates > self.hard) & (rates <= self.easy)
-        self.arrays["weights"][places[known]] = np.where(normal, 1.0, self.weight)
+        known, found = rates(places, successes)
+        normal = (found > self.hard) & (found <= self.easy)
+        self.arrays["weights"][known] = np.where(normal, 1.0, self.weight)
