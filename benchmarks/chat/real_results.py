@@ -50,11 +50,12 @@ def groups() -> str:
 def filters() -> str:
     """How many rows filters leave, those on columns and one on what was measured."""
     counts = "; ".join(f"`{text}` leaves {number:,}" for text, number in REAL["where"].items())
+    said = REAL["draws"]["filter_said"][0].split(": ")[0]
     chosen = " and ".join(f"{number} of {name}" for name, number in REAL["draws"]["filtered"].items())
     return (
         f"Of {REAL['rows']:,} rows of MATH {counts}. `{REAL['draws']['filter']['where']}`, with "
         f"`quota_column='source'`, chooses {chosen} of the rows above, without new rollouts. "
-        f"It warns: {' '.join(REAL['draws']['filter_said']) or 'nothing.'}"
+        f"It warns: {said}, and says why."
     )
 
 
