@@ -22,7 +22,7 @@ import harness
 import numpy as np
 from pages import columns, points, table
 from questions import GUESSED, KINDS, POOLS, SHARES
-from results import end, gains, of, paired, rates
+from results import costs, end, gains, of, paired, rates
 
 
 FILE = harness.RESULTS / "chat.json"
@@ -53,6 +53,9 @@ def read(folder: Path) -> dict:
         halves["live"].append(np.bincount(kinds[live], minlength=len(KINDS)).tolist())
     found = {"looks": looks, "steps": len(steps), "halves": halves}
     found["update_norm"] = round(fmean(step["update_norm"] for step in steps), 4)
+    for name in ("seconds", "tokens"):
+        if all(name in step for step in steps):  # runs of before lack the tokens
+            found[name] = round(sum(step[name] for step in steps))
     conditions = harness.read(folder / "done.json")
     if conditions is not None:
         logged = conditions.pop("logged")
@@ -140,6 +143,7 @@ def tables(runs, pool) -> list[str]:
     success |= {f"step {look['step']}": lambda arm, n=n: step(arm, n) for n, look in enumerate(looks)}
     success["over random at the end"] = lambda arm: over(arm, end)
     success["mean over the run"] = lambda arm: over(arm, over_run)
+    success |= costs(own.get)
     kinds = names | {
         kind: lambda arm, kind=kind: f"{fmean(by_kind(run)[kind] for run in own[arm]):.2f}"
         for kind in by_kind(own[arms[0]][0])

@@ -48,12 +48,13 @@ class Recorder:
 
     def __init__(self, folder: Path, pool: str):
         self.pool = pool
-        self.file, self.rows, self.successes = folder / "steps.jsonl", [], []
+        self.file, self.rows, self.successes, self.tokens = folder / "steps.jsonl", [], [], 0
 
-    def __call__(self, completions, answer, row, **kwargs):
+    def __call__(self, completions, completion_ids, answer, row, **kwargs):
         texts = [completion[0]["content"] for completion in completions]
         rewards = [float(is_right(text, own, self.pool)) for text, own in zip(texts, answer, strict=True)]
         self.rows += row[::GROUP]
+        self.tokens += sum(map(len, completion_ids))
         self.successes += np.array(rewards, int).reshape(-1, GROUP).sum(1).tolist()
         return rewards
 
@@ -84,10 +85,11 @@ class Looks(TrainerCallback):
             "rows": rows,
             "kinds": [KINDS.index(self.kinds[row]) for row in rows],
             "successes": successes,
+            "tokens": self.recorder.tokens,
             "update_norm": float((weights - self.before).norm()),
             "seconds": round(now - self.started, 1),
         }
-        self.recorder.rows, self.recorder.successes = [], []
+        self.recorder.rows, self.recorder.successes, self.recorder.tokens = [], [], 0
         self._write("steps.jsonl", line)
         self.before = weights
         if state.global_step in self.marks:

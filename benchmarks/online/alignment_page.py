@@ -1,6 +1,6 @@
 """
 Writes docs/evidence_alignment.md and its figure from benchmarks/results/online.json (page.py collects its runs),
-chat.json (chat_results.py --collect) and taps.json, so that no number of a table is typed.
+chat.json (chat_results.py --collect), taps.json and real_rows.json, so that no number of a table is typed.
 
     python benchmarks/online/alignment_page.py [--check]
 
@@ -20,6 +20,7 @@ import chat_results
 import coin_results
 import drawing
 import harness
+import real_results
 import results
 from chat_results import by_kind, on_guesses
 from coin_results import on_chance, worth
@@ -27,7 +28,7 @@ from drawing import FIGURES, plt
 from harness import RESULTS, ROOT
 from pages import between, columns, fill, interval, points, publish, table
 from questions import GUESSED, POOLS
-from results import ARMS, area_gains, end, gains, of, paired, rates
+from results import ARMS, area_gains, costs, end, gains, of, paired, rates, took
 
 
 PAGE = ROOT / "docs" / "evidence_alignment.md"
@@ -181,8 +182,8 @@ def _cost():
 
 def verdicts() -> str:
     """A row for each criterion."""
-    words = {True: "holds", False: "**missed**", None: "open"}
-    return table("pool | asked | measured | ", [[*row[:3], words[row[3]]] for row in criteria()])
+    words = {True: "yes", False: "**no**", None: "open"}
+    return table("pool | must hold | measured | held", [[*row[:3], words[row[3]]] for row in criteria()])
 
 
 def outcome() -> str:
@@ -294,7 +295,12 @@ def hard() -> str:
         "mean over the run, over random": lambda arm: over(arm, RANDOM, area_gains),
         "over learnability alone ": lambda arm: over(arm, TODAY, area_gains),
     }
-    return columns(labels, runs)
+    return columns(labels | costs(runs.get), runs)
+
+
+def same_work() -> str:
+    """Seconds of runs of the chat model with random prompts, equally many rollouts each."""
+    return took(of(ALL_CHAT, "short", "random"))
 
 
 def chat(pool) -> str:
@@ -360,7 +366,7 @@ def draw_front() -> None:
 
 def main():
     template = (HERE / "evidence_alignment.md.in").read_text(encoding="utf-8")
-    names = globals() | {pool: lambda pool=pool: chat(pool) for pool in POOLS}
+    names = vars(real_results) | globals() | {pool: lambda pool=pool: chat(pool) for pool in POOLS}
     pages = {PAGE: fill(template, names)}
     for path in FRONT:
         text = fill(front("docs/" if path.name == "README.md" else ""), {})

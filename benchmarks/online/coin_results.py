@@ -19,7 +19,7 @@ import harness
 import results
 from coins import CHANCE, KINDS
 from pages import columns, points
-from results import ARMS, area_gains, end, found_in, gains, of, over_run, paired
+from results import ARMS, area_gains, costs, end, found_in, gains, of, over_run, paired
 from skills import LEVELS, TASKS
 
 
@@ -80,7 +80,7 @@ def arms(runs, pool) -> str:
         "over random ": lambda arm: over(arm, "uniform", gains),
         "over online ": lambda arm: over(arm, "online", gains),
     }
-    return columns(labels, own)
+    return columns(labels | costs(own.get), own)
 
 
 def known(runs, pool) -> list[str]:

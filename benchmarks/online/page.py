@@ -22,7 +22,7 @@ import results
 from drawing import FIGURES, FRONT, ONE, draw_pools
 from harness import RESULTS, ROOT
 from pages import between, columns, fill, interval, points, publish, table
-from results import ARMS, area_gains, end, gains, of, share
+from results import ARMS, area_gains, costs, end, gains, of, share, tokens, took
 from skills import LEVELS, TARGET, TASKS
 
 
@@ -86,11 +86,6 @@ def needed(found) -> str:
     return "never" if found is None else f"{100 * found:.0f} %"
 
 
-def tokens(run) -> float:
-    """That a run generated, those of a selection among them."""
-    return run["rollouts"] * run["completion_length"]
-
-
 def of_target(run) -> float:
     """The share of training that was of the tasks that the test asks for."""
     names = [task.name for task in TASKS]
@@ -118,6 +113,7 @@ def arms(pool) -> str:
         "length, tokens": lambda arm: f"{fmean(end(run, 'length') for run in runs[arm]):.1f}",
         "tokens generated, % of random prompts'": lambda arm: percent(tokens(a) / tokens(b) for a, b in both[arm]),
     }
+    labels |= costs(runs.get)
     if pool == "skills-target":
         labels["of the target, %"] = lambda arm: percent(map(of_target, runs[arm]))
     return columns(labels, [arm for arm in ARMS if runs[arm]])
@@ -140,6 +136,7 @@ def dirt() -> str:
         ),
         "suspects that are wrong": lambda row: suspects(row[1]) if "wrong" in row[0] else "",
     }
+    labels |= costs(lambda row: row[1:2], ", online") | costs(lambda row: row[2:], ", random prompts")
     return columns(labels, [(pool, *pair) for pool in DIRT for pair in pairs(pool)])
 
 
@@ -154,6 +151,8 @@ def by_share() -> str:
         "the same, mean over the run": lambda pool: points(area_gains(pairs(pool))),
         "rollouts to their end": lambda pool: needed(share(pairs(pool))),
     }
+    for place, whose in enumerate((", online", ", random prompts")):
+        labels |= costs(lambda pool, place=place: [pair[place] for pair in pairs(pool)], whose)
     return columns(labels, [pool for pool in SHARES if pairs(pool)])
 
 
@@ -173,6 +172,8 @@ def ablations() -> str:
         "distinct prompts": lambda row: distinct(run for run, _ in row[3]),
         "of the other": lambda row: distinct(run for _, run in row[3]),
     }
+    for place, whose in enumerate(("", ", of the other")):
+        labels |= costs(lambda row, place=place: [pair[place] for pair in row[3]], whose)
     return columns(labels, rows)
 
 
@@ -351,6 +352,11 @@ def alignment() -> str:
     return table(
         "policy | learnable prompts | from 300 | from 1,000 | from 3,000 | correlation between two seeds", rows
     )
+
+
+def same_work() -> str:
+    """Seconds of runs with random prompts on the hard pool, equally many rollouts each."""
+    return took(of(RUNS, "hard", "uniform"))
 
 
 def names() -> dict:

@@ -95,6 +95,37 @@ def end(run, name=None) -> float:
     return run["looks"][-1][name] if name else rates(run)[-1]
 
 
+def tokens(run) -> float | None:
+    """Tokens that a run generated, those of a selection among them; None where their number was not kept."""
+    if "completion_length" not in run:
+        return run.get("tokens")
+    return run["rollouts"] * run["completion_length"]
+
+
+def seconds(run) -> float | None:
+    """Seconds that training took, without looks; None where they were not kept."""
+    return run["looks"][-1].get("seconds", run.get("seconds"))
+
+
+def costs(runs_of, whose="") -> dict:
+    """Columns of a table: tokens and seconds, means over the runs of an item, empty where one of them has none."""
+
+    def mean(item, value, scale):
+        found = [value(run) for run in runs_of(item)]
+        return f"{scale * fmean(found):,.0f}" if found and None not in found else ""
+
+    return {
+        f"tokens generated, thousands{whose}": lambda item: mean(item, tokens, 1e-3),
+        f"seconds{whose}": lambda item: mean(item, seconds, 1),
+    }
+
+
+def took(runs) -> str:
+    """From the fewest to the most seconds of these runs."""
+    found = [seconds(run) for run in runs if seconds(run) is not None]
+    return f"{min(found):,.0f} to {max(found):,.0f}"
+
+
 def gains(pairs, scale=100, value=end) -> list[float]:
     """Points of success at the end over the other run of each pair."""
     return [scale * (value(run) - value(other)) for run, other in pairs]

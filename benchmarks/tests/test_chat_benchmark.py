@@ -71,6 +71,7 @@ def test_the_tables_of_made_up_runs(tmp_path, monkeypatch):
             looks = [{"step": step, "kl": 0.1, "mean": 0.1 + gain * step, "sum 1": 0.5} for step in (0, 1, 2)]
             (folder / "looks.jsonl").write_text("".join(json.dumps(look) + "\n" for look in looks))
             step = {"kinds": [0, 0, KINDS.index("sum 2"), 3], "successes": [4, 8, 0, 1], "update_norm": 0.5}
+            step |= {"seconds": 20.5 + seed} | ({"tokens": 900} if arm == "random" else {})
             (folder / "steps.jsonl").write_text(2 * (json.dumps(step) + "\n"))
     (tmp_path / "short" / "online-7").mkdir()  # which has not begun
     (tmp_path / "short" / "online-8").mkdir()
@@ -82,8 +83,8 @@ def test_the_tables_of_made_up_runs(tmp_path, monkeypatch):
     success, _, shares, steps = ([*map(cells_of, text.splitlines()[2:])] for text in tables(runs, "short"))
     cells = {row[0]: row for row in success}
     assert cells["LearnAlign online"][1:5] == ["0, 1, 2", "0.100", "0.200", "0.300"]
-    assert cells["LearnAlign online"][5:] == ["+0.200 [+0.200, +0.200]", "+0.150 [+0.150, +0.150]"]
-    assert cells["random prompts"][4:] == ["0.100", "", ""]
+    assert cells["LearnAlign online"][5:] == ["+0.200 [+0.200, +0.200]", "+0.150 [+0.150, +0.150]", "", "43"]
+    assert cells["random prompts"][4:] == ["0.100", "", "", "2", "43"]
     assert gains(paired(runs, "short", "random", "learnalign-online"), 1) == pytest.approx([-0.2] * 3)
     assert shares[0][:3] == ["the pool", "0.07", "0.05"]
     assert shares[1][1] == "0.50 (0.50)" and shares[1][1 + KINDS.index("product 1")] == "0.00"
