@@ -128,7 +128,8 @@ class World:
         self.drawn += n
         expected = self.alignment.expect(rows)
         clock = ones * numbers[0] / 800
-        return Flight(numbers, rows, clock, ones > 0, ones < 0, ones > 0, ones > 0, ones / 2, ones, ones, expected)
+        flags, rates = (ones > 0, ones < 0, ones > 0, ones > 0), (ones / 2, ones / 2, ones, ones)
+        return Flight(numbers, rows, clock, *flags, *rates, expected)
 
     def gradients(self, flight):
         random, found = self.random, []
@@ -443,7 +444,7 @@ class Training:
             curriculum.observe(groups)
             empty = np.zeros(16)
             numbers = np.array([draw.number for draw in draws])
-            flight = Flight(numbers, rows, *[empty] * 9)
+            flight = Flight(numbers, rows, *[empty] * 10)
             found = self.world.gradients(flight)
             if gradients:
                 curriculum.observe_gradients(found)
