@@ -323,8 +323,9 @@ def draw() -> None:
     pools = [pool for pool in POOLS if any(run["pool"] == pool for run in CHAT)]
     drawn, panels = plt.subplots(1, 2 + len(pools), figsize=(1 + 4.2 * (2 + len(pools)), 4), squeeze=False)
     for axes, pool in zip(panels[0], pools, strict=False):
+        seeds = {run["seed"] for run in of(CHAT, pool, CHAT_OURS)}  # of random prompts the same
         for arm, style in CHAT_ARMS.items():
-            if runs := of(CHAT, pool, arm):
+            if runs := [run for run in of(CHAT, pool, arm) if run["seed"] in seeds or not seeds]:
                 steps = [look["step"] for look in runs[0]["looks"]]
                 drawing.line(axes, steps, [*map(rates, runs)], STYLES[style])
         axes.set_title(f"SmolLM2-135M, pool `{pool}`", fontsize=10)
