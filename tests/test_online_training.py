@@ -6,6 +6,7 @@ the run.
 import json
 import logging
 import math
+import re
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -1013,6 +1014,19 @@ def test_the_plan_says_from_which_step_prompts_can_be_chosen(tmp_path, capsys, c
 
 
 # Settings, and small chunks ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("reward", "said"), [(0.0, "0.0% .* easier prompts"), (1.0, "100.0% .* harder prompts")])
+def test_groups_that_are_nearly_all_dead_are_warned_of(tmp_path, caplog, reward, said):
+    settings = replace(EAGER, tried=8)
+    sampler = LearnAlignSampler(online(), schedule=partial(OnlineSchedule, settings=settings))
+    trainer = tiny.make_trainer(
+        tmp_path, reward=lambda completions, **kwargs: [reward] * len(completions), max_steps=4
+    )
+    trainer.add_callback(LearnAlignCallback(trainer, sampler))
+    trainer.train()
+    (text,) = [record.message for record in caplog.records if "had a gradient, and" in record.message]
+    assert re.fullmatch(f"Of the first 8 groups 0 had a gradient, and {said} teach more\\.", text)
 
 
 def test_settings_are_those_that_the_sampler_was_given(tmp_path):

@@ -201,10 +201,13 @@ def _few_prompts(host) -> str | None:
     )
 
 
+_FEW = 0.1  # of the groups, below which live ones are few
+
+
 def nothing_to_predict(curriculum: "OnlineCurriculum") -> str | None:
     """
-    Return a warning where success cannot be predicted from the groups so far, or where the threshold of success is
-    doubtful. Training goes on.
+    Return a warning where success cannot be predicted from the groups so far, where hardly any of them has a gradient,
+    or where the threshold of success is doubtful. Training goes on.
     """
     groups, successes, live = curriculum.history.by_visit.sum(0)
     known, threshold = curriculum.scale.recent, curriculum.settings.success_threshold
@@ -215,8 +218,15 @@ def nothing_to_predict(curriculum: "OnlineCurriculum") -> str | None:
             f"{start}: no rollout of the first chunk has a reward that decides success and a token in the loss. Check "
             "the reward functions; where completions are cut off, raise `max_completion_length`."
         )
-    if curriculum.settings.graded or not live:
+    if curriculum.settings.graded:
         return None
+    if live < _FEW * groups:
+        return (
+            f"Of the first {groups:,.0f} groups {live:,.0f} had a gradient, and {successes / groups:.1%} of the "
+            "rollouts succeeded, so there is little to choose from. If that is not what the policy can do, check the "
+            f"rewards (a rollout succeeds from `success_threshold={threshold:.7g}` on) and `max_completion_length`; "
+            f"else {'harder' if 2 * successes > groups else 'easier'} prompts teach more."
+        )
     remedy = (
         f"A rollout succeeds where its reward is at least `success_threshold={threshold:.7g}`. Set "
         '`success_threshold`, or `learnability="variance"` for graded rewards.'
