@@ -11,6 +11,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -328,16 +329,21 @@ def main(task, path):
                 except (FloatingPointError, RuntimeError) as error:
                     result["error"] = str(error)
         case "hidden states":
-            hidden_states.SAMPLE, hidden_states.WINDOW, likelihood.WINDOW = 10, 4, 5
-            ask.WINDOW, demonstration.WINDOW = 5, 5
-            run = demonstration._ContextForward.run
-            demonstration._ContextForward.run = lambda self, some: np.maximum(run(self, some), [1.0] + [0.0] * 5)
+            context, run = demonstration._ContextForward, demonstration._ContextForward.run
             # Several end tokens, as Llama 3 has them
             model = make_model(eos_token_id=[1, 2])
             trainer = make_trainer(path, reward=seen, dataset=make_dataset(23), model=model, max_steps=1, **kwargs)
             callback = HiddenStates(trainer, path)
             trainer.add_callback(callback)
-            trainer.train()
+            with (  # for this run alone: a test may have it in its own process, and others come after it
+                patch.object(hidden_states, "SAMPLE", 10),
+                patch.object(hidden_states, "WINDOW", 4),
+                patch.object(likelihood, "WINDOW", 5),
+                patch.object(ask, "WINDOW", 5),
+                patch.object(demonstration, "WINDOW", 5),
+                patch.object(context, "run", lambda self, some: np.maximum(run(self, some), [1.0] + [0.0] * 5)),
+            ):
+                trainer.train()
             result |= callback.found
         case (
             "online"

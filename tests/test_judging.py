@@ -162,7 +162,6 @@ def sayer(conversational):
     )
 
 
-@pytest.mark.slow  # in a process of its own: after some other tests, once, every answer counted as right
 @pytest.mark.parametrize("conversational", [False, True])
 def test_worth_as_a_worked_example_is_that_of_greedy_answers(tmp_path, monkeypatch, conversational):
     """Against generation, and the attention of a model that computes it by plain products everywhere."""
@@ -210,7 +209,6 @@ def test_worth_as_a_worked_example_is_that_of_greedy_answers(tmp_path, monkeypat
     assert selection.indices == table["score"].sort_values(ascending=False).index[:8].tolist()
 
 
-@pytest.mark.slow  # as above
 def test_what_worked_examples_cost_and_cannot_do(tmp_path, caplog):
     text, possible = plan_selection(
         make_trainer(tmp_path, dataset=answered(), reward=never_called), config(**DEMONSTRATION)
