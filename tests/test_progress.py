@@ -120,6 +120,11 @@ def test_a_kind_is_idle_by_its_latest_groups():
             assert idle == (gains.mean() <= 1.5 * error)
             seen.add((kind >= GUESSED, bool(idle)))
     assert {(True, True), (False, False)} <= seen
+    curriculum = world.curriculum
+    curriculum.choose(8)  # by the quick fit, and told to rise by the slow one
+    drawn = curriculum.flight
+    np.testing.assert_array_equal(drawn.slow, curriculum.predictor.predict(drawn.rows, slow=True))
+    assert np.abs(drawn.slow - drawn.prior).max() > 0.01
 
 
 def test_what_was_realised_is_that_of_a_loop():
