@@ -135,7 +135,7 @@ def draw(shares, looks, rollouts: int, path: Path) -> None:
 
 
 def print_table(shares, looks, rollouts: int, steps: int) -> None:
-    """Print held-out success by rollouts, so many a step, and after how many random prompts are equalled."""
+    """Print held-out success by rollouts, so many a step, and when both first had the last of random prompts."""
     marks = sorted(looks["uniform"])
     counts = "".join(f"{rollouts * step:8,d}" for step in marks)
     print(f"  after rollouts   {counts}   by chance   live, no chance")
@@ -143,13 +143,15 @@ def print_table(shares, looks, rollouts: int, steps: int) -> None:
         rates = "".join(f"{looks[arm][step]:8.3f}" for step in marks)
         coins, live = shares[arm].mean(axis=0)
         print(f"  {name:17s}{rates}   {coins:9.0%}   {live:15.0%}")
-    points = [(rollouts * step, rate) for step, rate in sorted(looks["online"].items())]
-    needed = rollouts_to(points, looks["uniform"][steps])
+    goal = looks["uniform"][steps]
+    needed, own = (
+        rollouts_to([(rollouts * step, looks[arm][step]) for step in marks], goal) for arm in ("online", "uniform")
+    )
     print(
         "  With LearnAlign online the final success of random prompts is not reached."
         if needed is None
-        else f"  With LearnAlign online the final success of random prompts is reached after {needed:,.0f} rollouts, "
-        f"{needed / (rollouts * steps):.0%} of theirs (one run each)."
+        else f"  With LearnAlign online the final success of random prompts is reached after {needed:,.0f} rollouts; "
+        f"random prompts first had it after {own:,.0f} (one run each)."
     )
 
 
