@@ -158,6 +158,11 @@ def test_clusters_are_found_and_do_not_depend_on_how_sums_are_rounded():
         np.testing.assert_allclose(np.sort(far[rows]), np.sort(far[own])[:3], rtol=0.05)
 
 
+def test_of_copies_of_a_prompt_one_is_shown():
+    features = np.repeat([[1, 0.0], [1, 0.1], [1, 0.3], [1, 1.0]], [40, 3, 1, 1], axis=0)
+    assert nearest_rows(features, np.zeros(45, np.int16), np.arange(45), 3) == {0: [0, 40, 43]}
+
+
 def test_few_or_equal_prompts_have_few_kinds():
     assert set(clusters(np.ones((50, 1)), 12).tolist()) == {0}
     assert set(clusters(np.repeat(np.eye(3), 40, axis=0), 12).tolist()) == {0, 1, 2}

@@ -215,6 +215,27 @@ def test_the_report_says_which_kinds_are_held_back():
     assert all((f"kind {kind} (held back)" in page) == held for kind, held in enumerate(idle))
 
 
+def test_a_kind_whose_chosen_groups_rise_is_not_warned_of():
+    """A dozen uniform draws alone cannot tell a slow rise from none; hundreds of groups can."""
+    world = Questions(0)
+    world.run()
+    kinds, idle = world.curriculum.kinds, world.curriculum.progress.is_idle()
+    rising, staying = 0, GUESSED
+    assert idle[staying] and not idle[rising]
+    for kind in (rising, staying):
+        kinds.uniform[kind], kinds.first[kind], kinds.latest[kind] = 32, 0.45, 0.45
+        kinds.late[kind] *= 2 * kinds.late.sum(0)[0] / kinds.late[kind, 0]
+        kinds.totals[kind] += 100
+    assert kinds.greedy()[[rising, staying]].all() and kinds.is_noise()[[rising, staying]].all()
+    warned = [one["warnings"] for one in world.curriculum.report(None)["run"]["kinds"]]
+    assert "greedy" in warned[staying] and "greedy" not in warned[rising]
+    rows = np.flatnonzero(np.isin(kinds.labels, [rising, staying]))
+    world.curriculum.memory.successes[rows] = world.curriculum.memory.failures[rows] = 20
+    world.curriculum.memory.visits[rows] = 9
+    noise = kinds.labels[rows[world.curriculum.is_noise(rows)]]
+    assert set(noise) == {staying}
+
+
 def drawn_shares(logs, kinds, number):
     weights = np.exp(logs - logs[np.isfinite(logs)].max())
     return np.array([weights[kinds == kind].sum() for kind in range(-1, number)]) / weights.sum()

@@ -65,7 +65,7 @@ def clusters(features: np.ndarray, number: int, seed: int = 0, rows: np.ndarray 
 
 def nearest_rows(features: np.ndarray, labels: np.ndarray, rows: np.ndarray, number: int) -> dict[int, list[int]]:
     """
-    Return for each cluster those of its rows that are nearest to its mean, nearest first.
+    Return for each cluster those of its rows that are nearest to its mean, nearest first, no two of equal features.
 
     Args:
         features (`np.ndarray` of shape `(N, D)`): as they were clustered.
@@ -79,7 +79,8 @@ def nearest_rows(features: np.ndarray, labels: np.ndarray, rows: np.ndarray, num
         own = rows[labels[rows] == kind]
         values = _whole(features[own])
         far = ((values - np.rint(values.mean(0))) ** 2).sum(1)
-        found[kind] = own[np.lexsort((own, far))[:number]].tolist()
+        _, first = np.unique(values, axis=0, return_index=True)  # of copies the first
+        found[kind] = own[first[np.lexsort((own[first], far[first]))[:number]]].tolist()
     return found
 
 

@@ -7,7 +7,6 @@ import numpy as np
 
 from .clusters import nearest_rows
 from .history import History
-from .kinds import Kinds
 from .settings import OnlineSettings
 
 
@@ -65,8 +64,8 @@ def read_kinds(curriculum: "OnlineCurriculum", names: list[str] | None) -> list[
     """
     kinds = curriculum.kinds
     typical = {} if names else nearest_rows(curriculum.features, kinds.labels, curriculum.choosable, _EXAMPLES)
-    warned = kind_warnings(kinds)
-    idle = np.zeros(len(kinds), bool) if curriculum.progress is None else curriculum.progress.is_idle()
+    warned, held = kind_warnings(curriculum), np.zeros(len(kinds), bool)
+    idle = held if curriculum.progress is None else curriculum.progress.is_idle()
     pairs = {"first": kinds.success_first(), "now": kinds.success_now(), "alignment": kinds.alignment()}
     shares = {
         "share": kinds.shares,
@@ -94,9 +93,11 @@ def read_kinds(curriculum: "OnlineCurriculum", names: list[str] | None) -> list[
     ]
 
 
-def kind_warnings(kinds: Kinds) -> dict[str, np.ndarray]:
+def kind_warnings(curriculum: "OnlineCurriculum") -> dict[str, np.ndarray]:
     """Return by name of a warning, in the order of `WARNINGS`, the kinds that it holds for, of shape `(K,)`, bool."""
-    return dict(zip(WARNINGS, (kinds.greedy(), kinds.lost(), kinds.is_inconsistent()), strict=True))
+    kinds = curriculum.kinds
+    greedy = kinds.greedy() & curriculum.may_stay()
+    return dict(zip(WARNINGS, (greedy, kinds.lost(), kinds.is_inconsistent()), strict=True))
 
 
 def _target(target):

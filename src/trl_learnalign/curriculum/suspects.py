@@ -7,6 +7,7 @@ import numpy as np
 from .judge import Judge
 from .kinds import Kinds
 from .memory import PromptMemory
+from .progress import Progress
 from .settings import OnlineSettings
 
 
@@ -22,6 +23,7 @@ class FindsSuspects:
     memory: PromptMemory
     judge: Judge
     kinds: Kinds
+    progress: Progress | None
     completions: dict[int, str]
 
     def suspects(self) -> tuple[np.ndarray, np.ndarray]:
@@ -33,6 +35,13 @@ class FindsSuspects:
         """Count the suspects; none before the prediction was tried."""
         return self.memory.num_suspects() if self.judge.tried else 0
 
+    def may_stay(self) -> np.ndarray:
+        """
+        Tell of which kinds success may not rise, of shape `(K,)`, bool: not of those whose latest groups, chosen ones
+        too, succeeded more often than predicted, where that is watched. Uniform draws alone are few.
+        """
+        return np.ones(len(self.kinds), bool) if self.progress is None else self.progress.is_idle()
+
     def is_noise(self, rows: np.ndarray) -> np.ndarray:
         """
         Tell whether the rewards of these rows may be noise, bool: they were visited often and are near one half, and
@@ -41,7 +50,7 @@ class FindsSuspects:
         if self.settings.graded:
             return np.zeros(len(rows), bool)
         kinds = self.kinds.labels[rows]
-        return self.memory.is_even(rows) & (kinds >= 0) & self.kinds.is_noise()[kinds]
+        return self.memory.is_even(rows) & (kinds >= 0) & (self.kinds.is_noise() & self.may_stay())[kinds]
 
     def noise(self) -> np.ndarray:
         """Return the rows of the pool whose rewards may be noise, the most visited first; at most `most_suspects`."""

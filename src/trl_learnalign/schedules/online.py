@@ -220,7 +220,7 @@ class OnlineSchedule(Schedule, Ticks, LearnsFromGradients, Describes, Prepares):
 
     def _warn_of_kinds(self):
         """Warn, once of each, of kinds of prompts that take too much, are lost or have inconsistent rewards."""
-        found = np.stack([*kind_warnings(self.curriculum.kinds).values()])
+        found = np.stack([*kind_warnings(self.curriculum).values()])
         told = self._told if self._told.shape == found.shape else np.zeros_like(found)
         new, self._told = found & ~told, told | found
         if new.any() and self.host.accelerator.is_main_process:
