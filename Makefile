@@ -119,12 +119,13 @@ evidence-online: $(VENV)/installed
 OURS := uniform online "learnalign online"
 evidence-alignment: $(VENV)/installed
 	$(if $(DATASET),,$(error Say where GSM8K is: make evidence-alignment DATASET=DIR))
+	$(BIN)/python benchmarks/online/skills_policy.py --output_dir runs/online/skills-policy
 	$(ONLINE) --pool coins --seeds 200 201 202 203 204 --arms $(OURS)
 	$(ONLINE) --pool hard --seeds 1 2 3 4 5 --arms $(OURS)
 	$(ONLINE) --pools tenth-coins alike-coins labels large-coins --seeds 200 201 --arms $(OURS)
 	$(ONLINE) --pool skills --seeds 200 201 --arms $(OURS) --steps 300 --learning_rate 4e-4
 	$(ONLINE) --pool skills-target --seeds 200 201 --arms uniform "target online" --steps 300 --learning_rate 4e-4
-	$(BIN)/python benchmarks/chat/run.py --pools short guessed --seeds 1 2 3 --arms random online "learnalign online"
+	$(BIN)/python benchmarks/chat/run.py --pools short guessed --seeds 2 3 4 --arms random "learnalign online"
 	$(BIN)/python benchmarks/taps.py --dataset_path $(DATASET)
 	$(BIN)/python benchmarks/online/page.py --runs runs/online
 	$(BIN)/python benchmarks/chat/chat_results.py --collect

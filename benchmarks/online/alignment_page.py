@@ -321,7 +321,7 @@ def before() -> str:
 def draw() -> None:
     """Success held out on the chat model; success and the share of coins on the pool of coins."""
     pools = [pool for pool in POOLS if any(run["pool"] == pool for run in CHAT)]
-    drawn, panels = plt.subplots(1, 2 + len(pools), figsize=(1 + 4.2 * (2 + len(pools)), 4), squeeze=False)
+    drawn, panels = plt.subplots(2, 2, figsize=(9.4, 7.4))
     for axes, pool in zip(panels[0], pools, strict=False):
         seeds = {run["seed"] for run in of(CHAT, pool, CHAT_OURS)}  # of random prompts the same
         for arm, style in CHAT_ARMS.items():
@@ -330,7 +330,7 @@ def draw() -> None:
                 drawing.line(axes, steps, [*map(rates, runs)], STYLES[style])
         axes.set_title(f"SmolLM2-135M, pool `{pool}`", fontsize=10)
         drawing.finish(axes, "steps of 64 rollouts")
-    success, share = panels[0][-2:]
+    success, share = panels[1]
     for arm, style in STYLES.items():
         if runs := of(RUNS, "coins", arm):
             looks = zip(*(run["looks"] for run in runs), strict=True)
@@ -344,10 +344,9 @@ def draw() -> None:
     share.set_title("the same: share of the rollouts on coins", fontsize=10)
     drawing.finish(share, "quarter of the run", xticks=[1, 2, 3, 4])
     share.set_ylim(bottom=0)
-    panels[0][0].set_ylabel("success on what is held out")
-    for axes in panels[0]:
-        if axes.lines:
-            axes.legend(fontsize=8)
+    for axes in (*panels[0], success):
+        axes.set_ylabel("success on what is held out")
+        axes.legend(fontsize=8)
     drawing.save(drawn, FIGURES / "alignment.png")
 
 
