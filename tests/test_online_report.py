@@ -409,6 +409,7 @@ def test_without_skill_it_says_so():
     assert not last["choosing"] and world.curriculum.judge.skill <= DEFAULTS.begin_skill
     assert "hardly better than the mean" in last["why"]
     young = World()
+    assert young.curriculum.report()["run"]["periods"] == []  # before any group
     young.run(1)
     (only,) = periods(young.curriculum.history, DEFAULTS, DEFAULTS.tried)
     assert only["why"] == f"the prediction is judged after {DEFAULTS.tried} uniform draws"

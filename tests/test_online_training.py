@@ -369,6 +369,17 @@ def test_a_run_resumed_inside_a_chunk_credits_every_chunk_once(tmp_path, layout)
     assert inside and stream.repeats > 1
 
 
+def test_a_run_resumed_by_the_same_trainer_is_the_run(tmp_path):
+    """The trainer still has rollouts of the chunk that the run before was in."""
+    settings = {"max_steps": 6} | EVERY_STEP | RESUMED["a chunk over four steps"]
+    trainer, paid = run_with_rates(tmp_path, digit_reward, **settings)
+    calls, before = [*paid.calls], weights(trainer)
+    paid.calls.clear()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert len(calls) == 2 and paid.calls == calls[1:]
+    assert_same_weights(weights(trainer), before)
+
+
 def test_the_rewards_of_some_prompts_decide_which_others_come(tmp_path):
     """So the tests above would notice a schedule that forgets."""
     (_, real), (_, other) = (
