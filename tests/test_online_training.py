@@ -829,6 +829,17 @@ def test_a_dataloader_that_changes_the_order_is_found_out(tmp_path):
         make_trainer(tmp_path, online(), cls=Reversed, reward=parity_reward, max_steps=2).train()
 
 
+def test_rewards_of_other_rollouts_than_those_of_the_chunk_are_found_out(tmp_path):
+    """Not read as those of another reward function."""
+
+    class Twice(LearnAlignGRPOTrainer):
+        def _calculate_rewards(self, *args):
+            return super()._calculate_rewards(*args).repeat(2, 1)
+
+    with pytest.raises(RuntimeError, match="Rewards of 32 rollouts came for 4 prompts with 4 each"):
+        make_trainer(tmp_path, online(), cls=Twice, reward=parity_reward, max_steps=2).train()
+
+
 def test_a_report_that_cannot_be_written_is_no_reason_to_end_a_run(tmp_path, monkeypatch, caplog):
     def broken(*args, **kwargs):
         raise ZeroDivisionError("no report")
