@@ -400,6 +400,9 @@ def test_a_compiled_layer_is_an_obstacle(tmp_path):
     trainer = tapped(tmp_path)
     host = find_host(trainer)
     assert host.gradients_obstacle() is None
+    trainer.model_wrapped = torch.compile(trainer.model)  # as `accelerate launch --dynamo_backend` does
+    assert "compiled" in host.gradients_obstacle()
+    trainer.model_wrapped = trainer.model
     trainer.model.base_model.model.model.layers[0].mlp.compile()
     assert "compiled" in host.gradients_obstacle()
 

@@ -27,7 +27,8 @@ def gradients_obstacle(host: "Host") -> str | None:
         return f"the host of {type(host.trainer).__name__} does not know its gradients"
     if not host.has_adapter:
         return "the whole model is trained, and not a LoRA adapter (`peft_config`)"
-    if host.args.torch_compile or any(map(_is_compiled, model.modules())):
+    # `accelerate launch --dynamo_backend` compiles the wrapper; it would compile again for every microbatch
+    if host.args.torch_compile or any(map(_is_compiled, host.trainer.model_wrapped.modules())):
         return "the model is compiled, and its layers are not called one by one"
     if host.args.n_gpu > 1:
         return "one process trains on several GPUs (DataParallel); start one process for each"
