@@ -168,11 +168,15 @@ def test_dead_groups_may_be_kept(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_epoch_is_so_many_prompts_live_or_not(tmp_path):
+def test_an_epoch_is_so_many_prompts_live_or_not(tmp_path, capsys):
     trainer, _ = make(tmp_path, PLAIN, max_steps=-1, num_train_epochs=1, save_strategy="no", max_inflight_tasks=8)
     run, batches = trained(trainer)
     assert 1 < trainer.state.global_step < SIZE * GROUP / 8
     assert SIZE <= run.ledger.done < SIZE + 12
+    # TRL's `max_steps` is a ceiling, of 32 rows for each conversation
+    assert trainer.args.max_steps == 32 * SIZE * GROUP / 8
+    said = capsys.readouterr().out
+    assert f"steps 1 to {SIZE * GROUP // 8} train on" in said and f"{SIZE} prompts with a gradient in all" in said
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ from trl_learnalign.curriculum import Gradient
 from trl_learnalign.gradients.sketch import Sketch
 from trl_learnalign.gradients.training import GroupGradients
 from trl_learnalign.ground.randomness import random_state, set_random_state
-from trl_learnalign.host import find_host, objective
+from trl_learnalign.host import find_host, gradient_tap, objective
 from trl_learnalign.host.gradient_tap import ROW
 from trl_learnalign.schedules import LearnsFromGradients
 
@@ -400,8 +400,22 @@ def test_a_compiled_layer_is_an_obstacle(tmp_path):
     trainer = tapped(tmp_path)
     host = find_host(trainer)
     assert host.gradients_obstacle() is None
+    trainer.model_wrapped = torch.compile(trainer.model)  # as `accelerate launch --dynamo_backend` does
+    assert "compiled" in host.gradients_obstacle()
+    trainer.model_wrapped = trainer.model
     trainer.model.base_model.model.model.layers[0].mlp.compile()
     assert "compiled" in host.gradients_obstacle()
+
+
+def test_a_layer_too_large_for_a_gradient_of_each_group_is_an_obstacle(tmp_path, monkeypatch):
+    """The head of a model, as `modules_to_save` trains it: a gigabyte for each group."""
+    model = make_model(tie_word_embeddings=False)
+    size = model.lm_head.weight.numel()
+    host = find_host(tapped(tmp_path, model=model, peft=lora(modules_to_save=["lm_head"])))
+    monkeypatch.setattr(gradient_tap, "_MOST", size)
+    assert host.gradients_obstacle() is None
+    monkeypatch.setattr(gradient_tap, "_MOST", size - 1)
+    assert re.search("fill the memory: .*lm_head.modules_to_save", host.gradients_obstacle())
 
 
 def test_a_weight_used_without_its_layer_ends_them(tmp_path):

@@ -311,10 +311,11 @@ def test_figures_reach_tensorboard_at_the_end(tmp_path, monkeypatch):
 def in_place_of_a_trainer(world, dataset, step=30):
     """What the report reads of a trainer."""
     model = SimpleNamespace(config=SimpleNamespace(_name_or_path="policy", model_type="x"))
-    state = SimpleNamespace(global_step=step, max_steps=100)
+    state = SimpleNamespace(global_step=step)
     control = SimpleNamespace(should_training_stop=False)
     trainer = SimpleNamespace(model=model, state=state, control=control)
-    return SimpleNamespace(trainer=trainer, dataset=dataset, accelerator=SimpleNamespace(num_processes=1))
+    accelerator = SimpleNamespace(num_processes=1)
+    return SimpleNamespace(trainer=trainer, dataset=dataset, accelerator=accelerator, max_steps=100)
 
 
 def schedule_of(world):
@@ -409,6 +410,7 @@ def test_without_skill_it_says_so():
     assert not last["choosing"] and world.curriculum.judge.skill <= DEFAULTS.begin_skill
     assert "hardly better than the mean" in last["why"]
     young = World()
+    assert young.curriculum.report()["run"]["periods"] == []  # before any group
     young.run(1)
     (only,) = periods(young.curriculum.history, DEFAULTS, DEFAULTS.tried)
     assert only["why"] == f"the prediction is judged after {DEFAULTS.tried} uniform draws"

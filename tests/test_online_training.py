@@ -369,6 +369,17 @@ def test_a_run_resumed_inside_a_chunk_credits_every_chunk_once(tmp_path, layout)
     assert inside and stream.repeats > 1
 
 
+def test_a_run_resumed_by_the_same_trainer_is_the_run(tmp_path):
+    """The trainer still has rollouts of the chunk that the run before was in."""
+    settings = {"max_steps": 6} | EVERY_STEP | RESUMED["a chunk over four steps"]
+    trainer, paid = run_with_rates(tmp_path, digit_reward, **settings)
+    calls, before = [*paid.calls], weights(trainer)
+    paid.calls.clear()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert len(calls) == 2 and paid.calls == calls[1:]
+    assert_same_weights(weights(trainer), before)
+
+
 def test_the_rewards_of_some_prompts_decide_which_others_come(tmp_path):
     """So the tests above would notice a schedule that forgets."""
     (_, real), (_, other) = (
@@ -816,6 +827,17 @@ def test_a_dataloader_that_changes_the_order_is_found_out(tmp_path):
 
     with pytest.raises(RuntimeError, match=r"Training generated for another prompt than row \d+, which the schedule"):
         make_trainer(tmp_path, online(), cls=Reversed, reward=parity_reward, max_steps=2).train()
+
+
+def test_rewards_of_other_rollouts_than_those_of_the_chunk_are_found_out(tmp_path):
+    """Not read as those of another reward function."""
+
+    class Twice(LearnAlignGRPOTrainer):
+        def _calculate_rewards(self, *args):
+            return super()._calculate_rewards(*args).repeat(2, 1)
+
+    with pytest.raises(RuntimeError, match="Rewards of 32 rollouts came for 4 prompts with 4 each"):
+        make_trainer(tmp_path, online(), cls=Twice, reward=parity_reward, max_steps=2).train()
 
 
 def test_a_report_that_cannot_be_written_is_no_reason_to_end_a_run(tmp_path, monkeypatch, caplog):

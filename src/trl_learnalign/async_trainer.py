@@ -220,7 +220,7 @@ class AsyncRun(TrainerCallback):
                 self._lock = DirectoryLock(self.announcer.directory)
             saved = self._checkpoint.read(state) if state.global_step else None
             schedule.prepare(self.host, None if saved is None else saved["schedule"], peers)
-            self.announcer.begin(self.announcer.plan(state.global_step, state.max_steps, False))
+            self.announcer.begin(self.announcer.plan(state.global_step, self.host.max_steps, False))
             if saved is None:
                 schedule.look(self.host, peers)
             else:

@@ -156,7 +156,7 @@ def periods(history: History, settings: OnlineSettings, wait: int) -> list[dict]
     choosing = history.column("choosing") > 0.5
     groups = history.column("groups").astype(int)
     ends = np.flatnonzero(np.diff(choosing, append=~choosing[-1:]))
-    starts = np.concatenate([[0], ends[:-1] + 1]).astype(int)
+    starts = np.concatenate([[0], ends + 1])[: len(ends)].astype(int)  # none before the first group
     skill, headroom = history.column("skill"), history.column("headroom")
     found = []
     for start, end in list(zip(starts.tolist(), ends.tolist(), strict=True))[-_MOST_PERIODS:]:

@@ -4,6 +4,7 @@ imported only where there is a trainer of that class.
 """
 
 import logging
+import math
 import queue
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,6 +53,12 @@ class AsyncGRPOHost(Host):
     @property
     def group_size(self) -> int:
         return self.args.num_generations
+
+    @property
+    def max_steps(self) -> int:
+        # Where epochs end the run, after so many groups, TRL's own number is a ceiling: 32 times as many, or more
+        groups, most = getattr(self.trainer, "_epoch_stop_groups", None), self.trainer.state.max_steps
+        return most if groups is None else min(most, math.ceil(groups / self.layout()["chunk_prompts"]))
 
     @property
     def worker(self) -> Any:

@@ -131,6 +131,11 @@ class Facts(ABC):
         """Tell if the policy is a PEFT model, whose gradients are those of its adapter."""
         return getattr(self.model, "peft_config", None) is not None
 
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps of the run, as far as they are known when it begins."""
+        return self.trainer.state.max_steps
+
     # Prompts ----------------------------------------------------------------------------------------------------
 
     @property

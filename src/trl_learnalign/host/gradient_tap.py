@@ -16,6 +16,7 @@ from .taps import for_training, wrap
 if TYPE_CHECKING:
     from .trl import Host
 
+_MOST = 1 << 24  # weights of a layer: a gradient of it for each group of a microbatch is in the memory at once
 ROW = "learnalign_row"  # key of a trainer's batches: place of each row in the chunk, over all processes
 
 
@@ -26,7 +27,8 @@ def gradients_obstacle(host: "Host") -> str | None:
         return f"the host of {type(host.trainer).__name__} does not know its gradients"
     if not host.has_adapter:
         return "the whole model is trained, and not a LoRA adapter (`peft_config`)"
-    if host.args.torch_compile or any(map(_is_compiled, model.modules())):
+    # `accelerate launch --dynamo_backend` compiles the wrapper; it would compile again for every microbatch
+    if host.args.torch_compile or any(map(_is_compiled, host.trainer.model_wrapped.modules())):
         return "the model is compiled, and its layers are not called one by one"
     if host.args.n_gpu > 1:
         return "one process trains on several GPUs (DataParallel); start one process for each"
@@ -37,6 +39,9 @@ def gradients_obstacle(host: "Host") -> str | None:
     layers, unseen = trainable_layers(model)
     if unseen:
         return f"these trainable tensors are no weights of linear layers: {shortened(unseen)}"
+    large = [name for name, layer in layers.items() if layer.in_features * layer.out_features > _MOST]
+    if large:
+        return f"a gradient of these layers for each group would fill the memory: {shortened(large)}"
     return None if layers else "no linear layer is trained"
 
 

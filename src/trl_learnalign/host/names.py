@@ -68,6 +68,7 @@ _GENERATES = (
 )
 _DIFFERENTIATES = ("_get_per_token_logps_and_entropies", "beta", "max_completion_length", "ref_model")
 _TRAINS = (
+    "_buffered_inputs",
     "_calculate_rewards",
     "_generate_and_score_completions",
     "_metrics",
@@ -110,6 +111,7 @@ SDPO: Names = {
     ),
     DIFFERENTIATES: ("_forward_logits", "loss_type", "max_completion_length"),
     TRAINS: (
+        "_buffered_inputs",
         "_calculate_rewards",
         "_metrics",
         "_prepare_training_batch",
@@ -190,6 +192,7 @@ if TYPE_CHECKING:
         scale_rewards: str
         shuffle_dataset: bool
         top_entropy_quantile: float
+        _buffered_inputs: Any
         _calculate_rewards: Any
         _forward_logits: Any
         _get_per_token_logps_and_entropies: Any

@@ -211,6 +211,10 @@ class Trains(Facts):
         self._passes_chosen()
         self._passes_chosen = taps.choose_passes(self.trainer, passes_of)
 
+    def forget_rollouts(self) -> None:
+        """Forget the rollouts that a run before has left, which a run of the same trainer would train on first."""
+        self.trainer._step, self.trainer._buffered_inputs = 0, None
+
     def tap_gradients(self: Any, dim: int | None, seed: int) -> gradient_tap.GradientTap:
         """Sum the gradients of training by group: [`~trl_learnalign.host.gradient_tap.GradientTap`]."""
         return gradient_tap.GradientTap(self, dim, seed)

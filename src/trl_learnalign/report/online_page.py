@@ -51,9 +51,9 @@ def write_online_report(schedule, host, directory: Path, log: bool = False) -> P
         `Path`: the HTML file.
     """
     state, model = host.trainer.state, host.trainer.model.config
-    found = read_state(schedule, state.max_steps)
+    found = read_state(schedule, host.max_steps)
     found["run"]["settings"]["num_processes"] = host.accelerator.num_processes
-    found["run"] |= {"step": state.global_step, "max_steps": state.max_steps}
+    found["run"] |= {"step": state.global_step, "max_steps": host.max_steps}
     found["run"]["model"] = model._name_or_path or model.model_type
     write_tables(found, host.dataset, directory)
     target, drawings = _write_page(directory)

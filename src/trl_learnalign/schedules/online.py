@@ -135,7 +135,7 @@ class OnlineSchedule(Schedule, Ticks, LearnsFromGradients, Describes, Prepares):
             kinds=labels,
             target=self.target,
             prior=self.prior,
-            groups=self.layout.prompts_trained(host.trainer.state.max_steps),
+            groups=self.layout.prompts_trained(host.max_steps),
         )
 
     def judge(self, max_steps: int) -> Judge:

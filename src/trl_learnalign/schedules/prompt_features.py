@@ -183,7 +183,7 @@ def hidden_features(host, config, layout, pool, peers, key: str | None = None) -
         return None
     if key is not None:
         return features_of_the_run(host, directory, peers, key)
-    rows = part_of(pool, layout, host.trainer.state.max_steps)
+    rows = part_of(pool, layout, host.max_steps)
     return hidden_states(host, directory, peers, rows, lambda: host.try_rewards(int(pool[0])))
 
 

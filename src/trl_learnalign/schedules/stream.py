@@ -182,8 +182,17 @@ class Stream:
             rewards (`np.ndarray` of shape `(n * G, F)`): of their rollouts in their order.
             masked (`np.ndarray` of shape `(n * G,)`, *optional*): rollouts without a token in the loss.
             alike (`np.ndarray` of shape `(n * G,)`, *optional*): numbers of their completions.
+
+        Raises:
+            `RuntimeError`: there are other rewards than of these rollouts.
         """
         n, size = len(draws), self.layout.group_size
+        if len(rewards) != n * size:
+            raise RuntimeError(
+                f"Rewards of {len(rewards)} rollouts came for {n} prompts with {size} each, so they cannot be "
+                "credited to their prompts. `_calculate_rewards` of a trainer of your own must return a row for every "
+                "rollout that it generated for these prompts, gathered from all processes."
+            )
         parts = rewards.reshape(n, size, -1)
         none = [None] * n
         without = none if masked is None else masked.reshape(n, size)

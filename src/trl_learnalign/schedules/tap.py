@@ -58,6 +58,7 @@ class GroupTap:
         Called when training begins, after the schedule's state was loaded, at optimizer step `step`.
         """
         self.end()
+        self.host.forget_rollouts()
         if self.stream.selects is None:
             self._kept.begin(self.stream.layout.batches_trained(step))
         learns = self.stream.learns
