@@ -174,7 +174,7 @@ def test_arms_are_compared_with_those_of_the_same_seed(tmp_path, monkeypatch):
         made("uniform", seed, 4, (0.2, 0.4 + 0.1 * seed))
         made("online", seed, 6, (0.2, 0.3 + 0.1 * seed))
     made("learnalign online", 1, 2, (0.2, 0.7))
-    rows = coin_results.arms(coin_results.load([tmp_path]), "coins").splitlines()[2:]
+    rows = coin_results.arms(results.load([tmp_path]), "coins").splitlines()[2:]
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     uniform, online, learnalign = cells
     assert uniform[1:7] == ["3", "0.500", "", "0.500", "", "35.0"] and uniform[9] == "50.0"
