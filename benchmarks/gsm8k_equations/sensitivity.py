@@ -17,10 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from grid import CHUNK, RESULTS, build_trainer, conditions_of
+from grid import CHUNK, RESULTS, adapter_after, build_trainer, conditions_of
 from harness import DATASET, options, write
-from peft import PeftModel
 from policies import read_equations
+from projection import spearman
 
 from trl_learnalign import LearnAlignConfig, select_prompts
 
@@ -43,25 +43,14 @@ WAYS = {
 def table_of(way, pool, arguments, score="learnalign"):
     """The scores of `PROMPTS` prompts of the pool, as the grid makes them."""
     way = BASE | way
-    adapter = None
-    if way["warmup"]:
-        adapter = arguments.output_dir / f"warm-up-{way['warmup']}"
-        if not (adapter / "adapter_model.safetensors").is_file():
-            trainer = build_trainer(None, pool, math.ceil(way["warmup"] / CHUNK), 0, arguments)
-            trainer.train()
-            assert isinstance(trainer.model, PeftModel)
-            trainer.model.save_pretrained(adapter)
+    path, steps = arguments.output_dir / f"warm-up-{way['warmup']}", math.ceil(way["warmup"] / CHUNK)
+    adapter = adapter_after(path, steps, 0, pool, arguments) if steps else None
     prompts = pool.select(random.Random(0).sample(range(len(pool)), PROMPTS))
     trainer = build_trainer(adapter, prompts, 1, way["seed"], arguments)
     config = LearnAlignConfig(
         num_prompts=BEST, num_rollouts=way["num_rollouts"], projection_dim=way["projection_dim"], score=score
     )
     return select_prompts(trainer, config).scores.to_pandas().set_index("index")
-
-
-def spearman(a, b) -> float:
-    """Rank correlation; equal values share the mean of their ranks."""
-    return float(a.rank().corr(b.rank()))
 
 
 def chosen(rows) -> set[int]:

@@ -206,13 +206,18 @@ def front(folder: str) -> str:
     worst = worst_kind(both)[0]
     own, random = means(both, lambda run: by_kind(run)[worst])
     worse = f"; on the chat model the worst is `{worst}`, {own:.2f} where random prompts have {random:.2f}"
-    rows = [
-        ["above .7, several kinds of task; a chat model (the figure)", '`schedule="online"`', *_ends(CHAT, "short", CHAT_OURS, "random")],
-        ["the same, and a quarter of the questions can only be guessed", "the same", *_ends(CHAT, "guessed", CHAT_OURS, "random")],
-        ["above .7, one kind of task; a toy", "the same", *_ends(RUNS, "hard", OURS, TODAY, of(ALL, "hard", RANDOM))],
-        ["any, and a third of the answers graded by chance; a toy", "the same", *_ends(RUNS, "coins", OURS, RANDOM, of(ALL, "coins", RANDOM))],
-        ["below .7, one kind of task, and all can be learnt; a toy", "nothing: stock TRL", *_ends(ALL, "clean", TODAY, RANDOM, words="learnability alone, ")],
-    ]
+    cases = {
+        "above .7, several kinds of task; a chat model (the figure)": '`schedule="online"`',
+        "the same, and a quarter of the questions can only be guessed": "the same",
+        "above .7, one kind of task; a toy": "the same",
+        "any, and a third of the answers graded by chance; a toy": "the same",
+        "below .7, one kind of task, and all can be learnt; a toy": "nothing: stock TRL",
+    }
+    ends = [_ends(CHAT, pool, CHAT_OURS, "random") for pool in ("short", "guessed")]
+    for pool, other in (("hard", TODAY), ("coins", RANDOM)):
+        ends.append(_ends(RUNS, pool, OURS, other, of(ALL, pool, RANDOM)))
+    ends.append(_ends(ALL, "clean", TODAY, RANDOM, words="learnability alone, "))
+    rows = [[*case, *found] for case, found in zip(cases.items(), ends, strict=True)]
     return "\n\n".join(
         [
             f"![Success on questions held out: random prompts, LearnAlign online]({folder}figures/chat.png)",
