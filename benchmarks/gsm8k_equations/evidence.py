@@ -14,7 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import harness  # noqa: F401
+import figures
 import numpy as np
 import reasons
 from harness import ROOT
@@ -247,16 +247,10 @@ def conditions() -> dict:
     return found | {"versions": ", ".join(f"{name} {number}" for name, number in found["versions"].items())}
 
 
-def draw():
-    import figures
-
-    figures.draw()
-
-
 def render() -> str:
     names = {"after_warm_up": lambda: by_size(1), "after_one_pass": lambda: by_size(2)}
     return fill((HERE / "evidence.md.in").read_text(encoding="utf-8"), vars(reasons) | globals() | names)
 
 
 if __name__ == "__main__":
-    publish({PAGE: render()}, "benchmarks/gsm8k_equations/evidence.py", draw)
+    publish({PAGE: render()}, "benchmarks/gsm8k_equations/evidence.py", figures.draw)
