@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import harness
 import results
-from coins import CHANCE, KINDS
 from pages import columns
+from pools import CHANCE, KINDS
 from results import ARMS, area_gains, costs, end, gains, of, over, over_run, paired
 from skills import LEVELS, TASKS
 

@@ -3,10 +3,9 @@
 from itertools import pairwise
 from statistics import fmean
 
-from coins import POOLS as COINS
 from harness import RESULTS, read, write
 from pages import points
-from pools import POOLS
+from pools import COINS, POOLS
 from side_by_side import rollouts_to
 
 
