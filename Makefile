@@ -87,11 +87,10 @@ bench-costs: $(BENCH)/installed
 EVIDENCE := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gsm8k_equations
 evidence: $(VENV)/installed
 	$(if $(DATASET),,$(error Say where GSM8K is: make evidence DATASET=DIR))
-	$(EVIDENCE)/tune.py --dataset_path $(DATASET)
+	$(EVIDENCE)/studies.py --studies tuning --dataset_path $(DATASET)
 	$(EVIDENCE)/grid.py --dataset_path $(DATASET) --seeds 1 3 & $(EVIDENCE)/grid.py --dataset_path $(DATASET) --seeds 0 2 4; wait
 	$(EVIDENCE)/grid.py --dataset_path $(DATASET)
-	$(EVIDENCE)/sensitivity.py --dataset_path $(DATASET)
-	$(EVIDENCE)/persistence.py --dataset_path $(DATASET)
+	$(EVIDENCE)/studies.py --studies sensitivity persistence --dataset_path $(DATASET)
 	$(EVIDENCE)/collect.py --dataset_path $(DATASET)
 	$(EVIDENCE)/evidence.py
 

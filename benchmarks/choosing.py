@@ -54,17 +54,14 @@ class Pool:
         times.append(time.process_time())
         return times[1] - times[0], times[3] - times[2], times[4] - times[3]
 
-
-def at_size(size, chunks):
-    pool = Pool(size)
-    for _ in range(OnlineSettings.window // CHUNK + 1):
-        pool.step()
-    assert pool.curriculum.judge.choosing, "the pool is made so that choosing pays"
-    measured = [pool.step() for _ in range(chunks)]
-    choose, observe, log = (1000 * statistics.median(column) for column in zip(*measured, strict=True))
-    found = {"prompts": size, "choose_ms": choose, "observe_ms": observe, "log_ms": log}
-    print(found, flush=True)
-    return found
+    def costs(self, chunks, chunk=CHUNK) -> dict:
+        """Median milliseconds of the parts of a step, over so many chunks, once the predictor's window is full."""
+        for _ in range(OnlineSettings.window // chunk + 1):
+            self.step(chunk)
+        assert self.curriculum.judge.choosing, "the pool is made so that choosing pays"
+        parts = zip(*(self.step(chunk) for _ in range(chunks)), strict=True)
+        medians = (1000 * statistics.median(part) for part in parts)
+        return dict(zip(("choose_ms", "observe_ms", "log_ms"), medians, strict=True))
 
 
 class Clock(TrainerCallback):
@@ -91,7 +88,7 @@ def step_of_the_tiny_policy(steps):
 
 def main():
     arguments = harness.options(__doc__, sizes=[*SIZES], chunks=100, steps=12, output="choosing")
-    pools = [at_size(size, arguments.chunks) for size in arguments.sizes]
+    pools = [{"prompts": size, **Pool(size).costs(arguments.chunks)} for size in arguments.sizes]
     step = step_of_the_tiny_policy(arguments.steps)
     values = {
         "pools": pools,

@@ -13,7 +13,6 @@ Writes benchmarks/results/curriculum.json. The features are synthetic, as many a
 """
 
 import gc
-import statistics
 import tempfile
 import time
 import tracemalloc
@@ -32,10 +31,7 @@ ALONE = "successes", "failures", "visits", "last", "surprise"  # of the memory: 
 def at_scale(prompts, groups, steps) -> dict:
     """What a step costs in a pool of so many prompts, and what its state takes."""
     pool = Pool(prompts)
-    for _ in range(OnlineSettings.window // groups + 1):
-        pool.step(groups)
-    measured = [pool.step(groups) for _ in range(steps)]
-    choose, observe, log = (1000 * statistics.median(column) for column in zip(*measured, strict=True))
+    found = {"prompts": prompts, "groups": groups, **pool.costs(steps, groups)}
     started = time.process_time()
     content = pack(pool.curriculum.state_dict())
     with tempfile.TemporaryDirectory() as folder:
@@ -44,7 +40,6 @@ def at_scale(prompts, groups, steps) -> dict:
     again = Pool(prompts).curriculum
     started = time.process_time()
     again.load_state_dict(unpack(content))
-    found = {"prompts": prompts, "groups": groups, "choose_ms": choose, "observe_ms": observe, "log_ms": log}
     found |= {"state_bytes": len(content), "save_seconds": saved, "load_seconds": time.process_time() - started}
     assert again.choose(5) == pool.curriculum.choose(5)
     return found

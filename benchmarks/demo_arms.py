@@ -4,8 +4,8 @@ equal training.
 
     python benchmarks/demo_arms.py --dataset_path DIR [--seeds 0 1 2 3 4]
 
-DIR holds GSM8K's train.jsonl and test.jsonl; without it generated chains stand in. Every finished run is written to
-the output at once, and a later call skips the runs that are there.
+DIR holds GSM8K's train.jsonl and test.jsonl; without it generated chains stand in. A finished run is a file in the
+output directory, which a later call leaves out.
 """
 
 import argparse
@@ -42,54 +42,42 @@ def train_arm(arm, pool, test, arguments):
     return train("learnability", pool, test, arguments, FilterSampler)
 
 
+def run(seed, arm, pool, test, arguments) -> dict:
+    started = time.perf_counter()
+    folder = arguments.output_dir / f"seed-{seed}"
+    own = argparse.Namespace(**vars(arguments) | {"seed": seed, "output_dir": folder})
+    after, path, steps = train_arm(arm, pool, test, own)
+    selection = Selection.load(path)
+    lengths, chosen = (selection.scores[name].to_pandas() for name in ("completion_length_mean", "selected"))
+    means = lengths.mean(), lengths[chosen].mean()
+    means = (None, None) if arm in ("random", "filter") else (round(mean, 2) for mean in means)  # no ranking chose
+    found = {"seed": seed, "arm": arm, "success": round(after.mean().item(), 4), "steps": steps}
+    found |= {"seconds": round(time.perf_counter() - started, 1), "phases": selection.provenance["seconds"]}
+    found |= {"learnable": selection.num_learnable()}
+    return found | dict(zip(("pool_length", "chosen_length"), means, strict=True))
+
+
 def main():
     sizes = {"pool": 600, "num_prompts": 128, "passes": 5, "test": 400, "threads": 1}
     files = {"dataset_path": harness.DATASET, "output": "demo_arms", "output_dir": Path("runs/demo_arms")}
     arguments = harness.options(__doc__, **files, seeds=[0, 1, 2, 3, 4], **sizes)
     torch.set_num_threads(arguments.threads)
     pool, test, source = load(arguments)
-    conditions = {
-        "data": source,
-        "samples": SAMPLES,
-        **{name: getattr(arguments, name) for name in ("pool", "num_prompts", "passes", "test", "threads")},
-        "cpu_count": os.cpu_count(),
-        "versions": harness.versions("trl-learnalign"),
-    }
-    results = harness.read(arguments.output, {"conditions": None})
-    if results["conditions"] != conditions:
-        results = {"conditions": conditions, "runs": []}
-    if "before" not in results:
-        results["before"] = round(success(*load_policy(), test).mean().item(), 4)
+    conditions = {"data": source, "samples": SAMPLES, **{name: getattr(arguments, name) for name in sizes}}
+    conditions |= {"cpu_count": os.cpu_count(), "versions": harness.versions("trl-learnalign")}
+    runs = []
     for seed in arguments.seeds:
         for arm in ARMS:
-            if any(run["seed"] == seed and run["arm"] == arm for run in results["runs"]):
-                continue
-            started = time.perf_counter()
-            run_arguments = argparse.Namespace(**{**vars(arguments), "seed": seed})
-            run_arguments.output_dir = arguments.output_dir / f"seed-{seed}"
-            after, path, steps = train_arm(arm, pool, test, run_arguments)
-            selection = Selection.load(path)
-            lengths = selection.scores["completion_length_mean"].to_pandas()
-            unranked = arm in ("random", "filter")  # trained on prompts that no ranking chose
-            results["runs"].append(
-                {
-                    "seed": seed,
-                    "arm": arm,
-                    "success": round(after.mean().item(), 4),
-                    "steps": steps,
-                    "seconds": round(time.perf_counter() - started, 1),
-                    "phases": selection.provenance["seconds"],
-                    "learnable": selection.num_learnable(),
-                    "pool_length": None if unranked else round(lengths.mean(), 2),
-                    "chosen_length": None
-                    if unranked
-                    else round(lengths[selection.scores["selected"].to_pandas()].mean(), 2),
-                }
-            )
-            results["summary"] = summarize(results["runs"])
-            harness.write(arguments.output, results)
-            print(json.dumps(results["runs"][-1]), flush=True)
-    print(json.dumps(results["summary"], indent=1))
+            file = arguments.output_dir / f"seed-{seed}" / f"{arm}.json"
+            harness.cell(file, conditions, run, seed, arm, pool, test, arguments)
+            if found := harness.read(file):
+                del found["conditions"]
+                runs.append(found)
+                print(json.dumps(found), flush=True)
+    results = {"conditions": conditions, "runs": runs}
+    results["before"] = round(success(*load_policy(), test).mean().item(), 4)
+    harness.write(arguments.output, results | {"summary": summarize(runs)})
+    print(json.dumps(summarize(runs), indent=1))
 
 
 def summarize(runs):

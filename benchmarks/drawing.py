@@ -29,10 +29,17 @@ FRONT = {
 ONE = {"skills-target": "many skills, of which three are tested"}
 
 
-def line(axes, places, values, style, more="") -> None:
+def curves(axes, looks, against, scale, style, percent=1) -> None:
+    """Success at the looks at each run, of which all have as many, against what the looks say, times `scale`."""
+    places = [scale * fmean(look[against] for look in part) for part in zip(*looks, strict=True)]
+    rates = [[percent * look.get("sampled", look.get("mean")) for look in own] for own in looks]
+    line(axes, places, rates, style)
+
+
+def line(axes, places, values, style) -> None:
     """Values of each run at these places: their mean, and their range."""
     colour, marker, name = style
-    label = f"{name}{more}, {len(values)} seed{'s' if len(values) > 1 else ''}"
+    label = f"{name}, {len(values)} seed{'s' if len(values) > 1 else ''}"
     parts = [*zip(*values, strict=True)]
     axes.plot(places, [fmean(part) for part in parts], color=colour, marker=marker, label=label)
     axes.fill_between(places, [*map(min, parts)], [*map(max, parts)], color=colour, alpha=0.12, linewidth=0)
@@ -63,8 +70,7 @@ def draw_pools(runs, path, pools) -> None:
             # If only start and end were measured, the end alone
             looks = [part[1:] if len(part) == 2 else part for part in looks]
             if looks:
-                rollouts = [fmean(look["rollouts"] for look in part) / 1000 for part in zip(*looks, strict=True)]
-                line(axes, rollouts, [[100 * look["sampled"] for look in part] for part in looks], style)
+                curves(axes, looks, "rollouts", 1e-3, style, 100)
         goal = fmean(end(run) for run in of(runs, pool, "uniform"))
         axes.axhline(100 * goal, color="black", linewidth=0.8, linestyle=":")
         axes.set_title(title, fontsize=10)

@@ -9,7 +9,6 @@ chooses a tenth of the last. Memory is the most that the process had resident, a
 """
 
 import random
-import resource
 import tempfile
 import time
 import warnings
@@ -31,16 +30,6 @@ def rows_of(num):
     for start in range(0, num, BLOCK):
         for row in generate_chains(min(BLOCK, num - start), seed=1000 + start):
             yield row | {"quality": draws.random()}
-
-
-def build_trainer(dataset, directory):
-    args = arguments_of(directory, per_device_train_batch_size=256, max_completion_length=56, seed=0)
-    return trainer_of(load_policy(), equations_reward, args, dataset)
-
-
-def resident():
-    """The most bytes in memory so far."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def main():
@@ -66,11 +55,12 @@ def main():
     )
     with tempfile.TemporaryDirectory(dir=arguments.directory) as scratch:
         dataset = Dataset.from_generator(rows_of, gen_kwargs={"num": arguments.prompts}, cache_dir=scratch)
-        trainer = build_trainer(dataset, Path(scratch) / "run")
-        Path("/proc/self/clear_refs").write_text("5")  # what made the prompts does not count
-        before, started = resident(), time.perf_counter()
+        batch = {"per_device_train_batch_size": 256, "max_completion_length": 56}
+        args = arguments_of(Path(scratch) / "run", seed=0, **batch)
+        trainer = trainer_of(load_policy(), equations_reward, args, dataset)
+        before, started = harness.most_memory(anew=True), time.perf_counter()  # what made the prompts does not count
         selection = select_prompts(trainer, config)
-        seconds, most = time.perf_counter() - started, resident()
+        seconds, most = time.perf_counter() - started, harness.most_memory()
         step = Path(scratch) / "run" / "learnalign" / "step-000000"
         assert Selection.load(step).indices == selection.indices
         written = sum(file.stat().st_size for file in step.rglob("*") if file.is_file())

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -85,6 +86,13 @@ def report(path, values) -> None:
     """Write results and print them."""
     write(path, values)
     print(json.dumps(values, indent=1))
+
+
+def most_memory(anew=False) -> int:
+    """The most bytes that this process has had resident, or has from now on if it is to begin anew."""
+    if anew:
+        Path("/proc/self/clear_refs").write_text("5")
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def apart(function, *args):

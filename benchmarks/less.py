@@ -10,8 +10,8 @@ six; every sixth row of the pool is the target. All rows but `other rollouts` ar
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from projection import arguments_of, spearman, warmed_up, write
+import harness
+from projection import arguments_of, spearman, warmed_up
 
 from trl_learnalign import LearnAlignConfig, select_prompts
 
@@ -36,17 +36,18 @@ def main():
     for name, selection in chosen.items():
         ours = selection.scores.to_pandas()
         both = (ours["learnability"] > 0) & (first["learnability"] > 0)
-        pair = [torch.tensor(table["alignment"][both].to_numpy()) for table in (ours, first)]
+        alignments = ours["alignment"][both]
         row = {
             "case": name,
             "prompts": int(both.sum()),
-            "spearman": spearman(*pair),
+            "spearman": spearman(alignments, first["alignment"][both]),
             "same_chosen": len(set(selection.indices) & set(chosen["plain"].indices)) / len(selection.indices),
-            "mean_alignment": pair[0].mean().item(),
+            "mean_alignment": float(alignments.mean()),
             "seconds": selection.provenance["seconds"],
         }
         rows.append({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
-    write({"data": source, "pool": len(pool), "target": len(target), "rows": rows}, arguments)
+    results = {"data": source, "pool": len(pool), "target": len(target), "rows": rows}
+    harness.report(arguments.output, harness.conditions(**results))
 
 
 if __name__ == "__main__":

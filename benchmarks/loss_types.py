@@ -10,27 +10,10 @@ TRL has the direction of one of the two.
 """
 
 import harness
-import torch
-from projection import arguments_of, spearman, warmed_up
+from projection import arguments_of, compared, warmed_up
 
 from trl_learnalign import LearnAlignConfig, select_prompts
 from trl_learnalign.host import generation
-
-
-def compared(ours, theirs) -> dict:
-    """
-    Of two tables of scores: rank correlation over the prompts learnable in both, and what their top quarters share.
-    """
-    both = (ours["learnability"] > 0) & (theirs["learnability"] > 0)
-    scores = [table["score"][both] for table in (ours, theirs)]
-    quarter = int(both.sum()) // 4
-    best, other = (set(column.nlargest(quarter).index) for column in scores)
-    correlation = spearman(*(torch.tensor(column.to_numpy()) for column in scores))
-    return {
-        "learnable": int(both.sum()),
-        "spearman": round(correlation, 4),
-        "top_quarter": round(len(best & other) / quarter, 4),
-    }
 
 
 def main():

@@ -8,7 +8,6 @@ files before every reading.
 """
 
 import os
-import resource
 import shutil
 import statistics
 import sys
@@ -66,12 +65,12 @@ def score(path, prompts, dim, threads):
     forget(path)
     generator = torch.Generator().manual_seed(1)
     weights, mean = torch.rand(prompts, generator=generator).double(), torch.randn(dim, generator=generator).double()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = harness.most_memory(anew=True)
     started = time.perf_counter()
     indices, scores, *_ = scores_of_batches(batches(path, prompts, dim), weights, mean)
     seconds = time.perf_counter() - started
     assert indices.tolist() == list(range(prompts)) and scores.isfinite().all()
-    return {"seconds": seconds, "resident": 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)}
+    return {"seconds": seconds, "resident": harness.most_memory() - before}
 
 
 def main():

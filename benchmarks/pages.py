@@ -39,6 +39,11 @@ def interval(values) -> tuple[float, float] | None:
     return fmean(values) - half, fmean(values) + half
 
 
+def bounds(values) -> tuple[float, float]:
+    """That interval; of two values the values themselves."""
+    return interval(values) or (min(values), max(values))
+
+
 def points(values, form=".1f") -> str:
     """The mean of differences with its interval; the values themselves where there are too few for one."""
     around = interval(values)

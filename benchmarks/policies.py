@@ -2,16 +2,17 @@
 
 import copy
 import os
+import time
 from functools import cache
 
-import harness  # noqa: F401
+import harness
 import numpy as np
 import torch
 from demo import POLICY
 from equations import equations_reward, generate_chains, load_gsm8k_equations
 from peft import LoraConfig, PeftModel
 from train_tiny_policy import generate
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_learnalign import LearnAlignGRPOTrainer
@@ -72,6 +73,33 @@ def tiny_trainer(policy, adapter, reward, folder, rows, rate, steps, seed, callb
     sizes = {"per_device_train_batch_size": 16 * GROUP, "max_completion_length": length}
     args = arguments_of(folder, learning_rate=rate, max_steps=steps, seed=seed, **sizes)
     return trainer_of((model, tokenizer), reward, args, rows, callbacks, **kwargs)
+
+
+def trained(path, build):
+    """The folder of the adapter that the trainer of `build()` ends with. One process trains it; others wait for it."""
+    with harness.claimed(path.with_name(f"{path.name}.lock"), wait=True):
+        if not (path / "done.json").is_file():
+            trainer, started = build(), time.perf_counter()
+            trainer.train()
+            trainer.model.save_pretrained(path)
+            harness.write(path / "done.json", {"seconds": round(time.perf_counter() - started, 2)})
+    return path
+
+
+class Looking(TrainerCallback):
+    """Keeps what looks at a policy find, with the seconds of training until then, without those of the looks."""
+
+    def __init__(self):
+        self.looks, self.away, self.started = [], 0.0, time.perf_counter()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started = time.perf_counter()
+
+    def look(self, measure, *args, digits=2, **known):
+        now = time.perf_counter()
+        seconds = round(now - self.started - self.away, digits)
+        self.looks.append({**known, "seconds": seconds, **measure(*args)})
+        self.away += time.perf_counter() - now
 
 
 def successes(model, tokenizer, rows, samples, reward=equations_reward, seed=0) -> tuple[np.ndarray, list[str]]:

@@ -22,9 +22,20 @@ from trl_learnalign import LearnAlignConfig, select_prompts
 DIMS = (1024, 4096, 8192, 32768, 65536)
 
 
-def spearman(a, b):
-    """Rank correlation; scores of distinct prompts are distinct."""
-    return torch.corrcoef(torch.stack([a.argsort().argsort().double(), b.argsort().argsort().double()]))[0, 1].item()
+def spearman(a, b) -> float:
+    """Rank correlation of two columns; equal values share the mean of their ranks."""
+    return float(a.rank().corr(b.rank()))
+
+
+def compared(ours, theirs) -> dict:
+    """
+    Of two tables of scores: rank correlation over the prompts learnable in both, and what their top quarters share.
+    """
+    both = (ours["learnability"] > 0) & (theirs["learnability"] > 0)
+    scores, quarter = [table["score"][both] for table in (ours, theirs)], int(both.sum()) // 4
+    best, other = (set(column.nlargest(quarter).index) for column in scores)
+    shares = {"spearman": spearman(*scores), "top_quarter": len(best & other) / quarter}
+    return {"learnable": int(both.sum())} | {name: round(share, 4) for name, share in shares.items()}
 
 
 def arguments_of(doc: str, name: str):
@@ -59,20 +70,16 @@ def main():
             for dim in (None, *DIMS)
         }
     size = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
-    exact = tables[None]
-    learnable = exact["learnability"] > 0
-    best = exact[learnable].nlargest(int(learnable.sum()) // 4, "score").index
-    rows = []
+    exact, rows = tables[None], []
     for dim in DIMS:
-        ours = tables[dim]
-        assert ours["success_rate"].equals(exact["success_rate"])  # the same rollouts
-        pair = [torch.tensor(table["score"][learnable].to_numpy()) for table in (ours, exact)]
-        kept = len(best.intersection(ours[learnable].nlargest(len(best), "score").index)) / len(best)
-        rows.append({"dim": dim, "spearman": round(spearman(*pair), 4), "top_quarter": round(kept, 4)})
+        assert tables[dim]["success_rate"].equals(exact["success_rate"])  # the same rollouts
+        found = compared(tables[dim], exact)
+        learnable = found.pop("learnable")
+        rows.append({"dim": dim, **found})
     results = {
         "data": source,
         "pool": len(pool),
-        "learnable": int(learnable.sum()),
+        "learnable": learnable,
         "lora_parameters": size,
         "default": LearnAlignConfig().projection_dim,
         "rows": rows,

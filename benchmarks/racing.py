@@ -13,25 +13,23 @@ is its mean over the seeds in which it was learnable, and that of n rollouts has
 seeds times 8 / n.
 """
 
-import argparse
-import json
 import math
-from pathlib import Path
 
+import harness
 import numpy as np
 import pandas as pd
+from pages import table
 
 from trl_learnalign.measures.racing import contenders, expected_learnability, fit_prior, rounds_of
 
 
-ROOT = Path(__file__).resolve().parent.parent
-EVIDENCE = ROOT / "benchmarks" / "results" / "evidence" / "scores.parquet"
 EACH = 8
+HEAD = "rollouts | share | true p (1 - p) | of all | LearnAlign's | of all | chosen as by eight others"
 
 
 def stored():
     """Successes of eight, and alignments, NaN where a prompt was not learnable; prompts by seeds."""
-    rows = pd.read_parquet(EVIDENCE).query("cold")
+    rows = pd.read_parquet(harness.RESULTS / "evidence" / "scores.parquet").query("cold")
     successes = (rows["success_rate"] * EACH).round().astype(int)
     return tuple(
         rows.assign(successes=successes).pivot(index="index", columns="seed", values=name).to_numpy()
@@ -107,28 +105,21 @@ def rate_of(successes):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--best", type=int, default=1000)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "racing.json")
-    arguments = parser.parse_args()
+    arguments = harness.options(__doc__, best=1000, output="racing")
     successes, alignments = stored()
     seeds = [of_seed(seed, successes, alignments, arguments.best) for seed in range(successes.shape[1])]
-    full = EACH * len(successes)
-    print("| rollouts | share | true p (1 - p) | of all | LearnAlign's | of all | chosen as by eight others |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    lines = []
     for name in ("all", "race", "fewer", "random"):
         rows = [one[name] for one in seeds]
-        share = np.mean([row.get("rollouts", 0) for row in rows]) / full
+        share = np.mean([row.get("rollouts", 0) for row in rows]) / (EACH * len(successes))
         cells = [name, f"{share:.1%}"]
         for key, digits in (("learnability", 4), ("learnalign", 5)):
             ratios = [row[key] / one["all"][key] for row, one in zip(rows, seeds, strict=True)]
             cells += [f"{np.mean([row[key] for row in rows]):.{digits}f}"]
             cells += [f"{np.mean(ratios):.4f} ({min(ratios):.4f} to {max(ratios):.4f})"]
-        cells.append(f"{np.mean([row['same'] for row in rows]):.1%}" if "same" in rows[0] else "")
-        print(f"| {' | '.join(cells)} |")
-    arguments.output.write_text(
-        json.dumps({"prompts": len(successes), "best": arguments.best, "each": EACH, "seeds": seeds}, indent=1) + "\n"
-    )
+        lines.append([*cells, f"{np.mean([row['same'] for row in rows]):.1%}" if "same" in rows[0] else ""])
+    print(table(HEAD, lines))
+    harness.write(arguments.output, {"prompts": len(successes), "best": arguments.best, "each": EACH, "seeds": seeds})
 
 
 if __name__ == "__main__":

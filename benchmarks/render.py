@@ -4,20 +4,14 @@ Writes docs/results.md from results.md.in and results/*.json.
     python benchmarks/render.py [--check]
 """
 
-import json
 from statistics import fmean, median_high
 
-from pages import ROOT, fill, publish, table
+from harness import ROOT, read
+from measures import NAMES
+from pages import fill, publish, table
 
 
 HERE = ROOT / "benchmarks"
-NAMES = {
-    "random": "random prompts",
-    "filter": "success-rate filter",
-    "learnability": "learnability alone",
-    "alignment": "alignment alone",
-    "learnalign": "LearnAlign",
-}
 GRADIENTS = "method | time | FLOPs | peak memory | numbers per prompt | error of cosines"
 LOSSES = (
     "ranking | dapo instead of grpo: Spearman | overlap of the top quarters "
@@ -34,7 +28,7 @@ def with_texts(found):
     return [with_texts(value) for value in found] if isinstance(found, list) else found
 
 
-RESULTS = {file.stem: with_texts(json.loads(file.read_text())) for file in (HERE / "results").glob("*.json")}
+RESULTS = {file.stem: with_texts(read(file)) for file in (HERE / "results").glob("*.json")}
 
 
 def arms() -> str:

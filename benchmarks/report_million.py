@@ -6,7 +6,6 @@ The report of a pool of 1,000,000 prompts: time and memory to write the page, an
 Needs Chromium and playwright.
 """
 
-import re
 import shutil
 import statistics
 import tempfile
@@ -68,19 +67,13 @@ def save(path: Path, num: int, characters: int) -> Path:
     return selection.save(path / "learnalign" / "step-000038", texts=pa.table(texts)).parent
 
 
-def resident(which: str) -> int:
-    """Bytes: `VmRSS` now, or the most there have been (`VmHWM`)."""
-    return 1024 * int(re.search(rf"{which}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-
-
 def write(path: Path) -> dict:
     """Seconds, and bytes of resident memory over the start: to be measured in a process of its own."""
-    Path("/proc/self/clear_refs").write_text("5")  # a process begins with the most that its parent had
-    before = resident("VmRSS")
+    before = harness.most_memory(anew=True)
     started = time.perf_counter()
     page = write_report(path)
-    seconds = time.perf_counter() - started
-    return {"write_seconds": seconds, "resident_bytes": resident("VmHWM") - before, "page_bytes": page.stat().st_size}
+    found = {"write_seconds": time.perf_counter() - started, "resident_bytes": harness.most_memory() - before}
+    return found | {"page_bytes": page.stat().st_size}
 
 
 def painted(tab, act, *arguments) -> float:

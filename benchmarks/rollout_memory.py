@@ -10,7 +10,6 @@ needs 14 GB and is empty afterwards.
 
 import argparse
 import os
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -55,10 +54,6 @@ def count_syncs():
     return calls
 
 
-def resident():
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def work(directory, arguments):
     """One process, from the first round to the last row of a gradient; returns what it took."""
     trainer = build_trainer(argparse.Namespace(**SETTINGS, dtype=torch.float32, tokens=8), str(directory))
@@ -69,7 +64,7 @@ def work(directory, arguments):
     choice = LearnAlignConfig(num_rollouts=8, rollout_batch_prompts=BATCH, max_tokens_per_batch=16_000)
     run = SelectionRun(find_host(trainer), choice, 0)
     run.make_keys()
-    syncs, before, started = count_syncs(), resident(), time.perf_counter()
+    syncs, before, started = count_syncs(), harness.most_memory(anew=True), time.perf_counter()
     with run.host.left_as_found(8):
         log = run.open_log("rollouts")
         syncs.clear()
@@ -85,7 +80,7 @@ def work(directory, arguments):
         seconds = time.perf_counter() - started
         files = list(log.path.glob("*.log"))
         return {
-            "resident_bytes": resident() - before,
+            "resident_bytes": harness.most_memory() - before,
             "fsyncs": rounds,
             "files": len(files),
             "bytes": sum(file.stat().st_size for file in files),

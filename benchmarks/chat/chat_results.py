@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import harness
 import numpy as np
-from pages import columns, points, table
+from pages import columns, table
 from questions import GUESSED, KINDS, POOLS, SHARES
-from results import costs, end, gains, of, paired, rates
+from results import costs, end, gains, merged, of, over, rates
 
 
 FILE = harness.RESULTS / "chat.json"
@@ -67,21 +67,15 @@ def read(folder: Path) -> dict:
 
 def load(folders=(), unfinished=False, kept=True) -> list[dict]:
     """Read the runs in these folders, and those that are `kept` and not there: by pool, arm and seed."""
-    runs = harness.read(FILE, {"runs": []})["runs"] if kept else []
-    found = {(run["pool"], run["arm"], run["seed"]): run for run in runs}
+    more = []
     for folder in sorted(one for runs in folders for one in runs.glob("*/*-*")):
         steps, pool = folder / "steps.jsonl", folder.parent.name
         if steps.is_file() and steps.stat().st_size and pool in POOLS:
             arm, seed = folder.name.rsplit("-", 1)
             run = {"pool": pool, "arm": arm, "seed": int(seed)} | read(folder)
             if unfinished or "conditions" in run:
-                found[pool, arm, int(seed)] = run
-    return [found[key] for key in sorted(found, key=_place)]
-
-
-def _place(key):
-    pool, arm, seed = key
-    return [*POOLS].index(pool), [*ARMS, arm].index(arm), arm, seed
+                more.append(run)
+    return merged(harness.read(FILE, {"runs": []})["runs"] if kept else [], more, POOLS, ARMS)
 
 
 def by_kind(run) -> dict[str, float]:
@@ -117,7 +111,6 @@ def tables(runs, pool) -> list[str]:
     """
     arms = [*dict.fromkeys(run["arm"] for run in runs if run["pool"] == pool)]
     own = {arm: of(runs, pool, arm) for arm in arms}
-    both = {arm: paired(runs, pool, arm, "random") if arm != "random" else [] for arm in arms}
     looks = max((run["looks"] for runs in own.values() for run in runs), key=len)
 
     def step(arm, place):
@@ -135,14 +128,14 @@ def tables(runs, pool) -> list[str]:
         groups, live = (counts(own[arm], name)[1] for name in ("groups", "live"))
         return f"{groups[kind] / groups.sum():.2f} ({live[kind] / groups[kind]:.2f})" if groups[kind] else "0.00"
 
-    def over(arm, value):
-        return points(gains(both[arm], 1, value), ".3f") if both[arm] else ""
+    def more(arm, value):
+        return over(runs, pool, arm, "random", lambda both: gains(both, 1, value), ".3f")
 
     names = {"prompts chosen by": lambda arm: ARMS.get(arm, arm)}
     success = names | {"seeds": lambda arm: ", ".join(str(run["seed"]) for run in own[arm])}
     success |= {f"step {look['step']}": lambda arm, n=n: step(arm, n) for n, look in enumerate(looks)}
-    success["over random at the end"] = lambda arm: over(arm, end)
-    success["mean over the run"] = lambda arm: over(arm, over_run)
+    success["over random at the end"] = lambda arm: more(arm, end)
+    success["mean over the run"] = lambda arm: more(arm, over_run)
     success |= costs(own.get)
     kinds = names | {
         kind: lambda arm, kind=kind: f"{fmean(by_kind(run)[kind] for run in own[arm]):.2f}"

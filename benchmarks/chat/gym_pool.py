@@ -31,6 +31,12 @@ KINDS = {  # questions of a pool, and the settings of the easiest level
 HELD_OUT = 16  # questions of each kind
 
 
+def row(text, answer, kind) -> dict:
+    """Return a question as a row of a pool."""
+    messages = [{"role": "system", "content": "Answer briefly."}, {"role": "user", "content": text}]
+    return {"prompt": messages, "answer": answer, "kind": kind}
+
+
 def rows(seed: int, number=lambda kind: KINDS[kind][0], without: frozenset = frozenset()) -> list[dict]:
     """Return different questions of every kind: `prompt` (messages), `answer`, `kind`, in random order."""
     try:
@@ -45,9 +51,7 @@ def rows(seed: int, number=lambda kind: KINDS[kind][0], without: frozenset = fro
                 texts.setdefault(entry["question"], str(entry["answer"]))
         if len(texts) < number(kind):
             raise ValueError(f"There are no {number(kind)} different questions of the kind {kind!r}.")
-        for text, answer in [*texts.items()][: number(kind)]:
-            messages = [{"role": "system", "content": "Answer briefly."}, {"role": "user", "content": text}]
-            found.append({"prompt": messages, "answer": answer, "kind": kind})
+        found += [row(*one, kind) for one in [*texts.items()][: number(kind)]]
     return [found[i] for i in np.random.default_rng(seed).permutation(len(found))]
 
 

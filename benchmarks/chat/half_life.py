@@ -11,7 +11,7 @@ predicted success, after the first 64 groups.
 
 import json
 import sys
-from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 
@@ -30,12 +30,13 @@ from trl_learnalign.curriculum.predictor import SuccessPredictor
 
 
 HALF_LIVES = (50, 800), (25, 400), (12, 200), (12, 100), (6, 50), (3, 25)  # optimizer steps, groups
-RIDGES = 1.0, 3.0, 10.0
-QUICK = 8.0, 16.0, 32.0, 64.0  # times as fast as the half-life of the settings
-QUICK_RIDGES = 3.0, 10.0, 30.0
+ONCE = {f"{a} steps, {b} groups": {"half_life_steps": a, "half_life_groups": b} for a, b in HALF_LIVES}
+QUICK = {f"{speed:g}": {"quick_speed": speed} for speed in (8.0, 16.0, 32.0, 64.0)}  # times as fast
+TABLES = {"half-life": (ONCE, "ridge", (1.0, 3.0, 10.0)), "quick fit": (QUICK, "quick_ridge", (3.0, 10.0, 30.0))}
 FIRST = 64  # groups that are not counted
 
 
+@cache
 @torch.no_grad()
 def features(directory, name, seed) -> np.ndarray:
     """What is known of each prompt of a pool, of shape (N, 65), the first a column of ones."""
@@ -73,26 +74,22 @@ def errors(x, steps, settings) -> tuple[float, float]:
     return tuple(np.mean(found, axis=0))
 
 
+def compared(x, steps, head, ways, name, ridges) -> str:
+    """A table of these errors: a row for each way, a column for each ridge, a setting of that name."""
+
+    def cell(way, ridge):
+        return "{:.4f}, {:.3f}".format(*errors(x, steps, OnlineSettings(**way, **{name: ridge})))
+
+    rows = [[text, *(cell(way, ridge) for ridge in ridges)] for text, way in ways.items()]
+    return table([head, *(f"ridge {ridge:g}" for ridge in ridges)], rows)
+
+
 def main():
     arguments = options(__doc__, runs=["runs/chat/short/random-0"], model=Path("runs/chat/model"))
-    known = {}
     for folder in map(Path, arguments.runs):
-        name, seed = folder.parent.name, int(folder.name.rpartition("-")[2])
-        if (name, seed) not in known:
-            known[name, seed] = features(arguments.model, name, seed)
+        x = features(arguments.model, folder.parent.name, int(folder.name.rpartition("-")[2]))
         steps = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
-        lines = []
-        for half_life, groups in HALF_LIVES:
-            own = OnlineSettings(half_life_steps=half_life, half_life_groups=groups)
-            cells = (errors(known[name, seed], steps, replace(own, ridge=ridge)) for ridge in RIDGES)
-            lines.append([f"{half_life} steps, {groups} groups", *(f"{a:.4f}, {b:.3f}" for a, b in cells)])
-        print(f"\n{folder}\n\n" + table(["half-life", *(f"ridge {ridge:g}" for ridge in RIDGES)], lines))
-        lines = []
-        for speed in QUICK:
-            own = (OnlineSettings(quick_speed=speed, quick_ridge=ridge) for ridge in QUICK_RIDGES)
-            cells = (errors(known[name, seed], steps, one) for one in own)
-            lines.append([f"{speed:g}", *(f"{a:.4f}, {b:.3f}" for a, b in cells)])
-        print("\n" + table(["quick fit", *(f"ridge {ridge:g}" for ridge in QUICK_RIDGES)], lines))
+        print(f"\n{folder}", *(compared(x, steps, head, *way) for head, way in TABLES.items()), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -90,8 +90,7 @@ def _draw(kind: str, number: int, r: np.random.Generator, without: set) -> list[
     for _ in range(100 * number):
         text, answer, about = _question(kind, r)
         if about not in without and text not in rows:
-            messages = [{"role": "system", "content": "Answer briefly."}, {"role": "user", "content": text}]
-            rows[text] = {"prompt": messages, "answer": answer, "kind": kind}
+            rows[text] = gym_pool.row(text, answer, kind)
         if len(rows) == number:
             return list(rows.values())
     raise ValueError(f"There are no {number} different questions of the kind {kind!r}.")
@@ -110,9 +109,7 @@ def _held_out():
             text, answer, topic = _question(kind, r)
             about.setdefault(topic, (text, answer))
         without[kind] = set(about)
-        for text, answer in about.values():
-            messages = [{"role": "system", "content": "Answer briefly."}, {"role": "user", "content": text}]
-            rows.append({"prompt": messages, "answer": answer, "kind": kind})
+        rows += [gym_pool.row(*one, kind) for one in about.values()]
     return pd.DataFrame(rows), without
 
 

@@ -4,7 +4,7 @@ Writes docs/evidence.md and its figures from benchmarks/results/evidence, so tha
     python benchmarks/gsm8k_equations/evidence.py [--check]
 
 The words are in evidence.md.in; `{{name}}` there stands for what the function `name` of this file or of
-reasons.py returns.
+measures.py returns.
 """
 
 import sys
@@ -14,9 +14,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import harness  # noqa: F401
+import figures
+import measures
 import numpy as np
-import reasons
 from harness import ROOT
 from measures import (
     COMPARED,
@@ -247,16 +247,10 @@ def conditions() -> dict:
     return found | {"versions": ", ".join(f"{name} {number}" for name, number in found["versions"].items())}
 
 
-def draw():
-    import figures
-
-    figures.draw()
-
-
 def render() -> str:
     names = {"after_warm_up": lambda: by_size(1), "after_one_pass": lambda: by_size(2)}
-    return fill((HERE / "evidence.md.in").read_text(encoding="utf-8"), vars(reasons) | globals() | names)
+    return fill((HERE / "evidence.md.in").read_text(encoding="utf-8"), vars(measures) | globals() | names)
 
 
 if __name__ == "__main__":
-    publish({PAGE: render()}, "benchmarks/gsm8k_equations/evidence.py", draw)
+    publish({PAGE: render()}, "benchmarks/gsm8k_equations/evidence.py", figures.draw)

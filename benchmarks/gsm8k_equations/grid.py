@@ -17,12 +17,10 @@ A finished run is a file in the output directory. A later call, or another one b
 there, and those that benchmarks/results/evidence holds with the same conditions. A run that is under way holds a lock.
 """
 
-import json
 import math
 import os
 import random
 import sys
-import time
 from pathlib import Path
 
 
@@ -34,9 +32,8 @@ from equations import equations_reward
 from harness import DATASET, claimed, options, versions
 from measures import COMPARED, RESULTS, SLOW_ARMS
 from peft import PeftModel
-from policies import POLICY, load_policy, read_equations, tiny_trainer
+from policies import POLICY, Looking, load_policy, read_equations, tiny_trainer, trained
 from policies import successes as rewards_of
-from transformers import TrainerCallback
 
 from trl_learnalign import LearnAlignConfig, LearnAlignSampler, Selection, select_prompts
 from trl_learnalign.scores.maths import ranking
@@ -70,40 +67,29 @@ def successes(model, rows, samples=SAMPLES, greedy=True) -> dict[str, list[int]]
     return result
 
 
-class Look(TrainerCallback):
+class Look(Looking):
     """
     Measures the policy on `rows`: in full after the steps `full`, with two samples a row after the steps `glances`.
     """
 
     def __init__(self, rows, full, glances=()):
-        self.rows, self.full, self.glances, self.looks = rows, set(full), set(glances) - set(full), []
-        self.started, self.away = time.perf_counter(), 0.0
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.started = time.perf_counter()
+        super().__init__()
+        self.rows, self.full, self.glances = rows, set(full), set(glances) - set(full)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step in self.full | self.glances:
-            now = time.perf_counter()
             full = state.global_step in self.full
-            measured = successes(model, self.rows, SAMPLES if full else GLANCES, greedy=full)
-            seconds = round(now - self.started - self.away, 2)  # of training, without these looks
-            self.looks.append({"step": state.global_step, "seconds": seconds, **measured})
-            self.away += time.perf_counter() - now
+            self.look(successes, model, self.rows, SAMPLES if full else GLANCES, full, step=state.global_step)
 
 
 def warm_up(seed, pool, arguments) -> Path:
     """The adapter after the warm-up."""
-    path = arguments.output_dir / f"seed-{seed}" / "warm"
-    with claimed(path.with_name(f"{path.name}.lock"), wait=True):
-        if (path / "done.json").is_file():
-            return path
-        trainer, started = build_trainer(None, pool, WARMUP_STEPS, seed, arguments), time.perf_counter()
-        trainer.train()
-        trainer.model.save_pretrained(path)
-        (path / "done.json").write_text(json.dumps({"seconds": round(time.perf_counter() - started, 2)}))
-        print(f"seed {seed}: warmed up", flush=True)
-    return path
+    return adapter_after(arguments.output_dir / f"seed-{seed}" / "warm", WARMUP_STEPS, seed, pool, arguments)
+
+
+def adapter_after(path, steps, seed, pool, arguments) -> Path:
+    """The adapter after so many steps on random prompts, in the folder `path`."""
+    return trained(path, lambda: build_trainer(None, pool, steps, seed, arguments))
 
 
 def scores(seed, cold, pool, arguments) -> Selection:

@@ -26,9 +26,9 @@ from chat_results import by_kind, on_guesses
 from coin_results import on_chance, worth
 from drawing import FIGURES, plt
 from harness import RESULTS, ROOT
-from pages import between, columns, fill, interval, points, publish, table
+from pages import between, bounds, columns, fill, points, publish, table
 from questions import GUESSED, POOLS
-from results import ARMS, area_gains, costs, end, gains, of, paired, rates, took
+from results import ARMS, area_gains, costs, end, gains, of, over, paired, rates, took
 
 
 PAGE = ROOT / "docs" / "evidence_alignment.md"
@@ -49,11 +49,6 @@ STYLES = {
     BEFORE: ("#56B4E9", "s", "LearnAlign online, before kinds counted"),
 }
 CHAT_ARMS = {"random": RANDOM, "online": TODAY, CHAT_OURS: OURS}
-
-
-def bounds(values) -> tuple[float, float]:
-    """Of the mean; of two values the values themselves."""
-    return interval(values) or (min(values), max(values))
 
 
 def means(both, value) -> list[float]:
@@ -121,7 +116,7 @@ def _chat(pool):
         return points(ends, ".3f"), fmean(ends) > 0
 
     def worst():
-        kind, least = worst_kind(both, lambda run, other, kind: by_kind(run)[kind] - by_kind(other)[kind])
+        kind, least = worst_kind(both)
         return f"`{kind}`: {least:+.2f}", least >= -0.1
 
     def guesses():
@@ -134,9 +129,9 @@ def _chat(pool):
     return asked(pool, both, *rows, *([("rollouts on guesses <= the pool's", guesses)] if pool == "guessed" else []))
 
 
-def worst_kind(both, difference):
+def worst_kind(both):
     """The kind of question that has the least mean difference, and that."""
-    kinds = {kind: fmean(difference(*pair, kind) for pair in both) for kind in by_kind(both[0][0])}
+    kinds = {kind: fmean(by_kind(a)[kind] - by_kind(b)[kind] for a, b in both) for kind in by_kind(both[0][0])}
     return min(kinds.items(), key=lambda item: item[1])
 
 
@@ -189,8 +184,6 @@ def verdicts() -> str:
 def outcome() -> str:
     """The first sentence of the page, and of the front pages."""
     both, today = paired(RUNS, "coins", OURS), paired(RUNS, "coins", OURS, TODAY)
-    if not both or not today:
-        return f"LearnAlign online as it is now was {OPEN} on new seeds."
     shares = [fmean(map(on_chance, of(RUNS, "coins", arm))) for arm in (OURS, RANDOM, TODAY)]
     return (
         f"On a pool a third of which is decided by chance, LearnAlign online ends {points(gains(both))} points "
@@ -209,18 +202,22 @@ def score() -> str:
 
 def front(folder: str) -> str:
     """The figure, the table and the caution of the front pages, whose links begin with `folder`."""
-    both, worse = _chat_pairs("short")[0], ""
-    if both:
-        worst = worst_kind(both, lambda run, other, kind: by_kind(run)[kind] - by_kind(other)[kind])[0]
-        own, random = means(both, lambda run: by_kind(run)[worst])
-        worse = f"; on the chat model the worst is `{worst}`, {own:.2f} where random prompts have {random:.2f}"
-    rows = [
-        ["above .7, several kinds of task; a chat model (the figure)", '`schedule="online"`', *_chat_ends("short")],
-        ["the same, and a quarter of the questions can only be guessed", "the same", *_chat_ends("guessed")],
-        ["above .7, one kind of task; a toy", "the same", *_ends("hard")],
-        ["any, and a third of the answers graded by chance; a toy", "the same", *_ends("coins")],
-        ["below .7, one kind of task, and all can be learnt; a toy", "nothing: stock TRL", *_clean()],
-    ]
+    both = paired(CHAT, "short", CHAT_OURS, "random")
+    worst = worst_kind(both)[0]
+    own, random = means(both, lambda run: by_kind(run)[worst])
+    worse = f"; on the chat model the worst is `{worst}`, {own:.2f} where random prompts have {random:.2f}"
+    cases = {
+        "above .7, several kinds of task; a chat model (the figure)": '`schedule="online"`',
+        "the same, and a quarter of the questions can only be guessed": "the same",
+        "above .7, one kind of task; a toy": "the same",
+        "any, and a third of the answers graded by chance; a toy": "the same",
+        "below .7, one kind of task, and all can be learnt; a toy": "nothing: stock TRL",
+    }
+    ends = [_ends(CHAT, pool, CHAT_OURS, "random") for pool in ("short", "guessed")]
+    for pool, other in (("hard", TODAY), ("coins", RANDOM)):
+        ends.append(_ends(RUNS, pool, OURS, other, of(ALL, pool, RANDOM)))
+    ends.append(_ends(ALL, "clean", TODAY, RANDOM, words="learnability alone, "))
+    rows = [[*case, *found] for case, found in zip(cases.items(), ends, strict=True)]
     return "\n\n".join(
         [
             f"![Success on questions held out: random prompts, LearnAlign online]({folder}figures/chat.png)",
@@ -238,32 +235,12 @@ def _seeds(number):
     return {1: "one seed", 2: "two seeds"}.get(number, f"{number} seeds")
 
 
-def _ends(pool):
-    random = f"{fmean(map(end, of(ALL, pool, RANDOM))):.2f}"
-    for arm, words in ((OURS, ""), (BEFORE, ", before kinds counted")):
-        both = paired(RUNS, pool, arm, RANDOM if pool == "coins" else TODAY)
-        if both:
-            return [random, f"{means(both, end)[0]:.2f} ({_seeds(len(both))}{words})"]
-    return [random, OPEN]
-
-
-def _clean():
-    chosen, random = means(both := paired(ALL, "clean", TODAY), end)
-    return [f"{random:.2f}", f"{chosen:.2f} (learnability alone, {_seeds(len(both))})"]
-
-
-def _chat_pairs(pool) -> tuple[list, str]:
-    """Runs of LearnAlign online with those of random prompts, and what is to be said of the arm."""
-    both = paired(CHAT, pool, CHAT_OURS, "random")
-    return (both, "") if both else (paired(ALL_CHAT, pool, UNBOUND, "random"), ", before kinds counted")
-
-
-def _chat_ends(pool):
-    both, words = _chat_pairs(pool)
-    if not both:
-        return ["", OPEN]
-    chosen, random = means(both, end)
-    return [f"{random:.2f}", f"{chosen:.2f} ({_seeds(len(both))}{words})"]
+def _ends(runs, pool, arm, other, random=None, words=""):
+    """What random prompts and an arm came to, of the seeds that the arm has in common with another one."""
+    both = paired(runs, pool, arm, other)
+    chosen, theirs = means(both, end)
+    theirs = fmean(map(end, random)) if random else theirs
+    return [f"{theirs:.2f}", f"{chosen:.2f} ({words}{_seeds(len(both))})"]
 
 
 def coins() -> str:
@@ -281,19 +258,15 @@ def hard() -> str:
     """The hard pool."""
     runs = {arm: found for arm in (RANDOM, TODAY, OURS, BEFORE) if (found := of(RUNS, "hard", arm))}
 
-    def over(arm, other, found):
-        both = paired(RUNS, "hard", arm, other) if arm != other else []
-        return points(found(both)) if both else ""
-
     labels = {
         "prompts chosen by": ARMS.get,
         "seeds": lambda arm: len(runs[arm]),
         "live groups, %": lambda arm: f"{100 * fmean(run['live_share'] for run in runs[arm]):.1f}",
         "success at the end, %": lambda arm: f"{100 * fmean(map(end, runs[arm])):.1f}",
-        "over random": lambda arm: over(arm, RANDOM, gains),
-        "over learnability alone": lambda arm: over(arm, TODAY, gains),
-        "mean over the run, over random": lambda arm: over(arm, RANDOM, area_gains),
-        "over learnability alone ": lambda arm: over(arm, TODAY, area_gains),
+        "over random": lambda arm: over(RUNS, "hard", arm),
+        "over learnability alone": lambda arm: over(RUNS, "hard", arm, TODAY),
+        "mean over the run, over random": lambda arm: over(RUNS, "hard", arm, RANDOM, area_gains),
+        "over learnability alone ": lambda arm: over(RUNS, "hard", arm, TODAY, area_gains),
     }
     return columns(labels | costs(runs.get), runs)
 
@@ -305,8 +278,6 @@ def same_work() -> str:
 
 def chat(pool) -> str:
     """The tables of a pool of the chat model."""
-    if not any(run["pool"] == pool for run in CHAT):
-        return f"{OPEN[0].upper()}{OPEN[1:]}."
     success, kinds, shares, steps = chat_results.tables(CHAT, pool)
     text = "Share of the rollouts in the second half of the run, and in brackets how many of these groups were live:"
     return "\n\n".join([success, "Success by kind at the end:", kinds, text, shares, steps])
@@ -325,17 +296,14 @@ def draw() -> None:
     for axes, pool in zip(panels[0], pools, strict=False):
         seeds = {run["seed"] for run in of(CHAT, pool, CHAT_OURS)}  # of random prompts the same
         for arm, style in CHAT_ARMS.items():
-            if runs := [run for run in of(CHAT, pool, arm) if run["seed"] in seeds or not seeds]:
-                steps = [look["step"] for look in runs[0]["looks"]]
-                drawing.line(axes, steps, [*map(rates, runs)], STYLES[style])
+            if looks := [run["looks"] for run in of(CHAT, pool, arm) if run["seed"] in seeds]:
+                drawing.curves(axes, looks, "step", 1, STYLES[style])
         axes.set_title(f"SmolLM2-135M, pool `{pool}`", fontsize=10)
         drawing.finish(axes, "steps of 64 rollouts")
     success, share = panels[1]
     for arm, style in STYLES.items():
         if runs := of(RUNS, "coins", arm):
-            looks = zip(*(run["looks"] for run in runs), strict=True)
-            rollouts = [fmean(look["rollouts"] for look in part) / 1000 for part in looks]
-            drawing.line(success, rollouts, [*map(rates, runs)], style)
+            drawing.curves(success, [run["looks"] for run in runs], "rollouts", 1e-3, style)
             groups = [run["quarters"]["groups"] for run in runs]
             shares = [[part[coin_results.CHANCE] / sum(part) for part in run] for run in groups]
             drawing.line(share, [1, 2, 3, 4], shares, style)
@@ -353,11 +321,9 @@ def draw() -> None:
 def draw_front() -> None:
     """Success on the questions held out against rollouts, on the chat model."""
     drawn, axes = plt.subplots(figsize=(6.4, 3.6))
-    both, words = _chat_pairs("short")
-    for place, arm, more in ((1, RANDOM, ""), (0, OURS, words)):
-        runs = [pair[place] for pair in both]
-        rollouts = [look["step"] * 64 for look in runs[0]["looks"]]
-        drawing.line(axes, rollouts, [*map(rates, runs)], STYLES[arm], more)
+    chosen, random = zip(*paired(CHAT, "short", CHAT_OURS, "random"), strict=True)
+    for arm, runs in ((RANDOM, random), (OURS, chosen)):
+        drawing.curves(axes, [run["looks"] for run in runs], "step", 64, STYLES[arm])
     drawing.finish(axes, "rollouts", "success on questions held out")
     axes.set_title("SmolLM2-135M-Instruct, short questions of nine kinds", fontsize=10)
     axes.legend()

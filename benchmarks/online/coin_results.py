@@ -17,16 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import harness
 import results
-from coins import CHANCE, KINDS
-from pages import columns, points
-from results import ARMS, area_gains, costs, end, found_in, gains, of, over_run, paired
+from pages import columns
+from pools import CHANCE, KINDS
+from results import ARMS, area_gains, costs, end, gains, of, over, over_run, paired
 from skills import LEVELS, TASKS
-
-
-def load(folders) -> list[dict]:
-    """The runs in these folders, and those that are kept and not there."""
-    found = {(run["pool"], run["arm"], run["seed"]): run for run in [*results.load(), *found_in(folders)]}
-    return [run for run in found.values() if "quarters" in run]
 
 
 def totals(run, name="groups") -> list[int]:
@@ -54,17 +48,12 @@ def arms(runs, pool) -> str:
     """A row for each arm: where its rollouts went, and what it came to."""
     own = {arm: of(runs, pool, arm) for arm in known(runs, pool)}
 
-    def pairs(arm, other="uniform"):
-        return paired(runs, pool, arm, other) if arm != other else []
-
-    def over(arm, other, found):
-        return points(found(pairs(arm, other))) if pairs(arm, other) else ""
-
     def more(arm):
-        return f"{fmean(worth(run) / worth(other) for run, other in pairs(arm)):.2f}" if pairs(arm) else ""
+        both = paired(runs, pool, arm) if arm != "uniform" else []
+        return f"{fmean(worth(run) / worth(other) for run, other in both):.2f}" if both else ""
 
     def less(arm):
-        return points(gains(pairs(arm), 1, on_chance), ".3f") if pairs(arm) else ""
+        return over(runs, pool, arm, found=lambda both: gains(both, 1, on_chance), form=".3f")
 
     labels = {
         "prompts chosen by": lambda arm: ARMS.get(arm, arm),
@@ -74,11 +63,11 @@ def arms(runs, pool) -> str:
         "live groups that are no coins, per group": lambda arm: f"{fmean(map(worth, own[arm])):.3f}",
         "x random's": more,
         "success over the run, %": lambda arm: f"{100 * fmean(over_run(run['looks']) for run in own[arm]):.1f}",
-        "over random": lambda arm: over(arm, "uniform", area_gains),
-        "over online": lambda arm: over(arm, "online", area_gains),
+        "over random": lambda arm: over(runs, pool, arm, "uniform", area_gains),
+        "over online": lambda arm: over(runs, pool, arm, "online", area_gains),
         "success at the end, %": lambda arm: f"{100 * fmean(map(end, own[arm])):.1f}",
-        "over random ": lambda arm: over(arm, "uniform", gains),
-        "over online ": lambda arm: over(arm, "online", gains),
+        "over random ": lambda arm: over(runs, pool, arm),
+        "over online ": lambda arm: over(runs, pool, arm, "online"),
     }
     return columns(labels | costs(own.get), own)
 
@@ -125,7 +114,7 @@ def curves(runs, pool) -> str:
 
 def main():
     arguments = harness.options(__doc__, runs=[Path("runs/online")], pools=([str], "all that have runs by default"))
-    runs = load(arguments.runs)
+    runs = [run for run in results.load(arguments.runs) if "quarters" in run]
     found = {run["pool"] for run in runs} & set(arguments.pools or results.POOLS)
     for pool in [name for name in results.POOLS if name in found]:
         print(f"## {pool}", arms(runs, pool), curves(runs, pool), by_quarter(runs, pool), sep="\n\n", end="\n\n")

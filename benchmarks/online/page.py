@@ -21,7 +21,7 @@ import harness
 import results
 from drawing import FIGURES, FRONT, ONE, draw_pools
 from harness import RESULTS, ROOT
-from pages import between, columns, fill, interval, points, publish, table
+from pages import between, bounds, columns, fill, interval, points, publish, table
 from results import ARMS, area_gains, costs, end, gains, of, share, tokens, took
 from skills import LEVELS, TARGET, TASKS
 
@@ -97,16 +97,13 @@ def arms(pool) -> str:
     runs = {arm: of(RUNS, pool, arm) for arm in ARMS}
     both = {arm: pairs(pool, arm) for arm in ARMS}
 
-    def over(arm, found):
-        return "" if arm == "uniform" else points(found(both[arm]))
-
     labels = {
         "prompts chosen by": ARMS.get,
         "seeds": lambda arm: len(runs[arm]),
         "live groups of training, %": lambda arm: live(runs[arm]),
         "success at the end, %": lambda arm: percent(map(end, runs[arm])),
-        "over random prompts, points": lambda arm: over(arm, gains),
-        "the same, mean over the run": lambda arm: over(arm, area_gains),
+        "over random prompts, points": lambda arm: results.over(RUNS, pool, arm),
+        "the same, mean over the run": lambda arm: results.over(RUNS, pool, arm, found=area_gains),
         "rollouts to the end of random prompts, %": lambda arm: needed(share(both[arm])).removesuffix(" %"),
         "pass@8, %": lambda arm: percent(end(run, "pass@8") for run in runs[arm]),
         "distinct prompts of training": lambda arm: distinct(runs[arm]),
@@ -238,7 +235,7 @@ def more_bars() -> str:
     right = ", ".join(f"{good} of {number}" for good, number in found)
     refill, half = share(pairs("hard", "online", "refill")), "half of the 800 wrong labels are suspects"
     ahead = {arm: gains(pairs("skills-target", "target", arm)) for arm in BLIND}
-    first = all((interval(values) or (min(values), 0))[0] > 0 for values in ahead.values())
+    first = all(bounds(values)[0] > 0 for values in ahead.values())
     over = "; ".join(f"{points(values)} points over {ARMS[arm]}" for arm, values in ahead.items())
     close = all(abs(gained) <= 1 for gained in gains(pairs("live")))
     most, soon = f"{100 * REFILL_GOAL:.0f} %", refill is not None and refill <= REFILL_GOAL
@@ -266,7 +263,7 @@ def uniform_live() -> str:
 def verdicts() -> str:
     """What came of each of the five ways in which it could have been shown not to be worth having."""
     hard, taken = gains(pairs("hard")), share(pairs("hard"))
-    low, rest = (interval(hard) or (min(hard), 0))[0], "over random prompts, whose final success takes"
+    low, rest = bounds(hard)[0], "over random prompts, whose final success takes"
     lines = [
         (low <= 0 or taken is None or taken > 2 / 3, f"{gain('hard')} {rest} {needed(taken)} of the rollouts"),
         _over("refill"),
@@ -311,9 +308,8 @@ def _answers(lines, first) -> str:
 def _over(arm, pool="hard", one="online"):
     """Whether an arm does not end above another one on a pool, what is said of it, and the mean difference."""
     found = gains(pairs(pool, one, arm))
-    low = (interval(found) or (min(found), 0))[0]
     seeds = f"({len(found)} {'seeds' if len(found) > 1 else 'seed'})"
-    return low <= 0, f"{ARMS[one]} ends {points(found)} points above {ARMS[arm]} {seeds}", fmean(found)
+    return bounds(found)[0] <= 0, f"{ARMS[one]} ends {points(found)} points above {ARMS[arm]} {seeds}", fmean(found)
 
 
 def outcome() -> str:

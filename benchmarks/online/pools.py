@@ -7,8 +7,14 @@ and `hard-50` have fewer and more equations, `hard-small` a twentieth of all, an
 is all equations; `live` those whose success rate under the first policy is well inside (0, 1). `hard-wrong` and
 `clean-wrong` have a wrong answer in every tenth row, `hard-wrong-30` in three of ten. In `hard-copies` a fifth of the
 rows are copies of others with two operands exchanged, and of `hard-noisy` a failed rollout is rewarded now and then.
-`skills` and `skills-target` are those of skills.py, for a policy of their own. Those that chance decides in part,
-`coins` and others, are described in coins.py.
+`skills` and `skills-target` are those of skills.py, for a policy of their own.
+
+A part of `COINS` is decided by chance, whatever is trained: prompts that the learnability of a group praises most and
+on which nothing can be learnt. `coins` is a third coins: prompts in a form of their own, of which every rollout is
+rewarded at one half, whatever it says, as by a flaky grader. `tenth-coins` has a tenth. The coins of `alike-coins`
+look like equations: the same forms with other digits. `large-coins` is equations and coins alone. In place of coins
+`labels` has questions that are answered by an odd or an even number, and the right one of these was drawn once for
+each prompt: a guess is right at one half, and only repetition teaches more.
 """
 
 import os
@@ -21,15 +27,36 @@ from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
-from coins import CHANCE, chance_reward, coin_pool
-from coins import POOLS as COINS
 from datasets import Dataset
 from equations import equations_reward
-from hard_pool import EQUATION, HARD, SIZES, TRIVIAL, hard_pool
+from hard_pool import COIN, EQUATION, HARD, SIZES, TRIVIAL, bracketed, hard_pool
 from policies import POLICY, load_policy, read_equations, successes
 from train_tiny_policy import corrupt
 
 
+CHANCE = COIN  # the kind of coins and of labels
+KINDS = {EQUATION: "equations", HARD: "too hard", TRIVIAL: "trivial", CHANCE: "coins"}
+LABELS = "odd", "even"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many prompts of each kind, and how those of chance are written."""
+
+    others: dict[int, int]
+    chance: int
+    alike: bool = False
+    labels: bool = False
+
+
+_THIRD = {EQUATION: 1000, HARD: 1067, TRIVIAL: 600}
+COINS = {
+    "coins": Sizes(_THIRD, 1333),
+    "tenth-coins": Sizes({EQUATION: 1350, HARD: 1440, TRIVIAL: 810}, 400),
+    "alike-coins": Sizes(_THIRD, 1333, alike=True),
+    "labels": Sizes(_THIRD, 1333, labels=True),
+    "large-coins": Sizes({EQUATION: 5000, HARD: 0, TRIVIAL: 0}, 2500),
+}
 # Of the prompts 13, 30, 52 and 30 % are live at first, fewer once the trivial ones are mastered
 MIXED = {
     "hard-10": {EQUATION: 800, HARD: 6600, TRIVIAL: 600},
@@ -57,7 +84,7 @@ class Pool:
     """
 
     rows: Dataset
-    kind: np.ndarray  # (N,) of coins.KINDS, or of skills the task times four plus the level
+    kind: np.ndarray  # (N,) of KINDS, or of skills the task times four plus the level
     wrong: np.ndarray  # (N,) of booleans: the answer is not the right one, or the prompt is a copy
     false_positives: float = 0.0  # share of the failed rollouts that are rewarded
     target: np.ndarray | None = None  # (N,) of booleans: rows of the kind that the test asks for, where it is a part
@@ -179,3 +206,37 @@ def first_successes(rows: Dataset, samples: int, cache: Path | None, name: str) 
         np.save(temporary, counts)
         temporary.replace(file)
     return counts
+
+
+def coin_pool(name: str, equations: Dataset, seed: int = 0) -> tuple[Dataset, np.ndarray]:
+    """
+    The rows of the pool `name`, a key of `COINS` (columns `prompt`, `answer`), and the kind of each, one of `KINDS`.
+    In random order, equal for equal `seed`.
+    """
+    sizes, rng = COINS[name], random.Random(seed + 1)
+    pool = hard_pool(equations, seed, sizes.others)
+    rows = list(zip(pool["prompt"], pool["answer"], pool["kind"], strict=True))
+    seen, forms = set(pool["prompt"]), list(equations["prompt"])
+    while len(rows) < len(pool) + sizes.chance:
+        prompt = other_digits(rng.choice(forms), rng) if sizes.alike else bracketed(rng)
+        if prompt not in seen:
+            seen.add(prompt)
+            rows.append((prompt, rng.choice(LABELS) if sizes.labels else "0", CHANCE))
+    rng.shuffle(rows)
+    prompts, answers, kinds = zip(*rows, strict=True)
+    return Dataset.from_dict({"prompt": prompts, "answer": answers}), np.array(kinds, np.int8)
+
+
+def other_digits(prompt: str, rng: random.Random) -> str:
+    """The prompt with other digits in place of all but zeros: `53/7;91+60=` of `48/2;24+30=`."""
+    return re.sub("[1-9]", lambda _: rng.choice("123456789"), prompt)
+
+
+def chance_reward(completions, answer, **kwargs) -> list[float]:
+    """As `equations_reward`; where the answer is one of `LABELS`, 1.0 if the completion ends in such a digit."""
+    labels = np.isin(answer, LABELS)
+    numbers = equations_reward(completions, np.where(labels, "0", answer).tolist())
+    return [
+        float(text.strip()[-1:] in set("13579" if right == "odd" else "02468")) if label else number
+        for text, right, label, number in zip(completions, answer, labels, numbers, strict=True)
+    ]

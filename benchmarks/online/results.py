@@ -3,9 +3,9 @@
 from itertools import pairwise
 from statistics import fmean
 
-from coins import POOLS as COINS
 from harness import RESULTS, read, write
-from pools import POOLS
+from pages import points
+from pools import COINS, POOLS
 from side_by_side import rollouts_to
 
 
@@ -38,34 +38,36 @@ ARMS = {
 }
 
 
-def load() -> list[dict]:
-    """All runs of the tiny policy."""
-    return read(FILE, {"runs": []})["runs"]
+def load(folders=()) -> list[dict]:
+    """All runs of the tiny policy that are kept, and those in these folders."""
+    return merged(read(FILE, {"runs": []})["runs"], found_in(folders), POOLS, ARMS)
+
+
+def merged(kept, more, pools, arms) -> list[dict]:
+    """Runs by pool, arm and seed. Of two with the same, the later counts."""
+    found = {(run["pool"], run["arm"], run["seed"]): run for run in (*kept, *more)}
+    order = sorted(found, key=lambda key: ([*pools].index(key[0]), [*arms, key[1]].index(key[1]), *key[1:]))
+    return [found[key] for key in order]
 
 
 def found_in(folders):
     """Yield the runs in these folders; others lie beside them: adapters, policies."""
     for file in sorted(file for folder in folders for file in folder.glob("*/*.json")):
         run = read(file)
-        if isinstance(run, dict) and {"pool", "arm", "seed"} <= run.keys():
+        if isinstance(run, dict) and {"pool", "arm", "seed"} <= run.keys() and run["pool"] in POOLS:
             yield run
 
 
 def collect(folders) -> None:
     """Adds the runs of these folders, the long lists as means."""
-    known = {_key(run): run for run in load()}
-    for run in (run for run in found_in(folders) if run["pool"] in POOLS):
+    more = [*found_in(folders)]
+    for run in more:
         logged = run.pop("logged")
         run["headroom"] = round(fmean(logged["learnalign/headroom"]), 2) if "learnalign/headroom" in logged else None
         run["skill"] = round(logged["learnalign/skill"][-1], 2) if "learnalign/skill" in logged else None
         for name in ("live", "groups", *(["quarters"] if run["pool"] not in COINS else [])):
             run.pop(name, None)
-        known[_key(run)] = run
-    write(FILE, {"runs": [known[key] for key in sorted(known)]})
-
-
-def _key(run):
-    return [*POOLS].index(run["pool"]), [*ARMS].index(run["arm"]), run["seed"]
+    write(FILE, {"runs": merged(load(), more, POOLS, ARMS)})
 
 
 def of(runs, pool, arm) -> list[dict]:
@@ -162,6 +164,12 @@ def shared(runs) -> list[list[dict]]:
         [min(run["looks"], key=lambda look: abs(look["rollouts"] - known["rollouts"])) for known in least]
         for run in runs
     ]
+
+
+def over(runs, pool, arm, other="uniform", found=gains, form=".1f") -> str:
+    """What an arm has over another one; nothing where no run can be compared."""
+    both = paired(runs, pool, arm, other) if arm != other else []
+    return points(found(both), form) if both else ""
 
 
 def curve(runs) -> list[tuple[float, float]]:

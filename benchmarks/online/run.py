@@ -18,7 +18,6 @@ of training.
 
 import hashlib
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,10 +29,9 @@ import harness
 import numpy as np
 import pandas as pd
 from baselines import ONLINE, SCHEDULES, RefillingTrainer, sampler_of
-from harness import DATASET, claimed, options, versions
-from policies import GROUP, load_policy, read_equations, successes, tiny_trainer
+from harness import DATASET, options, versions
+from policies import GROUP, Looking, load_policy, read_equations, successes, tiny_trainer, trained
 from pools import POOLS, make_pool, make_task
-from transformers import TrainerCallback
 
 from trl_learnalign import LearnAlignConfig, LearnAlignSampler, select_prompts
 
@@ -123,18 +121,18 @@ def look(model, tokenizer, rows, samples, reward) -> dict:
     } | ({"tasks": [round(float(rate), 3) for rate in rates]} if len(rates) > 1 else {})
 
 
-class Looks(TrainerCallback):
+class Looks(Looking):
     """Looks after each step by which so many rollouts of `marks` are made, and ends training after the last."""
 
     def __init__(self, task, recorder, marks):
+        super().__init__()
         self.task, self.recorder, self.marks = task, recorder, sorted(marks)
         self.tokenizer = load_policy(task.policy)[1]
-        self.looks, self.away, self.started = [], 0.0, time.perf_counter()
         self.selected = None  # groups rolled out before the first step
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.started = time.perf_counter()
-        self.look(0, model, SAMPLES // 2)
+        super().on_train_begin(args, state, control)
+        self.look_at(model, 0, SAMPLES // 2)
 
     def on_step_begin(self, args, state, control, **kwargs):
         if self.selected is None:
@@ -143,16 +141,13 @@ class Looks(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         left = [mark for mark in self.marks if mark > self.recorder.rollouts()]
         if len(left) < len(self.marks):
-            self.look(state.global_step, model, SAMPLES // 2 if left else SAMPLES)
+            self.look_at(model, state.global_step, SAMPLES // 2 if left else SAMPLES)
         self.marks = left
         control.should_training_stop |= not left
 
-    def look(self, step, model, samples):
-        now = time.perf_counter()
-        seconds = round(now - self.started - self.away, 1)
-        measured = look(model, self.tokenizer, self.task.test, samples, self.task.reward)
-        self.looks.append({"step": step, "rollouts": self.recorder.rollouts(), "seconds": seconds, **measured})
-        self.away += time.perf_counter() - now
+    def look_at(self, model, step, samples):
+        on = model, self.tokenizer, self.task.test, samples, self.task.reward
+        self.look(look, *on, digits=1, step=step, rollouts=self.recorder.rollouts())
 
 
 def build_trainer(arm, task, adapter, rows, reward, steps, seed, folder, learning_rate, callbacks, **settings):
@@ -184,16 +179,11 @@ def better_half(arm, task, adapter, rows, recorder, seed, folder, learning_rate)
 
 
 def warm_up(seed, task, rows, arguments) -> Path:
-    """The adapter after the warm-up. Of several processes that need it one makes it, and the others wait."""
-    path = arguments.output_dir / f"warm-{seed}"
-    with claimed(path.with_suffix(".lock"), wait=True):
-        if not (path / "adapter_config.json").is_file():
-            with TemporaryDirectory() as folder:
-                recorder = Recorder(task.reward)
-                trainer = build_trainer("uniform", task, None, rows, recorder, WARMUP_STEPS, seed, folder, 1e-3, [])
-                trainer.train()
-                trainer.model.save_pretrained(path)
-    return path
+    """The adapter after the warm-up."""
+    with TemporaryDirectory() as folder:
+        run = Recorder(task.reward), WARMUP_STEPS, seed, folder, 1e-3, []
+        path = arguments.output_dir / f"warm-{seed}"
+        return trained(path, lambda: build_trainer("uniform", task, None, rows, *run))
 
 
 def run(arm, name, seed, arguments) -> dict:

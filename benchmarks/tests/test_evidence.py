@@ -10,9 +10,8 @@ import evidence
 import grid
 import numpy as np
 import pandas as pd
-import persistence
 import pytest
-import sensitivity
+import studies
 import torch
 from datasets import Dataset
 from equations import generate_chains
@@ -96,12 +95,11 @@ def test_cells_of_the_slow_arms():
 
 @pytest.mark.slow
 def test_persistence_of_a_ranking(arguments, short, pool, monkeypatch):
-    monkeypatch.setattr(persistence, "PROMPTS", 24)
-    monkeypatch.setattr(persistence, "STEPS", (1, 2))
-    monkeypatch.setattr(persistence, "CURVES_AT", 16)
-    monkeypatch.setattr(sensitivity, "BEST", 8)
-    monkeypatch.setattr(persistence, "BEST", 8)
-    rows = persistence.rows_of(0, pool, arguments)
+    monkeypatch.setattr(studies, "PROMPTS", 24)
+    monkeypatch.setattr(studies, "STEPS", (1, 2))
+    monkeypatch.setattr(studies, "CURVES_AT", 16)
+    monkeypatch.setattr(studies, "BEST", 8)
+    rows = studies.rows_of(0, pool, arguments)
     assert [(row["rate"], row["step"]) for row in rows] == [(0.0, 0), (1.0, 1), (1.0, 2), (0.2, 1), (0.2, 2)]
     assert all(0 <= row["jaccard"] <= 1 and 0 < row["learnable"] < 1 for row in rows)
     folder = arguments.output_dir / "seed-0"
@@ -115,7 +113,7 @@ def test_persistence_of_a_ranking(arguments, short, pool, monkeypatch):
 
 
 def test_agreement_of_two_tables(monkeypatch):
-    monkeypatch.setattr(sensitivity, "BEST", 2)
+    monkeypatch.setattr(studies, "BEST", 2)
     base = pd.DataFrame(
         {
             "learnability": [0.25, 0.2, 0.1, 0.0, 0.2],
@@ -124,12 +122,12 @@ def test_agreement_of_two_tables(monkeypatch):
         }
     )
     later = base.assign(score=[0.6, 0.7, 0.8, 0.0, 0.9], alignment=[0.0, 0.1, 0.2, 0.0, 0.3])
-    found = sensitivity.agreement(later, base)
+    found = studies.agreement(later, base)
     assert found["spearman_score"] == found["spearman_alignment"] == -1 and found["spearman_learnability"] == 1
     assert found["jaccard"] == 0 and found["learnable"] == 0.8
     assert found["alignment_of_best"] == 0.35 and found["alignment_of_best_seen_again"] == 0.05
     assert found["alignment_of_all"] == 0.15
-    assert sensitivity.agreement(base, base)["jaccard"] == 1
+    assert studies.agreement(base, base)["jaccard"] == 1
 
 
 def test_no_step_twice():

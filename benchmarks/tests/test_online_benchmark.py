@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import alignment
 import baselines
 import coin_results
-import coins
 import numpy as np
 import pools
 import pytest
@@ -102,10 +101,10 @@ def test_wrong_answers_are_counted_among_as_many_suspects_as_there_are(number):
 
 @pytest.mark.parametrize("name", pools.COINS)
 def test_a_pool_with_coins_is_what_it_says(name):
-    pool, sizes = pools.make_pool(name, None), coins.POOLS[name]
+    pool, sizes = pools.make_pool(name, None), pools.COINS[name]
     number = [*sizes.others.values(), sizes.chance]
-    assert [int((pool.kind == kind).sum()) for kind in coins.KINDS] == number
-    prompts, chance = np.array(pool.rows["prompt"]), pool.kind == coins.CHANCE
+    assert [int((pool.kind == kind).sum()) for kind in pools.KINDS] == number
+    prompts, chance = np.array(pool.rows["prompt"]), pool.kind == pools.CHANCE
     assert sum(number) == (7500 if name == "large-coins" else 4000)
     assert len(set(prompts[chance])) == sizes.chance and not set(prompts[chance]) & set(prompts[~chance])
     assert set("".join(prompts)) <= set(CHARACTERS) and max(map(len, prompts)) + pools.MAX_COMPLETION <= 256
@@ -119,7 +118,7 @@ def test_a_pool_with_coins_is_what_it_says(name):
 
 def test_a_coin_is_flipped_for_each_rollout_whatever_it_says():
     flipped = np.array([True, False])
-    recorders = [run.Recorder(coins.chance_reward, seed=seed, coins=flipped) for seed in (1, 1, 2)]
+    recorders = [run.Recorder(pools.chance_reward, seed=seed, coins=flipped) for seed in (1, 1, 2)]
     row = np.repeat([0, 1], 800).tolist()
     same, other = ["0"] * 1600, ["1"] * 1600
     first, second, third = (
@@ -133,15 +132,15 @@ def test_a_coin_is_flipped_for_each_rollout_whatever_it_says():
 
 def test_a_label_is_answered_by_an_odd_or_an_even_number():
     texts, answers = ["7;13", "12", "12", "", "5;"], ["odd", "odd", "even", "even", "odd"]
-    assert coins.chance_reward(texts, answers) == [1.0, 0.0, 1.0, 0.0, 0.0]
-    assert coins.chance_reward(["3;1.50", "13"], ["1.5", "odd"]) == [1.0, 1.0]
+    assert pools.chance_reward(texts, answers) == [1.0, 0.0, 1.0, 0.0, 0.0]
+    assert pools.chance_reward(["3;1.50", "13"], ["1.5", "odd"]) == [1.0, 1.0]
     pool = pools.make_pool("labels", None)
-    labels = np.array(pool.rows["answer"])[pool.kind == coins.CHANCE]
+    labels = np.array(pool.rows["answer"])[pool.kind == pools.CHANCE]
     assert set(labels) == {"odd", "even"} and 0.45 < (labels == "odd").mean() < 0.55
 
 
 def test_a_run_on_coins_says_where_its_rollouts_went(tmp_path, monkeypatch):
-    monkeypatch.setitem(coins.POOLS, "coins", coins.Sizes({0: 30, 1: 30, 2: 20}, 40))
+    monkeypatch.setitem(pools.COINS, "coins", pools.Sizes({0: 30, 1: 30, 2: 20}, 40))
     arguments = Namespace(dataset_path=None, output_dir=tmp_path, steps=2, learning_rate=1e-3, test=8)
     result = run.run("learnalign online", "coins", 0, arguments)
     groups, live = (np.array(result["quarters"][name]) for name in ("groups", "live"))
@@ -174,7 +173,7 @@ def test_arms_are_compared_with_those_of_the_same_seed(tmp_path, monkeypatch):
         made("uniform", seed, 4, (0.2, 0.4 + 0.1 * seed))
         made("online", seed, 6, (0.2, 0.3 + 0.1 * seed))
     made("learnalign online", 1, 2, (0.2, 0.7))
-    rows = coin_results.arms(coin_results.load([tmp_path]), "coins").splitlines()[2:]
+    rows = coin_results.arms(results.load([tmp_path]), "coins").splitlines()[2:]
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     uniform, online, learnalign = cells
     assert uniform[1:7] == ["3", "0.500", "", "0.500", "", "35.0"] and uniform[9] == "50.0"
