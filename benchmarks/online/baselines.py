@@ -9,6 +9,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from rivals import RIVALS
 from torch.nn.functional import pad
 from trl import GRPOTrainer
 
@@ -46,6 +47,7 @@ ONLINE = {  # settings of LearnAlignConfig, and of the curriculum
     "learnalign online without quick fit": (LEARNALIGN, replace(IN_PROPORTION, quick_speed=0.0)),
     "learnalign online flatter": (LEARNALIGN, replace(IN_PROPORTION, sharpness=2.0)),
     "learnalign online more uniform": (LEARNALIGN, replace(IN_PROPORTION, uniform=0.2)),
+    **dict.fromkeys(RIVALS, (LEARNABILITY, UNBOUND)),
 }
 
 
@@ -56,7 +58,7 @@ def sampler_of(arm, **settings) -> LearnAlignSampler | None:
     if arm in ONLINE:
         own, curriculum = ONLINE[arm]
         config = LearnAlignConfig(schedule="online", write_report=False, **own, **settings)
-        return LearnAlignSampler(config, schedule=partial(OnlineSchedule, settings=curriculum))
+        return LearnAlignSampler(config, schedule=partial(RIVALS.get(arm, OnlineSchedule), settings=curriculum))
     return None
 
 
