@@ -202,10 +202,13 @@ def score() -> str:
 
 def front(folder: str) -> str:
     """The figure, the table and the caution of the front pages, whose links begin with `folder`."""
-    both = paired(CHAT, "short", CHAT_OURS, "random")
-    worst = worst_kind(both)[0]
-    own, random = means(both, lambda run: by_kind(run)[worst])
-    worse = f"; on the chat model the worst is `{worst}`, {own:.2f} where random prompts have {random:.2f}"
+    pairs = {pool: paired(CHAT, pool, CHAT_OURS, "random") for pool in ("short", "guessed")}
+    _, pool, kind = min((worst_kind(both)[1], pool, worst_kind(both)[0]) for pool, both in pairs.items())
+    own, random = means(pairs[pool], lambda run: by_kind(run)[kind])
+    worse = f"on the chat model the worst is `{kind}`, {own:.2f} where random prompts have {random:.2f}"
+    one = min((pair for both in pairs.values() for pair in both), key=lambda pair: worst_kind([pair])[1])
+    kind = worst_kind([one])[0]
+    worse += ", and of single runs `{}`, {:.2f} and {:.2f}".format(kind, *(by_kind(run)[kind] for run in one))
     cases = {
         "above .7, several kinds of task; a chat model (the figure)": '`schedule="online"`',
         "the same, and a quarter of the questions can only be guessed": "the same",
@@ -213,10 +216,9 @@ def front(folder: str) -> str:
         "any, and a third of the answers graded by chance; a toy": "the same",
         "below .7, one kind of task, and all can be learnt; a toy": "nothing: stock TRL",
     }
-    ends = [_ends(CHAT, pool, CHAT_OURS, "random") for pool in ("short", "guessed")]
-    for pool, other in (("hard", TODAY), ("coins", RANDOM)):
-        ends.append(_ends(RUNS, pool, OURS, other, of(ALL, pool, RANDOM)))
-    ends.append(_ends(ALL, "clean", TODAY, RANDOM, words="learnability alone, "))
+    ends = [_ends(CHAT, pool, CHAT_OURS, "random") for pool in pairs]
+    ends += [_ends(RUNS, pool, OURS, RANDOM) for pool in ("hard", "coins")]
+    ends.append(_ends(ALL, "clean", TODAY, RANDOM, "learnability alone, "))
     rows = [[*case, *found] for case, found in zip(cases.items(), ends, strict=True)]
     return "\n\n".join(
         [
@@ -224,7 +226,7 @@ def front(folder: str) -> str:
             table("`frac_reward_zero_std` in your log | Set | success at the end, random prompts | chosen", rows),
             "At equal rollouts. The chat model is SmolLM2-135M-Instruct on short questions of nine kinds, mostly too "
             "hard; the toy a policy of 0.8 M parameters on equations. Nothing was run on a GPU yet. "
-            f"**What can get worse:** a kind of prompts may fall behind{worse}. Where a toy could "
+            f"**What can get worse:** a kind of prompts may fall behind; {worse}. Where a toy could "
             "learn all prompts, or many skills, [nothing was gained]"
             f"({folder}online.md#when-to-use-it). [The evidence]({folder}evidence_alignment.md): {score()}.",
         ]
@@ -235,11 +237,9 @@ def _seeds(number):
     return {1: "one seed", 2: "two seeds"}.get(number, f"{number} seeds")
 
 
-def _ends(runs, pool, arm, other, random=None, words=""):
-    """What random prompts and an arm came to, of the seeds that the arm has in common with another one."""
-    both = paired(runs, pool, arm, other)
-    chosen, theirs = means(both, end)
-    theirs = fmean(map(end, random)) if random else theirs
+def _ends(runs, pool, arm, other, words=""):
+    """What random prompts and an arm came to, of the seeds that both have."""
+    chosen, theirs = means(both := paired(runs, pool, arm, other), end)
     return [f"{theirs:.2f}", f"{chosen:.2f} ({words}{_seeds(len(both))})"]
 
 

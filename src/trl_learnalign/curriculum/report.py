@@ -64,8 +64,8 @@ def read_kinds(curriculum: "OnlineCurriculum", names: list[str] | None) -> list[
     """
     kinds = curriculum.kinds
     typical = {} if names else nearest_rows(curriculum.features, kinds.labels, curriculum.choosable, _EXAMPLES)
-    warned, held = kind_warnings(curriculum), np.zeros(len(kinds), bool)
-    idle = held if curriculum.progress is None else curriculum.progress.is_idle()
+    warned = kind_warnings(curriculum)
+    idle = np.zeros(len(kinds), bool) if curriculum.progress is None else curriculum.progress.is_idle()
     pairs = {"first": kinds.success_first(), "now": kinds.success_now(), "alignment": kinds.alignment()}
     shares = {
         "share": kinds.shares,
